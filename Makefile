@@ -1,0 +1,101 @@
+# One verb per job; `make` alone lists them. Settings can be given as `make train RUN=runs/mine`.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+# On Linux the package index serves torch with CUDA. For another build: make train TORCH='torch --index-url ...'
+TORCH ?= torch==2.13.0
+RUN ?= runs/quickstart
+BACKBONE ?= $(RUN)/backbone
+PROMPT ?= def main():
+PYTEST_ARGS ?=
+
+# Nothing is fetched from a model hub, and nothing is sent to W&B unless a recipe says so.
+export HF_HUB_OFFLINE ?= 1
+export WANDB_MODE ?= offline
+export TOKENIZERS_PARALLELISM ?= true
+
+BIN := $(VENV)/bin
+TWOTOWER := $(BIN)/twotower
+GENERATE = $(TWOTOWER) generate --model $(RUN)/model --prompt '$(PROMPT)' --max-new-tokens 96
+
+.PHONY: help install train report test test-slow check format backbone clean
+
+help: ## list the verbs
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# Set-up ---------------------------------------------------------------------------------------------------------
+
+install: $(VENV)/.installed ## build the virtual environment (the other verbs do it by themselves)
+
+$(VENV)/.installed: setup.py
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(f"$(PYTHON): found Python {v}, expected 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	@echo "installing into $(VENV), once (about 2 minutes) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "  torch ..."
+	@$(BIN)/python -m pip install -qq $(TORCH)
+	@echo "  megatron-twotower and what it needs ..."
+	@$(BIN)/python -m pip install -qq --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "  tools for tests and checks ..."
+	@$(BIN)/python -m pip install -qq --editable '.[dev]'
+	@touch $@
+
+# The main job: text in, a two-tower model that generates out. Each step is made once, and a run that was cut off
+# goes on where it stopped.
+
+train: $(RUN)/evaluation.json ## the whole road on the source of Python's standard library: data, backbone, two towers, report
+	$(GENERATE) --mode mask_diffusion
+	$(GENERATE) --mode mock_ar
+	$(GENERATE) --mode ar
+	$(TWOTOWER) report --run $(RUN)
+
+$(RUN)/tokenizer/tokenizer.json: | $(VENV)/.installed
+	$(TWOTOWER) data tokenizer --input python-stdlib --vocab-size 4096 --output $(RUN)/tokenizer
+
+$(RUN)/data/train/index.json: | $(RUN)/tokenizer/tokenizer.json
+	$(TWOTOWER) data prepare --input python-stdlib --tokenizer $(RUN)/tokenizer --output $(RUN)/data
+
+$(RUN)/backbone/config.json: | $(RUN)/data/train/index.json
+	$(TWOTOWER) train recipe=quickstart_ar data.folder=$(RUN)/data output=$(RUN)/ar
+	$(TWOTOWER) convert export --from $(RUN)/ar --to $(RUN)/backbone
+
+$(RUN)/model/config.json: | $(RUN)/backbone/config.json
+	@echo "both towers start from $(BACKBONE)"
+	$(TWOTOWER) train recipe=quickstart data.folder=$(RUN)/data init.backbone=$(BACKBONE) output=$(RUN)/twotower
+	$(TWOTOWER) convert export --from $(RUN)/twotower --to $(RUN)/model
+
+$(RUN)/evaluation.json: | $(RUN)/model/config.json
+	$(TWOTOWER) evaluate --model $(RUN)/model --data $(RUN)/data --output $(RUN)/evaluation.json
+
+report: $(VENV)/.installed ## write the report of a run again (RUN=runs/quickstart)
+	$(TWOTOWER) report --run $(RUN)
+
+backbone: $(RUN)/data/train/index.json ## train the backbone that is shipped in recipes/ again (long)
+	$(TWOTOWER) train recipe=backbone data.folder=$(RUN)/data output=runs/backbone
+	$(TWOTOWER) convert export --from runs/backbone --to runs/backbone-hf
+
+# Development ----------------------------------------------------------------------------------------------------
+
+test: $(VENV)/.installed-dev ## run the tests (PYTEST_ARGS='tests/test_ops.py -k scan')
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed-dev ## run the slow tests
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-dev ## lint and types
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev ## sort imports, mend what the linter can, format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove caches and builds; runs/ and the virtual environment stay
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

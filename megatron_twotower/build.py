@@ -1,0 +1,315 @@
+"""The composition root: a resolved configuration in, a run that is ready to go out."""
+
+import dataclasses
+import functools
+import json
+import platform
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from rich.console import Console
+
+from megatron_twotower import __version__, checkpoint, config as settings, convert, names, parallel, trainer
+from megatron_twotower.config import RunConfig
+from megatron_twotower.dataset import SequenceDataset, batches, global_batch, prefetch, rank_slice
+from megatron_twotower.doctor import one_line_summary
+from megatron_twotower.hf import MODELING_FILE, twotower_config_json
+from megatron_twotower.metrics import WandbSettings, open_metrics
+from megatron_twotower.names import Entry
+from megatron_twotower.optimizer import build_optimizer, build_schedule
+from megatron_twotower.records import Batch, UserError
+from megatron_twotower.shards import Corpus
+from megatron_twotower.towers import BackboneModel, TwoTower, build_context_tower, transformer_config
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What trains, and the names of its parts. fingerprint: of the backbone it started from."""
+
+    module: BackboneModel | TwoTower
+    entries: list[Entry]
+    fingerprint: str | None
+
+    def weights(self, config: RunConfig, groups: ProcessGroupCollection) -> dict[str, Any]:
+        return checkpoint.sharded_weights(self.module, self.entries, config.model, groups)
+
+
+def build_model(config: RunConfig, groups: ProcessGroupCollection) -> Model:
+    """Towers with their starting weights: from the backbone, or random for `ar` without one."""
+    megatron, model = transformer_config(config), config.model
+    backbone = config.init.backbone
+    source = convert.HfFolder.open(backbone) if backbone else convert.random_backbone(model, seed=config.seed)
+    origin = convert.fingerprint(backbone) if backbone else None
+    read = names.backbone_entries(model)
+    if isinstance(source, convert.HfFolder):
+        unused = source.unused(name for entry in read for name in entry.hf)
+        if unused:
+            raise UserError(f"{backbone}: {len(unused)} tensors have no place in the model, first {unused[0]}")
+    if config.objective == "ar":
+        module = BackboneModel(config, megatron, groups)
+        entries = [names._under("tower.", "", entry) for entry in read]
+        convert.load_weights(module.tower, read, source, model=model, groups=groups)
+        return Model(module, entries, origin)
+    context = build_context_tower(config, megatron, groups)
+    convert.load_weights(context, read, source, model=model, groups=groups)
+    two_tower = TwoTower(config, megatron, groups, context)
+    entries = names.denoiser_entries(model, config.conditioning.frequencies)
+    conditioning = convert.fresh_conditioning(model, config.conditioning, seed=config.seed)
+    convert.load_weights(two_tower, entries, _denoiser_start(source, conditioning), model=model, groups=groups)
+    return Model(two_tower, entries, origin)
+
+
+def _denoiser_start(backbone: convert.TensorSource, conditioning: convert.TensorSource) -> convert.TensorSource:
+    """The denoiser's tensors: the backbone's under other names, and a fresh time conditioning."""
+
+    def source(name: str) -> torch.Tensor:
+        if name.startswith(("t_embedder.", "t_block.", "scale_shift_tables.")):
+            return conditioning(name)
+        return backbone(name.replace("denoiser_tower.", "backbone.", 1))
+
+    return source
+
+
+def _open_corpus(config: RunConfig, split: str) -> SequenceDataset:
+    corpus = Corpus.open(Path(config.data.folder) / split)
+    if corpus.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"{config.data.folder}: found a vocabulary of {corpus.vocab_size}, expected at most model.vocab_size "
+            f"{config.model.vocab_size}"
+        )
+    return SequenceDataset(corpus, sequence_length=config.data.sequence_length_tokens, seed=config.seed)
+
+
+def _validation_batches(config: RunConfig, groups: ProcessGroupCollection) -> list[Batch]:
+    """This rank's micro-batches of the first held-out sequences."""
+    if not config.train.validate_every_steps:
+        return []
+    dataset, count = _open_corpus(config, "validation"), config.train.validation_sequences
+    if count > len(dataset):
+        raise UserError(f"train.validation_sequences: found {count}, expected at most the {len(dataset)} held out")
+    first, share = rank_slice(0, count, rank=groups.dp_cp.rank(), world=groups.dp_cp.size())
+    size = config.data.micro_batch_size
+    starts = range(first, first + share, size)
+    return [
+        global_batch(dataset, first=start, count=min(size, first + share - start), shuffle=False) for start in starts
+    ]
+
+
+def _stream(
+    config: RunConfig, groups: ProcessGroupCollection, cursor: int
+) -> Iterator[tuple[list[Batch], int]]:
+    data = config.data
+    stream = batches(
+        _open_corpus(config, "train"),
+        cursor=cursor,
+        global_batch_size=data.global_batch_size,
+        micro_batch_size=data.micro_batch_size,
+        rank=groups.dp_cp.rank(),
+        world=groups.dp_cp.size(),
+    )
+    return prefetch(stream, depth=data.prefetch_batches)
+
+
+def provenance(config: RunConfig, model: Model) -> dict[str, Any]:
+    """What is needed to run this again: versions, commit, seed, backbone."""
+    packages = ("torch", "megatron-core", "transformers", "tokenizers", "webdataset", "numpy")
+    here = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {
+        "megatron_twotower": __version__, "commit": commit, "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in packages}, "seed": config.seed,
+        "ranks": parallel.world_size(), "backbone": config.init.backbone, "backbone_sha256": model.fingerprint,
+    }  # fmt: skip
+
+
+class _StopSignal:
+    """Remembers SIGTERM and SIGUSR1, which Slurm sends ahead of the end of a job's time."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        self.received = number
+
+    def __call__(self) -> bool:
+        return parallel.any_rank(self.received is not None)
+
+
+def dry_run(config: RunConfig) -> str:
+    """Build everything but the data, and say what a run would train. Takes no optimizer step."""
+    settings.validate(config, world_size=parallel.world_size())
+    groups = parallel.initialise(config)
+    model = build_model(config, groups)
+    trained = sum(p.numel() for p in model.module.parameters() if p.requires_grad)
+    return f"{config.objective}: {trained:,} trained parameters on this rank, {config.train.steps} steps"
+
+
+def _resume_point(run: Path, config: RunConfig, model: Model) -> Path | None:
+    """The newest checkpoint to go on from, checked against what the run starts from.
+
+    Raises:
+        UserError: the checkpoint is of another model, objective or backbone.
+    """
+    found = checkpoint.find_checkpoints(run)
+    if not found:
+        return None
+    if not config.resume:
+        raise UserError(f"{run}: holds checkpoints, expected resume=true or another output folder")
+    state = checkpoint.read_state(found[-1])
+    expected = {
+        "objective": config.objective, "model": dataclasses.asdict(config.model), "fingerprint": model.fingerprint,
+    }  # fmt: skip
+    for key, value in expected.items():
+        other = getattr(state, key)
+        if other != value:
+            raise UserError(f"{found[-1]}: found {key} {other}, expected {value}")
+    return found[-1]
+
+
+def run_training(config: RunConfig) -> bool:
+    """Train as configured, from the newest checkpoint of the output folder if there is one.
+
+    Returns:
+        True when all steps are done, False when a signal ended the run early, its state saved.
+    """
+    settings.validate(config, world_size=parallel.world_size())
+    run, groups = Path(config.output), parallel.initialise(config)
+    model = build_model(config, groups)
+    point = _resume_point(run, config, model)
+    parts = trainer.Trainer(
+        config=config,
+        model=(wrapped := parallel.wrap(model.module, config, groups)),
+        optimizer=(optimizer := build_optimizer(config, wrapped, groups)),
+        schedule=build_schedule(config, optimizer),
+        groups=groups,
+    )
+    weights = functools.partial(model.weights, config, groups)
+    progress = trainer.Progress()
+    if point is not None:
+        checkpoint.load_checkpoint(point, weights=weights, optimizer=optimizer, schedule=parts.schedule)
+        state = checkpoint.read_state(point)
+        progress = trainer.resumed(state.step, state.cursor, state.window, groups)
+    validation, stream = _validation_batches(config, groups), _stream(config, groups, progress.cursor)
+    _write_run_files(run, config, model)
+
+    def save(progress: trainer.Progress) -> None:
+        state = checkpoint.CheckpointState(
+            step=progress.step, cursor=progress.cursor, objective=config.objective, backbone=config.init.backbone,
+            fingerprint=model.fingerprint, model=dataclasses.asdict(config.model),
+            window=trainer.window(progress, groups),
+        )  # fmt: skip
+        checkpoint.save_checkpoint(
+            run, state, weights=weights, optimizer=optimizer, schedule=parts.schedule,
+            keep=config.train.keep_checkpoints,
+        )  # fmt: skip
+
+    logging = config.logging
+    with open_metrics(
+        run, total_steps=config.train.steps, resume_step=progress.step, console=logging.console,
+        wandb=WandbSettings(logging.wandb, logging.project, logging.name), config=dataclasses.asdict(config),
+    ) as metrics:  # fmt: skip
+        hooks = trainer.Hooks(metrics, save, _StopSignal())
+        return trainer.train(parts, progress, stream, validation, hooks)
+
+
+def _write_run_files(run: Path, config: RunConfig, model: Model) -> None:
+    if not parallel.is_main():
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.yaml").write_text(settings.to_yaml(config))
+    (run / "provenance.json").write_text(json.dumps(provenance(config, model), indent=1) + "\n")
+    if not config.logging.console:
+        return
+    start = config.init.backbone or f"random weights, seed {config.seed}"
+    Console().print(f"[bold]{config.objective}[/bold] from {start}; {one_line_summary()}", highlight=False)
+
+
+def export(run: Path, output: Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write the newest checkpoint of a run as a Hugging Face folder: a NemotronH, or a two-tower model.
+
+    Args:
+        dtype: of the tensors; None for the precision of the run.
+
+    Raises:
+        UserError: nothing to export, or `output` exists.
+    """
+    found = checkpoint.find_checkpoints(run)
+    if not found:
+        raise UserError(f"{run}: no checkpoint found, expected the output folder of a training run")
+    if output.exists():
+        raise UserError(f"{output}: exists, expected a folder that is not there yet")
+    config = settings.load_recipe(str(run / "config.yaml"))
+    alone = dataclasses.replace(config, parallel=settings.ParallelConfig())
+    groups = parallel.initialise(alone)
+    model, state = build_model(alone, groups), checkpoint.read_state(found[-1])
+    if model.fingerprint != state.fingerprint:
+        raise UserError(f"{config.init.backbone}: changed since the run, found sha256 {model.fingerprint}, "
+                        f"expected {state.fingerprint}")  # fmt: skip
+    checkpoint.load_weights_of(found[-1], functools.partial(model.weights, alone, groups))
+    dtype = dtype or transformer_config(alone).params_dtype
+    write = _export_backbone if config.objective == "ar" else _export_two_tower
+    write(output, alone, model, state, dtype)
+
+
+def _tokenizer_files(config: RunConfig) -> list[Path]:
+    folder = Path(config.data.folder) / "tokenizer"
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+
+def _card(config: RunConfig, model: Model, state: checkpoint.CheckpointState, title: str) -> str:
+    tokens = state.cursor * config.data.sequence_length_tokens
+    facts = provenance(config, model) | {"objective": config.objective, "steps": state.step, "tokens": tokens}
+    lines = [f"- {key}: {value}" for key, value in facts.items()]
+    return "\n".join([f"# {title}", "", "Trained with megatron_twotower.", "", *lines])
+
+
+def _export_backbone(
+    output: Path, config: RunConfig, model: Model, state: checkpoint.CheckpointState, dtype: torch.dtype
+) -> None:
+    entries = names.backbone_entries(config.model)
+    assert isinstance(model.module, BackboneModel)
+    convert.write_folder(
+        output,
+        convert.hf_tensors(model.module.tower, entries, model=config.model, dtype=dtype),
+        config=convert.backbone_config_json(config.model, dtype=dtype),
+        files={"README.md": _card(config, model, state, "NemotronH backbone")},
+        copies=_tokenizer_files(config),
+    )
+
+
+def _export_two_tower(
+    output: Path, config: RunConfig, model: Model, state: checkpoint.CheckpointState, dtype: torch.dtype
+) -> None:
+    backbone = config.init.backbone
+    assert backbone is not None
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        read, write = names.backbone_entries(config.model), names.context_entries(config.model)
+        yield from convert.renamed_tensors(convert.HfFolder.open(backbone), read, write, dtype=dtype)
+        yield from convert.hf_tensors(model.module, model.entries, model=config.model, dtype=dtype)
+
+    source = settings.read_hf_config(backbone) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    convert.write_folder(
+        output,
+        tensors(),
+        config=twotower_config_json(source),
+        files={"README.md": _card(config, model, state, "Two-tower block-diffusion model")},
+        copies=[*_tokenizer_files(config), MODELING_FILE],
+    )

@@ -1,0 +1,489 @@
+"""Every name, unit, default and range of a run, and the way from a Hydra recipe to a checked `RunConfig`.
+
+The frozen dataclasses below are the only place where a setting is declared. A recipe (`recipes/NAME.yaml`) may set
+any of them and nothing else: an unknown key is an error. `ModelConfig` keeps the names of a Hugging Face NemotronH
+`config.json`, so that a backbone's configuration is read word for word.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_twotower.records import UserError
+
+LAYER_KINDS = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
+# Older configurations spell two of the layer types differently.
+_LEGACY_KINDS = {"mamba": "linear_attention", "attention": "full_attention"}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The backbone, under the names of a NemotronH `config.json`. Both towers have this shape.
+
+    An empty pattern stands for the whole shape of `init.backbone`.
+    """
+
+    hybrid_override_pattern: str = ""
+    vocab_size: int = 4096
+    hidden_size: int = 256
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 64
+    mamba_num_heads: int = 8
+    mamba_head_dim: int = 64
+    ssm_state_size: int = 64
+    n_groups: int = 2
+    conv_kernel: int = 4
+    chunk_size: int = 64
+    intermediate_size: int = 1024
+    n_routed_experts: int = 8
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 256
+    moe_shared_expert_intermediate_size: int = 512
+    routed_scaling_factor: float = 2.5
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    # Lower clamp of the discretised time step. NVIDIA trains without; transformers clamps its chunked scan (and not
+    # its step) at time_step_min, so exported configurations say time_step_min 0.
+    time_step_clamp: float = 0.0
+    max_position_embeddings: int = 262144
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.hybrid_override_pattern)
+
+    @property
+    def mamba_inner(self) -> int:
+        """Channels of the Mamba mixer between its projections (`expand` is not used)."""
+        return self.mamba_num_heads * self.mamba_head_dim
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Where weights come from: a Hugging Face NemotronH folder, or random numbers keyed by seed and tensor name."""
+
+    backbone: str | None = None
+
+
+@dataclass(frozen=True)
+class ConditioningConfig:
+    """adaLN-single. `identity`: the denoiser starts as the backbone; `released`: tables are randn / sqrt(hidden)."""
+
+    initialisation: str = "identity"
+    frequencies: int = 256
+    period: float = 10000.0
+    time_scale: float = 1000.0
+    round_time_to_bf16: bool = False
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """Absorbing diffusion with a linear schedule: a token is masked with probability t, its noise level."""
+
+    block_size_tokens: int = 16
+    mask_token_id: int = 3
+    time_per: str = "sequence"
+    time_sampling: str = "uniform"
+    time_min: float = 0.001
+    time_max: float = 1.0
+    weighting: str = "masked_mean"
+    report_buckets: int = 5
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    folder: str = ""
+    sequence_length_tokens: int = 256
+    micro_batch_size: int = 8
+    global_batch_size: int = 8
+    prefetch_batches: int = 2
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW as Megatron runs it. Weight decay skips vectors and biases."""
+
+    learning_rate: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip_gradient_norm: float = 1.0
+    distributed: bool = False
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """`wsd`: warm up, stay, decay over the last `decay_steps`. `cosine` decays from warm-up to the end."""
+
+    kind: str = "wsd"
+    warmup_steps: int = 20
+    decay_steps: int = 0
+    decay_shape: str = "linear"
+    minimum_learning_rate: float = 0.0
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How ranks share the work; what is left of the world is data parallel."""
+
+    tensor: int = 1
+    sequence: bool = False
+    expert: int = 1
+    expert_tensor: int = 1
+    moe_dispatcher: str = "alltoall"
+    overlap_grad_reduce: bool = False
+    threads_per_rank: int = 0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop. Counts of steps are optimizer steps."""
+
+    steps: int = 100
+    precision: str = "fp32"
+    recompute_layers: str = ""
+    router_dtype: str = "fp32"
+    router_bias_update_rate: float = 1e-3
+    sequence_aux_loss: float = 0.0
+    log_every_steps: int = 10
+    validate_every_steps: int = 0
+    validation_sequences: int = 64
+    checkpoint_every_steps: int = 0
+    keep_checkpoints: int = 2
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    console: bool = True
+    wandb: str = "offline"
+    project: str = "megatron-twotower"
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    objective: str = "two_tower"
+    seed: int = 1234
+    output: str = "runs/default"
+    resume: bool = True
+    model: ModelConfig = field(default_factory=ModelConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "objective": ("two_tower", "ar"),
+    "conditioning.initialisation": ("identity", "released"),
+    "noise.time_per": ("sequence", "block"),
+    "noise.time_sampling": ("uniform", "stratified"),
+    "noise.weighting": ("masked_mean", "elbo"),
+    "schedule.kind": ("wsd", "cosine", "constant"),
+    "schedule.decay_shape": ("linear", "cosine"),
+    "train.precision": ("fp32", "bf16"),
+    "train.router_dtype": ("fp32", "fp64"),
+    "parallel.moe_dispatcher": ("alltoall", "allgather"),
+    "logging.wandb": ("offline", "online", "disabled"),
+}
+
+# Counts that must be at least this much.
+MINIMA: dict[str, int] = {
+    "noise.block_size_tokens": 1,
+    "noise.report_buckets": 1,
+    "data.sequence_length_tokens": 2,
+    "data.micro_batch_size": 1,
+    "data.global_batch_size": 1,
+    "data.prefetch_batches": 1,
+    "parallel.tensor": 1,
+    "parallel.expert": 1,
+    "parallel.expert_tensor": 1,
+    "parallel.threads_per_rank": 0,
+    "train.steps": 1,
+    "train.log_every_steps": 1,
+    "train.validate_every_steps": 0,
+    "train.checkpoint_every_steps": 0,
+    "train.keep_checkpoints": 1,
+    "schedule.warmup_steps": 0,
+    "schedule.decay_steps": 0,
+}
+
+
+def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dataclasses as ("section.key", value) pairs."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from flatten(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", value
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise UserError(message)
+
+
+def validate(config: RunConfig, *, world_size: int) -> None:
+    """Check every choice, range and divisibility of a resolved configuration.
+
+    Raises:
+        UserError: one line with the key, what was found and what was expected.
+    """
+    values = dict(flatten(config))
+    for key, allowed in CHOICES.items():
+        _require(values[key] in allowed, f"{key}: found {values[key]!r}, expected one of {', '.join(allowed)}")
+    for key, minimum in MINIMA.items():
+        _require(values[key] >= minimum, f"{key}: found {values[key]}, expected at least {minimum}")
+    _validate_model(config.model)
+    _validate_noise(config)
+    _validate_layout(config, world_size)
+    schedule, steps = config.schedule, config.train.steps
+    _require(
+        schedule.warmup_steps + schedule.decay_steps <= steps and schedule.warmup_steps < steps,
+        f"schedule.warmup_steps {schedule.warmup_steps} + schedule.decay_steps {schedule.decay_steps}: expected "
+        f"at most train.steps {steps}, and a warm-up that ends before it",
+    )
+    lowest, highest = schedule.minimum_learning_rate, config.optimizer.learning_rate
+    _require(
+        0 <= lowest <= highest,
+        f"schedule.minimum_learning_rate: found {lowest}, expected between 0 and optimizer.learning_rate {highest}",
+    )
+    kinds = set(config.train.recompute_layers)
+    _require(
+        kinds <= set(LAYER_KINDS),
+        f"train.recompute_layers: found {config.train.recompute_layers!r}, expected letters of {''.join(LAYER_KINDS)}",
+    )
+
+
+def _validate_model(model: ModelConfig) -> None:
+    unknown = set(model.hybrid_override_pattern) - set(LAYER_KINDS)
+    _require(
+        not unknown and bool(model.hybrid_override_pattern),
+        f"model.hybrid_override_pattern: found {model.hybrid_override_pattern!r}, "
+        f"expected letters of {''.join(LAYER_KINDS)}",
+    )
+    divisors = (
+        ("num_attention_heads", "num_key_value_heads"),
+        ("mamba_num_heads", "n_groups"),
+    )
+    for whole, part in divisors:
+        a, b = getattr(model, whole), getattr(model, part)
+        _require(a % b == 0, f"model.{whole} {a}: expected a multiple of model.{part} {b}")
+    _require(
+        1 <= model.num_experts_per_tok <= model.n_routed_experts,
+        f"model.num_experts_per_tok: found {model.num_experts_per_tok}, "
+        f"expected 1 to model.n_routed_experts {model.n_routed_experts}",
+    )
+
+
+def _validate_noise(config: RunConfig) -> None:
+    noise, length = config.noise, config.data.sequence_length_tokens
+    _require(
+        0 < noise.time_min <= noise.time_max <= 1,
+        f"noise.time_min {noise.time_min}, noise.time_max {noise.time_max}: expected 0 < time_min <= time_max <= 1",
+    )
+    if config.objective != "two_tower":
+        return
+    _require(
+        length % noise.block_size_tokens == 0,
+        f"data.sequence_length_tokens {length}: expected a multiple of "
+        f"noise.block_size_tokens {noise.block_size_tokens}",
+    )
+    _require(
+        0 <= noise.mask_token_id < config.model.vocab_size,
+        f"noise.mask_token_id: found {noise.mask_token_id}, expected less than vocab_size {config.model.vocab_size}",
+    )
+
+
+def _validate_layout(config: RunConfig, world_size: int) -> None:
+    parallel, model, data = config.parallel, config.model, config.data
+    tensor = parallel.tensor
+    _require(world_size % tensor == 0, f"parallel.tensor {tensor}: does not divide {world_size} ranks")
+    experts = parallel.expert * parallel.expert_tensor
+    _require(
+        world_size % experts == 0,
+        f"parallel.expert {parallel.expert} x parallel.expert_tensor {parallel.expert_tensor}: "
+        f"does not divide {world_size} ranks",
+    )
+    data_parallel = world_size // tensor
+    step = data.micro_batch_size * data_parallel
+    _require(
+        data.global_batch_size % step == 0,
+        f"data.global_batch_size {data.global_batch_size}: expected a multiple of {step} "
+        f"(data.micro_batch_size {data.micro_batch_size} x {data_parallel} data-parallel ranks)",
+    )
+    split = {"vocab_size": tensor, "num_attention_heads": tensor, "num_key_value_heads": tensor, "n_groups": tensor}
+    split |= {"mamba_num_heads": tensor, "intermediate_size": tensor, "n_routed_experts": parallel.expert}
+    split |= {"moe_intermediate_size": parallel.expert_tensor, "moe_shared_expert_intermediate_size": tensor}
+    for name, ranks in split.items():
+        size = getattr(model, name)
+        _require(size % ranks == 0, f"model.{name} {size}: does not divide over {ranks} ranks")
+    _require(
+        not parallel.sequence or tensor > 1,
+        f"parallel.sequence: found true with parallel.tensor {tensor}, expected parallel.tensor above 1",
+    )
+    _require(
+        tensor == 1 or parallel.sequence or "E" not in model.hybrid_override_pattern,
+        f"parallel.tensor {tensor}: expected parallel.sequence true for a pattern with MoE layers",
+    )
+    _require(
+        not parallel.sequence or data.sequence_length_tokens % tensor == 0,
+        f"data.sequence_length_tokens {data.sequence_length_tokens}: expected a multiple of parallel.tensor {tensor}",
+    )
+
+
+def model_from_hf(config: Mapping[str, Any], *, source: str) -> ModelConfig:
+    """Read the shape of a backbone from the fields of its Hugging Face `config.json`.
+
+    Raises:
+        UserError: not a NemotronH configuration, a needed field is missing, or a feature is set that is not built.
+    """
+    _require(
+        config.get("model_type") == "nemotron_h",
+        f"{source}: found model_type {config.get('model_type')!r}, expected 'nemotron_h'",
+    )
+    pattern = config.get("hybrid_override_pattern")
+    if pattern is None:
+        letters = {kind: letter for letter, kind in LAYER_KINDS.items()}
+        kinds = config.get("layers_block_type") or config.get("layer_types") or []
+        pattern = "".join(letters.get(_LEGACY_KINDS.get(kind, kind), "?") for kind in kinds)
+    unsupported = {
+        "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "mamba_proj_bias": False,
+        "use_bias": False, "use_conv_bias": True, "norm_topk_prob": True, "n_group": 1, "topk_group": 1,
+        "moe_latent_size": None, "mlp_hidden_act": "relu2", "mamba_hidden_act": "silu",
+    }  # fmt: skip
+    for key, expected in unsupported.items():
+        found = config.get(key, expected)
+        _require(found == expected, f"{source}: {key}: found {found!r}, expected {expected!r}")
+    names = [f.name for f in dataclasses.fields(ModelConfig)]
+    values = {name: config[name] for name in names if name in config} | {"hybrid_override_pattern": pattern}
+    missing = {"vocab_size", "hidden_size"} - values.keys()
+    _require(not missing, f"{source}: expected the fields {', '.join(sorted(missing))}")
+    model = ModelConfig(**values)
+    _validate_model(model)
+    return model
+
+
+def read_hf_config(folder: str | Path) -> dict[str, Any]:
+    """The `config.json` of a Hugging Face folder.
+
+    Raises:
+        UserError: the folder or the file is missing, or is not JSON.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path}: not found, expected a Hugging Face model folder")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """Fill in `model` from the backbone's folder where the recipe leaves it out.
+
+    Raises:
+        UserError: neither is given, or both are and they differ.
+    """
+    if config.init.backbone is None:
+        _require(
+            config.model.hybrid_override_pattern != "",
+            "model.hybrid_override_pattern: found nothing, expected layer letters or init.backbone to take them from",
+        )
+        _require(
+            config.objective == "ar",
+            "init.backbone: found null, expected a NemotronH folder (both towers start from it)",
+        )
+        return config
+    source = f"{config.init.backbone}/config.json"
+    found = model_from_hf(read_hf_config(config.init.backbone), source=source)
+    if config.model.hybrid_override_pattern:
+        for key, value in flatten(config.model):
+            other = getattr(found, key)
+            _require(other == value, f"model.{key}: found {value!r}, but {source} has {other!r}")
+    return dataclasses.replace(config, model=found)
+
+
+def recipes_folder() -> Path:
+    """Where recipes live: inside the installed package, or beside it in a source tree."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "recipes", package.parent / "recipes"):
+        if folder.is_dir():
+            return folder
+    raise UserError(f"{package / 'recipes'}: not found, expected the recipes folder of the package")
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
+
+
+def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Compose a recipe, by name or by path of a YAML file, with Hydra overrides, and resolve it.
+
+    Raises:
+        UserError: unknown recipe, unknown key, wrong type, or a backbone that cannot be read.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else recipes_folder() / f"{recipe}.yaml"
+    if not path.is_file():
+        raise UserError(f"recipe {recipe!r}: not found, expected a YAML file or one of {', '.join(recipe_names())}")
+    added = [item for item in overrides if item.startswith(("+", "~"))]
+    _require(not added, f"override {''.join(added[:1])!r}: keys cannot be added or removed, only set")
+    ConfigStore.instance().store(name="run_config", node=_writable(OmegaConf.structured(RunConfig)))
+    search = [f"hydra.searchpath=[file://{recipes_folder()}]"]
+    try:
+        with initialize_config_dir(str(path.resolve().parent), version_base="1.3"):
+            composed = compose(path.stem, overrides=[*search, *overrides])
+        config = OmegaConf.to_object(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"recipe {recipe}: {_first_cause(error)}") from error
+    assert isinstance(config, RunConfig)
+    return resolve(config)
+
+
+def _writable(node: Any) -> Any:
+    """OmegaConf marks frozen dataclasses read-only, all the way down, and then cannot merge a recipe into them."""
+    from omegaconf import DictConfig, OmegaConf
+
+    OmegaConf.set_readonly(node, None)
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig):
+            _writable(child)
+    return node
+
+
+def _first_cause(error: BaseException) -> str:
+    """Hydra wraps the telling error; the innermost one names the key and the value."""
+    cause = error.__cause__
+    text = f"{error}\n{cause}" if cause is not None else str(error)
+    noise = ("object_type", "reference_type", "To append")
+    lines = [line.strip() for line in text.splitlines()]
+    return "; ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration as YAML that `twotower train recipe=PATH` reads again."""
+    from omegaconf import OmegaConf
+
+    return "defaults:\n  - run_config\n  - _self_\n\n" + OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))

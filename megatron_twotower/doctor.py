@@ -1,0 +1,200 @@
+"""What this machine has, and which implementation serves each role of a training step. Nothing falls back in silence.
+
+The table of roles says what the code does now. A package that this version does not call is reported as installed
+and not used, never as serving.
+"""
+
+import importlib
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import psutil
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from megatron_twotower import __version__, host
+
+GPU_EXTRA = "a CUDA build of torch and nvcc, then: pip install --no-build-isolation 'megatron-twotower[gpu]'"
+APEX = "build Apex from source against that torch, with APEX_CPP_EXT=1 APEX_CUDA_EXT=1"
+
+
+@dataclass(frozen=True)
+class Role:
+    """One job in a training step: what serves it here, what would be faster, and how to get that."""
+
+    role: str
+    serves: str
+    faster: str
+    how: str
+
+
+@dataclass(frozen=True)
+class _Package:
+    """A package that may be there. module: what must import for it to count as usable."""
+
+    distribution: str
+    module: str
+
+
+PACKAGES = (
+    _Package("megatron-core", "megatron.core"),
+    _Package("transformers", "transformers"),
+    _Package("webdataset", "webdataset"),
+    _Package("transformer-engine", "transformer_engine.pytorch"),
+    _Package("apex", "apex.optimizers"),
+    _Package("mamba-ssm", "mamba_ssm"),
+    _Package("causal-conv1d", "causal_conv1d"),
+    _Package("triton", "triton"),
+)
+_BY_NAME = {package.distribution: package for package in PACKAGES}
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """A role with one implementation in this version.
+
+    code: what serves it, importable; a test holds that it exists.
+    faster: kernels that could serve it on a GPU once this project calls them, and the package they come from.
+    """
+
+    role: str
+    code: str
+    serves: str
+    faster: str
+    package: str | None
+
+
+FIXED_ROLES = (
+    _Fixed(
+        "attention", "megatron_twotower.ops.attention.block_attention",
+        "torch SDPA, by chunks of queries", "FlexAttention, block-sparse", None,
+    ),
+    _Fixed(
+        "scan", "megatron_twotower.ops.scan.two_stream_scan",
+        "torch, chunked two-stream scan", "mamba-ssm kernels (context tower)", "mamba-ssm",
+    ),
+    _Fixed(
+        "convolution", "megatron_twotower.ops.convolution.causal_conv",
+        "torch, sum of shifted copies", "causal-conv1d kernels", "causal-conv1d",
+    ),
+    _Fixed(
+        "norm", "megatron_twotower.adaln.rms_norm",
+        "torch RMSNorm", "Transformer Engine, fused with the projection", "transformer-engine",
+    ),
+    _Fixed(
+        "grouped GEMM", "megatron_twotower.layers.SequentialMLP",
+        "Megatron SequentialMLP, expert by expert", "Transformer Engine grouped linear", "transformer-engine",
+    ),
+    _Fixed(
+        "cross-entropy", "megatron_twotower.ops.cross_entropy.linear_cross_entropy",
+        "torch, fused with the head, by chunks", "a Triton kernel of the same", "triton",
+    ),
+)  # fmt: skip
+
+
+def _installed(package: _Package) -> str | None:
+    """The version installed; None when the package is not there."""
+    try:
+        return importlib.metadata.version(package.distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _import_error(package: _Package) -> str | None:
+    """Why an installed package cannot be imported, in one line; None when it can."""
+    try:
+        importlib.import_module(package.module)
+    except Exception as error:  # a package built for another torch can raise anything
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    return None
+
+
+def _package_line(package: _Package) -> str:
+    version = _installed(package)
+    if version is None:
+        return "not installed"
+    error = _import_error(package)
+    return version if error is None else f"{version}, cannot be imported ({error})"
+
+
+def _device_line() -> str:
+    if host.is_host():
+        return "none, running on the CPU with Gloo"
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return f"{torch.cuda.device_count()} x {properties.name}, {properties.total_memory / 2**30:.0f} GiB each"
+
+
+def _environment() -> Iterator[tuple[str, str]]:
+    host.install()
+    memory = psutil.virtual_memory()
+    yield "megatron-twotower", __version__
+    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    yield "torch", f"{torch.__version__} ({'CUDA ' + torch.version.cuda if torch.version.cuda else 'CPU build'})"
+    yield "CUDA device", _device_line()
+    for package in PACKAGES:
+        yield package.distribution, _package_line(package)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield "CPU cores", f"{cores}, torch uses {torch.get_num_threads()}"
+    yield "memory", f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB available"
+
+
+def environment() -> dict[str, str]:
+    """Versions and resources of this machine, in the order to show them. Imports the GPU packages it finds."""
+    return dict(_environment())
+
+
+def _fixed_role(fixed: _Fixed) -> Role:
+    version = None if fixed.package is None else _installed(_BY_NAME[fixed.package])
+    found = "nothing to install" if version is None else f"{fixed.package} {version} is installed"
+    return Role(fixed.role, fixed.serves, fixed.faster, f"not used yet; {found}")
+
+
+def _optimizer_role() -> Role:
+    """Megatron picks the Adam itself while it is imported: ask it what it picked."""
+    host.install()
+    from megatron.core import optimizer as megatron_optimizer
+
+    if megatron_optimizer.USING_PYTORCH_OPTIMIZER:
+        serves = "torch AdamW, fused"
+        how = "needs a CUDA device" if host.is_host() else f"{GPU_EXTRA}; or {APEX}"
+        return Role("optimizer", serves, "FusedAdam of Transformer Engine or Apex", how)
+    source = megatron_optimizer.Adam.__module__.partition(".")[0]
+    return Role("optimizer", f"FusedAdam of {source}", "nothing", "-")
+
+
+def diagnose() -> list[Role]:
+    """Every role of a training step and who serves it now, in the order of the forward pass."""
+    return [*(_fixed_role(fixed) for fixed in FIXED_ROLES), _optimizer_role()]
+
+
+def one_line_summary() -> str:
+    """Device, versions and serving implementations in one line, for the log of a starting run."""
+    where = "CPU and Gloo" if host.is_host() else f"{torch.cuda.get_device_name()} and NCCL"
+    megatron = _installed(_BY_NAME["megatron-core"])
+    roles = "; ".join(f"{role.role}: {role.serves}" for role in diagnose())
+    return f"{where}, torch {torch.__version__}, megatron-core {megatron}; {roles}"
+
+
+def _table(title: str, headings: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
+
+
+def print_doctor(console: Console | None = None) -> None:
+    """Show the environment and the roles as two tables."""
+    console = console or Console()
+    machine = _table("Environment", ("what", "found"))
+    for name, value in environment().items():
+        machine.add_row(name, value, style="dim" if value == "not installed" else None)
+    console.print(machine)
+    roles = _table("Roles in a training step", ("role", "served by", "faster on a GPU", "how to get it"))
+    for role in diagnose():
+        roles.add_row(f"[bold]{role.role}", role.serves, role.faster, role.how)
+    console.print(roles)

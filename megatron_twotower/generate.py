@@ -1,0 +1,209 @@
+"""Writing text with an exported two-tower folder."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from megatron_twotower.config import read_hf_config
+from megatron_twotower.hf import ARCHITECTURE
+from megatron_twotower.hf.modeling_nemotron_h_twotower import (
+    ArgumentError,
+    GenerationStats,
+    NemotronHTwoTowerForCausalLM,
+)
+from megatron_twotower.records import UserError
+from megatron_twotower.tokenizer import load_tokenizer, text_encoder
+
+# Where a tokenizer names no mask token: the id of the released checkpoint.
+MASK_TOKEN_ID = 3
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How to write; the fields after `max_new_tokens` up to the threshold are of mask diffusion alone.
+
+    confidence_threshold: more probable tokens are committed at once. temperature: 0 is greedy. top_k: among how many
+    tokens to sample, None for all. seed: of the sampling.
+    """
+
+    max_new_tokens: int = 128
+    block_size: int = 16
+    steps_per_block: int = 16
+    confidence_threshold: float = 0.8
+    temperature: float = 0.0
+    top_k: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was written. ids: (l + new,) int64 on the CPU, the prompt's first. text: of the new ids, up to EOS.
+
+    passes: of the denoiser, or, in mode `ar`, of the context tower. seconds: wall-clock, with the prompt's prefill.
+    """
+
+    mode: str
+    prompt: str
+    text: str
+    ids: Tensor
+    new_tokens: int
+    passes: int
+    seconds: float
+
+    @property
+    def tokens_per_pass(self) -> float:
+        return self.new_tokens / self.passes
+
+
+def load(
+    folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> tuple[NemotronHTwoTowerForCausalLM, PreTrainedTokenizerFast]:
+    """Open a two-tower folder with this package's own modelling code: nothing in the folder is executed.
+
+    Args:
+        dtype: of the weights; None for that of `config.json`.
+
+    Raises:
+        UserError: not a two-tower folder, or its weights are not exactly those of its configuration.
+    """
+    architectures = read_hf_config(folder).get("architectures")
+    if architectures != [ARCHITECTURE]:
+        raise UserError(f"{folder}/config.json: architectures: found {architectures}, expected ['{ARCHITECTURE}']")
+    tokenizer = load_tokenizer(Path(folder))
+    try:
+        model, info = NemotronHTwoTowerForCausalLM.from_pretrained(
+            str(folder), dtype="auto" if dtype is None else dtype, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(map(str, info[problem]))
+        if names:
+            some = ", ".join(names[:3])
+            raise UserError(f"{folder}: {problem.replace('_', ' ')}: found {len(names)} ({some}), expected none")
+    return model.eval().to(device), tokenizer
+
+
+def mask_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    found = tokenizer.mask_token_id
+    return MASK_TOKEN_ID if found is None else int(found)
+
+
+def write(
+    model: NemotronHTwoTowerForCausalLM, ids: Tensor, *, mode: str, settings: GenerationSettings, mask_id: int,
+    eos_id: int | None,
+) -> tuple[Tensor, GenerationStats]:  # fmt: skip
+    """Continue prompts of one length.
+
+    Args:
+        ids: (b, l) int64.
+        eos_id: ends a row; None always writes `max_new_tokens`.
+
+    Returns:
+        (b, l + new) ids and what they took.
+
+    Raises:
+        UserError: an unknown mode, or a setting out of range.
+    """
+    if mode not in MODES:
+        raise UserError(f"mode: found {mode!r}, expected one of {', '.join(MODES)}")
+    try:
+        written = MODES[mode](model, ids, settings, mask_id, eos_id)
+    except ArgumentError as error:
+        raise UserError(str(error)) from error
+    assert model.last_generation is not None
+    return written, model.last_generation
+
+
+Mode = Callable[[NemotronHTwoTowerForCausalLM, Tensor, GenerationSettings, int, int | None], Tensor]
+
+
+def _generator(device: torch.device, settings: GenerationSettings) -> torch.Generator:
+    return torch.Generator(device).manual_seed(settings.seed)
+
+
+def _mask_diffusion(
+    model: NemotronHTwoTowerForCausalLM, ids: Tensor, settings: GenerationSettings, mask_id: int, eos_id: int | None
+) -> Tensor:
+    return model.generate_mask_diffusion(
+        ids, settings.max_new_tokens, settings.block_size, settings.steps_per_block, mask_id, settings.temperature,
+        settings.top_k, settings.confidence_threshold, eos_id,
+        generator=_generator(model.denoiser_tower.device, settings),
+    )  # fmt: skip
+
+
+def _mock_ar(
+    model: NemotronHTwoTowerForCausalLM, ids: Tensor, settings: GenerationSettings, mask_id: int, eos_id: int | None
+) -> Tensor:
+    return model.generate_mock_ar(
+        ids, settings.max_new_tokens, settings.temperature, settings.top_k, eos_id,
+        generator=_generator(model.denoiser_tower.device, settings),
+    )  # fmt: skip
+
+
+def _ar(
+    model: NemotronHTwoTowerForCausalLM, ids: Tensor, settings: GenerationSettings, mask_id: int, eos_id: int | None
+) -> Tensor:
+    return model.generate_ar(
+        ids, settings.max_new_tokens, settings.temperature, settings.top_k, eos_id,
+        generator=_generator(model.context_tower.device, settings),
+    )  # fmt: skip
+
+
+MODES: Mapping[str, Mode] = {"mask_diffusion": _mask_diffusion, "mock_ar": _mock_ar, "ar": _ar}
+
+
+def generate(
+    model: NemotronHTwoTowerForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, *,
+    mode: str = "mask_diffusion", settings: GenerationSettings = GenerationSettings(),
+) -> Generation:  # fmt: skip
+    """Continue a prompt, up to the tokenizer's end-of-text token.
+
+    Raises:
+        UserError: an empty prompt, an unknown mode, or a setting out of range.
+    """
+    ids = text_encoder(tokenizer)([prompt])[0]
+    if not ids:
+        raise UserError("prompt: found no text, expected at least one token")
+    eos = tokenizer.eos_token_id
+    inputs = torch.tensor([ids], device=model.context_tower.device)
+    output, stats = write(
+        model, inputs, mode=mode, settings=settings, mask_id=mask_token_id(tokenizer), eos_id=eos
+    )
+    written = output[0].cpu()
+    new = written[len(ids) :].tolist()
+    text = tokenizer.decode(new[:-1] if new[-1] == eos else new)
+    return Generation(mode, prompt, text, written, stats.new_tokens, stats.passes, stats.seconds)
+
+
+def print_generation(generation: Generation, console: Console) -> None:
+    """The prompt dim, what was written bright, and a line of figures."""
+    text = Text.assemble((generation.prompt, "dim"), (generation.text, "bold bright_white"))
+    tower = "context tower" if generation.mode == "ar" else "denoiser"
+    figures = (
+        f"{generation.mode}: {generation.new_tokens} tokens in {generation.passes} passes of the {tower} "
+        f"({generation.tokens_per_pass:.2f} per pass), {generation.seconds:.2f} s, "
+        f"{generation.new_tokens / generation.seconds:.0f} tokens/s"
+    )
+    console.print(text, soft_wrap=True)
+    console.print(Text(figures, "cyan"), soft_wrap=True)
+
+
+def run(
+    folder: str | Path, *, prompt: str, mode: str, max_new_tokens: int, block_size: int, steps_per_block: int,
+    confidence_threshold: float, temperature: float, seed: int,
+) -> int:  # fmt: skip
+    """The command `generate`: load, write, print. Returns the exit status."""
+    settings = GenerationSettings(
+        max_new_tokens, block_size, steps_per_block, confidence_threshold, temperature, seed=seed
+    )
+    model, tokenizer = load(folder, device="cuda" if torch.cuda.is_available() else "cpu")
+    print_generation(generate(model, tokenizer, prompt, mode=mode, settings=settings), Console())
+    return 0

@@ -1,0 +1,169 @@
+"""Megatron Core on a machine without CUDA. The only room that patches anything.
+
+Megatron Core 0.16 takes a CUDA device for granted in three ways, and each has its table here:
+
+* source literals (`device="cuda"`, the type string `'torch.cuda.FloatTensor'`) in a few modules: `_LITERALS`
+  rewrites them while the module is imported, so that the arithmetic is Megatron's own and costs nothing at run time;
+* `torch.cuda` calls (current device, streams, events, random state): `_CUDA_CALLS` answers them for the host;
+* two things that only go wrong without Transformer Engine or with Gloo: `_mend_after_import`.
+
+Call `install()` before the first import of Megatron Core; with a CUDA device present it does nothing.
+"""
+
+import contextlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import re
+import sys
+import types
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+_DEVICE = (r"""device=(['"])cuda\1""", 'device="cpu"')
+_TYPE = (r"""torch\.cuda\.(Float|Half|BFloat16)Tensor(?=['"])""", r"torch.\1Tensor")
+
+# megatron-core 0.16.1: what stands in each module's source. A pattern that is not found is an error: the
+# module has changed upstream and must be looked at again.
+_LITERALS: dict[str, tuple[tuple[str, str], ...]] = {
+    "megatron.core.optimizer.clip_grads": (_DEVICE, _TYPE),
+    "megatron.core.optimizer.distrib_optimizer": (_TYPE,),
+    "megatron.core.optimizer.grad_scaler": (_DEVICE,),
+    "megatron.core.optimizer.optimizer": (_DEVICE, _TYPE),
+    "megatron.core.pipeline_parallel.schedules": (_DEVICE,),
+    "megatron.core.transformer.moe.moe_utils": (_DEVICE,),
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver": (_DEVICE,),
+    "megatron.core.utils": (_DEVICE,),
+}
+
+
+class _HostLoader(importlib.machinery.SourceFileLoader):
+    """Compiles a module's source with its device literals rewritten; never reads or writes a `.pyc`."""
+
+    def get_code(self, fullname: str) -> types.CodeType:
+        source = self.get_data(self.path).decode()
+        for pattern, replacement in _LITERALS[fullname]:
+            source, count = re.subn(pattern, replacement, source)
+            if count == 0:
+                raise ImportError(f"{fullname}: {pattern!r} not found; host.py knows megatron-core 0.16.1")
+        return self.source_to_code(source.encode(), self.path)
+
+
+class _HostFinder(importlib.abc.MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in _LITERALS:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.origin is None:
+            return None
+        return importlib.util.spec_from_file_location(fullname, loader=_HostLoader(fullname, spec.origin))
+
+
+class _HostStream:
+    """Stands for a CUDA stream or event: everything on the host is already in order."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def record_event(self, event: "_HostStream | None" = None) -> "_HostStream":
+        return event or self
+
+    def _nothing(self, *_: Any, **__: Any) -> None:
+        return None
+
+    wait_stream = wait_event = synchronize = record = wait = _nothing
+
+    def query(self) -> bool:
+        return True
+
+
+_STREAM = _HostStream()
+
+
+@contextlib.contextmanager
+def _host_stream(_: Any = None):
+    yield
+
+
+def _set_host_rng_state(new_state: torch.Tensor, *_: Any, **__: Any) -> None:
+    torch.set_rng_state(new_state)
+
+
+_CUDA_CALLS: dict[str, Any] = {
+    "current_device": lambda: "cpu",
+    "device_count": lambda: 1,
+    "set_device": lambda *_: None,
+    "synchronize": lambda *_: None,
+    "empty_cache": lambda: None,
+    "Stream": _HostStream,
+    "Event": _HostStream,
+    "current_stream": lambda *_: _STREAM,
+    "default_stream": lambda *_: _STREAM,
+    "stream": _host_stream,
+    "get_rng_state": lambda *_, **__: torch.get_rng_state(),
+    "set_rng_state": _set_host_rng_state,
+    "manual_seed": torch.manual_seed,
+}
+
+
+def is_host() -> bool:
+    """True where training runs on the CPU: no CUDA device is present."""
+    return not torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this process: its current CUDA device, or the host."""
+    return torch.device("cpu") if is_host() else torch.device("cuda", torch.cuda.current_device())
+
+
+def backend() -> str:
+    """The `torch.distributed` backend that goes with `device()`."""
+    return "gloo" if is_host() else "nccl"
+
+
+def install() -> None:
+    """Make Megatron Core importable and runnable here. Idempotent; does nothing where CUDA is present.
+
+    Raises:
+        RuntimeError: a module that needs rewriting was imported before.
+    """
+    warnings.filterwarnings("ignore", message=r"Transformer Engine and Apex are not installed")
+    warnings.filterwarnings("ignore", message=r"(Apex is not installed|full scope is deprecated)")
+    if not is_host() or any(isinstance(finder, _HostFinder) for finder in sys.meta_path):
+        return
+    early = sorted(name for name in _LITERALS if name in sys.modules)
+    if early:
+        raise RuntimeError(f"host.install() must run before Megatron Core is imported; found {early}")
+    for name, call in _CUDA_CALLS.items():
+        setattr(torch.cuda, name, call)
+    sys.meta_path.insert(0, _HostFinder())
+    _mend_after_import()
+
+
+def _mend_after_import() -> None:
+    from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    # The random tracker reads and writes the device generator's state: here the host generator is that device's.
+    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = _set_host_rng_state
+
+    # megatron-core 0.16.1, moe_utils.py: the name is used, but only defined when Transformer Engine imports.
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
+
+    # megatron-core 0.16.1, token_dispatcher.py hands numpy split sizes to all_to_all_single; Gloo wants ints.
+    # maybe_move_tensor_to_cpu also leaves host tensors as they are, where the dispatcher goes on with arrays.
+    token_dispatcher.maybe_move_tensor_to_cpu = _splits_as_ints
+
+
+def _splits_as_ints(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    if as_numpy and isinstance(tensor, torch.Tensor):
+        return tensor.tolist()
+    return tensor
+

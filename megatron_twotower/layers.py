@@ -1,0 +1,273 @@
+"""The mixers and layers of both towers, made of Megatron's parallel layers.
+
+Every mixer takes hidden states (l, b, h), split over tensor-parallel ranks along l under sequence parallelism, and
+has two ways through: `forward`, one causal stream, which also returns the hand-off; and `denoise`, every block of a
+noisy stream against the hand-off of the same layer. Weights are left uninitialised here: they always come from a
+backbone's named tensors.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_twotower.adaln import modulate, over_positions, rms_norm, split_modulation
+from megatron_twotower.config import ModelConfig
+from megatron_twotower.host import device
+from megatron_twotower.ops.attention import block_attention, causal_attention
+from megatron_twotower.ops.convolution import causal_conv, seeded_block_conv
+from megatron_twotower.ops.scan import chunk_length, chunk_scan, two_stream_scan
+from megatron_twotower.records import AttentionHandoff, Handoff, MambaHandoff
+
+# The order of norm and modulation: in M and * Megatron fuses the norm into the projection, so modulation is first.
+MODULATED_BEFORE_NORM = frozenset("M*")
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a weight, the same on every tensor-parallel rank."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, dtype=config.params_dtype, device=device()))
+        # Megatron sums the gradients of parameters so marked over the ranks that hold parts of the sequence.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.epsilon = config.layernorm_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.epsilon)
+
+
+def _column(config: TransformerConfig, inputs: int, outputs: int, groups: ProcessGroupCollection) -> nn.Module:
+    return ColumnParallelLinear(
+        inputs, outputs, config=config, init_method=config.init_method, bias=False, gather_output=False,
+        tp_group=groups.tp,
+    )  # fmt: skip
+
+
+def _row(config: TransformerConfig, inputs: int, outputs: int, groups: ProcessGroupCollection) -> nn.Module:
+    return RowParallelLinear(
+        inputs, outputs, config=config, init_method=config.init_method, bias=False, input_is_parallel=True,
+        skip_bias_add=False, tp_group=groups.tp,
+    )  # fmt: skip
+
+
+class SelfAttention(MegatronModule):
+    """Grouped-query attention without position encoding."""
+
+    def __init__(self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection, block: int):
+        super().__init__(config)
+        self.block = block
+        self.head_dim = model.head_dim
+        self.kv_heads = model.num_key_value_heads // groups.tp.size()
+        self.heads_per_kv = model.num_attention_heads // model.num_key_value_heads
+        width = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
+        self.linear_qkv = _column(config, model.hidden_size, width, groups)
+        self.linear_proj = _row(config, model.num_attention_heads * model.head_dim, model.hidden_size, groups)
+
+    def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query (b, heads, l, e); key and value (b, kv heads, l, e). Megatron keeps each kv head's queries by it."""
+        mixed, _ = self.linear_qkv(hidden)
+        l, b, _ = mixed.shape
+        mixed = mixed.view(l, b, self.kv_heads, self.heads_per_kv + 2, self.head_dim).permute(1, 2, 3, 0, 4)
+        query = mixed[:, :, :-2].flatten(1, 2)
+        return query, mixed[:, :, -2], mixed[:, :, -1]
+
+    def _output(self, attended: Tensor) -> Tensor:
+        out, _ = self.linear_proj(attended.permute(2, 0, 1, 3).flatten(2))
+        return out
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, AttentionHandoff]:
+        query, key, value = self._project(hidden)
+        return self._output(causal_attention(query, key, value)), AttentionHandoff(key, value)
+
+    def denoise(self, hidden: Tensor, handoff: AttentionHandoff) -> Tensor:
+        query, key, value = self._project(hidden)
+        clean = {"clean_key": handoff.key, "clean_value": handoff.value}
+        return self._output(block_attention(query, key, value, **clean, block=self.block))
+
+
+class MambaMixer(MegatronModule):
+    """Mamba-2 with a start state: Megatron's parameters and names, this project's scan.
+
+    Under tensor parallelism a rank holds whole groups: its rows of `in_proj` are its z, x, B, C and dt.
+    """
+
+    def __init__(self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection, block: int):
+        super().__init__(config)
+        ranks = groups.tp.size()
+        self.block, self.chunk = block, chunk_length(block, preferred=model.chunk_size)
+        self.heads, self.groups = model.mamba_num_heads // ranks, model.n_groups // ranks
+        self.head_dim, self.state = model.mamba_head_dim, model.ssm_state_size
+        self.clamp, self.epsilon = model.time_step_clamp, model.layer_norm_epsilon
+        self.inner, self.bc = self.heads * self.head_dim, self.groups * self.state
+        widths = 2 * model.mamba_inner + 2 * model.n_groups * model.ssm_state_size + model.mamba_num_heads
+        self.in_proj = _column(config, model.hidden_size, widths, groups)
+        self.out_proj = _row(config, model.mamba_inner, model.hidden_size, groups)
+        channels = self.inner + 2 * self.bc
+        shapes = {
+            "conv1d_weight": (channels, model.conv_kernel), "conv1d_bias": (channels,), "A_log": (self.heads,),
+            "D": (self.heads,), "dt_bias": (self.heads,), "norm_weight": (self.inner,),
+        }  # fmt: skip
+        for name, shape in shapes.items():
+            parameter = nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device()))
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+            parameter.partition_dim, parameter.partition_stride = 0, 1  # type: ignore[attr-defined]
+            self.register_parameter(name, parameter)
+
+    def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate (b, l, inner), convolution input (b, l, channels), time step (b, l, heads) after softplus."""
+        mixed, _ = self.in_proj(hidden)
+        z, conv_input, dt = mixed.transpose(0, 1).split([self.inner, self.inner + 2 * self.bc, self.heads], dim=-1)
+        wide = torch.promote_types(dt.dtype, torch.float32)
+        dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
+        return z, conv_input, dt.clamp(min=self.clamp) if self.clamp else dt
+
+    def _split(self, conv_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (b, l, heads, head size); B and C (b, l, groups, state size)."""
+        x, B, C = conv_output.split([self.inner, self.bc, self.bc], dim=-1)
+        return (
+            x.unflatten(-1, (self.heads, self.head_dim)),
+            B.unflatten(-1, (self.groups, self.state)),
+            C.unflatten(-1, (self.groups, self.state)),
+        )
+
+    def _A(self) -> Tensor:
+        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+
+    def _output(self, y: Tensor, z: Tensor) -> Tensor:
+        gated = (y.flatten(2) * F.silu(z)).unflatten(-1, (self.groups, -1))
+        normed = rms_norm(gated, self.norm_weight.view(self.groups, -1), self.epsilon)
+        out, _ = self.out_proj(normed.flatten(2).transpose(0, 1))
+        return out
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, MambaHandoff]:
+        z, conv_input, dt = self._project(hidden)
+        x, B, C = self._split(causal_conv(conv_input, self.conv1d_weight, self.conv1d_bias))
+        A = self._A()
+        y, states, _ = chunk_scan(x, dt, A, B, C, self.D, chunk=self.chunk)
+        return self._output(y, z), MambaHandoff(conv_input, x, dt, A, B, states)
+
+    def denoise(self, hidden: Tensor, handoff: MambaHandoff) -> Tensor:
+        z, conv_input, dt = self._project(hidden)
+        seeded = seeded_block_conv(
+            conv_input, handoff.conv_input, self.conv1d_weight, self.conv1d_bias, block=self.block
+        )
+        x, B, C = self._split(seeded)
+        y = two_stream_scan(
+            x, dt, self._A(), B, C, self.D, clean_x=handoff.x, clean_dt=handoff.dt, clean_A=handoff.A,
+            clean_B=handoff.B, states=handoff.states, block=self.block, chunk=self.chunk,
+        )  # fmt: skip
+        return self._output(y, z)
+
+
+class _Pointwise(MegatronModule):
+    """A mixer without memory: both streams go the same way and nothing is handed off."""
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
+        return self.apply_to(hidden), None
+
+    def denoise(self, hidden: Tensor, handoff: None) -> Tensor:
+        return self.apply_to(hidden)
+
+    def apply_to(self, hidden: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+_MLP_PARTS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
+
+class DenseMLP(_Pointwise):
+    """Squared-ReLU MLP: Megatron's."""
+
+    def __init__(self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection, block: int):
+        super().__init__(config)
+        self.mlp = MLP(config, _MLP_PARTS, ffn_hidden_size=model.intermediate_size, tp_group=groups.tp)
+
+    def apply_to(self, hidden: Tensor) -> Tensor:
+        return self.mlp(hidden)[0]
+
+
+class MixtureOfExperts(_Pointwise):
+    """Sigmoid top-k routing with a selection bias over routed experts, and a shared expert: Megatron's."""
+
+    def __init__(self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection, block: int):
+        super().__init__(config)
+        parts = MoESubmodules(
+            experts=ModuleSpec(module=SequentialMLP, submodules=_MLP_PARTS),
+            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=_MLP_PARTS),
+        )
+        self.moe = MoELayer(config, submodules=parts, pg_collection=groups)
+
+    def apply_to(self, hidden: Tensor) -> Tensor:
+        return self.moe(hidden)[0]
+
+
+MIXERS: dict[str, type[MegatronModule]] = {
+    "M": MambaMixer,
+    "*": SelfAttention,
+    "E": MixtureOfExperts,
+    "-": DenseMLP,
+}
+
+
+class Layer(MegatronModule):
+    """One layer of a tower: `x + mixer(norm(x))`."""
+
+    def __init__(
+        self, kind: str, number: int, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection,
+        block: int,
+    ) -> None:  # fmt: skip
+        super().__init__(config)
+        self.kind = kind
+        self.norm = RMSNorm(config)
+        self.mixer = MIXERS[kind](model, config, groups, block)
+        if isinstance(self.mixer, MixtureOfExperts):
+            self.mixer.moe.set_layer_number(number + 1)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Handoff]:
+        out, handoff = self.mixer(self.norm(hidden))
+        return hidden + out, handoff
+
+
+class DenoiserLayer(Layer):
+    """One layer of the denoiser: `x + gate * mixer(...)`, modulated before or after the norm by layer kind."""
+
+    def __init__(
+        self, kind: str, number: int, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection,
+        block: int,
+    ) -> None:  # fmt: skip
+        super().__init__(kind, number, model, config, groups, block)
+        table = torch.empty(3, config.hidden_size, dtype=config.params_dtype, device=device())
+        self.scale_shift_table = nn.Parameter(table)
+        self.scale_shift_table.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.sequence_ranks = groups.tp if config.sequence_parallel else None
+
+    def denoise(self, hidden: Tensor, conditioning: Tensor, handoff: Any) -> Tensor:
+        """
+        Args:
+            hidden: (l, b, h), or this rank's part of l under sequence parallelism.
+            conditioning: (b, n, 3h), or (b, 1, 3h) where a sequence has one time.
+        """
+        rows = split_modulation(conditioning, self.scale_shift_table)
+        shift, scale, gate = (self._at_positions(row, hidden.shape[0]) for row in rows)
+        if self.kind in MODULATED_BEFORE_NORM:
+            normed = self.norm(modulate(hidden, shift, scale))
+        else:
+            normed = modulate(self.norm(hidden), shift, scale)
+        return torch.addcmul(hidden, gate, self.mixer.denoise(normed, handoff))
+
+    def _at_positions(self, row: Tensor, length: int) -> Tensor:
+        if self.sequence_ranks is None:
+            return over_positions(row, length)
+        ranks, rank = self.sequence_ranks.size(), self.sequence_ranks.rank()
+        return over_positions(row, length * ranks)[rank * length : (rank + 1) * length]

@@ -1,0 +1,164 @@
+"""One table between Megatron's parameters and Hugging Face's tensors: names, layouts, and how ranks split them.
+
+Everything that moves weights reads this table: loading a backbone, exporting a model, sharding a checkpoint.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_twotower.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One Megatron parameter (or router-bias buffer) and what it is made of.
+
+    megatron: name in the model, with the expert's global index.
+    hf: the Hugging Face tensors it holds, without the tower's prefix.
+    shape: of the whole parameter, over all ranks, in Megatron's layout.
+    split: dimension split over tensor-parallel ranks, or None where every rank has all of it.
+    parts: sizes of the parts along `split` that are each split by themselves; empty for one part.
+    expert: global index of the expert it belongs to, or None.
+    layout: key of `LAYOUTS`, how the Hugging Face tensors become the parameter.
+    """
+
+    megatron: str
+    hf: tuple[str, ...]
+    shape: tuple[int, ...]
+    split: int | None = None
+    parts: tuple[int, ...] = ()
+    expert: int | None = None
+    layout: str = "plain"
+
+
+def _join_qkv(tensors: list[Tensor], model: ModelConfig) -> Tensor:
+    """q, k, v rows -> Megatron's order: the queries of a kv head, its key, its value, then the next kv head's."""
+    grouped = [t.reshape(model.num_key_value_heads, -1, t.shape[-1]) for t in tensors]
+    return torch.cat(grouped, dim=1).flatten(0, 1)
+
+
+def _part_qkv(tensor: Tensor, model: ModelConfig) -> list[Tensor]:
+    queries = model.num_attention_heads // model.num_key_value_heads * model.head_dim
+    grouped = tensor.reshape(model.num_key_value_heads, -1, tensor.shape[-1])
+    return [t.flatten(0, 1) for t in grouped.split([queries, model.head_dim, model.head_dim], dim=1)]
+
+
+# layout: (Hugging Face tensors -> parameter, parameter -> Hugging Face tensors)
+LAYOUTS = {
+    "plain": (lambda tensors, _: tensors[0], lambda tensor, _: [tensor]),
+    "conv": (lambda tensors, _: tensors[0].squeeze(1), lambda tensor, _: [tensor.unsqueeze(1)]),
+    "qkv": (_join_qkv, _part_qkv),
+}
+
+
+def _mamba(m: ModelConfig) -> Iterator[Entry]:
+    inner, bc, heads = m.mamba_inner, m.n_groups * m.ssm_state_size, m.mamba_num_heads
+    parts = (inner, inner, bc, bc, heads)
+    yield Entry("in_proj.weight", ("in_proj.weight",), (sum(parts), m.hidden_size), 0, parts)
+    channels = (inner, bc, bc)
+    width = (sum(channels), m.conv_kernel)
+    yield Entry("conv1d_weight", ("conv1d.weight",), width, 0, channels, layout="conv")
+    yield Entry("conv1d_bias", ("conv1d.bias",), (sum(channels),), 0, channels)
+    for name in ("A_log", "D", "dt_bias"):
+        yield Entry(name, (name,), (heads,), 0)
+    yield Entry("norm_weight", ("norm.weight",), (inner,), 0)
+    yield Entry("out_proj.weight", ("out_proj.weight",), (m.hidden_size, inner), 1)
+
+
+def _attention(m: ModelConfig) -> Iterator[Entry]:
+    queries = m.num_attention_heads * m.head_dim
+    qkv = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
+    rows = queries + 2 * m.num_key_value_heads * m.head_dim
+    yield Entry("linear_qkv.weight", qkv, (rows, m.hidden_size), 0, layout="qkv")
+    yield Entry("linear_proj.weight", ("o_proj.weight",), (m.hidden_size, queries), 1)
+
+
+def _feed_forward(
+    megatron: str, hf: str, hidden: int, width: int, expert: int | None = None
+) -> Iterator[Entry]:
+    yield Entry(f"{megatron}.linear_fc1.weight", (f"{hf}up_proj.weight",), (width, hidden), 0, expert=expert)
+    yield Entry(f"{megatron}.linear_fc2.weight", (f"{hf}down_proj.weight",), (hidden, width), 1, expert=expert)
+
+
+def _experts(m: ModelConfig) -> Iterator[Entry]:
+    yield Entry("moe.router.weight", ("gate.weight",), (m.n_routed_experts, m.hidden_size))
+    yield Entry("moe.router.expert_bias", ("gate.e_score_correction_bias",), (m.n_routed_experts,))
+    for e in range(m.n_routed_experts):
+        names = f"moe.experts.local_experts.{e}", f"experts.{e}."
+        yield from _feed_forward(*names, m.hidden_size, m.moe_intermediate_size, expert=e)
+    shared = "moe.shared_experts", "shared_experts."
+    yield from _feed_forward(*shared, m.hidden_size, m.moe_shared_expert_intermediate_size)
+
+
+def _dense(m: ModelConfig) -> Iterator[Entry]:
+    yield from _feed_forward("mlp", "", m.hidden_size, m.intermediate_size)
+
+
+_MIXERS = {"M": _mamba, "*": _attention, "E": _experts, "-": _dense}
+
+
+def _under(prefix: str, hf_prefix: str, entry: Entry) -> Entry:
+    hf = tuple(f"{hf_prefix}{name}" for name in entry.hf)
+    return Entry(f"{prefix}{entry.megatron}", hf, entry.shape, entry.split, entry.parts, entry.expert, entry.layout)
+
+
+def tower_entries(model: ModelConfig, *, prefix: str, head: str) -> Iterator[Entry]:
+    """The entries of a tower; `prefix` and `head` are its Hugging Face prefix and the name of its head."""
+    vocabulary = (model.vocab_size, model.hidden_size)
+    yield Entry("embedding.weight", (f"{prefix}embeddings.weight",), vocabulary, 0)
+    for i, kind in enumerate(model.hybrid_override_pattern):
+        yield Entry(f"layers.{i}.norm.weight", (f"{prefix}layers.{i}.norm.weight",), (model.hidden_size,))
+        for entry in _MIXERS[kind](model):
+            yield _under(f"layers.{i}.mixer.", f"{prefix}layers.{i}.mixer.", entry)
+    yield Entry("final_norm.weight", (f"{prefix}norm_f.weight",), (model.hidden_size,))
+    yield Entry("output_layer.weight", (head,), vocabulary, 0)
+
+
+def backbone_entries(model: ModelConfig) -> list[Entry]:
+    """A plain NemotronH, as the hub spells it."""
+    return list(tower_entries(model, prefix="backbone.", head="lm_head.weight"))
+
+
+def context_entries(model: ModelConfig) -> list[Entry]:
+    """The frozen half of a two-tower checkpoint."""
+    return list(tower_entries(model, prefix="context_tower.", head="context_lm_head.weight"))
+
+
+def denoiser_entries(model: ModelConfig, frequencies: int) -> list[Entry]:
+    """The trained half of a two-tower checkpoint: tower, head and time conditioning."""
+    hidden = model.hidden_size
+    denoiser = tower_entries(model, prefix="denoiser_tower.", head="lm_head.weight")
+    entries = [_under("tower.", "", entry) for entry in denoiser]
+    shapes = {
+        "t_embedder.mlp.0": (hidden, frequencies), "t_embedder.mlp.2": (hidden, hidden),
+        "t_block.1": (3 * hidden, hidden),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        entries.append(Entry(f"conditioning.{name}.weight", (f"{name}.weight",), shape))
+        entries.append(Entry(f"conditioning.{name}.bias", (f"{name}.bias",), shape[:1]))
+    for i in range(model.num_layers):
+        table = f"tower.layers.{i}.scale_shift_table"
+        entries.append(Entry(table, (f"scale_shift_tables.{i}",), (3, hidden)))
+    return entries
+
+
+def shard(tensor: Tensor, entry: Entry, *, rank: int, ranks: int) -> Tensor:
+    """This rank's part of a whole parameter."""
+    if entry.split is None or ranks == 1:
+        return tensor
+    parts = tensor.split(list(entry.parts) or [tensor.shape[entry.split]], dim=entry.split)
+    return torch.cat([part.chunk(ranks, dim=entry.split)[rank] for part in parts], dim=entry.split)
+
+
+def local_expert_name(entry: Entry, *, experts: int, rank: int, ranks: int) -> str | None:
+    """The name of an entry on an expert-parallel rank; None where its expert lives on another."""
+    if entry.expert is None:
+        return entry.megatron
+    each = experts // ranks
+    owner, local = divmod(entry.expert, each)
+    if owner != rank:
+        return None
+    return entry.megatron.replace(f"local_experts.{entry.expert}.", f"local_experts.{local}.")

@@ -1,0 +1,189 @@
+"""The pictures of a report, as PNG bytes in a light and a dark theme. The only room that imports matplotlib.
+
+Curves are lists of (x, y) points; a y that is None (not finite when it was logged) leaves a gap.
+"""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+Point = tuple[float, float | None]
+Curve = Sequence[Point]
+PIXELS_PER_INCH = 160
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of one theme. series: in the order in which curves take them, told apart by brightness too."""
+
+    name: str
+    background: str
+    text: str
+    muted: str
+    grid: str
+    series: tuple[str, ...]
+
+
+LIGHT = Theme("light", "#ffffff", "#1d2129", "#6b7280", "#e6e8ec", ("#2563c9", "#d9730d", "#0f8a6c", "#8e44ad"))
+DARK = Theme("dark", "#16181d", "#e8eaed", "#9aa1ac", "#2c3038", ("#7aa8f5", "#f0a35e", "#4fc3a1", "#c792e0"))
+THEMES = (LIGHT, DARK)
+
+
+def _open(theme: Theme, title: str, subtitle: str, *, panels: int = 1, width: float = 5.8) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, 3.6), dpi=PIXELS_PER_INCH, facecolor=theme.background)
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    inch = 1 / width
+    top = 0.81 if panels == 1 else 0.74  # panels have titles of their own
+    figure.subplots_adjust(left=0.72 * inch, right=1 - 0.25 * inch, top=top, bottom=0.15, wspace=0.28)
+    figure.text(0.2 * inch, 0.945, title, color=theme.text, fontsize=12, fontweight="bold", va="center")
+    figure.text(0.2 * inch, 0.88, subtitle, color=theme.muted, fontsize=9, va="center")
+    for panel in axes:
+        panel.set_facecolor(theme.background)
+        panel.grid(axis="y", color=theme.grid, linewidth=0.8)
+        panel.set_axisbelow(True)
+        panel.tick_params(colors=theme.muted, labelsize=8.5, length=0, pad=5)
+        for side, spine in panel.spines.items():
+            spine.set_visible(side == "bottom")
+            spine.set_color(theme.grid)
+        panel.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
+    return figure, axes
+
+
+def _label(axes: Axes, theme: Theme, *, x: str, y: str) -> None:
+    axes.set_xlabel(x, color=theme.muted, fontsize=9)
+    axes.set_ylabel(y, color=theme.muted, fontsize=9)
+
+
+def _legend(axes: Axes, theme: Theme) -> None:
+    """One line, at the right of the title."""
+    axes.figure.legend(
+        *axes.get_legend_handles_labels(), frameon=False, fontsize=9, labelcolor=theme.text, loc="center right",
+        bbox_to_anchor=(0.99, 0.945), ncols=4, handlelength=1.4, columnspacing=1.4,
+    )  # fmt: skip
+
+
+def _from_zero(axes: Axes, values: Sequence[float | None]) -> None:
+    """The y axis from zero, with room for a label over the highest point."""
+    axes.set_ylim(0, 1.15 * max((value for value in values if value is not None), default=1.0))
+
+
+def _mark(axes: Axes, points: Curve, *, color: str) -> None:
+    """Each point's value above it."""
+    for x, y in points:
+        if y is not None:
+            axes.annotate(
+                f"{y:.2f}", (x, y), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8.5, color=color
+            )
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    # No software version in the file: the same figures give the same bytes.
+    figure.savefig(buffer, format="png", facecolor=figure.get_facecolor(), metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _split(curve: Curve) -> tuple[list[float], list[float]]:
+    return [x for x, _ in curve], [math.nan if y is None else y for _, y in curve]
+
+
+def _steps(axes: Axes) -> None:
+    axes.margins(x=0.02)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def _curve(axes: Axes, theme: Theme, points: Curve, *, color: str, label: str | None = None) -> None:
+    axes.plot(
+        *_split(points), color=color, label=label, linewidth=1.8, marker="o", markersize=5.5,
+        markeredgecolor=theme.background, markeredgewidth=1,
+    )  # fmt: skip
+
+
+def loss_curve(train: Curve, validation: Curve, *, title: str, subtitle: str, unit: str, theme: Theme) -> bytes:
+    """Loss against optimizer steps, training as a line and validation as marked points."""
+    figure, (axes,) = _open(theme, title, subtitle)
+    axes.plot(*_split(train), color=theme.series[0], linewidth=1.3, alpha=0.9, label="training")
+    if validation:
+        _curve(axes, theme, validation, color=theme.series[1], label="validation")
+        _mark(axes, validation[-1:], color=theme.series[1])
+    _label(axes, theme, x="optimizer steps", y=unit)
+    _steps(axes)
+    _legend(axes, theme)
+    return _png(figure)
+
+
+def noise_levels(start: Mapping[str, float | None], end: Mapping[str, float | None], *, theme: Theme) -> bytes:
+    """Masked loss by noise level at the start and at the end. Keys "0.0-0.2" are ranges of the noise level."""
+    figure, (axes,) = _open(
+        theme, "Masked loss by noise level", "held-out text, at the first and at the last validation"
+    )
+    for values, color, label in ((start, theme.muted, "start"), (end, theme.series[0], "end")):
+        points = [(_middle(name), loss) for name, loss in values.items()]
+        _curve(axes, theme, points, color=color, label=label)
+        _mark(axes, points, color=color)
+    axes.set_xlim(0, 1)
+    _from_zero(axes, [*start.values(), *end.values()])
+    _label(axes, theme, x="noise level t (share of tokens masked)", y="nats per masked token")
+    _legend(axes, theme)
+    return _png(figure)
+
+
+def _middle(bucket: str) -> float:
+    low, _, high = bucket.partition("-")
+    return (float(low) + float(high)) / 2
+
+
+# key of a sweep's row, title of its panel, unit
+_SWEEP_PANELS = (
+    ("tokens_per_pass", "Tokens per denoiser pass", "tokens"),
+    ("speedup", "Wall-clock speed against AR", "times AR"),
+    ("nats_per_token", "Text scored by the AR model", "nats per token"),
+)
+
+
+def threshold_sweep(
+    rows: Sequence[Mapping[str, Any]], *, ar_nats_per_token: float | None = None, theme: Theme
+) -> bytes:
+    """What the confidence threshold buys and costs: one panel per figure, threshold on every x axis.
+
+    rows: each with `confidence_threshold` and the keys of the panels. AR is the dashed line: one token per pass, speed
+    1, and `ar_nats_per_token` for its own text where that was measured.
+    """
+    figure, panels = _open(
+        theme, "Confidence threshold", "a lower threshold commits more tokens in each pass", panels=3, width=11.0
+    )
+    references = (1.0, 1.0, ar_nats_per_token)
+    for axes, (key, title, unit), color, ar in zip(panels, _SWEEP_PANELS, theme.series, references, strict=False):
+        points = sorted((row["confidence_threshold"], row[key]) for row in rows if row[key] is not None)
+        _curve(axes, theme, points, color=color)
+        _mark(axes, points, color=theme.text)
+        if ar is not None:
+            axes.axhline(ar, color=theme.muted, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+            axes.annotate(
+                "AR", (0, ar), xycoords=("axes fraction", "data"), xytext=(2, 3), textcoords="offset points",
+                fontsize=8, color=theme.muted,
+            )  # fmt: skip
+        _from_zero(axes, [ar, *(y for _, y in points)])
+        axes.margins(x=0.1)
+        axes.set_title(title, color=theme.text, fontsize=9.5, loc="left", pad=6)
+        axes.set_xticks([x for x, _ in points])
+        _label(axes, theme, x="confidence threshold", y=unit)
+    return _png(figure)
+
+
+def comparison(curves: Mapping[str, Curve], *, title: str, subtitle: str, unit: str, theme: Theme) -> bytes:
+    """Several runs' losses against optimizer steps, one curve each, named."""
+    figure, (axes,) = _open(theme, title, subtitle)
+    for index, (name, curve) in enumerate(curves.items()):
+        _curve(axes, theme, curve, color=theme.series[index % len(theme.series)], label=name)
+    _label(axes, theme, x="optimizer steps", y=unit)
+    _steps(axes)
+    _legend(axes, theme)
+    return _png(figure)

@@ -1,0 +1,247 @@
+"""The training loop: one optimizer step, validation, and the loop around them. Knows no file format."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron_twotower import host, parallel
+from megatron_twotower.config import NoiseConfig, RunConfig
+from megatron_twotower.corruption import corrupt
+from megatron_twotower.loss import autoregressive_loss, masked_diffusion_loss
+from megatron_twotower.metrics import Metrics, peak_memory_gib
+from megatron_twotower.records import Batch, LossReport, UserError
+
+# The noise of validation has its own stream under the run's seed.
+VALIDATION_STREAM = 0x5EED
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What one rank trains with."""
+
+    config: RunConfig
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    schedule: OptimizerParamScheduler
+    groups: ProcessGroupCollection
+
+
+@dataclass
+class Progress:
+    """Where a run stands: optimizer steps done, sequences consumed by all ranks, and the sums since the last log."""
+
+    step: int = 0
+    cursor: int = 0
+    sums: Tensor | None = None
+    expert_tokens: Tensor | None = None
+    since: float = field(default_factory=time.perf_counter)
+    sequences: int = 0
+
+
+def window(progress: Progress, groups: ProcessGroupCollection) -> dict[str, Any]:
+    """The sums since the last record, over all ranks, as plain numbers."""
+
+    def total(tensor: Tensor | None) -> Any:
+        return None if tensor is None else parallel.sum_over_data(tensor.double(), groups).tolist()
+
+    sums, tokens = total(progress.sums), total(progress.expert_tokens)
+    return {"sums": sums, "expert_tokens": tokens, "sequences": progress.sequences}
+
+
+def resumed(step: int, cursor: int, saved: dict[str, Any], groups: ProcessGroupCollection) -> Progress:
+    """Progress as it was saved; the window's sums go on on one data-parallel rank, the others start from zero."""
+
+    def part(values: Any) -> Tensor | None:
+        if values is None:
+            return None
+        whole = torch.tensor(values, dtype=torch.float64, device=host.device())
+        return whole if groups.dp_cp.rank() == 0 else torch.zeros_like(whole)
+
+    sums, tokens = part(saved["sums"]), part(saved["expert_tokens"])
+    return Progress(step, cursor, sums, tokens, sequences=saved["sequences"])
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop is given: where figures go, how state is kept, and when to stop early."""
+
+    metrics: Metrics
+    save: Callable[[Progress], None]
+    stop_requested: Callable[[], bool]
+
+
+def ar_forward(model: Any, batch: Batch, config: RunConfig, groups: ProcessGroupCollection, _: Tensor | None) -> LossReport:
+    hidden = model(batch.tokens)
+    return autoregressive_loss(_unwrapped(model).tower, hidden, batch.tokens, groups)
+
+
+def two_tower_forward(
+    model: Any, batch: Batch, config: RunConfig, groups: ProcessGroupCollection, times: Tensor | None
+) -> LossReport:
+    seed = config.seed if times is None else config.seed ^ VALIDATION_STREAM
+    noisy = corrupt(batch, config.noise, seed=seed, times=times)
+    return masked_diffusion_loss(_unwrapped(model).tower, model(noisy), noisy, config.noise, groups)
+
+
+OBJECTIVES = {"ar": ar_forward, "two_tower": two_tower_forward}
+
+
+def _unwrapped(model: Any) -> Any:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _packed(report: LossReport) -> Tensor:
+    """(2 + 2k,) float64: total, count, bucket sums, bucket counts."""
+    head = torch.stack([report.total.detach().double(), report.count.double()])
+    return torch.cat([head, report.bucket_sums.double(), report.bucket_counts.double()])
+
+
+def forward_backward(
+    trainer: Trainer, batches: list[tuple[Batch, Tensor | None]], *, forward_only: bool
+) -> Tensor:
+    """Run the micro-batches through Megatron's schedule. Returns this rank's packed sums."""
+    config, objective = trainer.config, OBJECTIVES[trainer.config.objective]
+    device = host.device()
+
+    def step(iterator: Iterator[tuple[Batch, Tensor | None]], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+        batch, times = next(iterator)
+        report = objective(model, batch.to(device), config, trainer.groups, times)
+        return report.total, lambda total: (total, report.count, _packed(report))
+
+    reports = parallel.run_schedule(
+        step, batches, trainer.model, groups=trainer.groups, forward_only=forward_only
+    )
+    return torch.stack(reports).sum(0)
+
+
+def train_step(trainer: Trainer, batches: list[Batch]) -> tuple[Tensor, float]:
+    """One optimizer step on this rank's micro-batches of a global batch.
+
+    Returns:
+        this rank's packed sums, and the global gradient norm before clipping.
+    """
+    trainer.model.train()
+    trainer.model.zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+    sums = forward_backward(trainer, [(batch, None) for batch in batches], forward_only=False)
+    _, norm, _ = trainer.optimizer.step()
+    trainer.schedule.step(1)
+    return sums, float(norm or 0.0)
+
+
+def validation_times(count: int, noise: NoiseConfig) -> Tensor:
+    """Noise levels that cover the range evenly, one per validation sequence: (count,) float32."""
+    fractions = (torch.arange(count) + 0.5) / count
+    return noise.time_min + fractions * (noise.time_max - noise.time_min)
+
+
+@torch.no_grad()
+def validate(trainer: Trainer, batches: list[Batch]) -> dict[str, Any]:
+    """Loss on fixed sequences at fixed noise: the same figure on any layout.
+
+    Args:
+        batches: this rank's micro-batches; `positions` count the validation sequences from 0.
+    """
+    trainer.model.eval()
+    noise = trainer.config.noise
+    times = validation_times(trainer.config.train.validation_sequences, noise)
+    timed = [(batch, times[batch.positions].unsqueeze(-1).to(host.device())) for batch in batches]
+    sums = parallel.sum_over_data(forward_backward(trainer, timed, forward_only=True), trainer.groups)
+    buckets = _figures(sums, noise.report_buckets if trainer.config.objective == "two_tower" else 1)
+    return {"loss": buckets["loss"], "loss_by_noise": buckets["loss_by_noise"], "tokens": buckets["scored_tokens"]}
+
+
+def _figures(sums: Tensor, buckets: int) -> dict[str, Any]:
+    """Means from globally summed sums: the trained loss, and the unweighted loss by noise level."""
+    values = sums.tolist()
+    total, count, by_level, scored = values[0], values[1], values[2 : 2 + buckets], values[2 + buckets :]
+    names = [f"{i / buckets:.1f}-{(i + 1) / buckets:.1f}" for i in range(buckets)]
+    by_noise = {name: s / n for name, s, n in zip(names, by_level, scored, strict=True) if n}
+    figures = {"loss": total / max(count, 1), "scored_tokens": int(sum(scored))}
+    return figures | {"loss_by_noise": by_noise if buckets > 1 else {}}
+
+
+def _record(trainer: Trainer, progress: Progress, norm: float, started: float) -> dict[str, Any]:
+    """The figures since the last record, summed over ranks."""
+    config, groups = trainer.config, trainer.groups
+    assert progress.sums is not None
+    figures = _figures(
+        parallel.sum_over_data(progress.sums, groups),
+        config.noise.report_buckets if config.objective == "two_tower" else 1,
+    )
+    load = {}
+    if progress.expert_tokens is not None:
+        tokens = parallel.sum_over_data(progress.expert_tokens.double(), groups)
+        load = {"max_over_mean": (tokens.max(dim=1).values / tokens.mean(dim=1)).max().item()}
+    now = time.perf_counter()
+    length = config.data.sequence_length_tokens
+    rate = progress.sequences * length / (now - progress.since)
+    return {
+        "kind": "train", "step": progress.step, **figures,
+        "learning_rate": trainer.optimizer.param_groups[0]["lr"], "grad_norm": norm,
+        "tokens": progress.cursor * length, "tokens_per_second": rate, "expert_load": load,
+        "memory_gib": peak_memory_gib(), "seconds": now - started,
+    }  # fmt: skip
+
+
+def train(
+    trainer: Trainer, progress: Progress, stream: Iterator[tuple[list[Batch], int]], validation: list[Batch],
+    hooks: Hooks,
+) -> bool:  # fmt: skip
+    """Train from where `progress` stands to the configured number of steps.
+
+    Args:
+        stream: this rank's micro-batches of each step, and the cursor after it.
+        validation: this rank's validation micro-batches.
+
+    Returns:
+        True when all steps are done, False when stopped early on request, with the state saved.
+
+    Raises:
+        UserError: the loss is not finite.
+    """
+    settings, started = trainer.config.train, time.perf_counter()
+
+    def due(every: int) -> bool:
+        return bool(every) and (progress.step % every == 0 or progress.step == settings.steps)
+
+    def validated() -> None:
+        hooks.metrics.log({"kind": "validation", "step": progress.step, **validate(trainer, validation)})
+        progress.since = time.perf_counter()
+
+    if progress.step == 0 and settings.validate_every_steps:
+        validated()
+    while progress.step < settings.steps:
+        batches, cursor = next(stream)
+        sums, norm = train_step(trainer, batches)
+        progress.sums = sums if progress.sums is None else progress.sums + sums
+        tokens = trainer.model.expert_tokens
+        if tokens is not None:
+            progress.expert_tokens = tokens if progress.expert_tokens is None else progress.expert_tokens + tokens
+        progress.sequences += cursor - progress.cursor
+        progress.step, progress.cursor = progress.step + 1, cursor
+        hooks.metrics.tick(progress.step)
+        if due(settings.log_every_steps):
+            record = _record(trainer, progress, norm, started)
+            hooks.metrics.log(record)
+            if not abs(record["loss"]) < float("inf"):
+                raise UserError(f"step {progress.step}: the loss is {record['loss']}, expected a finite number")
+            progress.sums = progress.expert_tokens = None
+            progress.sequences, progress.since = 0, time.perf_counter()
+        if due(settings.validate_every_steps):
+            validated()
+        stop = hooks.stop_requested()
+        if due(settings.checkpoint_every_steps) or stop or progress.step == settings.steps:
+            hooks.save(progress)
+            progress.since = time.perf_counter()
+        if stop:
+            return progress.step == settings.steps
+    return True

@@ -1,0 +1,64 @@
+"""Packaging. Settings of the tools (ruff, mypy, pytest) are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+README = HERE / "README.md"
+VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "megatron_twotower" / "__init__.py").read_text())
+assert VERSION is not None
+
+REQUIRES = [
+    # Tested with 2.13. On Linux the default build of torch is the CUDA one, of several gigabytes: whoever wants the
+    # CPU build installs it first (the Makefile does), and then this range is already met.
+    "torch>=2.9,<3",
+    # host.py rewrites device literals in modules of this very release.
+    "megatron-core==0.16.1",
+    "transformers>=5.3,<6",
+    "tokenizers",
+    "safetensors>=0.4",
+    "webdataset>=1.0,<2",
+    "hydra-core>=1.3,<2",
+    "wandb",
+    "psutil",  # Megatron's dist_checkpointing imports it without requiring it
+    "numpy",
+    "rich>=13",
+    "matplotlib>=3.8",
+]
+
+EXTRAS = {
+    # Kernels for NVIDIA GPUs. A CUDA build of torch and nvcc must be there first, and pip must be told
+    # --no-build-isolation: all but triton compile against the torch that is installed.
+    "gpu": [
+        "transformer-engine[pytorch]>=2.9,<2.12",
+        "mamba-ssm>=2.2,<3",
+        "causal-conv1d>=1.5,<2",
+        "triton",
+    ],
+    "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.8", "mypy>=1.13"],
+}
+
+setup(
+    name="megatron-twotower",
+    version=VERSION.group(1),
+    description="Train two-tower block-diffusion language models on Megatron Core",
+    long_description=README.read_text() if README.is_file() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    # recipes/ stands at the top of the repository and is installed inside the package, as data.
+    packages=[*find_packages(include=["megatron_twotower", "megatron_twotower.*"]), "megatron_twotower.recipes"],
+    package_dir={"megatron_twotower": "megatron_twotower", "megatron_twotower.recipes": "recipes"},
+    package_data={"megatron_twotower.recipes": ["**/*"]},
+    entry_points={"console_scripts": ["twotower = megatron_twotower.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Operating System :: POSIX :: Linux",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,79 @@
+"""Set-up of every test: Megatron Core on the host, one thread, no network, and small things to build on."""
+
+import json
+import os
+import random
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+import torch
+
+from megatron_twotower import host
+
+host.install()
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def groups():
+    """Process groups of one rank."""
+    from megatron_twotower import parallel
+    from megatron_twotower.config import RunConfig
+
+    yield parallel.initialise(RunConfig())
+    parallel.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """A prepared data folder: forty short files of generated text, a tokenizer of 512 entries, two splits."""
+    from megatron_twotower.shards import prepare
+    from megatron_twotower.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "texts").mkdir()
+    draw = random.Random(0)
+    words = ["alpha", "beta", "gamma", "delta", "count", "value", "index", "result", "total", "name"]
+    for number in range(40):
+        lines = []
+        for _ in range(60):
+            a, b, c = draw.choices(words, k=3)
+            lines.append(draw.choice([f"def {a}({b}):", f"    {a} = {b} + {c}", f"    return {a}", f"if {a} > {b}:", ""]))
+        (folder / "texts" / f"file{number:02}.py").write_text("\n".join(lines) + "\n")
+    texts = [path.read_text() for path in sorted((folder / "texts").iterdir())]
+    train_tokenizer(texts, vocab_size=512, output=folder / "tokenizer")
+    prepare([str(folder / "texts")], tokenizer=folder / "tokenizer", output=folder / "data", holdout_fraction=0.2)
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(tmp_path_factory):
+    """A NemotronH folder with random weights, of the shape of `recipes/model/tiny.yaml`."""
+    from megatron_twotower import convert, names
+    from megatron_twotower.config import load_recipe
+
+    model = load_recipe("tiny_ar").model
+    source, entries = convert.random_backbone(model, seed=11), names.backbone_entries(model)
+    folder = tmp_path_factory.mktemp("backbone") / "hf"
+    convert.write_folder(
+        folder,
+        convert.renamed_tensors(source, entries, entries, dtype=torch.float32),
+        config=convert.backbone_config_json(model, dtype=torch.float32),
+        files={},
+        copies=[],
+    )
+    return folder
+
+
+@pytest.fixture
+def records_of():
+    """The records of a run folder of one kind, by step."""
+
+    def read(run, kind="train"):
+        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        return {line["step"]: line for line in lines if line["kind"] == kind}
+
+    return read

@@ -1,0 +1,28 @@
+"""Write the golden losses anew: `python tests/golden/update.py`, after a change that is meant to move them."""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+if __name__ == "__main__":
+    import conftest
+    from test_trainer import losses, settings, train
+
+    class Folders:
+        """What pytest's factory of temporary folders does, for the fixtures called by hand."""
+
+        def mktemp(self, name: str) -> Path:
+            return Path(tempfile.mkdtemp(prefix=name))
+
+    data = conftest.tiny_data.__wrapped__(Folders())
+    backbone = conftest.tiny_backbone.__wrapped__(Folders())
+    read = conftest.records_of.__wrapped__()
+    for recipe, start in (("tiny_ar", None), ("tiny", backbone)):
+        run = Folders().mktemp(recipe) / "run"
+        train(recipe, *settings(data, run, start))
+        (HERE / f"{recipe}.json").write_text(json.dumps([round(x, 7) for x in losses(read(run))], indent=0) + "\n")
+        print(f"{recipe}: written")

@@ -1,0 +1,77 @@
+"""Small models with every tensor random, for tests that compare one way of computing with another."""
+
+import dataclasses
+
+import torch
+
+from megatron_twotower import convert, names, towers
+from megatron_twotower.config import ConditioningConfig, DataConfig, ModelConfig, NoiseConfig, RunConfig, TrainConfig
+
+TINY = ModelConfig(
+    hybrid_override_pattern="ME*-", vocab_size=48, hidden_size=24, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=6, mamba_num_heads=4, mamba_head_dim=6, ssm_state_size=5, n_groups=2, chunk_size=8, intermediate_size=32,
+    n_routed_experts=6, num_experts_per_tok=2, moe_intermediate_size=12, moe_shared_expert_intermediate_size=16,
+)  # fmt: skip
+
+
+def tiny_config(pattern: str = "ME*-", *, block: int = 4, length: int = 16, objective: str = "two_tower", **train) -> RunConfig:
+    return RunConfig(
+        objective=objective,
+        model=dataclasses.replace(TINY, hybrid_override_pattern=pattern),
+        conditioning=ConditioningConfig(frequencies=16),
+        noise=NoiseConfig(block_size_tokens=block),
+        data=DataConfig(sequence_length_tokens=length),
+        train=TrainConfig(router_dtype="fp64", **train),
+    )
+
+
+def random_source(*, seed: int = 0, scale: float = 0.4) -> convert.TensorSource:
+    """Every tensor, by its name, from normal numbers: norms near one, biases and tables far from their start."""
+    shapes: dict[str, torch.Size] = {}
+
+    def source(name: str) -> torch.Tensor:
+        key = sum(ord(c) * (i + 1) for i, c in enumerate(name)) + seed * 7919
+        noise = torch.randn(shapes[name], generator=torch.Generator().manual_seed(key), dtype=torch.float64)
+        if name.endswith(("norm.weight", "norm_f.weight", ".D")):
+            return 1 + 0.3 * noise
+        if name.endswith("A_log"):
+            return 0.5 * noise
+        if name.endswith("e_score_correction_bias"):
+            return 0.05 * noise
+        return noise * (scale if len(shapes[name]) == 1 or "table" in name else shapes[name][-1] ** -0.5)
+
+    source.shapes = shapes
+    return source
+
+
+def with_shapes(source, entries, model):
+    for entry in entries:
+        parts = names.LAYOUTS[entry.layout][1](torch.empty(entry.shape, device="meta"), model)
+        source.shapes.update(zip(entry.hf, (part.shape for part in parts), strict=True))
+    return source
+
+
+def build_two_tower(config: RunConfig, groups, *, seed: int = 0, dtype: torch.dtype = torch.float64):
+    """A two-tower model with random weights everywhere, and the source they can be read from again."""
+    megatron = towers.transformer_config(config)
+    model = config.model
+    context_entries = names.context_entries(model)
+    entries = names.denoiser_entries(model, config.conditioning.frequencies)
+    source = with_shapes(random_source(seed=seed), [*context_entries, *entries], model)
+    context = towers.build_context_tower(config, megatron, groups).to(dtype)
+    convert.load_weights(context, context_entries, source, model=model, groups=groups)
+    two_tower = towers.TwoTower(config, megatron, groups, context).to(dtype)
+    convert.load_weights(two_tower, entries, source, model=model, groups=groups)
+    return two_tower, source
+
+
+def random_noisy_batch(config: RunConfig, *, batch: int = 2, per_block: bool = True, seed: int = 0):
+    from megatron_twotower.records import NoisyBatch
+
+    generator = torch.Generator().manual_seed(seed)
+    length, vocabulary = config.data.sequence_length_tokens, config.model.vocab_size
+    tokens = torch.randint(4, vocabulary, (batch, length), generator=generator)
+    masked = torch.rand(batch, length, generator=generator) < 0.5
+    count = length // config.noise.block_size_tokens if per_block else 1
+    times = torch.rand(batch, count, generator=generator)
+    return NoisyBatch(tokens, tokens.masked_fill(masked, config.noise.mask_token_id), masked, times)

@@ -1,0 +1,205 @@
+"""Runs of the tiny recipes: golden losses, kills and resumes, ranks, and what must not move."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_twotower import build, checkpoint, parallel
+from megatron_twotower.config import load_recipe
+
+GOLDEN = Path(__file__).parent / "golden"
+CLI = [sys.executable, "-m", "megatron_twotower"]
+
+
+def settings(data, run, backbone=None, *extra):
+    start = [f"init.backbone={backbone}"] if backbone else []
+    return [f"data.folder={data}", f"output={run}", *start, *extra]
+
+
+def train(recipe, *overrides):
+    try:
+        return build.run_training(load_recipe(recipe, list(overrides)))
+    finally:
+        parallel.shutdown()
+
+
+def launch(ranks, recipe, *overrides, wait=True):
+    """The command line in processes of its own, under torchrun where there are several ranks."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+    start = [*torchrun, "megatron_twotower"] if ranks > 1 else CLI
+    process = subprocess.Popen(
+        [*start, "train", f"recipe={recipe}", *overrides], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if wait:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output[-3000:]
+    return process
+
+
+def losses(records):
+    return [records[step]["loss"] for step in sorted(records)]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, tiny_data, tiny_backbone):
+    """The uninterrupted two-tower run that others are compared with."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert train("tiny", *settings(tiny_data, run, tiny_backbone))
+    return run
+
+
+@pytest.mark.parametrize("recipe", ["tiny_ar", "tiny"])
+def test_golden_losses(recipe, tmp_path, tiny_data, tiny_backbone, whole_run, records_of):
+    """Thirty steps give the committed losses. `python tests/golden/update.py` writes them anew after a meant change."""
+    run = whole_run
+    if recipe == "tiny_ar":
+        run = tmp_path / "run"
+        assert train(recipe, *settings(tiny_data, run))
+    got = losses(records_of(run))
+    want = json.loads((GOLDEN / f"{recipe}.json").read_text())
+    assert len(got) == len(want) == 30
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(want), rtol=1e-4, atol=0)
+    assert sum(got[-5:]) < 0.9 * sum(got[:5]), "thirty steps must teach something"
+
+
+def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, tiny_data, tiny_backbone, whole_run, records_of):
+    run = tmp_path / "run"
+    arguments = settings(tiny_data, run, tiny_backbone)
+    process = launch(1, "tiny", *arguments, wait=False)
+    mark = checkpoint.checkpoint_folder(run, 15)
+    deadline = time.monotonic() + 240
+    while not mark.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert mark.exists() and process.returncode == -signal.SIGKILL, "killed before the end"
+    assert not checkpoint.checkpoint_folder(run, 30).exists()
+    launch(1, "tiny", *arguments)
+    assert losses(records_of(run)) == losses(records_of(whole_run))
+    assert losses(records_of(run, "validation")) == losses(records_of(whole_run, "validation"))
+
+
+def test_sigterm_saves_at_once_and_asks_to_be_started_again(tmp_path, tiny_data, tiny_backbone, whole_run, records_of):
+    run = tmp_path / "run"
+    # Records of three steps: the one under way when the signal comes must come out whole after the resume.
+    arguments = settings(tiny_data, run, tiny_backbone, "train.checkpoint_every_steps=0", "train.log_every_steps=3")
+    process = launch(1, "tiny", *arguments, wait=False)
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").exists() and '"train"' in (run / "metrics.jsonl").read_text():
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output[-3000:]
+    found = checkpoint.find_checkpoints(run)
+    assert len(found) == 1 and 3 <= checkpoint.read_state(found[0]).step < 30
+    launch(1, "tiny", *arguments)
+    got, every = records_of(run), records_of(whole_run)
+    assert sorted(got) == list(range(3, 31, 3))
+    for step, record in got.items():
+        parts = [every[s] for s in (step - 2, step - 1, step)]
+        mean = sum(r["loss"] * r["scored_tokens"] for r in parts) / sum(r["scored_tokens"] for r in parts)
+        assert record["loss"] == pytest.approx(mean, rel=1e-6)
+
+
+LAYOUTS = {
+    "data parallel": ["data.micro_batch_size=1"],
+    "expert parallel": ["parallel.expert=2"],
+    "expert parallel, all-gather": ["parallel.expert=2", "parallel.moe_dispatcher=allgather"],
+    "tensor and sequence parallel": ["parallel.tensor=2", "parallel.sequence=true"],
+    "distributed optimizer": ["optimizer.distributed=true"],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_ranks_give_the_losses_of_one(layout, tmp_path, tiny_data, tiny_backbone, whole_run, records_of):
+    run = tmp_path / "run"
+    arguments = settings(tiny_data, run, tiny_backbone, *LAYOUTS[layout], "train.steps=8", "train.validate_every_steps=4")
+    launch(2, "tiny", *arguments)
+    got, want = records_of(run), records_of(whole_run)
+    for step in range(1, 9):
+        assert got[step]["loss"] == pytest.approx(want[step]["loss"], rel=1e-5), step
+        assert got[step]["grad_norm"] == pytest.approx(want[step]["grad_norm"], rel=1e-4), step
+        assert got[step]["scored_tokens"] == want[step]["scored_tokens"]
+    assert records_of(run, "validation")[0]["loss"] == pytest.approx(records_of(whole_run, "validation")[0]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("overrides", [["data.micro_batch_size=8"], ["data.micro_batch_size=1"]])
+@pytest.mark.parametrize("weighting", ["masked_mean", "elbo"])
+def test_accumulation_does_not_change_the_losses(overrides, weighting, tmp_path, tiny_data, tiny_backbone, records_of):
+    common = [f"noise.weighting={weighting}", "noise.time_per=block", "noise.time_sampling=stratified",
+              "train.steps=6", "train.validate_every_steps=0"]  # fmt: skip
+    for name, extra in (("plain", []), ("other", overrides)):
+        train("tiny", *settings(tiny_data, tmp_path / name, tiny_backbone, *common, *extra))
+    got, want = records_of(tmp_path / "other"), records_of(tmp_path / "plain")
+    assert losses(got) == pytest.approx(losses(want), rel=1e-5)
+
+
+def test_frozen_means_bitwise_unchanged_and_the_rest_moves(tmp_path, tiny_data, tiny_backbone):
+    config = load_recipe("tiny", settings(tiny_data, tmp_path / "run", tiny_backbone, "train.steps=3"))
+    kept = {}
+    original = build.build_model
+
+    def remember(config, groups):
+        model = original(config, groups)
+        context = model.module.context
+        kept["context"] = context
+        kept["before"] = {n: t.clone() for n, t in context.state_dict().items() if isinstance(t, torch.Tensor)}
+        kept["module"] = model.module
+        kept["start"] = {n: p.detach().clone() for n, p in model.module.named_parameters()}
+        return model
+
+    build.build_model = remember
+    try:
+        assert build.run_training(config)
+    finally:
+        build.build_model = original
+        parallel.shutdown()
+    after = kept["context"].state_dict()
+    assert kept["before"]
+    for name, tensor in kept["before"].items():
+        assert torch.equal(after[name], tensor), name
+    still = [n for n, p in kept["module"].named_parameters() if torch.equal(p, kept["start"][n])]
+    assert not still, f"every trained parameter moves: {still}"
+
+
+def test_bf16_follows_fp32(tmp_path, tiny_data, tiny_backbone, whole_run, records_of):
+    train("tiny", *settings(tiny_data, tmp_path / "run", tiny_backbone, "train.precision=bf16"))
+    got, want = losses(records_of(tmp_path / "run")), losses(records_of(whole_run))
+    assert got == pytest.approx(want, rel=0.03)
+    assert got != want
+
+
+def test_recompute_keeps_the_losses(tmp_path, tiny_data, tiny_backbone, whole_run, records_of):
+    arguments = ["train.recompute_layers=ME*-", "train.steps=8"]
+    train("tiny", *settings(tiny_data, tmp_path / "run", tiny_backbone, *arguments))
+    want = records_of(whole_run)
+    for step, record in records_of(tmp_path / "run").items():
+        assert record["loss"] == pytest.approx(want[step]["loss"], rel=1e-6)
+
+
+def test_a_changed_backbone_is_refused(tmp_path, tiny_data, tiny_backbone):
+    import shutil
+
+    copy = tmp_path / "backbone"
+    shutil.copytree(tiny_backbone, copy)
+    short = ["train.steps=6", "train.validate_every_steps=0"]
+    train("tiny", *settings(tiny_data, tmp_path / "run", copy, *short))
+    file = next(copy.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    result = subprocess.run(
+        [*CLI, "train", "recipe=tiny", *settings(tiny_data, tmp_path / "run", copy)], capture_output=True, text=True,
+        env=os.environ,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "fingerprint" in result.stderr and result.stderr.count("\n") == 1
