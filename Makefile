@@ -9,7 +9,9 @@ VENV ?= .venv
 # On Linux the package index serves torch with CUDA. For another build: make train TORCH='torch --index-url ...'
 TORCH ?= torch==2.13.0
 RUN ?= runs/quickstart
+# A backbone that was trained before is given with the tokenizer that it was trained with.
 BACKBONE ?= $(RUN)/backbone
+TOKENIZER ?= $(RUN)/tokenizer
 PROMPT ?= def main():
 PYTEST_ARGS ?=
 
@@ -58,8 +60,8 @@ train: $(RUN)/evaluation.json ## the whole road on the source of Python's standa
 $(RUN)/tokenizer/tokenizer.json: | $(VENV)/.installed
 	$(TWOTOWER) data tokenizer --input python-stdlib --vocab-size 4096 --output $(RUN)/tokenizer
 
-$(RUN)/data/train/index.json: | $(RUN)/tokenizer/tokenizer.json
-	$(TWOTOWER) data prepare --input python-stdlib --tokenizer $(RUN)/tokenizer --output $(RUN)/data
+$(RUN)/data/train/index.json: | $(VENV)/.installed $(TOKENIZER)/tokenizer.json
+	$(TWOTOWER) data prepare --input python-stdlib --tokenizer $(TOKENIZER) --output $(RUN)/data
 
 $(RUN)/backbone/config.json: | $(RUN)/data/train/index.json
 	$(TWOTOWER) train recipe=quickstart_ar data.folder=$(RUN)/data output=$(RUN)/ar

@@ -91,7 +91,7 @@ def _open_corpus(config: RunConfig, split: str) -> SequenceDataset:
 
 
 def _validation_batches(config: RunConfig, groups: ProcessGroupCollection) -> list[Batch]:
-    """This rank's micro-batches of the first held-out sequences."""
+    """This rank's micro-batches of held-out sequences, drawn from all of them, the same in every run of a seed."""
     if not config.train.validate_every_steps:
         return []
     dataset, count = _open_corpus(config, "validation"), config.train.validation_sequences
@@ -101,7 +101,7 @@ def _validation_batches(config: RunConfig, groups: ProcessGroupCollection) -> li
     size = config.data.micro_batch_size
     starts = range(first, first + share, size)
     return [
-        global_batch(dataset, first=start, count=min(size, first + share - start), shuffle=False) for start in starts
+        global_batch(dataset, first=start, count=min(size, first + share - start)) for start in starts
     ]
 
 

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from megatron_twotower.generate import GenerationSettings, load, mask_token_id, write
+from megatron_twotower.generate import GenerationSettings, decode, load, mask_token_id, write
 from megatron_twotower.hf.modeling_nemotron_h_twotower import ContextCache, GenerationStats
 from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as Model
 from megatron_twotower.records import UserError
@@ -174,7 +174,7 @@ def _masks_by_time(u: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return noise < t.unsqueeze(-1), t, 1 / t
 
 
-# u (b,) and noise (b, s), uniform -> masked (b, s) bool, noise levels (b,), weights (b,)
+# u (b,) float64 and noise (b, s), uniform -> masked (b, s) bool, noise levels (b,), weights (b,)
 BOUND_NOISE: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]] = {
     "count": _masks_by_count, "time": _masks_by_time,
 }  # fmt: skip
@@ -204,7 +204,7 @@ def diffusion_bound(
         if columns.start == 0:
             continue
         for draw in range(draws):
-            u = (draw + torch.rand(len(clean), generator=generator)) / draws
+            u = (draw + torch.rand(len(clean), generator=generator, dtype=torch.float64)) / draws
             masked, t, weight = BOUND_NOISE[noise](u, torch.rand(clean.shape, generator=generator))
             nats = _masked_nats(model, clean, masked, t, cache, mask_id)
             sums[rows] += weight * nats.double().sum(-1) / draws
@@ -300,9 +300,8 @@ def write_samples(
                 model, row.unsqueeze(0), mode=mode, settings=settings, mask_id=mask_token_id(tokenizer),
                 eos_id=tokenizer.eos_token_id,
             )  # fmt: skip
-            new = ids[0, len(row) :].tolist()
             samples.append({
-                "mode": mode, "prompt": tokenizer.decode(row.tolist()), "text": tokenizer.decode(new),
+                "mode": mode, "prompt": tokenizer.decode(row.tolist()), "text": decode(tokenizer, ids[0, len(row) :]),
                 "passes": stats.passes, "new_tokens": stats.new_tokens, "seconds": stats.seconds,
             })  # fmt: skip
             progress("samples", len(samples), len(prompts) * len(modes))

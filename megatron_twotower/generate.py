@@ -160,6 +160,12 @@ def _ar(
 MODES: Mapping[str, Mode] = {"mask_diffusion": _mask_diffusion, "mock_ar": _mock_ar, "ar": _ar}
 
 
+def decode(tokenizer: PreTrainedTokenizerFast, new: Tensor) -> str:
+    """Text of new ids (n,), without the EOS that may end them."""
+    ids = new.tolist()
+    return tokenizer.decode(ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids)
+
+
 def generate(
     model: NemotronHTwoTowerForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, *,
     mode: str = "mask_diffusion", settings: GenerationSettings = GenerationSettings(),
@@ -172,14 +178,12 @@ def generate(
     ids = text_encoder(tokenizer)([prompt])[0]
     if not ids:
         raise UserError("prompt: found no text, expected at least one token")
-    eos = tokenizer.eos_token_id
     inputs = torch.tensor([ids], device=model.context_tower.device)
     output, stats = write(
-        model, inputs, mode=mode, settings=settings, mask_id=mask_token_id(tokenizer), eos_id=eos
+        model, inputs, mode=mode, settings=settings, mask_id=mask_token_id(tokenizer), eos_id=tokenizer.eos_token_id
     )
     written = output[0].cpu()
-    new = written[len(ids) :].tolist()
-    text = tokenizer.decode(new[:-1] if new[-1] == eos else new)
+    text = decode(tokenizer, written[len(ids) :])
     return Generation(mode, prompt, text, written, stats.new_tokens, stats.passes, stats.seconds)
 
 

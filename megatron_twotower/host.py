@@ -14,6 +14,7 @@ import contextlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import queue
 import re
 import sys
 import types
@@ -146,6 +147,7 @@ def install() -> None:
 
 
 def _mend_after_import() -> None:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
@@ -160,6 +162,11 @@ def _mend_after_import() -> None:
     # megatron-core 0.16.1, token_dispatcher.py hands numpy split sizes to all_to_all_single; Gloo wants ints.
     # maybe_move_tensor_to_cpu also leaves host tensors as they are, where the dispatcher goes on with arrays.
     token_dispatcher.maybe_move_tensor_to_cpu = _splits_as_ints
+
+    # megatron-core 0.16.1, filesystem_async.py starts a manager process for a queue that a synchronous save reads in
+    # the same process; it costs seconds, and outlives a training process that is killed.
+    results: queue.Queue[Any] = queue.Queue()
+    filesystem_async._get_write_results_queue = lambda: results
 
 
 def _splits_as_ints(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

@@ -73,13 +73,14 @@ def _from_zero(axes: Axes, values: Sequence[float | None]) -> None:
     axes.set_ylim(0, 1.15 * max((value for value in values if value is not None), default=1.0))
 
 
-def _mark(axes: Axes, points: Curve, *, color: str) -> None:
-    """Each point's value above it."""
+def _mark(axes: Axes, points: Curve, *, color: str, below: bool = False) -> None:
+    """Each point's value above it, or below it."""
     for x, y in points:
         if y is not None:
             axes.annotate(
-                f"{y:.2f}", (x, y), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8.5, color=color
-            )
+                f"{y:.2f}", (x, y), xytext=(0, -14 if below else 8), textcoords="offset points", ha="center",
+                fontsize=8.5, color=color,
+            )  # fmt: skip
 
 
 def _png(figure: Figure) -> bytes:
@@ -125,9 +126,10 @@ def noise_levels(start: Mapping[str, float | None], end: Mapping[str, float | No
         theme, "Masked loss by noise level", "held-out text, at the first and at the last validation"
     )
     for values, color, label in ((start, theme.muted, "start"), (end, theme.series[0], "end")):
+        # Labels on the outer sides, so that two close curves keep theirs apart.
         points = [(_middle(name), loss) for name, loss in values.items()]
         _curve(axes, theme, points, color=color, label=label)
-        _mark(axes, points, color=color)
+        _mark(axes, points, color=color, below=label == "end")
     axes.set_xlim(0, 1)
     _from_zero(axes, [*start.values(), *end.values()])
     _label(axes, theme, x="noise level t (share of tokens masked)", y="nats per masked token")

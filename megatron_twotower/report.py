@@ -25,8 +25,9 @@ from megatron_twotower.records import UserError
 
 # What evaluation.json must hold.
 EVALUATION_KEYS = (
-    "ar_loss", "ar_loss_per_byte", "masked_loss_by_noise", "diffusion_bound", "diffusion_bound_stderr", "sweep",
-    "ar_generation", "samples",
+    "ar_loss", "ar_loss_per_byte", "ar_loss_on_bound_tokens", "masked_loss_by_noise", "diffusion_bound",
+    "diffusion_bound_stderr", "sweep", "ar_generation", "samples", "settings", "device", "dtype",
+    "threads",
 )  # fmt: skip
 RUNS = ("ar", "twotower")
 
@@ -90,13 +91,16 @@ def read_findings(run: Path) -> Findings:
     """
     files = [run / name / file for name in RUNS for file in ("config.yaml", "provenance.json")]
     compared = sorted((run / "conditioning").glob(f"*/{FILE_NAME}"))
+    ar, twotower = (_read_series(run / name / FILE_NAME) for name in RUNS)
+    evaluation = _read_evaluation(run / "evaluation.json")
+    texts = {str(path.relative_to(run)): path.read_text() for path in files if path.is_file()}
     return Findings(
         name=run.resolve().name,
-        ar=_read_series(run / "ar" / FILE_NAME),
-        twotower=_read_series(run / "twotower" / FILE_NAME),
-        evaluation=_read_evaluation(run / "evaluation.json"),
+        ar=ar,
+        twotower=twotower,
+        evaluation=evaluation,
         conditioning={path.parent.name: _read_series(path) for path in compared},
-        texts={str(path.relative_to(run)): path.read_text() for path in files if path.is_file()},
+        texts=texts | {"evaluation settings": json.dumps(evaluation["settings"], indent=1)},
     )
 
 
@@ -120,7 +124,8 @@ def summary_rows(findings: Findings) -> Iterator[tuple[str, str, str]]:
     bound, error = evaluation["diffusion_bound"], evaluation["diffusion_bound_stderr"]
     yield "AR loss, nats/token", _number(evaluation["ar_loss"]), f"{_number(ar[0]['loss'])} at step {ar[0]['step']}"
     yield "AR loss, nats/byte", _number(evaluation["ar_loss_per_byte"], 3), ""
-    yield "diffusion bound, nats/token", f"{_number(bound)} ± {_number(error)}", f"AR {_number(evaluation['ar_loss'])}"
+    same = _number(evaluation["ar_loss_on_bound_tokens"])
+    yield "diffusion bound, nats/token", f"{_number(bound)} ± {_number(error)}", f"AR {same}, same tokens"
     yield "masked loss, nats/token", _number(last["loss"]), f"{_number(first['loss'])} at step {first['step']}"
     for bucket, loss in last["loss_by_noise"].items():
         start = first["loss_by_noise"].get(bucket)
@@ -228,14 +233,14 @@ def _card(label: str, value: str, note: str) -> str:
 
 def _cards(findings: Findings) -> str:
     evaluation, towers = findings.evaluation, findings.twotower.validation
+    per_byte, same = _number(evaluation["ar_loss_per_byte"], 3), _number(evaluation["ar_loss_on_bound_tokens"])
+    bound = f"{_number(evaluation['diffusion_bound'])} ± {_number(evaluation['diffusion_bound_stderr'])}"
+    start = f"{_number(towers[0]['loss'])} at step {towers[0]['step']}"
     cards = [
-        _card("AR loss, held out", _number(evaluation["ar_loss"]),
-              f"nats per token; {_number(evaluation['ar_loss_per_byte'], 3)} per byte"),
-        _card("Masked loss, held out", _number(towers[-1]["loss"]),
-              f"nats per masked token; {_number(towers[0]['loss'])} at step {towers[0]['step']}"),
-        _card("Likelihood bound", f"{_number(evaluation['diffusion_bound'])} ± "
-              f"{_number(evaluation['diffusion_bound_stderr'])}", "nats per token, of the denoiser"),
-    ]  # fmt: skip
+        _card("AR loss", _number(evaluation["ar_loss"]), f"nats per token; {per_byte} per byte"),
+        _card("Masked loss", _number(towers[-1]["loss"]), f"nats per masked token; {start}"),
+        _card("Likelihood bound of the denoiser", bound, f"nats per token; AR {same} on the same tokens"),
+    ]
     for row in _threshold_rows(evaluation):
         if row["confidence_threshold"] == 0.8:
             note = f"at confidence threshold 0.8; {_number(row['speedup'])} x the speed of AR"
@@ -279,13 +284,12 @@ def _conditioning(findings: Findings, images: Mapping[str, bytes]) -> str:
 
 
 def _sample(sample: Mapping[str, Any]) -> str:
-    """A text with its prompt dimmed; `text` may or may not begin with the prompt."""
-    prompt, text = sample["prompt"], sample["text"].removeprefix(sample["prompt"])
+    """What was written, after its prompt, dimmed."""
     note = f"{sample['new_tokens']} tokens, {sample['passes']} passes, {_number(sample['seconds'], 1)} s"
     return (
         f'<div class="card"><strong>{html.escape(sample["mode"])}</strong> '
         f'<span class="note">{html.escape(note)}</span>'
-        f'<pre><span class="prompt">{html.escape(prompt)}</span>{html.escape(text)}</pre></div>'
+        f'<pre><span class="prompt">{html.escape(sample["prompt"])}</span>{html.escape(sample["text"])}</pre></div>'
     )
 
 
@@ -295,6 +299,7 @@ def _page(findings: Findings, images: Mapping[str, bytes]) -> str:
         f'<details class="card"><summary>{html.escape(name)}</summary><pre>{html.escape(text)}</pre></details>'
         for name, text in findings.texts.items()
     )
+    machine = f"{evaluation['device']}, {evaluation['dtype']}, {evaluation['threads']} threads"
     origin = f", both started from {html.escape(findings.backbone)}" if findings.backbone else ""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -309,7 +314,7 @@ of held-out files unless a curve says training.</p>
 <div class="pair">{_picture("noise_levels", images)}{_noise_table(evaluation)}</div>
 {_conditioning(findings, images)}
 <h2>Generation</h2>
-<p>Speeds are wall-clock, against cached AR generation by the context tower in the same process.</p>
+<p>Speeds are wall-clock, against cached AR generation by the context tower in the same process, on {machine}.</p>
 {_picture("threshold_sweep", images)}{_sweep_table(evaluation)}
 <h2>Samples</h2>
 {"".join(_sample(sample) for sample in evaluation["samples"])}

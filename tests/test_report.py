@@ -40,12 +40,14 @@ def sweep_row(threshold, tokens_per_pass, speedup, nats):
 
 
 EVALUATION = {
-    "ar_loss": 3.921, "ar_loss_per_byte": 1.2345, "diffusion_bound": 4.61, "diffusion_bound_stderr": 0.04,
+    "settings": {"prompt_tokens": 61}, "device": "cpu", "dtype": "float32", "threads": 2,
+    "ar_loss": 3.921, "ar_loss_per_byte": 1.2345,
+    "ar_loss_on_bound_tokens": 3.77, "diffusion_bound": 4.61, "diffusion_bound_stderr": 0.04,
     "masked_loss_by_noise": [{"t": t / 10, "loss": 1.8 + 0.35 * t, "count": 1000 * t} for t in range(1, 11)],
     "sweep": [sweep_row(0.5, 3.12, 2.05, 3.4), sweep_row(0.8, 1.73, 1.21, 2.9), sweep_row(0.9, 1.41, 0.98, 2.75)],
     "ar_generation": {"tokens_per_second": 210.0, "nats_per_token": 1.9},
     "samples": [
-        {"mode": "mask_diffusion", "prompt": "def main():", "text": "def main():\n    if x < 3 & y:\n        '<b>'",
+        {"mode": "mask_diffusion", "prompt": "def main():", "text": "\n    if x < 3 & y:\n        '<b>'",
          "passes": 20, "new_tokens": 64, "seconds": 1.25},
         {"mode": "ar", "prompt": "def main():", "text": "\n    pass", "passes": 64, "new_tokens": 64, "seconds": 2.5},
     ],
@@ -99,7 +101,20 @@ def test_the_page_holds_every_figure_and_needs_no_other_file(written):
     run, path, _ = written
     assert path == run / "report" / "index.html"
     page = path.read_text()
-    for figure in ("3.92", "1.234", "4.61 ± 0.04", "1.73", "1.21 x", "5.300", "10,000", "2.15", "8.30"):
+    for figure in (
+        "3.92",
+        "1.234",
+        "4.61 ± 0.04",
+        "1.73",
+        "1.21 x",
+        "5.300",
+        "10,000",
+        "2.16",
+        "8.30",
+        "3.77",
+        "cpu, float32, 2 threads",
+        "prompt_tokens&quot;: 61",
+    ):
         assert figure in page, figure
     assert "objective: twotower\nseed: 1234" in page
     assert "0123abc" in page
@@ -144,7 +159,7 @@ def test_the_summary_compares_end_with_start(written):
     rows = {label: (value, against) for label, value, against in summary_rows(read_findings(written[0]))}
     assert rows["AR loss, nats/token"] == ("3.92", "8.35 at step 0")
     assert rows["AR loss, nats/byte"] == ("1.234", "")
-    assert rows["diffusion bound, nats/token"] == ("4.61 ± 0.04", "AR 3.92")
+    assert rows["diffusion bound, nats/token"] == ("4.61 ± 0.04", "AR 3.77, same tokens")
     assert rows["masked loss, noise 0.8-1.0"] == ("5.25", "8.30 at step 0")
     assert rows["tokens/pass, threshold 0.8"] == ("1.73", "1.21 x AR speed")
     assert list(rows)[-3:] == [f"tokens/pass, threshold {t}" for t in (0.9, 0.8, 0.5)]

@@ -35,8 +35,9 @@ def launch(ranks, recipe, *overrides, wait=True):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
     start = [*torchrun, "megatron_twotower"] if ranks > 1 else CLI
     process = subprocess.Popen(
-        [*start, "train", f"recipe={recipe}", *overrides], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        [*start, "train", f"recipe={recipe}", *overrides], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
     if wait:
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output[-3000:]
@@ -77,7 +78,7 @@ def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, tiny_data, tiny_b
     deadline = time.monotonic() + 240
     while not mark.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.kill()
+    os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert mark.exists() and process.returncode == -signal.SIGKILL, "killed before the end"
     assert not checkpoint.checkpoint_folder(run, 30).exists()
