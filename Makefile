@@ -10,8 +10,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 RUN ?= runs/quickstart
 # A backbone that was trained before is given with the tokenizer that it was trained with.
-BACKBONE ?= $(RUN)/backbone
-TOKENIZER ?= $(RUN)/tokenizer
+# Where both towers start. `make train BACKBONE=runs/quickstart/backbone` takes the one that this run trains itself.
+BACKBONE ?= recipes/backbones/small
 PROMPT ?= def main():
 PYTEST_ARGS ?=
 
@@ -22,7 +22,6 @@ export TOKENIZERS_PARALLELISM ?= true
 
 BIN := $(VENV)/bin
 TWOTOWER := $(BIN)/twotower
-GENERATE = $(TWOTOWER) generate --model $(RUN)/model --prompt '$(PROMPT)' --max-new-tokens 96
 
 .PHONY: help install train report test test-slow check format backbone clean
 
@@ -52,35 +51,45 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 # goes on where it stopped.
 
 train: $(RUN)/evaluation.json ## the whole road on the source of Python's standard library: data, backbone, two towers, report
-	$(GENERATE) --mode mask_diffusion
-	$(GENERATE) --mode mock_ar
-	$(GENERATE) --mode ar
 	$(TWOTOWER) report --run $(RUN)
+	$(TWOTOWER) generate --model $(RUN)/model --prompt '$(PROMPT)' --max-new-tokens 96 --mode all
 
 $(RUN)/tokenizer/tokenizer.json: | $(VENV)/.installed
 	$(TWOTOWER) data tokenizer --input python-stdlib --vocab-size 4096 --output $(RUN)/tokenizer
 
-$(RUN)/data/train/index.json: | $(VENV)/.installed $(TOKENIZER)/tokenizer.json
-	$(TWOTOWER) data prepare --input python-stdlib --tokenizer $(TOKENIZER) --output $(RUN)/data
+$(RUN)/data/train/index.json: | $(RUN)/tokenizer/tokenizer.json
+	$(TWOTOWER) data prepare --input python-stdlib --tokenizer $(RUN)/tokenizer --output $(RUN)/data
 
+# The `ar` objective at work: a backbone from random weights.
 $(RUN)/backbone/config.json: | $(RUN)/data/train/index.json
 	$(TWOTOWER) train recipe=quickstart_ar data.folder=$(RUN)/data output=$(RUN)/ar
 	$(TWOTOWER) convert export --from $(RUN)/ar --to $(RUN)/backbone
 
-$(RUN)/model/config.json: | $(RUN)/backbone/config.json
+# The towers read with the tokenizer of their backbone.
+$(RUN)/tower-data/train/index.json: | $(RUN)/backbone/config.json
+	$(TWOTOWER) data prepare --input python-stdlib --tokenizer $(BACKBONE) --output $(RUN)/tower-data
+
+TOWERS = recipe=quickstart data.folder=$(RUN)/tower-data init.backbone=$(BACKBONE)
+SHORT = train.steps=60 schedule.decay_steps=0
+
+# The other start of the time conditioning, as far as is needed to compare: the report draws both.
+$(RUN)/conditioning/released/provenance.json: | $(RUN)/tower-data/train/index.json
+	$(TWOTOWER) train $(TOWERS) $(SHORT) conditioning.initialisation=released output=$(RUN)/conditioning/released
+
+$(RUN)/model/config.json: | $(RUN)/conditioning/released/provenance.json
 	@echo "both towers start from $(BACKBONE)"
-	$(TWOTOWER) train recipe=quickstart data.folder=$(RUN)/data init.backbone=$(BACKBONE) output=$(RUN)/twotower
+	$(TWOTOWER) train $(TOWERS) output=$(RUN)/twotower
 	$(TWOTOWER) convert export --from $(RUN)/twotower --to $(RUN)/model
 
 $(RUN)/evaluation.json: | $(RUN)/model/config.json
-	$(TWOTOWER) evaluate --model $(RUN)/model --data $(RUN)/data --output $(RUN)/evaluation.json
+	$(TWOTOWER) evaluate --model $(RUN)/model --data $(RUN)/tower-data --output $(RUN)/evaluation.json
 
 report: $(VENV)/.installed ## write the report of a run again (RUN=runs/quickstart)
 	$(TWOTOWER) report --run $(RUN)
 
 backbone: $(RUN)/data/train/index.json ## train the backbone that is shipped in recipes/ again (long)
 	$(TWOTOWER) train recipe=backbone data.folder=$(RUN)/data output=runs/backbone
-	$(TWOTOWER) convert export --from runs/backbone --to runs/backbone-hf
+	$(TWOTOWER) convert export --from runs/backbone --to runs/backbone-hf --dtype bf16
 
 # Development ----------------------------------------------------------------------------------------------------
 

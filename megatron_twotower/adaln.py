@@ -44,7 +44,7 @@ class TimeConditioning(nn.Module):
         self.t_block = nn.Sequential(nn.SiLU(), linear(hidden, 3 * hidden))
 
     def forward(self, times: Tensor) -> Tensor:
-        features = sinusoid(times, self.config).to(self.t_block[1].weight.dtype)
+        features = sinusoid(times, self.config).to(next(self.parameters()).dtype)
         return self.t_block(self.t_embedder["mlp"](features))
 
 

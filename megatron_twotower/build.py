@@ -17,7 +17,8 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from rich.console import Console
 
-from megatron_twotower import __version__, checkpoint, config as settings, convert, names, parallel, trainer
+from megatron_twotower import __version__, checkpoint, convert, names, parallel, trainer
+from megatron_twotower import config as settings
 from megatron_twotower.config import RunConfig
 from megatron_twotower.dataset import SequenceDataset, batches, global_batch, prefetch, rank_slice
 from megatron_twotower.doctor import one_line_summary
@@ -27,6 +28,7 @@ from megatron_twotower.names import Entry
 from megatron_twotower.optimizer import build_optimizer, build_schedule
 from megatron_twotower.records import Batch, UserError
 from megatron_twotower.shards import Corpus
+from megatron_twotower.tokenizer import tokenizer_fingerprint
 from megatron_twotower.towers import BackboneModel, TwoTower, build_context_tower, transformer_config
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -82,6 +84,14 @@ def _denoiser_start(backbone: convert.TensorSource, conditioning: convert.Tensor
 
 def _open_corpus(config: RunConfig, split: str) -> SequenceDataset:
     corpus = Corpus.open(Path(config.data.folder) / split)
+    backbone = config.init.backbone
+    if backbone and (Path(backbone) / "tokenizer.json").is_file():
+        expected = tokenizer_fingerprint(backbone)
+        if corpus.tokenizer_fingerprint != expected:
+            raise UserError(
+                f"{config.data.folder}: found tokens of tokenizer {corpus.tokenizer_fingerprint[:12]}, expected those "
+                f"of {backbone}, {expected[:12]}"
+            )
     if corpus.vocab_size > config.model.vocab_size:
         raise UserError(
             f"{config.data.folder}: found a vocabulary of {corpus.vocab_size}, expected at most model.vocab_size "
@@ -100,14 +110,10 @@ def _validation_batches(config: RunConfig, groups: ProcessGroupCollection) -> li
     first, share = rank_slice(0, count, rank=groups.dp_cp.rank(), world=groups.dp_cp.size())
     size = config.data.micro_batch_size
     starts = range(first, first + share, size)
-    return [
-        global_batch(dataset, first=start, count=min(size, first + share - start)) for start in starts
-    ]
+    return [global_batch(dataset, first=start, count=min(size, first + share - start)) for start in starts]
 
 
-def _stream(
-    config: RunConfig, groups: ProcessGroupCollection, cursor: int
-) -> Iterator[tuple[list[Batch], int]]:
+def _stream(config: RunConfig, groups: ProcessGroupCollection, cursor: int) -> Iterator[tuple[list[Batch], int]]:
     data = config.data
     stream = batches(
         _open_corpus(config, "train"),
@@ -256,7 +262,7 @@ def export(run: Path, output: Path, *, dtype: torch.dtype | None = None) -> None
     if output.exists():
         raise UserError(f"{output}: exists, expected a folder that is not there yet")
     config = settings.load_recipe(str(run / "config.yaml"))
-    alone = dataclasses.replace(config, parallel=settings.ParallelConfig())
+    alone = dataclasses.replace(config, output=str(run), parallel=settings.ParallelConfig())
     groups = parallel.initialise(alone)
     model, state = build_model(alone, groups), checkpoint.read_state(found[-1])
     if model.fingerprint != state.fingerprint:
@@ -273,9 +279,11 @@ def _tokenizer_files(config: RunConfig) -> list[Path]:
     return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
-def _card(config: RunConfig, model: Model, state: checkpoint.CheckpointState, title: str) -> str:
+def _card(config: RunConfig, state: checkpoint.CheckpointState, title: str) -> str:
+    """A model card: what the run wrote of itself, and how far it had come."""
     tokens = state.cursor * config.data.sequence_length_tokens
-    facts = provenance(config, model) | {"objective": config.objective, "steps": state.step, "tokens": tokens}
+    facts = json.loads((Path(config.output) / "provenance.json").read_text())
+    facts |= {"objective": config.objective, "steps": state.step, "tokens": tokens}
     lines = [f"- {key}: {value}" for key, value in facts.items()]
     return "\n".join([f"# {title}", "", "Trained with megatron_twotower.", "", *lines])
 
@@ -289,7 +297,7 @@ def _export_backbone(
         output,
         convert.hf_tensors(model.module.tower, entries, model=config.model, dtype=dtype),
         config=convert.backbone_config_json(config.model, dtype=dtype),
-        files={"README.md": _card(config, model, state, "NemotronH backbone")},
+        files={"README.md": _card(config, state, "NemotronH backbone")},
         copies=_tokenizer_files(config),
     )
 
@@ -305,11 +313,20 @@ def _export_two_tower(
         yield from convert.renamed_tensors(convert.HfFolder.open(backbone), read, write, dtype=dtype)
         yield from convert.hf_tensors(model.module, model.entries, model=config.model, dtype=dtype)
 
+    # The released format has no key for these: a model that needs others could not be read back.
+    released, found = settings.ConditioningConfig(), config.conditioning
+    for key in ("frequencies", "period", "time_scale"):
+        if getattr(found, key) != getattr(released, key):
+            raise UserError(
+                f"conditioning.{key}: found {getattr(found, key)}, expected {getattr(released, key)} for an export"
+            )
     source = settings.read_hf_config(backbone) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    if config.model.time_step_clamp:
+        source["time_step_limit"] = [config.model.time_step_clamp, float("inf")]
     convert.write_folder(
         output,
         tensors(),
         config=twotower_config_json(source),
-        files={"README.md": _card(config, model, state, "Two-tower block-diffusion model")},
+        files={"README.md": _card(config, state, "Two-tower block-diffusion model")},
         copies=[*_tokenizer_files(config), MODELING_FILE],
     )

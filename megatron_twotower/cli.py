@@ -54,7 +54,9 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
     from megatron_twotower.shards import prepare
 
-    with Progress(TextColumn("tokenising"), BarColumn(), TextColumn("{task.completed} files"), TimeRemainingColumn()) as bar:
+    with Progress(
+        TextColumn("tokenising"), BarColumn(), TextColumn("{task.completed} files"), TimeRemainingColumn()
+    ) as bar:
         task = bar.add_task("tokenising", total=None)
 
         def advance(done: int, total: int) -> None:
@@ -131,10 +133,14 @@ def _parser() -> argparse.ArgumentParser:
 
     train = command(commands, "train", _train, "train as a recipe says",
                     "twotower train recipe=quickstart data.folder=data optimizer.learning_rate=3e-4")  # fmt: skip
-    train.add_argument("settings", nargs="+", metavar="recipe=NAME key=value", help="the recipe, and what to change in it")
+    train.add_argument(
+        "settings", nargs="+", metavar="recipe=NAME key=value", help="the recipe, and what to change in it"
+    )
     train.add_argument("--dry-run", action="store_true", help="build the model, take no step")
 
-    data = commands.add_parser("data", help="make a tokenizer, prepare shards").add_subparsers(required=True, metavar="COMMAND")
+    data = commands.add_parser("data", help="make a tokenizer, prepare shards").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
     tokenizer = command(data, "tokenizer", _tokenizer, "train a byte-level BPE tokenizer on text files",
                         "twotower data tokenizer --input python-stdlib --output runs/tokenizer")  # fmt: skip
     shards = command(data, "prepare", _prepare, "tokenise text files into WebDataset shards",
@@ -148,7 +154,9 @@ def _parser() -> argparse.ArgumentParser:
     shards.add_argument("--shard-tokens", type=int, default=1_000_000, help="tokens per shard")
     shards.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
 
-    convert = commands.add_parser("convert", help="move weights to Hugging Face").add_subparsers(required=True, metavar="COMMAND")
+    convert = commands.add_parser("convert", help="move weights to Hugging Face").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
     export = command(convert, "export", _export, "write a run's newest checkpoint as a Hugging Face folder",
                      "twotower convert export --from runs/twotower --to runs/model")  # fmt: skip
     export.add_argument("--from", dest="source", type=Path, required=True, help="output folder of a training run")
@@ -159,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
                        "twotower generate --model runs/model --mode mask_diffusion --prompt 'def '")  # fmt: skip
     generate.add_argument("--model", type=Path, required=True, help="two-tower Hugging Face folder")
     generate.add_argument("--prompt", required=True)
-    generate.add_argument("--mode", choices=("mask_diffusion", "mock_ar", "ar"), default="mask_diffusion")
+    generate.add_argument("--mode", choices=("mask_diffusion", "mock_ar", "ar", "all"), default="mask_diffusion")
     generate.add_argument("--max-new-tokens", type=int, default=128)
     generate.add_argument("--block-size", type=int, default=16)
     generate.add_argument("--steps-per-block", type=int, default=16)
@@ -168,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0)
 
     evaluate = command(commands, "evaluate", _evaluate, "likelihoods and a threshold sweep of an exported model",
-                       "twotower evaluate --model runs/model --data runs/data --output runs/evaluation.json")  # fmt: skip
+                       "twotower evaluate --model runs/model --data runs/data --output evaluation.json")  # fmt: skip
     evaluate.add_argument("--model", type=Path, required=True, help="two-tower Hugging Face folder")
     evaluate.add_argument("--data", type=Path, required=True, help="prepared data folder")
     evaluate.add_argument("--output", type=Path, required=True, help="JSON file to write")

@@ -131,15 +131,22 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How ranks share the work; what is left of the world is data parallel."""
+    """How ranks share the work; what is left of the world is data parallel.
+
+    expert_tensor: ranks that split each expert; 0 for as many as `tensor`.
+    """
 
     tensor: int = 1
     sequence: bool = False
     expert: int = 1
-    expert_tensor: int = 1
+    expert_tensor: int = 0
     moe_dispatcher: str = "alltoall"
     overlap_grad_reduce: bool = False
     threads_per_rank: int = 0
+
+    @property
+    def expert_tensor_ranks(self) -> int:
+        return self.expert_tensor or self.tensor
 
 
 @dataclass(frozen=True)
@@ -211,7 +218,7 @@ MINIMA: dict[str, int] = {
     "data.prefetch_batches": 1,
     "parallel.tensor": 1,
     "parallel.expert": 1,
-    "parallel.expert_tensor": 1,
+    "parallel.expert_tensor": 0,
     "parallel.threads_per_rank": 0,
     "train.steps": 1,
     "train.log_every_steps": 1,
@@ -314,11 +321,17 @@ def _validate_layout(config: RunConfig, world_size: int) -> None:
     parallel, model, data = config.parallel, config.model, config.data
     tensor = parallel.tensor
     _require(world_size % tensor == 0, f"parallel.tensor {tensor}: does not divide {world_size} ranks")
-    experts = parallel.expert * parallel.expert_tensor
+    experts = parallel.expert * parallel.expert_tensor_ranks
     _require(
         world_size % experts == 0,
-        f"parallel.expert {parallel.expert} x parallel.expert_tensor {parallel.expert_tensor}: "
+        f"parallel.expert {parallel.expert} x parallel.expert_tensor {parallel.expert_tensor_ranks}: "
         f"does not divide {world_size} ranks",
+    )
+    # Megatron 0.16.1 reduces the gradients of experts like dense ones when expert parallelism is 1.
+    _require(
+        parallel.expert > 1 or parallel.expert_tensor_ranks == tensor,
+        f"parallel.expert_tensor: found {parallel.expert_tensor} with parallel.expert 1, "
+        f"expected parallel.tensor {tensor}",
     )
     data_parallel = world_size // tensor
     step = data.micro_batch_size * data_parallel
@@ -329,7 +342,7 @@ def _validate_layout(config: RunConfig, world_size: int) -> None:
     )
     split = {"vocab_size": tensor, "num_attention_heads": tensor, "num_key_value_heads": tensor, "n_groups": tensor}
     split |= {"mamba_num_heads": tensor, "intermediate_size": tensor, "n_routed_experts": parallel.expert}
-    split |= {"moe_intermediate_size": parallel.expert_tensor, "moe_shared_expert_intermediate_size": tensor}
+    split |= {"moe_intermediate_size": parallel.expert_tensor_ranks, "moe_shared_expert_intermediate_size": tensor}
     for name, ranks in split.items():
         size = getattr(model, name)
         _require(size % ranks == 0, f"model.{name} {size}: does not divide over {ranks} ranks")

@@ -55,7 +55,7 @@ class HfFolder:
         for file in files:
             try:
                 with safe_open(folder / file, framework="pt") as reader:
-                    names |= {key: file for key in reader.keys()}
+                    names |= dict.fromkeys(reader.keys(), file)
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{folder / file}: not a whole safetensors file ({error})") from error
         return cls(folder, names)
@@ -95,7 +95,7 @@ def random_backbone(model: ModelConfig, *, seed: int) -> TensorSource:
     Matrices are normal with `initializer_range`, those that write to the residual stream divided by sqrt(layers);
     Mamba starts as `transformers` starts it.
     """
-    shapes = {}
+    shapes: dict[str, torch.Size] = {}
     for entry in backbone_entries(model):
         whole = torch.empty(entry.shape, device="meta")
         shapes |= dict(zip(entry.hf, (t.shape for t in LAYOUTS[entry.layout][1](whole, model)), strict=True))
@@ -265,9 +265,7 @@ def write_folder(
     os.replace(partial, output)
 
 
-def _write_shards(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int
-) -> tuple[dict[str, str], int]:
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> tuple[dict[str, str], int]:
     """Fill one shard after another. Returns the weight map and the bytes of all tensors."""
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
@@ -275,7 +273,9 @@ def _write_shards(
 
     def flush() -> None:
         nonlocal size
-        save_file(pending, folder / f"part-{len(shards) + 1:05d}.safetensors", metadata={"format": "pt"})
+        path = folder / f"part-{len(shards) + 1:05d}.safetensors"
+        save_file(pending, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors makes files that only their owner reads
         shards.append(list(pending))
         pending.clear()
         size = 0
@@ -287,11 +287,11 @@ def _write_shards(
         pending[name] = tensor
         size, total = size + count, total + count
     flush()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, names in enumerate(shards, start=1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         os.replace(folder / f"part-{i:05d}.safetensors", folder / file)
-        weight_map |= {name: file for name in names}
+        weight_map |= dict.fromkeys(names, file)
     return weight_map, total
 
 

@@ -117,9 +117,7 @@ def _blocks(model: Model, sequences: Tensor, block_size: int) -> Iterator[tuple[
                 model.extend(cache, clean)
 
 
-def _masked_nats(
-    model: Model, clean: Tensor, masked: Tensor, t: Tensor, cache: ContextCache, mask_id: int
-) -> Tensor:
+def _masked_nats(model: Model, clean: Tensor, masked: Tensor, t: Tensor, cache: ContextCache, mask_id: int) -> Tensor:
     """(b, s) cross-entropy of the denoiser where masked, else 0."""
     logits = model.denoise_block(clean.masked_fill(masked, mask_id), t, cache)
     return _token_nats(logits, clean).cpu() * masked

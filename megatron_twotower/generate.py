@@ -204,10 +204,11 @@ def run(
     folder: str | Path, *, prompt: str, mode: str, max_new_tokens: int, block_size: int, steps_per_block: int,
     confidence_threshold: float, temperature: float, seed: int,
 ) -> int:  # fmt: skip
-    """The command `generate`: load, write, print. Returns the exit status."""
+    """The command `generate`: load, write, print; mode `all` writes in every mode. Returns the exit status."""
     settings = GenerationSettings(
         max_new_tokens, block_size, steps_per_block, confidence_threshold, temperature, seed=seed
     )
     model, tokenizer = load(folder, device="cuda" if torch.cuda.is_available() else "cpu")
-    print_generation(generate(model, tokenizer, prompt, mode=mode, settings=settings), Console())
+    for each in MODES if mode == "all" else (mode,):
+        print_generation(generate(model, tokenizer, prompt, mode=each, settings=settings), Console())
     return 0

@@ -157,7 +157,7 @@ def _mend_after_import() -> None:
 
     # megatron-core 0.16.1, moe_utils.py: the name is used, but only defined when Transformer Engine imports.
     if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
+        moe_utils.te_general_gemm = None
 
     # megatron-core 0.16.1, token_dispatcher.py hands numpy split sizes to all_to_all_single; Gloo wants ints.
     # maybe_move_tensor_to_cpu also leaves host tensors as they are, where the dispatcher goes on with arrays.
@@ -169,8 +169,14 @@ def _mend_after_import() -> None:
     filesystem_async._get_write_results_queue = lambda: results
 
 
+class _Splits(list[int]):
+    """Split sizes as ints, with the one array method that the dispatcher calls."""
+
+    def tolist(self) -> list[int]:
+        return list(self)
+
+
 def _splits_as_ints(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     if as_numpy and isinstance(tensor, torch.Tensor):
-        return tensor.tolist()
+        return _Splits(tensor.tolist())
     return tensor
-

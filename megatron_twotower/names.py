@@ -76,9 +76,7 @@ def _attention(m: ModelConfig) -> Iterator[Entry]:
     yield Entry("linear_proj.weight", ("o_proj.weight",), (m.hidden_size, queries), 1)
 
 
-def _feed_forward(
-    megatron: str, hf: str, hidden: int, width: int, expert: int | None = None
-) -> Iterator[Entry]:
+def _feed_forward(megatron: str, hf: str, hidden: int, width: int, expert: int | None = None) -> Iterator[Entry]:
     yield Entry(f"{megatron}.linear_fc1.weight", (f"{hf}up_proj.weight",), (width, hidden), 0, expert=expert)
     yield Entry(f"{megatron}.linear_fc2.weight", (f"{hf}down_proj.weight",), (hidden, width), 1, expert=expert)
 

@@ -64,4 +64,7 @@ def build_schedule(config: RunConfig, optimizer: MegatronOptimizer) -> Optimizer
         wd_incr_style="constant",
         wsd_decay_steps=schedule.decay_steps,
         lr_wsd_decay_style=schedule.decay_shape,
+        # A run that goes on follows its recipe; only the step comes from the checkpoint.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

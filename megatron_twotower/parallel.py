@@ -1,7 +1,7 @@
 """Process groups, wrapping, and Megatron's schedules: the only room that knows how ranks are laid out."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -47,7 +47,7 @@ def initialise(config: RunConfig) -> ProcessGroupCollection:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
         expert_model_parallel_size=config.parallel.expert,
-        expert_tensor_parallel_size=config.parallel.expert_tensor,
+        expert_tensor_parallel_size=config.parallel.expert_tensor_ranks,
     )
     # No layer draws random numbers; Megatron's trackers still want their states to exist.
     tensor_parallel.model_parallel_cuda_manual_seed(config.seed, force_reset_rng=True)
@@ -73,10 +73,10 @@ def wrap(model: MegatronModule, config: RunConfig, groups: ProcessGroupCollectio
 
     def finalise(chunks: list[Any], *args: Any, **kwargs: Any) -> None:
         # Megatron forgets these counts once it has updated the selection biases with them.
-        wrapped.expert_tokens = _expert_tokens(model)  # type: ignore[assignment]
+        wrapped.expert_tokens = _expert_tokens(model)
         finalize_model_grads(chunks, *args, **kwargs)
 
-    wrapped.expert_tokens = None  # type: ignore[assignment]
+    wrapped.expert_tokens = None
     megatron.finalize_model_grads_func = finalise
     megatron.no_sync_func = wrapped.no_sync if config.parallel.overlap_grad_reduce else None
     return wrapped
@@ -90,7 +90,7 @@ def _expert_tokens(model: MegatronModule) -> torch.Tensor | None:
 
 def run_schedule(
     step: Callable[[Iterator[Any], Any], tuple[torch.Tensor, Callable[..., Any]]],
-    micro_batches: list[Any],
+    micro_batches: Sequence[Any],
     model: torch.nn.Module,
     *,
     groups: ProcessGroupCollection,

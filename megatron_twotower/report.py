@@ -8,6 +8,7 @@ import base64
 import html
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -99,9 +100,20 @@ def read_findings(run: Path) -> Findings:
         ar=ar,
         twotower=twotower,
         evaluation=evaluation,
-        conditioning={path.parent.name: _read_series(path) for path in compared},
+        conditioning=_conditioning_runs(compared, twotower, texts.get("twotower/config.yaml", "")),
         texts=texts | {"evaluation settings": json.dumps(evaluation["settings"], indent=1)},
     )
+
+
+def _conditioning_runs(compared: Sequence[Path], main: Series, configuration: str) -> dict[str, Series]:
+    """The runs that tried a start of the time conditioning, and the main run's first steps beside them."""
+    runs = {path.parent.name: _read_series(path) for path in compared}
+    own = re.search(r"^  initialisation: (\w+)$", configuration, re.MULTILINE)
+    if runs and own and own[1] not in runs:
+        last = max(series.validation[-1]["step"] for series in runs.values())
+        parts = ([record for record in records if record["step"] <= last] for records in (main.train, main.validation))
+        runs[own[1]] = Series(*parts)
+    return dict(sorted(runs.items()))
 
 
 # Figures ------------------------------------------------------------------------------------------------------------

@@ -79,10 +79,10 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence,
         expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=parallel.expert_tensor,
+        expert_tensor_parallel_size=parallel.expert_tensor_ranks,
         gradient_accumulation_fusion=False,
         calculate_per_token_loss=True,
-        **experts,  # type: ignore[arg-type]
+        **experts,
     )
 
 
@@ -115,9 +115,7 @@ class Tower(MegatronModule):
         """All of l again, for a loss whose gradient every tensor-parallel rank computes in full."""
         if not self._sequence_parallel:
             return hidden
-        return gather_from_sequence_parallel_region(
-            hidden, tensor_parallel_output_grad=False, group=self.groups.tp
-        )
+        return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=self.groups.tp)
 
     @property
     def _sequence_parallel(self) -> bool:
@@ -181,6 +179,7 @@ class TwoTower(MegatronModule):
         for frozen, layer in zip(self.context.layers, self.tower.layers, strict=True):
             with torch.no_grad():
                 clean, handoff = frozen(clean)
+            assert isinstance(layer, DenoiserLayer)
             noisy = self._denoise(layer, noisy, conditioning, handoff)
         return self.tower.whole_sequence(self.tower.final_norm(noisy))
 

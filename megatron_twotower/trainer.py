@@ -1,7 +1,7 @@
 """The training loop: one optimizer step, validation, and the loop around them. Knows no file format."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,7 +78,9 @@ class Hooks:
     stop_requested: Callable[[], bool]
 
 
-def ar_forward(model: Any, batch: Batch, config: RunConfig, groups: ProcessGroupCollection, _: Tensor | None) -> LossReport:
+def ar_forward(
+    model: Any, batch: Batch, config: RunConfig, groups: ProcessGroupCollection, _: Tensor | None
+) -> LossReport:
     hidden = model(batch.tokens)
     return autoregressive_loss(_unwrapped(model).tower, hidden, batch.tokens, groups)
 
@@ -104,9 +106,7 @@ def _packed(report: LossReport) -> Tensor:
     return torch.cat([head, report.bucket_sums.double(), report.bucket_counts.double()])
 
 
-def forward_backward(
-    trainer: Trainer, batches: list[tuple[Batch, Tensor | None]], *, forward_only: bool
-) -> Tensor:
+def forward_backward(trainer: Trainer, batches: Sequence[tuple[Batch, Tensor | None]], *, forward_only: bool) -> Tensor:
     """Run the micro-batches through Megatron's schedule. Returns this rank's packed sums."""
     config, objective = trainer.config, OBJECTIVES[trainer.config.objective]
     device = host.device()
@@ -116,9 +116,7 @@ def forward_backward(
         report = objective(model, batch.to(device), config, trainer.groups, times)
         return report.total, lambda total: (total, report.count, _packed(report))
 
-    reports = parallel.run_schedule(
-        step, batches, trainer.model, groups=trainer.groups, forward_only=forward_only
-    )
+    reports = parallel.run_schedule(step, batches, trainer.model, groups=trainer.groups, forward_only=forward_only)
     return torch.stack(reports).sum(0)
 
 

@@ -41,7 +41,9 @@ def tiny_data(tmp_path_factory):
         lines = []
         for _ in range(60):
             a, b, c = draw.choices(words, k=3)
-            lines.append(draw.choice([f"def {a}({b}):", f"    {a} = {b} + {c}", f"    return {a}", f"if {a} > {b}:", ""]))
+            lines.append(
+                draw.choice([f"def {a}({b}):", f"    {a} = {b} + {c}", f"    return {a}", f"if {a} > {b}:", ""])
+            )
         (folder / "texts" / f"file{number:02}.py").write_text("\n".join(lines) + "\n")
     texts = [path.read_text() for path in sorted((folder / "texts").iterdir())]
     train_tokenizer(texts, vocab_size=512, output=folder / "tokenizer")

@@ -14,7 +14,9 @@ TINY = ModelConfig(
 )  # fmt: skip
 
 
-def tiny_config(pattern: str = "ME*-", *, block: int = 4, length: int = 16, objective: str = "two_tower", **train) -> RunConfig:
+def tiny_config(
+    pattern: str = "ME*-", *, block: int = 4, length: int = 16, objective: str = "two_tower", **train
+) -> RunConfig:
     return RunConfig(
         objective=objective,
         model=dataclasses.replace(TINY, hybrid_override_pattern=pattern),

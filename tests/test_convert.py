@@ -88,7 +88,9 @@ def test_the_time_step_clamp_of_transformers_is_a_setting(groups, tmp_path):
     tokens = torch.randint(0, 48, (1, 9))
     with torch.no_grad():
         want = reference(tokens, use_cache=False).logits
-    torch.testing.assert_close(logits_of(backbone_from(tmp_path / "theirs", clamped, groups), tokens), want, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        logits_of(backbone_from(tmp_path / "theirs", clamped, groups), tokens), want, rtol=0, atol=1e-4
+    )
     free = logits_of(backbone_from(tmp_path / "theirs", config, groups), tokens)
     assert not torch.allclose(free, want, atol=1e-4), "at 0.4 the clamp must show"
 
@@ -180,7 +182,9 @@ def test_shipped_model_equals_training_model(groups, tmp_path):
 
     described = twotower_config_json(convert.backbone_config_json(config.model, dtype=torch.float32))
     convert.write_folder(tmp_path / "model", tensors(), config=described, files={}, copies=[MODELING_FILE])
-    shipped = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True, dtype=torch.float32).eval()
+    shipped = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", trust_remote_code=True, dtype=torch.float32
+    ).eval()
     batch = random_noisy_batch(config)
     want = (model(batch) @ model.tower.output_layer.weight.t()).transpose(0, 1)
     for b in range(1, 4):

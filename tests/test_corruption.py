@@ -39,7 +39,9 @@ def test_mask_fraction_is_the_noise_level_at_every_position():
         rows = (noisy.times[:, 0] > low) & (noisy.times[:, 0] <= low + 0.25)
         expected = noisy.times[rows].mean()
         assert (noisy.masked[rows].float().mean(dim=0) - expected).abs().max() < 0.03
-    assert torch.equal(noisy.noisy == 3, noisy.masked) and torch.equal(noisy.noisy[~noisy.masked], noisy.tokens[~noisy.masked])
+    assert torch.equal(noisy.noisy == 3, noisy.masked) and torch.equal(
+        noisy.noisy[~noisy.masked], noisy.tokens[~noisy.masked]
+    )
 
 
 def test_times_cover_the_clipped_range():

@@ -148,9 +148,7 @@ def test_the_sweep_counts_what_is_written():
     assert ar["nats_per_token"] == pytest.approx(sum(nats) / 32)
     written = model.generate_mask_diffusion(prompts[:1], 16, 8, 8, confidence_threshold=0.3)
     other = model.generate_mask_diffusion(prompts[1:], 16, 8, 8, confidence_threshold=0.3)
-    expected = [
-        cross_entropy(model(ids).logits[0, j - 1], ids[0, j]) for ids in (written, other) for j in range(6, 22)
-    ]
+    expected = [cross_entropy(model(ids).logits[0, j - 1], ids[0, j]) for ids in (written, other) for j in range(6, 22)]
     assert some["nats_per_token"] == pytest.approx(sum(expected) / 32)
 
 

@@ -9,6 +9,7 @@ from collections import Counter
 
 import models
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -151,152 +152,30 @@ def test_blocks_are_those_of_the_one_pass_training_forward(groups, pattern):
         model.extend(cache, batch.tokens[:, columns])
 
 
-# --- against a slow twin: one row, one position at a time, no module of the model -----------------------------------
+# --- against the plain twin: one row, one position at a time --------------------------------------------------------
 
 
-def slow_norm(x, weight, epsilon=1e-5):
-    return x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * weight
-
-
-def slow_mlp(w, x):
-    return w["down_proj.weight"] @ (w["up_proj.weight"] @ x).clamp(min=0).square()
-
-
-def slow_experts(w, x, past, config, *, causal):
-    out = []
-    for token in x:
-        scores = 1 / (1 + (-(w["gate.weight"] @ token)).exp())
-        ranked = sorted(range(len(scores)), key=lambda e: -float(scores[e] + w["gate.e_score_correction_bias"][e]))
-        chosen = ranked[: config.num_experts_per_tok]
-        total = sum(scores[e] for e in chosen)
-        routed = sum(scores[e] / total * slow_mlp(under(w, f"experts.{e}."), token) for e in chosen)
-        out.append(config.routed_scaling_factor * routed + slow_mlp(under(w, "shared_experts."), token))
-    return torch.stack(out), None
-
-
-def slow_dense(w, x, past, config, *, causal):
-    return torch.stack([slow_mlp(w, token) for token in x]), None
-
-
-def slow_attention(w, x, past, config, *, causal):
-    keys, values = ([] for _ in range(2)) if past is None else map(list, past)
-    before, d, share = len(keys), config.head_dim, config.num_attention_heads // config.num_key_value_heads
-    keys += [(w["k_proj.weight"] @ token).view(-1, d) for token in x]
-    values += [(w["v_proj.weight"] @ token).view(-1, d) for token in x]
-    out = []
-    for i, token in enumerate(x):
-        seen = before + i + 1 if causal else len(keys)
-        heads = []
-        for head, query in enumerate((w["q_proj.weight"] @ token).view(-1, d)):
-            scores = torch.stack([query @ key[head // share] for key in keys[:seen]]) / d**0.5
-            weights = scores.exp() / scores.exp().sum()
-            heads.append(sum(a * value[head // share] for a, value in zip(weights, values, strict=False)))
-        out.append(w["o_proj.weight"] @ torch.cat(heads))
-    return torch.stack(out), (keys, values)
-
-
-def slow_mamba(w, x, past, config, *, causal):
-    heads, groups, p, d = config.mamba_num_heads, config.n_groups, config.mamba_head_dim, config.ssm_state_size
-    inner, channels = heads * p, heads * p + 2 * groups * d
-    if past is None:
-        past = [torch.zeros(channels, dtype=x.dtype)] * 3, torch.zeros(heads, p, d, dtype=x.dtype)
-    history, state = list(past[0]), past[1].clone()
-    out = []
-    for token in x:
-        z, conv_input, dt = (w["in_proj.weight"] @ token).split([inner, channels, heads])
-        history.append(conv_input)
-        mixed = w["conv1d.bias"] + sum(w["conv1d.weight"][:, 0, i] * history[-4 + i] for i in range(4))
-        mixed = mixed / (1 + (-mixed).exp())
-        xs, B, C = mixed.split([inner, groups * d, groups * d])
-        dt = (1 + (dt + w["dt_bias"]).exp()).log()
-        ys = []
-        for head in range(heads):
-            group = head * groups // heads
-            value, b, c = xs.view(heads, p)[head], B.view(groups, d)[group], C.view(groups, d)[group]
-            decay = (-w["A_log"][head].exp() * dt[head]).exp()
-            state[head] = decay * state[head] + dt[head] * torch.outer(value, b)
-            ys.append(state[head] @ c + w["D"][head] * value)
-        gated = (torch.cat(ys) * z / (1 + (-z).exp())).view(groups, -1)
-        normed = slow_norm(gated, w["norm.weight"].view(groups, -1)).flatten()
-        out.append(w["out_proj.weight"] @ normed)
-    return torch.stack(out), (history[-3:], state)
-
-
-SLOW = {"M": slow_mamba, "*": slow_attention, "E": slow_experts, "-": slow_dense}
-
-
-def under(weights, prefix):
-    return {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
-
-
-def slow_tower(weights, ids, pasts, config, *, modulations=None):
-    """Hidden states of one row of ids (l,), and what each layer keeps. With modulations it is a denoiser's block."""
-    x = weights["embeddings.weight"][ids]
-    kept = []
-    for i, letter in enumerate(config.hybrid_override_pattern):
-        layer = under(weights, f"layers.{i}.")
-        mixer, norm = under(layer, "mixer."), layer["norm.weight"]
-        if modulations is None:
-            out, past = SLOW[letter](mixer, slow_norm(x, norm), pasts[i], config, causal=True)
-            x = x + out
-        else:
-            shift, scale, gate = modulations[i]
-            if letter in "M*":
-                inputs = slow_norm(x * (1 + scale) + shift, norm)
-            else:
-                inputs = slow_norm(x, norm) * (1 + scale) + shift
-            out, past = SLOW[letter](mixer, inputs, pasts[i], config, causal=False)
-            x = x + gate * out
-        kept.append(past)
-    return slow_norm(x, weights["norm_f.weight"]), kept
-
-
-def slow_block(model, clean, block, t):
+def plain_block(model, clean, block, t):
     """Logits (s, v) of one row's block behind clean ids (l,), from the state dict alone."""
-    weights, config = dict(model.state_dict()), model.config
-    pasts = [None] * config.num_hidden_layers
-    if len(clean):
-        _, pasts = slow_tower(under(weights, "context_tower."), clean, pasts, config)
-    frequencies = torch.exp(-torch.log(torch.tensor(10000.0)) * torch.arange(128) / 128)
-    angles = 1000 * t * frequencies
-    features = torch.cat([angles.cos(), angles.sin()]).double()
-    hidden = weights["t_embedder.mlp.0.weight"] @ features + weights["t_embedder.mlp.0.bias"]
-    hidden = hidden / (1 + (-hidden).exp())
-    hidden = weights["t_embedder.mlp.2.weight"] @ hidden + weights["t_embedder.mlp.2.bias"]
-    hidden = hidden / (1 + (-hidden).exp())
-    shared = (weights["t_block.1.weight"] @ hidden + weights["t_block.1.bias"]).view(3, -1)
-    tables = [shared + weights[f"scale_shift_tables.{i}"] for i in range(config.num_hidden_layers)]
-    out, _ = slow_tower(under(weights, "denoiser_tower."), block, pasts, config, modulations=tables)
-    return out @ weights["lm_head.weight"].t()
+    weights, shape = model.state_dict(), model_from_hf(tiny_fields(model.config.hybrid_override_pattern), source="")
+    caches, _ = reference.context_caches(weights.__getitem__, shape, clean)
+    return reference.denoise_block(weights.__getitem__, shape, 256, block, t, caches)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_a_block_from_the_cache_equals_the_slow_twin(pattern):
+def test_a_block_from_the_cache_equals_the_plain_twin(pattern):
     model = tiny_model(pattern, seed=3)
     clean, block, t = random_ids(2, 11), random_ids(2, 5, seed=2), torch.tensor([0.3, 0.85])
     block[:, 1::2] = MASK
     # 11 = 6 + 1 + 4: the cache is built by a prefill, a step and a block, over the boundary of a chunk.
     cache = model.prefill(clean[:, :6])
     model.extend(model.extend(cache, clean[:, 6:7]), clean[:, 7:])
-    logits = model.denoise_block(block, t, cache)
+    logits, first = model.denoise_block(block, t, cache), model.denoise_block(block, t, model.prefill(clean[:, :0]))
     for row in range(2):
-        expected = slow_block(model, clean[row], block[row], t[row])
-        # The features of t are float32 in both, summed in different orders.
-        torch.testing.assert_close(logits[row], expected, atol=2e-4, rtol=1e-4)
-    nothing_before = model.denoise_block(block, t, model.prefill(clean[:, :0]))
-    expected = slow_block(model, clean[0, :0], block[0], t[0])
-    torch.testing.assert_close(nothing_before[0], expected, atol=2e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_the_slow_twin_agrees_exactly_without_time_features(pattern):
-    """t_embedder at zero weight: no float32 is left, and the two agree to float64."""
-    model = tiny_model(pattern, seed=4)
-    with torch.no_grad():
-        model.t_embedder["mlp"][0].weight.zero_()
-    clean, block, t = random_ids(1, 9), random_ids(1, 6, seed=2), torch.tensor([0.5])
-    logits = model.denoise_block(block, t, model.prefill(clean))
-    torch.testing.assert_close(logits[0], slow_block(model, clean[0], block[0], t[0]), atol=1e-9, rtol=1e-9)
+        expected = plain_block(model, clean[row], block[row], t[row])
+        torch.testing.assert_close(logits[row], expected, atol=1e-8, rtol=1e-8)
+        expected = plain_block(model, clean[row, :0], block[row], t[row])
+        torch.testing.assert_close(first[row], expected, atol=1e-8, rtol=1e-8)
 
 
 # --- the cache ----------------------------------------------------------------------------------------------------

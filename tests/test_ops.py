@@ -40,7 +40,10 @@ def test_causal_convolution_is_one_large_block():
 def test_block_attention(monkeypatch, length, block):
     monkeypatch.setattr(attention, "QUERY_CHUNK", 8)
     query, key, value = draw(2, 4, length, 6), draw(2, 2, length, 6, seed=1), draw(2, 2, length, 6, seed=2)
-    clean = {"clean_key": draw(2, 2, length, 6, seed=3, grad=False), "clean_value": draw(2, 2, length, 6, seed=4, grad=False)}
+    clean = {
+        "clean_key": draw(2, 2, length, 6, seed=3, grad=False),
+        "clean_value": draw(2, 2, length, 6, seed=4, grad=False),
+    }
     got = block_attention(query, key, value, **clean, block=block)
     assert_same_gradients(got, block_attention_ref(query, key, value, **clean, block=block), (query, key, value))
 

@@ -32,7 +32,9 @@ def test_chunk_scan_equals_the_recurrence(length, chunk):
         torch.testing.assert_close(states[:, c], state, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("length", "block", "preferred"), [(12, 1, 4), (24, 4, 8), (24, 4, 16), (24, 12, 4), (16, 16, 64), (30, 6, 12)])
+@pytest.mark.parametrize(
+    ("length", "block", "preferred"), [(12, 1, 4), (24, 4, 8), (24, 4, 16), (24, 12, 4), (16, 16, 64), (30, 6, 12)]
+)
 def test_two_streams_equal_block_by_block_with_all_gradients(length, block, preferred):
     noisy = inputs(length, seed=1, grad=True)
     clean_x, clean_dt, clean_A, clean_B, clean_C, clean_D = inputs(length, seed=2)

@@ -68,7 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (losses * weights).sum(), losses
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scaled = (grad * grad_weight).to(ctx.weight_dtype)
         return grad_hidden * grad.to(grad_hidden.dtype), scaled, None, None, None, None
@@ -93,9 +93,7 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden, weight, targets, weights.float(), group, first)
 
 
-def linear_cross_entropy_ref(
-    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy_ref(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """The same with all logits at once, by autograd."""
     losses = F.cross_entropy(F.linear(hidden, weight), targets, reduction="none")
     return (losses * weights).sum(), losses.detach()
