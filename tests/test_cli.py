@@ -90,7 +90,7 @@ def test_a_checkpoint_of_another_shape_is_refused_and_export_needs_one(tiny_data
     assert "found model" in error and error.count("\n") == 1
     assert cli.main([*base, "resume=false"]) == 2
     assert "holds checkpoints" in capsys.readouterr().err
-    state = next((run / "checkpoints").glob("*/state.json"))
+    state = max((run / "checkpoints").glob("*/state.json"))
     state.write_text("{}")
     assert cli.main(base) == 2
     assert "not a checkpoint" in capsys.readouterr().err
