@@ -51,8 +51,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 # goes on where it stopped.
 
 train: $(RUN)/evaluation.json ## the whole road on the source of Python's standard library: data, backbone, two towers, report
-	$(TWOTOWER) report --run $(RUN)
 	$(TWOTOWER) generate --model $(RUN)/model --prompt '$(PROMPT)' --max-new-tokens 96 --mode all
+	$(TWOTOWER) report --run $(RUN)
 
 $(RUN)/tokenizer/tokenizer.json: | $(VENV)/.installed
 	$(TWOTOWER) data tokenizer --input python-stdlib --vocab-size 4096 --output $(RUN)/tokenizer
@@ -73,10 +73,11 @@ TOWERS = recipe=quickstart data.folder=$(RUN)/tower-data init.backbone=$(BACKBON
 SHORT = train.steps=60 schedule.decay_steps=0
 
 # The other start of the time conditioning, as far as is needed to compare: the report draws both.
-$(RUN)/conditioning/released/provenance.json: | $(RUN)/tower-data/train/index.json
+RELEASED = $(RUN)/conditioning/released/checkpoints/step-00000060/state.json
+$(RELEASED): | $(RUN)/tower-data/train/index.json
 	$(TWOTOWER) train $(TOWERS) $(SHORT) conditioning.initialisation=released output=$(RUN)/conditioning/released
 
-$(RUN)/model/config.json: | $(RUN)/conditioning/released/provenance.json
+$(RUN)/model/config.json: | $(RELEASED)
 	@echo "both towers start from $(BACKBONE)"
 	$(TWOTOWER) train $(TOWERS) output=$(RUN)/twotower
 	$(TWOTOWER) convert export --from $(RUN)/twotower --to $(RUN)/model
