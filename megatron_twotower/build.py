@@ -59,8 +59,8 @@ def build_model(config: RunConfig, groups: ProcessGroupCollection) -> Model:
             raise UserError(f"{backbone}: {len(unused)} tensors have no place in the model, first {unused[0]}")
     if config.objective == "ar":
         module = BackboneModel(config, megatron, groups)
-        entries = [names._under("tower.", "", entry) for entry in read]
-        convert.load_weights(module.tower, read, source, model=model, groups=groups)
+        entries = names.trained_backbone_entries(model)
+        convert.load_weights(module, entries, source, model=model, groups=groups)
         return Model(module, entries, origin)
     context = build_context_tower(config, megatron, groups)
     convert.load_weights(context, read, source, model=model, groups=groups)
@@ -291,11 +291,9 @@ def _card(config: RunConfig, state: checkpoint.CheckpointState, title: str) -> s
 def _export_backbone(
     output: Path, config: RunConfig, model: Model, state: checkpoint.CheckpointState, dtype: torch.dtype
 ) -> None:
-    entries = names.backbone_entries(config.model)
-    assert isinstance(model.module, BackboneModel)
     convert.write_folder(
         output,
-        convert.hf_tensors(model.module.tower, entries, model=config.model, dtype=dtype),
+        convert.hf_tensors(model.module, model.entries, model=config.model, dtype=dtype),
         config=convert.backbone_config_json(config.model, dtype=dtype),
         files={"README.md": _card(config, state, "NemotronH backbone")},
         copies=_tokenizer_files(config),

@@ -120,6 +120,11 @@ def backbone_entries(model: ModelConfig) -> list[Entry]:
     return list(tower_entries(model, prefix="backbone.", head="lm_head.weight"))
 
 
+def trained_backbone_entries(model: ModelConfig) -> list[Entry]:
+    """A plain NemotronH as `BackboneModel` holds it."""
+    return [_under("tower.", "", entry) for entry in backbone_entries(model)]
+
+
 def context_entries(model: ModelConfig) -> list[Entry]:
     """The frozen half of a two-tower checkpoint."""
     return list(tower_entries(model, prefix="context_tower.", head="context_lm_head.weight"))
