@@ -86,7 +86,7 @@ def _open_corpus(config: RunConfig, split: str) -> SequenceDataset:
     corpus = Corpus.open(Path(config.data.folder) / split)
     backbone = config.init.backbone
     if backbone and (Path(backbone) / "tokenizer.json").is_file():
-        expected = tokenizer_fingerprint(backbone)
+        expected = tokenizer_fingerprint(Path(backbone))
         if corpus.tokenizer_fingerprint != expected:
             raise UserError(
                 f"{config.data.folder}: found tokens of tokenizer {corpus.tokenizer_fingerprint[:12]}, expected those "
