@@ -47,7 +47,7 @@ class EvaluationSettings:
     levels: tuple[float, ...] = LEVELS
     bound_draws: int = 4
     thresholds: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-    prompts: int = 4
+    prompts: int = 6
     prompt_tokens: int = 64
     new_tokens: int = 96
     samples: int = 2
