@@ -134,8 +134,9 @@ def summary_rows(findings: Findings) -> Iterator[tuple[str, str, str]]:
     evaluation, ar, towers = findings.evaluation, findings.ar.validation, findings.twotower.validation
     first, last = towers[0], towers[-1]
     bound, error = evaluation["diffusion_bound"], evaluation["diffusion_bound_stderr"]
-    yield "AR loss, nats/token", _number(evaluation["ar_loss"]), f"{_number(ar[0]['loss'])} at step {ar[0]['step']}"
-    yield "AR loss, nats/byte", _number(evaluation["ar_loss_per_byte"], 3), ""
+    yield "AR from random weights", _number(ar[-1]["loss"]), f"{_number(ar[0]['loss'])} at step {ar[0]['step']}"
+    yield "AR, context tower, nats/token", _number(evaluation["ar_loss"]), ""
+    yield "AR, context tower, nats/byte", _number(evaluation["ar_loss_per_byte"], 3), ""
     same = _number(evaluation["ar_loss_on_bound_tokens"])
     yield "diffusion bound, nats/token", f"{_number(bound)} ± {_number(error)}", f"AR {same}, same tokens"
     yield "masked loss, nats/token", _number(last["loss"]), f"{_number(first['loss'])} at step {first['step']}"
