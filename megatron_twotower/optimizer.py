@@ -39,7 +39,7 @@ def build_optimizer(
     )
     for inner in optimizer.chained_optimizers:
         if isinstance(inner.optimizer, torch.optim.AdamW):
-            # Megatron 0.16.1 builds torch's AdamW unfused; fused is several times faster on a CPU, and equal.
+            # Megatron 0.16.1 builds torch's AdamW unfused; fused took 0.4 of its time on a CPU.
             for group in inner.optimizer.param_groups:
                 group["fused"], group["foreach"] = True, False
     return optimizer
