@@ -169,8 +169,8 @@ def threshold_sweep(
         if ar is not None:
             axes.axhline(ar, color=theme.muted, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
             axes.annotate(
-                "AR", (0, ar), xycoords=("axes fraction", "data"), xytext=(2, 3), textcoords="offset points",
-                fontsize=8, color=theme.muted,
+                "AR", (1, ar), xycoords=("axes fraction", "data"), xytext=(3, 0), textcoords="offset points",
+                fontsize=8, color=theme.muted, va="center",
             )  # fmt: skip
         _from_zero(axes, [ar, *(y for _, y in points)])
         axes.margins(x=0.1)

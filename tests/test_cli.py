@@ -77,6 +77,21 @@ def test_a_truncated_shard(tiny_data, tmp_path, capsys):
     assert shard.name in error and error.count("\n") == 1
 
 
+def test_data_of_another_tokenizer_is_refused(tiny_data, tiny_backbone, tmp_path, capsys):
+    backbone = tmp_path / "backbone"
+    shutil.copytree(tiny_backbone, backbone)
+    arguments = ["train", "recipe=tiny", f"init.backbone={backbone}", f"data.folder={tiny_data}", "train.steps=6",
+                 "train.validate_every_steps=0", f"output={tmp_path / 'run'}"]  # fmt: skip
+    tokenizer = (tiny_data / "tokenizer" / "tokenizer.json").read_text()
+    (backbone / "tokenizer.json").write_text(tokenizer + " ")
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "found tokens of tokenizer" in error and str(backbone) in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    (backbone / "tokenizer.json").write_text(tokenizer)
+    assert cli.main(arguments) == 0
+
+
 def test_a_checkpoint_of_another_shape_is_refused_and_export_needs_one(tiny_data, tmp_path, capsys):
     run = tmp_path / "run"
     base = ["train", "recipe=tiny_ar", f"data.folder={tiny_data}", f"output={run}", "train.steps=6",
