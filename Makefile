@@ -23,7 +23,7 @@ export TOKENIZERS_PARALLELISM ?= true
 BIN := $(VENV)/bin
 TWOTOWER := $(BIN)/twotower
 
-.PHONY: help install train report test test-slow check format backbone clean
+.PHONY: help install train report bench test test-slow check format backbone clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -91,6 +91,11 @@ report: $(VENV)/.installed ## write the report of a run again (RUN=runs/quicksta
 backbone: $(RUN)/data/train/index.json ## train the backbone that is shipped in recipes/ again (long)
 	$(TWOTOWER) train recipe=backbone data.folder=$(RUN)/data output=runs/backbone
 	$(TWOTOWER) convert export --from runs/backbone --to runs/backbone-hf --dtype bf16
+
+bench: $(VENV)/.installed ## measure operations, steps and the loader (about half an hour)
+	$(TWOTOWER) bench ops
+	$(TWOTOWER) bench step
+	$(TWOTOWER) bench data
 
 # Development ----------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ REQUIRES = [
     "webdataset>=1.0,<2",
     "hydra-core>=1.3,<2",
     "wandb",
+    "pyyaml",
     "psutil",  # Megatron's dist_checkpointing imports it without requiring it
     "numpy",
     "rich>=13",
@@ -37,7 +38,17 @@ EXTRAS = {
         "causal-conv1d>=1.5,<2",
         "triton",
     ],
-    "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.8", "mypy>=1.13"],
+    # Text in parquet files, and compressed with zstd.
+    "data": ["pyarrow>=14", "zstandard>=0.22"],
+    "dev": [
+        "pytest>=8",
+        "hypothesis>=6",
+        "ruff>=0.8",
+        "mypy>=1.13",
+        "pyarrow>=14",
+        "zstandard>=0.22",
+        "triton; platform_system == 'Linux'",  # its interpreter runs the kernels on a CPU
+    ],
 }
 
 setup(

@@ -3,7 +3,6 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_twotower.config import ConditioningConfig
@@ -50,19 +49,24 @@ class TimeConditioning(nn.Module):
 
 def split_modulation(conditioning: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Shift, scale and gate of one layer, each (n, b, h), from (b, n, 3h) and the layer's table (3, h)."""
-    shift, scale, gate = (conditioning + table.flatten()).transpose(0, 1).chunk(3, dim=-1)
+    rows = (conditioning + table.flatten()).transpose(0, 1).contiguous()
+    shift, scale, gate = rows.chunk(3, dim=-1)
     return shift, scale, gate
 
 
-def over_positions(values: Tensor, length: int) -> Tensor:
-    """(n, b, h) per block -> (length, b, h) per position, each block's row standing for its positions.
+def rows_of_rank(rows: Tensor, *, length: int, rank: int, ranks: int) -> Tensor:
+    """The rows (n, b, h) of a rank's part of the sequence, one for each of its stretches of equal length: (k, b, h).
 
-    A view where one row serves all positions.
+    Args:
+        length: positions of this rank, the whole sequence where `ranks` is 1.
     """
-    count = values.shape[0]
-    if count == 1:
-        return values.expand(length, -1, -1)
-    return values.repeat_interleave(length // count, dim=0)
+    n, whole = len(rows), length * ranks
+    if n == 1 or ranks == 1:
+        return rows
+    block = whole // n
+    if length % block == 0:
+        return rows[rank * length // block : (rank + 1) * length // block]
+    return rows.repeat_interleave(block, dim=0)[rank * length : (rank + 1) * length]
 
 
 def identity_state(hidden: int, layers: int, config: ConditioningConfig) -> dict[str, Tensor]:
@@ -74,11 +78,12 @@ def identity_state(hidden: int, layers: int, config: ConditioningConfig) -> dict
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift, all (l, b, h)."""
-    return torch.addcmul(x + shift, x, scale)
+    """x * (1 + scale) + shift: x (l, b, h), shift and scale (k, b, h), each row for l / k positions."""
+    stretches = x.unflatten(0, (len(scale), -1))
+    return torch.addcmul(shift.unsqueeze(1), stretches, 1 + scale.unsqueeze(1)).flatten(0, 1)
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Root-mean-square norm over the last dimension, in float32 (float64 for float64 inputs)."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    return F.rms_norm(wide, wide.shape[-1:], eps=epsilon).to(x.dtype) * weight
+def add_gated(x: Tensor, gate: Tensor, out: Tensor) -> Tensor:
+    """x + gate * out: x and out (l, b, h), gate (k, b, h), each row for l / k positions."""
+    stretches = (len(gate), -1)
+    return torch.addcmul(x.unflatten(0, stretches), gate.unsqueeze(1), out.unflatten(0, stretches)).flatten(0, 1)

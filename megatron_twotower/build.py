@@ -6,7 +6,7 @@ import json
 import platform
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,15 +20,23 @@ from rich.console import Console
 from megatron_twotower import __version__, checkpoint, convert, names, parallel, trainer
 from megatron_twotower import config as settings
 from megatron_twotower.config import RunConfig
-from megatron_twotower.dataset import SequenceDataset, batches, global_batch, prefetch, rank_slice
+from megatron_twotower.data.blend import BlendedDataset
+from megatron_twotower.data.dataset import SequenceDataset, batches, global_batch, rank_slice, split_batch
+from megatron_twotower.data.sources import (
+    check_unchanged,
+    data_summary,
+    open_training,
+    open_validation,
+    tokenizer_folder,
+)
 from megatron_twotower.doctor import one_line_summary
 from megatron_twotower.hf import MODELING_FILE, twotower_config_json
+from megatron_twotower.memory import step_bytes
 from megatron_twotower.metrics import WandbSettings, open_metrics
 from megatron_twotower.names import Entry
 from megatron_twotower.optimizer import build_optimizer, build_schedule
+from megatron_twotower.phases import plan
 from megatron_twotower.records import Batch, UserError
-from megatron_twotower.shards import Corpus
-from megatron_twotower.tokenizer import tokenizer_fingerprint
 from megatron_twotower.towers import BackboneModel, TwoTower, build_context_tower, transformer_config
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -82,48 +90,30 @@ def _denoiser_start(backbone: convert.TensorSource, conditioning: convert.Tensor
     return source
 
 
-def _open_corpus(config: RunConfig, split: str) -> SequenceDataset:
-    corpus = Corpus.open(Path(config.data.folder) / split)
-    backbone = config.init.backbone
-    if backbone and (Path(backbone) / "tokenizer.json").is_file():
-        expected = tokenizer_fingerprint(Path(backbone))
-        if corpus.tokenizer_fingerprint != expected:
-            raise UserError(
-                f"{config.data.folder}: found tokens of tokenizer {corpus.tokenizer_fingerprint[:12]}, expected those "
-                f"of {backbone}, {expected[:12]}"
-            )
-    if corpus.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"{config.data.folder}: found a vocabulary of {corpus.vocab_size}, expected at most model.vocab_size "
-            f"{config.model.vocab_size}"
-        )
-    return SequenceDataset(corpus, sequence_length=config.data.sequence_length_tokens, seed=config.seed)
-
-
 def _validation_batches(config: RunConfig, groups: ProcessGroupCollection) -> list[Batch]:
     """This rank's micro-batches of held-out sequences, drawn from all of them, the same in every run of a seed."""
     if not config.train.validate_every_steps:
         return []
-    dataset, count = _open_corpus(config, "validation"), config.train.validation_sequences
-    if count > len(dataset):
-        raise UserError(f"train.validation_sequences: found {count}, expected at most the {len(dataset)} held out")
+    count = config.train.validation_sequences
+    source = open_validation(config, count)
     first, share = rank_slice(0, count, rank=groups.dp_cp.rank(), world=groups.dp_cp.size())
-    size = config.data.micro_batch_size
-    starts = range(first, first + share, size)
-    return [global_batch(dataset, first=start, count=min(size, first + share - start)) for start in starts]
+    return split_batch(global_batch(source, first=first, count=share), config.data.micro_batch_size)
 
 
-def _stream(config: RunConfig, groups: ProcessGroupCollection, cursor: int) -> Iterator[tuple[list[Batch], int]]:
+def _stream(
+    config: RunConfig, source: SequenceDataset | BlendedDataset, groups: ProcessGroupCollection, cursor: int
+) -> Iterator[tuple[list[Batch], int]]:
     data = config.data
-    stream = batches(
-        _open_corpus(config, "train"),
+    return batches(
+        source,
         cursor=cursor,
         global_batch_size=data.global_batch_size,
         micro_batch_size=data.micro_batch_size,
         rank=groups.dp_cp.rank(),
         world=groups.dp_cp.size(),
+        workers=data.prefetch_workers,
+        depth=data.prefetch_batches,
     )
-    return prefetch(stream, depth=data.prefetch_batches)
 
 
 def provenance(config: RunConfig, model: Model) -> dict[str, Any]:
@@ -161,10 +151,19 @@ class _StopSignal:
 def dry_run(config: RunConfig) -> str:
     """Build everything but the data, and say what a run would train. Takes no optimizer step."""
     settings.validate(config, world_size=parallel.world_size())
+    phases = plan(config)
     groups = parallel.initialise(config)
     model = build_model(config, groups)
     trained = sum(p.numel() for p in model.module.parameters() if p.requires_grad)
-    return f"{config.objective}: {trained:,} trained parameters on this rank, {config.train.steps} steps"
+    lines = [f"{config.objective}: {trained:,} trained parameters on this rank, {config.train.steps} steps"]
+    for phase in phases if config.phases else ():
+        tokens = phase.sequences * config.data.sequence_length_tokens
+        block = f", blocks of {phase.noise.block_size_tokens}" if config.objective == "two_tower" else ""
+        lines.append(f"phase {phase.name}: {phase.steps} steps, {tokens:,} tokens{block}")
+    if config.objective == "two_tower" and config.parallel.tensor == 1:
+        kept = ", ".join(f"{kind} {count / 2**20:,.1f}" for kind, count in step_bytes(config).items())
+        lines.append(f"MiB kept between forward and backward, by kind of layer: {kept}")
+    return "\n".join(lines)
 
 
 def _resume_point(run: Path, config: RunConfig, model: Model) -> Path | None:
@@ -196,6 +195,7 @@ def run_training(config: RunConfig) -> bool:
         True when all steps are done, False when a signal ended the run early, its state saved.
     """
     settings.validate(config, world_size=parallel.world_size())
+    phases = plan(config)
     run, groups = Path(config.output), parallel.initialise(config)
     model = build_model(config, groups)
     point = _resume_point(run, config, model)
@@ -204,16 +204,22 @@ def run_training(config: RunConfig) -> bool:
         model=(wrapped := parallel.wrap(model.module, config, groups)),
         optimizer=(optimizer := build_optimizer(config, wrapped, groups)),
         schedule=build_schedule(config, optimizer),
+        phases=phases,
         groups=groups,
     )
     weights = functools.partial(model.weights, config, groups)
-    progress = trainer.Progress()
+    progress, so_far = trainer.Progress(), None
     if point is not None:
+        so_far = _data_so_far(run)  # here, because no rank gets past the loading, to write it anew, before all are
         checkpoint.load_checkpoint(point, weights=weights, optimizer=optimizer, schedule=parts.schedule)
         state = checkpoint.read_state(point)
         progress = trainer.resumed(state.step, state.cursor, state.window, groups)
-    validation, stream = _validation_batches(config, groups), _stream(config, groups, progress.cursor)
-    _write_run_files(run, config, model)
+        _check_cursor(config, progress)
+    validation, source = _validation_batches(config, groups), open_training(config)
+    if so_far:
+        check_unchanged(data_summary(config, source), so_far, cursor=progress.cursor)
+    stream = _stream(config, source, groups, progress.cursor)
+    _write_run_files(run, config, model, source)
 
     def save(progress: trainer.Progress) -> None:
         state = checkpoint.CheckpointState(
@@ -231,16 +237,42 @@ def run_training(config: RunConfig) -> bool:
         run, total_steps=config.train.steps, resume_step=progress.step, console=logging.console,
         wandb=WandbSettings(logging.wandb, logging.project, logging.name), config=dataclasses.asdict(config),
     ) as metrics:  # fmt: skip
-        hooks = trainer.Hooks(metrics, save, _StopSignal())
+        hooks = trainer.Hooks(metrics, save, _StopSignal(), tokens_by_corpus(config, source))
         return trainer.train(parts, progress, stream, validation, hooks)
 
 
-def _write_run_files(run: Path, config: RunConfig, model: Model) -> None:
+def _check_cursor(config: RunConfig, progress: trainer.Progress) -> None:
+    """Phases begin at a step for the schedule and at a sequence for the data: both must go on at one place."""
+    if config.phases and progress.cursor != progress.step * config.data.global_batch_size:
+        raise UserError(
+            f"data.global_batch_size: found {config.data.global_batch_size}, expected the one of the checkpoint, "
+            f"{progress.cursor / progress.step:g}, in a run with phases"
+        )
+
+
+def _data_so_far(run: Path) -> dict[str, Any] | None:
+    """The `data_summary` of the run's last start, from its provenance."""
+    file = run / "provenance.json"
+    return json.loads(file.read_text()).get("data") if file.is_file() else None
+
+
+def tokens_by_corpus(
+    config: RunConfig, source: SequenceDataset | BlendedDataset
+) -> Callable[[int], dict[str, int]] | None:
+    """What a run has read of each corpus of its blend at a cursor; None where there is one corpus."""
+    if isinstance(source, SequenceDataset):
+        return None
+    length = config.data.sequence_length_tokens
+    return lambda cursor: {name: count * length for name, count in source.sequences_before(cursor).items()}
+
+
+def _write_run_files(run: Path, config: RunConfig, model: Model, source: SequenceDataset | BlendedDataset) -> None:
     if not parallel.is_main():
         return
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(settings.to_yaml(config))
-    (run / "provenance.json").write_text(json.dumps(provenance(config, model), indent=1) + "\n")
+    facts = provenance(config, model) | {"data": data_summary(config, source)}
+    (run / "provenance.json").write_text(json.dumps(facts, indent=1) + "\n")
     if not config.logging.console:
         return
     start = config.init.backbone or f"random weights, seed {config.seed}"
@@ -275,7 +307,7 @@ def export(run: Path, output: Path, *, dtype: torch.dtype | None = None) -> None
 
 
 def _tokenizer_files(config: RunConfig) -> list[Path]:
-    folder = Path(config.data.folder) / "tokenizer"
+    folder = tokenizer_folder(config)
     return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 

@@ -38,37 +38,53 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _tokenizer(arguments: argparse.Namespace) -> int:
-    from megatron_twotower.shards import find_documents, read_text, split_documents
+    from megatron_twotower.data.documents import find_documents, training_texts
     from megatron_twotower.tokenizer import train_tokenizer
 
-    documents = find_documents(arguments.input)
-    train = split_documents(documents, holdout_fraction=arguments.holdout)["train"]
-    texts = (text for document in train if (text := read_text(document)) is not None)
+    documents = find_documents(arguments.input, suffixes=arguments.suffixes)
+    texts = training_texts(documents, holdout_fraction=arguments.holdout, text_field=arguments.text_field)
     train_tokenizer(texts, vocab_size=arguments.vocab_size, output=arguments.output)
-    print(f"{arguments.output}: {arguments.vocab_size} entries from {len(train)} files")
+    print(f"{arguments.output}: {arguments.vocab_size} entries from {len(documents)} files, without what is held out")
     return 0
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from megatron_twotower.data import progress
+    from megatron_twotower.data.prepare import prepare
 
-    from megatron_twotower.shards import prepare
-
-    with Progress(
-        TextColumn("tokenising"), BarColumn(), TextColumn("{task.completed} files"), TimeRemainingColumn()
-    ) as bar:
-        task = bar.add_task("tokenising", total=None)
-
-        def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
+    with progress.bar() as report:
         summary = prepare(
             arguments.input, tokenizer=arguments.tokenizer, output=arguments.output,
             holdout_fraction=arguments.holdout, shard_tokens=arguments.shard_tokens, overwrite=arguments.overwrite,
-            progress=advance,
+            text_field=arguments.text_field, max_malformed=arguments.max_malformed, min_tokens=arguments.min_tokens,
+            max_tokens=arguments.max_tokens, deduplicate=arguments.deduplicate, bos=arguments.bos, eos=arguments.eos,
+            suffixes=arguments.suffixes, workers=arguments.workers, progress=report,
         )  # fmt: skip
     print(json.dumps(summary, indent=1))
     return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from megatron_twotower.inspect_data import inspect
+
+    inspect(
+        arguments.data, split=arguments.split, samples=arguments.samples, block_size=arguments.block_size,
+        picture=arguments.picture, tokenizer=arguments.tokenizer,
+    )  # fmt: skip
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from megatron_twotower.data import progress
+    from megatron_twotower.inspect_data import verify
+
+    with progress.bar() as report:
+        problems = verify(
+            arguments.data, tokenizer=arguments.tokenizer, workers=arguments.workers, progress=report
+        )  # fmt: skip
+    for problem in problems:
+        print(f"twotower: {problem}", file=sys.stderr)
+    return 2 if problems else 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -93,6 +109,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         arguments.model, prompt=arguments.prompt, mode=arguments.mode, max_new_tokens=arguments.max_new_tokens,
         block_size=arguments.block_size, steps_per_block=arguments.steps_per_block,
         confidence_threshold=arguments.confidence_threshold, temperature=arguments.temperature, seed=arguments.seed,
+        top_k=arguments.top_k, top_p=arguments.top_p, draft_steps=arguments.draft_steps,
     )  # fmt: skip
 
 
@@ -116,6 +133,69 @@ def _doctor(_: argparse.Namespace) -> int:
 
     print_doctor()
     return 0
+
+
+def _bench_ops(arguments: argparse.Namespace) -> int:
+    from megatron_twotower.bench import ops as bench_ops
+
+    bench_ops.run(
+        arguments.output, operations=arguments.operation, lengths=arguments.length, blocks=arguments.block,
+        dtype=arguments.dtype, repeats=arguments.repeats, budget_seconds=arguments.budget, threads=arguments.threads,
+        quick=arguments.quick,
+    )  # fmt: skip
+    return 0
+
+
+def _bench_step(arguments: argparse.Namespace) -> int:
+    host.install()
+    from megatron_twotower.bench import step as bench_step
+
+    wanted = bench_step.Settings(
+        lengths=arguments.lengths, draws=arguments.draws, repeats=arguments.repeats, budget_seconds=arguments.budget,
+        seeds=arguments.seeds,
+    )  # fmt: skip
+    bench_step.run(
+        arguments.output, recipe=arguments.recipe, overrides=arguments.settings, wanted=wanted,
+        threads=arguments.threads, quick=arguments.quick,
+    )  # fmt: skip
+    return 0
+
+
+def _bench_data(arguments: argparse.Namespace) -> int:
+    from megatron_twotower.bench import data as bench_data
+
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    bench_data.run(arguments.output / "data.json")
+    return 0
+
+
+def _add_bench(bench: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
+    """`bench`: what the README's figures are measured with."""
+    ops = command(bench, "ops", _bench_ops, "time and peak memory of each two-stream operation against its rivals",
+                  "twotower bench ops --operation scan --length 4096 --block 16")  # fmt: skip
+    step = command(bench, "step", _bench_step, "a two-tower step against the AR step of the same backbone",
+                   "twotower bench step model=small --lengths 1024 --draws 1 2")  # fmt: skip
+    data = command(bench, "data", _bench_data, "the loader against plain webdataset and Megatron's data sets",
+                   "twotower bench data")  # fmt: skip
+    data.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder for the JSON")
+    ops.add_argument("--operation", nargs="+", default=[], choices=("scan", "attention", "head", "convolution"),
+                     help="all if left out")  # fmt: skip
+    ops.add_argument("--length", nargs="+", type=int, default=[], help="tokens; up to 8192 if left out")
+    ops.add_argument("--block", nargs="+", type=int, default=[], help="tokens per block; 4 to 128 if left out")
+    ops.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    step.add_argument("settings", nargs="*", metavar="key=value", help="what to change in the recipe")
+    step.add_argument("--recipe", default="bench_step")
+    step.add_argument("--lengths", nargs="+", type=int, default=[512, 1024, 2048],
+                      help="sequence lengths, at the recipe's tokens per step")  # fmt: skip
+    step.add_argument("--draws", nargs="+", type=int, default=[1, 2, 4], help="noise draws per context pass")
+    step.add_argument("--seeds", type=int, default=16, help="gradients for each variance")
+    for each, budget in ((ops, 10.0), (step, 30.0)):
+        each.add_argument("--repeats", type=int, default=7, help="rounds, after one that is not counted")
+        each.add_argument("--budget", type=float, default=budget, metavar="SECONDS",
+                          help="fewer rounds, but at least 3, where they would take longer")  # fmt: skip
+        each.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="all cores if left out")
+        each.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder for JSON and picture")
+        each.add_argument("--quick", action="store_true", help="tiny sizes, in seconds: only to see that it works")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -143,16 +223,42 @@ def _parser() -> argparse.ArgumentParser:
     )
     tokenizer = command(data, "tokenizer", _tokenizer, "train a byte-level BPE tokenizer on text files",
                         "twotower data tokenizer --input python-stdlib --output runs/tokenizer")  # fmt: skip
-    shards = command(data, "prepare", _prepare, "tokenise text files into WebDataset shards",
-                     "twotower data prepare --input texts/ --tokenizer runs/tokenizer --output runs/data")  # fmt: skip
+    shards = command(data, "prepare", _prepare, "tokenise text, JSON lines or parquet into WebDataset shards",
+                     "twotower data prepare --input texts/ more.jsonl.zst --tokenizer runs/tokenizer "
+                     "--output runs/data --workers 16")  # fmt: skip
     for each in (tokenizer, shards):
-        each.add_argument("--input", nargs="+", required=True, help="files, folders, or the word python-stdlib")
+        each.add_argument("--input", nargs="+", required=True,
+                          help="files, folders of text, .jsonl (.gz, .zst), .parquet; or python-stdlib")  # fmt: skip
         each.add_argument("--output", type=Path, required=True, help="folder to write")
-        each.add_argument("--holdout", type=float, default=0.05, help="fraction of files set aside for validation")
+        each.add_argument("--holdout", type=float, default=0.05,
+                          help="share set aside for validation: of files by name, of records by text")  # fmt: skip
+        each.add_argument("--text-field", default="text", help="field or column of a record that holds its text")
+        each.add_argument("--suffixes", nargs="+", default=[".md", ".py", ".txt"], help="text files of a folder")
     tokenizer.add_argument("--vocab-size", type=int, default=4096, help="entries")
     shards.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face tokenizer folder")
     shards.add_argument("--shard-tokens", type=int, default=1_000_000, help="tokens per shard")
     shards.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
+    shards.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; all cores")
+    shards.add_argument("--max-malformed", type=float, default=0.001,
+                        help="malformed records to pass over: a share of all below 1, else a number")  # fmt: skip
+    shards.add_argument("--min-tokens", type=int, default=1, help="leave out shorter documents")
+    shards.add_argument("--max-tokens", type=int, help="leave out longer documents")
+    shards.add_argument("--no-dedup", dest="deduplicate", action="store_false", help="keep repeated documents")
+    shards.add_argument("--bos", choices=("none", "document"), default="none", help="begin each document with BOS")
+    shards.add_argument("--eos", choices=("none", "document"), default="document", help="end each document with EOS")
+    inspect = command(data, "inspect", _inspect, "counts, lengths, decoded samples with their block boundaries",
+                      "twotower data inspect runs/data --block-size 16 --picture lengths.png")  # fmt: skip
+    verify = command(data, "verify", _verify, "check shards, indices, token range and tokenizer, naming each fault",
+                     "twotower data verify runs/data --tokenizer recipes/backbones/small")  # fmt: skip
+    for each in (inspect, verify):
+        each.add_argument("data", help="prepared folder, URL of one, or blend file")
+    inspect.add_argument("--split", default="train", help="of a prepared folder")
+    inspect.add_argument("--samples", type=int, default=3, help="documents to show")
+    inspect.add_argument("--block-size", type=int, default=16, help="tokens per block")
+    inspect.add_argument("--picture", type=Path, default=Path("lengths.png"), help="PNG file to write")
+    inspect.add_argument("--tokenizer", type=Path, help="folder of a tokenizer to decode with; the data's own")
+    verify.add_argument("--tokenizer", type=Path, help="folder of the tokenizer that the data must be of")
+    verify.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; all cores")
 
     convert = commands.add_parser("convert", help="move weights to Hugging Face").add_subparsers(
         required=True, metavar="COMMAND"
@@ -167,12 +273,16 @@ def _parser() -> argparse.ArgumentParser:
                        "twotower generate --model runs/model --mode mask_diffusion --prompt 'def '")  # fmt: skip
     generate.add_argument("--model", type=Path, required=True, help="two-tower Hugging Face folder")
     generate.add_argument("--prompt", required=True)
-    generate.add_argument("--mode", choices=("mask_diffusion", "mock_ar", "ar", "all"), default="mask_diffusion")
+    generate.add_argument("--mode", choices=("mask_diffusion", "mock_ar", "ar", "speculative", "all"),
+                          default="mask_diffusion")  # fmt: skip
     generate.add_argument("--max-new-tokens", type=int, default=128)
     generate.add_argument("--block-size", type=int, default=16)
     generate.add_argument("--steps-per-block", type=int, default=16)
     generate.add_argument("--confidence-threshold", type=float, default=0.8)
     generate.add_argument("--temperature", type=float, default=0.0)
+    generate.add_argument("--top-k", type=int, help="sample among so many tokens")
+    generate.add_argument("--top-p", type=float, help="sample among the tokens that make up so much probability")
+    generate.add_argument("--draft-steps", type=int, default=1, help="denoiser passes to a draft, mode speculative")
     generate.add_argument("--seed", type=int, default=0)
 
     evaluate = command(commands, "evaluate", _evaluate, "likelihoods and a threshold sweep of an exported model",
@@ -181,6 +291,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data", type=Path, required=True, help="prepared data folder")
     evaluate.add_argument("--output", type=Path, required=True, help="JSON file to write")
 
+    _add_bench(
+        commands.add_parser("bench", help="measure speed and memory").add_subparsers(required=True, metavar="COMMAND"),
+        command,
+    )
     report = command(commands, "report", _report, "one page of figures and pictures of a quickstart run",
                      "twotower report --run runs/quickstart")  # fmt: skip
     report.add_argument("--run", dest="run_folder", type=Path, required=True)

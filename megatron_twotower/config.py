@@ -84,7 +84,10 @@ class ConditioningConfig:
 
 @dataclass(frozen=True)
 class NoiseConfig:
-    """Absorbing diffusion with a linear schedule: a token is masked with probability t, its noise level."""
+    """Absorbing diffusion with a linear schedule: a token is masked with probability t, its noise level.
+
+    draws_per_context: noisy copies of each sequence that share one pass of the context tower.
+    """
 
     block_size_tokens: int = 16
     mask_token_id: int = 3
@@ -94,15 +97,57 @@ class NoiseConfig:
     time_max: float = 1.0
     weighting: str = "masked_mean"
     report_buckets: int = 5
+    draws_per_context: int = 1
 
 
 @dataclass(frozen=True)
 class DataConfig:
+    """What is read, and in which order.
+
+    folder: a prepared folder; with a blend, the folder its corpora are in (empty for the one the blend file is in).
+    blend: a blend file (YAML), or empty for the one corpus in `folder`.
+    documents: `ignore` packs sequences across boundaries, as released; `respect` keeps documents apart, each padded to
+        whole blocks of the largest size any phase has.
+    shuffle: `full` reads from all over a corpus; `windowed` permutes runs of neighbouring sequences (about a shard) and
+        mixes `shuffle_window_runs` of them at a time; `none` reads a corpus as it stands.
+    damaged_shards: `stop`, or `skip`: a sequence that touches one keeps its place, unscored, and is counted.
+    verify_shards: compare each shard with its checksum when a process first reads it; without, only its size (but
+        `skip` always compares). Turn it off where shards were verified (`twotower data verify`) and are many.
+    prefetch_batches: steps read ahead, by prefetch_workers threads.
+    """
+
     folder: str = ""
+    blend: str = ""
+    documents: str = "ignore"
+    shuffle: str = "full"
+    shuffle_run_tokens: int = 1 << 20
+    shuffle_window_runs: int = 32
+    damaged_shards: str = "stop"
+    verify_shards: bool = True
     sequence_length_tokens: int = 256
     micro_batch_size: int = 8
     global_batch_size: int = 8
     prefetch_batches: int = 2
+    prefetch_workers: int = 1
+
+
+# Not frozen, because OmegaConf would then refuse `phases.0.tokens=...` on the command line.
+@dataclass
+class PhaseConfig:
+    """A stretch of the run with a mixture, a block size and a learning-rate schedule of its own.
+
+    tokens: length, rounded to whole global batches. mixture: of the blend; empty for the one named as the phase.
+    null stands for what `noise`, `optimizer` and `schedule` say.
+    """
+
+    name: str = ""
+    tokens: int = 0
+    mixture: str = ""
+    block_size_tokens: int | None = None
+    learning_rate: float | None = None
+    minimum_learning_rate: float | None = None
+    warmup_tokens: int | None = None
+    decay_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -151,7 +196,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop. Counts of steps are optimizer steps."""
+    """The loop. Counts of steps are optimizer steps. steps: 0 for the length of all phases."""
 
     steps: int = 100
     precision: str = "fp32"
@@ -191,6 +236,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    phases: list[PhaseConfig] = field(default_factory=list)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 
@@ -200,6 +246,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "noise.time_per": ("sequence", "block"),
     "noise.time_sampling": ("uniform", "stratified"),
     "noise.weighting": ("masked_mean", "elbo"),
+    "data.documents": ("ignore", "respect"),
+    "data.shuffle": ("full", "windowed", "none"),
+    "data.damaged_shards": ("stop", "skip"),
     "schedule.kind": ("wsd", "cosine", "constant"),
     "schedule.decay_shape": ("linear", "cosine"),
     "train.precision": ("fp32", "bf16"),
@@ -212,10 +261,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
 MINIMA: dict[str, int] = {
     "noise.block_size_tokens": 1,
     "noise.report_buckets": 1,
+    "noise.draws_per_context": 1,
     "data.sequence_length_tokens": 2,
     "data.micro_batch_size": 1,
     "data.global_batch_size": 1,
     "data.prefetch_batches": 1,
+    "data.prefetch_workers": 1,
+    "data.shuffle_run_tokens": 1,
+    "data.shuffle_window_runs": 1,
     "parallel.tensor": 1,
     "parallel.expert": 1,
     "parallel.expert_tensor": 0,
@@ -407,12 +460,20 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON ({error})") from error
 
 
+def steps_of(tokens: int, data: DataConfig) -> int:
+    """Tokens as whole global batches, rounded to the nearest."""
+    return round(tokens / (data.sequence_length_tokens * data.global_batch_size))
+
+
 def resolve(config: RunConfig) -> RunConfig:
-    """Fill in `model` from the backbone's folder where the recipe leaves it out.
+    """Fill in `model` from the backbone's folder where the recipe leaves it out, and the steps of all phases.
 
     Raises:
         UserError: neither is given, or both are and they differ.
     """
+    if config.phases and config.train.steps == 0:
+        total = sum(steps_of(phase.tokens, config.data) for phase in config.phases)
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=total))
     if config.init.backbone is None:
         _require(
             config.model.hybrid_override_pattern != "",

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_twotower import __version__, host
+from megatron_twotower.ops import kernels
 
 GPU_EXTRA = "a CUDA build of torch and nvcc, then: pip install --no-build-isolation 'megatron-twotower[gpu]'"
 APEX = "build Apex from source against that torch, with APEX_CPP_EXT=1 APEX_CUDA_EXT=1"
@@ -71,19 +72,7 @@ class _Fixed:
 
 FIXED_ROLES = (
     _Fixed(
-        "attention", "megatron_twotower.ops.attention.block_attention",
-        "torch SDPA, by chunks of queries", "FlexAttention, block-sparse", None,
-    ),
-    _Fixed(
-        "scan", "megatron_twotower.ops.scan.two_stream_scan",
-        "torch, chunked two-stream scan", "mamba-ssm kernels (context tower)", "mamba-ssm",
-    ),
-    _Fixed(
-        "convolution", "megatron_twotower.ops.convolution.causal_conv",
-        "torch, sum of shifted copies", "causal-conv1d kernels", "causal-conv1d",
-    ),
-    _Fixed(
-        "norm", "megatron_twotower.adaln.rms_norm",
+        "norm", "megatron_twotower.ops.norm.rms_norm",
         "torch RMSNorm", "Transformer Engine, fused with the projection", "transformer-engine",
     ),
     _Fixed(
@@ -93,6 +82,41 @@ FIXED_ROLES = (
     _Fixed(
         "cross-entropy", "megatron_twotower.ops.cross_entropy.linear_cross_entropy",
         "torch, fused with the head, by chunks", "a Triton kernel of the same", "triton",
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Kernels:
+    """A role that kernels of a package take over where that package serves (`ops.kernels.unavailable`).
+
+    code: where it is decided, importable; a test holds that it exists.
+    otherwise: what serves it without the package.
+    """
+
+    role: str
+    code: str
+    kernels: str
+    otherwise: str
+    package: str
+
+
+KERNEL_ROLES = (
+    _Kernels(
+        "denoiser attention", "megatron_twotower.ops.attention.block_attention",
+        "FlexAttention, block-sparse", "torch, by chunks of queries", "triton",
+    ),
+    _Kernels(
+        "denoiser scan", "megatron_twotower.ops.scan.two_stream_scan",
+        "this project's Triton kernels", "torch, chunked two-stream scan", "triton",
+    ),
+    _Kernels(
+        "context scan", "megatron_twotower.ops.scan.chunk_scan",
+        "mamba-ssm kernels", "torch, chunked scan", "mamba-ssm",
+    ),
+    _Kernels(
+        "convolution", "megatron_twotower.ops.convolution.causal_conv",
+        "causal-conv1d kernels (context tower)", "torch, sum of shifted copies", "causal-conv1d",
     ),
 )  # fmt: skip
 
@@ -154,6 +178,14 @@ def _fixed_role(fixed: _Fixed) -> Role:
     return Role(fixed.role, fixed.serves, fixed.faster, f"not used yet; {found}")
 
 
+def _kernel_role(by: _Kernels) -> Role:
+    reason = kernels.unavailable(by.package)
+    if reason is None:
+        return Role(by.role, f"{by.kernels} ({by.package} {_installed(_BY_NAME[by.package])})", "nothing", "-")
+    how = "needs a CUDA device" if host.is_host() else f"{reason}: {GPU_EXTRA}"
+    return Role(by.role, by.otherwise, by.kernels, how)
+
+
 def _optimizer_role() -> Role:
     """Megatron picks the Adam itself while it is imported: ask it what it picked."""
     host.install()
@@ -168,8 +200,9 @@ def _optimizer_role() -> Role:
 
 
 def diagnose() -> list[Role]:
-    """Every role of a training step and who serves it now, in the order of the forward pass."""
-    return [*(_fixed_role(fixed) for fixed in FIXED_ROLES), _optimizer_role()]
+    """Every role of a training step and who serves it now."""
+    by_kernels, fixed = map(_kernel_role, KERNEL_ROLES), map(_fixed_role, FIXED_ROLES)
+    return [*by_kernels, *fixed, _optimizer_role()]
 
 
 def one_line_summary() -> str:

@@ -15,11 +15,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from megatron_twotower.data.shards import VALIDATION, Corpus
 from megatron_twotower.generate import GenerationSettings, decode, load, mask_token_id, write
 from megatron_twotower.hf.modeling_nemotron_h_twotower import ContextCache, GenerationStats
 from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as Model
 from megatron_twotower.records import UserError
-from megatron_twotower.shards import VALIDATION, Corpus
 from megatron_twotower.tokenizer import tokenizer_fingerprint
 
 LEVELS = tuple(level / 10 for level in range(1, 11))

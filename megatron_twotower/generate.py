@@ -27,10 +27,12 @@ MASK_TOKEN_ID = 3
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How to write; the fields after `max_new_tokens` up to the threshold are of mask diffusion alone.
+    """How to write.
 
-    confidence_threshold: more probable tokens are committed at once. temperature: 0 is greedy. top_k: among how many
-    tokens to sample, None for all. seed: of the sampling.
+    block_size: tokens that the denoiser sees at once. steps_per_block, confidence_threshold (more probable tokens are
+    committed at once): of mask diffusion alone. temperature: 0 is greedy. top_k, top_p: among how many tokens, and
+    among how much of their probability, to sample; None for all. seed: of the sampling. draft_steps: passes of the
+    denoiser to a draft, of speculative generation alone.
     """
 
     max_new_tokens: int = 128
@@ -40,13 +42,16 @@ class GenerationSettings:
     temperature: float = 0.0
     top_k: int | None = None
     seed: int = 0
+    top_p: float | None = None
+    draft_steps: int = 1
 
 
 @dataclass(frozen=True)
 class Generation:
     """What was written. ids: (l + new,) int64 on the CPU, the prompt's first. text: of the new ids, up to EOS.
 
-    passes: of the denoiser, or, in mode `ar`, of the context tower. seconds: wall-clock, with the prompt's prefill.
+    passes: of the denoiser, or, in modes `ar` and `speculative`, of the context tower. seconds: wall-clock, with the
+    prompt's prefill. accepted: of the drafted tokens, those that stayed, in mode `speculative`; else None.
     """
 
     mode: str
@@ -56,6 +61,7 @@ class Generation:
     new_tokens: int
     passes: int
     seconds: float
+    accepted: int | None = None
 
     @property
     def tokens_per_pass(self) -> float:
@@ -98,12 +104,13 @@ def mask_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
 
 def write(
     model: NemotronHTwoTowerForCausalLM, ids: Tensor, *, mode: str, settings: GenerationSettings, mask_id: int,
-    eos_id: int | None,
+    eos_id: int | None, attention_mask: Tensor | None = None,
 ) -> tuple[Tensor, GenerationStats]:  # fmt: skip
-    """Continue prompts of one length.
+    """Continue prompts.
 
     Args:
         ids: (b, l) int64.
+        attention_mask: (b, l), 0 for padding on the left of shorter prompts; None: all are of one length.
         eos_id: ends a row; None always writes `max_new_tokens`.
 
     Returns:
@@ -115,49 +122,68 @@ def write(
     if mode not in MODES:
         raise UserError(f"mode: found {mode!r}, expected one of {', '.join(MODES)}")
     try:
-        written = MODES[mode](model, ids, settings, mask_id, eos_id)
+        written = MODES[mode](model, Request(ids, attention_mask, mask_id, eos_id), settings)
     except ArgumentError as error:
         raise UserError(str(error)) from error
     assert model.last_generation is not None
     return written, model.last_generation
 
 
-Mode = Callable[[NemotronHTwoTowerForCausalLM, Tensor, GenerationSettings, int, int | None], Tensor]
+@dataclass(frozen=True)
+class Request:
+    """What to continue; see `write`."""
+
+    ids: Tensor
+    attention_mask: Tensor | None
+    mask_id: int
+    eos_id: int | None
+
+
+Mode = Callable[[NemotronHTwoTowerForCausalLM, Request, GenerationSettings], Tensor]
 
 
 def _generator(device: torch.device, settings: GenerationSettings) -> torch.Generator:
     return torch.Generator(device).manual_seed(settings.seed)
 
 
-def _mask_diffusion(
-    model: NemotronHTwoTowerForCausalLM, ids: Tensor, settings: GenerationSettings, mask_id: int, eos_id: int | None
-) -> Tensor:
+def _mask_diffusion(model: NemotronHTwoTowerForCausalLM, what: Request, settings: GenerationSettings) -> Tensor:
     return model.generate_mask_diffusion(
-        ids, settings.max_new_tokens, settings.block_size, settings.steps_per_block, mask_id, settings.temperature,
-        settings.top_k, settings.confidence_threshold, eos_id,
+        what.ids, settings.max_new_tokens, settings.block_size, settings.steps_per_block, what.mask_id,
+        settings.temperature, settings.top_k, settings.confidence_threshold, what.eos_id,
+        attention_mask=what.attention_mask, top_p=settings.top_p,
         generator=_generator(model.denoiser_tower.device, settings),
     )  # fmt: skip
 
 
-def _mock_ar(
-    model: NemotronHTwoTowerForCausalLM, ids: Tensor, settings: GenerationSettings, mask_id: int, eos_id: int | None
-) -> Tensor:
+def _mock_ar(model: NemotronHTwoTowerForCausalLM, what: Request, settings: GenerationSettings) -> Tensor:
     return model.generate_mock_ar(
-        ids, settings.max_new_tokens, settings.temperature, settings.top_k, eos_id,
+        what.ids, settings.max_new_tokens, settings.temperature, settings.top_k, what.eos_id,
+        attention_mask=what.attention_mask, top_p=settings.top_p,
         generator=_generator(model.denoiser_tower.device, settings),
     )  # fmt: skip
 
 
-def _ar(
-    model: NemotronHTwoTowerForCausalLM, ids: Tensor, settings: GenerationSettings, mask_id: int, eos_id: int | None
-) -> Tensor:
+def _ar(model: NemotronHTwoTowerForCausalLM, what: Request, settings: GenerationSettings) -> Tensor:
     return model.generate_ar(
-        ids, settings.max_new_tokens, settings.temperature, settings.top_k, eos_id,
+        what.ids, settings.max_new_tokens, settings.temperature, settings.top_k, what.eos_id,
+        attention_mask=what.attention_mask, top_p=settings.top_p,
         generator=_generator(model.context_tower.device, settings),
     )  # fmt: skip
 
 
-MODES: Mapping[str, Mode] = {"mask_diffusion": _mask_diffusion, "mock_ar": _mock_ar, "ar": _ar}
+def _speculative(model: NemotronHTwoTowerForCausalLM, what: Request, settings: GenerationSettings) -> Tensor:
+    return model.generate_speculative(
+        what.ids, settings.max_new_tokens, settings.block_size, settings.draft_steps, what.mask_id,
+        settings.temperature, settings.top_k, what.eos_id,
+        attention_mask=what.attention_mask, top_p=settings.top_p,
+        generator=_generator(model.context_tower.device, settings),
+    )  # fmt: skip
+
+
+MODES: Mapping[str, Mode] = {
+    "mask_diffusion": _mask_diffusion, "mock_ar": _mock_ar, "ar": _ar, "speculative": _speculative,
+}  # fmt: skip
+DECIDED_BY = {name: "context tower" if name in ("ar", "speculative") else "denoiser" for name in MODES}
 
 
 def decode(tokenizer: PreTrainedTokenizerFast, new: Tensor) -> str:
@@ -184,29 +210,32 @@ def generate(
     )
     written = output[0].cpu()
     text = decode(tokenizer, written[len(ids) :])
-    return Generation(mode, prompt, text, written, stats.new_tokens, stats.passes, stats.seconds)
+    accepted = stats.accepted if mode == "speculative" else None
+    return Generation(mode, prompt, text, written, stats.new_tokens, stats.passes, stats.seconds, accepted)
 
 
 def print_generation(generation: Generation, console: Console) -> None:
     """The prompt dim, what was written bright, and a line of figures."""
     text = Text.assemble((generation.prompt, "dim"), (generation.text, "bold bright_white"))
-    tower = "context tower" if generation.mode == "ar" else "denoiser"
     figures = (
-        f"{generation.mode}: {generation.new_tokens} tokens in {generation.passes} passes of the {tower} "
-        f"({generation.tokens_per_pass:.2f} per pass), {generation.seconds:.2f} s, "
+        f"{generation.mode}: {generation.new_tokens} tokens in {generation.passes} passes of the "
+        f"{DECIDED_BY[generation.mode]} ({generation.tokens_per_pass:.2f} per pass), {generation.seconds:.2f} s, "
         f"{generation.new_tokens / generation.seconds:.0f} tokens/s"
     )
+    if generation.accepted is not None:
+        figures += f", {generation.accepted / generation.passes:.2f} drafted tokens accepted per pass"
     console.print(text, soft_wrap=True)
     console.print(Text(figures, "cyan"), soft_wrap=True)
 
 
 def run(
     folder: str | Path, *, prompt: str, mode: str, max_new_tokens: int, block_size: int, steps_per_block: int,
-    confidence_threshold: float, temperature: float, seed: int,
+    confidence_threshold: float, temperature: float, seed: int, top_k: int | None = None, top_p: float | None = None,
+    draft_steps: int = 1,
 ) -> int:  # fmt: skip
     """The command `generate`: load, write, print; mode `all` writes in every mode. Returns the exit status."""
     settings = GenerationSettings(
-        max_new_tokens, block_size, steps_per_block, confidence_threshold, temperature, seed=seed
+        max_new_tokens, block_size, steps_per_block, confidence_threshold, temperature, top_k, seed, top_p, draft_steps
     )
     model, tokenizer = load(folder, device="cuda" if torch.cuda.is_available() else "cpu")
     for each in MODES if mode == "all" else (mode,):

@@ -2,7 +2,8 @@
 
 Every mixer takes hidden states (l, b, h), split over tensor-parallel ranks along l under sequence parallelism, and
 has two ways through: `forward`, one causal stream, which also returns the hand-off; and `denoise`, every block of a
-noisy stream against the hand-off of the same layer. Weights are left uninitialised here: they always come from a
+noisy stream against the hand-off of the same layer. A noisy stream may hold r draws of every sequence, draw by draw
+(l, r b, h): all of them read the one hand-off. Weights are left uninitialised here: they always come from a
 backbone's named tensors.
 """
 
@@ -21,16 +22,19 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_twotower.adaln import modulate, over_positions, rms_norm, split_modulation
+from megatron_twotower.adaln import add_gated, modulate, rows_of_rank, split_modulation
 from megatron_twotower.config import ModelConfig
 from megatron_twotower.host import device
 from megatron_twotower.ops.attention import block_attention, causal_attention
-from megatron_twotower.ops.convolution import causal_conv, seeded_block_conv
+from megatron_twotower.ops.convolution import block_history, causal_conv, seeded_block_conv
+from megatron_twotower.ops.norm import gated_rms_norm, rms_norm
 from megatron_twotower.ops.scan import chunk_length, chunk_scan, two_stream_scan
-from megatron_twotower.records import AttentionHandoff, Handoff, MambaHandoff
+from megatron_twotower.records import AttentionHandoff, Blocks, Handoff, MambaHandoff
 
 # The order of norm and modulation: in M and * Megatron fuses the norm into the projection, so modulation is first.
 MODULATED_BEFORE_NORM = frozenset("M*")
+# The layers of the context tower that the denoiser reads.
+HANDING_ON = frozenset("M*")
 
 
 class RMSNorm(nn.Module):
@@ -61,12 +65,20 @@ def _row(config: TransformerConfig, inputs: int, outputs: int, groups: ProcessGr
     )  # fmt: skip
 
 
+def _draws(tensors: tuple[Tensor, ...], batch: int) -> list[tuple[Tensor, ...]]:
+    """Split (r b, ...) tensors into those of each draw, (b, ...)."""
+    return list(zip(*(tensor.split(batch) for tensor in tensors), strict=True))
+
+
+def _joined(draws: list[Tensor]) -> Tensor:
+    return draws[0] if len(draws) == 1 else torch.cat(draws)
+
+
 class SelfAttention(MegatronModule):
     """Grouped-query attention without position encoding."""
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection, block: int):
+    def __init__(self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection):
         super().__init__(config)
-        self.block = block
         self.head_dim = model.head_dim
         self.kv_heads = model.num_key_value_heads // groups.tp.size()
         self.heads_per_kv = model.num_attention_heads // model.num_key_value_heads
@@ -79,21 +91,29 @@ class SelfAttention(MegatronModule):
         mixed, _ = self.linear_qkv(hidden)
         l, b, _ = mixed.shape
         mixed = mixed.view(l, b, self.kv_heads, self.heads_per_kv + 2, self.head_dim).permute(1, 2, 3, 0, 4)
-        query = mixed[:, :, :-2].flatten(1, 2)
-        return query, mixed[:, :, -2], mixed[:, :, -1]
+        # Copies of key and value: a view of these few would keep the whole projection for the backward pass.
+        return mixed[:, :, :-2].flatten(1, 2), mixed[:, :, -2].contiguous(), mixed[:, :, -1].contiguous()
 
     def _output(self, attended: Tensor) -> Tensor:
         out, _ = self.linear_proj(attended.permute(2, 0, 1, 3).flatten(2))
         return out
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, AttentionHandoff]:
+    def forward(self, hidden: Tensor, blocks: Blocks) -> tuple[Tensor, AttentionHandoff | None]:
         query, key, value = self._project(hidden)
-        return self._output(causal_attention(query, key, value)), AttentionHandoff(key, value)
+        attended = causal_attention(query, key, value, documents=blocks.documents)
+        handoff = AttentionHandoff(key, value) if blocks.size else None
+        return self._output(attended), handoff
 
-    def denoise(self, hidden: Tensor, handoff: AttentionHandoff) -> Tensor:
-        query, key, value = self._project(hidden)
-        clean = {"clean_key": handoff.key, "clean_value": handoff.value}
-        return self._output(block_attention(query, key, value, **clean, block=self.block))
+    def denoise(self, hidden: Tensor, handoff: AttentionHandoff, blocks: Blocks) -> Tensor:
+        assert blocks.size is not None
+        outs = []
+        for query, key, value in _draws(self._project(hidden), len(handoff.key)):
+            out = block_attention(
+                query, key, value, clean_key=handoff.key, clean_value=handoff.value, block=blocks.size,
+                documents=blocks.documents,
+            )  # fmt: skip
+            outs.append(out)
+        return self._output(_joined(outs))
 
 
 class MambaMixer(MegatronModule):
@@ -102,10 +122,10 @@ class MambaMixer(MegatronModule):
     Under tensor parallelism a rank holds whole groups: its rows of `in_proj` are its z, x, B, C and dt.
     """
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection, block: int):
+    def __init__(self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection):
         super().__init__(config)
         ranks = groups.tp.size()
-        self.block, self.chunk = block, chunk_length(block, preferred=model.chunk_size)
+        self.preferred_chunk, self.taps = model.chunk_size, model.conv_kernel
         self.heads, self.groups = model.mamba_num_heads // ranks, model.n_groups // ranks
         self.head_dim, self.state = model.mamba_head_dim, model.ssm_state_size
         self.clamp, self.epsilon = model.time_step_clamp, model.layer_norm_epsilon
@@ -130,7 +150,8 @@ class MambaMixer(MegatronModule):
         z, conv_input, dt = mixed.transpose(0, 1).split([self.inner, self.inner + 2 * self.bc, self.heads], dim=-1)
         wide = torch.promote_types(dt.dtype, torch.float32)
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
-        return z, conv_input, dt.clamp(min=self.clamp) if self.clamp else dt
+        # A copy of z: the view would keep the whole projection for the backward pass.
+        return z.contiguous(), conv_input, dt.clamp(min=self.clamp) if self.clamp else dt
 
     def _split(self, conv_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (b, l, heads, head size); B and C (b, l, groups, state size)."""
@@ -145,38 +166,46 @@ class MambaMixer(MegatronModule):
         return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
 
     def _output(self, y: Tensor, z: Tensor) -> Tensor:
-        gated = (y.flatten(2) * F.silu(z)).unflatten(-1, (self.groups, -1))
-        normed = rms_norm(gated, self.norm_weight.view(self.groups, -1), self.epsilon)
-        out, _ = self.out_proj(normed.flatten(2).transpose(0, 1))
+        normed = gated_rms_norm(y.flatten(2), z, self.norm_weight.view(self.groups, -1), self.epsilon)
+        out, _ = self.out_proj(normed.transpose(0, 1))
         return out
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, MambaHandoff]:
+    def forward(self, hidden: Tensor, blocks: Blocks) -> tuple[Tensor, MambaHandoff | None]:
         z, conv_input, dt = self._project(hidden)
-        x, B, C = self._split(causal_conv(conv_input, self.conv1d_weight, self.conv1d_bias))
-        A = self._A()
-        y, states, _ = chunk_scan(x, dt, A, B, C, self.D, chunk=self.chunk)
-        return self._output(y, z), MambaHandoff(conv_input, x, dt, A, B, states)
+        documents = blocks.documents
+        x, B, C = self._split(causal_conv(conv_input, self.conv1d_weight, self.conv1d_bias, documents=documents))
+        A, chunk = self._A(), chunk_length(blocks.size or 1, preferred=self.preferred_chunk)
+        y, states, _ = chunk_scan(x, dt, A, B, C, self.D, chunk=chunk, documents=documents)
+        if blocks.size is None:
+            return self._output(y, z), None
+        history = block_history(conv_input, taps=self.taps, block=blocks.size)
+        return self._output(y, z), MambaHandoff(history, x, dt, A, B, states)
 
-    def denoise(self, hidden: Tensor, handoff: MambaHandoff) -> Tensor:
+    def denoise(self, hidden: Tensor, handoff: MambaHandoff, blocks: Blocks) -> Tensor:
+        assert blocks.size is not None
         z, conv_input, dt = self._project(hidden)
-        seeded = seeded_block_conv(
-            conv_input, handoff.conv_input, self.conv1d_weight, self.conv1d_bias, block=self.block
-        )
-        x, B, C = self._split(seeded)
-        y = two_stream_scan(
-            x, dt, self._A(), B, C, self.D, clean_x=handoff.x, clean_dt=handoff.dt, clean_A=handoff.A,
-            clean_B=handoff.B, states=handoff.states, block=self.block, chunk=self.chunk,
-        )  # fmt: skip
-        return self._output(y, z)
+        A, chunk = self._A(), chunk_length(blocks.size, preferred=self.preferred_chunk)
+        ys = []
+        for own_input, own_dt in _draws((conv_input, dt), len(handoff.x)):
+            seeded = seeded_block_conv(
+                own_input, handoff.history, self.conv1d_weight, self.conv1d_bias, documents=blocks.documents
+            )
+            x, B, C = self._split(seeded)
+            y = two_stream_scan(
+                x, own_dt, A, B, C, self.D, clean_x=handoff.x, clean_dt=handoff.dt, clean_A=handoff.A,
+                clean_B=handoff.B, states=handoff.states, block=blocks.size, chunk=chunk, documents=blocks.documents,
+            )  # fmt: skip
+            ys.append(y)
+        return self._output(_joined(ys), z)
 
 
 class _Pointwise(MegatronModule):
     """A mixer without memory: both streams go the same way and nothing is handed off."""
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
+    def forward(self, hidden: Tensor, blocks: Blocks) -> tuple[Tensor, None]:
         return self.apply_to(hidden), None
 
-    def denoise(self, hidden: Tensor, handoff: None) -> Tensor:
+    def denoise(self, hidden: Tensor, handoff: None, blocks: Blocks) -> Tensor:
         return self.apply_to(hidden)
 
     def apply_to(self, hidden: Tensor) -> Tensor:
@@ -189,7 +218,7 @@ _MLP_PARTS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParall
 class DenseMLP(_Pointwise):
     """Squared-ReLU MLP: Megatron's."""
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection, block: int):
+    def __init__(self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection):
         super().__init__(config)
         self.mlp = MLP(config, _MLP_PARTS, ffn_hidden_size=model.intermediate_size, tp_group=groups.tp)
 
@@ -200,7 +229,7 @@ class DenseMLP(_Pointwise):
 class MixtureOfExperts(_Pointwise):
     """Sigmoid top-k routing with a selection bias over routed experts, and a shared expert: Megatron's."""
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection, block: int):
+    def __init__(self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection):
         super().__init__(config)
         parts = MoESubmodules(
             experts=ModuleSpec(module=SequentialMLP, submodules=_MLP_PARTS),
@@ -224,18 +253,17 @@ class Layer(MegatronModule):
     """One layer of a tower: `x + mixer(norm(x))`."""
 
     def __init__(
-        self, kind: str, number: int, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection,
-        block: int,
+        self, kind: str, number: int, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection
     ) -> None:  # fmt: skip
         super().__init__(config)
         self.kind = kind
         self.norm = RMSNorm(config)
-        self.mixer = MIXERS[kind](model, config, groups, block)
+        self.mixer = MIXERS[kind](model, config, groups)
         if isinstance(self.mixer, MixtureOfExperts):
             self.mixer.moe.set_layer_number(number + 1)
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Handoff]:
-        out, handoff = self.mixer(self.norm(hidden))
+    def forward(self, hidden: Tensor, blocks: Blocks) -> tuple[Tensor, Handoff]:
+        out, handoff = self.mixer(self.norm(hidden), blocks)
         return hidden + out, handoff
 
 
@@ -243,31 +271,29 @@ class DenoiserLayer(Layer):
     """One layer of the denoiser: `x + gate * mixer(...)`, modulated before or after the norm by layer kind."""
 
     def __init__(
-        self, kind: str, number: int, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection,
-        block: int,
+        self, kind: str, number: int, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection
     ) -> None:  # fmt: skip
-        super().__init__(kind, number, model, config, groups, block)
+        super().__init__(kind, number, model, config, groups)
         table = torch.empty(3, config.hidden_size, dtype=config.params_dtype, device=device())
         self.scale_shift_table = nn.Parameter(table)
         self.scale_shift_table.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.sequence_ranks = groups.tp if config.sequence_parallel else None
 
-    def denoise(self, hidden: Tensor, conditioning: Tensor, handoff: Any) -> Tensor:
+    def denoise(self, hidden: Tensor, conditioning: Tensor, handoff: Any, blocks: Blocks) -> Tensor:
         """
         Args:
-            hidden: (l, b, h), or this rank's part of l under sequence parallelism.
-            conditioning: (b, n, 3h), or (b, 1, 3h) where a sequence has one time.
+            hidden: (l, r b, h), or this rank's part of l under sequence parallelism.
+            conditioning: (r b, n, 3h), or (r b, 1, 3h) where a sequence has one time.
         """
         rows = split_modulation(conditioning, self.scale_shift_table)
-        shift, scale, gate = (self._at_positions(row, hidden.shape[0]) for row in rows)
+        shift, scale, gate = (self._own(row, hidden.shape[0]) for row in rows)
         if self.kind in MODULATED_BEFORE_NORM:
             normed = self.norm(modulate(hidden, shift, scale))
         else:
             normed = modulate(self.norm(hidden), shift, scale)
-        return torch.addcmul(hidden, gate, self.mixer.denoise(normed, handoff))
+        return add_gated(hidden, gate, self.mixer.denoise(normed, handoff, blocks))
 
-    def _at_positions(self, row: Tensor, length: int) -> Tensor:
+    def _own(self, rows: Tensor, length: int) -> Tensor:
         if self.sequence_ranks is None:
-            return over_positions(row, length)
-        ranks, rank = self.sequence_ranks.size(), self.sequence_ranks.rank()
-        return over_positions(row, length * ranks)[rank * length : (rank + 1) * length]
+            return rows
+        return rows_of_rank(rows, length=length, rank=self.sequence_ranks.rank(), ranks=self.sequence_ranks.size())

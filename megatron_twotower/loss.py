@@ -6,7 +6,7 @@ from torch import Tensor
 
 from megatron_twotower.config import NoiseConfig
 from megatron_twotower.ops.cross_entropy import linear_cross_entropy
-from megatron_twotower.records import LossReport, NoisyBatch
+from megatron_twotower.records import Batch, LossReport, NoisyBatch
 from megatron_twotower.towers import Tower
 
 
@@ -18,17 +18,21 @@ def _head(
     )
 
 
-def autoregressive_loss(tower: Tower, hidden: Tensor, tokens: Tensor, groups: ProcessGroupCollection) -> LossReport:
-    """Next-token cross-entropy of every position but the last.
+def autoregressive_loss(tower: Tower, hidden: Tensor, batch: Batch, groups: ProcessGroupCollection) -> LossReport:
+    """Next-token cross-entropy of every position but the last, within documents where their boundaries count.
 
     Args:
         hidden: final hidden states (l, b, h).
-        tokens: (b, l).
     """
-    inputs, targets = hidden[:-1].flatten(0, 1), tokens.t()[1:].flatten()
-    total, losses = _head(tower, inputs, targets, torch.ones_like(targets, dtype=torch.float32), groups)
-    count = torch.tensor(len(targets), dtype=torch.int32, device=tokens.device)
-    return LossReport(total, count, losses.sum().view(1), count.float().view(1))
+    weights = torch.ones_like(batch.tokens[:, 1:], dtype=torch.float32)
+    if batch.documents is not None:
+        weights = weights * (batch.documents[:, 1:] == batch.documents[:, :-1])
+    if batch.padding is not None:
+        weights = weights * ~batch.padding[:, 1:]
+    weights = weights.t().flatten()
+    total, losses = _head(tower, hidden[:-1].flatten(0, 1), batch.tokens.t()[1:].flatten(), weights, groups)
+    count = weights.sum()
+    return LossReport(total, count.to(torch.int32), (losses * weights).sum().view(1), count.view(1))
 
 
 def noise_buckets(times: Tensor, buckets: int) -> Tensor:
@@ -42,21 +46,22 @@ def masked_diffusion_loss(
     """Cross-entropy of the clean tokens at masked positions.
 
     `masked_mean` divides by the number of masked positions (the published trainer's objective, but global).
-    `elbo` weights each by 1 / t and divides by the number of all tokens: the likelihood bound of absorbing diffusion
-    with a linear schedule (MDLM, Sahoo et al. 2024, equation 10; BD3-LM section 3).
+    `elbo` weights each by 1 / t and divides by the number of all tokens that are not padding: the likelihood bound
+    of absorbing diffusion with a linear schedule (MDLM, Sahoo et al. 2024, equation 10; BD3-LM section 3).
 
     Args:
-        hidden: final hidden states (l, b, h) of the noisy stream.
+        hidden: final hidden states (l, r b, h) of the noisy stream.
     """
-    length = batch.tokens.shape[1]
+    length = batch.noisy.shape[1]
     times = batch.times.repeat_interleave(length // batch.times.shape[1], dim=1)
-    scored = batch.masked.nonzero(as_tuple=True)
-    levels = times[scored]
+    levels = times.flatten()[batch.scored]
+    scored = (torch.arange(len(levels), device=levels.device) < batch.count).to(levels.dtype)
     elbo = noise.weighting == "elbo"
-    weights = levels.reciprocal() if elbo else torch.ones_like(levels)
-    total, losses = _head(tower, hidden.transpose(0, 1)[scored], batch.tokens[scored], weights, groups)
-    count = torch.tensor(batch.tokens.numel() if elbo else len(levels), dtype=torch.int32, device=levels.device)
+    weights = scored / levels if elbo else scored
+    rows = hidden.transpose(0, 1).flatten(0, 1)[batch.scored]
+    targets = batch.tokens.flatten()[batch.scored % batch.tokens.numel()]
+    total, losses = _head(tower, rows, targets, weights, groups)
     index = noise_buckets(levels, noise.report_buckets)
     zeros = torch.zeros(noise.report_buckets, device=levels.device)
-    sums = zeros.index_add(0, index, losses)
-    return LossReport(total, count, sums, zeros.index_add(0, index, torch.ones_like(losses)))
+    count = batch.real if elbo else batch.count
+    return LossReport(total, count, zeros.index_add(0, index, losses * scored), zeros.index_add(0, index, scored))

@@ -4,7 +4,9 @@ A record is a mapping with `kind` and `step`; the first rank writes it to every 
 
     kind "train":       step, loss (nats per scored token), loss_by_noise {"0.0-0.2": nats, ...} (empty for `ar`),
                         learning_rate, grad_norm, tokens (consumed so far), tokens_per_second, scored_tokens,
-                        expert_load {"max_over_mean": ratio} (empty without experts), memory_gib, seconds (elapsed)
+                        expert_load {"max_over_mean": ratio} (empty without experts), memory_gib, seconds (elapsed);
+                        with phases, phase (its name); with a blend, tokens_by_corpus {name: tokens so far}; with
+                        data.damaged_shards=skip, skipped_sequences (since the last record)
     kind "validation":  step, loss (nats per scored token), loss_by_noise, tokens (scored)
 
 A figure that is not finite is written as null, so that every line of `metrics.jsonl` is plain JSON.

@@ -1,5 +1,11 @@
 """Parameter groups, AdamW and learning-rate schedule: Megatron's, configured."""
 
+import bisect
+import dataclasses
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -9,6 +15,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_twotower.config import RunConfig
+from megatron_twotower.phases import Phase, plan
 
 # Matrices in shape only: decay would pull gates to zero and shorten filters.
 NO_WEIGHT_DECAY = ("*scale_shift_table", "*conv1d_weight")
@@ -46,25 +53,47 @@ def build_optimizer(
 
 
 def build_schedule(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Warm-up, then `wsd`, `cosine` or `constant`; one scheduler step per optimizer step."""
-    schedule, steps = config.schedule, config.train.steps
+    """Warm-up, then `wsd`, `cosine` or `constant`, anew in every phase; one scheduler step per optimizer step."""
+    phases = plan(config)
+    if not config.phases:
+        return OptimizerParamScheduler(optimizer, **_rates(config, phases[0]))
+    return PhasedScheduler(optimizer, config, phases)
+
+
+class PhasedScheduler(OptimizerParamScheduler):
+    """Megatron's schedule of each phase, one after the other. Its state is that of a schedule of the whole run."""
+
+    def __init__(self, optimizer: MegatronOptimizer, config: RunConfig, phases: Sequence[Phase]) -> None:
+        nothing = SimpleNamespace(param_groups=[])  # the parts only say what the rate is
+        self._starts = [phase.first_step for phase in phases]
+        self._parts = [OptimizerParamScheduler(nothing, **_rates(config, phase)) for phase in phases]
+        super().__init__(optimizer, **_rates(config, plan(dataclasses.replace(config, phases=[]))[0]))
+
+    def get_lr(self, param_group: dict[str, Any]) -> float:
+        """The rate at `num_steps`: of the phase whose first step has come. Groups have no rates of their own here."""
+        number = bisect.bisect_right(self._starts, self.num_steps) - 1
+        self._parts[number].num_steps = self.num_steps - self._starts[number]
+        return self._parts[number].get_lr({})
+
+
+def _rates(config: RunConfig, phase: Phase) -> dict[str, Any]:
+    schedule, steps = config.schedule, phase.steps
     styles = {"wsd": "WSD", "cosine": "cosine", "constant": "constant"}
     decay = config.optimizer.weight_decay
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=config.optimizer.learning_rate,
-        min_lr=schedule.minimum_learning_rate,
-        lr_warmup_steps=schedule.warmup_steps,
-        lr_decay_steps=steps,
-        lr_decay_style=styles[schedule.kind],
-        start_wd=decay,
-        end_wd=decay,
-        wd_incr_steps=steps,
-        wd_incr_style="constant",
-        wsd_decay_steps=schedule.decay_steps,
-        lr_wsd_decay_style=schedule.decay_shape,
+    return {
+        "init_lr": 0.0,
+        "max_lr": phase.learning_rate,
+        "min_lr": phase.minimum_learning_rate,
+        "lr_warmup_steps": phase.warmup_steps,
+        "lr_decay_steps": steps,
+        "lr_decay_style": styles[schedule.kind],
+        "start_wd": decay,
+        "end_wd": decay,
+        "wd_incr_steps": steps,
+        "wd_incr_style": "constant",
+        "wsd_decay_steps": phase.decay_steps,
+        "lr_wsd_decay_style": schedule.decay_shape,
         # A run that goes on follows its recipe; only the step comes from the checkpoint.
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )
+        "use_checkpoint_opt_param_scheduler": False,
+        "override_opt_param_scheduler": True,
+    }

@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 Point = tuple[float, float | None]
 Curve = Sequence[Point]
@@ -188,4 +188,106 @@ def comparison(curves: Mapping[str, Curve], *, title: str, subtitle: str, unit: 
     _label(axes, theme, x="optimizer steps", y=unit)
     _steps(axes)
     _legend(axes, theme)
+    return _png(figure)
+
+
+def length_histogram(
+    histograms: Mapping[str, Sequence[int]], *, edges: Sequence[int], title: str, subtitle: str, theme: Theme
+) -> bytes:
+    """Share of documents by length, corpus by corpus. histograms: (bins,) counts each; edges: (bins + 1,) tokens."""
+    figure, (axes,) = _open(theme, title, subtitle)
+    for index, (name, counts) in enumerate(histograms.items()):
+        color = theme.series[index % len(theme.series)]
+        shares = [100 * count / max(sum(counts), 1) for count in counts]
+        axes.stairs(shares, edges, color=color, linewidth=1.6, label=name)
+        axes.stairs(shares, edges, color=color, fill=True, alpha=0.18 if len(histograms) > 1 else 0.35)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(bottom=0)
+    _label(axes, theme, x="tokens in a document", y="% of documents")
+    if len(histograms) > 1:
+        _legend(axes, theme)
+    return _png(figure)
+
+
+def _bars(
+    axes: Axes, theme: Theme, labels: Sequence[str], series: Mapping[str, Sequence[float | None]], *, write: str
+) -> None:
+    """Groups of horizontal bars, the first group on top, each bar's value at its end; None leaves a gap."""
+    height = 0.8 / max(len(series), 1)
+    for index, (name, values) in enumerate(series.items()):
+        places = [row + (index - (len(series) - 1) / 2) * height for row in range(len(labels))]
+        color = theme.series[index % len(theme.series)]
+        axes.barh(places, [value or 0.0 for value in values], height=0.9 * height, color=color, label=name)
+        for place, value in zip(places, values, strict=True):
+            if value is not None:
+                axes.annotate(
+                    write.format(value), (value, place), xytext=(4, 0), textcoords="offset points", va="center",
+                    fontsize=8, color=theme.text,
+                )  # fmt: skip
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", color=theme.grid, linewidth=0.8)
+    axes.margins(x=0.14)
+
+
+def operations(rows: Sequence[Mapping[str, Any]], *, theme: Theme) -> bytes:
+    """Time and extra peak memory of each operation's rivals, in multiples of ours.
+
+    rows: of `bench.ops`, ours without `time_ratio` and `memory_ratio`.
+    """
+    compared = [row for row in rows if "time_ratio" in row]
+    labels = [
+        f"{row['operation']} L {row['length']}" + (f" S {row['block']}" if row["block"] else "") + f"\n{row['case']}"
+        for row in compared
+    ]
+    figure, panels = _open(theme, "Two-stream operations", "rivals, in multiples of ours", panels=2, width=11.0)
+    figure.set_size_inches(11.0, 1.6 + 0.36 * max(len(labels), 2))
+    inch = 1 / figure.get_figheight()
+    figure.subplots_adjust(left=0.2, right=0.97, top=1 - 1.0 * inch, bottom=0.5 * inch, wspace=0.08)
+    for text, down in zip(figure.texts, (0.25, 0.5), strict=True):
+        text.set_y(1 - down * inch)
+    for axes, (key, title) in zip(
+        panels, (("time_ratio", "Time, forward + backward"), ("memory_ratio", "Extra peak memory")), strict=True
+    ):
+        _bars(axes, theme, labels, {title: [row[key] for row in compared]}, write="{:.2f} ×")
+        axes.axvline(1, color=theme.muted, linewidth=1, linestyle=(0, (4, 3)))
+        axes.set_title(title, color=theme.text, fontsize=9.5, loc="left", pad=6)
+    panels[1].set_yticklabels([])
+    return _png(figure)
+
+
+def steps(figures: Mapping[str, Any], *, theme: Theme) -> bytes:
+    """Steps in multiples of the autoregressive one, by length; and what noise draws cost and bring.
+
+    figures: `steps` and `draws` of `bench.step`.
+    """
+    figure, (left, right) = _open(
+        theme, "Training step", "forward + backward, in steps of the `ar` objective on the same backbone and tokens",
+        panels=2, width=11.0,
+    )  # fmt: skip
+    lengths = sorted({row["length"] for row in figures["steps"]})
+    curves = sorted({(row["pattern"], row["case"]) for row in figures["steps"] if row["case"] != "ar"})
+    for index, (pattern, case) in enumerate(curves):
+        rows = [row for row in figures["steps"] if (row["pattern"], row["case"]) == (pattern, case)]
+        points = [(float(lengths.index(row["length"])), row["ratio"]) for row in rows]
+        _curve(left, theme, points, color=theme.series[index % len(theme.series)], label=f"{case}, {pattern}")
+        _mark(left, points, color=theme.text, below=index % 2 == 1)  # two towers of two patterns are close
+    left.axhline(4 / 3, color=theme.muted, linewidth=1, linestyle=(0, (4, 3)))
+    left.set_xticks(range(len(lengths)), [f"{length}" for length in lengths])
+    left.margins(x=0.1)
+    _from_zero(left, [4 / 3, *(row["ratio"] for row in figures["steps"])])
+    _label(left, theme, x="sequence length in tokens (dashed: the limit, 4/3)", y="times the AR step")
+    left.legend(frameon=False, fontsize=8, labelcolor=theme.text, loc="lower left")
+    keys = (("relative_cost_per_copy", "cost per noisy copy"), ("cost_x_noise", "cost x variance of noise"),
+            ("cost_x_total", "cost x variance of noise and data"))  # fmt: skip
+    for color, (key, name) in zip(theme.series, keys, strict=False):
+        points = [(float(row["draws"]), row[key]) for row in figures["draws"]]
+        _curve(right, theme, points, color=color, label=name)
+    right.set_xticks([row["draws"] for row in figures["draws"]])
+    _from_zero(right, [row[key] for row in figures["draws"] for key, _ in keys])
+    _label(right, theme, x="noise draws of one context pass", y="relative to one draw")
+    right.legend(frameon=False, fontsize=8, labelcolor=theme.text, loc="lower left")
     return _png(figure)

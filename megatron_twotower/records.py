@@ -6,9 +6,12 @@ Dimension legend, used in names and docstrings everywhere:
     l  sequence length in tokens         v  vocabulary size
     s  block size in tokens              c  channels of the Mamba convolution
     n  blocks in a sequence, n = l / s   k  noise buckets of a report
+    r  noise draws per sequence          w  clean inputs kept before a block (convolution width - 1)
 """
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,32 +29,65 @@ class Batch:
     samples: (b,) int64 index of each sequence within its corpus, the same in every epoch.
     epochs: (b,) int64 how often the corpus had been read before.
     positions: (b,) int64 place of each sequence in the global order of the run.
+    documents: (b, l) int32 number of each position's document, growing along l; None to see across boundaries.
+    padding: (b, l) bool, positions that fill up a block and are never scored; None where there are none.
+    corpora: (b,) int64 number of the corpus each sequence is from; None with one corpus.
     """
 
     tokens: Tensor
     samples: Tensor
     epochs: Tensor
     positions: Tensor
+    documents: Tensor | None = None
+    padding: Tensor | None = None
+    corpora: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        fields = (self.tokens, self.samples, self.epochs, self.positions)
-        return Batch(*(field.to(device, non_blocking=True) for field in fields))
+        return _moved(self, device)
 
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    """Clean sequences beside their corrupted copies.
+    """Clean sequences beside their corrupted copies, of which there are r for each: draw by draw, (r b, ...).
 
     tokens: (b, l) int64 clean token ids, the targets.
-    noisy: (b, l) int64, masked positions replaced by the mask token.
-    masked: (b, l) bool, the scored positions.
-    times: (b, n) float32 noise level of each block, or (b, 1) where a sequence has one for all.
+    noisy: (r b, l) int64, masked positions replaced by the mask token.
+    times: (r b, n) float32 noise level of each block, or (r b, 1) where a sequence has one for all.
+    scored: (m,) int64 places in the flattened (r b, l) that are masked and not padding, the first `count`, and any
+        places behind them. Made on the host with the noise, so that no step waits for a count; rounded up, so that
+        shapes are few.
+    count: () int32, how many places are scored. real: () int32, how many of all r b l are not padding.
+    block: block size s.
+    documents: (b, l) int32 as in `Batch`.
     """
 
     tokens: Tensor
     noisy: Tensor
-    masked: Tensor
     times: Tensor
+    scored: Tensor
+    count: Tensor
+    real: Tensor
+    block: int
+    documents: Tensor | None = None
+
+    def to(self, device: torch.device) -> "NoisyBatch":
+        return _moved(self, device)
+
+
+def _moved(record: Any, device: torch.device) -> Any:
+    """A record with its tensors on another device."""
+    values = {item.name: getattr(record, item.name) for item in dataclasses.fields(record)}
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    return dataclasses.replace(record, **moved)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a clean stream is cut: block size s, None where nothing is handed on; and (b, l) int32 documents, or None."""
+
+    size: int | None = None
+    documents: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -66,12 +102,12 @@ class AttentionHandoff:
 class MambaHandoff:
     """What a context Mamba layer gives its denoiser twin.
 
-    conv_input: (b, l, c) inputs of the convolution. x (b, l, heads, head size), dt (b, l, heads) and B (b, l, groups,
-    state size): inputs of the scan; A (heads,). states: (b, chunks, heads, head size, state size), the state at the
-    start of each chunk.
+    history: (b, n, w, c) the inputs of the convolution just before each block. x (b, l, heads, head size), dt
+    (b, l, heads) and B (b, l, groups, state size): inputs of the scan; A (heads,). states: (b, chunks, heads, head
+    size, state size), the state at the start of each chunk.
     """
 
-    conv_input: Tensor
+    history: Tensor
     x: Tensor
     dt: Tensor
     A: Tensor

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from megatron_twotower.adaln import TimeConditioning
 from megatron_twotower.config import ModelConfig, RunConfig
 from megatron_twotower.host import device
-from megatron_twotower.layers import DenoiserLayer, Layer, RMSNorm
-from megatron_twotower.records import Handoff, NoisyBatch
+from megatron_twotower.layers import HANDING_ON, DenoiserLayer, Layer, RMSNorm
+from megatron_twotower.records import Blocks, Handoff, NoisyBatch
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class Tower(MegatronModule):
     """A NemotronH backbone: embedding, layers, final norm, head. Hidden states are (l, b, h)."""
 
     def __init__(
-        self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection, *, block: int,
+        self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection, *,
         layer: Callable[..., Layer] = Layer,
     ) -> None:  # fmt: skip
         super().__init__(config)
@@ -99,7 +99,7 @@ class Tower(MegatronModule):
             model.vocab_size, model.hidden_size, init_method=config.init_method, config=config, tp_group=groups.tp
         )
         kinds = enumerate(model.hybrid_override_pattern)
-        self.layers = nn.ModuleList([layer(kind, i, model, config, groups, block) for i, kind in kinds])
+        self.layers = nn.ModuleList([layer(kind, i, model, config, groups) for i, kind in kinds])
         self.final_norm = RMSNorm(config)
         self.output_layer = ColumnParallelLinear(
             model.hidden_size, model.vocab_size, config=config, init_method=config.init_method, bias=False,
@@ -132,16 +132,16 @@ class BackboneModel(MegatronModule):
     def __init__(self, config: RunConfig, megatron: TransformerConfig, groups: ProcessGroupCollection) -> None:
         super().__init__(megatron)
         self.model_type = ModelType.encoder_or_decoder
-        self.tower = Tower(config.model, megatron, groups, block=1)
+        self.tower = Tower(config.model, megatron, groups)
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Pipeline stages receive hidden states here; with one stage there is nothing to receive."""
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens (b, l) -> final hidden states (l, b, h)."""
-        hidden = self.tower.embed(tokens)
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Tokens (b, l), and documents (b, l) where their boundaries count -> final hidden states (l, b, h)."""
+        hidden, blocks = self.tower.embed(tokens), Blocks(documents=documents)
         for layer in self.tower.layers:
-            hidden, _ = layer(hidden)
+            hidden, _ = layer(hidden, blocks)
         return self.tower.whole_sequence(self.tower.final_norm(hidden))
 
 
@@ -153,8 +153,7 @@ class TwoTower(MegatronModule):
     ) -> None:
         super().__init__(megatron)
         self.model_type = ModelType.encoder_or_decoder
-        block = config.noise.block_size_tokens
-        self.tower = Tower(config.model, megatron, groups, block=block, layer=DenoiserLayer)
+        self.tower = Tower(config.model, megatron, groups, layer=DenoiserLayer)
         self.conditioning = TimeConditioning(
             config.model.hidden_size, config.conditioning, dtype=megatron.params_dtype, device=device()
         )
@@ -162,6 +161,9 @@ class TwoTower(MegatronModule):
             parameter.sequence_parallel = megatron.sequence_parallel  # type: ignore[attr-defined]
         self.recompute = frozenset(config.train.recompute_layers)
         self._frozen = (context,)  # in a tuple: not a submodule
+        # The context tower goes no further than the last layer that hands something on.
+        handing_on = [i for i, kind in enumerate(config.model.hybrid_override_pattern) if kind in HANDING_ON]
+        self.context_layers = max(handing_on, default=-1) + 1
 
     @property
     def context(self) -> Tower:
@@ -171,29 +173,32 @@ class TwoTower(MegatronModule):
         """Pipeline stages receive hidden states here; with one stage there is nothing to receive."""
 
     def forward(self, batch: NoisyBatch) -> Tensor:
-        """Final hidden states (l, b, h) of the noisy stream of every block."""
-        conditioning = self.conditioning(batch.times)
+        """Final hidden states (l, r b, h) of the noisy stream of every block."""
+        conditioning, blocks = self.conditioning(batch.times), Blocks(batch.block, batch.documents)
         with torch.no_grad():
             clean = self.context.embed(batch.tokens)
         noisy = self.tower.embed(batch.noisy)
-        for frozen, layer in zip(self.context.layers, self.tower.layers, strict=True):
-            with torch.no_grad():
-                clean, handoff = frozen(clean)
+        for i, layer in enumerate(self.tower.layers):
+            handoff = None
+            if i < self.context_layers:
+                with torch.no_grad():
+                    clean, handoff = self.context.layers[i](clean, blocks)
             assert isinstance(layer, DenoiserLayer)
-            noisy = self._denoise(layer, noisy, conditioning, handoff)
+            noisy = self._denoise(layer, noisy, conditioning, handoff, blocks)
         return self.tower.whole_sequence(self.tower.final_norm(noisy))
 
-    def _denoise(self, layer: DenoiserLayer, noisy: Tensor, conditioning: Tensor, handoff: Handoff) -> Tensor:
+    def _denoise(
+        self, layer: DenoiserLayer, noisy: Tensor, conditioning: Tensor, handoff: Handoff, blocks: Blocks
+    ) -> Tensor:
         if layer.kind not in self.recompute or not torch.is_grad_enabled():
-            return layer.denoise(noisy, conditioning, handoff)
+            return layer.denoise(noisy, conditioning, handoff, blocks)
 
         def run(noisy: Tensor, conditioning: Tensor) -> Tensor:
-            return layer.denoise(noisy, conditioning, handoff)
+            return layer.denoise(noisy, conditioning, handoff, blocks)
 
         return tensor_parallel.checkpoint(run, False, noisy, conditioning)
 
 
 def build_context_tower(config: RunConfig, megatron: TransformerConfig, groups: ProcessGroupCollection) -> Tower:
     """A tower without gradients, in evaluation mode for good: its weights are the caller's to load."""
-    tower = Tower(config.model, megatron, groups, block=config.noise.block_size_tokens)
-    return tower.requires_grad_(False).eval()
+    return Tower(config.model, megatron, groups).requires_grad_(False).eval()

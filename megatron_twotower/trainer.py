@@ -1,5 +1,6 @@
 """The training loop: one optimizer step, validation, and the loop around them. Knows no file format."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +16,10 @@ from torch import Tensor
 from megatron_twotower import host, parallel
 from megatron_twotower.config import NoiseConfig, RunConfig
 from megatron_twotower.corruption import corrupt
+from megatron_twotower.data.dataset import skipped_sequences
 from megatron_twotower.loss import autoregressive_loss, masked_diffusion_loss
 from megatron_twotower.metrics import Metrics, peak_memory_gib
+from megatron_twotower.phases import Phase, phase_number
 from megatron_twotower.records import Batch, LossReport, UserError
 
 # The noise of validation has its own stream under the run's seed.
@@ -32,11 +35,20 @@ class Trainer:
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
     groups: ProcessGroupCollection
+    phases: tuple[Phase, ...]
+
+    def at(self, cursor: int) -> "Trainer":
+        """The same with the noise of the phase that the sequence at `cursor` belongs to."""
+        phase = self.phases[phase_number(self.phases, cursor)]
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, noise=phase.noise))
 
 
 @dataclass
 class Progress:
-    """Where a run stands: optimizer steps done, sequences consumed by all ranks, and the sums since the last log."""
+    """Where a run stands: optimizer steps done, sequences consumed by all ranks, and the sums since the last log.
+
+    sequences: consumed by all ranks since the last log. skipped: this rank's in damaged shards, since the last log.
+    """
 
     step: int = 0
     cursor: int = 0
@@ -44,6 +56,7 @@ class Progress:
     expert_tokens: Tensor | None = None
     since: float = field(default_factory=time.perf_counter)
     sequences: int = 0
+    skipped: int = 0
 
 
 def window(progress: Progress, groups: ProcessGroupCollection) -> dict[str, Any]:
@@ -53,7 +66,14 @@ def window(progress: Progress, groups: ProcessGroupCollection) -> dict[str, Any]
         return None if tensor is None else parallel.sum_over_data(tensor.double(), groups).tolist()
 
     sums, tokens = total(progress.sums), total(progress.expert_tokens)
-    return {"sums": sums, "expert_tokens": tokens, "sequences": progress.sequences}
+    skipped = skipped_by_all(progress, groups)
+    return {"sums": sums, "expert_tokens": tokens, "sequences": progress.sequences, "skipped": skipped}
+
+
+def skipped_by_all(progress: Progress, groups: ProcessGroupCollection) -> int:
+    """Sequences in damaged shards since the last record, over all ranks."""
+    counted = torch.tensor([float(progress.skipped)], dtype=torch.float64, device=host.device())
+    return int(parallel.sum_over_data(counted, groups).item())
 
 
 def resumed(step: int, cursor: int, saved: dict[str, Any], groups: ProcessGroupCollection) -> Progress:
@@ -66,30 +86,35 @@ def resumed(step: int, cursor: int, saved: dict[str, Any], groups: ProcessGroupC
         return whole if groups.dp_cp.rank() == 0 else torch.zeros_like(whole)
 
     sums, tokens = part(saved["sums"]), part(saved["expert_tokens"])
-    return Progress(step, cursor, sums, tokens, sequences=saved["sequences"])
+    skipped = saved["skipped"] if groups.dp_cp.rank() == 0 else 0
+    return Progress(step, cursor, sums, tokens, sequences=saved["sequences"], skipped=skipped)
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop is given: where figures go, how state is kept, and when to stop early."""
+    """What the loop is given: where figures go, how state is kept, and when to stop early.
+
+    tokens_by_corpus: what the run has read of each corpus at a cursor; None with one corpus.
+    """
 
     metrics: Metrics
     save: Callable[[Progress], None]
     stop_requested: Callable[[], bool]
+    tokens_by_corpus: Callable[[int], dict[str, int]] | None = None
 
 
 def ar_forward(
     model: Any, batch: Batch, config: RunConfig, groups: ProcessGroupCollection, _: Tensor | None
 ) -> LossReport:
-    hidden = model(batch.tokens)
-    return autoregressive_loss(_unwrapped(model).tower, hidden, batch.tokens, groups)
+    batch = batch.to(host.device())
+    return autoregressive_loss(_unwrapped(model).tower, model(batch.tokens, batch.documents), batch, groups)
 
 
 def two_tower_forward(
     model: Any, batch: Batch, config: RunConfig, groups: ProcessGroupCollection, times: Tensor | None
 ) -> LossReport:
     seed = config.seed if times is None else config.seed ^ VALIDATION_STREAM
-    noisy = corrupt(batch, config.noise, seed=seed, times=times)
+    noisy = corrupt(batch, config.noise, seed=seed, times=times).to(host.device())
     return masked_diffusion_loss(_unwrapped(model).tower, model(noisy), noisy, config.noise, groups)
 
 
@@ -109,11 +134,10 @@ def _packed(report: LossReport) -> Tensor:
 def forward_backward(trainer: Trainer, batches: Sequence[tuple[Batch, Tensor | None]], *, forward_only: bool) -> Tensor:
     """Run the micro-batches through Megatron's schedule. Returns this rank's packed sums."""
     config, objective = trainer.config, OBJECTIVES[trainer.config.objective]
-    device = host.device()
 
     def step(iterator: Iterator[tuple[Batch, Tensor | None]], model: Any) -> tuple[Tensor, Callable[..., Any]]:
         batch, times = next(iterator)
-        report = objective(model, batch.to(device), config, trainer.groups, times)
+        report = objective(model, batch, config, trainer.groups, times)
         return report.total, lambda total: (total, report.count, _packed(report))
 
     reports = parallel.run_schedule(step, batches, trainer.model, groups=trainer.groups, forward_only=forward_only)
@@ -151,7 +175,7 @@ def validate(trainer: Trainer, batches: list[Batch]) -> dict[str, Any]:
     trainer.model.eval()
     noise = trainer.config.noise
     times = validation_times(trainer.config.train.validation_sequences, noise)
-    timed = [(batch, times[batch.positions].unsqueeze(-1).to(host.device())) for batch in batches]
+    timed = [(batch, times[batch.positions].unsqueeze(-1)) for batch in batches]
     sums = parallel.sum_over_data(forward_backward(trainer, timed, forward_only=True), trainer.groups)
     buckets = _figures(sums, noise.report_buckets if trainer.config.objective == "two_tower" else 1)
     return {"loss": buckets["loss"], "loss_by_noise": buckets["loss_by_noise"], "tokens": buckets["scored_tokens"]}
@@ -165,6 +189,18 @@ def _figures(sums: Tensor, buckets: int) -> dict[str, Any]:
     by_noise = {name: s / n for name, s, n in zip(names, by_level, scored, strict=True) if n}
     figures = {"loss": total / max(count, 1), "scored_tokens": int(sum(scored))}
     return figures | {"loss_by_noise": by_noise if buckets > 1 else {}}
+
+
+def _data_figures(trainer: Trainer, progress: Progress, hooks: Hooks) -> dict[str, Any]:
+    """What was read: the phase, the tokens of each corpus so far, and the sequences skipped since the last record."""
+    figures: dict[str, Any] = {}
+    if trainer.config.phases:
+        figures["phase"] = trainer.phases[phase_number(trainer.phases, progress.cursor - 1)].name
+    if hooks.tokens_by_corpus is not None:
+        figures["tokens_by_corpus"] = hooks.tokens_by_corpus(progress.cursor)
+    if trainer.config.data.damaged_shards == "skip":
+        figures["skipped_sequences"] = skipped_by_all(progress, trainer.groups)
+    return figures
 
 
 def _record(trainer: Trainer, progress: Progress, norm: float, started: float) -> dict[str, Any]:
@@ -212,28 +248,31 @@ def train(
         return bool(every) and (progress.step % every == 0 or progress.step == settings.steps)
 
     def validated() -> None:
-        hooks.metrics.log({"kind": "validation", "step": progress.step, **validate(trainer, validation)})
+        figures = validate(trainer.at(max(progress.cursor - 1, 0)), validation)
+        hooks.metrics.log({"kind": "validation", "step": progress.step, **figures})
         progress.since = time.perf_counter()
 
     if progress.step == 0 and settings.validate_every_steps:
         validated()
     while progress.step < settings.steps:
         batches, cursor = next(stream)
-        sums, norm = train_step(trainer, batches)
+        sums, norm = train_step(trainer.at(progress.cursor), batches)
         progress.sums = sums if progress.sums is None else progress.sums + sums
         tokens = trainer.model.expert_tokens
         if tokens is not None:
             progress.expert_tokens = tokens if progress.expert_tokens is None else progress.expert_tokens + tokens
+        progress.skipped += sum(map(skipped_sequences, batches))
         progress.sequences += cursor - progress.cursor
         progress.step, progress.cursor = progress.step + 1, cursor
         hooks.metrics.tick(progress.step)
         if due(settings.log_every_steps):
-            record = _record(trainer, progress, norm, started)
+            record = _record(trainer, progress, norm, started) | _data_figures(trainer, progress, hooks)
             hooks.metrics.log(record)
             if not abs(record["loss"]) < float("inf"):
                 raise UserError(f"step {progress.step}: the loss is {record['loss']}, expected a finite number")
             progress.sums = progress.expert_tokens = None
-            progress.sequences, progress.since = 0, time.perf_counter()
+            progress.sequences = progress.skipped = 0
+            progress.since = time.perf_counter()
         if due(settings.validate_every_steps):
             validated()
         stop = hooks.stop_requested()

@@ -30,7 +30,7 @@ def groups():
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
     """A prepared data folder: forty short files of generated text, a tokenizer of 512 entries, two splits."""
-    from megatron_twotower.shards import prepare
+    from megatron_twotower.data.prepare import prepare
     from megatron_twotower.tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny")

@@ -68,7 +68,8 @@ def build_two_tower(config: RunConfig, groups, *, seed: int = 0, dtype: torch.dt
 
 
 def random_noisy_batch(config: RunConfig, *, batch: int = 2, per_block: bool = True, seed: int = 0):
-    from megatron_twotower.records import NoisyBatch
+    from megatron_twotower.corruption import noisy_batch
+    from megatron_twotower.records import Batch
 
     generator = torch.Generator().manual_seed(seed)
     length, vocabulary = config.data.sequence_length_tokens, config.model.vocab_size
@@ -76,4 +77,5 @@ def random_noisy_batch(config: RunConfig, *, batch: int = 2, per_block: bool = T
     masked = torch.rand(batch, length, generator=generator) < 0.5
     count = length // config.noise.block_size_tokens if per_block else 1
     times = torch.rand(batch, count, generator=generator)
-    return NoisyBatch(tokens, tokens.masked_fill(masked, config.noise.mask_token_id), masked, times)
+    numbers = torch.arange(batch)
+    return noisy_batch(Batch(tokens, numbers, numbers, numbers), masked, times, config.noise)

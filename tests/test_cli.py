@@ -13,7 +13,8 @@ SHIPPED = recipes_folder() / "backbones" / "small"
 
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_loads_validates_and_dry_runs(recipe, tiny_backbone, capsys):
-    start = {"quickstart": SHIPPED, "tiny": tiny_backbone}.get(recipe)
+    tiny = dict.fromkeys(("tiny", "tiny_phases", "curriculum"), tiny_backbone)
+    start = {"quickstart": SHIPPED, **tiny}.get(recipe)
     overrides = [f"init.backbone={start}"] if start else []
     config = load_recipe(recipe, overrides)
     validate(config, world_size=1)
@@ -152,12 +153,11 @@ def test_doctor_runs(capsys):
 
 
 def test_every_command_shows_an_example(capsys):
-    commands = [["train"], ["data", "tokenizer"], ["data", "prepare"], ["convert", "export"], ["generate"],
-                ["evaluate"], ["report"], ["doctor"]]  # fmt: skip
+    commands = [["train"], ["data", "tokenizer"], ["data", "prepare"], ["data", "inspect"],
+                ["data", "verify"], ["bench", "ops"], ["bench", "step"], ["bench", "data"], ["convert", "export"],
+                ["generate"], ["evaluate"], ["report"], ["doctor"]]  # fmt: skip
     for command in commands:
         with pytest.raises(SystemExit) as done:
             cli.main([*command, "--help"])
         assert done.value.code == 0
         assert f"twotower {' '.join(command)}" in capsys.readouterr().out.split("example:")[1]
-
-

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_twotower.config import NoiseConfig
-from megatron_twotower.corruption import corrupt, keyed_uniform, sample_times
+from megatron_twotower.corruption import SCORED_MULTIPLE, corrupt, keyed_uniform, sample_times
 from megatron_twotower.records import Batch
 
 NOISE = NoiseConfig(block_size_tokens=4)
@@ -27,21 +27,51 @@ def test_a_sample_meets_the_same_noise_in_any_company(time_per, sampling):
         alone = corrupt(batch_of([i]), noise, seed=1)
         assert torch.equal(alone.noisy[0], together.noisy[i]) and torch.equal(alone.times[0], together.times[i])
     again = corrupt(batch_of(range(8), epoch=1), noise, seed=1)
-    assert not torch.equal(again.masked, together.masked), "another epoch, other noise"
-    assert not torch.equal(corrupt(batch_of(range(8)), noise, seed=2).masked, together.masked)
-    rows = {tuple(row.tolist()) for row in together.masked}
+    assert not torch.equal(again.noisy, together.noisy), "another epoch, other noise"
+    assert not torch.equal(corrupt(batch_of(range(8)), noise, seed=2).noisy, together.noisy)
+    rows = {tuple(row.tolist()) for row in together.noisy == noise.mask_token_id}
     assert len(rows) > 4, "samples differ from each other"
 
 
 def test_mask_fraction_is_the_noise_level_at_every_position():
-    noisy = corrupt(batch_of(range(20000)), NOISE, seed=3)
+    batch = batch_of(range(20000))
+    noisy = corrupt(batch, NOISE, seed=3)
+    masked = noisy.noisy == NOISE.mask_token_id
     for low in (0.0, 0.25, 0.5, 0.75):
         rows = (noisy.times[:, 0] > low) & (noisy.times[:, 0] <= low + 0.25)
         expected = noisy.times[rows].mean()
-        assert (noisy.masked[rows].float().mean(dim=0) - expected).abs().max() < 0.03
-    assert torch.equal(noisy.noisy == 3, noisy.masked) and torch.equal(
-        noisy.noisy[~noisy.masked], noisy.tokens[~noisy.masked]
+        assert (masked[rows].float().mean(dim=0) - expected).abs().max() < 0.03
+    assert torch.equal(noisy.noisy[~masked], batch.tokens[~masked])
+
+
+def test_scored_places_are_the_masked_ones_then_filling_to_few_lengths():
+    padding = torch.zeros(6, 16, dtype=torch.bool)
+    padding[:, 13:] = True
+    for draws in (1, 3):
+        noise = dataclasses.replace(NOISE, draws_per_context=draws)
+        noisy = corrupt(dataclasses.replace(batch_of(range(6)), padding=padding), noise, seed=3)
+        masked = (noisy.noisy == noise.mask_token_id) & ~padding.repeat(draws, 1)
+        count = int(noisy.count)
+        assert torch.equal(noisy.scored[:count], masked.flatten().nonzero().squeeze(-1))
+        assert len(noisy.scored) % SCORED_MULTIPLE == 0 and len(noisy.scored) - count < SCORED_MULTIPLE
+        assert int(noisy.real) == 13 * 6 * draws
+        assert (noisy.noisy[:, 13:] == noise.mask_token_id).any(), "padding is masked like the rest"
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "stratified"])
+@pytest.mark.parametrize("time_per", ["sequence", "block"])
+def test_draws_share_a_sequence_and_nothing_else(sampling, time_per):
+    noise = dataclasses.replace(NOISE, time_per=time_per, time_sampling=sampling, time_min=1e-6)
+    one, three = (
+        corrupt(batch_of(range(200)), dataclasses.replace(noise, draws_per_context=k), seed=3) for k in (1, 3)
     )
+    assert torch.equal(three.noisy[:200], one.noisy) and torch.equal(three.times[:200], one.times)
+    assert three.tokens.shape == one.tokens.shape
+    draws = three.noisy.view(3, 200, 16) == noise.mask_token_id
+    assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[1], draws[2])
+    if sampling == "stratified":  # the three times of a place are a third of the range apart
+        levels = three.times.view(3, 200, -1).sort(dim=0).values
+        torch.testing.assert_close(levels.diff(dim=0), torch.full_like(levels[:2], 1 / 3), rtol=1e-4, atol=1e-4)
 
 
 def test_times_cover_the_clipped_range():

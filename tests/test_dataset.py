@@ -1,24 +1,26 @@
 """Order, slices and batches: pure functions of a position, whatever the layout; and the thread that reads ahead."""
 
-import itertools
-import math
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_twotower.dataset import (
-    Permutation,
+from megatron_twotower.data.dataset import (
     SequenceDataset,
     batches,
     global_batch,
-    prefetch,
     rank_slice,
+    read_ahead,
+    skipped_sequences,
 )
+from megatron_twotower.data.order import Permutation, Shuffle
+from megatron_twotower.data.packing import Packing
+from megatron_twotower.data.prepare import prepare
+from megatron_twotower.data.shards import Corpus
 from megatron_twotower.records import UserError
-from megatron_twotower.shards import Corpus, prepare
 from megatron_twotower.tokenizer import train_tokenizer
 
 LENGTH = 16
@@ -40,71 +42,6 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def dataset(corpus):
     return SequenceDataset(corpus, sequence_length=LENGTH, seed=11)
-
-
-def order(n, *, seed=0, epoch=0):
-    return Permutation(n, seed=seed, epoch=epoch)[np.arange(n)]
-
-
-def chi_square(counts):
-    """Of counts that should be equal, per degree of freedom: 1 with standard deviation sqrt(2 / (cells - 1))."""
-    counts = np.asarray(counts, dtype=float).ravel()
-    return ((counts - counts.mean()) ** 2).sum() / counts.mean() / (len(counts) - 1)
-
-
-# --- the permutation ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("n", [*range(1, 70), 1000, 4096, 4097, 99_991])
-def test_it_is_a_bijection(n):
-    for seed, epoch in ((0, 0), (1, 0), (0, 1), (2**40, 10**6)):
-        assert (np.sort(order(n, seed=seed, epoch=epoch)) == np.arange(n)).all()
-
-
-def test_an_entry_does_not_depend_on_how_it_is_asked_for():
-    whole = order(5003, seed=4, epoch=2)
-    permutation = Permutation(5003, seed=4, epoch=2)
-    some = np.array([5002, 17, 17, 0, 2500])
-    assert (permutation[some] == whole[some]).all()
-    assert [int(permutation[np.array([index])][0]) for index in some] == whole[some].tolist()
-
-
-def test_the_order_never_changes():
-    """A run resumed by a later version must go on in the same order."""
-    assert order(12, seed=7, epoch=3).tolist() == [3, 10, 2, 6, 9, 0, 11, 4, 7, 1, 8, 5]
-    far = Permutation(10**15, seed=7, epoch=3)[np.array([0, 1, 10**15 - 1])]
-    assert far.tolist() == [128904580024437, 518038847724305, 808041225146592]
-
-
-@pytest.mark.parametrize("other", [{"seed": 5, "epoch": 1}, {"seed": 6, "epoch": 0}, {"seed": 0, "epoch": 5}])
-def test_seeds_and_epochs_give_unrelated_orders(other):
-    n = 20_000
-    one, two = order(n, seed=5, epoch=0), order(n, **other)
-    assert (one == two).sum() < 8  # Poisson with mean 1
-    assert abs(np.corrcoef(one, two)[0, 1]) < 4 / math.sqrt(n)
-
-
-def test_the_order_looks_random():
-    n = 99_991
-    result = order(n, seed=3)
-    assert (result == np.arange(n)).sum() < 8
-    assert abs(np.corrcoef(np.arange(n), result)[0, 1]) < 4 / math.sqrt(n)
-    assert abs(np.corrcoef(result[:-1], result[1:])[0, 1]) < 4 / math.sqrt(n)
-    cells = 32
-    spread = 4 * math.sqrt(2 / cells**2)
-    for first, second in ((np.arange(n), result), (result[:-1], result[1:]), (result[:-2], result[2:])):
-        assert abs(chi_square(np.histogram2d(first, second, bins=cells)[0]) - 1) < spread
-    steps = np.diff(result) % n
-    assert abs(chi_square(np.bincount(steps * cells // n, minlength=cells)) - 1) < 4 * math.sqrt(2 / cells)
-
-
-@pytest.mark.parametrize("n", [2, 3, 4])
-def test_every_order_of_a_few_comes_up_equally_often(n):
-    orders = list(itertools.permutations(range(n)))
-    counts = dict.fromkeys(orders, 0)
-    for epoch in range(200 * len(orders)):
-        counts[tuple(order(n, seed=8, epoch=epoch).tolist())] += 1
-    assert chi_square(list(counts.values())) < 1 + 4 * math.sqrt(2 / (len(orders) - 1))
 
 
 # --- sequences and batches ----------------------------------------------------------------------------------------
@@ -133,9 +70,10 @@ def test_an_epoch_is_every_sequence_once_and_the_next_in_another_order(dataset):
     assert first.samples.tolist() != list(range(n))
 
 
-def test_without_shuffling_it_is_the_order_of_the_corpus(dataset):
+def test_without_shuffling_it_is_the_order_of_the_corpus(corpus, dataset):
     n = len(dataset)
-    batch = global_batch(dataset, first=n - 2, count=5, shuffle=False)
+    plain = SequenceDataset(corpus, sequence_length=LENGTH, seed=11, shuffle=Shuffle("none"))
+    batch = global_batch(plain, first=n - 2, count=5)
     assert batch.samples.tolist() == [n - 2, n - 1, 0, 1, 2]
     assert batch.epochs.tolist() == [0, 0, 1, 1, 1]
 
@@ -153,9 +91,7 @@ def test_a_batch_is_the_same_however_it_is_cut(dataset):
 
 @pytest.mark.parametrize("first", [10**9 + 1, 10**15])
 def test_any_position_is_reached_at_once(dataset, first):
-    started = time.perf_counter()
     batch = global_batch(dataset, first=first, count=4)
-    assert time.perf_counter() - started < 1
     for position, sample, epoch in zip(range(first, first + 4), batch.samples, batch.epochs, strict=True):
         assert epoch == position // len(dataset)
         expected = Permutation(len(dataset), seed=11, epoch=int(epoch))[np.array([position % len(dataset)])]
@@ -215,6 +151,7 @@ def test_a_stream_resumes_where_its_cursor_says(dataset):
     sizes = {"global_batch_size": 8, "micro_batch_size": 4, "rank": 1, "world": 2}
     stream = batches(dataset, cursor=0, **sizes)
     steps = [next(stream) for _ in range(4)]
+    stream.close()
     resumed = batches(dataset, cursor=steps[1][1], **sizes)
     for expected, after in steps[2:]:
         found, cursor = next(resumed)
@@ -233,8 +170,8 @@ def test_sizes_that_do_not_divide_are_refused_at_the_call(dataset):
 # --- reading ahead ------------------------------------------------------------------------------------------------
 
 
-def prefetch_threads():
-    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+def reading_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
 
 
 def wait_until(condition):
@@ -247,77 +184,119 @@ def wait_until(condition):
 @pytest.fixture(autouse=True)
 def no_thread_is_left():
     yield
-    assert prefetch_threads() == []
+    assert reading_threads() == []
 
 
-@pytest.mark.parametrize("depth", [1, 2, 100])
-def test_prefetching_gives_the_same_items_in_order(depth):
-    assert list(prefetch(iter(range(50)), depth=depth)) == list(range(50))
-    assert list(prefetch(iter([]), depth=depth)) == []
+@pytest.mark.parametrize(("workers", "depth"), [(1, 1), (1, 100), (2, 2), (5, 1), (4, 20)])
+def test_items_come_in_order_however_many_read(workers, depth):
+    def slow_first(number):
+        time.sleep(0.002 * (number % 3 == 0))
+        return number
+
+    stream = read_ahead(slow_first, workers=workers, depth=depth)
+    assert [next(stream) for _ in range(50)] == list(range(50))
+    stream.close()
 
 
 def test_it_works_ahead_by_its_depth_and_no_further():
     made = []
-
-    def items():
-        for number in range(100):
-            made.append(number)
-            yield number
-
-    stream = prefetch(items(), depth=3)
+    stream = read_ahead(made.append, workers=2, depth=3)
     assert made == []
-    assert next(stream) == 0
-    wait_until(lambda: len(made) == 5)  # one taken, three ready, one in the thread's hand
+    next(stream)
+    wait_until(lambda: len(made) == 4)  # one taken, three ready
     time.sleep(0.05)
-    assert len(made) == 5
+    assert sorted(made) == [0, 1, 2, 3]
     stream.close()
 
 
-def test_an_exception_comes_after_the_items_before_it():
-    def items():
-        yield 1
-        yield 2
-        raise UserError("the shard is gone")
+def test_workers_read_at_the_same_time():
+    both = threading.Barrier(2, timeout=10)
+    stream = read_ahead(lambda number: both.wait() >= 0, workers=2, depth=3)
+    assert next(stream) and next(stream), "each waits for the other"
+    stream.close()
 
-    stream = prefetch(items())
-    assert [next(stream), next(stream)] == [1, 2]
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_exception_comes_after_the_items_before_it(workers):
+    def make(number):
+        if number == 2:
+            raise UserError("the shard is gone")
+        return number
+
+    stream = read_ahead(make, workers=workers, depth=5)
+    assert [next(stream), next(stream)] == [0, 1]
     with pytest.raises(UserError, match="the shard is gone"):
         next(stream)
+    assert reading_threads() == []
     with pytest.raises(StopIteration):
         next(stream)
 
 
-@pytest.mark.parametrize("taken", [1, 3])
-def test_closing_ends_the_thread_and_closes_the_source(taken):
-    closed = []
+def test_closing_or_dropping_a_stream_ends_its_threads():
+    for taken, close in ((1, True), (3, True), (1, False)):
+        stream = read_ahead(lambda number: number, workers=2, depth=2)
+        for _ in range(taken):
+            next(stream)
+        assert 0 < len(reading_threads()) <= 2
+        if close:
+            stream.close()
+        del stream
+        wait_until(lambda: reading_threads() == [])
 
-    def items():
-        try:
-            yield from itertools.count()
-        finally:
-            closed.append(threading.current_thread().name)
 
-    stream = prefetch(items(), depth=2)
-    for _ in range(taken):
+# --- boundaries ---------------------------------------------------------------------------------------------------
+
+
+def test_documents_kept_apart_begin_blocks_and_are_numbered(corpus):
+    block, end = 8, int(corpus.document(0)[-1])
+    packed = SequenceDataset(corpus, sequence_length=32, seed=1, packing=Packing.of(corpus.starts, alignment=block))
+    batch = global_batch(packed, first=0, count=len(packed))
+    assert batch.documents.dtype == torch.int32 and batch.padding.dtype == torch.bool
+    assert batch.documents.shape == batch.padding.shape == batch.tokens.shape
+    assert (batch.tokens[batch.padding] == end).all(), "filled with the end-of-text id"
+    assert (batch.documents[:, 0] == 0).all() and (batch.documents.diff(dim=1) >= 0).all()
+    blocks = batch.documents.reshape(-1, block)
+    assert (blocks == blocks[:, :1]).all(), "no block straddles two documents"
+    # In the order of the corpus, what is not padding is the stream: nothing lost, nothing twice.
+    order = batch.samples.argsort()
+    kept = batch.tokens[order][~batch.padding[order]]
+    assert (kept.numpy() == corpus.tokens(0, len(kept))).all()
+    # Pieces of a document follow its boundaries.
+    pieces = [
+        tokens[documents == number][~padding[documents == number]].tolist()
+        for tokens, documents, padding in zip(
+            batch.tokens[order], batch.documents[order], batch.padding[order], strict=True
+        )
+        for number in documents.unique().tolist()
+    ]
+    assert all(end not in piece[:-1] for piece in pieces), "an end of text only at the end of a piece"
+    assert skipped_sequences(batch) == 0
+
+
+def test_without_boundaries_there_is_nothing_to_mark(dataset):
+    batch = global_batch(dataset, first=0, count=3)
+    assert batch.documents is None and batch.padding is None and batch.corpora is None
+
+
+def test_memory_is_bounded_by_the_depth(corpus):
+    """A worker holds `depth` steps and one more; the corpus is a memory map."""
+    alive = []
+
+    class Counted:
+        def batch(self, positions):
+            made = dataset_of(corpus).batch(positions)
+            weakref.finalize(made.tokens, alive.remove, len(positions))
+            alive.append(len(positions))
+            return made
+
+    stream = batches(Counted(), cursor=0, global_batch_size=4, micro_batch_size=4, rank=0, world=1, workers=2, depth=3)
+    most = 0
+    for _ in range(50):
         next(stream)
-    assert len(prefetch_threads()) == 1
+        most = max(most, len(alive))
     stream.close()
-    assert prefetch_threads() == []
-    assert closed == ["prefetch"]
+    assert most <= 3 + 2
 
 
-def test_dropping_an_unfinished_stream_ends_its_thread():
-    stream = prefetch(itertools.count())
-    assert next(stream) == 0
-    del stream
-    wait_until(lambda: prefetch_threads() == [])
-
-
-def test_prefetched_batches_are_the_batches(dataset):
-    sizes = {"cursor": 5, "global_batch_size": 4, "micro_batch_size": 2, "rank": 0, "world": 1}
-    ahead, plain = prefetch(batches(dataset, **sizes)), batches(dataset, **sizes)
-    for _ in range(20):
-        (one, first), (two, second) = next(ahead), next(plain)
-        assert first == second
-        assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(one, two, strict=True))
-    ahead.close()
+def dataset_of(corpus):
+    return SequenceDataset(corpus, sequence_length=LENGTH, seed=11)

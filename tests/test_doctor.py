@@ -11,7 +11,10 @@ from rich.console import Console
 from megatron_twotower import doctor, host
 from megatron_twotower.doctor import Role, diagnose, environment, one_line_summary, print_doctor
 
-ROLES = ["attention", "scan", "convolution", "norm", "grouped GEMM", "cross-entropy", "optimizer"]
+ROLES = [
+    "denoiser attention", "denoiser scan", "context scan", "convolution",
+    "norm", "grouped GEMM", "cross-entropy", "optimizer",
+]  # fmt: skip
 
 
 def pretend_installed(monkeypatch, versions):
@@ -32,10 +35,10 @@ def test_every_role_is_told():
     assert all(isinstance(role, Role) and role.serves and role.faster and role.how for role in diagnose())
 
 
-@pytest.mark.parametrize("fixed", doctor.FIXED_ROLES, ids=lambda fixed: fixed.role)
-def test_the_code_that_serves_a_role_exists(fixed):
+@pytest.mark.parametrize("role", [*doctor.FIXED_ROLES, *doctor.KERNEL_ROLES], ids=lambda role: role.role)
+def test_the_code_that_serves_a_role_exists(role):
     host.install()
-    module, _, name = fixed.code.rpartition(".")
+    module, _, name = role.code.rpartition(".")
     assert callable(getattr(importlib.import_module(module), name))
 
 
@@ -50,11 +53,32 @@ def test_the_code_that_serves_a_role_does_not_call_the_faster_package(fixed):
 
 
 def test_installed_but_unused_is_said_so(monkeypatch):
-    pretend_installed(monkeypatch, {"mamba-ssm": "2.3.1", "causal-conv1d": None})
+    pretend_installed(monkeypatch, {"transformer-engine": "2.9.0", "triton": None})
     roles = {role.role: role for role in diagnose()}
-    assert roles["scan"].how == "not used yet; mamba-ssm 2.3.1 is installed"
-    assert roles["scan"].serves == "torch, chunked two-stream scan"
-    assert roles["convolution"].how == "not used yet; nothing to install"
+    assert roles["norm"].how == "not used yet; transformer-engine 2.9.0 is installed"
+    assert roles["norm"].serves == "torch RMSNorm"
+    assert roles["cross-entropy"].how == "not used yet; nothing to install"
+
+
+def test_kernels_serve_where_their_package_does(monkeypatch):
+    pretend_installed(monkeypatch, {"triton": "3.9.0", "mamba-ssm": "2.3.1", "causal-conv1d": None})
+    missing = {"triton": None, "mamba-ssm": None, "causal-conv1d": "causal_conv1d is not installed"}
+    monkeypatch.setattr(doctor.kernels, "unavailable", missing.get)
+    monkeypatch.setattr(host, "is_host", lambda: False)
+    denoiser, context, convolution = diagnose()[1:4]
+    assert denoiser == Role("denoiser scan", "this project's Triton kernels (triton 3.9.0)", "nothing", "-")
+    assert context == Role("context scan", "mamba-ssm kernels (mamba-ssm 2.3.1)", "nothing", "-")
+    assert convolution.serves == "torch, sum of shifted copies"
+    assert convolution.faster == "causal-conv1d kernels (context tower)"
+    assert convolution.how == f"causal_conv1d is not installed: {doctor.GPU_EXTRA}"
+
+
+def test_kernels_do_not_serve_without_a_device(monkeypatch):
+    monkeypatch.setattr(doctor.kernels, "unavailable", lambda package: "no CUDA device")
+    monkeypatch.setattr(host, "is_host", lambda: True)
+    assert diagnose()[1] == Role(
+        "denoiser scan", "torch, chunked two-stream scan", "this project's Triton kernels", "needs a CUDA device"
+    )
 
 
 def test_the_optimizer_is_the_one_that_megatron_picked(monkeypatch):

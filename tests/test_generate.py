@@ -138,7 +138,7 @@ def test_settings_reach_the_model(loaded):
 
 @pytest.mark.parametrize(("prompt", "mode", "settings", "message"), [
     ("", "ar", {}, "prompt: found no text"),
-    (PROMPT, "speculation", {}, "mode: found 'speculation', expected one of mask_diffusion, mock_ar, ar"),
+    (PROMPT, "speculation", {}, "mode: found 'speculation', expected one of mask_diffusion, mock_ar, ar, speculative"),
     (PROMPT, "ar", {"max_new_tokens": 0}, "max_new_tokens: found 0"),
     (PROMPT, "mask_diffusion", {"block_size": -1}, "block_size: found -1"),
     (PROMPT, "mock_ar", {"temperature": -0.5}, "temperature: found -0.5"),
@@ -156,6 +156,42 @@ def test_printing_takes_text_as_it_is(mode, tower):
     text, figures = stream.getvalue().rsplit("\n", 2)[:2]
     assert text == "x = [bold]1[/bold] # :smile:\n"
     assert figures == f"{mode}: 12 tokens in 4 passes of the {tower} (3.00 per pass), 0.50 s, 24 tokens/s"
+
+
+def test_printing_says_how_much_of_the_drafts_was_accepted():
+    found = Generation("speculative", "x", "y", torch.arange(3), 12, 4, 0.5, accepted=9)
+    stream = io.StringIO()
+    generate.print_generation(found, Console(file=stream, width=40))
+    assert "in 4 passes of the context tower" in stream.getvalue()
+    assert stream.getvalue().endswith("24 tokens/s, 2.25 drafted tokens accepted per pass\n")
+
+
+def test_greedy_speculation_is_ar(loaded):
+    settings = GenerationSettings(max_new_tokens=24)
+    ar, speculative = (
+        generate.generate(*loaded, PROMPT, mode=mode, settings=settings) for mode in ("ar", "speculative")
+    )
+    assert torch.equal(ar.ids, speculative.ids)
+    assert ar.accepted is None
+    assert speculative.accepted is not None
+
+
+def test_prompts_of_different_lengths_are_written_together(loaded):
+    model, tokenizer = loaded
+    prompts = tokenizer([PROMPT, "x"], add_special_tokens=False)["input_ids"]
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts])
+    settings = GenerationSettings(max_new_tokens=12)
+    for mode in MODES:
+        written, _ = generate.write(
+            model, ids, mode=mode, settings=settings, mask_id=3, eos_id=None, attention_mask=mask
+        )
+        for row, prompt in zip(written, prompts, strict=True):
+            alone, _ = generate.write(
+                model, torch.tensor([prompt]), mode=mode, settings=settings, mask_id=3, eos_id=None
+            )
+            assert torch.equal(row[longest:], alone[0, len(prompt) :])
 
 
 def test_the_command(folder, loaded, capsys):

@@ -378,7 +378,7 @@ def test_noise_level_and_context_of_every_step():
         logits = model.denoise_block(before, torch.tensor([(8 - step) / 8]), cache)
         logits[..., MASK] = -torch.inf
         best, chosen = logits.softmax(-1).max(-1)
-        torch.testing.assert_close(confidence, best)
+        torch.testing.assert_close(confidence, best.masked_fill(before != MASK, 0.0))
         assert torch.equal(after[now], chosen[now])
 
 
@@ -479,8 +479,27 @@ def test_scoring_with_labels_and_padding():
         found = model(padded, attention_mask=mask).logits
         torch.testing.assert_close(found[1, :6], whole.logits[1, :6])
         torch.testing.assert_close(model(ids, logits_to_keep=2).logits, whole.logits[:, -2:])
-        with pytest.raises(ArgumentError, match="padding on the right"):
-            model(ids, attention_mask=mask.flip(1))
+        found = model(padded.flip(1), attention_mask=mask.flip(1)).logits
+        torch.testing.assert_close(found[1, 4:], model(padded.flip(1)[1:, 4:]).logits[0])
+        mask[1, 3] = 0
+        with pytest.raises(ArgumentError, match="padding within text"):
+            model(ids, attention_mask=mask)
+
+
+def test_scores_are_those_of_the_logits(monkeypatch):
+    model, ids = tiny_model(), random_ids(3, 10)
+    mask = torch.ones_like(ids)
+    mask[0, 6:], mask[1, :4] = 0, 0
+    expected = torch.zeros(3, 10, dtype=torch.float64)
+    for row, (first, last) in enumerate(((0, 6), (4, 10), (0, 10))):
+        with torch.no_grad():
+            logits = model(ids[row : row + 1, first:last]).logits[0, :-1].log_softmax(-1)
+        expected[row, first + 1 : last] = logits.gather(-1, ids[row, first + 1 : last].unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(model.score(ids, mask), expected)
+    torch.testing.assert_close(model.score(ids)[2], expected[2])
+    monkeypatch.setitem(type(model).score.__globals__, "SCORED_TOGETHER", 4)
+    torch.testing.assert_close(model.score(ids, mask), expected)
+    assert model.score(ids[:, :1]).tolist() == [[0.0]] * 3
 
 
 def test_the_context_tower_can_be_differentiated():
@@ -542,6 +561,36 @@ def test_the_folder_loads_with_plain_transformers(tmp_path):
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "again"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+SNIPPET = """
+import torch
+from transformers import AutoTokenizer, AutoModelForCausalLM
+tokenizer = AutoTokenizer.from_pretrained(model_name)
+model = AutoModelForCausalLM.from_pretrained(model_name, torch_dtype=torch.bfloat16, trust_remote_code=True)
+model.place_towers_on_devices("DEVICE", "DEVICE")
+model.eval()
+inputs = tokenizer("France is a country ", return_tensors="pt").to("DEVICE")
+outputs = model.generate_mask_diffusion(inputs["input_ids"], max_new_tokens=128, block_size=16, steps_per_block=16, mask_token_id=3,
+    temperature=0.1, confidence_threshold=0.8, eos_token_id=tokenizer.eos_token_id)
+print(tokenizer.decode(outputs[0][inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+"""  # noqa: E501
+
+
+def test_the_snippet_of_the_model_card_runs(tmp_path, tiny_data, monkeypatch, capsys):
+    """Word for word, but for the devices."""
+    save(tmp_path / "model", tiny_model(dtype=torch.float32, vocab_size=512), vocab_size=512)
+    for file in (tiny_data / "tokenizer").iterdir():
+        (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    names = {"model_name": str(tmp_path / "model")}
+    exec(SNIPPET.replace("DEVICE", "cpu"), names)
+    assert names["model"].dtype == torch.bfloat16
+    assert type(names["model"]).__module__.startswith("transformers_modules.")
+    prompt = names["inputs"]["input_ids"].shape[1]
+    assert torch.equal(names["outputs"][:, :prompt], names["inputs"]["input_ids"])
+    assert prompt < names["outputs"].shape[1] <= prompt + 128
+    assert capsys.readouterr().out
 
 
 def test_the_configuration_gains_only_the_class():

@@ -9,18 +9,18 @@ PACKAGE = Path(__file__).resolve().parent.parent / "megatron_twotower"
 
 # By level; within a level, too, a room may only use those before it. A folder is one room.
 LEVELS = (
-    ("records", "config", "host"),
-    ("names", "tokenizer", "shards", "dataset"),
+    ("records", "config", "phases", "host"),
+    ("names", "tokenizer", "data"),
     ("corruption",),
     ("ops",),
-    ("adaln", "layers", "towers"),
+    ("memory", "adaln", "layers", "towers"),
     ("loss",),
     ("parallel", "optimizer", "metrics"),
     ("trainer",),
     ("checkpoint",),
     ("convert", "hf"),
-    ("generate", "evaluate", "pictures", "report", "doctor"),
-    ("build", "cli"),
+    ("generate", "evaluate", "pictures", "inspect_data", "report", "doctor"),
+    ("build", "bench", "cli"),
     ("__main__",),
 )
 ORDER = {room: place for place, room in enumerate(room for level in LEVELS for room in level)}
@@ -31,7 +31,12 @@ ONLY_IN = {
     "omegaconf": {"config", "cli"},
     "wandb": {"metrics"},
     "matplotlib": {"pictures"},
-    "webdataset": {"shards", "dataset"},
+    "triton": {"ops"},
+    "mamba_ssm": {"ops"},
+    "causal_conv1d": {"ops"},
+    "webdataset": {"data", "bench"},
+    "pyarrow": {"data"},
+    "zstandard": {"data"},
 }
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

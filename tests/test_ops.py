@@ -2,11 +2,19 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from megatron_twotower.ops import attention, cross_entropy
-from megatron_twotower.ops.attention import block_attention, block_attention_ref, causal_attention
-from megatron_twotower.ops.convolution import causal_conv, seeded_block_conv, seeded_block_conv_ref
+from megatron_twotower.ops import attention, convolution, cross_entropy
+from megatron_twotower.ops.attention import (
+    block_attention,
+    block_attention_ref,
+    causal_attention,
+    flex_block_attention,
+)
+from megatron_twotower.ops.convolution import block_history, causal_conv, seeded_block_conv, seeded_block_conv_ref
 from megatron_twotower.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
+from megatron_twotower.ops.norm import gated_rms_norm, gated_rms_norm_ref, rms_norm, rms_norm_ref
 
 
 def draw(*shape, seed=0, grad=True):
@@ -22,30 +30,76 @@ def assert_same_gradients(got, want, tensors):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("block", [1, 2, 3, 4, 12])
-def test_seeded_convolution(block):
-    x, weight, bias = draw(2, 12, 5), draw(5, 4, seed=1), draw(5, seed=2)
-    clean = draw(2, 12, 5, seed=3, grad=False)
-    got = seeded_block_conv(x, clean, weight, bias, block=block)
-    assert_same_gradients(got, seeded_block_conv_ref(x, clean, weight, bias, block=block), (x, weight, bias))
+def random_documents(length, seed):
+    starts = torch.rand(2, length, generator=torch.Generator().manual_seed(seed)) < 0.2
+    return starts.cumsum(1).to(torch.int32)
 
 
-def test_causal_convolution_is_one_large_block():
+@given(
+    block=st.sampled_from([1, 2, 3, 4, 12]), blocks=st.integers(1, 5), taps=st.integers(2, 5), packed=st.booleans(),
+    cached=st.sampled_from([16, 1 << 20]), channels=st.sampled_from([5, 40]),
+)  # fmt: skip
+@settings(max_examples=50, deadline=None)
+def test_seeded_convolution(block, blocks, taps, packed, cached, channels):
+    length = block * blocks
+    x, weight, bias = draw(2, length, channels), draw(channels, taps, seed=1), draw(channels, seed=2)
+    clean = draw(2, length, channels, seed=3, grad=False)
+    documents = random_documents(length, block) if packed else None
+    history = block_history(clean, taps=taps, block=block)
+    assert history.shape == (2, blocks, taps - 1, channels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution, "CACHED", cached)
+        got = seeded_block_conv(x, history, weight, bias, documents=documents)
+        want = seeded_block_conv_ref(x, clean, weight, bias, block=block, documents=documents)
+        assert_same_gradients(got, want, (x, weight, bias))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_causal_convolution_is_one_large_block(packed):
     x, weight, bias = draw(2, 9, 5), draw(5, 4, seed=1), draw(5, seed=2)
-    want = seeded_block_conv_ref(x, torch.zeros_like(x), weight, bias, block=9)
-    assert_same_gradients(causal_conv(x, weight, bias), want, (x, weight, bias))
+    documents = random_documents(9, 4) if packed else None
+    want = seeded_block_conv_ref(x, torch.zeros_like(x), weight, bias, block=9, documents=documents)
+    assert_same_gradients(causal_conv(x, weight, bias, documents=documents), want, (x, weight, bias))
 
 
-@pytest.mark.parametrize(("length", "block"), [(12, 1), (12, 4), (12, 12), (24, 4)])
-def test_block_attention(monkeypatch, length, block):
-    monkeypatch.setattr(attention, "QUERY_CHUNK", 8)
-    query, key, value = draw(2, 4, length, 6), draw(2, 2, length, 6, seed=1), draw(2, 2, length, 6, seed=2)
-    clean = {
-        "clean_key": draw(2, 2, length, 6, seed=3, grad=False),
-        "clean_value": draw(2, 2, length, 6, seed=4, grad=False),
-    }
-    got = block_attention(query, key, value, **clean, block=block)
-    assert_same_gradients(got, block_attention_ref(query, key, value, **clean, block=block), (query, key, value))
+@given(
+    block=st.sampled_from([1, 2, 3, 4, 12]), blocks=st.integers(1, 6), rows=st.sampled_from([2, 6, 20, 512]),
+    packed=st.booleans(), shared=st.sampled_from([1, 2, 4]), seed=st.integers(0, 10**6),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_block_attention(block, blocks, rows, packed, shared, seed):
+    length = block * blocks
+    query, key, value = (draw(2, heads, length, 6, seed=seed + i) for i, heads in enumerate((4, shared, shared)))
+    names = ("clean_key", "clean_value")
+    clean = {name: draw(2, shared, length, 6, seed=seed + 3 + i, grad=False) for i, name in enumerate(names)}
+    shape = {"block": block, "documents": random_documents(length, seed) if packed else None}
+    want = block_attention_ref(query, key, value, **clean, **shape)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "ROWS", rows)
+        got = block_attention(query, key, value, **clean, **shape)
+        assert_same_gradients(got, want, (query, key, value))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("length", "block"), [(24, 4), (24, 8), (160, 16)])
+def test_flex_attention_has_the_same_mask(length, block, packed):
+    """In FlexAttention's plain form, which runs anywhere, forward alone; compiled it needs CUDA."""
+    query, key, value = (draw(2, heads, length, 8, seed=i, grad=False) for i, heads in enumerate((4, 2, 2)))
+    names = ("clean_key", "clean_value")
+    clean = {name: draw(2, 2, length, 8, seed=3 + i, grad=False) for i, name in enumerate(names)}
+    shape = {"block": block, "documents": random_documents(length, 1) if packed else None}
+    got = flex_block_attention(query, key, value, **clean, **shape)
+    want = block_attention_ref(query, key, value, **clean, **shape)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_causal_attention_of_packed_documents_is_that_of_each_alone(monkeypatch):
+    monkeypatch.setattr(attention, "QUERY_CHUNK", 4)
+    query, key, value = draw(1, 4, 9, 6), draw(1, 2, 9, 6, seed=1), draw(1, 2, 9, 6, seed=2)
+    got = causal_attention(query, key, value, documents=torch.tensor([[0, 0, 0, 0, 0, 2, 2, 2, 2]]))
+    parts = [[t[:, :, part] for t in (query, key, value)] for part in (slice(0, 5), slice(5, 9))]
+    want = torch.cat([causal_attention(*part) for part in parts], dim=2)
+    assert_same_gradients(got, want, (query, key, value))
 
 
 def test_blocks_of_one_copied_token_are_causal_attention():
@@ -54,17 +108,42 @@ def test_blocks_of_one_copied_token_are_causal_attention():
     torch.testing.assert_close(got, causal_attention(query, key, value), rtol=1e-12, atol=1e-12)
 
 
-def test_linear_cross_entropy(monkeypatch):
-    monkeypatch.setattr(cross_entropy, "POSITION_CHUNK", 4)
-    hidden, weight = draw(11, 6).float().detach().requires_grad_(), draw(9, 6, seed=1).float().detach().requires_grad_()
-    targets, weights = torch.arange(11) % 9, torch.rand(11, generator=torch.Generator().manual_seed(2))
-    got, losses = linear_cross_entropy(hidden, weight, targets, weights)
+def test_norms():
+    x, weight = draw(3, 5, 12), draw(12, seed=1)
+    assert_same_gradients(rms_norm(x, weight, 1e-5), rms_norm_ref(x, weight, 1e-5), (x, weight))
+    gate, by_group = draw(3, 5, 12, seed=2), draw(3, 4, seed=3)
+    pair = (gated_rms_norm(x, gate, by_group, 1e-5), gated_rms_norm_ref(x, gate, by_group, 1e-5))
+    assert_same_gradients(*pair, (x, gate, by_group))
+
+
+@given(
+    positions=st.integers(0, 30), vocabulary=st.integers(2, 20), chunk=st.integers(1, 12), seed=st.integers(0, 10**6)
+)
+@settings(max_examples=50, deadline=None)
+def test_linear_cross_entropy(positions, vocabulary, chunk, seed):
+    hidden, weight = (draw(n, 6, seed=seed + n, grad=False).float() for n in (positions, vocabulary))
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    targets = torch.arange(positions) % vocabulary
+    weights = torch.rand(positions, generator=torch.Generator().manual_seed(seed))
+    weights[::5] = 0  # places that only fill up the list
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cross_entropy, "POSITION_CHUNK", chunk)
+        got, losses = linear_cross_entropy(hidden, weight, targets, weights)
     want, each = linear_cross_entropy_ref(hidden, weight, targets, weights)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(losses, each, rtol=1e-5, atol=1e-5)
     ours, theirs = torch.autograd.grad(3 * got, (hidden, weight)), torch.autograd.grad(3 * want, (hidden, weight))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_second_backward_pass_is_refused():
+    """The first one uses the memory of its gradients."""
+    hidden, weight = torch.ones(3, 6, requires_grad=True), torch.ones(9, 6, requires_grad=True)
+    total, _ = linear_cross_entropy(hidden, weight, torch.arange(3), torch.ones(3))
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        total.backward()
 
 
 def test_no_scored_position_gives_zero_loss_and_zero_gradients():

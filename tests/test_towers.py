@@ -8,8 +8,9 @@ from models import build_two_tower, random_noisy_batch, tiny_config
 from reference import block_by_block
 
 from megatron_twotower import convert, names, towers
+from megatron_twotower.corruption import noisy_batch
 from megatron_twotower.names import LAYOUTS
-from megatron_twotower.records import NoisyBatch
+from megatron_twotower.records import Batch, Blocks
 
 PATTERNS = ["M", "*", "E", "-", "ME*-M*"]
 
@@ -112,12 +113,54 @@ def test_identity_start_on_clean_single_token_blocks_is_the_context_tower(groups
     entries = names.denoiser_entries(model, config.conditioning.frequencies)
     convert.load_weights(two_tower, entries, source, model=model, groups=groups)
     tokens = torch.randint(4, 48, (2, 16), generator=torch.Generator().manual_seed(0))
-    batch = NoisyBatch(tokens, tokens, torch.zeros_like(tokens, dtype=torch.bool), torch.rand(2, 16))
+    plain = Batch(tokens, *[torch.arange(2)] * 3)
+    batch = noisy_batch(plain, torch.zeros_like(tokens, dtype=torch.bool), torch.rand(2, 16), config.noise)
 
     hidden = context.embed(tokens)
     for layer in context.layers:
-        hidden, _ = layer(hidden)
+        hidden, _ = layer(hidden, Blocks())
     torch.testing.assert_close(two_tower(batch), context.final_norm(hidden), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("pattern", ["M", "*", "ME*-M*"])
+def test_packed_documents_are_as_if_each_were_alone(groups, pattern):
+    """Forward and gradients of a sequence of three documents, none of which sees another."""
+    config = tiny_config(pattern)
+    batch = random_noisy_batch(config, batch=1)
+    spans = [slice(0, 4), slice(4, 12), slice(12, 16)]
+    documents = torch.tensor([[0] * 4 + [1] * 8 + [2] * 4], dtype=torch.int32)
+    model, _ = build_two_tower(config, groups)
+    together = logits_of(model, dataclasses.replace(batch, documents=documents))
+    upstream = torch.randn(together.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    (together * upstream).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for span in spans:
+        blocks = slice(span.start // 4, span.stop // 4)
+        alone = dataclasses.replace(
+            batch, tokens=batch.tokens[:, span], noisy=batch.noisy[:, span], times=batch.times[:, blocks]
+        )
+        logits = logits_of(model, alone)
+        torch.testing.assert_close(together[:, span], logits, rtol=1e-9, atol=1e-10)
+        (logits * upstream[:, span]).sum().backward()
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-8, atol=1e-9, msg=name)
+    assert not torch.allclose(together, logits_of(model, batch)), "the boundaries must matter"
+
+
+@pytest.mark.parametrize("pattern", ["M", "*", "ME*-M*"])
+@pytest.mark.parametrize("per_block", [True, False])
+def test_draws_of_one_context_pass_equal_passes_of_their_own(groups, pattern, per_block):
+    config = tiny_config(pattern)
+    model, _ = build_two_tower(config, groups)
+    draws = [random_noisy_batch(config, per_block=per_block, seed=seed) for seed in (1, 2, 3)]
+    same = [dataclasses.replace(draw, tokens=draws[0].tokens) for draw in draws]
+    joined = dataclasses.replace(
+        draws[0], noisy=torch.cat([draw.noisy for draw in draws]), times=torch.cat([draw.times for draw in draws])
+    )
+    want = torch.cat([logits_of(model, draw) for draw in same])
+    torch.testing.assert_close(logits_of(model, joined), want, rtol=1e-9, atol=1e-10)
 
 
 def test_recomputed_layers_give_the_same_gradients(groups):

@@ -138,10 +138,12 @@ def test_two_ranks_give_the_losses_of_one(layout, tmp_path, tiny_data, tiny_back
 
 
 @pytest.mark.parametrize("overrides", [["data.micro_batch_size=8"], ["data.micro_batch_size=1"]])
-@pytest.mark.parametrize("weighting", ["masked_mean", "elbo"])
-def test_accumulation_does_not_change_the_losses(overrides, weighting, tmp_path, tiny_data, tiny_backbone, records_of):
+@pytest.mark.parametrize(("weighting", "draws"), [("masked_mean", 1), ("elbo", 1), ("masked_mean", 3)])
+def test_accumulation_does_not_change_the_losses(
+    overrides, weighting, draws, tmp_path, tiny_data, tiny_backbone, records_of
+):
     common = [f"noise.weighting={weighting}", "noise.time_per=block", "noise.time_sampling=stratified",
-              "train.steps=6", "train.validate_every_steps=0"]  # fmt: skip
+              f"noise.draws_per_context={draws}", "train.steps=6", "train.validate_every_steps=0"]  # fmt: skip
     for name, extra in (("plain", []), ("other", overrides)):
         train("tiny", *settings(tiny_data, tmp_path / name, tiny_backbone, *common, *extra))
     got, want = records_of(tmp_path / "other"), records_of(tmp_path / "plain")

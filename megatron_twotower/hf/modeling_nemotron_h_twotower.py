@@ -7,7 +7,8 @@ This file ships inside the model's folder and needs only torch and transformers 
 
 The context tower reads clean text, causally, and keeps for every layer what its denoiser twin starts from: keys and
 values of attention layers, convolution and scan states of Mamba layers. The denoiser sees one block of tokens, partly
-masked, and predicts all of them at once; a block that is done is read by the context tower.
+masked, and predicts all of them at once; a block that is done is read by the context tower. Prompts of different
+lengths stand in one batch with padding on their left: its keys are not seen, and Mamba layers take no step there.
 
 Dimensions: b batch, l length, s block size, h hidden size, v vocabulary; Mamba: g groups of r heads, p head size,
 d state size, c convolution channels, k taps. Norms, convolutions, scans and routers work in float32, or in float64 in
@@ -16,8 +17,10 @@ a float64 model.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +30,14 @@ from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutput
 
 TIME_FEATURES, TIME_SCALE, TIME_PERIOD = 256, 1000.0, 10000.0
+SCORED_TOGETHER = 1024  # positions whose logits stand in memory at once
 
-# Called with: block, step, ids (b, s), committed in this step (b, s) bool, confidence (b, s) float.
+# Called after a step of mask diffusion with: block, step, ids (b, s), committed in this step (b, s) bool, confidence
+# (b, s) float, 0 where the token was committed before.
 OnStep = Callable[[int, int, Tensor, Tensor, Tensor], None]
+# Called when text grows at its end with: new ids (b, n), and which of them are text (b, n) bool; a row that has ended,
+# or that grows by less than another, has False on its right.
+OnTokens = Callable[[Tensor, Tensor], None]
 
 
 class ArgumentError(ValueError):
@@ -46,6 +54,25 @@ def _wide(x: Tensor) -> Tensor:
 
 
 # --- what the context tower keeps ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How a tower goes over new positions (b, l).
+
+    causal: no position sees a later one. keep: the states take up what is read; a causal pass that does not keep holds
+    it back, and `settle` decides how much of it the states take up.
+    seen: (b or 1, 1, l or 1, past + l) bool, the keys that each query sees; None: as `causal` says.
+    text: (b, l) bool, False at padding; None: no padding.
+    """
+
+    causal: bool
+    keep: bool
+    seen: Tensor | None = None
+    text: Tensor | None = None
+
+
+DENOISE = Pass(causal=False, keep=False)
 
 
 class KeyValues:
@@ -75,13 +102,36 @@ class KeyValues:
         """The kept positions from `start` on."""
         return tuple(buffer[:, :, start : self.length] for buffer in self.buffers)
 
+    def pull(self, ends: Tensor, count: int) -> None:
+        """Move the last `count` written positions, which stand behind `length`, to each row's own end (b,)."""
+        columns = (ends.unsqueeze(-1) + torch.arange(count, device=ends.device))[:, None, :, None]
+        for buffer in self.buffers:
+            written = buffer[:, :, self.length : self.length + count].clone()
+            buffer.scatter_(2, columns.expand_as(written), written)
+
 
 class MambaState:
-    """The last k - 1 inputs of the convolution (b, k - 1, c), and the state of the scan (b, g, r, p, d)."""
+    """The last k - 1 inputs of the convolution (b, k - 1, c), and the state of the scan (b, g, r, p, d).
+
+    held: of a pass whose reading is not settled: padded inputs of the convolution (b, k - 1 + l, c), and x, dt, A, B
+    and state as `scan_chunk` takes them.
+    """
 
     def __init__(self) -> None:
         self.conv: Tensor | None = None
         self.ssm: Tensor | None = None
+        self.held: tuple[Tensor, ...] = ()
+
+    def settle(self, counts: Tensor) -> None:
+        """Take up the first `counts` (b,) positions that are held: those behind them make no step."""
+        padded, x, dt, A, B, state = self.held
+        steps = torch.arange(x.shape[1], device=x.device)
+        dt = dt.masked_fill((steps >= counts.unsqueeze(-1))[..., None, None], 0.0)
+        history = torch.arange(padded.shape[1] - x.shape[1], device=x.device)
+        columns = (counts.unsqueeze(-1) + history).unsqueeze(-1).expand(-1, -1, padded.shape[2])
+        self.conv, self.held = padded.gather(1, columns), ()
+        decay = (dt * A).permute(0, 2, 3, 1).cumsum(-1)
+        self.ssm = state_after(state, (x * dt.unsqueeze(-1)).permute(0, 2, 3, 1, 4), decay, B.transpose(1, 2))
 
 
 State = KeyValues | MambaState | None
@@ -92,25 +142,48 @@ class ContextCache:
     """What the context tower has kept of the text it has read, for each layer.
 
     denoiser: the same states where the denoiser stands; the very same objects on one device, copies on two.
-    hidden: (b, h) final hidden state of the last position, which predicts the next token.
+    hidden: (b, h) final hidden state of each row's last position, which predicts the next token.
+    length: columns of keys and values that are in use, padding included.
+    starts, ends: (b,) the first column of each row's text, and the one behind its last; None: 0 and `length`.
     """
 
     context: list[State]
     denoiser: list[State]
     hidden: Tensor | None = None
     length: int = 0
+    starts: Tensor | None = None
+    ends: Tensor | None = None
+
+    def seen(self, new: int, device: torch.device, *, causal: bool) -> Tensor | None:
+        """Which columns (b or 1, 1, new or 1, length + new) the new positions see, where `causal` does not say it."""
+        alike = self.starts is None and self.ends is None
+        if alike and (new == 1 or not causal or not self.length):
+            return None
+        columns = torch.arange(self.length + new, device=device)
+        text = columns.new_ones(1, len(columns), dtype=torch.bool)
+        if self.ends is not None:
+            text = (columns < self.ends.to(device).unsqueeze(-1)) | (columns >= self.length)
+        if self.starts is not None:
+            text = text & (columns >= self.starts.to(device).unsqueeze(-1))
+        text = text[:, None, None]
+        if not causal or new == 1:
+            return text
+        own = columns[self.length :].unsqueeze(-1)
+        # Padding sees itself: attention over nothing at all is not a number.
+        return (text & (columns <= own)) | (columns == own)
 
 
-def _mirror(source: State, target: State, device: torch.device) -> None:
-    """Bring the denoiser's copy of a layer's state up to date: of keys and values, only what is new moves."""
+def _mirror(source: State, target: State, device: torch.device, start: int) -> None:
+    """Bring the denoiser's copy of a layer's state up to date: of keys and values, only columns from `start` move."""
     if isinstance(source, KeyValues) and isinstance(target, KeyValues):
-        target.write(*(view.to(device) for view in source.views(target.length)))
+        target.length = start
+        target.write(*(view.to(device) for view in source.views(start)))
         target.length = source.length
     elif isinstance(source, MambaState) and isinstance(target, MambaState):
         target.conv, target.ssm = (None if t is None else t.to(device) for t in (source.conv, source.ssm))
 
 
-# --- mixers: each maps (b, l, h) to (b, l, h), from a state (None: no past) that it updates if `keep` ----------------
+# --- mixers: each maps (b, l, h) to (b, l, h), from a state (None: no past) that it updates if the pass keeps -------
 
 
 class RMSNorm(nn.Module):
@@ -135,20 +208,31 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv, bias=False)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, state: State, *, keep: bool) -> Tensor:
-        projected = (proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        query, key, value = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in projected)
-        past = 0
+    def forward(self, x: Tensor, state: State, how: Pass) -> Tensor:
+        length, kv_heads = x.shape[1], self.k_proj.out_features // self.head_dim
+        key, value = (proj(x).unflatten(-1, (kv_heads, -1)).transpose(1, 2) for proj in (self.k_proj, self.v_proj))
         if isinstance(state, KeyValues):
-            past = state.length
             key, value = state.write(key, value)
-            state.length += x.shape[1] if keep else 0
-        mask = None
-        if keep and past and x.shape[1] > 1:
-            mask = torch.ones(x.shape[1], key.shape[2], dtype=torch.bool, device=x.device).tril(past)
-        causal = keep and not past and x.shape[1] > 1
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+            state.length += length if how.keep else 0
+        query = self.q_proj(x).unflatten(-1, (kv_heads, -1, self.head_dim)).permute(0, 2, 3, 1, 4)
+        if how.causal and how.seen is None and length > 1:
+            query = query.flatten(1, 2)
+            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+            return self.o_proj(out.transpose(1, 2).flatten(2))
+        # The heads of a group as further queries: keys and values are read as they stand, never repeated.
+        group, seen = query.shape[2], how.seen
+        if seen is not None and seen.shape[2] > 1:
+            seen = seen.repeat(1, 1, group, 1)
+        out = F.scaled_dot_product_attention(query.flatten(2, 3), key, value, attn_mask=seen)
+        return self.o_proj(out.unflatten(2, (group, length)).permute(0, 3, 1, 2, 4).flatten(2))
+
+
+def state_after(state: Tensor, dtx: Tensor, decay: Tensor, B: Tensor) -> Tensor:
+    """The scan's state (b, g, r, p, d) behind q positions: dtx (b, g, r, q, p), decay (b, g, r, q) summed logs,
+    B (b, g, q, d)."""
+    last = decay[..., -1:]
+    added = (dtx * (last - decay).exp().unsqueeze(-1)).transpose(2, 3).flatten(3).mT @ B
+    return last.exp().unsqueeze(-1) * state + added.unflatten(2, state.shape[2:4])
 
 
 def scan_chunk(
@@ -166,24 +250,20 @@ def scan_chunk(
     Returns:
         y (b, q, g, r, p) and the state.
     """
-    r, p, q = x.shape[3], x.shape[4], x.shape[1]
-    if q == 1:
+    r, p = x.shape[3:]
+    if x.shape[1] == 1:
         dtx = (x * dt.unsqueeze(-1))[:, 0]
         state = (dt[:, 0] * A).exp()[..., None, None] * state + dtx.unsqueeze(-1) * B[:, 0, :, None, None]
         return (state.flatten(2, 3) @ C[:, 0].unsqueeze(-1)).view(x.shape), state
     decay = (dt * A).permute(0, 2, 3, 1).cumsum(-1)
     dtx = (x * dt.unsqueeze(-1)).permute(0, 2, 3, 1, 4)
     B, C = B.transpose(1, 2), C.transpose(1, 2)
-    later = torch.ones(q, q, dtype=torch.bool, device=x.device).triu(1)
-    steps = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).masked_fill(later, -math.inf).exp()
+    # Log decays are at most 0; those above 0 are of later positions, and would overflow before they are left out.
+    steps = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).clamp(max=0.0).exp().tril()
     within = (steps * (C @ B.mT).unsqueeze(2)) @ dtx
     before = (C @ state.flatten(2, 3).mT).unflatten(-1, (r, p)).transpose(2, 3)
     y = torch.addcmul(within, before, decay.exp().unsqueeze(-1)).permute(0, 3, 1, 2, 4)
-    if update:
-        last = decay[..., -1:]
-        added = (dtx * (last - decay).exp().unsqueeze(-1)).transpose(2, 3).flatten(3).mT @ B
-        state = last.exp().unsqueeze(-1) * state + added.unflatten(2, (r, p))
-    return y, state
+    return y, state_after(state, dtx, decay, B) if update else state
 
 
 class GatedNorm(nn.Module):
@@ -217,38 +297,45 @@ class Mamba(nn.Module):
         self.norm = GatedNorm(self.inner, groups, config.layer_norm_epsilon)
         self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=config.use_bias)
 
-    def forward(self, x: Tensor, state: State, *, keep: bool) -> Tensor:
+    def forward(self, x: Tensor, state: State, how: Pass) -> Tensor:
         past = state if isinstance(state, MambaState) else MambaState()
-        z, conv_input, dt = self.in_proj(x).split([self.inner, self.inner + 2 * self.bc, self.heads], dim=-1)
-        values, B, C = self._convolve(conv_input, past, keep=keep).split([self.inner, self.bc, self.bc], dim=-1)
-        values = values.unflatten(-1, (self.groups, -1, self.head_dim))
-        B, C = (t.unflatten(-1, (self.groups, -1)) for t in (B, C))
+        z, inputs, dt = self.in_proj(x).split([self.inner, self.inner + 2 * self.bc, self.heads], dim=-1)
         # transformers' own model also clamps at time_step_min, but only in its chunked path; training never does.
         dt = F.softplus(_wide(dt) + _wide(self.dt_bias)).clamp(*self.step_limit).unflatten(-1, (self.groups, -1))
+        if how.text is not None:
+            # Padding: nothing for the convolution to see, and no step of the scan.
+            inputs = inputs * how.text.unsqueeze(-1)
+            dt = dt * how.text[..., None, None]
+        padded = self._padded(inputs, past)
+        values, B, C = self._convolve(padded, x.shape[1]).split([self.inner, self.bc, self.bc], dim=-1)
+        values = values.unflatten(-1, (self.groups, -1, self.head_dim))
+        B, C = (t.unflatten(-1, (self.groups, -1)) for t in (B, C))
         A, D = (t.unflatten(0, (self.groups, -1)) for t in (-_wide(self.A_log).exp(), _wide(self.D)))
         ssm = past.ssm if past.ssm is not None else values.new_zeros(*values[:, 0].shape, B.shape[-1])
+        if how.causal and not how.keep:
+            past.held = (padded, values, dt, A, B, ssm)
         parts, length = [], x.shape[1]
         for start in range(0, length, self.chunk):
             chunk = slice(start, start + self.chunk)
-            update = keep or start + self.chunk < length
+            update = how.keep or start + self.chunk < length
             y, ssm = scan_chunk(values[:, chunk], dt[:, chunk], A, B[:, chunk], C[:, chunk], ssm, update=update)
             parts.append(y)
-        if keep:
-            past.ssm = ssm
+        if how.keep:
+            past.conv, past.ssm = padded[:, length:].clone(), ssm
         y = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)) + D.unsqueeze(-1) * values
         return self.out_proj(self.norm(y.flatten(2), z).to(x.dtype))
 
-    def _convolve(self, x: Tensor, past: MambaState, *, keep: bool) -> Tensor:
-        """silu of the causal convolution of (b, l, c), in the wide dtype: shifted copies, summed."""
-        weight, length = _wide(self.conv1d.weight.squeeze(1)), x.shape[1]
-        history = weight.shape[1] - 1
+    def _padded(self, x: Tensor, past: MambaState) -> Tensor:
+        """(b, l, c) behind the k - 1 inputs before it."""
+        history = self.conv1d.weight.shape[2] - 1
         before = x.new_zeros(x.shape[0], history, x.shape[2]) if past.conv is None else past.conv
-        padded = torch.cat([before, x], dim=1)
-        if keep:
-            past.conv = padded[:, length:].clone()
-        padded = _wide(padded)
+        return torch.cat([before, x], dim=1)
+
+    def _convolve(self, padded: Tensor, length: int) -> Tensor:
+        """silu of the causal convolution of (b, k - 1 + l, c), in the wide dtype: shifted copies, summed."""
+        weight, padded = _wide(self.conv1d.weight.squeeze(1)), _wide(padded)
         out = padded[:, :length] * weight[:, 0]
-        for tap in range(1, history + 1):
+        for tap in range(1, weight.shape[1]):
             out = torch.addcmul(out, padded[:, tap : tap + length], weight[:, tap])
         return F.silu(out if self.conv1d.bias is None else out + _wide(self.conv1d.bias))
 
@@ -259,8 +346,43 @@ class SquaredReluMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
         self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor, state: State = None, *, keep: bool = False) -> Tensor:
+    def forward(self, x: Tensor, state: State = None, how: Pass = DENOISE) -> Tensor:
         return self.down_proj(F.relu(self.up_proj(x)).square())
+
+
+def routed_experts(
+    tokens: Tensor, weights: Tensor, chosen: Tensor, experts: Sequence[Callable[[Tensor], Tensor]]
+) -> Tensor:
+    """Tokens (n, h) through the experts chosen for each (n, k), weighted (n, k) and summed, in the tokens' dtype."""
+    order = chosen.flatten().argsort()
+    counts = torch.bincount(chosen.flatten(), minlength=len(experts)).tolist()
+    sorted_tokens = tokens[order // chosen.shape[1]]
+    parts = [expert(own) for expert, own in zip(experts, sorted_tokens.split(counts), strict=True) if len(own)]
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    each = torch.cat(parts)[back].unflatten(0, chosen.shape)
+    return (each * weights.unsqueeze(-1)).sum(1).to(tokens.dtype)
+
+
+@torch.library.custom_op("nemotron_h_twotower::routed_experts", mutates_args=())
+def compiled_routed_experts(
+    tokens: Tensor, weights: Tensor, chosen: Tensor, matrices: list[Tensor], biases: list[Tensor]
+) -> Tensor:
+    """`routed_experts` as one step of a compiled graph, which could not follow how many tokens an expert gets.
+
+    matrices: up and down projection of each expert in turn; biases: likewise, or none at all.
+    """
+
+    def expert(number: int, x: Tensor) -> Tensor:
+        up, down = matrices[2 * number : 2 * number + 2]
+        up_bias, down_bias = biases[2 * number : 2 * number + 2] or (None, None)
+        return F.linear(F.relu(F.linear(x, up, up_bias)).square(), down, down_bias)
+
+    return routed_experts(tokens, weights, chosen, [partial(expert, i) for i in range(len(matrices) // 2)])
+
+
+@compiled_routed_experts.register_fake
+def _(tokens: Tensor, weights: Tensor, chosen: Tensor, matrices: list[Tensor], biases: list[Tensor]) -> Tensor:
+    return torch.empty_like(tokens)
 
 
 class Router(nn.Module):
@@ -292,17 +414,17 @@ class MixtureOfExperts(nn.Module):
         self.experts = nn.ModuleList([SquaredReluMLP(config, width) for _ in experts])
         self.shared_experts = SquaredReluMLP(config, config.moe_shared_expert_intermediate_size)
 
-    def forward(self, x: Tensor, state: State, *, keep: bool) -> Tensor:
+    def forward(self, x: Tensor, state: State, how: Pass) -> Tensor:
         tokens = x.flatten(0, 1)
         weights, chosen = self.gate(tokens)
-        order = chosen.flatten().argsort(stable=True)
-        rows, weights = order // chosen.shape[1], weights.flatten()[order].unsqueeze(-1)
-        counts = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()
-        out = torch.zeros(tokens.shape, dtype=weights.dtype, device=tokens.device)
-        for expert, own, weight in zip(self.experts, rows.split(counts), weights.split(counts), strict=True):
-            if len(own):
-                out = out.index_add(0, own, expert(tokens[own]) * weight)
-        return out.to(x.dtype).view(x.shape) + self.shared_experts(x)
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            projections: list[Any] = [linear for expert in self.experts for linear in expert.children()]
+            matrices = [linear.weight for linear in projections]
+            biases = [linear.bias for linear in projections if linear.bias is not None]
+            routed = torch.ops.nemotron_h_twotower.routed_experts(tokens, weights, chosen, matrices, biases)
+        else:
+            routed = routed_experts(tokens, weights, chosen, list(self.experts))
+        return routed.view(x.shape) + self.shared_experts(x)
 
 
 class DenseMLP(SquaredReluMLP):
@@ -330,17 +452,16 @@ class Layer(nn.Module):
         # Mamba and attention: modulation, then norm. Experts and MLPs: norm, then modulation.
         self.modulated_first = kind in STATES
 
-    def forward(self, x: Tensor, state: State, *, keep: bool, modulation: Tensor | None = None) -> Tensor:
-        """`modulation`: (b, 3h), the layer's shift, scale and gate; None for a plain layer."""
+    def forward(self, x: Tensor, state: State, how: Pass, *, modulation: Tensor | None = None) -> Tensor:
+        """`modulation`: (3, b, 1, h), the layer's shift, 1 + scale and gate; None for a plain layer."""
         if modulation is None:
-            return x + self.mixer(self.norm(x), state, keep=keep)
-        shift, scale, gate = modulation.unsqueeze(1).chunk(3, dim=-1)
+            return x + self.mixer(self.norm(x), state, how)
+        shift, scale, gate = modulation.unbind()
         if self.modulated_first:
-            inputs = self.norm(torch.addcmul(x + shift, x, scale))
+            inputs = self.norm(torch.addcmul(shift, x, scale))
         else:
-            normed = self.norm(x)
-            inputs = torch.addcmul(normed + shift, normed, scale)
-        return torch.addcmul(x, gate, self.mixer(inputs, state, keep=keep))
+            inputs = torch.addcmul(shift, self.norm(x), scale)
+        return torch.addcmul(x, gate, self.mixer(inputs, state, how))
 
 
 class Tower(nn.Module):
@@ -359,13 +480,12 @@ class Tower(nn.Module):
         """States of a text of which nothing was read."""
         return [STATES[kind]() if kind in STATES else None for kind in self.kinds]
 
-    def forward(
-        self, ids: Tensor, states: list[State], *, keep: bool, modulations: list[Tensor] | None = None
-    ) -> Tensor:
-        """Ids (b, l) -> hidden states (b, l, h), before the final norm."""
+    def forward(self, ids: Tensor, states: list[State], how: Pass, *, modulations: Tensor | None = None) -> Tensor:
+        """Ids (b, l) -> hidden states (b, l, h), before the final norm. Modulations: (layers, 3, b, 1, h)."""
         x = self.embeddings(ids.to(self.device))
-        for i, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
-            x = layer(x, state, keep=keep, modulation=None if modulations is None else modulations[i])
+        per_layer = [None] * len(self.layers) if modulations is None else modulations.unbind()
+        for layer, state, modulation in zip(self.layers, states, per_layer, strict=True):
+            x = layer(x, state, how, modulation=modulation)
         return x
 
 
@@ -382,14 +502,19 @@ def time_features(t: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class GenerationStats:
-    """What a generation took. passes: of the tower that predicts, each over the whole batch; row_passes: summed over
-    rows, counting those in which the row still had something to predict (NFE); new_tokens: summed over rows, up to
-    and with EOS; seconds: wall-clock, the prompt's prefill included."""
+    """What a generation took. passes: of the tower that decides on tokens, each over the whole batch; row_passes:
+    summed over rows, counting those in which the row still had something to decide (NFE); new_tokens: summed over rows,
+    up to and with EOS; seconds: wall-clock, the prompt's prefill included.
+
+    Of `generate_speculative` alone: draft_passes of the denoiser, and drafted tokens that were accepted, over all rows.
+    """
 
     passes: int
     row_passes: int
     new_tokens: int
     seconds: float
+    draft_passes: int = 0
+    accepted: int = 0
 
     @property
     def tokens_per_pass(self) -> float:
@@ -398,25 +523,71 @@ class GenerationStats:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen from logits. temperature 0: greedily; top_k: among so many, None for all."""
+    """How tokens are chosen from logits. temperature 0: greedily, and the rest does not matter.
+
+    top_k: among so many; top_p: among the fewest whose probabilities, at the temperature, sum to at least that much.
+    None: among all.
+    """
 
     temperature: float = 0.0
     top_k: int | None = None
     generator: torch.Generator | None = None
+    top_p: float | None = None
 
     def __post_init__(self) -> None:
         _require(self.temperature >= 0, f"temperature: found {self.temperature}, expected at least 0")
         _require(self.top_k is None or self.top_k > 0, f"top_k: found {self.top_k}, expected at least 1")
+        _require(self.top_p is None or 0 < self.top_p <= 1, f"top_p: found {self.top_p}, expected above 0, at most 1")
 
-    def choose(self, logits: Tensor) -> Tensor:
-        """(..., v) -> (...) ids. Sampling adds Gumbel noise, so that the highest sum is a sample."""
-        if self.temperature == 0:
-            return logits.argmax(-1)
+    def scores(self, logits: Tensor) -> Tensor:
+        """(..., v) -> (..., v) logits at the temperature, minus infinity for what is never chosen. Temperature > 0."""
         scores = _wide(logits) / self.temperature
         if self.top_k is not None and self.top_k < scores.shape[-1]:
             least = scores.topk(self.top_k, dim=-1).values[..., -1:]
             scores = scores.masked_fill(scores < least, -math.inf)
+        if self.top_p is not None and self.top_p < 1:
+            ranked, order = scores.softmax(-1).sort(dim=-1, descending=True)
+            enough = ranked.cumsum(-1) - ranked >= self.top_p
+            scores = scores.masked_fill(torch.zeros_like(enough).scatter(-1, order, enough), -math.inf)
+        return scores
+
+    def draw(self, scores: Tensor) -> Tensor:
+        """(..., v) log-probabilities up to a constant -> (...) ids: with Gumbel noise the highest sum is a sample."""
         return (scores - torch.empty_like(scores).exponential_(generator=self.generator).log()).argmax(-1)
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """(..., v) -> (...) ids."""
+        return logits.argmax(-1) if self.temperature == 0 else self.draw(self.scores(logits))
+
+    def accept(self, draft: Tensor, draft_logits: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """How much of a draft stays, and the token behind it, so that both are distributed as `logits` alone say.
+
+        The rejection rule of speculative sampling (Leviathan and others 2023, algorithm 1): a drafted token of
+        probability q stays with probability min(1, p / q); in place of the first that does not comes one drawn from
+        max(p - q, 0), and behind a draft that stays whole, one drawn from p.
+
+        Args:
+            draft: (b, n), each token drawn by `choose` from its own draft_logits (b, n, v), which depend on no later
+                token.
+            logits: (b, n + 1, v) that decide.
+
+        Returns:
+            accepted (b,), 0 to n, and the next token (b,).
+        """
+        if self.temperature == 0:
+            wanted = logits.argmax(-1)
+            accepted = (draft == wanted[:, :-1]).long().cumprod(-1).sum(-1)
+            return accepted, wanted.gather(1, accepted.unsqueeze(-1)).squeeze(-1)
+        p, q = self.scores(logits).softmax(-1), self.scores(draft_logits).softmax(-1)
+        each_p, each_q = (t.gather(-1, draft.unsqueeze(-1)).squeeze(-1) for t in (p[:, :-1], q))
+        stays = torch.empty_like(each_p).uniform_(generator=self.generator) * each_q < each_p
+        accepted = stays.long().cumprod(-1).sum(-1)
+        at = accepted[:, None, None].expand(-1, 1, p.shape[-1])
+        p, q = p.gather(1, at).squeeze(1), F.pad(q, (0, 0, 0, 1)).gather(1, at).squeeze(1)
+        rest = (p - q).clamp(min=0)
+        # Where rounding leaves nothing of p - q, p and q are the same.
+        rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
+        return accepted, self.draw(rest.log())
 
 
 @dataclass(frozen=True)
@@ -460,11 +631,27 @@ def end_rows(new: Tensor, eos_token_id: int | None) -> tuple[Tensor, int]:
     return new.masked_fill(after, eos_token_id)[:, : int(lengths.max())], int(lengths.sum())
 
 
-def _check_ids(ids: Tensor, new: int) -> None:
+def _check_ids(ids: Tensor, new: int = 1) -> None:
     shape = tuple(ids.shape)
     _require(len(shape) == 2 and 0 not in shape, f"input_ids: found shape {shape}, expected (rows, tokens), none 0")
     _require(not ids.is_floating_point(), f"input_ids: found {ids.dtype}, expected integers")
     _require(new > 0, f"max_new_tokens: found {new}, expected at least 1")
+
+
+def _checked_mask(mask: Tensor | None, ids: Tensor, *, right: bool = False) -> Tensor | None:
+    """An attention mask as bool, None if it masks nothing. right: padding on the right is allowed, too."""
+    if mask is None:
+        return None
+    shape, expected = tuple(mask.shape), tuple(ids.shape)
+    _require(shape == expected, f"attention_mask: found shape {shape}, expected that of input_ids, {expected}")
+    text = mask.bool()
+    if text.all():
+        return None
+    _require(bool(text.any(-1).all()), "attention_mask: found a row without text, expected at least one token")
+    _require(right or bool(text[:, -1].all()), "attention_mask: found padding on the right, expected it on the left")
+    stretches = (text[:, 1:] & ~text[:, :-1]).sum(-1) + text[:, 0]
+    _require(bool((stretches == 1).all()), "attention_mask: found padding within text, expected it at the ends")
+    return text
 
 
 UNSUPPORTED = {
@@ -477,7 +664,22 @@ class NemotronHTwoTowerForCausalLM(PreTrainedModel):
     """The two towers, their heads and the time conditioning, under the names of the released checkpoint.
 
     `forward` is the context tower's next-token prediction. Text is written by `generate_mask_diffusion`,
-    `generate_mock_ar` or `generate_ar`, which are made of `prefill`, `denoise_block` and `extend`.
+    `generate_mock_ar`, `generate_ar` or `generate_speculative`, which are made of `prefill`, `denoise_block`, `extend`,
+    `verify` and `settle`.
+    `model.denoise_hidden = torch.compile(model.denoise_hidden)` compiles the denoiser's step, in one graph.
+
+    All that write share these arguments and results:
+        input_ids: (b, l) prompts, l >= 1.
+        max_new_tokens: any number from 1 on.
+        temperature, top_k, top_p: see `Sampling`.
+        eos_token_id: ends a row, while others go on; None writes on to `max_new_tokens`.
+        attention_mask: (b, l), 0 for padding on the left of prompts that are shorter than others; None: no padding.
+            Each row is written as if it were alone, up to rounding.
+        generator: random numbers for temperature > 0, on the device of the tower that decides on tokens. Without one
+            torch's own are used, seeded by `torch.manual_seed`. The same seed and batch give the same text.
+        returns: (b, l + n) ids with the prompts as they were given, n <= max_new_tokens the new tokens of the longest
+            row, ended rows padded with EOS. `last_generation` says what it took.
+        raises: ArgumentError, naming an argument out of range.
     """
 
     config_class = NemotronHConfig
@@ -542,27 +744,36 @@ class NemotronHTwoTowerForCausalLM(PreTrainedModel):
         self.context_lm_head.to(context_device)
         return self
 
+    def _read(self, input_ids: Tensor, text: Tensor | None) -> Tensor:
+        """Final hidden states (b, l, h) of the context tower, which keeps nothing. text: (b, l) bool, None: all."""
+        device, seen = self.context_tower.device, None
+        if text is not None and text[:, 0].all():
+            text = None  # padding on the right alone: nothing before it sees it
+        if text is not None:
+            text = text.to(device)
+            seen = ContextCache([], [], starts=text.int().argmax(-1)).seen(text.shape[1], device, causal=True)
+        how = Pass(causal=True, keep=True, seen=seen, text=text)
+        hidden = self.context_tower(input_ids, [None] * len(self.context_tower.layers), how)
+        return self.context_tower.norm_f(hidden)
+
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None,
         logits_to_keep: int = 0,
     ) -> CausalLMOutput:  # fmt: skip
-        """Next-token logits of the context tower, for scoring.
+        """Next-token logits of the context tower.
 
         Args:
             input_ids: (b, l) token ids.
-            attention_mask: (b, l), 1 for text; padding must stand on the right, where nothing before it sees it.
+            attention_mask: (b, l), 0 for padding on the left or the right.
             labels: (b, l) ids to score, shifted inside; -100 leaves a position out. The loss is in nats per token.
             logits_to_keep: give only that many last positions; 0 for all.
 
         Returns:
             logits (b, l, v) float32 (float64 of a float64 model), and the loss.
         """
-        _check_ids(input_ids, 1)
-        if attention_mask is not None:
-            right = bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
-            _require(right, "attention_mask: found text behind padding, expected padding on the right only")
-        hidden = self.context_tower(input_ids, [None] * len(self.context_tower.layers), keep=True)
-        logits = _wide(self.context_lm_head(self.context_tower.norm_f(hidden[:, -logits_to_keep:])))
+        _check_ids(input_ids)
+        hidden = self._read(input_ids, _checked_mask(attention_mask, input_ids, right=True))
+        logits = _wide(self.context_lm_head(hidden[:, -logits_to_keep:]))
         loss = None
         if labels is not None:
             _require(logits_to_keep == 0, f"logits_to_keep: found {logits_to_keep}, expected 0 with labels")
@@ -570,22 +781,88 @@ class NemotronHTwoTowerForCausalLM(PreTrainedModel):
         return CausalLMOutput(loss=loss, logits=logits)
 
     @torch.no_grad()
-    def prefill(self, input_ids: Tensor) -> ContextCache:
-        """Read a text (b, l), l >= 0, with the context tower."""
+    def score(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Log-probability of each token given those before it, under the context tower.
+
+        Args:
+            input_ids: (b, l) token ids.
+            attention_mask: (b, l), 0 for padding on the left or the right.
+
+        Returns:
+            (b, l) in nats, at most 0, float32 (float64 of a float64 model). The first token of a row, and padding, have
+            0, so that a row's sum is the log-likelihood of its text behind the first token.
+        """
+        _check_ids(input_ids)
+        text = _checked_mask(attention_mask, input_ids, right=True)
+        hidden = self._read(input_ids, text)[:, :-1].flatten(0, 1)
+        targets = input_ids[:, 1:].flatten().to(hidden.device)
+        # A part at a time: the logits of all positions would be the largest tensor by far.
+        parts = [
+            -F.cross_entropy(_wide(self.context_lm_head(some)), wanted, reduction="none")
+            for some, wanted in zip(hidden.split(SCORED_TOGETHER), targets.split(SCORED_TOGETHER), strict=True)
+        ]
+        scores = torch.cat(parts) if parts else hidden.new_zeros(0)
+        scores = F.pad(scores.view(len(input_ids), -1), (1, 0)).to(input_ids.device)
+        return scores if text is None else scores * (text & text.roll(1, dims=1))
+
+    @torch.no_grad()
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> ContextCache:
+        """Read texts (b, l), l >= 0, with the context tower. attention_mask: (b, l), 0 for padding on the left."""
         context = self.context_tower.states()
         together = self.context_tower.device == self.denoiser_tower.device
         cache = ContextCache(context, context if together else self.context_tower.states())
-        return self.extend(cache, input_ids) if input_ids.shape[1] else cache
+        if input_ids.shape[1] == 0:
+            return cache
+        text = None
+        if attention_mask is not None and not attention_mask.all():
+            text = attention_mask.bool().to(self.context_tower.device)
+            cache.starts = input_ids.shape[1] - text.sum(-1)
+        return self._extend(cache, input_ids, text)
 
     @torch.no_grad()
     def extend(self, cache: ContextCache, ids: Tensor) -> ContextCache:
         """Read further ids (b, l), l >= 1, behind what the cache holds. Changes the cache and returns it."""
-        hidden = self.context_tower(ids, cache.context, keep=True)
-        cache.hidden, cache.length = self.context_tower.norm_f(hidden[:, -1]), cache.length + ids.shape[1]
+        return self._extend(cache, ids, None)
+
+    def _extend(self, cache: ContextCache, ids: Tensor, text: Tensor | None) -> ContextCache:
+        assert cache.ends is None, "rows of different ends are extended by `verify` and `settle`"
+        seen = cache.seen(ids.shape[1], self.context_tower.device, causal=True)
+        hidden = self.context_tower(ids, cache.context, Pass(causal=True, keep=True, seen=seen, text=text))
+        cache.hidden = self.context_tower.norm_f(hidden[:, -1])
+        start, cache.length = cache.length, cache.length + ids.shape[1]
+        return self._mirrored(cache, start)
+
+    def _mirrored(self, cache: ContextCache, start: int) -> ContextCache:
         if cache.denoiser is not cache.context:
             for source, target in zip(cache.context, cache.denoiser, strict=True):
-                _mirror(source, target, self.denoiser_tower.device)
+                _mirror(source, target, self.denoiser_tower.device, start)
         return cache
+
+    @torch.no_grad()
+    def verify(self, cache: ContextCache, ids: Tensor) -> Tensor:
+        """Next-token logits (b, l, v) behind each of further ids (b, l), which the cache holds back until `settle`."""
+        seen = cache.seen(ids.shape[1], self.context_tower.device, causal=True)
+        hidden = self.context_tower(ids, cache.context, Pass(causal=True, keep=False, seen=seen))
+        return self.context_lm_head(self.context_tower.norm_f(hidden))
+
+    @torch.no_grad()
+    def settle(self, cache: ContextCache, counts: Tensor, verified: int) -> ContextCache:
+        """Take up the first `counts` (b,) of the `verified` ids that `verify` has read last, as if only those had been
+        read, and forget the others. Changes the cache and returns it; `hidden` is not kept."""
+        device = self.context_tower.device
+        counts = counts.to(device)
+        before = cache.ends if cache.ends is not None else torch.full_like(counts, cache.length)
+        ends = before + counts
+        (first, _), (least, length) = (t.aminmax() for t in (before, ends))
+        for state in cache.context:
+            if isinstance(state, KeyValues):
+                if cache.ends is not None:
+                    state.pull(before, verified)
+                state.length = int(length)
+            elif isinstance(state, MambaState):
+                state.settle(counts)
+        cache.length, cache.ends, cache.hidden = int(length), None if least == length else ends, None
+        return self._mirrored(cache, int(first))
 
     @torch.no_grad()
     def denoise_block(self, block_ids: Tensor, t: Tensor | None, cache: ContextCache) -> Tensor:
@@ -598,14 +875,23 @@ class NemotronHTwoTowerForCausalLM(PreTrainedModel):
         Returns:
             (b, s, v) logits of the tokens at these same positions, in the model's dtype.
         """
+        return self.lm_head(self.denoise_hidden(block_ids, t, cache))
+
+    @torch.no_grad()
+    def denoise_hidden(self, block_ids: Tensor, t: Tensor | None, cache: ContextCache) -> Tensor:
+        """`denoise_block` before the head: final hidden states (b, s, h)."""
         modulations = None
         if t is not None:
             rounded = t.bfloat16() if self.round_time_to_bf16 else t
             features = time_features(rounded.to(self.denoiser_tower.device)).to(self.lm_head.weight.dtype)
-            conditioning = self.t_block(self.t_embedder["mlp"](features))
-            modulations = [conditioning + table.flatten() for table in self.scale_shift_tables]
-        hidden = self.denoiser_tower(block_ids, cache.denoiser, keep=False, modulations=modulations)
-        return self.lm_head(self.denoiser_tower.norm_f(hidden))
+            conditioning = self.t_block(self.t_embedder["mlp"](features)).unflatten(-1, (3, -1)).transpose(0, 1)
+            tables = torch.stack(list(self.scale_shift_tables))
+            modulations = (tables.unsqueeze(2) + conditioning).unsqueeze(3)
+            modulations[:, 1] += 1
+        seen = cache.seen(block_ids.shape[1], self.denoiser_tower.device, causal=False)
+        how = DENOISE if seen is None else Pass(causal=False, keep=False, seen=seen)
+        hidden = self.denoiser_tower(block_ids, cache.denoiser, how, modulations=modulations)
+        return self.denoiser_tower.norm_f(hidden)
 
     def _fill_block(
         self, cache: ContextCache, done: Tensor, settings: BlockSettings, number: int
@@ -617,10 +903,16 @@ class NemotronHTwoTowerForCausalLM(PreTrainedModel):
         for step in range(settings.steps):
             if not masked.any():
                 break
-            logits = _wide(self.denoise_block(ids, masked.float().mean(-1), cache))
-            logits[..., settings.mask_token_id] = -math.inf
-            chosen = settings.sampling.choose(logits)
-            confidence = (logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)).exp()
+            hidden = self.denoise_hidden(ids, masked.float().mean(-1), cache)
+            # Of the positions that are still masked alone: the head is the largest matrix of the pass.
+            logits = _wide(self.lm_head(hidden[masked]))
+            logits[:, settings.mask_token_id] = -math.inf
+            best = settings.sampling.choose(logits)
+            sure = (logits.gather(-1, best.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)).exp()
+            chosen, confidence = (
+                ids.masked_scatter(masked, best),
+                sure.new_zeros(ids.shape).masked_scatter(masked, sure),
+            )
             steps_left = settings.steps - step
             now = commit(masked, confidence, threshold=settings.threshold, steps_left=steps_left)
             passes, row_passes = passes + 1, row_passes + masked.any(-1)
@@ -634,41 +926,29 @@ class NemotronHTwoTowerForCausalLM(PreTrainedModel):
         self, input_ids: Tensor, max_new_tokens: int = 128, block_size: int = 16, steps_per_block: int = 16,
         mask_token_id: int = 3, temperature: float = 0.0, top_k: int | None = None,
         confidence_threshold: float = 0.9, eos_token_id: int | None = None, *,
+        attention_mask: Tensor | None = None, top_p: float | None = None,
         generator: torch.Generator | None = None, on_step: OnStep | None = None,
     ) -> Tensor:  # fmt: skip
-        """Write block after block with the denoiser, each from all masks to none.
+        """Write block after block with the denoiser, each from all masks to none. See the class for the rest.
 
         A step predicts every masked token of the block, greedily or sampled, and commits those it is most sure of by
         the untempered probability (see `commit`); what is committed stays. t is each row's masked fraction. The mask
-        token is never chosen. Rows stop by themselves.
+        token is never chosen. Rows stop by themselves. The last block is filled whole and cut.
 
         Args:
-            input_ids: (b, l) prompts of one length, l >= 1.
-            max_new_tokens: any number; the last block is filled whole and cut.
             steps_per_block: passes of the denoiser that a block takes at most.
             confidence_threshold: every token that is more probable than this is committed at once.
-            eos_token_id: ends a row; None writes on to `max_new_tokens`.
-            generator: random numbers for temperature > 0, on the denoiser's device.
             on_step: called after every step, see `OnStep`.
-
-        Returns:
-            ids (b, l + new), prompts included, ended rows padded with EOS. `last_generation` says what it took.
-
-        Raises:
-            ArgumentError: an argument out of range.
         """
         started = time.perf_counter()
-        _check_ids(input_ids, max_new_tokens)
-        vocabulary = self.config.vocab_size
-        in_range = 0 <= mask_token_id < vocabulary
-        _require(in_range, f"mask_token_id: found {mask_token_id}, expected 0 to {vocabulary - 1}")
-        sampling = Sampling(temperature, top_k, generator)
+        self._check_arguments(input_ids, max_new_tokens, eos_token_id, mask_token_id)
+        sampling = Sampling(temperature, top_k, generator, top_p)
         settings = BlockSettings(block_size, steps_per_block, mask_token_id, confidence_threshold, sampling, on_step)
         device = self.denoiser_tower.device
         done = torch.zeros(len(input_ids), dtype=torch.bool, device=device)
         blocks: list[Tensor] = []
         passes, row_passes = 0, torch.zeros(len(input_ids), dtype=torch.int64, device=device)
-        cache = self.prefill(input_ids)
+        cache = self.prefill(input_ids, _checked_mask(attention_mask, input_ids))
         for number in range(-(-max_new_tokens // block_size)):
             if blocks:
                 self.extend(cache, blocks[-1])
@@ -685,9 +965,15 @@ class NemotronHTwoTowerForCausalLM(PreTrainedModel):
         self.last_generation = GenerationStats(passes, int(row_passes.sum()), count, time.perf_counter() - started)
         return output
 
+    def _check_arguments(self, ids: Tensor, new: int, eos_token_id: int | None, mask_token_id: int = 0) -> None:
+        _check_ids(ids, new)
+        last = self.config.vocab_size - 1
+        for name, value in (("mask_token_id", mask_token_id), ("eos_token_id", eos_token_id)):
+            _require(value is None or 0 <= value <= last, f"{name}: found {value}, expected 0 to {last}")
+
     def _one_by_one(
         self, predict: Callable[[Tensor | None], Tensor], input_ids: Tensor, max_new_tokens: int,
-        sampling: Sampling, eos_token_id: int | None, started: float,
+        sampling: Sampling, eos_token_id: int | None, on_tokens: OnTokens | None, started: float,
     ) -> Tensor:  # fmt: skip
         """`predict` takes the token (b, 1) chosen last (None at first) and gives next-token logits (b, v)."""
         tokens: list[Tensor] = []
@@ -696,6 +982,8 @@ class NemotronHTwoTowerForCausalLM(PreTrainedModel):
             row_passes += int((~done).sum())
             token = sampling.choose(predict(tokens[-1] if tokens else None)).unsqueeze(-1).to(done.device)
             tokens.append(token if eos_token_id is None else token.masked_fill(done, eos_token_id))
+            if on_tokens is not None:
+                on_tokens(tokens[-1], ~done)
             if eos_token_id is not None:
                 done = done | (tokens[-1] == eos_token_id)
                 if done.all():
@@ -707,17 +995,18 @@ class NemotronHTwoTowerForCausalLM(PreTrainedModel):
     @torch.no_grad()
     def generate_mock_ar(
         self, input_ids: Tensor, max_new_tokens: int = 128, temperature: float = 0.0, top_k: int | None = None,
-        eos_token_id: int | None = None, *, generator: torch.Generator | None = None,
+        eos_token_id: int | None = None, *, attention_mask: Tensor | None = None, top_p: float | None = None,
+        generator: torch.Generator | None = None, on_tokens: OnTokens | None = None,
     ) -> Tensor:  # fmt: skip
         """Write token by token with the denoiser as a next-token model, without time conditioning or modulation.
 
         It is fed the last token alone, beside the context tower's states before that token. A denoiser whose weights
-        are the context tower's then writes what `generate_ar` writes. Arguments, returns and errors are those of
-        `generate_mask_diffusion`.
+        are the context tower's then writes what `generate_ar` writes. See the class for the rest.
         """
         started = time.perf_counter()
-        _check_ids(input_ids, max_new_tokens)
-        cache, last = self.prefill(input_ids[:, :-1]), input_ids[:, -1:]
+        self._check_arguments(input_ids, max_new_tokens, eos_token_id)
+        text = _checked_mask(attention_mask, input_ids)
+        cache, last = self.prefill(input_ids[:, :-1], None if text is None else text[:, :-1]), input_ids[:, -1:]
 
         def predict(token: Tensor | None) -> Tensor:
             nonlocal last
@@ -726,27 +1015,114 @@ class NemotronHTwoTowerForCausalLM(PreTrainedModel):
                 last = token
             return self.denoise_block(last, None, cache)[:, -1]
 
-        sampling = Sampling(temperature, top_k, generator)
-        return self._one_by_one(predict, input_ids, max_new_tokens, sampling, eos_token_id, started)
+        sampling = Sampling(temperature, top_k, generator, top_p)
+        return self._one_by_one(predict, input_ids, max_new_tokens, sampling, eos_token_id, on_tokens, started)
 
     @torch.no_grad()
     def generate_ar(
         self, input_ids: Tensor, max_new_tokens: int = 128, temperature: float = 0.0, top_k: int | None = None,
-        eos_token_id: int | None = None, *, generator: torch.Generator | None = None,
+        eos_token_id: int | None = None, *, attention_mask: Tensor | None = None, top_p: float | None = None,
+        generator: torch.Generator | None = None, on_tokens: OnTokens | None = None,
     ) -> Tensor:  # fmt: skip
-        """Write token by token with the context tower and its own head, cached.
+        """Write token by token with the context tower and its own head, cached. See the class for the rest.
 
-        Arguments, returns and errors are those of `generate_mask_diffusion`; the generator is on the context tower's
-        device, and the passes are the context tower's (the first token comes from the prefill).
+        The passes are the context tower's, the prefill one of them: the first token comes from it.
         """
         started = time.perf_counter()
-        _check_ids(input_ids, max_new_tokens)
-        cache = self.prefill(input_ids)
+        self._check_arguments(input_ids, max_new_tokens, eos_token_id)
+        cache = self.prefill(input_ids, _checked_mask(attention_mask, input_ids))
 
         def predict(token: Tensor | None) -> Tensor:
             if token is not None:
                 self.extend(cache, token)
             return self.context_lm_head(cache.hidden)
 
-        sampling = Sampling(temperature, top_k, generator)
-        return self._one_by_one(predict, input_ids, max_new_tokens, sampling, eos_token_id, started)
+        sampling = Sampling(temperature, top_k, generator, top_p)
+        return self._one_by_one(predict, input_ids, max_new_tokens, sampling, eos_token_id, on_tokens, started)
+
+    @torch.no_grad()
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, max_new_tokens: int = 128,
+        do_sample: bool = False, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+        eos_token_id: int | None = None, generator: torch.Generator | None = None,
+        on_tokens: OnTokens | None = None,
+    ) -> Tensor:  # fmt: skip
+        """`generate_ar`, its arguments named and preset as in `transformers`. Without an EOS, the configuration's."""
+        if eos_token_id is None and isinstance(self.config.eos_token_id, int):
+            eos_token_id = self.config.eos_token_id
+        return self.generate_ar(
+            input_ids, max_new_tokens, temperature if do_sample else 0.0, top_k, eos_token_id,
+            attention_mask=attention_mask, top_p=top_p, generator=generator, on_tokens=on_tokens,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def generate_speculative(
+        self, input_ids: Tensor, max_new_tokens: int = 128, block_size: int = 16, draft_steps: int = 1,
+        mask_token_id: int = 3, temperature: float = 0.0, top_k: int | None = None,
+        eos_token_id: int | None = None, *, attention_mask: Tensor | None = None, top_p: float | None = None,
+        generator: torch.Generator | None = None, on_tokens: OnTokens | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Write what `generate_ar` writes, in fewer passes of the context tower. See the class for the rest.
+
+        The denoiser drafts a block behind the last token; the context tower reads both in one pass, and keeps the
+        longest prefix that it accepts (see `Sampling.accept`) and a token of its own. Its states go back to there.
+        Greedy, the ids are those of `generate_ar` (up to ties within rounding); sampled, their distribution is.
+
+        Args:
+            block_size: tokens that the denoiser sees, the last of the text and the drafted ones; at least 2.
+            draft_steps: passes of the denoiser to a block. Each fixes the next tokens from the left, an equal share.
+        """
+        started = time.perf_counter()
+        self._check_arguments(input_ids, max_new_tokens, eos_token_id, mask_token_id)
+        _require(block_size > 1, f"block_size: found {block_size}, expected at least 2")
+        steps_fit = 0 < draft_steps < block_size
+        _require(steps_fit, f"draft_steps: found {draft_steps}, expected 1 to block_size - 1, {block_size - 1}")
+        sampling, device = Sampling(temperature, top_k, generator, top_p), self.context_tower.device
+        text = _checked_mask(attention_mask, input_ids)
+        cache = self.prefill(input_ids[:, :-1], None if text is None else text[:, :-1])
+        last, rows = input_ids[:, -1:].to(device, torch.int64), len(input_ids)
+        new = torch.zeros(rows, max_new_tokens + block_size, dtype=torch.int64, device=device)
+        lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        done, steps = torch.zeros_like(lengths, dtype=torch.bool), torch.arange(block_size, device=device)
+        passes = row_passes = kept = 0
+        while not done.all():
+            draft, draft_logits = self._draft(cache, last, block_size, draft_steps, mask_token_id, sampling)
+            logits = self.verify(cache, torch.cat([last, draft], dim=1))
+            accepted, own = sampling.accept(draft, draft_logits, logits)
+            ids = F.pad(draft, (0, 1)).scatter(1, accepted.unsqueeze(-1), own.unsqueeze(-1))
+            counts = (accepted + 1).masked_fill(done, 0)
+            self.settle(cache, counts, block_size)
+            is_new = (steps < counts.unsqueeze(-1)) & (lengths.unsqueeze(-1) + steps < max_new_tokens)
+            if eos_token_id is not None:
+                ended = (ids == eos_token_id).long()
+                is_new = is_new & (ended.cumsum(-1) - ended == 0)
+            added = is_new.sum(-1)
+            # What stands behind a row's new tokens is overwritten by its next ones, or cut at the end.
+            columns = lengths.unsqueeze(-1) + steps
+            new = torch.where(done.unsqueeze(-1), new, new.scatter(1, columns, ids))
+            passes, row_passes, kept = passes + 1, row_passes + int((~done).sum()), kept + int(accepted[~done].sum())
+            if on_tokens is not None:
+                on_tokens(ids, is_new)
+            lengths, last = lengths + added, own.unsqueeze(-1)
+            done = done | (added < counts) | (lengths == max_new_tokens)
+            if eos_token_id is not None:
+                done = done | (own == eos_token_id)
+        new, count = end_rows(new[:, :max_new_tokens], eos_token_id)
+        seconds = time.perf_counter() - started
+        self.last_generation = GenerationStats(passes, row_passes, count, seconds, passes * draft_steps, kept)
+        return torch.cat([input_ids, new.to(input_ids.device)], dim=1)
+
+    def _draft(
+        self, cache: ContextCache, last: Tensor, block_size: int, steps: int, mask_token_id: int, sampling: Sampling
+    ) -> tuple[Tensor, Tensor]:
+        """Drafted ids (b, s - 1) behind the last one (b, 1), and the logits (b, s - 1, v) that each was drawn from."""
+        count, all_logits = block_size - 1, []
+        ids = torch.cat([last, last.new_full((len(last), count), mask_token_id)], dim=1)
+        for step in range(steps):
+            start, stop = 1 + step * count // steps, 1 + (step + 1) * count // steps
+            t = torch.full((len(ids),), (block_size - start) / block_size, device=ids.device)
+            logits = self.denoise_block(ids, t, cache)[:, start:stop].to(ids.device)
+            logits[..., mask_token_id] = -math.inf
+            ids[:, start:stop] = sampling.choose(logits)
+            all_logits.append(logits)
+        return ids[:, 1:], torch.cat(all_logits, dim=1)

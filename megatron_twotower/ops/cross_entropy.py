@@ -70,8 +70,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        scaled = (grad * grad_weight).to(ctx.weight_dtype)
-        return grad_hidden * grad.to(grad_hidden.dtype), scaled, None, None, None, None
+        # In place: a second one of the size of the head would be as large as all else together. Autograd refuses a
+        # second backward pass of its own accord, since what it saved has changed.
+        scaled = grad_weight.mul_(grad).to(ctx.weight_dtype)
+        return grad_hidden.mul_(grad.to(grad_hidden.dtype)), scaled, None, None, None, None
 
 
 def linear_cross_entropy(

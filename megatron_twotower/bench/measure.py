@@ -1,0 +1,221 @@
+"""Time and peak memory of pieces of work, on the host or on CUDA, and the facts of the machine they ran on.
+
+The only room of the benchmarks that knows which device there is.
+"""
+
+import ctypes
+import gc
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+
+from megatron_twotower import host
+from megatron_twotower.records import UserError
+
+# Rounds that are counted at least, however long one takes.
+FEWEST_ROUNDS = 3
+# Share of the free memory that a case may be expected to fill.
+FILLABLE = 0.85
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to do a job, in stages that are timed apart and run in order."""
+
+    name: str
+    stages: Mapping[str, Callable[[], Any]]
+
+    def run(self) -> None:
+        for stage in self.stages.values():
+            stage()
+
+
+def synchronize() -> None:
+    """Wait for the device, so that a clock read next means something."""
+    if not host.is_host():
+        torch.cuda.synchronize()
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    synchronize()
+    started = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - started
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one case, by stage, one entry per counted round; and what they come to."""
+
+    stages: Mapping[str, Sequence[float]]
+
+    @property
+    def totals(self) -> list[float]:
+        return [sum(each) for each in zip(*self.stages.values(), strict=True)]
+
+    def figures(self) -> dict[str, Any]:
+        """For JSON: medians and minima in seconds."""
+        return {
+            "median_seconds": statistics.median(self.totals), "minimum_seconds": min(self.totals),
+            "stage_seconds": {name: statistics.median(found) for name, found in self.stages.items()},
+            "rounds": len(self.totals),
+        }  # fmt: skip
+
+
+def in_turns(cases: Sequence[Case], *, repeats: int, budget_seconds: float) -> dict[str, Times]:
+    """Every case once per round, after a round that is not counted.
+
+    Args:
+        repeats: rounds that count, or fewer where they would take longer than `budget_seconds`, but at least
+            `FEWEST_ROUNDS` (or `repeats`).
+    """
+    found: dict[str, dict[str, list[float]]] = {case.name: {stage: [] for stage in case.stages} for case in cases}
+    started, rounds = time.perf_counter(), repeats
+    done = -1
+    while done < rounds:
+        for case in cases:
+            for name, stage in case.stages.items():
+                found[case.name][name].append(seconds(stage))
+        done += 1
+        if done == 0:
+            fitting = int(budget_seconds / max(time.perf_counter() - started, 1e-9))
+            rounds = min(repeats, max(FEWEST_ROUNDS, fitting))
+    return {name: Times({stage: values[1:] for stage, values in by.items()}) for name, by in found.items()}
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+def _own_memory(field: str) -> int:
+    """Bytes of a field of this process's status: VmRSS, what is resident, or VmHWM, the most that was."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024
+
+
+def _forget_the_past() -> None:
+    """Give freed memory back, and let the high-water mark start anew where that is permitted."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return  # the mark so far then counts too: in a fresh process that is no more than was resident
+
+
+def extra_peak_bytes(work: Callable[[], Any]) -> int:
+    """How much memory the work needs at its peak, beyond what is held before it. On the host: resident memory."""
+    if host.is_host():
+        _forget_the_past()
+        before = _own_memory("VmRSS")
+        work()
+        return max(0, _own_memory("VmHWM") - before)
+    synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    work()
+    synchronize()
+    return torch.cuda.max_memory_allocated() - held
+
+
+def fillable_bytes() -> int:
+    """Memory that a case may be expected to fill."""
+    free = psutil.virtual_memory().available if host.is_host() else torch.cuda.mem_get_info()[0]
+    return int(FILLABLE * free)
+
+
+def apart(function: Callable[..., int], *arguments: Any, preload: str) -> int:
+    """The result of a function in a process of its own; where there is CUDA, whose allocator counts, in this one.
+
+    Args:
+        preload: module that such processes have imported when they start.
+
+    Raises:
+        UserError: the process was ended before it was done, as the kernel does where memory runs out.
+    """
+    if not host.is_host():
+        return function(*arguments)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([preload])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, function, arguments))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError as error:
+        process.join()
+        what = f"{function.__name__}{arguments}"
+        raise UserError(f"{what}: its process ended with status {process.exitcode}, expected a figure") from error
+    finally:
+        process.join()
+
+
+def _send(sender: Any, function: Callable[..., int], arguments: tuple[Any, ...]) -> None:
+    sender.send(function(*arguments))
+    sender.close()
+
+
+# --- the machine, and the files ------------------------------------------------------------------------------------
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
+def commit() -> str | None:
+    """The commit of the source tree, with `+` behind it where files differ; None outside a repository."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def machine() -> dict[str, Any]:
+    """Where figures were measured: for JSON, and for the line under a table."""
+    return {
+        "device": "cpu" if host.is_host() else torch.cuda.get_device_name(),
+        "processor": _processor(), "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1), "torch": torch.__version__,
+        "commit": commit(),
+    }  # fmt: skip
+
+
+def wide_console() -> Console:
+    """The terminal as it is; into a file or a pipe, wide enough for whole tables."""
+    return Console() if sys.stdout.isatty() else Console(width=150)
+
+
+def machine_line(facts: Mapping[str, Any]) -> str:
+    where = facts["processor"] if facts["device"] == "cpu" else facts["device"]
+    return f"{where}, {facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}"
+
+
+def write_files(folder: Path, name: str, figures: Mapping[str, Any], picture: bytes | None) -> None:
+    """`name`.json and, where there is one, `name`.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
+    if picture is not None:
+        (folder / f"{name}.png").write_bytes(picture)

@@ -1,0 +1,355 @@
+"""Tokenised WebDataset shards with a side index, and random access to them.
+
+A prepared folder:
+
+    tokenizer/              the tokenizer the ids belong to
+    train/index.json        totals, and a table of the shards: file, bytes, checksum, documents, tokens
+    train/starts.npy        (documents + 1,) int64: where each document begins in the stream of all ids
+    train/offsets.npy       (documents,) int64: the byte of its shard at which its ids begin
+    train/shard-00000.tar   one `KEY.tokens.npy` (ids) and one `KEY.json` per document
+    validation/...          documents held out, the same form
+    summary.json            what `prepare` returned
+    provenance.json         what it was prepared from, and by which versions
+
+Plain `webdataset` streams the shards; `Corpus` reads any stretch of tokens without unpacking them. Opening one costs as
+much as reading the table of shards: the arrays are memory maps, so neither time nor memory grows with the documents.
+"""
+
+import hashlib
+import io
+import json
+import tarfile
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import webdataset
+
+from megatron_twotower.data import remote
+from megatron_twotower.data.documents import TRAIN, VALIDATION
+from megatron_twotower.records import UserError
+
+__all__ = ["INDEX_FILE", "TRAIN", "VALIDATION", "Corpus", "Sample", "Shard", "write_index", "write_shard"]
+
+INDEX_FILE = "index.json"
+STARTS_FILE, OFFSETS_FILE = "starts.npy", "offsets.npy"
+INDEX_VERSION = 2
+CACHED_SHARDS = 64  # of remote shards, on disk
+
+TOKENS_SUFFIX = "tokens.npy"
+_OPEN_SHARDS = 64  # memory maps a corpus keeps, each of which holds a file descriptor
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+class Sample(NamedTuple):
+    """A document as a shard holds it. tokens: (n,) ids, BOS and EOS included; bytes: of its text in UTF-8."""
+
+    name: str
+    bytes: int
+    tokens: np.ndarray
+
+
+class Shard(NamedTuple):
+    """A row of the index. file: beside the index, or a URL."""
+
+    file: str
+    bytes: int
+    sha256: str
+    documents: int
+    tokens: int
+
+
+def write_shard(path: Path, samples: Iterable[Sample], *, first: int) -> tuple[str, np.ndarray, np.ndarray]:
+    """Write one tar; members are named by document number from `first`. Returns its SHA-256, offsets and lengths."""
+    lengths = []
+    with open(path, "wb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:
+        for number, sample in enumerate(samples, start=first):
+            array = io.BytesIO()
+            np.lib.format.write_array(array, sample.tokens, version=(1, 0))
+            about = {"name": sample.name, "tokens": len(sample.tokens), "bytes": sample.bytes}
+            writer.write(
+                {"__key__": f"{number:09d}", "json": json.dumps(about).encode(), TOKENS_SUFFIX: array.getvalue()}
+            )
+            lengths.append(len(sample.tokens))
+    offsets = [offset for _, offset, _ in token_members(path)]
+    return checksum(path), np.array(offsets, dtype=np.int64), np.array(lengths, dtype=np.int64)
+
+
+def token_members(path: Path) -> Iterator[tuple[str, int, tuple[int, np.dtype]]]:
+    """(key, byte at which its ids begin, (how many, dtype)) of each document in a shard, read from the tar alone.
+
+    Errors: `ValueError` or `tarfile.TarError` where the shard is no tar of token arrays.
+    """
+    with open(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+        for member in tar:
+            if member.name.endswith("." + TOKENS_SUFFIX):
+                stream.seek(member.offset_data)
+                np.lib.format.read_magic(stream)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+                yield member.name.removesuffix("." + TOKENS_SUFFIX), stream.tell(), (int(np.prod(shape)), dtype)
+
+
+def checksum(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_index(
+    folder: Path,
+    *,
+    header: dict[str, Any],
+    shards: Sequence[Shard],
+    arrays: Iterable[tuple[np.ndarray, np.ndarray]],
+) -> None:
+    """Write the index of a split folder. header: what `Corpus` needs beside the shards; arrays: (offsets, lengths) of
+    the documents of each shard, in order, of which one pair is held at a time."""
+    documents = sum(shard.documents for shard in shards)
+    files = {STARTS_FILE: documents + 1, OFFSETS_FILE: documents}
+    # Plain writes: through a memory map, a full disk is not an error but the end of the process (SIGBUS).
+    with open(folder / STARTS_FILE, "wb") as starts, open(folder / OFFSETS_FILE, "wb") as offsets:
+        for stream, size in zip((starts, offsets), files.values(), strict=True):
+            header_1_0 = {"descr": "<i8", "fortran_order": False, "shape": (size,)}
+            np.lib.format.write_array_header_1_0(stream, header_1_0)
+        end = 0
+        starts.write(np.zeros(1, dtype="<i8").tobytes())
+        for places, lengths in arrays:
+            ends = end + np.cumsum(lengths)
+            starts.write(ends.astype("<i8").tobytes())
+            offsets.write(places.astype("<i8").tobytes())
+            end = int(ends[-1])
+    index = {**header, "arrays": {name: checksum(folder / name) for name in files}}
+    rows = ",\n  ".join(json.dumps(shard._asdict(), separators=(",", ":")) for shard in shards)
+    head = json.dumps(index, indent=1).removesuffix("\n}")
+    (folder / INDEX_FILE).write_text(f'{head},\n "shards": [\n  {rows}\n ]\n}}\n')
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """An opened split: the ids of all its documents as one stream, in memory-mapped shards. Threads may share it.
+
+    folder: a path, or a URL (str). total_bytes, total_characters: of the text the ids came from (UTF-8), without BOS
+    and EOS. bos_token_id, eos_token_id: what each document begins and ends with, None where nothing was added.
+    offsets: (documents,) int64 bytes into its shard; starts: (documents + 1,) int64 position in the stream: both memory
+    maps. first_documents, first_tokens: (shards + 1,) int64, where each shard begins.
+    """
+
+    folder: Path | str
+    vocab_size: int
+    tokenizer_fingerprint: str
+    total_tokens: int
+    total_bytes: int
+    total_characters: int
+    bos_token_id: int | None
+    eos_token_id: int | None
+    dtype: np.dtype
+    arrays: dict[str, str]
+    shards: tuple[Shard, ...] = field(repr=False)
+    offsets: np.ndarray = field(repr=False)
+    starts: np.ndarray = field(repr=False)
+    first_documents: np.ndarray = field(repr=False)
+    first_tokens: np.ndarray = field(repr=False)
+    verify_shards: bool
+    cache: Path
+    _maps: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    _faults: dict[int, str | None] = field(default_factory=dict, repr=False, compare=False)
+    _lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path | str,
+        *,
+        verify: bool = False,
+        damaged: Literal["stop", "skip"] = "stop",
+        verify_shards: bool = False,
+        cache: Path | None = None,
+    ) -> "Corpus":
+        """Open a split folder, or a URL of one (`remote.join` says how file names are put into it).
+
+        With `damaged="stop"` every local shard must be there in full, and with `verify` have the indexed checksum; with
+        "skip" no shard is looked at before it is read, and the caller asks `check_shard`. With `verify_shards` a local
+        shard's checksum is compared when it is first read. Remote shards are fetched into `cache` when they are first
+        read, at most `CACHED_SHARDS` of them, and always compared.
+
+        Errors: `UserError` naming the index or the shard, what was found and what was expected.
+        """
+        corpus = _open_corpus(folder, verify_shards=verify_shards, cache=cache or remote.cache_folder())
+        if damaged == "stop":
+            for number in range(len(corpus.shards)):
+                fault = corpus.check_shard(number) if verify else corpus._misses(number)
+                if fault:
+                    raise UserError(fault)
+        return corpus
+
+    @property
+    def documents(self) -> int:
+        return len(self.offsets)
+
+    def tokens(self, start: int, count: int) -> np.ndarray:
+        """(count,) int64 ids from position `start` of the stream, across documents and shards."""
+        assert 0 <= start <= start + count <= self.total_tokens, (start, count, self.total_tokens)
+        result = np.empty(count, dtype=np.int64)
+        if count == 0:
+            return result
+        first = int(self.starts.searchsorted(start, side="right")) - 1
+        last = int(self.starts.searchsorted(start + count, side="left"))
+        offsets = self.offsets[first:last].tolist()
+        starts = self.starts[first : last + 1].tolist()
+        shards = (self.first_documents.searchsorted(np.arange(first, last), side="right") - 1).tolist()
+        for number, offset, begin, end in zip(shards, offsets, starts, starts[1:], strict=False):
+            low, high = max(begin, start), min(end, start + count)
+            result[low - start : high - start] = self._ids(number, offset, end - begin)[low - begin : high - begin]
+        return result
+
+    def document(self, number: int) -> np.ndarray:
+        """(tokens,) ids of one document, BOS and EOS included: a read-only view of its shard, in `dtype`."""
+        length = int(self.starts[number + 1] - self.starts[number])
+        return self._ids(self._shard_of_document(number), int(self.offsets[number]), length)
+
+    def shard_of(self, position: int) -> int:
+        """Number of the shard that holds position `position` of the stream."""
+        assert 0 <= position < self.total_tokens, (position, self.total_tokens)
+        return self._shard_of_document(int(self.starts.searchsorted(position, side="right")) - 1)
+
+    def check_shard(self, number: int) -> str | None:
+        """None, or in one line what is wrong with a shard: size and checksum, compared once and remembered."""
+        with self._lock:
+            if number not in self._faults:
+                self._faults[number] = self._fault(number)
+            return self._faults[number]
+
+    def local_shard(self, number: int) -> Path:
+        """The file of a shard, fetched where it is remote. Errors: `UserError` when it cannot be."""
+        shard = self.shards[number]
+        if isinstance(self.folder, Path) and not remote.is_url(shard.file):
+            return self.folder / shard.file
+        folder = self.cache / "shards"
+        path = remote.fetch(remote.join(str(self.folder), shard.file), sha256=shard.sha256, folder=folder)
+        remote.trim(folder, keep=CACHED_SHARDS)
+        return path
+
+    def _shard_of_document(self, number: int) -> int:
+        return int(self.first_documents.searchsorted(number, side="right")) - 1
+
+    def _ids(self, shard: int, offset: int, length: int) -> np.ndarray:
+        data = self._maps.get(shard)
+        if data is None:
+            data = self._map(shard)
+        size = length * self.dtype.itemsize
+        if not 0 <= offset <= offset + size <= len(data):
+            raise UserError(
+                f"{self.folder}/{OFFSETS_FILE}: found ids at {offset} to {offset + size} of {self.shards[shard].file}, "
+                f"expected at most {len(data)}"
+            )
+        return data[offset : offset + size].view(self.dtype)
+
+    def _map(self, number: int) -> np.ndarray:
+        with self._lock:
+            if number not in self._maps:
+                fault = self.check_shard(number) if self.verify_shards else self._misses(number)
+                if fault:
+                    raise UserError(fault)
+                while len(self._maps) >= _OPEN_SHARDS:
+                    del self._maps[next(iter(self._maps))]  # the oldest
+                self._maps[number] = np.memmap(self.local_shard(number), dtype=np.uint8, mode="r").view(np.ndarray)
+            return self._maps[number]
+
+    def _misses(self, number: int) -> str | None:
+        """What is wrong with a local shard at a glance, or with the index around it."""
+        shard = self.shards[number]
+        ends = self.first_documents[number : number + 2]
+        if not np.array_equal(self.starts[ends], self.first_tokens[number : number + 2]):
+            return f"{self.folder}/{STARTS_FILE}: does not agree with {INDEX_FILE} about {shard.file}"
+        if not isinstance(self.folder, Path) or remote.is_url(shard.file):
+            return None
+        path = self.folder / shard.file
+        try:
+            found = path.stat().st_size
+        except OSError:
+            return f"{path}: found no such file, expected a shard of {shard.bytes} bytes"
+        return None if found == shard.bytes else f"{path}: found {found} bytes, expected {shard.bytes}"
+
+    def _fault(self, number: int) -> str | None:
+        if fault := self._misses(number):
+            return fault
+        try:
+            path = self.local_shard(number)
+        except UserError as error:
+            return str(error)
+        if isinstance(self.folder, Path) and (digest := checksum(path)) != self.shards[number].sha256:
+            return f"{path}: found sha256 {digest}, expected {self.shards[number].sha256}"
+        return None
+
+
+def _open_corpus(folder: Path | str, *, verify_shards: bool, cache: Path) -> Corpus:
+    folder = folder if remote.is_url(folder) else Path(folder)
+    name = remote.join(folder, INDEX_FILE) if isinstance(folder, str) else str(folder / INDEX_FILE)
+    try:
+        index = json.loads(_index_bytes(folder, name))
+        version = index["version"]
+        if version != INDEX_VERSION:
+            raise UserError(f"{name}: version {version}, expected {INDEX_VERSION}; prepare the data again")
+        shards = tuple(Shard(**row) for row in index["shards"])
+        starts, offsets = (
+            _open_array(folder, file, index["arrays"][file], cache) for file in (STARTS_FILE, OFFSETS_FILE)
+        )
+        corpus = Corpus(
+            folder=folder,
+            vocab_size=index["vocab_size"],
+            tokenizer_fingerprint=index["tokenizer_fingerprint"],
+            total_tokens=index["tokens"],
+            total_bytes=index["bytes"],
+            total_characters=index["characters"],
+            bos_token_id=index["bos_token_id"],
+            eos_token_id=index["eos_token_id"],
+            dtype=np.dtype(index["dtype"]).newbyteorder("<"),
+            arrays=index["arrays"],
+            shards=shards,
+            offsets=offsets,
+            starts=starts,
+            first_documents=np.cumsum([0, *(shard.documents for shard in shards)]),
+            first_tokens=np.cumsum([0, *(shard.tokens for shard in shards)]),
+            verify_shards=verify_shards,
+            cache=cache,
+        )
+        sizes = (len(starts) - 1, len(offsets), int(corpus.first_documents[-1]), index["documents"])
+        totals = (int(starts[-1]), int(corpus.first_tokens[-1]), corpus.total_tokens)
+        if len(set(sizes)) != 1 or len(set(totals)) != 1:
+            raise ValueError("its arrays and shards do not agree with its totals")
+    except UserError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        reason = f"no key {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{name}: not a valid index ({reason}); prepare the data again") from error
+    return corpus
+
+
+def _index_bytes(folder: Path | str, name: str) -> bytes:
+    if isinstance(folder, str):
+        return remote.read(name)
+    if not (folder / INDEX_FILE).is_file():
+        raise UserError(f"{name}: not found, expected the index of a prepared split (twotower data prepare)")
+    return (folder / INDEX_FILE).read_bytes()
+
+
+def _open_array(folder: Path | str, file: str, sha256: str, cache: Path) -> np.ndarray:
+    """(n,) int64, mapped as a plain ndarray: a `np.memmap` costs microseconds at each slice."""
+    if isinstance(folder, Path):
+        path = folder / file
+    else:
+        path = remote.fetch(remote.join(folder, file), sha256=sha256, folder=cache / "arrays")
+    try:
+        array = np.load(path, mmap_mode="r").view(np.ndarray)
+    except (EOFError, OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}), expected an array of the index") from error
+    if array.dtype != np.int64 or array.ndim != 1:
+        raise UserError(f"{path}: found {array.ndim}-dimensional {array.dtype}, expected int64 in one dimension")
+    return array

@@ -1,0 +1,185 @@
+"""What a run reads, opened and checked against its configuration: one corpus or a blend, to train on or to validate."""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_twotower.config import RunConfig
+from megatron_twotower.data.blend import Blend, BlendedDataset, BlendPhase, split_folder
+from megatron_twotower.data.dataset import SequenceDataset
+from megatron_twotower.data.order import LONGEST_PERIOD, Shuffle
+from megatron_twotower.data.packing import Packing
+from megatron_twotower.data.shards import Corpus
+from megatron_twotower.phases import Phase, document_alignment, plan
+from megatron_twotower.records import UserError
+from megatron_twotower.tokenizer import tokenizer_fingerprint
+
+
+def open_training(config: RunConfig) -> SequenceDataset | BlendedDataset:
+    """What a run reads: the one corpus of `data.folder`, or the mixtures of `data.blend` by phase.
+
+    Raises:
+        UserError: a blend, corpus or phase that does not fit the run, or tokens of another tokenizer.
+    """
+    phases = plan(config)
+    if not config.data.blend:
+        return _open_corpus(config, config.data.folder, "train", number=0)
+    mixtures = _mixtures(config, phases)
+    return BlendedDataset(_open_corpora(config, mixtures, "train"), phases, [_weights(mixture) for mixture in mixtures])
+
+
+def open_validation(config: RunConfig, count: int) -> SequenceDataset | BlendedDataset:
+    """Held-out sequences; of a blend, in the proportions in which the whole run reads its corpora.
+
+    A corpus that makes up less than one in `LONGEST_PERIOD` of the run is left out.
+
+    Raises:
+        UserError: as `open_training`, or fewer than `count` sequences are held out.
+    """
+    phases, key = plan(config), f"train.validation_sequences: found {count}, expected at most the"
+    if not config.data.blend:
+        alone = _open_corpus(config, config.data.folder, "validation", number=0)
+        if count > len(alone):
+            raise UserError(f"{key} {len(alone)} held out")
+        return alone
+    mixtures = _mixtures(config, phases)
+    shares: dict[str, float] = {}
+    for phase, mixture in zip(phases, mixtures, strict=True):
+        total = sum(corpus.weight for corpus in mixture.corpora)
+        for corpus in mixture.corpora:
+            part = phase.sequences * corpus.weight / total
+            shares[corpus.name] = shares.get(corpus.name, 0.0) + part / sum(phase.sequences for phase in phases)
+    shares = {name: share for name, share in shares.items() if share * LONGEST_PERIOD >= 1}
+    datasets = _open_corpora(config, mixtures, "validation", only=shares)
+    whole = dataclasses.replace(phases[0], first=0, sequences=count)
+    source = BlendedDataset(datasets, (whole,), [shares])
+    for name, needed in source.sequences_before(count).items():
+        if needed > len(datasets[name]):
+            raise UserError(f"{key} {len(datasets[name])} held out of {name} (its part is {needed})")
+    return source
+
+
+def _mixtures(config: RunConfig, phases: Sequence[Phase]) -> list[BlendPhase]:
+    blend = Blend.open(config.data.blend, root=config.data.folder or None)
+    return [blend.mixture(phase.mixture) for phase in phases]
+
+
+def _weights(mixture: BlendPhase) -> dict[str, float]:
+    return {corpus.name: corpus.weight for corpus in mixture.corpora}
+
+
+def _open_corpora(
+    config: RunConfig, mixtures: Sequence[BlendPhase], split: str, *, only: Collection[str] | None = None
+) -> dict[str, SequenceDataset]:
+    """The datasets of all corpora of some mixtures by name, in the order of the blend file."""
+    named = {corpus.name: corpus for mixture in mixtures for corpus in mixture.corpora}
+    ordered = sorted(named.values(), key=lambda corpus: corpus.number)
+    opened = {
+        corpus.name: _open_corpus(config, corpus.folder, split, number=corpus.number)
+        for corpus in ordered
+        if only is None or corpus.name in only
+    }
+    first, *others = (dataset.corpus for dataset in opened.values())
+    for other in others:
+        if other.tokenizer_fingerprint != first.tokenizer_fingerprint:
+            raise UserError(
+                f"{other.folder}: found tokens of tokenizer {other.tokenizer_fingerprint[:12]}, expected those of "
+                f"{first.folder}, {first.tokenizer_fingerprint[:12]}"
+            )
+    return opened
+
+
+def _open_corpus(config: RunConfig, folder: str, split: str, *, number: int) -> SequenceDataset:
+    data, skip = config.data, config.data.damaged_shards == "skip"
+    corpus = Corpus.open(
+        split_folder(folder, split), damaged="skip" if skip else "stop", verify_shards=data.verify_shards
+    )
+    backbone = config.init.backbone
+    if backbone and (Path(backbone) / "tokenizer.json").is_file():
+        expected = tokenizer_fingerprint(Path(backbone))
+        if corpus.tokenizer_fingerprint != expected:
+            raise UserError(
+                f"{folder}: found tokens of tokenizer {corpus.tokenizer_fingerprint[:12]}, expected those "
+                f"of {backbone}, {expected[:12]}"
+            )
+    if corpus.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"{folder}: found a vocabulary of {corpus.vocab_size}, expected at most model.vocab_size "
+            f"{config.model.vocab_size}"
+        )
+    length, alignment = data.sequence_length_tokens, document_alignment(config)
+    return SequenceDataset(
+        corpus,
+        sequence_length=length,
+        seed=config.seed,
+        number=number,
+        shuffle=Shuffle(data.shuffle, -(-data.shuffle_run_tokens // length), data.shuffle_window_runs),
+        packing=Packing.of(corpus.starts, alignment=alignment) if data.documents == "respect" else None,
+        skip_damaged=skip,
+    )
+
+
+def tokenizer_folder(config: RunConfig) -> Path:
+    """Where the tokenizer of the run's tokens is: beside the splits of its (first) corpus."""
+    if not config.data.blend:
+        return Path(config.data.folder) / "tokenizer"
+    return Path(_mixtures(config, plan(config))[0].corpora[0].folder) / "tokenizer"
+
+
+def data_summary(config: RunConfig, source: SequenceDataset | BlendedDataset) -> dict[str, Any]:
+    """What decides the order of a run, in plain values, and of every corpus the share of its positions that is padding.
+
+    order: settings; corpora: by name, "" for the only one; phases: where each begins and its weights, of a blend.
+    """
+    data = config.data
+    order = {"seed": config.seed, "sequence_length_tokens": data.sequence_length_tokens, "documents": data.documents,
+             "shuffle": data.shuffle}  # fmt: skip
+    if data.documents == "respect":
+        order["alignment"] = document_alignment(config)
+    if data.shuffle == "windowed":
+        order |= {"run_tokens": data.shuffle_run_tokens, "window_runs": data.shuffle_window_runs}
+    stages: list[tuple[Phase, dict[str, float]]] = []
+    datasets = {"": source} if isinstance(source, SequenceDataset) else source.datasets
+    if isinstance(source, BlendedDataset):
+        stages = list(zip(source.phases, source.weights, strict=True))
+    corpora = {
+        name: {
+            "folder": str(dataset.corpus.folder),
+            "tokens": dataset.corpus.total_tokens,
+            "sequences": len(dataset),
+            "padding": 0.0 if dataset.packing is None else round(dataset.packing.padding_fraction, 6),
+        }
+        for name, dataset in datasets.items()
+    }
+    phases = [{"name": phase.name, "first": phase.first, "weights": weights} for phase, weights in stages]
+    return {"order": order, "corpora": corpora, "phases": phases}
+
+
+def check_unchanged(found: dict[str, Any], expected: dict[str, Any], *, cursor: int) -> None:
+    """Refuse to go on from `cursor` with data that would not give what was read so far; what is to come may change.
+
+    found, expected: `data_summary` now, and when the run was last started.
+
+    Raises:
+        UserError: another order, a corpus of another length, or a phase that had begun with another mixture.
+    """
+    for key, value in expected["order"].items():
+        if found["order"].get(key) != value:
+            raise UserError(f"{key}: found {found['order'].get(key)}, expected {value}, as the run has read so far")
+    for name, corpus in expected["corpora"].items():
+        other = found["corpora"].get(name, {"folder": "nothing", "tokens": 0})
+        if name in _begun(expected, cursor) and other["tokens"] != corpus["tokens"]:
+            raise UserError(
+                f"{other['folder']}: found {other['tokens']} tokens, expected {corpus['tokens']}, as the run has read "
+                "so far"
+            )
+    begun = [phase for phase in expected["phases"] if phase["first"] < cursor]
+    for phase, other in zip(begun, [*found["phases"], *[None] * len(begun)], strict=False):
+        if other != phase:
+            raise UserError(f"phases: found {other}, expected {phase}, which had begun")
+
+
+def _begun(summary: dict[str, Any], cursor: int) -> set[str]:
+    """The corpora read before `cursor`."""
+    return {""} | {name for phase in summary["phases"] if phase["first"] < cursor for name in phase["weights"]}

@@ -1,0 +1,131 @@
+"""What a training step keeps between its forward and backward passes, layer by layer, as formulas.
+
+Symbols: T = r b l noisy positions and L = b l clean ones of a micro-batch, N = T / S blocks (r b where a sequence has
+one time), h hidden size, w bytes of an activation. Mamba: i channels, c channels of the convolution, m heads, p head
+size, d state size, Q chunk. Attention: H heads, K kv heads, e head size. f: width of a dense MLP. E experts, k for a
+token, x width of an expert, s of the shared one. A tensor-parallel rank keeps its part of what is inside a mixer.
+A test holds each formula against the tensors that autograd really keeps.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_twotower.config import ModelConfig, RunConfig
+from megatron_twotower.ops.scan import chunk_length
+
+# Bytes of an element of the working precision of scans and routers.
+_WIDE = 4
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kept thing of one layer. handoff: it comes from the context tower, and is kept with recompute too."""
+
+    what: str
+    formula: str
+    bytes: int
+    handoff: bool = False
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """A micro-batch: b sequences of l tokens in blocks of s, r draws of each; times per block or per sequence."""
+
+    sequences: int
+    length: int
+    block: int
+    draws: int = 1
+    time_per_block: bool = False
+    activation_bytes: int = 4
+
+    @property
+    def clean(self) -> int:
+        return self.sequences * self.length
+
+    @property
+    def noisy(self) -> int:
+        return self.draws * self.clean
+
+    @property
+    def rows(self) -> int:
+        return self.noisy // self.block if self.time_per_block else self.draws * self.sequences
+
+
+def _common(model: ModelConfig, size: StepSize) -> Iterator[Part]:
+    h, w = model.hidden_size, size.activation_bytes
+    yield Part("input of the layer", "h w T", h * w * size.noisy)
+    yield Part("between norm and modulation, after both, mixer's output", "3 h w T", 3 * h * w * size.noisy)
+    yield Part("shift, scale and gate", "4 h w N", 4 * h * w * size.rows)
+
+
+def _mamba(model: ModelConfig, size: StepSize) -> Iterator[Part]:
+    w, T, L, heads = size.activation_bytes, size.noisy, size.clean, model.mamba_num_heads
+    inner, taps = model.mamba_inner, model.conv_kernel - 1
+    channels = inner + 2 * model.n_groups * model.ssm_state_size
+    chunk = chunk_length(size.block, preferred=model.chunk_size)
+    state = heads * model.mamba_head_dim * model.ssm_state_size
+    chunks = size.sequences * -(-size.length // chunk)
+    cast = w if w != _WIDE else 0
+    yield Part(
+        "convolution's input, with its histories", "c w T (1 + 3/S)", channels * w * (T + taps * T // size.block)
+    )
+    yield Part("convolution's output: x, B, C", "c w T", channels * w * T)
+    yield Part("time steps before and after softplus", "2 m 4 T", 2 * heads * _WIDE * T)
+    yield Part("scan's output", "4 i T (+ i w T in bf16)", inner * (_WIDE + cast) * T)
+    yield Part("gate z", "i w T", inner * w * T)
+    yield Part("input of out_proj", "i w T", inner * w * T)
+    yield Part("clean x, B, C", "c w L", channels * w * L, handoff=True)
+    yield Part("clean time steps", "4 m L", heads * _WIDE * L, handoff=True)
+    yield Part("clean histories", "3 c w L/S", taps * channels * w * L // size.block, handoff=True)
+    yield Part("clean states, one a chunk", "4 m p d L/Q", state * _WIDE * chunks, handoff=True)
+
+
+def _attention(model: ModelConfig, size: StepSize) -> Iterator[Part]:
+    w, T, e = size.activation_bytes, size.noisy, model.head_dim
+    queries, keys = model.num_attention_heads * e, 2 * model.num_key_value_heads * e
+    yield Part("query, key, value", "(H + 2 K) e w T", (queries + keys) * w * T)
+    yield Part("input of linear_proj", "H e w T", queries * w * T)
+    yield Part("clean key and value", "2 K e w L", keys * w * size.clean, handoff=True)
+
+
+def _mlp(model: ModelConfig, size: StepSize) -> Iterator[Part]:
+    yield Part("relu and its square", "2 f w T", 2 * model.intermediate_size * size.activation_bytes * size.noisy)
+
+
+def _experts(model: ModelConfig, size: StepSize) -> Iterator[Part]:
+    w, T, k = size.activation_bytes, size.noisy, model.num_experts_per_tok
+    yield Part("each token at its experts", "k h w T", k * model.hidden_size * w * T)
+    yield Part("relu, its square, weighted", "3 k x w T", 3 * k * model.moe_intermediate_size * w * T)
+    yield Part("shared expert", "2 s w T", 2 * model.moe_shared_expert_intermediate_size * w * T)
+    yield Part("router", "about 12 E T + 40 k T", (12 * model.n_routed_experts + 40 * k) * T)
+
+
+_MIXERS = {"M": _mamba, "*": _attention, "-": _mlp, "E": _experts}
+
+
+def layer_parts(model: ModelConfig, kind: str, size: StepSize, *, recompute: bool = False) -> list[Part]:
+    """What one denoiser layer keeps. With recompute: its input, and the hand-off it starts from again."""
+    mixer = list(_MIXERS[kind](model, size))
+    if not recompute:
+        return [*_common(model, size), *mixer]
+    kept = Part("input of the layer", "h w T", model.hidden_size * size.activation_bytes * size.noisy)
+    return [kept, *(part for part in mixer if part.handoff)]
+
+
+def step_bytes(config: RunConfig) -> dict[str, int]:
+    """Bytes kept by all layers of each kind, for the micro-batch of a configuration on one tensor-parallel rank."""
+    size = StepSize(
+        sequences=config.data.micro_batch_size,
+        length=config.data.sequence_length_tokens,
+        block=config.noise.block_size_tokens,
+        draws=config.noise.draws_per_context,
+        time_per_block=config.noise.time_per == "block",
+        activation_bytes=2 if config.train.precision == "bf16" else 4,
+    )
+    pattern, recomputed = config.model.hybrid_override_pattern, config.train.recompute_layers
+    return {
+        kind: pattern.count(kind)
+        * sum(part.bytes for part in layer_parts(config.model, kind, size, recompute=kind in recomputed))
+        for kind in _MIXERS
+        if kind in pattern
+    }
