@@ -3,10 +3,12 @@
 Every mixer takes hidden states (l, b, h), split over tensor-parallel ranks along l under sequence parallelism, and
 has two ways through: `forward`, one causal stream, which also returns the hand-off; and `denoise`, every block of a
 noisy stream against the hand-off of the same layer. A noisy stream may hold r draws of every sequence, draw by draw
-(l, r b, h): all of them read the one hand-off. Weights are left uninitialised here: they always come from a
-backbone's named tensors.
+(l, r b, h): all of them read the one hand-off. `held` is the least that a hand-off can be made from again: what a layer
+with recompute keeps of it between its forward and backward passes. Weights are left uninitialised here: they always
+come from a backbone's named tensors.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -104,6 +106,9 @@ class SelfAttention(MegatronModule):
         handoff = AttentionHandoff(key, value) if blocks.size else None
         return self._output(attended), handoff
 
+    def held(self, handoff: AttentionHandoff, blocks: Blocks) -> Callable[[], AttentionHandoff]:
+        return lambda: handoff
+
     def denoise(self, hidden: Tensor, handoff: AttentionHandoff, blocks: Blocks) -> Tensor:
         assert blocks.size is not None
         outs = []
@@ -179,7 +184,23 @@ class MambaMixer(MegatronModule):
         if blocks.size is None:
             return self._output(y, z), None
         history = block_history(conv_input, taps=self.taps, block=blocks.size)
-        return self._output(y, z), MambaHandoff(history, x, dt, A, B, states)
+        return self._output(y, z), MambaHandoff(conv_input, history, x, dt, A, B, states)
+
+    def held(self, handoff: MambaHandoff, blocks: Blocks) -> Callable[[], MambaHandoff]:
+        """Of the input of the convolution, what its output and its histories are again made from when asked for."""
+        assert blocks.size is not None
+        # A copy: the view would hold the whole projection.
+        conv_input, block = handoff.conv_input.contiguous(), blocks.size
+        dt, A, states = handoff.dt, handoff.A, handoff.states
+
+        @torch.no_grad()
+        def again() -> MambaHandoff:
+            convolved = causal_conv(conv_input, self.conv1d_weight, self.conv1d_bias, documents=blocks.documents)
+            x, B, _ = self._split(convolved)
+            history = block_history(conv_input, taps=self.taps, block=block)
+            return MambaHandoff(conv_input, history, x, dt, A, B, states)
+
+        return again
 
     def denoise(self, hidden: Tensor, handoff: MambaHandoff, blocks: Blocks) -> Tensor:
         assert blocks.size is not None
@@ -204,6 +225,9 @@ class _Pointwise(MegatronModule):
 
     def forward(self, hidden: Tensor, blocks: Blocks) -> tuple[Tensor, None]:
         return self.apply_to(hidden), None
+
+    def held(self, handoff: None, blocks: Blocks) -> Callable[[], None]:
+        return lambda: None
 
     def denoise(self, hidden: Tensor, handoff: None, blocks: Blocks) -> Tensor:
         return self.apply_to(hidden)
@@ -265,6 +289,9 @@ class Layer(MegatronModule):
     def forward(self, hidden: Tensor, blocks: Blocks) -> tuple[Tensor, Handoff]:
         out, handoff = self.mixer(self.norm(hidden), blocks)
         return hidden + out, handoff
+
+    def held(self, handoff: Handoff, blocks: Blocks) -> Callable[[], Handoff]:
+        return self.mixer.held(handoff, blocks)
 
 
 class DenoiserLayer(Layer):

@@ -19,12 +19,15 @@ _WIDE = 4
 
 @dataclass(frozen=True)
 class Part:
-    """One kept thing of one layer. handoff: it comes from the context tower, and is kept with recompute too."""
+    """One kept thing of one layer. handoff: it comes from the context tower. recompute: it is kept with recompute; with
+    recompute alone, if `only`."""
 
     what: str
     formula: str
     bytes: int
     handoff: bool = False
+    recompute: bool = False
+    only: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class StepSize:
 
 def _common(model: ModelConfig, size: StepSize) -> Iterator[Part]:
     h, w = model.hidden_size, size.activation_bytes
-    yield Part("input of the layer", "h w T", h * w * size.noisy)
+    yield Part("input of the layer", "h w T", h * w * size.noisy, recompute=True)
     yield Part("between norm and modulation, after both, mixer's output", "3 h w T", 3 * h * w * size.noisy)
     yield Part("shift, scale and gate", "4 h w N", 4 * h * w * size.rows)
 
@@ -75,9 +78,10 @@ def _mamba(model: ModelConfig, size: StepSize) -> Iterator[Part]:
     yield Part("gate z", "i w T", inner * w * T)
     yield Part("input of out_proj", "i w T", inner * w * T)
     yield Part("clean x, B, C", "c w L", channels * w * L, handoff=True)
-    yield Part("clean time steps", "4 m L", heads * _WIDE * L, handoff=True)
-    yield Part("clean histories", "3 c w L/S", taps * channels * w * L // size.block, handoff=True)
-    yield Part("clean states, one a chunk", "4 m p d L/Q", state * _WIDE * chunks, handoff=True)
+    held = {"handoff": True, "recompute": True}
+    yield Part("clean input of the convolution", "c w L", channels * w * L, **held, only=True)
+    yield Part("clean time steps", "4 m L", heads * _WIDE * L, **held)
+    yield Part("clean states, one a chunk", "4 m p d L/Q", state * _WIDE * chunks, **held)
 
 
 def _attention(model: ModelConfig, size: StepSize) -> Iterator[Part]:
@@ -85,7 +89,7 @@ def _attention(model: ModelConfig, size: StepSize) -> Iterator[Part]:
     queries, keys = model.num_attention_heads * e, 2 * model.num_key_value_heads * e
     yield Part("query, key, value", "(H + 2 K) e w T", (queries + keys) * w * T)
     yield Part("input of linear_proj", "H e w T", queries * w * T)
-    yield Part("clean key and value", "2 K e w L", keys * w * size.clean, handoff=True)
+    yield Part("clean key and value", "2 K e w L", keys * w * size.clean, handoff=True, recompute=True)
 
 
 def _mlp(model: ModelConfig, size: StepSize) -> Iterator[Part]:
@@ -104,12 +108,9 @@ _MIXERS = {"M": _mamba, "*": _attention, "-": _mlp, "E": _experts}
 
 
 def layer_parts(model: ModelConfig, kind: str, size: StepSize, *, recompute: bool = False) -> list[Part]:
-    """What one denoiser layer keeps. With recompute: its input, and the hand-off it starts from again."""
-    mixer = list(_MIXERS[kind](model, size))
-    if not recompute:
-        return [*_common(model, size), *mixer]
-    kept = Part("input of the layer", "h w T", model.hidden_size * size.activation_bytes * size.noisy)
-    return [kept, *(part for part in mixer if part.handoff)]
+    """What one denoiser layer keeps. With recompute: its input, and what its hand-off is made from again."""
+    parts = [*_common(model, size), *_MIXERS[kind](model, size)]
+    return [part for part in parts if (part.recompute if recompute else not part.only)]
 
 
 def step_bytes(config: RunConfig) -> dict[str, int]:

@@ -104,9 +104,10 @@ class MambaHandoff:
 
     history: (b, n, w, c) the inputs of the convolution just before each block. x (b, l, heads, head size), dt
     (b, l, heads) and B (b, l, groups, state size): inputs of the scan; A (heads,). states: (b, chunks, heads, head
-    size, state size), the state at the start of each chunk.
+    size, state size), the state at the start of each chunk. conv_input: (b, l, c), what history, x and B come from.
     """
 
+    conv_input: Tensor
     history: Tensor
     x: Tensor
     dt: Tensor

@@ -178,23 +178,27 @@ class TwoTower(MegatronModule):
         with torch.no_grad():
             clean = self.context.embed(batch.tokens)
         noisy = self.tower.embed(batch.noisy)
-        for i, layer in enumerate(self.tower.layers):
+        for i in range(len(self.tower.layers)):
             handoff = None
             if i < self.context_layers:
                 with torch.no_grad():
                     clean, handoff = self.context.layers[i](clean, blocks)
-            assert isinstance(layer, DenoiserLayer)
-            noisy = self._denoise(layer, noisy, conditioning, handoff, blocks)
+            noisy = self._denoise(i, noisy, conditioning, handoff, blocks)
         return self.tower.whole_sequence(self.tower.final_norm(noisy))
 
     def _denoise(
-        self, layer: DenoiserLayer, noisy: Tensor, conditioning: Tensor, handoff: Handoff, blocks: Blocks
-    ) -> Tensor:
+        self, number: int, noisy: Tensor, conditioning: Tensor, handoff: Handoff, blocks: Blocks
+    ) -> Tensor:  # fmt: skip
+        layer, context = self.tower.layers[number], self.context.layers[number]
+        assert isinstance(layer, DenoiserLayer) and isinstance(context, Layer)
         if layer.kind not in self.recompute or not torch.is_grad_enabled():
             return layer.denoise(noisy, conditioning, handoff, blocks)
+        # The forward pass reads the hand-off as it came; the backward pass makes it again from what is held.
+        at_hand, again = [handoff], context.held(handoff, blocks)
 
         def run(noisy: Tensor, conditioning: Tensor) -> Tensor:
-            return layer.denoise(noisy, conditioning, handoff, blocks)
+            ready = at_hand.pop() if at_hand else again()
+            return layer.denoise(noisy, conditioning, ready, blocks)
 
         return tensor_parallel.checkpoint(run, False, noisy, conditioning)
 

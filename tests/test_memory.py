@@ -1,6 +1,7 @@
 """The formulas of what a step keeps, against the tensors that autograd keeps."""
 
 import dataclasses
+import gc
 
 import pytest
 import torch
@@ -22,32 +23,42 @@ def config_of(kind, *, block, length, recompute=""):
     return dataclasses.replace(config, model=dataclasses.replace(MODEL, hybrid_override_pattern=kind), train=train)
 
 
+def storages():
+    """Every storage that a tensor known to Python lives in, by address; while it is held, no other one's."""
+    gc.collect()
+    tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter)]
+    return {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
+
+
 def kept_bytes(model, batch, dtype):
-    """Bytes of all storages that the graph of the one layer holds, but for parameters."""
-    towers = (*model.parameters(), *model.buffers(), *model.context.parameters(), *model.context.buffers())
-    own = {tensor.untyped_storage().data_ptr() for tensor in towers}
-    seen, alive = {}, []
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)  # an address is not used twice while its tensor lives
-        return tensor
-
+    """Bytes of all storages that live on between the passes because of the one layer: those that the graph holds, and
+    those in a closure, where recompute holds the hand-off."""
     blocks = Blocks(batch.block)
     with torch.no_grad():
         clean = model.context.embed(batch.tokens).to(dtype)
-        _, handoff = model.context.layers[0](clean, blocks)
     noisy = model.tower.embed(batch.noisy).to(dtype).detach().requires_grad_()
     conditioning = model.conditioning(batch.times).detach().requires_grad_()
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in before:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    def forward():
+        with torch.no_grad():
+            _, handoff = model.context.layers[0](clean, blocks)
+        return model._denoise(0, noisy, conditioning, handoff, blocks)
+
+    forward()  # masks are made once
+    before = storages()
+    before.pop(noisy.untyped_storage().data_ptr())
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model._denoise(model.tower.layers[0], noisy, conditioning, handoff, blocks)
-    fields = [] if handoff is None else [getattr(handoff, field.name) for field in dataclasses.fields(handoff)]
-    for tensor in fields:  # recompute holds the hand-off in a closure, which no hook sees
-        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    seen.pop(conditioning.untyped_storage().data_ptr(), None)  # one for all layers
-    return sum(seen.values())
+        out = forward()
+    own = out.untyped_storage().data_ptr()
+    held = {address: storage for address, storage in storages().items() if address not in before and address != own}
+    return sum(storage.nbytes() for storage in (kept | held).values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -70,13 +81,14 @@ def test_recompute_keeps_the_input_and_a_hand_off_that_does_not_grow_with_the_nu
         config = config_of(kind, block=block, length=length, recompute=kind)
         model, _ = build_two_tower(config, groups, dtype=torch.float32)
         size = StepSize(2, length, block, time_per_block=True)
-        parts = layer_parts(config.model, kind, size, recompute=True)
+        predicted = sum(part.bytes for part in layer_parts(config.model, kind, size, recompute=True))
         measured[block, length] = kept_bytes(model.train(), random_noisy_batch(config), torch.float32)
-        assert abs(measured[block, length] - sum(part.bytes for part in parts)) <= 0.002 * measured[block, length]
-        without = [part for part in parts if "histories" not in part.what]
-        measured[block, length, "rest"] = sum(part.bytes for part in without)
+        # Megatron's recompute keeps random states, and its dispatcher some of what the router made.
+        measured[block, length] -= 2 * torch.get_rng_state().nbytes
+        router = 2 * length * (12 * MODEL.n_routed_experts + 40 * MODEL.num_experts_per_tok) if kind == "E" else 0
+        assert -0.002 * predicted <= measured[block, length] - predicted <= 0.002 * predicted + router
     assert measured[8, 256] == pytest.approx(2 * measured[8, 128], rel=1e-3), "linear in the length"
-    assert measured[8, 128, "rest"] == measured[32, 128, "rest"], "but for three inputs a block"
+    assert measured[8, 128] == measured[32, 128], "independent of the block size"
 
 
 def test_the_bytes_of_a_run(groups):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
 
 from megatron_twotower.ops import attention, convolution, cross_entropy
 from megatron_twotower.ops.attention import (
@@ -91,6 +92,27 @@ def test_flex_attention_has_the_same_mask(length, block, packed):
     got = flex_block_attention(query, key, value, **clean, **shape)
     want = block_attention_ref(query, key, value, **clean, **shape)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def tiles_of(mask, which):
+    """Every (sequence, row, column) that a mask of FlexAttention lists."""
+    counts, columns = getattr(mask, f"{which}num_blocks"), getattr(mask, f"{which}indices")
+    each = [(b, row) for b in range(counts.shape[0]) for row in range(counts.shape[2])]
+    return {(b, row, column) for b, row in each for column in columns[b, 0, row, : counts[b, 0, row]].tolist()}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("length", "block"), [(384, 16), (256, 128), (640, 40), (528, 176), (400, 4)])
+def test_flex_tiles_are_those_of_the_whole_mask(length, block, packed):
+    """FlexAttention builds the same table from all pairs. Where documents meet, ours may look at a tile in vain."""
+    documents = (torch.arange(length) // 100).to(torch.int32).expand(2, -1) if packed else None
+    mask = attention._flex_mask(length, block, torch.device("cpu"), documents)
+    whole = create_block_mask(mask.mask_mod, 2 if packed else None, None, length, 2 * length, device="cpu")
+    assert tiles_of(mask, "full_kv_") == tiles_of(whole, "full_kv_")
+    assert tiles_of(mask, "full_q_") == tiles_of(whole, "full_q_")
+    ours, theirs = tiles_of(mask, "kv_"), tiles_of(whole, "kv_")
+    assert ours == theirs if not packed else ours >= theirs and len(ours) <= len(theirs) + 2 * 2 * length // 100
+    assert tiles_of(mask, "full_kv_") or block != 16 or packed, "a mask without whole tiles tests little"
 
 
 def test_causal_attention_of_packed_documents_is_that_of_each_alone(monkeypatch):

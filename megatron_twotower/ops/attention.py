@@ -6,7 +6,7 @@ i // (heads / kv_heads). documents (b, l) int32: nothing is seen across document
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from megatron_twotower.ops import kernels
 ROWS = 256
 # Queries per call where documents need a mask.
 QUERY_CHUNK = 256
+# Queries and keys of a tile of FlexAttention's mask.
+FLEX_TILE = 128
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, documents: Tensor | None = None) -> Tensor:
@@ -184,32 +186,81 @@ class _BlockAttention(torch.autograd.Function):
 # --- FlexAttention ------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=16)
-def _flex_mask(length: int, block: int, device: torch.device) -> Any:
-    """The block-sparse mask of l queries against l clean and l noisy keys, built once per shape."""
-    from torch.nn.attention.flex_attention import create_block_mask
+class _Span(NamedTuple):
+    """Stretches of neighbouring positions, one to a row or column of tiles: whether there is anything in it, and the
+    numbers of blocks, and of documents (b, ...) if they count, of its first and last position."""
 
-    def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        clean = k < length
-        of_query, of_key = q // block, torch.where(clean, k, k - length) // block
-        return torch.where(clean, of_key < of_query, of_key == of_query)
-
-    return create_block_mask(seen, None, None, length, 2 * length, device=device)
+    some: Tensor
+    blocks: tuple[Tensor, Tensor]
+    documents: tuple[Tensor, Tensor] | None
 
 
-def _flex_document_mask(documents: Tensor, block: int) -> Any:
-    """The same within documents: it depends on the batch, so it is built for each, and shared by its layers."""
-    from torch.nn.attention.flex_attention import create_block_mask
+def _span(first: Tensor, last: Tensor, block: int, documents: Tensor | None) -> _Span:
+    """Positions first..last, both (tiles,); none where last < first."""
+    ends, some = (first, last), last >= first
+    if documents is None:
+        return _Span(some, (first // block, last // block), None)
+    low, high = (documents[:, end.clamp(0, documents.shape[1] - 1)] for end in ends)
+    return _Span(some, (first // block, last // block), (low, high))
 
-    length = documents.shape[1]
+
+def _tiles(queries: _Span, keys: _Span, *, clean: bool) -> tuple[Tensor, Tensor]:
+    """Which tiles (b, query spans, key spans) hold a pair that counts, and in which all pairs do.
+
+    Numbers of blocks and documents grow along the sequence, so the ends of a span say it. Of documents, two spans may
+    share a number and yet no pair that counts: then the tile is looked at in vain.
+    """
+    (q_low, q_high), (k_low, k_high) = ((t.unsqueeze(-1) for t in queries.blocks), keys.blocks)
+    if clean:
+        some, every = k_low < q_high, k_high < q_low
+    else:
+        some, every = (k_low <= q_high) & (q_low <= k_high), (k_low == q_high) & (q_low == k_high)
+    if queries.documents is not None and keys.documents is not None:
+        (q_low, q_high), (k_low, k_high) = (
+            (t.unsqueeze(-1) for t in queries.documents), (t.unsqueeze(-2) for t in keys.documents)
+        )  # fmt: skip
+        some = some & (k_low <= q_high) & (q_low <= k_high)
+        every = every & (k_low == q_high) & (q_low == k_high)
+    return some & keys.some, every | ~keys.some
+
+
+def _flex_mask(length: int, block: int, device: torch.device, documents: Tensor | None = None) -> Any:
+    """The block-sparse mask of l queries against l clean and l noisy keys, from the ends of its tiles alone: never
+    l x 2l anywhere."""
+    from torch.nn.attention.flex_attention import BlockMask
 
     def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         clean = k < length
         place = torch.where(clean, k, k - length)
-        same = documents[b, q] == documents[b, place]
-        return same & torch.where(clean, place // block < q // block, place // block == q // block)
+        allowed = torch.where(clean, place // block < q // block, place // block == q // block)
+        return allowed if documents is None else allowed & (documents[b, q] == documents[b, place])
 
-    return create_block_mask(seen, documents.shape[0], None, length, 2 * length, device=documents.device)
+    firsts = torch.arange(0, 2 * length, FLEX_TILE, device=device)
+    lasts = (firsts + FLEX_TILE).clamp(max=2 * length) - 1
+    rows = -(-length // FLEX_TILE)
+    queries = _span(firsts[:rows], lasts[:rows].clamp(max=length - 1), block, documents)
+    # A column of tiles may hold the last clean and the first noisy keys.
+    clean = _span(firsts, lasts.clamp(max=length - 1), block, documents)
+    noisy = _span((firsts - length).clamp(min=0), lasts - length, block, documents)
+    by_clean, by_noisy = _tiles(queries, clean, clean=True), _tiles(queries, noisy, clean=False)
+    whole = (firsts[:rows] + FLEX_TILE <= length).unsqueeze(-1) & (firsts + FLEX_TILE <= 2 * length)
+    every = by_clean[1] & by_noisy[1] & whole
+    some = (by_clean[0] | by_noisy[0]) & ~every
+    tables = (*_by_row(some), *_by_row(every))
+    return BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=FLEX_TILE, mask_mod=seen, seq_lengths=(length, 2 * length))
+
+
+def _by_row(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Tiles (b, rows, columns) or (rows, columns) bool as FlexAttention lists them, for b or 1 sequences and one head:
+    how many a row has, and their columns, before those of the others."""
+    tiles = tiles.view(-1, 1, *tiles.shape[-2:]).int()
+    return tiles.sum(-1, dtype=torch.int32), tiles.argsort(dim=-1, descending=True, stable=True).int()
+
+
+@lru_cache(maxsize=16)
+def _shape_mask(length: int, block: int, device: torch.device) -> Any:
+    """The mask without documents, built once per shape."""
+    return _flex_mask(length, block, device)
 
 
 @lru_cache(maxsize=1)
@@ -219,10 +270,10 @@ def _last_document_mask() -> dict[str, Any]:
 
 def _mask_of(documents: Tensor | None, length: int, block: int, device: torch.device) -> Any:
     if documents is None:
-        return _flex_mask(length, block, device)
+        return _shape_mask(length, block, device)
     last = _last_document_mask()
     if last.get("documents") is not documents or last.get("block") != block:
-        last.update(documents=documents, block=block, mask=_flex_document_mask(documents, block))
+        last.update(documents=documents, block=block, mask=_flex_mask(length, block, device, documents))
     return last["mask"]
 
 
