@@ -17,6 +17,15 @@ host.install()
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """No test leaves torch with other threads than it found: the sums of later tests would round differently."""
+    yield
+    left = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert left == 1, f"leaves torch with {left} threads"
+
+
 @pytest.fixture
 def groups():
     """Process groups of one rank."""

@@ -286,11 +286,23 @@ def test_the_size_of_units_changes_nothing_but_the_provenance(mixed, tokenizer, 
         assert {name for name in found if found[name] != expected[1][name]} == {"provenance.json"}
 
 
-def run_and_kill(seconds, **arguments):
-    """Run `prepare` in a process that is killed after `seconds`; returns whether it was."""
-    process = multiprocessing.get_context("fork").Process(target=prepare, kwargs=arguments)
+def run_and_kill(reports, delay, arguments):
+    """Run `prepare` in a process that is killed `delay` seconds after its n-th report of progress, or, where `delay`
+    is None, while it holds still there: on any machine then. Returns whether it was killed."""
+    fork = multiprocessing.get_context("fork")
+    reached, counter = fork.Event(), iter(range(1, reports))
+
+    def report(_):
+        if next(counter, None) is None:
+            reached.set()
+            while delay is None:
+                time.sleep(1)
+
+    process = fork.Process(target=prepare, kwargs=arguments | {"progress": report})
     process.start()
-    process.join(seconds)
+    while process.is_alive() and not reached.wait(0.001):
+        pass
+    process.join(delay or 0)
     if process.exitcode is None:
         os.kill(process.pid, signal.SIGKILL)
         process.join()
@@ -299,10 +311,14 @@ def run_and_kill(seconds, **arguments):
 
 
 def kill_until_done(kills, arguments):
-    """In a process that has started no threads yet, so that its children can be forked: as fast as a kill can be."""
+    """In a process that has started no threads yet, so that its children can be forked: as fast as a kill can be.
+
+    The first three kills come between two units of work, however fast it goes; the others wherever they fall.
+    """
     draw = random.Random(1)
     while not arguments["output"].exists() and kills.value < 100:
-        kills.value += run_and_kill(draw.uniform(0.1, 0.3) * 1.1**kills.value, **arguments)
+        delay = None if kills.value < 3 else draw.uniform(0, 0.03)
+        kills.value += run_and_kill(draw.randint(3, 30), delay, arguments)
 
 
 def test_killed_again_and_again_it_goes_on_and_ends_the_same(mixed, tokenizer, expected, tmp_path):

@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from megatron_twotower.bench.measure import torch_threads
 from megatron_twotower.config import NoiseConfig
 from megatron_twotower.corruption import corrupt
 from megatron_twotower.data.dataset import SequenceDataset, global_batch
@@ -57,7 +58,7 @@ class Settings:
 
 def run(output: Path | None = None, *, settings: Settings = Settings(), console: Console | None = None) -> None:
     """Measure, print a table, and write the figures as JSON to `output` where it is given."""
-    with tempfile.TemporaryDirectory(prefix="twotower-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="twotower-bench-") as folder, torch_threads(1):
         figures = measure(Path(folder), settings)
     _print(figures, console or Console())
     if output is not None:
@@ -66,7 +67,6 @@ def run(output: Path | None = None, *, settings: Settings = Settings(), console:
 
 def measure(folder: Path, settings: Settings) -> dict[str, Any]:
     """All figures, by name; tokens per second where it does not say otherwise."""
-    torch.set_num_threads(1)
     corpus = random_corpus(folder / "corpus", tokens=settings.tokens)
     ways = _our_ways(corpus, settings)
     ways["webdataset, plain"] = _taking(_cut(_webdataset_documents(corpus), settings.length), settings.length)

@@ -3,6 +3,7 @@
 The only room of the benchmarks that knows which device there is.
 """
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -13,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,17 @@ class Case:
     def run(self) -> None:
         for stage in self.stages.values():
             stage()
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Work with `count` threads, and leave the process with as many as before: sums depend on them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def synchronize() -> None:

@@ -273,15 +273,15 @@ def run(
     """Measure, print a table, and write `ops.json` and `ops.png` to `output`."""
     from megatron_twotower import pictures
 
-    torch.set_num_threads(threads)
     console = console or measure.wide_console()
     widths = QUICK_MODEL if quick else MODEL
     model = load_recipe("bench_step", [f"model={widths}"]).model
     wanted = shapes(operations=operations, lengths=lengths, blocks=blocks, dtype=dtype, model=model, quick=quick)
     rows: list[dict[str, Any]] = []
-    for shape in track(wanted, description="measuring", console=console, transient=True):
-        rows += with_ratios(rows_of(shape, repeats=repeats, budget_seconds=budget_seconds, threads=threads))
-    facts = measure.machine()
+    with measure.torch_threads(threads):
+        for shape in track(wanted, description="measuring", console=console, transient=True):
+            rows += with_ratios(rows_of(shape, repeats=repeats, budget_seconds=budget_seconds, threads=threads))
+        facts = measure.machine()
     title = f"two-stream operations, forward + backward, {dtype}, widths of {widths}"
     console.print(table(rows, title=title))
     console.print(measure.machine_line(facts), highlight=False)

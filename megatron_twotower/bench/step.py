@@ -260,19 +260,21 @@ def run(
     config = load_recipe(recipe, [*overrides, *(QUICK_OVERRIDES if quick else ())])
     check(config, wanted)
     config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, threads_per_rank=threads))
-    groups = parallel.initialise(config)
-    try:
-        with Progress(console=console, transient=True) as progress:
-            task = progress.add_task("", total=None)
+    with measure.torch_threads(threads):
+        groups = parallel.initialise(config)
+        try:
+            with Progress(console=console, transient=True) as progress:
+                task = progress.add_task("", total=None)
 
-            def advance(what: str) -> None:
-                progress.update(task, description=what)
+                def advance(what: str) -> None:
+                    progress.update(task, description=what)
 
-            figures = measure_steps(config, wanted, groups, advance=advance)
-            figures["draws"] = measure_draws(config, wanted, groups, advance=advance)
-    finally:
-        parallel.shutdown()
-    facts: dict[str, Any] = {"machine": measure.machine(), "recipe": recipe, "overrides": list(overrides)}
+                figures = measure_steps(config, wanted, groups, advance=advance)
+                figures["draws"] = measure_draws(config, wanted, groups, advance=advance)
+        finally:
+            parallel.shutdown()
+        machine = measure.machine()
+    facts: dict[str, Any] = {"machine": machine, "recipe": recipe, "overrides": list(overrides)}
     facts |= {"precision": config.train.precision, "block": config.noise.block_size_tokens}
     for made in tables(figures, block=config.noise.block_size_tokens):
         console.print(made)
