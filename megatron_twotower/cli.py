@@ -303,9 +303,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments. argparse takes no `key=value` behind an option that stands between two of them: they are added."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if any(item.startswith("-") or "=" not in item for item in rest) or (rest and "settings" not in arguments):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.settings += rest
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit status: 0 done, 2 the user's mistake, 75 stopped early with its state saved."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parsed(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         return int(arguments.run(arguments))

@@ -56,6 +56,20 @@ def test_a_mistake_is_one_line_and_status_2(mistake, tmp_path, capsys):
     assert not (tmp_path / "run").exists(), "nothing is left behind"
 
 
+@pytest.mark.parametrize("place", [1, 2, 3])
+def test_settings_may_stand_on_both_sides_of_an_option(place):
+    words = ["recipe=tiny", "seed=7", "train.steps=40"]
+    arguments = cli._parsed(["train", *words[:place], "--dry-run", *words[place:]])
+    assert arguments.settings == words and arguments.dry_run
+
+
+@pytest.mark.parametrize("words", [["train", "recipe=tiny", "--dry-run", "tiny"], ["doctor", "seed=7"]])
+def test_words_without_a_place_are_refused(words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words)
+    assert f"unrecognized arguments: {words[-1]}" in capsys.readouterr().err
+
+
 def test_a_block_that_does_not_divide_the_sequence(tiny_backbone, capsys):
     arguments = ["recipe=tiny", f"init.backbone={tiny_backbone}", "noise.block_size_tokens=5"]
     assert cli.main(["train", *arguments]) == 2

@@ -31,9 +31,9 @@ MODEL, QUICK_MODEL = "nemotron_3_nano_30b_a3b", "tiny"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # What is measured where no flag says otherwise: (lengths, blocks) of each operation. A block of 0: it has none.
 DEFAULTS: dict[str, tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]] = {
-    "scan": (((1024,), (4, 16, 32, 128)), ((4096,), (4, 16, 128)), ((8192,), (16,))),
-    "attention": (((1024,), (4, 16, 128)), ((4096,), (16,))),
-    "head": (((1024,), (0,)),),
+    "scan": (((1024,), (4, 16, 32, 128)), ((4096, 8192), (4, 16, 128))),
+    "attention": (((1024,), (4, 16, 32, 128)), ((4096,), (4, 16, 128)), ((8192,), (16,))),
+    "head": (((1024, 4096), (0,)),),
     "convolution": (((4096,), (16,)),),
 }
 QUICK = {name: (((64,), (0,) if name == "head" else (8, 32)),) for name in DEFAULTS}
