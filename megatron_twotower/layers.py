@@ -30,7 +30,7 @@ from megatron_twotower.host import device
 from megatron_twotower.ops.attention import block_attention, causal_attention
 from megatron_twotower.ops.convolution import block_history, causal_conv, seeded_block_conv
 from megatron_twotower.ops.norm import gated_rms_norm, rms_norm
-from megatron_twotower.ops.scan import chunk_length, chunk_scan, two_stream_scan
+from megatron_twotower.ops.scan import chunk_length, chunk_scan, stream_scan, two_stream_scan
 from megatron_twotower.records import AttentionHandoff, Blocks, Handoff, MambaHandoff
 
 # The order of norm and modulation: in M and * Megatron fuses the norm into the projection, so modulation is first.
@@ -180,9 +180,9 @@ class MambaMixer(MegatronModule):
         documents = blocks.documents
         x, B, C = self._split(causal_conv(conv_input, self.conv1d_weight, self.conv1d_bias, documents=documents))
         A, chunk = self._A(), chunk_length(blocks.size or 1, preferred=self.preferred_chunk)
-        y, states, _ = chunk_scan(x, dt, A, B, C, self.D, chunk=chunk, documents=documents)
         if blocks.size is None:
-            return self._output(y, z), None
+            return self._output(stream_scan(x, dt, A, B, C, self.D, chunk=chunk, documents=documents), z), None
+        y, states, _ = chunk_scan(x, dt, A, B, C, self.D, chunk=chunk, documents=documents)
         history = block_history(conv_input, taps=self.taps, block=blocks.size)
         return self._output(y, z), MambaHandoff(conv_input, history, x, dt, A, B, states)
 

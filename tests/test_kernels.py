@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from megatron_twotower.ops import kernels
 from megatron_twotower.ops.kernels import causal_conv_kernel, chunk_scan_kernel, conv_unsupported, scan_kernel
-from megatron_twotower.ops.scan import scan_ref
+from megatron_twotower.ops.scan import scan_ref, stream_scan
 
 
 def stream(length, *, dtype=torch.float64, grad=False):
@@ -151,6 +151,7 @@ def test_the_scan_is_the_recurrence_with_its_states(stand_ins, documents, chunk)
 def test_the_scan_keeps_no_graph_and_the_trained_one_does(stand_ins):
     tensors = stream(8, grad=True)
     assert not any(t.requires_grad for t in chunk_scan_kernel(*tensors, chunk=4))
+    torch.testing.assert_close(scan_kernel(*tensors, chunk=4), stream_scan(*tensors, chunk=4), rtol=1e-10, atol=1e-10)
     y = scan_kernel(*tensors, chunk=4, documents=torch.tensor([[0] * 4 + [1] * 4] * 2))
     assert all(gradient.abs().sum() > 0 for gradient in torch.autograd.grad(y.sum(), tensors))
 

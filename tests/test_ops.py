@@ -31,6 +31,22 @@ def assert_same_gradients(got, want, tensors):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
+# Largest error over largest value: gradients of float32 are sums of many products, bfloat16 rounds each of them.
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
+
+
+def assert_follows(operation, twin, tensors, dtype):
+    """An operation in a narrow dtype against its twin in float64, from the same rounded inputs: value and gradients."""
+    narrow = [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
+    wide = [tensor.detach().double().requires_grad_() for tensor in narrow]
+    got, want = operation(*narrow), twin(*wide)
+    assert got.dtype == dtype
+    upstream = draw(*got.shape, seed=99, grad=False).to(dtype)
+    ours, theirs = torch.autograd.grad(got, narrow, upstream), torch.autograd.grad(want, wide, upstream.double())
+    for a, b in zip((got, *ours), (want, *theirs), strict=True):
+        assert (a.double() - b).abs().max() <= TOLERANCES[dtype] * b.abs().max().clamp(min=1), (a, b)
+
+
 def random_documents(length, seed):
     starts = torch.rand(2, length, generator=torch.Generator().manual_seed(seed)) < 0.2
     return starts.cumsum(1).to(torch.int32)
@@ -67,7 +83,7 @@ def test_causal_convolution_is_one_large_block(packed):
     block=st.sampled_from([1, 2, 3, 4, 12]), blocks=st.integers(1, 6), rows=st.sampled_from([2, 6, 20, 512]),
     packed=st.booleans(), shared=st.sampled_from([1, 2, 4]), seed=st.integers(0, 10**6),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_block_attention(block, blocks, rows, packed, shared, seed):
     length = block * blocks
     query, key, value = (draw(2, heads, length, 6, seed=seed + i) for i, heads in enumerate((4, shared, shared)))
@@ -79,6 +95,39 @@ def test_block_attention(block, blocks, rows, packed, shared, seed):
         patch.setattr(attention, "ROWS", rows)
         got = block_attention(query, key, value, **clean, **shape)
         assert_same_gradients(got, want, (query, key, value))
+
+
+@given(
+    dtype=st.sampled_from(list(TOLERANCES)), block=st.sampled_from([1, 3, 8]), blocks=st.integers(1, 4),
+    packed=st.booleans(), seed=st.integers(0, 10**6),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_narrow_dtypes(dtype, block, blocks, packed, seed):
+    length = block * blocks
+    documents = random_documents(length, seed) if packed else None
+    attended = [draw(2, heads, length, 6, seed=seed + i) for i, heads in enumerate((4, 2, 2))]
+    clean_key, clean_value = (draw(2, 2, length, 6, seed=seed + i, grad=False).to(dtype) for i in (3, 4))
+    names = ("clean_key", "clean_value")
+    shape = {"block": block, "documents": documents}
+    assert_follows(
+        lambda *own: block_attention(*own, **dict(zip(names, (clean_key, clean_value), strict=True)), **shape),
+        lambda *own: block_attention_ref(
+            *own, **dict(zip(names, (clean_key.double(), clean_value.double()), strict=True)), **shape
+        ),
+        attended, dtype,
+    )  # fmt: skip
+    filtered = [draw(2, length, 5, seed=seed), draw(5, 4, seed=seed + 1), draw(5, seed=seed + 2)]
+    clean = draw(2, length, 5, seed=seed + 3, grad=False).to(dtype)
+    history = block_history(clean, taps=4, block=block)
+    assert_follows(
+        lambda x, *own: seeded_block_conv(x, history, *own, documents=documents),
+        lambda x, *own: seeded_block_conv_ref(x, clean.double(), *own, block=block, documents=documents),
+        filtered, dtype,
+    )  # fmt: skip
+    normed = [draw(3, length, 8, seed=seed), draw(3, length, 8, seed=seed + 1), draw(2, 4, seed=seed + 2)]
+    assert_follows(
+        lambda *own: gated_rms_norm(*own, 1e-5), lambda *own: gated_rms_norm_ref(*own, 1e-5), normed, dtype
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -136,6 +185,26 @@ def test_norms():
     gate, by_group = draw(3, 5, 12, seed=2), draw(3, 4, seed=3)
     pair = (gated_rms_norm(x, gate, by_group, 1e-5), gated_rms_norm_ref(x, gate, by_group, 1e-5))
     assert_same_gradients(*pair, (x, gate, by_group))
+
+
+@given(
+    positions=st.integers(0, 30), vocabulary=st.integers(2, 20), chunk=st.integers(1, 12), seed=st.integers(0, 10**6)
+)
+@settings(max_examples=20, deadline=None)
+def test_linear_cross_entropy_in_bfloat16(positions, vocabulary, chunk, seed):
+    targets, weights = torch.arange(positions) % vocabulary, torch.ones(positions)
+    narrow = [draw(n, 6, seed=seed + n, grad=False).bfloat16() for n in (positions, vocabulary)]
+    hidden, weight = (tensor.requires_grad_() for tensor in narrow)
+    wide = [tensor.detach().float().requires_grad_() for tensor in (hidden, weight)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cross_entropy, "POSITION_CHUNK", chunk)
+        got, losses = linear_cross_entropy(hidden, weight, targets, weights)
+    want, each = linear_cross_entropy_ref(*wide, targets, weights)
+    assert got.dtype == losses.dtype == torch.float32
+    torch.testing.assert_close(losses, each, rtol=0.02, atol=0.05)
+    for a, b in zip(torch.autograd.grad(got, (hidden, weight)), torch.autograd.grad(want, wide), strict=True):
+        assert a.dtype == torch.bfloat16
+        torch.testing.assert_close(a.float(), b, rtol=0.02, atol=0.05)
 
 
 @given(

@@ -185,10 +185,8 @@ class _ChunkScan(torch.autograd.Function):
         return grad_x, grad_dt, grad_A.to(A.dtype), grad_B, grad_C, grad_D, None, None, None
 
 
-def _mamba_ssm_serves(x: Tensor, initial: Tensor | None) -> bool:
-    """On CUDA, without gradients (its states come from the forward pass alone)."""
-    plain = x.is_cuda and initial is None and x.dtype != torch.float64 and not torch.is_grad_enabled()
-    return plain and kernels.unavailable("mamba-ssm") is None
+def _mamba_ssm_serves(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype != torch.float64 and kernels.unavailable("mamba-ssm") is None
 
 
 def chunk_scan(
@@ -206,9 +204,19 @@ def chunk_scan(
         state (b, m, p, d). States are in the working dtype, without gradients.
     """
     assert initial is None or not initial.requires_grad
-    if _mamba_ssm_serves(x, initial):
+    # Its states come from the forward pass alone.
+    if initial is None and not torch.is_grad_enabled() and _mamba_ssm_serves(x):
         return kernels.chunk_scan_kernel(x, dt, A, B, C, D, chunk=chunk, documents=documents)
     return _ChunkScan.apply(x, dt, A, B, C, D, chunk, initial, documents)
+
+
+def stream_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, chunk: int, documents: Tensor | None = None
+) -> Tensor:
+    """y of `chunk_scan` alone, with gradients, for next-token training; on CUDA by mamba-ssm if it is installed."""
+    if _mamba_ssm_serves(x):
+        return kernels.scan_kernel(x, dt, A, B, C, D, chunk=chunk, documents=documents)
+    return chunk_scan(x, dt, A, B, C, D, chunk=chunk, documents=documents)[0]
 
 
 # --- a noisy stream beside a clean one ----------------------------------------------------------------------------
