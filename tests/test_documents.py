@@ -202,6 +202,26 @@ def test_a_compressed_file_may_have_several_members(tmp_path):
         assert [text for unit in read(units_of(path))[0] for _, text in unit] == texts(30)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+def test_what_windows_and_terminals_leave_in_files_is_read_past(name, tmp_path):
+    """Byte order marks (one at the start, one of a file that was appended), CRLF, blank lines, NUL characters."""
+    expected = [*texts(30), "a\0b"]
+    mark = b"\xef\xbb\xbf"
+    lines = as_lines(expected).replace(b"\n", b"\r\n").splitlines(keepends=True)
+    content = b"".join([mark, *lines[:10], b"\r\n", mark, *lines[10:], mark])
+    path = tmp_path / name
+    compress = {".gz": gzip.compress, ".zst": pytest.importorskip("zstandard").compress}.get(path.suffix, bytes)
+    path.write_bytes(compress(content))
+    items = [item for unit in read(units_of(path, unit_bytes=500))[0] for item in unit]
+    assert [text for _, text in items if text is not None] == expected
+    assert sum(text is None for _, text in items) == 2
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfwords\xef\xbb\xbf")
+    assert read_text(Document("a.txt", tmp_path / "a.txt")) == "words\ufeff"
+
+
 def test_a_very_long_line_is_one_record(tmp_path):
     expected = ["x" * 3_000_000, "short"]
     for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst"):

@@ -506,16 +506,27 @@ def test_wrong_input_is_one_line(tree, tokenizer, tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"\xe9")
     (tmp_path / "alone.txt").write_text("")
     (tmp_path / "none.jsonl").write_text("")
+    (tmp_path / "held.jsonl").write_text('{"text": "words"}\n7\n8\n')
     cases = [
         ("nowhere: no such file or folder", [str(tmp_path / "nowhere")], {}),
-        ("none of 2 files left to train on", [str(tmp_path / "latin.txt"), str(tmp_path / "alone.txt")], {}),
-        ("none of 1 files left to train on", [str(tmp_path / "none.jsonl")], {}),
-        ("none of 65 files left to train on", [str(tree)], {"min_tokens": 10**6}),
+        (
+            "found 1 empty, 1 not_utf8 in 2 files, expected text to train on",
+            [str(tmp_path / "latin.txt"), str(tmp_path / "alone.txt")],
+            {},
+        ),
+        ("none.jsonl: found nothing in 1 files, expected text", [str(tmp_path / "none.jsonl")], {}),
+        ("found 1 empty, 1 not_utf8, 1 repeated, 62 too_short in 65 files", [str(tree)], {"min_tokens": 10**6}),
+        (
+            "found 1 held_out, 2 malformed in 1 files",
+            [str(tmp_path / "held.jsonl")],
+            {"holdout_fraction": 0.999999, "max_malformed": 2},
+        ),
         ("shard_tokens 0: expected at least 1", [str(tree)], {"shard_tokens": 0}),
         ("workers 0: expected at least 1", [str(tree)], {"workers": 0}),
         ("min_tokens 0: expected at least 1", [str(tree)], {"min_tokens": 0}),
         ("max_tokens 4: expected at least min_tokens 5", [str(tree)], {"min_tokens": 5, "max_tokens": 4}),
         ("max_malformed -1: expected at least 0", [str(tree)], {"max_malformed": -1}),
+        ("max_malformed nan: expected at least 0", [str(tree)], {"max_malformed": float("nan")}),
         ("bos always: expected one of none, document", [str(tree)], {"bos": "always"}),
         ("holdout_fraction 2: expected", [str(tree)], {"holdout_fraction": 2}),
     ]
@@ -525,6 +536,9 @@ def test_wrong_input_is_one_line(tree, tokenizer, tmp_path):
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="tokenizer: no such folder"):
         prepare([str(tree)], tokenizer=tmp_path / "tokenizer", output=output)
+    for nameless in (".", "/", ""):
+        with pytest.raises(UserError, match="found no name, expected a folder to make beside others"):
+            prepare([str(tree)], tokenizer=tokenizer, output=nameless)
     assert not output.exists() and not (tmp_path / "out.partial").exists()
 
 

@@ -80,3 +80,15 @@ def test_the_output_changes_in_one_step_and_what_a_kill_left_is_cleared(tmp_path
     with pytest.raises(UserError, match="out: holds no other"):
         check_output(output, mark="other", overwrite=True)
     check_output(tmp_path / "new", mark="mark", overwrite=False)
+
+
+def test_an_error_that_names_no_file_is_told_with_the_folder(tmp_path):
+    """As of a disk that fills up, which the system reports of a handle and not of a name."""
+    full = OSError(28, "No space left on device")
+    with (
+        pytest.raises(UserError, match=r"out\.partial: cannot be written \(No space left on device\)$"),
+        resuming(tmp_path / "out", plan={}, overwrite=False),
+    ):
+        raise full
+    with pytest.raises(FileNotFoundError, match="gone"), resuming(tmp_path / "out", plan={}, overwrite=False):
+        (tmp_path / "gone").read_bytes()

@@ -4,6 +4,7 @@ A unit is read from its start to its end by one worker. Units and their order fo
 text held out for validation, then files of records, then the other files of text.
 """
 
+import codecs
 import gzip
 import hashlib
 import json
@@ -113,9 +114,9 @@ def _walk(root: Path, *, suffixes: tuple[str, ...]) -> list[Document]:
 
 
 def read_text(document: Document) -> str | None:
-    """The text of `document`, line breaks as they are; None when it is not UTF-8."""
+    """The text of `document`, line breaks as they are, without a byte order mark; None when it is not UTF-8."""
     try:
-        return document.path.read_bytes().decode("utf-8")
+        return document.path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
         return None
     except OSError as error:
@@ -236,6 +237,7 @@ def read_unit(unit: Unit, *, text_field: str, advance: Callable[[int], None]) ->
             yield number, _checked(value, f"column {text_field!r}")
     else:
         for number, line in enumerate(_lines(unit, advance=advance)):
+            line = line.removeprefix(codecs.BOM_UTF8)  # of a file, or of one that was appended to it
             yield number, _text_of_line(line, text_field=text_field) if line.strip() else None
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from megatron_twotower import __version__
 from megatron_twotower.data import workers, workspace
-from megatron_twotower.data.documents import SUFFIXES, TRAIN, Unit, cut_units, find_documents
+from megatron_twotower.data.documents import SUFFIXES, TRAIN, VALIDATION, Unit, cut_units, find_documents
 from megatron_twotower.data.parts import (
     FIRST_FAULTS,
     ShardTask,
@@ -131,7 +131,8 @@ def prepare(
         )  # fmt: skip
         if not plan.totals[TRAIN]["documents"]:
             workspace.drop(partial)
-            raise UserError(f"{' '.join(inputs)}: none of {len(documents)} files left to train on, expected UTF-8 text")
+            found = f"{_what_was_found(plan)} in {len(documents)} files"
+            raise UserError(f"{' '.join(inputs)}: found {found}, expected text to train on")
         summary = _write_data(job, plan, faults=_faults(units, abouts))
         _write_provenance(job, inputs=inputs, abouts=abouts)
         workspace.replace(output)
@@ -177,7 +178,7 @@ def _check_settings(settings: Settings, *, workers: int, max_malformed: float) -
         "workers": (workers, 1),
     }
     for name, (found, minimum) in least.items():
-        if found < minimum:
+        if not found >= minimum:  # nor what is not a number
             raise UserError(f"{name} {found}: expected at least {minimum}")
     if settings.max_tokens is not None and settings.max_tokens < settings.min_tokens:
         raise UserError(f"max_tokens {settings.max_tokens}: expected at least min_tokens {settings.min_tokens}")
@@ -346,6 +347,12 @@ def _write_shards(job: _Job, plan: Plan, tasks: Sequence[ShardTask]) -> list[Sha
             if not waiting[span.part]:
                 part_path(job.folder, span.part, ".ids").unlink(missing_ok=True)
     return [shard for shard in shards if shard is not None]
+
+
+def _what_was_found(plan: Plan) -> str:
+    """Why there is nothing to train on: what was held out, and what was left out by reason."""
+    found = plan.left_out[TRAIN] + plan.left_out[VALIDATION] + Counter(held_out=plan.totals[VALIDATION]["documents"])
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(found.items())) or "nothing"
 
 
 def _write_provenance(job: _Job, *, inputs: Sequence[str], abouts: Sequence[dict[str, Any]]) -> None:

@@ -40,6 +40,8 @@ def partial_of(output: Path) -> Path:
 
 def check_output(output: Path, *, mark: str, overwrite: bool) -> None:
     """Refuse an `output` that exists; with `overwrite`, only one that does not hold the file `mark`."""
+    if not output.name:
+        raise UserError(f"{output}: found no name, expected a folder to make beside others")
     partial = partial_of(output)
     if (output / mark).is_file() and partial.is_dir() and not (partial / "data").exists():
         shutil.rmtree(partial)  # of a run that was killed when all was done
@@ -57,7 +59,7 @@ def resuming(output: Path, *, plan: dict[str, Any], overwrite: bool) -> Iterator
     """OUTPUT.partial with the finished work of an interrupted run of the same `plan`, or empty; locked.
 
     Errors: `UserError` where the interrupted run had another plan (with `overwrite` its work is dropped), or one is at
-    work.
+    work; and for an `OSError` within that names no file (a full disk), naming the folder.
     """
     partial = partial_of(output)
     partial.mkdir(parents=True, exist_ok=True)
@@ -82,7 +84,12 @@ def resuming(output: Path, *, plan: dict[str, Any], overwrite: bool) -> Iterator
                 path.write_text(json.dumps(wanted, indent=1) + "\n")
         for left in partial.rglob("*.partial"):  # what was being written
             left.unlink()
-        yield partial
+        try:
+            yield partial
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            raise UserError(f"{partial}: cannot be written ({error.strerror or error})") from error
 
 
 def drop(partial: Path) -> None:
