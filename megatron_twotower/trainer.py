@@ -240,7 +240,7 @@ def train(
         True when all steps are done, False when stopped early on request, with the state saved.
 
     Raises:
-        UserError: the loss is not finite.
+        UserError: the loss is not finite, or all sequences of a record were in damaged shards.
     """
     settings, started = trainer.config.train, time.perf_counter()
 
@@ -270,6 +270,11 @@ def train(
             hooks.metrics.log(record)
             if not abs(record["loss"]) < float("inf"):
                 raise UserError(f"step {progress.step}: the loss is {record['loss']}, expected a finite number")
+            if record.get("skipped_sequences") == progress.sequences:
+                raise UserError(
+                    f"step {progress.step}: all {progress.sequences} sequences since the last record are in damaged "
+                    "shards, expected some to train on (data.damaged_shards)"
+                )
             progress.sums = progress.expert_tokens = None
             progress.sequences = progress.skipped = 0
             progress.since = time.perf_counter()

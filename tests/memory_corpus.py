@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_twotower.records import UserError
+
 
 @dataclass(frozen=True)
 class MemoryCorpus:
@@ -33,15 +35,13 @@ class MemoryCorpus:
     def tokens(self, start, count):
         assert 0 <= start <= start + count <= self.total_tokens
         self.reads.append((start, count))
-        shards = range(self.shard_of(start), self.shard_of(start + count - 1) + 1)
-        assert not self.damaged.keys() & set(shards), "a damaged shard must not be read"
+        for shard in range(self.shard_of(start), self.shard_of(start + count - 1) + 1):
+            if shard in self.damaged:
+                raise UserError(f"shard {shard}: {self.damaged[shard]}")
         return self.base + np.arange(start, start + count)
 
     def shard_of(self, position):
         return position // self.shard_tokens
-
-    def check_shard(self, number):
-        return self.damaged.get(number)
 
 
 def corpus_of(documents, *, longest, seed=0, **changes):

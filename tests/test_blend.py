@@ -12,7 +12,14 @@ from memory_corpus import corpus_of
 from megatron_twotower.config import NoiseConfig
 from megatron_twotower.corruption import corrupt
 from megatron_twotower.data.blend import Blend, BlendedDataset, split_folder
-from megatron_twotower.data.dataset import SAMPLE_BITS, SequenceDataset, batches, global_batch, skipped_sequences
+from megatron_twotower.data.dataset import (
+    SAMPLE_BITS,
+    SequenceDataset,
+    _tell_once,
+    batches,
+    global_batch,
+    skipped_sequences,
+)
 from megatron_twotower.data.order import Shuffle
 from megatron_twotower.data.packing import Packing
 from megatron_twotower.phases import Phase
@@ -190,7 +197,8 @@ def test_far_positions_read_no_more_than_near_ones():
 
 
 @pytest.mark.parametrize("documents", ["ignore", "respect"])
-def test_skipping_keeps_the_order_of_everything_else(documents):
+def test_skipping_keeps_the_order_of_everything_else(documents, caplog):
+    _tell_once.cache_clear()
     sound, broken = blended(documents=documents), blended(documents=documents, damaged={3: "truncated", 5: "gone"})
     want, got = (global_batch(source, first=0, count=20 * BATCH) for source in (sound, broken))
     for name in ("samples", "epochs", "positions", "corpora"):
@@ -205,6 +213,27 @@ def test_skipping_keeps_the_order_of_everything_else(documents):
         shards = set(range(corpus.shard_of(int(read[0])), corpus.shard_of(int(read[-1])) + 1))
         assert lost == bool(shards & {3, 5})
     assert skipped_sequences(want) == 0
+    assert sorted(caplog.messages) == [
+        "shard 3: truncated; its sequences are skipped", "shard 5: gone; its sequences are skipped",
+    ], "each damaged shard is named once"  # fmt: skip
+
+
+@pytest.mark.parametrize("world", [2, 8])
+def test_skipping_is_the_same_on_every_number_of_ranks(world):
+    source = blended(documents="respect", damaged={0: "gone", 3: "truncated"})
+    for cursor in (0, 200, 1000):
+        got, _ = step_over(source, cursor=cursor, world=world)
+        same(got, global_batch(source, first=cursor, count=BATCH))
+        assert 0 < skipped_sequences(got) < BATCH
+
+
+def test_a_damaged_shard_stops_where_it_is_not_to_be_skipped():
+    source = blended(damaged={3: "truncated"})
+    strict = dataclasses.replace(source, datasets={
+        name: dataclasses.replace(one, skip_damaged=False) for name, one in source.datasets.items()
+    })  # fmt: skip
+    with pytest.raises(UserError, match="shard 3: truncated"):
+        global_batch(strict, first=0, count=20 * BATCH)
 
 
 # --- blend files --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import http.server
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -36,7 +37,9 @@ def served(prepared, monkeypatch):
 
         def do_GET(self):
             asked.append(self.path)
-            if Handler.jammed > 0:
+            if "cut-off" in self.path:
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nnot all of it")
+            elif Handler.jammed > 0:
                 Handler.jammed -= 1
                 self.send_error(503, "jammed")
             else:
@@ -52,6 +55,10 @@ def served(prepared, monkeypatch):
         yield f"http://127.0.0.1:{server.server_port}", asked, Handler
         server.shutdown()
         thread.join()
+
+
+def copies(cache):
+    return [path for path in (cache / "shards").rglob("*") if path.is_file() and not path.suffix]
 
 
 def test_urls_are_told_from_paths_and_joined():
@@ -102,7 +109,7 @@ def test_the_cache_is_bounded_and_what_was_dropped_is_fetched_again(prepared, se
         for number in range(len(corpus.shards)):
             start = int(corpus.first_tokens[number])
             assert (corpus.tokens(start, 50) == expected.tokens(start, 50)).all()
-            assert len(list((tmp_path / "shards").iterdir())) <= 2
+            assert len(copies(tmp_path)) <= 2
     assert len(served[1]) == 3 + 2 * len(corpus.shards)
 
 
@@ -122,6 +129,8 @@ def test_what_cannot_be_read_is_named_in_one_line(served, tmp_path, monkeypatch)
         ("pipe:cat /no/such/{file}", ""),
         ("pipe:echo half of it; exit 3 #{file}", ""),
         ("nosuch://host/train", ""),
+        (f"{url}/with space", "control characters"),
+        (f"{url}/cut-off", "IncompleteRead"),
     ):
         with pytest.raises(UserError, match="cannot be read in 3 attempts") as caught:
             Corpus.open(bad, cache=tmp_path)
@@ -148,7 +157,7 @@ def test_a_remote_shard_that_is_damaged_or_missing_is_named(prepared, served, tm
         assert corpus.check_shard(0) is None
     finally:
         shard.write_bytes(whole)
-    assert not list((tmp_path / "shards").glob("*.partial"))
+    assert not list((tmp_path / "shards").rglob("*.partial"))
 
 
 def test_a_copy_in_the_cache_is_named_by_its_checksum(tmp_path):
@@ -169,12 +178,59 @@ def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):
     assert remote.cache_folder() == tmp_path / "mine"
 
 
+def test_what_several_want_at_once_is_fetched_once(tmp_path):
+    """By threads here; the lock is one of files, which processes share too."""
+    (tmp_path / "file").write_bytes(b"some bytes")
+    url, sha256 = f"pipe:echo asked >> {tmp_path}/asked; sleep 0.2; cat {tmp_path}/file", checksum(tmp_path / "file")
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: remote.fetch(url, sha256=sha256, folder=tmp_path / "cache"), range(8)))
+    assert {path.read_bytes() for path in found} == {b"some bytes"}
+    assert (tmp_path / "asked").read_text() == "asked\n"
+
+
+def test_different_shards_are_fetched_at_the_same_time(prepared, tmp_path, monkeypatch):
+    """By the threads that read ahead: the network would not be used otherwise."""
+    both, fetch = threading.Barrier(2, timeout=20), remote.fetch
+
+    def waiting(url, **arguments):
+        if url.endswith(".tar"):
+            both.wait()
+        return fetch(url, **arguments)
+
+    monkeypatch.setattr(remote, "fetch", waiting)
+    for verify in (False, True):
+        corpus = Corpus.open(f"file:{prepared}/train", cache=tmp_path / str(verify), verify_shards=verify)
+        with ThreadPoolExecutor(2) as pool:
+            found = pool.map(corpus.tokens, corpus.first_tokens[:2].tolist(), (5, 5))
+            assert [len(tokens) for tokens in found] == [5, 5]
+
+
+def test_a_copy_that_another_process_removed_is_fetched_again(prepared, tmp_path, monkeypatch):
+    fetch, gone = remote.fetch, []
+
+    def removed_at_once(url, **arguments):
+        path = fetch(url, **arguments)
+        if url.endswith(".tar") and not gone:
+            gone.append(path)
+            path.unlink()
+        return path
+
+    monkeypatch.setattr(remote, "fetch", removed_at_once)
+    assert len(Corpus.open(f"file:{prepared}/train", cache=tmp_path).tokens(0, 9)) == 9 and gone
+    assert remote._asked_for(gone[0])
+    gone[0].unlink()
+    assert not remote._asked_for(gone[0]) and not gone[0].exists(), "no empty file in its place"
+
+
 def test_trimming_keeps_the_newest(tmp_path):
     for number in range(5):
         (tmp_path / str(number)).write_bytes(b"")
         os.utime(tmp_path / str(number), (number, number))
+    for name in ("old.partial", "new.partial", "00.lock"):
+        (tmp_path / name).write_bytes(b"")
+    os.utime(tmp_path / "old.partial", (0, 0))
     mapped = np.memmap(tmp_path / "map", dtype=np.uint8, mode="w+", shape=(10,))
     os.utime(tmp_path / "map", (-1, -1))
     remote.trim(tmp_path, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00.lock", "3", "4", "new.partial"]
     assert mapped.sum() == 0  # a map of a removed file stays good

@@ -97,17 +97,39 @@ def test_what_is_to_come_may_change_and_what_was_read_may_not(two_corpora, tiny_
     check(240, lambda found: None)
     check(88, lambda found: found["phases"].pop())
     check(88, lambda found: found["phases"][1]["weights"].update(calls=9.0))
-    with pytest.raises(UserError, match=r"phases: found .*9.0.*, expected .*'quality', 'first': 88.*, which had begun"):
+    with pytest.raises(
+        UserError, match=r"phases: found .*9.0.*, expected .*'quality', 'first': 88.*: sequence 89 is past"
+    ):
         check(89, lambda found: found["phases"][1]["weights"].update(calls=9.0))
     with pytest.raises(UserError, match=r"phases: found None, expected .*'short-blocks'"):
         check(240, lambda found: found["phases"].pop())
     with pytest.raises(UserError, match=r"seed: found 5, expected 1234, as the run has read so far"):
         check(1, lambda found: found["order"].update(seed=5))
-    with pytest.raises(UserError, match=r"calls/train: found 9 tokens, expected \d+, as the run has read so far"):
+    with pytest.raises(
+        UserError, match=r"phases: found .*'quality', 'first': 40.*, expected None: sequence 80 is past"
+    ):
+        check(80, lambda found: found["phases"][1].update(first=40))  # part of the first phase would be the second
+    with pytest.raises(UserError, match=r"calls/train: found tokens 9, expected \d+, as the run has read so far"):
         check(1, lambda found: found["corpora"]["calls"].update(tokens=9))
-    with pytest.raises(UserError, match=r"nothing: found 0 tokens, expected"):
+    with pytest.raises(UserError, match=r"calls: found place in the blend file None, expected 1, as the run has"):
         check(1, lambda found: found["corpora"].pop("calls"))
+    with pytest.raises(UserError, match=r"calls/train: found shards of sha256 0, expected \w{64}, as the run has read"):
+        check(1, lambda found: found["corpora"]["calls"].update(sha256="0"))
     check(0, lambda found: found["corpora"]["calls"].update(tokens=9))
+
+
+def test_corpora_that_changed_places_in_the_blend_file_are_refused(tmp_path, two_corpora, tiny_backbone):
+    """A corpus's order and noise are keyed by its place: it would be read anew, some of it twice."""
+    config = recipe(two_corpora, tiny_backbone)
+    expected = sources.data_summary(config, sources.open_training(config))
+    (tmp_path / "blend.yaml").write_text(
+        f"corpora:\n  calls: {{folder: {two_corpora}/calls}}\n  numbers: {{folder: {two_corpora}/numbers}}\n"
+        "mixtures:\n  breadth: {numbers: 3, calls: 1}\n  quality: {numbers: 1, calls: 4}\n"
+    )
+    other = recipe(tmp_path, tiny_backbone)
+    found = sources.data_summary(other, sources.open_training(other))
+    with pytest.raises(UserError, match="numbers/train: found place in the blend file 1, expected 0"):
+        sources.check_unchanged(found, expected, cursor=1)
 
 
 # --- from URLs ----------------------------------------------------------------------------------------------------

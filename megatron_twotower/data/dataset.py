@@ -5,6 +5,8 @@ says which sequence stands there. So the cursor, one integer, is the whole state
 resume costs nothing, and the order knows nothing of ranks, micro-batches or workers.
 """
 
+import functools
+import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -47,7 +49,8 @@ class SequenceDataset:
     """A corpus cut into sequences of `sequence_length` tokens; the rest at its end is never read.
 
     seed: keys the order of every epoch. number: of the corpus within its blend. packing: keeps documents apart; None to
-    cut across them. skip_damaged: what touches a damaged shard becomes padding, where else the run stops.
+    cut across them. skip_damaged: what touches a damaged shard becomes padding, where else the run stops; the corpus
+    must have been opened with `verify_shards`.
 
     Errors: `UserError` for a corpus shorter than one sequence.
     """
@@ -80,28 +83,26 @@ class SequenceDataset:
         return self.row(number).tokens
 
     def row(self, number: int) -> Row:
-        """Sequence `number`."""
+        """Sequence `number`; padding all through where it cannot be read and is to be skipped."""
         assert 0 <= number < len(self), (number, len(self))
-        first, count = number * self.sequence_length, self.sequence_length
-        if self.packing is None:
-            return self._damaged(first, count) or Row(self.corpus.tokens(first, count))
-        stretch = self.packing.stretch(first, count)
-        begin, end = int(stretch.sources[0]), int(stretch.sources[-1]) + 1
-        if damaged := self._damaged(begin, end - begin):
-            return damaged
-        tokens = self.corpus.tokens(begin, end - begin)[stretch.sources - begin]
-        return Row(tokens, stretch.documents, stretch.padding)
-
-    def _damaged(self, first: int, count: int) -> Row | None:
-        """Padding in place of a sequence whose tokens first .. first + count - 1 cannot all be read."""
-        if not self.skip_damaged:
-            return None  # the corpus names the shard itself
-        shards = range(self.corpus.shard_of(first), self.corpus.shard_of(first + count - 1) + 1)
-        if not any(self.corpus.check_shard(shard) for shard in shards):
-            return None
+        try:
+            return self._read(number)
+        except UserError as error:  # the corpus names the shard
+            if not self.skip_damaged:
+                raise
+            _tell_once(f"{error}; its sequences are skipped")
         length = self.sequence_length
         documents = None if self.packing is None else np.zeros(length, dtype=np.int32)
         return Row(np.full(length, _FILLER, dtype=np.int64), documents, np.ones(length, dtype=bool))
+
+    def _read(self, number: int) -> Row:
+        first, count = number * self.sequence_length, self.sequence_length
+        if self.packing is None:
+            return Row(self.corpus.tokens(first, count))
+        stretch = self.packing.stretch(first, count)
+        begin, end = int(stretch.sources[0]), int(stretch.sources[-1]) + 1
+        tokens = self.corpus.tokens(begin, end - begin)[stretch.sources - begin]
+        return Row(tokens, stretch.documents, stretch.padding)
 
     def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Epochs and sequence numbers, (b,) int64 each, at indices (b,) int64 of this corpus's own endless reading."""
@@ -120,6 +121,11 @@ class SequenceDataset:
         epochs, numbers = self.locate(positions)
         rows = [self.row(number) for number in numbers.tolist()]
         return stacked(rows, samples=self.keys(numbers), epochs=epochs, positions=positions)
+
+
+@functools.cache
+def _tell_once(message: str) -> None:
+    logging.getLogger(__name__).warning(message)
 
 
 def stacked(

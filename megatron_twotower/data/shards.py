@@ -15,6 +15,7 @@ Plain `webdataset` streams the shards; `Corpus` reads any stretch of tokens with
 much as reading the table of shards: the arrays are memory maps, so neither time nor memory grows with the documents.
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -37,10 +38,11 @@ __all__ = ["INDEX_FILE", "TRAIN", "VALIDATION", "Corpus", "Sample", "Shard", "wr
 INDEX_FILE = "index.json"
 STARTS_FILE, OFFSETS_FILE = "starts.npy", "offsets.npy"
 INDEX_VERSION = 2
-CACHED_SHARDS = 64  # of remote shards, on disk
+CACHED_SHARDS = 64  # of each remote corpus, on disk
 
 TOKENS_SUFFIX = "tokens.npy"
 _OPEN_SHARDS = 64  # memory maps a corpus keeps, each of which holds a file descriptor
+_OPENED_AT_ONCE = 16  # shards that threads fetch and check beside each other
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
@@ -160,7 +162,10 @@ class Corpus:
     cache: Path
     _maps: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
     _faults: dict[int, str | None] = field(default_factory=dict, repr=False, compare=False)
-    _lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    _shard_locks: tuple[threading.RLock, ...] = field(
+        default_factory=lambda: tuple(threading.RLock() for _ in range(_OPENED_AT_ONCE)), repr=False, compare=False
+    )
 
     @classmethod
     def open(
@@ -175,9 +180,9 @@ class Corpus:
         """Open a split folder, or a URL of one (`remote.join` says how file names are put into it).
 
         With `damaged="stop"` every local shard must be there in full, and with `verify` have the indexed checksum; with
-        "skip" no shard is looked at before it is read, and the caller asks `check_shard`. With `verify_shards` a local
-        shard's checksum is compared when it is first read. Remote shards are fetched into `cache` when they are first
-        read, at most `CACHED_SHARDS` of them, and always compared.
+        "skip" no shard is looked at before it is read. With `verify_shards` the checksum of a local shard is compared
+        when it is first read. Remote shards are fetched into `cache` when they are first read, at most `CACHED_SHARDS`
+        of them, and always compared.
 
         Errors: `UserError` naming the index or the shard, what was found and what was expected.
         """
@@ -192,6 +197,11 @@ class Corpus:
     @property
     def documents(self) -> int:
         return len(self.offsets)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the checksums of all shards: equal for the same documents in the same shards."""
+        return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
     def tokens(self, start: int, count: int) -> np.ndarray:
         """(count,) int64 ids from position `start` of the stream, across documents and shards."""
@@ -221,7 +231,7 @@ class Corpus:
 
     def check_shard(self, number: int) -> str | None:
         """None, or in one line what is wrong with a shard: size and checksum, compared once and remembered."""
-        with self._lock:
+        with self._shard_locks[number % _OPENED_AT_ONCE]:
             if number not in self._faults:
                 self._faults[number] = self._fault(number)
             return self._faults[number]
@@ -231,7 +241,7 @@ class Corpus:
         shard = self.shards[number]
         if isinstance(self.folder, Path) and not remote.is_url(shard.file):
             return self.folder / shard.file
-        folder = self.cache / "shards"
+        folder = self.cache / "shards" / self.fingerprint[:16]
         path = remote.fetch(remote.join(str(self.folder), shard.file), sha256=shard.sha256, folder=folder)
         remote.trim(folder, keep=CACHED_SHARDS)
         return path
@@ -252,15 +262,21 @@ class Corpus:
         return data[offset : offset + size].view(self.dtype)
 
     def _map(self, number: int) -> np.ndarray:
-        with self._lock:
-            if number not in self._maps:
-                fault = self.check_shard(number) if self.verify_shards else self._misses(number)
-                if fault:
-                    raise UserError(fault)
+        # Slow work, fetching and checking, keeps nobody waiting who reads another shard.
+        with self._shard_locks[number % _OPENED_AT_ONCE]:
+            if (data := self._maps.get(number)) is not None:
+                return data
+            if fault := self.check_shard(number) if self.verify_shards else self._misses(number):
+                raise UserError(fault)
+            try:
+                data = np.memmap(self.local_shard(number), dtype=np.uint8, mode="r").view(np.ndarray)
+            except FileNotFoundError:  # another process has just removed it from the cache
+                data = np.memmap(self.local_shard(number), dtype=np.uint8, mode="r").view(np.ndarray)
+            with self._lock:
                 while len(self._maps) >= _OPEN_SHARDS:
                     del self._maps[next(iter(self._maps))]  # the oldest
-                self._maps[number] = np.memmap(self.local_shard(number), dtype=np.uint8, mode="r").view(np.ndarray)
-            return self._maps[number]
+                self._maps[number] = data
+            return data
 
     def _misses(self, number: int) -> str | None:
         """What is wrong with a local shard at a glance, or with the index around it."""

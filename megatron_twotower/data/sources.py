@@ -1,6 +1,7 @@
 """What a run reads, opened and checked against its configuration: one corpus or a blend, to train on or to validate."""
 
 import dataclasses
+import itertools
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def _open_corpora(
 def _open_corpus(config: RunConfig, folder: str, split: str, *, number: int) -> SequenceDataset:
     data, skip = config.data, config.data.damaged_shards == "skip"
     corpus = Corpus.open(
-        split_folder(folder, split), damaged="skip" if skip else "stop", verify_shards=data.verify_shards
+        split_folder(folder, split), damaged="skip" if skip else "stop", verify_shards=skip or data.verify_shards
     )
     backbone = config.init.backbone
     if backbone and (Path(backbone) / "tokenizer.json").is_file():
@@ -146,6 +147,8 @@ def data_summary(config: RunConfig, source: SequenceDataset | BlendedDataset) ->
     corpora = {
         name: {
             "folder": str(dataset.corpus.folder),
+            "number": dataset.number,
+            "sha256": dataset.corpus.fingerprint,
             "tokens": dataset.corpus.total_tokens,
             "sequences": len(dataset),
             "padding": 0.0 if dataset.packing is None else round(dataset.packing.padding_fraction, 6),
@@ -156,30 +159,36 @@ def data_summary(config: RunConfig, source: SequenceDataset | BlendedDataset) ->
     return {"order": order, "corpora": corpora, "phases": phases}
 
 
+# What of a corpus a run must find again, and what it is called.
+_OF_A_CORPUS = {"number": "place in the blend file", "tokens": "tokens", "sha256": "shards of sha256"}
+
+
 def check_unchanged(found: dict[str, Any], expected: dict[str, Any], *, cursor: int) -> None:
     """Refuse to go on from `cursor` with data that would not give what was read so far; what is to come may change.
 
     found, expected: `data_summary` now, and when the run was last started.
 
     Raises:
-        UserError: another order, a corpus of another length, or a phase that had begun with another mixture.
+        UserError: another order, a corpus with other text or at another place in the blend file, or a stretch of the
+            run that was read with another mixture.
     """
     for key, value in expected["order"].items():
         if found["order"].get(key) != value:
             raise UserError(f"{key}: found {found['order'].get(key)}, expected {value}, as the run has read so far")
-    for name, corpus in expected["corpora"].items():
-        other = found["corpora"].get(name, {"folder": "nothing", "tokens": 0})
-        if name in _begun(expected, cursor) and other["tokens"] != corpus["tokens"]:
-            raise UserError(
-                f"{other['folder']}: found {other['tokens']} tokens, expected {corpus['tokens']}, as the run has read "
-                "so far"
-            )
-    begun = [phase for phase in expected["phases"] if phase["first"] < cursor]
-    for phase, other in zip(begun, [*found["phases"], *[None] * len(begun)], strict=False):
+    begun = _begun(expected, cursor)
+    for other, phase in itertools.zip_longest(_begun(found, cursor), begun):
         if other != phase:
-            raise UserError(f"phases: found {other}, expected {phase}, which had begun")
+            raise UserError(f"phases: found {other}, expected {phase}: sequence {cursor} is past where it had begun")
+    for name in ["", *(name for phase in begun for name in phase["weights"])]:
+        corpus, other = expected["corpora"].get(name, {}), found["corpora"].get(name, {"folder": name})
+        for key, what in _OF_A_CORPUS.items():
+            if key in corpus and other.get(key) != corpus[key]:
+                raise UserError(
+                    f"{other['folder']}: found {what} {other.get(key)}, expected {corpus[key]}, as the run has read "
+                    "so far"
+                )
 
 
-def _begun(summary: dict[str, Any], cursor: int) -> set[str]:
-    """The corpora read before `cursor`."""
-    return {""} | {name for phase in summary["phases"] if phase["first"] < cursor for name in phase["weights"]}
+def _begun(summary: dict[str, Any], cursor: int) -> list[dict[str, Any]]:
+    """The phases read before `cursor`."""
+    return [phase for phase in summary["phases"] if phase["first"] < cursor]
