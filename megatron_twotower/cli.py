@@ -69,7 +69,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     inspect(
         arguments.data, split=arguments.split, samples=arguments.samples, block_size=arguments.block_size,
-        picture=arguments.picture, tokenizer=arguments.tokenizer,
+        picture=arguments.picture, tokenizer=arguments.tokenizer, folder=arguments.folder,
     )  # fmt: skip
     return 0
 
@@ -80,7 +80,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     with progress.bar() as report:
         problems = verify(
-            arguments.data, tokenizer=arguments.tokenizer, workers=arguments.workers, progress=report
+            arguments.data, tokenizer=arguments.tokenizer, folder=arguments.folder, workers=arguments.workers,
+            progress=report,
         )  # fmt: skip
     for problem in problems:
         print(f"twotower: {problem}", file=sys.stderr)
@@ -162,6 +163,7 @@ def _bench_step(arguments: argparse.Namespace) -> int:
 
 
 def _bench_data(arguments: argparse.Namespace) -> int:
+    host.install()
     from megatron_twotower.bench import data as bench_data
 
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -252,6 +254,7 @@ def _parser() -> argparse.ArgumentParser:
                      "twotower data verify runs/data --tokenizer recipes/backbones/small")  # fmt: skip
     for each in (inspect, verify):
         each.add_argument("data", help="prepared folder, URL of one, or blend file")
+        each.add_argument("--folder", help="where the corpora of a blend are; beside the blend file if left out")
     inspect.add_argument("--split", default="train", help="of a prepared folder")
     inspect.add_argument("--samples", type=int, default=3, help="documents to show")
     inspect.add_argument("--block-size", type=int, default=16, help="tokens per block")

@@ -29,10 +29,16 @@ _SHOWN_BLOCKS = 12
 _BAR_CHARACTERS = 40
 
 
-def roots(data: str) -> dict[str, str]:
-    """Name and prepared folder (path or URL) of each corpus of `data`, which is one itself, or a blend file."""
+def roots(data: str, *, folder: str | None = None) -> dict[str, str]:
+    """Name and prepared folder (path or URL) of each corpus of `data`, which is one itself, or a blend file.
+
+    folder: where the corpora of a blend are, as `data.folder` of a recipe; beside the blend file if left out.
+    """
     if Path(data).suffix in (".yaml", ".yml"):
-        return {corpus.name: corpus.folder for phase in Blend.open(data).phases for corpus in phase.corpora}
+        blend = Blend.open(data, root=folder)
+        return {corpus.name: corpus.folder for phase in blend.phases for corpus in phase.corpora}
+    if folder is not None:
+        raise UserError(f"{data}: found no .yaml with --folder {folder}, expected a blend file")
     if not remote.is_url(data) and not any((Path(data) / part / INDEX_FILE).is_file() for part in (TRAIN, VALIDATION)):
         raise UserError(f"{data}: found no {TRAIN}/{INDEX_FILE}, expected a prepared folder, its URL or a blend file")
     return {Path(data).resolve().name if not remote.is_url(data) else data: data}
@@ -42,17 +48,26 @@ def roots(data: str) -> dict[str, str]:
 
 
 def inspect(
-    data: str, *, split: str, samples: int, block_size: int, picture: Path, tokenizer: Path | None = None
+    data: str,
+    *,
+    split: str,
+    samples: int,
+    block_size: int,
+    picture: Path,
+    tokenizer: Path | None = None,
+    folder: str | None = None,
 ) -> None:
     """Print counts, lengths, and documents with their block boundaries, of every corpus; draw the lengths.
 
-    tokenizer: to decode with; that of the prepared folder if left out, and without any, ids are shown.
+    tokenizer: to decode with; that of the prepared folder if left out, and without any, ids are shown. folder: as in
+    `roots`.
     Errors: `UserError` for what cannot be opened.
     """
     if block_size < 1:
         raise UserError(f"block_size {block_size}: expected at least 1")
     console = Console(highlight=False)
-    corpora = {name: Corpus.open(split_folder(folder, split)) for name, folder in roots(data).items()}
+    places = roots(data, folder=folder)
+    corpora = {name: Corpus.open(split_folder(place, split)) for name, place in places.items()}
     lengths = {name: document_lengths(corpus) for name, corpus in corpora.items()}
     edges = length_edges(max((int(one.max()) for one in lengths.values() if len(one)), default=1))
     histograms = {name: np.histogram(one, bins=edges)[0].tolist() for name, one in lengths.items()}
@@ -60,7 +75,7 @@ def inspect(
         console.print(_counts(name, corpus, lengths[name]))
         console.print(text_histogram(histograms[name], edges), markup=False, soft_wrap=True)
         console.print(_blocks(corpus, block_size), markup=False, soft_wrap=True)
-        opened = _tokenizer(tokenizer, roots(data)[name])
+        opened = _tokenizer(tokenizer, places[name])
         for number in spread(corpus.documents, samples):
             console.print(Text(f"\ndocument {number:,}: {document_name(corpus, number)}", style="bold"))
             console.print(sample(corpus, number, block_size=block_size, tokenizer=opened), soft_wrap=True)
@@ -173,9 +188,14 @@ class _Check:
 
 
 def verify(
-    data: str, *, tokenizer: Path | None = None, workers: int = 1, progress: Report = lambda _: None
+    data: str,
+    *,
+    tokenizer: Path | None = None,
+    folder: str | None = None,
+    workers: int = 1,
+    progress: Report = lambda _: None,
 ) -> list[str]:
-    """Every fault of every corpus, one line each; prints how much was checked.
+    """Every fault of every corpus, one line each; prints how much was checked. folder: as in `roots`.
 
     Checked: index and arrays, size and checksum of each shard, the index against the tar, ids against the vocabulary,
     BOS and EOS, the totals, and that all data is of one tokenizer: that of its folder, and `tokenizer` if given.
@@ -184,7 +204,8 @@ def verify(
     checks: list[_Check] = []
     total = 0
     given = {} if tokenizer is None else {str(tokenizer): tokenizer_fingerprint(tokenizer)}
-    for root in dict.fromkeys(roots(data).values()):
+    _open.cache_clear()  # what was found before may have been mended
+    for root in dict.fromkeys(roots(data, folder=folder).values()):
         summary = _read_summary(root, problems)
         for split in summary:
             try:
@@ -285,6 +306,9 @@ def _id_problems(corpus: Corpus, first: int, last: int, name: str) -> Iterator[s
     ends = {"BOS": (0, corpus.bos_token_id), "EOS": (-1, corpus.eos_token_id)}
     for number in range(first, last):
         ids = corpus.document(number)
+        if not len(ids):
+            yield f"{name}: found no ids in document {number}, expected some"
+            return
         if (largest := int(ids.max())) >= corpus.vocab_size:
             yield f"{name}: found id {largest} in document {number}, expected less than {corpus.vocab_size}"
             return

@@ -128,6 +128,28 @@ def test_whole_data_has_no_fault(whole, capsys):
 def test_the_roots_of_a_blend_and_of_a_folder(whole):
     assert roots(str(whole / "one")) == {"one": str(whole / "one")}
     assert roots(str(whole / "blend.yaml")) == {"first": str(whole / "one"), "second": str(whole / "two")}
+    with pytest.raises(UserError, match=r"one: found no \.yaml with --folder x, expected a blend file"):
+        roots(str(whole / "one"), folder="x")
+
+
+def test_the_corpora_of_a_blend_may_be_elsewhere(whole, tmp_path, capsys):
+    """As with `data.folder` of a recipe."""
+    blend = tmp_path / "blend.yaml"
+    blend.write_bytes((whole / "blend.yaml").read_bytes())
+    common = [str(blend), "--folder", str(whole)]
+    assert cli.main(["data", "verify", *common, "--workers", "1"]) == 0
+    assert cli.main(["data", "inspect", *common, "--picture", str(tmp_path / "p.png"), "--samples", "1"]) == 0
+    assert cli.main(["data", "verify", str(blend), "--workers", "1"]) == 2
+    assert f"{tmp_path}/one/summary.json" in capsys.readouterr().err
+
+
+def test_what_was_mended_is_a_fault_no_more(data):
+    shard = data / "one" / "train" / "shard-00001.tar"
+    whole = shard.read_bytes()
+    flip(shard)
+    assert len(verify(str(data / "one"))) == 1
+    shard.write_bytes(whole)
+    assert verify(str(data / "one")) == []
 
 
 def rewrite(split, change):

@@ -123,7 +123,7 @@ def write_index(
             ends = end + np.cumsum(lengths)
             starts.write(ends.astype("<i8").tobytes())
             offsets.write(places.astype("<i8").tobytes())
-            end = int(ends[-1])
+            end += int(lengths.sum())
     index = {**header, "arrays": {name: checksum(folder / name) for name in files}}
     rows = ",\n  ".join(json.dumps(shard._asdict(), separators=(",", ":")) for shard in shards)
     head = json.dumps(index, indent=1).removesuffix("\n}")
