@@ -157,6 +157,38 @@ def test_a_damaged_shard_is_skipped_and_counted(tmp_path, two_corpora, tiny_back
     assert all(record["loss"] < 100 for record in records.values())
 
 
+def test_a_run_of_nothing_but_damage_stops(tmp_path, two_corpora, tiny_backbone):
+    shutil.copytree(two_corpora, tmp_path / "data")
+    for shard in (tmp_path / "data").glob("*/train/*.tar"):
+        shard.write_bytes(shard.read_bytes()[:-512])
+    extra = ["data.damaged_shards=skip", "train.validate_every_steps=0"]
+    with pytest.raises(UserError, match="step 1: all 8 sequences since the last record are in damaged shards"):
+        train(*settings(tmp_path / "data", tmp_path / "run", tiny_backbone, *extra))
+
+
+def test_the_number_of_ranks_may_change_within_a_run(tmp_path, two_corpora, tiny_backbone, records_of):
+    """Two ranks, then one that goes on from their checkpoint, around a damaged shard: the run of one rank."""
+    damaged(two_corpora, tmp_path / "data")
+    common = ["data.damaged_shards=skip", "train.validate_every_steps=0", "schedule.warmup_steps=0"]
+    first, second = "{name: breadth, tokens: 1024, warmup_tokens: 0}", "{name: quality, tokens: 1024, warmup_tokens: 0}"
+
+    def arguments(run, *phases):
+        return [*settings(tmp_path / "data", tmp_path / run, tiny_backbone, *common), f"phases=[{','.join(phases)}]"]
+
+    assert train(*arguments("one", first, second))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    two = ["megatron_twotower", "train", "recipe=tiny_phases", *arguments("two", first), "data.micro_batch_size=1"]
+    subprocess.run([*torchrun, *two], check=True, timeout=300, capture_output=True)
+    assert json.loads((tmp_path / "two" / "provenance.json").read_text())["ranks"] == 2
+    assert train(*arguments("two", first, second), "data.micro_batch_size=4", "data.prefetch_workers=3")
+    got, want = records_of(tmp_path / "two"), records_of(tmp_path / "one")
+    assert sorted(got) == list(range(1, 9)) and sum(record["skipped_sequences"] for record in want.values()) > 0
+    for step, record in want.items():
+        for key in ("skipped_sequences", "scored_tokens", "tokens_by_corpus", "phase"):
+            assert got[step][key] == record[key], (step, key)
+        assert got[step]["loss"] == pytest.approx(record["loss"], rel=1e-5), step
+
+
 def read(config):
     """The global batches of a run."""
     source = sources.open_training(config)
