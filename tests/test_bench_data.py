@@ -1,5 +1,6 @@
 """The benchmark of the data side runs, at a very small size, and what it compares reads the same tokens."""
 
+import dataclasses
 import json
 import tracemalloc
 
@@ -13,7 +14,7 @@ from megatron_twotower.data.dataset import SequenceDataset, global_batch
 from megatron_twotower.data.packing import Packing
 from megatron_twotower.data.shards import Corpus
 
-SMALL = Settings(tokens=30_000, length=128, batch=2, seconds=0.01, turns=1, shards=20, documents=2000)
+SMALL = Settings(tokens=30_000, length=128, batch=2, seconds=0.01, turns=1, shards=20, documents=2000, recipe="tiny")
 
 
 @pytest.fixture(autouse=True)
@@ -21,12 +22,14 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(bench_data, "_SHARD_TOKENS", 10_000)
 
 
-def test_it_measures_every_way_and_writes_what_it_prints(tmp_path):
+def test_it_measures_every_way_and_writes_what_it_prints(tmp_path, tiny_backbone):
     console = Console(record=True, width=120)
-    run(tmp_path / "figures.json", settings=SMALL, console=console)
+    settings = dataclasses.replace(SMALL, backbone=tiny_backbone)
+    run(tmp_path / "figures.json", settings=settings, console=console)
     figures = json.loads((tmp_path / "figures.json").read_text())
     rates = figures["tokens_per_second"]
-    assert len(rates) == 9 and min(rates.values()) > 0
+    assert len(rates) == 10 and min(rates.values()) > 0
+    assert rates["training, tiny"] < rates["ours, documents apart, with noise"]
     text = console.export_text()
     for name, rate in rates.items():
         assert name in text and f"{rate:,}" in text

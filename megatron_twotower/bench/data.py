@@ -1,8 +1,9 @@
-"""What the data side costs: reading, packing and noise against webdataset and Megatron's own datasets; start-up.
+"""What the data side costs: reading, packing and noise against training, webdataset and Megatron's datasets; start-up.
 
-All ways read the same tokens in one process, in turns, from a warm page cache, and each figure is the median of its
-turns: tokens of sequences of `length` per second. Corpora of random ids are made for it in a temporary folder; nothing
-of it says anything about a model.
+All ways read the same tokens in one process of one thread, in turns, from a warm page cache, and each figure is the
+median of its turns: tokens of sequences of `length` per second. Beside them, in the same turns, the steps of a small
+recipe on that one core, random tokens in its own shape. Corpora of random ids are made for it in a temporary folder;
+nothing of it says anything about a model.
 """
 
 import json
@@ -21,8 +22,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from megatron_twotower import parallel
+from megatron_twotower.bench import step as bench_step
 from megatron_twotower.bench.measure import torch_threads
-from megatron_twotower.config import NoiseConfig
+from megatron_twotower.config import NoiseConfig, load_recipe, recipes_folder
 from megatron_twotower.corruption import corrupt
 from megatron_twotower.data.dataset import SequenceDataset, global_batch
 from megatron_twotower.data.order import Shuffle
@@ -33,6 +36,7 @@ from megatron_twotower.records import Batch
 VOCABULARY = 131_072
 _END, _SEED = 2, 0
 _SHARD_TOKENS = 1_000_000
+TRAINING, PLAIN = "training, {recipe}", "webdataset, plain"
 
 # Reads some sequences and says how many tokens they have.
 Turn = Callable[[], int]
@@ -43,7 +47,7 @@ class Settings:
     """tokens: of the corpus. length: of a sequence. batch: sequences read at a time. block: for boundaries and noise.
 
     seconds: of a turn, about. turns: of each way. shards, documents: of the corpus whose index alone is opened, the
-    documents per shard.
+    documents per shard. recipe, backbone: what is trained, from which folder; the backbone that is shipped if None.
     """
 
     tokens: int = 32_000_000
@@ -54,6 +58,8 @@ class Settings:
     turns: int = 5
     shards: int = 100_000
     documents: int = 1000
+    recipe: str = "quickstart"
+    backbone: Path | None = None
 
 
 def run(output: Path | None = None, *, settings: Settings = Settings(), console: Console | None = None) -> None:
@@ -69,12 +75,16 @@ def measure(folder: Path, settings: Settings) -> dict[str, Any]:
     """All figures, by name; tokens per second where it does not say otherwise."""
     corpus = random_corpus(folder / "corpus", tokens=settings.tokens)
     ways = _our_ways(corpus, settings)
-    ways["webdataset, plain"] = _taking(_cut(_webdataset_documents(corpus), settings.length), settings.length)
+    ways[PLAIN] = _taking(_cut(_webdataset_documents(corpus), settings.length), settings.length)
     ways |= _megatron_ways(corpus, folder / "megatron", settings)
-    rates = {name: round(rate) for name, rate in _in_turns(ways, settings).items()}
+    ways[TRAINING.format(recipe=settings.recipe)] = _training(settings)
+    try:
+        rates = {name: round(rate) for name, rate in _in_turns(ways, settings).items()}
+    finally:
+        parallel.shutdown()
     return {
-        "length": settings.length, "tokens": corpus.total_tokens, "documents": corpus.documents,
-        "tokens_per_second": rates, "start_up": start_up(folder / "large", settings),
+        "length": settings.length, "recipe": settings.recipe, "tokens": corpus.total_tokens,
+        "documents": corpus.documents, "tokens_per_second": rates, "start_up": start_up(folder / "large", settings),
     }  # fmt: skip
 
 
@@ -155,6 +165,21 @@ def _reading(source: SequenceDataset, settings: Settings, then: Callable[[Batch]
 def _noise_alone(batch: Batch, noise: NoiseConfig) -> Turn:
     def turn() -> int:
         corrupt(batch, noise, seed=_SEED)
+        return batch.tokens.numel()
+
+    return turn
+
+
+def _training(settings: Settings) -> Turn:
+    """Optimizer steps of the recipe, as the trainer takes them, on the noise of the recipe."""
+    backbone = settings.backbone or recipes_folder() / "backbones" / "small"
+    config = load_recipe(settings.recipe, [f"init.backbone={backbone}", "parallel.threads_per_rank=1"])
+    parts = bench_step.trainer_of(config, parallel.initialise(config))
+    batch = bench_step.random_batch(config, length=config.data.sequence_length_tokens)
+    case = bench_step.step_case(settings.recipe, parts, batch)
+
+    def turn() -> int:
+        case.run()
         return batch.tokens.numel()
 
     return turn
@@ -287,12 +312,13 @@ def _write_large(folder: Path, *, shards: int, per_shard: int, tokens: int) -> N
 
 def _print(figures: dict[str, Any], console: Console) -> None:
     rates = figures["tokens_per_second"]
-    table = Table(title=f"reading {figures['tokens']:,} tokens in sequences of {figures['length']}, one process")
+    training = TRAINING.format(recipe=figures["recipe"])
+    table = Table(title=f"reading {figures['tokens']:,} tokens in sequences of {figures['length']}, one core")
     table.add_column("way")
-    table.add_column("tokens/s", justify="right")
-    table.add_column("of webdataset", justify="right")
+    for column in ("tokens/s", "of webdataset", "of training"):
+        table.add_column(column, justify="right")
     for name, rate in rates.items():
-        table.add_row(name, f"{rate:,}", f"{rate / rates['webdataset, plain']:.1f} x")
+        table.add_row(name, f"{rate:,}", f"{rate / rates[PLAIN]:.1f} x", f"{rate / rates[training]:,.0f} x")
     console.print(table)
     start = figures["start_up"]
     head = f"{start['shards']:,.0f} shards, {start['documents']:,.0f} documents, held in {start['MiB']:.0f} MiB:"
