@@ -150,6 +150,7 @@ def install() -> None:
 
 def _mend_after_import() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
@@ -164,6 +165,13 @@ def _mend_after_import() -> None:
     # megatron-core 0.16.1, token_dispatcher.py hands numpy split sizes to all_to_all_single; Gloo wants ints.
     # maybe_move_tensor_to_cpu also leaves host tensors as they are, where the dispatcher goes on with arrays.
     token_dispatcher.maybe_move_tensor_to_cpu = _splits_as_ints
+
+    # megatron-core 0.16.1, mappings.py gathers and scatters parts of different length between the ranks that split an
+    # expert, which NCCL can and Gloo cannot.
+    mappings._gather_along_first_dim = _with_uneven(mappings._gather_along_first_dim, _gather_uneven)
+    mappings._reduce_scatter_along_first_dim = _with_uneven(
+        mappings._reduce_scatter_along_first_dim, _reduce_scatter_uneven
+    )
 
     # megatron-core 0.16.1, filesystem_async.py starts a manager process for a queue that a synchronous save reads in
     # the same process; it costs seconds, and outlives a training process that is killed.
@@ -182,3 +190,33 @@ def _splits_as_ints(tensor: Any, as_numpy: bool = False, record_stream: bool = F
     if as_numpy and isinstance(tensor, torch.Tensor):
         return _Splits(tensor.tolist())
     return tensor
+
+
+def _with_uneven(even: Any, uneven: Any) -> Any:
+    """Megatron's collective along the first dimension, but for parts of given lengths."""
+
+    def collective(input_: torch.Tensor, group: Any, sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if sizes is None or group.size() == 1:
+            return even(input_, group, None, use_global_buffer)
+        return uneven(input_, group, [int(size) for size in sizes])
+
+    return collective
+
+
+def _gather_uneven(part: torch.Tensor, group: Any, sizes: list[int]) -> torch.Tensor:
+    """All parts in the order of ranks, `sizes` rows each: sent as long as the longest."""
+    longest = max(sizes)
+    padded = part.new_zeros(longest, *part.shape[1:])
+    padded[: len(part)] = part
+    parts = [torch.empty_like(padded) for _ in sizes]
+    if padded.numel():
+        torch.distributed.all_gather(parts, padded, group=group)
+    return torch.cat([whole[:size] for whole, size in zip(parts, sizes, strict=True)])
+
+
+def _reduce_scatter_uneven(whole: torch.Tensor, group: Any, sizes: list[int]) -> torch.Tensor:
+    """This rank's `sizes` rows of the sum."""
+    total = whole.clone()
+    if total.numel():
+        torch.distributed.all_reduce(total, group=group)
+    return total.split(sizes)[group.rank()].clone()
