@@ -37,6 +37,7 @@ from megatron_twotower.names import Entry
 from megatron_twotower.optimizer import build_optimizer, build_schedule
 from megatron_twotower.phases import plan
 from megatron_twotower.records import Batch, UserError
+from megatron_twotower.stages import stages_of_rank
 from megatron_twotower.towers import BackboneModel, TwoTower, build_context_tower, transformer_config
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -44,19 +45,33 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 @dataclass(frozen=True)
 class Model:
-    """What trains, and the names of its parts. fingerprint: of the backbone it started from."""
+    """What trains on this rank, by stretch of layers, and the names of all parts of the whole.
 
-    module: BackboneModel | TwoTower
+    fingerprint: of the backbone it started from.
+    """
+
+    chunks: list[BackboneModel | TwoTower]
     entries: list[Entry]
     fingerprint: str | None
 
+    @property
+    def module(self) -> BackboneModel | TwoTower:
+        """The one chunk of a rank whose stage is not interleaved."""
+        (chunk,) = self.chunks
+        return chunk
+
     def weights(self, config: RunConfig, groups: ProcessGroupCollection) -> dict[str, Any]:
-        return checkpoint.sharded_weights(self.module, self.entries, config.model, groups)
+        sharded: dict[str, Any] = {}
+        for chunk in self.chunks:
+            entries = names.entries_of_stage(self.entries, chunk.tower.stage)
+            sharded |= checkpoint.sharded_weights(chunk, entries, config.model, groups)
+        return sharded
 
 
 def build_model(config: RunConfig, groups: ProcessGroupCollection) -> Model:
     """Towers with their starting weights: from the backbone, or random for `ar` without one."""
     megatron, model = transformer_config(config), config.model
+    own = stages_of_rank(model, config.parallel, groups.pp.rank())
     backbone = config.init.backbone
     source = convert.HfFolder.open(backbone) if backbone else convert.random_backbone(model, seed=config.seed)
     origin = convert.fingerprint(backbone) if backbone else None
@@ -66,17 +81,24 @@ def build_model(config: RunConfig, groups: ProcessGroupCollection) -> Model:
         if unused:
             raise UserError(f"{backbone}: {len(unused)} tensors have no place in the model, first {unused[0]}")
     if config.objective == "ar":
-        module = BackboneModel(config, megatron, groups)
-        entries = names.trained_backbone_entries(model)
-        convert.load_weights(module, entries, source, model=model, groups=groups)
-        return Model(module, entries, origin)
-    context = build_context_tower(config, megatron, groups)
-    convert.load_weights(context, read, source, model=model, groups=groups)
-    two_tower = TwoTower(config, megatron, groups, context)
-    entries = names.denoiser_entries(model, config.conditioning.frequencies)
-    conditioning = convert.fresh_conditioning(model, config.conditioning, seed=config.seed)
-    convert.load_weights(two_tower, entries, _denoiser_start(source, conditioning), model=model, groups=groups)
-    return Model(two_tower, entries, origin)
+        entries, start = names.trained_backbone_entries(model), source
+    else:
+        entries = names.denoiser_entries(model, config.conditioning.frequencies)
+        start = _denoiser_start(source, convert.fresh_conditioning(model, config.conditioning, seed=config.seed))
+    chunks: list[BackboneModel | TwoTower] = []
+    for stage in own:
+        chunk: BackboneModel | TwoTower
+        if config.objective == "ar":
+            chunk = BackboneModel(config, megatron, groups, stage)
+        else:
+            context = build_context_tower(config, megatron, groups, stage)
+            frozen = names.entries_of_stage(read, stage)
+            convert.load_weights(context, frozen, source, model=model, groups=groups)
+            chunk = TwoTower(config, megatron, groups, context)
+        trained = names.entries_of_stage(entries, stage)
+        convert.load_weights(chunk, trained, start, model=model, groups=groups)
+        chunks.append(chunk)
+    return Model(chunks, entries, origin)
 
 
 def _denoiser_start(backbone: convert.TensorSource, conditioning: convert.TensorSource) -> convert.TensorSource:
@@ -154,7 +176,7 @@ def dry_run(config: RunConfig) -> str:
     phases = plan(config)
     groups = parallel.initialise(config)
     model = build_model(config, groups)
-    trained = sum(p.numel() for p in model.module.parameters() if p.requires_grad)
+    trained = sum(p.numel() for chunk in model.chunks for p in chunk.parameters() if p.requires_grad)
     lines = [f"{config.objective}: {trained:,} trained parameters on this rank, {config.train.steps} steps"]
     for phase in phases if config.phases else ():
         tokens = phase.sequences * config.data.sequence_length_tokens
@@ -201,13 +223,17 @@ def run_training(config: RunConfig) -> bool:
     point = _resume_point(run, config, model)
     parts = trainer.Trainer(
         config=config,
-        model=(wrapped := parallel.wrap(model.module, config, groups)),
+        model=(wrapped := parallel.wrap(model.chunks, config, groups)),
         optimizer=(optimizer := build_optimizer(config, wrapped, groups)),
         schedule=build_schedule(config, optimizer),
         phases=phases,
         groups=groups,
     )
-    weights = functools.partial(model.weights, config, groups)
+
+    def weights() -> dict[str, Any]:
+        parts.model.gather_parameters()
+        return model.weights(config, groups)
+
     progress, so_far = trainer.Progress(), None
     if point is not None:
         so_far = _data_so_far(run)  # here, because no rank gets past the loading, to write it anew, before all are

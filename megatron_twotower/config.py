@@ -179,14 +179,27 @@ class ParallelConfig:
     """How ranks share the work; what is left of the world is data parallel.
 
     expert_tensor: ranks that split each expert; 0 for as many as `tensor`.
+    pipeline: stages that the layers of both towers are cut into, at the same places. pipeline_chunks: stretches of
+        layers on each stage; above 1 the schedule is interleaved. pipeline_layers: layers of each of the pipeline x
+        pipeline_chunks stretches, in order; empty for equal ones.
+    context: ranks that split a sequence. Only 1 is built.
+    overlap_grad_reduce: reduce the gradients of a bucket while the backward pass makes the next ones.
+    overlap_param_gather: gather updated parameters while the next forward pass runs (distributed optimizer).
+    bucket_parameters: how many parameters are reduced or gathered at a time; 0 for Megatron's choice.
     """
 
     tensor: int = 1
     sequence: bool = False
     expert: int = 1
     expert_tensor: int = 0
+    pipeline: int = 1
+    pipeline_chunks: int = 1
+    pipeline_layers: list[int] = field(default_factory=list)
+    context: int = 1
     moe_dispatcher: str = "alltoall"
     overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    bucket_parameters: int = 0
     threads_per_rank: int = 0
 
     @property
@@ -272,6 +285,10 @@ MINIMA: dict[str, int] = {
     "parallel.tensor": 1,
     "parallel.expert": 1,
     "parallel.expert_tensor": 0,
+    "parallel.pipeline": 1,
+    "parallel.pipeline_chunks": 1,
+    "parallel.context": 1,
+    "parallel.bucket_parameters": 0,
     "parallel.threads_per_rank": 0,
     "train.steps": 1,
     "train.log_every_steps": 1,
@@ -371,28 +388,41 @@ def _validate_noise(config: RunConfig) -> None:
 
 
 def _validate_layout(config: RunConfig, world_size: int) -> None:
-    parallel, model, data = config.parallel, config.model, config.data
-    tensor = parallel.tensor
-    _require(world_size % tensor == 0, f"parallel.tensor {tensor}: does not divide {world_size} ranks")
-    experts = parallel.expert * parallel.expert_tensor_ranks
+    parallel = config.parallel
     _require(
-        world_size % experts == 0,
-        f"parallel.expert {parallel.expert} x parallel.expert_tensor {parallel.expert_tensor_ranks}: "
+        parallel.context == 1,
+        f"parallel.context: found {parallel.context}, expected 1 (context parallelism is not built: shorten sequences, "
+        "or split them with parallel.tensor and parallel.sequence)",
+    )
+    dense = parallel.tensor * parallel.pipeline
+    _require(
+        world_size % dense == 0,
+        f"parallel.tensor {parallel.tensor} x parallel.pipeline {parallel.pipeline}: "
         f"does not divide {world_size} ranks",
     )
-    # Megatron 0.16.1 reduces the gradients of experts like dense ones when expert parallelism is 1.
+    experts = parallel.expert * parallel.expert_tensor_ranks * parallel.pipeline
     _require(
-        parallel.expert > 1 or parallel.expert_tensor_ranks == tensor,
-        f"parallel.expert_tensor: found {parallel.expert_tensor} with parallel.expert 1, "
-        f"expected parallel.tensor {tensor}",
+        world_size % experts == 0,
+        f"parallel.expert {parallel.expert} x parallel.expert_tensor {parallel.expert_tensor_ranks} x "
+        f"parallel.pipeline {parallel.pipeline}: does not divide {world_size} ranks",
     )
-    data_parallel = world_size // tensor
-    step = data.micro_batch_size * data_parallel
+    _validate_model_split(config)
+    _validate_pipeline(config.model, parallel)
+    _validate_micro_batches(config, world_size // dense)
     _require(
-        data.global_batch_size % step == 0,
-        f"data.global_batch_size {data.global_batch_size}: expected a multiple of {step} "
-        f"(data.micro_batch_size {data.micro_batch_size} x {data_parallel} data-parallel ranks)",
+        not parallel.overlap_param_gather or config.optimizer.distributed,
+        "parallel.overlap_param_gather: found true with optimizer.distributed false, expected both",
     )
+    _require(
+        not parallel.overlap_param_gather or parallel.overlap_grad_reduce,
+        "parallel.overlap_param_gather: found true with parallel.overlap_grad_reduce false, expected both",
+    )
+
+
+def _validate_model_split(config: RunConfig) -> None:
+    """Tensor and expert parallelism: every size divides."""
+    parallel, model, length = config.parallel, config.model, config.data.sequence_length_tokens
+    tensor, experts = parallel.tensor, "E" in model.hybrid_override_pattern
     split = {"vocab_size": tensor, "num_attention_heads": tensor, "num_key_value_heads": tensor, "n_groups": tensor}
     split |= {"mamba_num_heads": tensor, "intermediate_size": tensor, "n_routed_experts": parallel.expert}
     split |= {"moe_intermediate_size": parallel.expert_tensor_ranks, "moe_shared_expert_intermediate_size": tensor}
@@ -404,13 +434,55 @@ def _validate_layout(config: RunConfig, world_size: int) -> None:
         f"parallel.sequence: found true with parallel.tensor {tensor}, expected parallel.tensor above 1",
     )
     _require(
-        tensor == 1 or parallel.sequence or "E" not in model.hybrid_override_pattern,
+        tensor == 1 or parallel.sequence or not experts,
         f"parallel.tensor {tensor}: expected parallel.sequence true for a pattern with MoE layers",
     )
     _require(
-        not parallel.sequence or data.sequence_length_tokens % tensor == 0,
-        f"data.sequence_length_tokens {data.sequence_length_tokens}: expected a multiple of parallel.tensor {tensor}",
+        not parallel.sequence or length % tensor == 0,
+        f"data.sequence_length_tokens {length}: expected a multiple of parallel.tensor {tensor}",
     )
+
+
+def _validate_pipeline(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Stages: there are as many stretches of layers as are asked for, and they hold all layers."""
+    stages, chunks, lengths = parallel.pipeline, parallel.pipeline_chunks, list(parallel.pipeline_layers)
+    _require(
+        chunks == 1 or stages > 1,
+        f"parallel.pipeline_chunks: found {chunks} with parallel.pipeline {stages}, expected parallel.pipeline above 1",
+    )
+    wanted, layers = stages * chunks, model.num_layers
+    cut = f"{wanted} stretches (parallel.pipeline {stages} x parallel.pipeline_chunks {chunks})"
+    if not lengths:
+        _require(
+            layers % wanted == 0,
+            f"model.hybrid_override_pattern: {layers} layers do not divide into {cut}, expected a multiple, or "
+            "parallel.pipeline_layers",
+        )
+        return
+    _require(
+        len(lengths) == wanted and min(lengths) >= 1,
+        f"parallel.pipeline_layers: found {lengths}, expected a number of layers for each of {cut}",
+    )
+    _require(
+        sum(lengths) == layers,
+        f"parallel.pipeline_layers: found {sum(lengths)} layers in all, expected the {layers} of the model",
+    )
+
+
+def _validate_micro_batches(config: RunConfig, data_parallel: int) -> None:
+    """Whole micro-batches on every rank; where there are stages, in validation too, for one shape must pass through."""
+    data, parallel, train = config.data, config.parallel, config.train
+    # The interleaved schedule deals micro-batches out to its chunks in rounds of one for each stage.
+    rounds = parallel.pipeline if parallel.pipeline_chunks > 1 else 1
+    step = data.micro_batch_size * data_parallel * rounds
+    product = f"data.micro_batch_size {data.micro_batch_size} x {data_parallel} data-parallel ranks"
+    if rounds > 1:
+        product += f" x {rounds} stages of an interleaved pipeline"
+    counts = {"data.global_batch_size": data.global_batch_size}
+    if parallel.pipeline > 1 and train.validate_every_steps:
+        counts["train.validation_sequences"] = train.validation_sequences
+    for key, count in counts.items():
+        _require(count % step == 0, f"{key} {count}: expected a multiple of {step} ({product})")
 
 
 def model_from_hf(config: Mapping[str, Any], *, source: str) -> ModelConfig:

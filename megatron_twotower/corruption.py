@@ -103,7 +103,8 @@ def noisy_batch(batch: Batch, masked: Tensor, times: Tensor, noise: NoiseConfig)
     """The record of a mask (r b, l) bool and its noise levels. Padding is masked like the rest, and not scored."""
     draws = len(masked) // len(batch.tokens)
     real = torch.ones_like(masked) if batch.padding is None else ~batch.padding.repeat(draws, 1)
-    places = (masked & real).flatten().nonzero().squeeze(-1)
+    scored = masked & real
+    places = scored.flatten().nonzero().squeeze(-1)
     noisy = batch.tokens.repeat(draws, 1).masked_fill(masked, noise.mask_token_id)
     return NoisyBatch(
         tokens=batch.tokens,
@@ -114,4 +115,6 @@ def noisy_batch(batch: Batch, masked: Tensor, times: Tensor, noise: NoiseConfig)
         real=real.sum(dtype=torch.int32),
         block=noise.block_size_tokens,
         documents=batch.documents,
+        padding=batch.padding,
+        counted=(real if noise.weighting == "elbo" else scored).sum(dim=1, dtype=torch.float32),
     )

@@ -1,7 +1,7 @@
 """The mixers and layers of both towers, made of Megatron's parallel layers.
 
 Every mixer takes hidden states (l, b, h), split over tensor-parallel ranks along l under sequence parallelism, and
-has two ways through: `forward`, one causal stream, which also returns the hand-off; and `denoise`, every block of a
+has two ways through: `causal`, one causal stream, which also returns the hand-off; and `denoise`, every block of a
 noisy stream against the hand-off of the same layer. A noisy stream may hold r draws of every sequence, draw by draw
 (l, r b, h): all of them read the one hand-off. `held` is the least that a hand-off can be made from again: what a layer
 with recompute keeps of it between its forward and backward passes. Weights are left uninitialised here: they always
@@ -32,6 +32,7 @@ from megatron_twotower.ops.convolution import block_history, causal_conv, seeded
 from megatron_twotower.ops.norm import gated_rms_norm, rms_norm
 from megatron_twotower.ops.scan import chunk_length, chunk_scan, stream_scan, two_stream_scan
 from megatron_twotower.records import AttentionHandoff, Blocks, Handoff, MambaHandoff
+from megatron_twotower.router import Router
 
 # The order of norm and modulation: in M and * Megatron fuses the norm into the projection, so modulation is first.
 MODULATED_BEFORE_NORM = frozenset("M*")
@@ -76,7 +77,20 @@ def _joined(draws: list[Tensor]) -> Tensor:
     return draws[0] if len(draws) == 1 else torch.cat(draws)
 
 
-class SelfAttention(MegatronModule):
+class Mixer(MegatronModule):
+    """Both ways through a mixer are calls of the module, for hooks on modules gather parameters just before use."""
+
+    def forward(self, hidden: Tensor, blocks: Blocks, handoff: Handoff = None) -> tuple[Tensor, Handoff]:
+        return self.causal(hidden, blocks) if handoff is None else (self.denoise(hidden, handoff, blocks), None)
+
+    def causal(self, hidden: Tensor, blocks: Blocks) -> tuple[Tensor, Handoff]:
+        raise NotImplementedError
+
+    def denoise(self, hidden: Tensor, handoff: Any, blocks: Blocks) -> Tensor:
+        raise NotImplementedError
+
+
+class SelfAttention(Mixer):
     """Grouped-query attention without position encoding."""
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection):
@@ -100,7 +114,7 @@ class SelfAttention(MegatronModule):
         out, _ = self.linear_proj(attended.permute(2, 0, 1, 3).flatten(2))
         return out
 
-    def forward(self, hidden: Tensor, blocks: Blocks) -> tuple[Tensor, AttentionHandoff | None]:
+    def causal(self, hidden: Tensor, blocks: Blocks) -> tuple[Tensor, AttentionHandoff | None]:
         query, key, value = self._project(hidden)
         attended = causal_attention(query, key, value, documents=blocks.documents)
         handoff = AttentionHandoff(key, value) if blocks.size else None
@@ -121,7 +135,7 @@ class SelfAttention(MegatronModule):
         return self._output(_joined(outs))
 
 
-class MambaMixer(MegatronModule):
+class MambaMixer(Mixer):
     """Mamba-2 with a start state: Megatron's parameters and names, this project's scan.
 
     Under tensor parallelism a rank holds whole groups: its rows of `in_proj` are its z, x, B, C and dt.
@@ -175,7 +189,7 @@ class MambaMixer(MegatronModule):
         out, _ = self.out_proj(normed.transpose(0, 1))
         return out
 
-    def forward(self, hidden: Tensor, blocks: Blocks) -> tuple[Tensor, MambaHandoff | None]:
+    def causal(self, hidden: Tensor, blocks: Blocks) -> tuple[Tensor, MambaHandoff | None]:
         z, conv_input, dt = self._project(hidden)
         documents = blocks.documents
         x, B, C = self._split(causal_conv(conv_input, self.conv1d_weight, self.conv1d_bias, documents=documents))
@@ -220,19 +234,16 @@ class MambaMixer(MegatronModule):
         return self._output(_joined(ys), z)
 
 
-class _Pointwise(MegatronModule):
+class _Pointwise(Mixer):
     """A mixer without memory: both streams go the same way and nothing is handed off."""
 
-    def forward(self, hidden: Tensor, blocks: Blocks) -> tuple[Tensor, None]:
-        return self.apply_to(hidden), None
+    def causal(self, hidden: Tensor, blocks: Blocks) -> tuple[Tensor, None]:
+        return self.apply_to(hidden, blocks), None
 
     def held(self, handoff: None, blocks: Blocks) -> Callable[[], None]:
         return lambda: None
 
-    def denoise(self, hidden: Tensor, handoff: None, blocks: Blocks) -> Tensor:
-        return self.apply_to(hidden)
-
-    def apply_to(self, hidden: Tensor) -> Tensor:
+    def apply_to(self, hidden: Tensor, blocks: Blocks) -> Tensor:
         raise NotImplementedError
 
 
@@ -246,23 +257,39 @@ class DenseMLP(_Pointwise):
         super().__init__(config)
         self.mlp = MLP(config, _MLP_PARTS, ffn_hidden_size=model.intermediate_size, tp_group=groups.tp)
 
-    def apply_to(self, hidden: Tensor) -> Tensor:
+    def apply_to(self, hidden: Tensor, blocks: Blocks) -> Tensor:
         return self.mlp(hidden)[0]
 
 
 class MixtureOfExperts(_Pointwise):
-    """Sigmoid top-k routing with a selection bias over routed experts, and a shared expert: Megatron's."""
+    """Sigmoid top-k routing with a selection bias over routed experts, and a shared expert: Megatron's.
+
+    Padding goes through experts like the rest, but balances nothing.
+    """
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection):
         super().__init__(config)
         parts = MoESubmodules(
             experts=ModuleSpec(module=SequentialMLP, submodules=_MLP_PARTS),
             shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=_MLP_PARTS),
+            router=Router,
         )
         self.moe = MoELayer(config, submodules=parts, pg_collection=groups)
+        self.sequence_ranks = groups.tp if config.sequence_parallel else None
+        if groups.expt_tp.size() != groups.tp.size():
+            # Megatron 0.16.1 (tensor_parallel/layers.py) marks experts for their own data-parallel group only where
+            # expert parallelism is above 1; they need it too where fewer ranks split an expert than other weights.
+            for parameter in self.moe.experts.parameters():
+                parameter.allreduce = False  # type: ignore[attr-defined]
 
-    def apply_to(self, hidden: Tensor) -> Tensor:
-        return self.moe(hidden)[0]
+    def apply_to(self, hidden: Tensor, blocks: Blocks) -> Tensor:
+        self.moe.router.counted = blocks.counted
+        padding = blocks.padding
+        if padding is not None:
+            padding = padding.repeat(hidden.shape[1] // len(padding), 1)
+            if self.sequence_ranks is not None:
+                padding = padding.chunk(self.sequence_ranks.size(), dim=1)[self.sequence_ranks.rank()]
+        return self.moe(hidden, padding_mask=padding)[0]
 
 
 MIXERS: dict[str, type[MegatronModule]] = {
@@ -306,7 +333,9 @@ class DenoiserLayer(Layer):
         self.scale_shift_table.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.sequence_ranks = groups.tp if config.sequence_parallel else None
 
-    def denoise(self, hidden: Tensor, conditioning: Tensor, handoff: Any, blocks: Blocks) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, conditioning: Tensor, handoff: Handoff, blocks: Blocks
+    ) -> Tensor:
         """
         Args:
             hidden: (l, r b, h), or this rank's part of l under sequence parallelism.
@@ -318,7 +347,8 @@ class DenoiserLayer(Layer):
             normed = self.norm(modulate(hidden, shift, scale))
         else:
             normed = modulate(self.norm(hidden), shift, scale)
-        return add_gated(hidden, gate, self.mixer.denoise(normed, handoff, blocks))
+        out, _ = self.mixer(normed, blocks, handoff)
+        return add_gated(hidden, gate, out)
 
     def _own(self, rows: Tensor, length: int) -> Tensor:
         if self.sequence_ranks is None:

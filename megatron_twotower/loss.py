@@ -14,7 +14,7 @@ def _head(
     tower: Tower, hidden: Tensor, targets: Tensor, weights: Tensor, groups: ProcessGroupCollection
 ) -> tuple[Tensor, Tensor]:
     return linear_cross_entropy(
-        hidden, tower.output_layer.weight, targets, weights, group=groups.tp, first=tower.vocabulary_start()
+        hidden, tower.output_layer(), targets, weights, group=groups.tp, first=tower.vocabulary_start()
     )
 
 

@@ -3,13 +3,15 @@
 Everything that moves weights reads this table: loading a backbone, exporting a model, sharding a checkpoint.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_twotower.config import ModelConfig
+from megatron_twotower.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -148,12 +150,39 @@ def denoiser_entries(model: ModelConfig, frequencies: int) -> list[Entry]:
     return entries
 
 
+# What stands outside the layers: on the first stage, and on the last.
+_FIRST_STAGE, _LAST_STAGE = ("embedding", "conditioning"), ("final_norm", "output_layer")
+
+
+def entries_of_stage(entries: Sequence[Entry], stage: Stage) -> list[Entry]:
+    """The entries whose parameters a stretch of layers holds: every entry is on one stage."""
+    return [entry for entry in entries if _is_on(entry.megatron, stage)]
+
+
+def _is_on(name: str, stage: Stage) -> bool:
+    layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    if layer:
+        return int(layer[1]) in stage.layers
+    part = name.removeprefix("tower.").partition(".")[0]
+    assert part in _FIRST_STAGE + _LAST_STAGE, name
+    return stage.first if part in _FIRST_STAGE else stage.last
+
+
 def shard(tensor: Tensor, entry: Entry, *, rank: int, ranks: int) -> Tensor:
     """This rank's part of a whole parameter."""
     if entry.split is None or ranks == 1:
         return tensor
     parts = tensor.split(list(entry.parts) or [tensor.shape[entry.split]], dim=entry.split)
     return torch.cat([part.chunk(ranks, dim=entry.split)[rank] for part in parts], dim=entry.split)
+
+
+def joined(parts: Sequence[Tensor], entry: Entry) -> Tensor:
+    """The whole parameter from the parts of all ranks, in their order: what `shard` took apart."""
+    if entry.split is None or len(parts) == 1:
+        return parts[0]
+    sizes = [size // len(parts) for size in entry.parts] or [parts[0].shape[entry.split]]
+    pieces = [part.split(sizes, dim=entry.split) for part in parts]
+    return torch.cat([piece for group in zip(*pieces, strict=True) for piece in group], dim=entry.split)
 
 
 def local_expert_name(entry: Entry, *, experts: int, rank: int, ranks: int) -> str | None:

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import ParamKey, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -15,6 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_twotower.config import RunConfig
+from megatron_twotower.parallel import Chunks
 from megatron_twotower.phases import Phase, plan
 
 # Matrices in shape only: decay would pull gates to zero and shorten filters.
@@ -22,7 +22,7 @@ NO_WEIGHT_DECAY = ("*scale_shift_table", "*conv1d_weight")
 
 
 def build_optimizer(
-    config: RunConfig, model: DistributedDataParallel, groups: ProcessGroupCollection
+    config: RunConfig, model: Chunks, groups: ProcessGroupCollection
 ) -> MegatronOptimizer:
     """AdamW over the trained parameters, fp32 main weights, clipped by the global gradient norm."""
     ours = config.optimizer
@@ -38,11 +38,12 @@ def build_optimizer(
         bf16=config.train.precision == "bf16",
         params_dtype=model.config.params_dtype,
         use_distributed_optimizer=ours.distributed,
+        overlap_param_gather=config.parallel.overlap_param_gather,
     )
     overrides = get_standard_config_overrides(settings)
     overrides[ParamKey(name=NO_WEIGHT_DECAY)] = ParamGroupOverride(wd_mult=0.0)
     optimizer = get_megatron_optimizer(
-        settings, [model], config_overrides=overrides, use_gloo_process_groups=False, pg_collection=groups
+        settings, model.parts, config_overrides=overrides, use_gloo_process_groups=False, pg_collection=groups
     )
     for inner in optimizer.chained_optimizers:
         if isinstance(inner.optimizer, torch.optim.AdamW):

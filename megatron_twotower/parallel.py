@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -13,9 +14,11 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_twotower import host
 from megatron_twotower.config import RunConfig
@@ -46,6 +49,8 @@ def initialise(config: RunConfig) -> ProcessGroupCollection:
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
+        pipeline_model_parallel_size=config.parallel.pipeline,
+        virtual_pipeline_model_parallel_size=_interleaved(config.parallel.pipeline_chunks),
         expert_model_parallel_size=config.parallel.expert,
         expert_tensor_parallel_size=config.parallel.expert_tensor_ranks,
     )
@@ -61,60 +66,143 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def wrap(model: MegatronModule, config: RunConfig, groups: ProcessGroupCollection) -> DistributedDataParallel:
+def _interleaved(chunks: int) -> int | None:
+    """Megatron's word for the chunks of a stage: None for one."""
+    return chunks if chunks > 1 else None
+
+
+@dataclass
+class Chunks:
+    """The model chunks of this rank, each wrapped by itself; more than one where stages are interleaved.
+
+    expert_tokens: (MoE layers of the whole model, experts), what this rank sent to each expert in the last step; zero
+    for the layers of other stages, None without MoE layers.
+    """
+
+    parts: list[DistributedDataParallel]
+    expert_tokens: torch.Tensor | None = None
+
+    @property
+    def only(self) -> DistributedDataParallel:
+        """The chunk of a rank that has one."""
+        (chunk,) = self.parts
+        return chunk
+
+    @property
+    def config(self) -> TransformerConfig:
+        return self.parts[0].config
+
+    def train(self) -> None:
+        for part in self.parts:
+            part.train()
+
+    def eval(self) -> None:
+        for part in self.parts:
+            part.eval()
+
+    def zero_grad_buffer(self) -> None:
+        for part in self.parts:
+            part.zero_grad_buffer()
+
+    def gather_parameters(self) -> None:
+        """Wait for, or make, the gathering of updated parameters that would else run beside the next forward pass."""
+        for part in self.parts:
+            if part.ddp_config.overlap_param_gather:
+                part.disable_forward_pre_hook(param_sync=True)
+                part.enable_forward_pre_hook()
+
+
+def wrap(modules: Sequence[MegatronModule], config: RunConfig, groups: ProcessGroupCollection) -> Chunks:
     """Megatron's DDP around the trained modules, gradients in fp32. Unused gradients stay zero."""
-    megatron = model.config
+    parallel, megatron = config.parallel, modules[0].config
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=config.optimizer.distributed,
+        bucket_size=parallel.bucket_parameters or None,
     )
-    wrapped = DistributedDataParallel(megatron, settings, model, pg_collection=groups)
+    chunks = Chunks(
+        [
+            # Megatron's own training loop cuts only the first chunk into buckets.
+            DistributedDataParallel(megatron, settings, module, disable_bucketing=i > 0, pg_collection=groups)
+            for i, module in enumerate(modules)
+        ]
+    )
+    moe_layers = [i for i, kind in enumerate(config.model.hybrid_override_pattern) if kind == "E"]
 
-    def finalise(chunks: list[Any], *args: Any, **kwargs: Any) -> None:
+    def finalise(parts: list[Any], *args: Any, **kwargs: Any) -> None:
         # Megatron forgets these counts once it has updated the selection biases with them.
-        wrapped.expert_tokens = _expert_tokens(model)
-        finalize_model_grads(chunks, *args, **kwargs)
+        chunks.expert_tokens = _expert_tokens(modules, moe_layers, config.model.n_routed_experts)
+        finalize_model_grads(parts, *args, **kwargs)
 
-    wrapped.expert_tokens = None
     megatron.finalize_model_grads_func = finalise
-    megatron.no_sync_func = wrapped.no_sync if config.parallel.overlap_grad_reduce else None
-    return wrapped
+    if parallel.overlap_grad_reduce:
+        no_sync = [part.no_sync for part in chunks.parts]
+        megatron.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return chunks
 
 
-def _expert_tokens(model: MegatronModule) -> torch.Tensor | None:
-    """Tokens that this rank sent to each expert in this step: (MoE layers, experts)."""
-    counts = [buffer for name, buffer in model.named_buffers() if name.endswith("local_tokens_per_expert")]
-    return torch.stack(counts) if counts else None
+def _expert_tokens(modules: Sequence[MegatronModule], moe_layers: list[int], experts: int) -> torch.Tensor | None:
+    if not moe_layers:
+        return None
+    counts = torch.zeros(len(moe_layers), experts, device=host.device())
+    for module in modules:
+        for name, buffer in module.named_buffers():
+            if name.endswith("local_tokens_per_expert"):
+                layer = int(name.partition("layers.")[2].partition(".")[0])
+                counts[moe_layers.index(layer)] = buffer
+    return counts
 
 
 def run_schedule(
     step: Callable[[Iterator[Any], Any], tuple[torch.Tensor, Callable[..., Any]]],
     micro_batches: Sequence[Any],
-    model: torch.nn.Module,
+    model: Chunks,
     *,
+    rows: int,
     groups: ProcessGroupCollection,
     forward_only: bool,
 ) -> list[Any]:
     """Run Megatron's forward-backward schedule over the micro-batches of one step.
 
     Args:
-        step: Megatron's forward step function: (iterator, model) -> (output, loss function).
+        step: Megatron's forward step function: (iterator, model chunk) -> (output, loss function).
+        rows: of hidden size that travel from stage to stage for one micro-batch.
 
     Returns:
-        what the loss function reports, one item per micro-batch.
+        what the loss function reports, one item per micro-batch; nothing on ranks that do not hold the last stage.
     """
-    schedule = get_forward_backward_func()
+    stages, config = groups.pp.size(), model.config
+    schedule = get_forward_backward_func(stages, _interleaved(len(model.parts)))
     return schedule(
         forward_step_func=step,
-        data_iterator=iter(micro_batches),
-        model=[model],
+        # Each chunk of an interleaved stage reads all micro-batches.
+        data_iterator=[iter(micro_batches) for _ in model.parts],
+        model=model.parts,
         num_microbatches=len(micro_batches),
-        seq_length=0,
-        micro_batch_size=0,
+        # Megatron divides what it takes for a sequence by the ranks that split it.
+        seq_length=rows * (groups.tp.size() if config.sequence_parallel else 1),
+        micro_batch_size=1,
         forward_only=forward_only,
         pg_collection=groups,
+        p2p_communicator=P2PCommunicator(pp_group=groups.pp, config=config) if stages > 1 else None,
     )
+
+
+def sum_over_stages(tensor: torch.Tensor, groups: ProcessGroupCollection) -> torch.Tensor:
+    """The sum over data-parallel ranks and pipeline stages, of which only the last has anything to report."""
+    total = tensor.clone()
+    dist.all_reduce(total, group=groups.dp_cp)
+    dist.all_reduce(total, group=groups.pp)
+    return total
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over all ranks."""
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total
 
 
 def sum_over_data(tensor: torch.Tensor, groups: ProcessGroupCollection) -> torch.Tensor:

@@ -58,7 +58,8 @@ class NoisyBatch:
         shapes are few.
     count: () int32, how many places are scored. real: () int32, how many of all r b l are not padding.
     block: block size s.
-    documents: (b, l) int32 as in `Batch`.
+    documents, padding: (b, l) as in `Batch`.
+    counted: (r b,) float32, what each copy adds to the count that the loss is divided by; None for its real positions.
     """
 
     tokens: Tensor
@@ -69,6 +70,8 @@ class NoisyBatch:
     real: Tensor
     block: int
     documents: Tensor | None = None
+    padding: Tensor | None = None
+    counted: Tensor | None = None
 
     def to(self, device: torch.device) -> "NoisyBatch":
         return _moved(self, device)
@@ -84,10 +87,16 @@ def _moved(record: Any, device: torch.device) -> Any:
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a clean stream is cut: block size s, None where nothing is handed on; and (b, l) int32 documents, or None."""
+    """How a stream is cut, and what of it counts.
+
+    size: block size s, None where nothing is handed on. documents, padding: (b, l) as in `Batch`. counted: (r b,) as
+    in `NoisyBatch`.
+    """
 
     size: int | None = None
     documents: Tensor | None = None
+    padding: Tensor | None = None
+    counted: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,11 @@
 `Tower` is a NemotronH backbone. `TwoTower` is what is trained: the denoiser with its time conditioning, beside a
 frozen context tower that it does not own. The context tower is deliberately not a submodule: no wrapper, optimizer,
 router-bias update or checkpoint that walks over modules can reach it.
+
+Each may hold a stretch of the layers only, a pipeline stage. Then both streams travel to the next stage, and with them
+the time conditioning, which is made once, on the first: its gradient comes back with that of the noisy stream, so that
+no parameter stands on two stages and none has to be summed, counted or stored over them. It adds 3 / S of a stream to
+what travels, where every block has its own time.
 """
 
 from collections.abc import Callable
@@ -22,10 +27,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_twotower.adaln import TimeConditioning
-from megatron_twotower.config import ModelConfig, RunConfig
-from megatron_twotower.host import device
+from megatron_twotower.config import ModelConfig, ParallelConfig, RunConfig
+from megatron_twotower.host import device, is_host
 from megatron_twotower.layers import HANDING_ON, DenoiserLayer, Layer, RMSNorm
 from megatron_twotower.records import Blocks, Handoff, NoisyBatch
+from megatron_twotower.stages import Stage, stages, whole
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -41,6 +47,19 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
     """The configuration that Megatron's layers, optimizer and schedules read."""
     model, parallel, train = config.model, config.parallel, config.train
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[train.precision]
+    pipeline: dict[str, object] = {}
+    if parallel.pipeline > 1:
+        # In one batch, Megatron's default, what two interleaved stages send each other forward and backward would mix.
+        interleaved = parallel.pipeline_chunks > 1
+        pipeline = {
+            "pipeline_model_parallel_size": parallel.pipeline,
+            "pipeline_model_parallel_layout": _megatron_layout(model, parallel),
+            "pipeline_dtype": dtype,
+            # Gloo still reads what an overlapped send has not finished with; NCCL holds on to it by itself.
+            "deallocate_pipeline_outputs": not (interleaved and is_host()),
+            "overlap_p2p_comm": interleaved,
+            "batch_p2p_comm": not interleaved,
+        }
     experts: dict[str, object] = {}
     if "E" in model.hybrid_override_pattern:
         experts = {
@@ -82,37 +101,58 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         expert_tensor_parallel_size=parallel.expert_tensor_ranks,
         gradient_accumulation_fusion=False,
         calculate_per_token_loss=True,
+        **pipeline,
         **experts,
     )
 
 
+def _megatron_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[str]]:
+    """Our stretches as Megatron spells them, so that its configuration accepts stages of any length."""
+    layout = [["decoder"] * len(stage.layers) for stage in stages(model, parallel)]
+    return [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]]
+
+
+class Head(ColumnParallelLinear):
+    """This rank's slice of the head. Its logits are made with the loss, a few at a time (`ops.cross_entropy`)."""
+
+    def forward(self) -> Tensor:
+        """Its weight (v / ranks, h), as a call: hooks on modules gather parameters just before use."""
+        return self.weight
+
+
 class Tower(MegatronModule):
-    """A NemotronH backbone: embedding, layers, final norm, head. Hidden states are (l, b, h)."""
+    """A NemotronH backbone: embedding, layers, final norm, head. Hidden states are (l, b, h).
+
+    Of a stage, its part: layers keep their numbers in the whole model, in `layers` and in the names of parameters.
+    """
 
     def __init__(
         self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection, *,
-        layer: Callable[..., Layer] = Layer,
+        layer: Callable[..., Layer] = Layer, stage: Stage | None = None,
     ) -> None:  # fmt: skip
         super().__init__(config)
-        self.groups = groups
-        self.embedding = VocabParallelEmbedding(
-            model.vocab_size, model.hidden_size, init_method=config.init_method, config=config, tp_group=groups.tp
-        )
-        kinds = enumerate(model.hybrid_override_pattern)
-        self.layers = nn.ModuleList([layer(kind, i, model, config, groups) for i, kind in kinds])
-        self.final_norm = RMSNorm(config)
-        self.output_layer = ColumnParallelLinear(
-            model.hidden_size, model.vocab_size, config=config, init_method=config.init_method, bias=False,
-            gather_output=False, tp_group=groups.tp,
-        )  # fmt: skip
+        self.groups, self.stage = groups, stage or whole(model)
+        if self.stage.first:
+            self.embedding = VocabParallelEmbedding(
+                model.vocab_size, model.hidden_size, init_method=config.init_method, config=config, tp_group=groups.tp
+            )
+        kinds = model.hybrid_override_pattern
+        self.layers = nn.ModuleDict({str(i): layer(kinds[i], i, model, config, groups) for i in self.stage.layers})
+        if self.stage.last:
+            self.final_norm = RMSNorm(config)
+            self.output_layer = Head(
+                model.hidden_size, model.vocab_size, config=config, init_method=config.init_method, bias=False,
+                gather_output=False, tp_group=groups.tp,
+            )  # fmt: skip
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens (b, l) -> (l, b, h), this rank's part of l under sequence parallelism."""
         hidden = self.embedding(tokens).transpose(0, 1).contiguous()
         return scatter_to_sequence_parallel_region(hidden, self.groups.tp) if self._sequence_parallel else hidden
 
-    def whole_sequence(self, hidden: Tensor) -> Tensor:
-        """All of l again, for a loss whose gradient every tensor-parallel rank computes in full."""
+    def final(self, hidden: Tensor) -> Tensor:
+        """Normed hidden states of all of l, for a loss whose gradient every tensor-parallel rank computes in full."""
+        hidden = self.final_norm(hidden)
         if not self._sequence_parallel:
             return hidden
         return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=self.groups.tp)
@@ -123,42 +163,74 @@ class Tower(MegatronModule):
 
     def vocabulary_start(self) -> int:
         """First vocabulary entry of this rank's slice of the head."""
-        return int(self.embedding.vocab_start_index)
+        return int(self.output_layer.output_size_per_partition) * self.groups.tp.rank()
 
 
-class BackboneModel(MegatronModule):
-    """A single backbone for the `ar` objective."""
+class PipelineModel(MegatronModule):
+    """What Megatron's schedules expect of a stage: a place for what the stage before sent."""
 
-    def __init__(self, config: RunConfig, megatron: TransformerConfig, groups: ProcessGroupCollection) -> None:
-        super().__init__(megatron)
+    def __init__(self, config: TransformerConfig, stage: Stage) -> None:
+        super().__init__(config)
         self.model_type = ModelType.encoder_or_decoder
-        self.tower = Tower(config.model, megatron, groups)
+        # Megatron asks these when it sums the gradients of tied embeddings over stages: there are none.
+        self.pre_process, self.post_process = stage.first, stage.last
+        self.share_embeddings_and_output_weights = False
+        self._received: Tensor | None = None
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
-        """Pipeline stages receive hidden states here; with one stage there is nothing to receive."""
+        """Called before each forward pass; None on the first stage."""
+        self._received = input_tensor[0]
 
-    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
-        """Tokens (b, l), and documents (b, l) where their boundaries count -> final hidden states (l, b, h)."""
-        hidden, blocks = self.tower.embed(tokens), Blocks(documents=documents)
-        for layer in self.tower.layers:
+    def received(self) -> Tensor:
+        """The rows (n, h) that the stage before sent for this forward pass. The schedule keeps them, not the module."""
+        received, self._received = self._received, None
+        assert received is not None, "only the first stage starts without"
+        return received.squeeze(1)
+
+
+def _to_send(hidden: Tensor, *others: Tensor) -> Tensor:
+    """Tensors of whole rows of h, the first (..., h), as the one tensor (n, 1, h) that Megatron's schedules send on."""
+    width = hidden.shape[-1]
+    return torch.cat([stream.reshape(-1, 1, width) for stream in (hidden, *others)])
+
+
+class BackboneModel(PipelineModel):
+    """A single backbone, or a stage of one, for the `ar` objective."""
+
+    def __init__(
+        self, config: RunConfig, megatron: TransformerConfig, groups: ProcessGroupCollection,
+        stage: Stage | None = None,
+    ) -> None:  # fmt: skip
+        stage = stage or whole(config.model)
+        super().__init__(megatron, stage)
+        self.tower = Tower(config.model, megatron, groups, stage=stage)
+
+    def forward(self, tokens: Tensor, documents: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
+        """Tokens (b, l), and documents and padding (b, l) where they count -> final hidden states (l, b, h).
+
+        A stage that is not the last gives what the next one receives.
+        """
+        blocks, stage = Blocks(documents=documents, padding=padding), self.tower.stage
+        hidden = self.tower.embed(tokens) if stage.first else self.received().unflatten(0, (-1, len(tokens)))
+        for layer in self.tower.layers.values():
             hidden, _ = layer(hidden, blocks)
-        return self.tower.whole_sequence(self.tower.final_norm(hidden))
+        return self.tower.final(hidden) if stage.last else _to_send(hidden)
 
 
-class TwoTower(MegatronModule):
+class TwoTower(PipelineModel):
     """Context tower and denoiser in lockstep: layer i of one, then layer i of the other."""
 
     def __init__(
         self, config: RunConfig, megatron: TransformerConfig, groups: ProcessGroupCollection, context: Tower
     ) -> None:
-        super().__init__(megatron)
-        self.model_type = ModelType.encoder_or_decoder
-        self.tower = Tower(config.model, megatron, groups, layer=DenoiserLayer)
-        self.conditioning = TimeConditioning(
-            config.model.hidden_size, config.conditioning, dtype=megatron.params_dtype, device=device()
-        )
-        for parameter in self.conditioning.parameters():
-            parameter.sequence_parallel = megatron.sequence_parallel  # type: ignore[attr-defined]
+        super().__init__(megatron, context.stage)
+        if context.stage.first:  # before the tower: parameters are gathered in the order in which they are used
+            self.conditioning = TimeConditioning(
+                config.model.hidden_size, config.conditioning, dtype=megatron.params_dtype, device=device()
+            )
+            for parameter in self.conditioning.parameters():
+                parameter.sequence_parallel = megatron.sequence_parallel  # type: ignore[attr-defined]
+        self.tower = Tower(config.model, megatron, groups, layer=DenoiserLayer, stage=context.stage)
         self.recompute = frozenset(config.train.recompute_layers)
         self._frozen = (context,)  # in a tuple: not a submodule
         # The context tower goes no further than the last layer that hands something on.
@@ -169,40 +241,73 @@ class TwoTower(MegatronModule):
     def context(self) -> Tower:
         return self._frozen[0]
 
-    def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
-        """Pipeline stages receive hidden states here; with one stage there is nothing to receive."""
-
     def forward(self, batch: NoisyBatch) -> Tensor:
-        """Final hidden states (l, r b, h) of the noisy stream of every block."""
-        conditioning, blocks = self.conditioning(batch.times), Blocks(batch.block, batch.documents)
+        """Final hidden states (l, r b, h) of the noisy stream of every block.
+
+        A stage that is not the last gives what the next one receives.
+        """
+        blocks, stage = Blocks(batch.block, batch.documents, batch.padding, batch.counted), self.tower.stage
+        clean, noisy, conditioning = self._start(batch) if stage.first else self._continue(batch)
+        for number in stage.layers:
+            handoff = None
+            if number < self.context_layers:
+                with torch.no_grad():
+                    clean, handoff = self.context.layers[str(number)](clean, blocks)
+            noisy = self._denoise(number, noisy, conditioning, handoff, blocks)
+        return self.tower.final(noisy) if stage.last else _to_send(clean, noisy, conditioning)
+
+    def _start(self, batch: NoisyBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Clean (l, b, h), noisy (l, r b, h) and conditioning (r b, n, 3h) before the first layer."""
         with torch.no_grad():
             clean = self.context.embed(batch.tokens)
-        noisy = self.tower.embed(batch.noisy)
-        for i in range(len(self.tower.layers)):
-            handoff = None
-            if i < self.context_layers:
-                with torch.no_grad():
-                    clean, handoff = self.context.layers[i](clean, blocks)
-            noisy = self._denoise(i, noisy, conditioning, handoff, blocks)
-        return self.tower.whole_sequence(self.tower.final_norm(noisy))
+        return clean, self.tower.embed(batch.noisy), self.conditioning(batch.times)
+
+    def _continue(self, batch: NoisyBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """The same from the stage before. Gradients go back into the noisy stream and the conditioning alone."""
+        received, sequences, copies = self.received(), len(batch.tokens), len(batch.noisy)
+        rows = 3 * batch.times.numel()
+        streams, conditioning = received[:-rows], received[-rows:]
+        clean, noisy = streams.split([len(streams) * part // (sequences + copies) for part in (sequences, copies)])
+        return (
+            clean.detach().unflatten(0, (-1, sequences)),
+            noisy.unflatten(0, (-1, copies)),
+            conditioning.reshape(*batch.times.shape, -1),
+        )
 
     def _denoise(
         self, number: int, noisy: Tensor, conditioning: Tensor, handoff: Handoff, blocks: Blocks
     ) -> Tensor:  # fmt: skip
-        layer, context = self.tower.layers[number], self.context.layers[number]
+        layer, context = self.tower.layers[str(number)], self.context.layers[str(number)]
         assert isinstance(layer, DenoiserLayer) and isinstance(context, Layer)
         if layer.kind not in self.recompute or not torch.is_grad_enabled():
-            return layer.denoise(noisy, conditioning, handoff, blocks)
+            return layer(noisy, conditioning, handoff, blocks)
         # The forward pass reads the hand-off as it came; the backward pass makes it again from what is held.
         at_hand, again = [handoff], context.held(handoff, blocks)
 
         def run(noisy: Tensor, conditioning: Tensor) -> Tensor:
             ready = at_hand.pop() if at_hand else again()
-            return layer.denoise(noisy, conditioning, ready, blocks)
+            return layer(noisy, conditioning, ready, blocks)
 
         return tensor_parallel.checkpoint(run, False, noisy, conditioning)
 
 
-def build_context_tower(config: RunConfig, megatron: TransformerConfig, groups: ProcessGroupCollection) -> Tower:
+def build_context_tower(
+    config: RunConfig, megatron: TransformerConfig, groups: ProcessGroupCollection, stage: Stage | None = None
+) -> Tower:
     """A tower without gradients, in evaluation mode for good: its weights are the caller's to load."""
-    return Tower(config.model, megatron, groups).requires_grad_(False).eval()
+    return Tower(config.model, megatron, groups, stage=stage).requires_grad_(False).eval()
+
+
+def rows_between_stages(config: RunConfig, *, sequences: int, times: Tensor | None, ranks: int) -> int:
+    """Rows of h that one stage sends to the next for a micro-batch of b sequences.
+
+    Args:
+        times: the noise levels where they are given, as in `corrupt`.
+        ranks: that split a sequence between them (sequence parallelism).
+    """
+    noise, length = config.noise, config.data.sequence_length_tokens
+    if config.objective == "ar":
+        return sequences * length // ranks
+    blocks = length // noise.block_size_tokens if noise.time_per == "block" else 1
+    draws, levels = (noise.draws_per_context, blocks) if times is None else (1, times.shape[1])
+    return sequences * ((1 + draws) * length // ranks + 3 * draws * levels)

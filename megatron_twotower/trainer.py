@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -21,6 +20,7 @@ from megatron_twotower.loss import autoregressive_loss, masked_diffusion_loss
 from megatron_twotower.metrics import Metrics, peak_memory_gib
 from megatron_twotower.phases import Phase, phase_number
 from megatron_twotower.records import Batch, LossReport, UserError
+from megatron_twotower.towers import rows_between_stages
 
 # The noise of validation has its own stream under the run's seed.
 VALIDATION_STREAM = 0x5EED
@@ -31,7 +31,7 @@ class Trainer:
     """What one rank trains with."""
 
     config: RunConfig
-    model: DistributedDataParallel
+    model: parallel.Chunks
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
     groups: ProcessGroupCollection
@@ -62,12 +62,12 @@ class Progress:
 def window(progress: Progress, groups: ProcessGroupCollection) -> dict[str, Any]:
     """The sums since the last record, over all ranks, as plain numbers."""
 
-    def total(tensor: Tensor | None) -> Any:
-        return None if tensor is None else parallel.sum_over_data(tensor.double(), groups).tolist()
-
-    sums, tokens = total(progress.sums), total(progress.expert_tokens)
-    skipped = skipped_by_all(progress, groups)
-    return {"sums": sums, "expert_tokens": tokens, "sequences": progress.sequences, "skipped": skipped}
+    sums, tokens = progress.sums, progress.expert_tokens
+    return {
+        "sums": None if sums is None else parallel.sum_over_stages(sums.double(), groups).tolist(),
+        "expert_tokens": None if tokens is None else parallel.sum_over_ranks(tokens.double()).tolist(),
+        "sequences": progress.sequences, "skipped": skipped_by_all(progress, groups),
+    }  # fmt: skip
 
 
 def skipped_by_all(progress: Progress, groups: ProcessGroupCollection) -> int:
@@ -77,15 +77,16 @@ def skipped_by_all(progress: Progress, groups: ProcessGroupCollection) -> int:
 
 
 def resumed(step: int, cursor: int, saved: dict[str, Any], groups: ProcessGroupCollection) -> Progress:
-    """Progress as it was saved; the window's sums go on on one data-parallel rank, the others start from zero."""
+    """Progress as it was saved; the window's sums go on where they are counted once, all others start from zero."""
 
-    def part(values: Any) -> Tensor | None:
+    def part(values: Any, *, here: bool) -> Tensor | None:
         if values is None:
             return None
         whole = torch.tensor(values, dtype=torch.float64, device=host.device())
-        return whole if groups.dp_cp.rank() == 0 else torch.zeros_like(whole)
+        return whole if here else torch.zeros_like(whole)
 
-    sums, tokens = part(saved["sums"]), part(saved["expert_tokens"])
+    sums = part(saved["sums"], here=groups.dp_cp.rank() == groups.pp.rank() == 0)
+    tokens = part(saved["expert_tokens"], here=parallel.is_main())
     skipped = saved["skipped"] if groups.dp_cp.rank() == 0 else 0
     return Progress(step, cursor, sums, tokens, sequences=saved["sequences"], skipped=skipped)
 
@@ -104,25 +105,24 @@ class Hooks:
 
 
 def ar_forward(
-    model: Any, batch: Batch, config: RunConfig, groups: ProcessGroupCollection, _: Tensor | None
-) -> LossReport:
+    chunk: Any, batch: Batch, config: RunConfig, groups: ProcessGroupCollection, _: Tensor | None
+) -> tuple[Tensor, LossReport | None]:
     batch = batch.to(host.device())
-    return autoregressive_loss(_unwrapped(model).tower, model(batch.tokens, batch.documents), batch, groups)
+    hidden, tower = chunk(batch.tokens, batch.documents, batch.padding), chunk.module.tower
+    return hidden, autoregressive_loss(tower, hidden, batch, groups) if tower.stage.last else None
 
 
 def two_tower_forward(
-    model: Any, batch: Batch, config: RunConfig, groups: ProcessGroupCollection, times: Tensor | None
-) -> LossReport:
+    chunk: Any, batch: Batch, config: RunConfig, groups: ProcessGroupCollection, times: Tensor | None
+) -> tuple[Tensor, LossReport | None]:
     seed = config.seed if times is None else config.seed ^ VALIDATION_STREAM
     noisy = corrupt(batch, config.noise, seed=seed, times=times).to(host.device())
-    return masked_diffusion_loss(_unwrapped(model).tower, model(noisy), noisy, config.noise, groups)
+    hidden, tower = chunk(noisy), chunk.module.tower
+    return hidden, masked_diffusion_loss(tower, hidden, noisy, config.noise, groups) if tower.stage.last else None
 
 
+# What a model chunk gives: what travels on to the next stage; or, on the last, final hidden states and their loss.
 OBJECTIVES = {"ar": ar_forward, "two_tower": two_tower_forward}
-
-
-def _unwrapped(model: Any) -> Any:
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _packed(report: LossReport) -> Tensor:
@@ -131,17 +131,39 @@ def _packed(report: LossReport) -> Tensor:
     return torch.cat([head, report.bucket_sums.double(), report.bucket_counts.double()])
 
 
+def _buckets(config: RunConfig) -> int:
+    return config.noise.report_buckets if config.objective == "two_tower" else 1
+
+
 def forward_backward(trainer: Trainer, batches: Sequence[tuple[Batch, Tensor | None]], *, forward_only: bool) -> Tensor:
-    """Run the micro-batches through Megatron's schedule. Returns this rank's packed sums."""
+    """Run the micro-batches through Megatron's schedule.
+
+    Returns:
+        this rank's packed sums, zero on stages before the last.
+    """
     config, objective = trainer.config, OBJECTIVES[trainer.config.objective]
+    megatron = trainer.model.config
 
-    def step(iterator: Iterator[tuple[Batch, Tensor | None]], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+    def step(iterator: Iterator[tuple[Batch, Tensor | None]], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
         batch, times = next(iterator)
-        report = objective(model, batch, config, trainer.groups, times)
-        return report.total, lambda total: (total, report.count, _packed(report))
+        output, report = objective(chunk, batch, config, trainer.groups, times)
 
-    reports = parallel.run_schedule(step, batches, trainer.model, groups=trainer.groups, forward_only=forward_only)
-    return torch.stack(reports).sum(0)
+        def loss(total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            assert report is not None, "Megatron asks the last stage alone"
+            return total, report.count, _packed(report)
+
+        return output if report is None else report.total, loss
+
+    first, times = batches[0]
+    rows = rows_between_stages(
+        config, sequences=len(first.tokens), times=times,
+        ranks=trainer.groups.tp.size() if megatron.sequence_parallel else 1,
+    )  # fmt: skip
+    reports = parallel.run_schedule(
+        step, batches, trainer.model, rows=rows, groups=trainer.groups, forward_only=forward_only
+    )
+    nothing = torch.zeros(2 + 2 * _buckets(config), dtype=torch.float64, device=host.device())
+    return torch.stack([nothing, *reports]).sum(0)
 
 
 def train_step(trainer: Trainer, batches: list[Batch]) -> tuple[Tensor, float]:
@@ -176,8 +198,8 @@ def validate(trainer: Trainer, batches: list[Batch]) -> dict[str, Any]:
     noise = trainer.config.noise
     times = validation_times(trainer.config.train.validation_sequences, noise)
     timed = [(batch, times[batch.positions].unsqueeze(-1)) for batch in batches]
-    sums = parallel.sum_over_data(forward_backward(trainer, timed, forward_only=True), trainer.groups)
-    buckets = _figures(sums, noise.report_buckets if trainer.config.objective == "two_tower" else 1)
+    sums = parallel.sum_over_stages(forward_backward(trainer, timed, forward_only=True), trainer.groups)
+    buckets = _figures(sums, _buckets(trainer.config))
     return {"loss": buckets["loss"], "loss_by_noise": buckets["loss_by_noise"], "tokens": buckets["scored_tokens"]}
 
 
@@ -207,13 +229,10 @@ def _record(trainer: Trainer, progress: Progress, norm: float, started: float) -
     """The figures since the last record, summed over ranks."""
     config, groups = trainer.config, trainer.groups
     assert progress.sums is not None
-    figures = _figures(
-        parallel.sum_over_data(progress.sums, groups),
-        config.noise.report_buckets if config.objective == "two_tower" else 1,
-    )
+    figures = _figures(parallel.sum_over_stages(progress.sums, groups), _buckets(config))
     load = {}
     if progress.expert_tokens is not None:
-        tokens = parallel.sum_over_data(progress.expert_tokens.double(), groups)
+        tokens = parallel.sum_over_ranks(progress.expert_tokens.double())
         load = {"max_over_mean": (tokens.max(dim=1).values / tokens.mean(dim=1)).max().item()}
     now = time.perf_counter()
     length = config.data.sequence_length_tokens

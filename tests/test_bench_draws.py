@@ -48,7 +48,7 @@ def test_the_gradient_is_divided_by_the_count_and_noise_is_fresh_each_time(group
     batch = bench_draws.numbered_batch(tokens, 3)
     found = bench_draws.gradient(parts, batch)
     noisy = corrupt(batch, config.noise, seed=config.seed)
-    module = parts.model.module
+    module = parts.model.only.module
     report = masked_diffusion_loss(module.tower, module(noisy), noisy, config.noise, groups)
     trained = [p for p in module.parameters() if p.requires_grad]
     expected = torch.autograd.grad(report.total / report.count, trained, allow_unused=True, materialize_grads=True)

@@ -39,7 +39,7 @@ MISTAKES = {
     "unknown layer": (["recipe=tiny_ar", "model.hybrid_override_pattern=MX"], "expected letters of M*E-"),
     "no backbone": (["recipe=tiny", "init.backbone=null"], "expected"),
     "missing backbone": (["recipe=tiny", "init.backbone=/no/such"], "/no/such/config.json: not found"),
-    "ranks do not divide": (["recipe=tiny_ar", "parallel.tensor=3"], "parallel.tensor 3: does not divide 1 ranks"),
+    "ranks do not divide": (["recipe=tiny_ar", "parallel.tensor=3"], "parallel.pipeline 1: does not divide 1 ranks"),
     "experts do not divide": (["recipe=tiny_ar", "parallel.expert=3"], "does not divide 1 ranks"),
     "batch does not divide": (["recipe=tiny_ar", "data.micro_batch_size=3"], "expected a multiple of 3"),
     "schedule too long": (["recipe=tiny_ar", "schedule.warmup_steps=99"], "expected at most train.steps 30"),

@@ -9,11 +9,11 @@ PACKAGE = Path(__file__).resolve().parent.parent / "megatron_twotower"
 
 # By level; within a level, too, a room may only use those before it. A folder is one room.
 LEVELS = (
-    ("records", "config", "phases", "host"),
+    ("records", "config", "phases", "stages", "host"),
     ("names", "tokenizer", "data"),
     ("corruption",),
     ("ops",),
-    ("memory", "adaln", "layers", "towers"),
+    ("memory", "adaln", "router", "layers", "towers"),
     ("loss",),
     ("parallel", "optimizer", "metrics"),
     ("trainer",),

@@ -20,7 +20,7 @@ NOISE = NoiseConfig(block_size_tokens=4, mask_token_id=3)
 
 
 def tower_of(weight):
-    return SimpleNamespace(output_layer=SimpleNamespace(weight=weight), vocabulary_start=lambda: 0)
+    return SimpleNamespace(output_layer=lambda: weight, vocabulary_start=lambda: 0)
 
 
 def batch_of(**more):

@@ -117,7 +117,7 @@ def test_identity_start_on_clean_single_token_blocks_is_the_context_tower(groups
     batch = noisy_batch(plain, torch.zeros_like(tokens, dtype=torch.bool), torch.rand(2, 16), config.noise)
 
     hidden = context.embed(tokens)
-    for layer in context.layers:
+    for layer in context.layers.values():
         hidden, _ = layer(hidden, Blocks())
     torch.testing.assert_close(two_tower(batch), context.final_norm(hidden), rtol=1e-6, atol=1e-7)
 

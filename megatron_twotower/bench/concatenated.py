@@ -25,7 +25,7 @@ QUERIES = 256
 class ConcatenatedAttention(SelfAttention):
     """Attention over [clean; noisy] of 2 l: clean positions causal, noisy ones by block. Gradients flow everywhere."""
 
-    def forward(self, hidden: Tensor, blocks: Blocks) -> tuple[Tensor, None]:
+    def causal(self, hidden: Tensor, blocks: Blocks) -> tuple[Tensor, None]:
         assert blocks.size is not None and blocks.documents is None
         halves = [tensor.chunk(2, dim=2) for tensor in self._project(hidden)]
         (clean_query, query), (clean_key, key), (clean_value, value) = halves
@@ -90,6 +90,6 @@ class ConcatenatedModel(MegatronModule):
         """Final hidden states (l, b, h) of the noisy positions."""
         blocks, length = Blocks(batch.block), batch.tokens.shape[1]
         hidden = self.tower.embed(torch.cat([batch.tokens, batch.noisy], dim=1))
-        for layer in self.tower.layers:
+        for layer in self.tower.layers.values():
             hidden, _ = layer(hidden, blocks)
         return self.tower.final_norm(hidden[length:])

@@ -49,7 +49,7 @@ def gradient(parts: Trainer, batch: Batch) -> Tensor:
     """The gradient of one step, flattened: (parameters,) float32."""
     parts.model.zero_grad_buffer()
     forward_backward(parts, [(batch, None)], forward_only=False)
-    return torch.cat([p.main_grad.flatten().clone() for p in parts.model.parameters() if p.requires_grad])
+    return torch.cat([p.main_grad.flatten().clone() for p in parts.model.only.parameters() if p.requires_grad])
 
 
 def with_draws(parts: Trainer, draws: int) -> Trainer:

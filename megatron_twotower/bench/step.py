@@ -68,7 +68,7 @@ def trainer_of(config: RunConfig, groups: ProcessGroupCollection, *, concatenate
         convert.load_weights(module, entries, source, model=config.model, groups=groups)
     else:
         module = build.build_model(config, groups).module
-    wrapped = parallel.wrap(module, config, groups)
+    wrapped = parallel.wrap([module], config, groups)
     optimizer = build_optimizer(config, wrapped, groups)
     wrapped.train()
     return Trainer(config, wrapped, optimizer, build_schedule(config, optimizer), groups, plan(config))
@@ -114,7 +114,7 @@ def step_case(name: str, parts: Trainer, batch: Batch) -> Case:
 
 def ar_parts(parts: Trainer, batch: Batch) -> Case:
     """An autoregressive step by part. The head makes its gradients while its logits are there."""
-    model, moved = parts.model, batch.to(device())
+    model, moved = parts.model.only, batch.to(device())
     held: dict[str, Any] = {}
 
     def forward() -> None:
@@ -128,7 +128,7 @@ def ar_parts(parts: Trainer, batch: Batch) -> Case:
 
 def two_tower_parts(parts: Trainer, batch: Batch) -> Case:
     """A two-tower step by part, with the context tower's forward once more on its own: `forward` holds it too."""
-    model, config = parts.model, parts.config
+    model, config = parts.model.only, parts.config
     held: dict[str, Any] = {}
 
     def noise() -> None:
@@ -138,7 +138,7 @@ def two_tower_parts(parts: Trainer, batch: Batch) -> Case:
     def context() -> None:
         tower, blocks = model.module.context, Blocks(config.noise.block_size_tokens)
         hidden = tower.embed(held["batch"].tokens)
-        for layer in tower.layers:
+        for layer in tower.layers.values():
             hidden, _ = layer(hidden, blocks)
 
     def forward() -> None:
