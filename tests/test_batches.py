@@ -44,7 +44,7 @@ def test_states_of_padded_rows_are_those_of_each_row_alone(pattern):
 @pytest.mark.parametrize("eos", [None, 7])
 @pytest.mark.parametrize("mode", MODES)
 def test_padded_rows_are_written_as_if_alone(mode, eos):
-    model = tiny_model("ME*-M")
+    model = tiny_model()
     ids, mask = padded_prompts()
     settings = {"max_new_tokens": 21, "eos_token_id": eos}
     together = getattr(model, mode)(ids, attention_mask=mask, **settings)
@@ -133,7 +133,7 @@ def test_arguments_that_no_mode_can_work_with_are_named(mode, changes, message):
 
 def compiled_steps(backend, t):
     """Steps over a growing context, compiled in one graph and not."""
-    model = tiny_model("ME*-M")
+    model = tiny_model()
     step = torch.compile(model.denoise_hidden, backend=backend, fullgraph=True)
     ids, mask = padded_prompts((8, 5))
     for padding in (None, mask):

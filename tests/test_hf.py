@@ -12,6 +12,8 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
@@ -29,11 +31,22 @@ from megatron_twotower.hf.modeling_nemotron_h_twotower import (
 )
 from megatron_twotower.names import context_entries, denoiser_entries
 
-PATTERNS = ("M", "*", "E", "-", "ME*-M", "*E-MM*")
+RELEASE = Version(transformers.__version__).release
+# Before 5.6 the configuration of transformers knows no dense layer, and up to 5.12 at least its own scan is wrong
+# beyond one chunk on a CPU. The shipped file has a scan of its own.
+DENSE, LONG = RELEASE >= (5, 6), RELEASE >= (5, 17)
+
+
+def known(pattern):
+    return pattern if DENSE else pattern.replace("-", "E")
+
+
+PATTERN = known("ME*-M")
+PATTERNS = tuple(dict.fromkeys(map(known, ("M", "*", "E", "-", "ME*-M", "*E-MM*"))))
 VOCABULARY, MASK, HIDDEN = 48, 3, 32
 
 
-def tiny_fields(pattern="ME*-M", **changes):
+def tiny_fields(pattern=PATTERN, **changes):
     return {
         "model_type": "nemotron_h", "hybrid_override_pattern": pattern, "vocab_size": VOCABULARY,
         "hidden_size": HIDDEN, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
@@ -44,7 +57,7 @@ def tiny_fields(pattern="ME*-M", **changes):
     } | changes  # fmt: skip
 
 
-def tiny_config(pattern="ME*-M", **changes):
+def tiny_config(pattern=PATTERN, **changes):
     fields = tiny_fields(pattern, **changes)
     return NemotronHConfig(**{key: value for key, value in fields.items() if key != "model_type"})
 
@@ -58,7 +71,7 @@ def randomise(module, seed=0):
     return module.eval()
 
 
-def tiny_model(pattern="ME*-M", *, seed=0, dtype=torch.float64, **changes):
+def tiny_model(pattern=PATTERN, *, seed=0, dtype=torch.float64, **changes):
     return randomise(NemotronHTwoTowerForCausalLM(tiny_config(pattern, **changes)), seed).to(dtype)
 
 
@@ -79,7 +92,7 @@ def become_backbone(model):
     return model
 
 
-def save(folder, model, *, pattern="ME*-M", **changes):
+def save(folder, model, *, pattern=PATTERN, **changes):
     """A folder as the exporter writes it."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
@@ -95,7 +108,7 @@ def context_names(name):
     return name.replace("model.", "context_tower.", 1) if name.startswith("model.") else f"context_{name}"
 
 
-@pytest.mark.parametrize("length", [1, 7, 21])
+@pytest.mark.parametrize("length", [1, 7, 21 if LONG else 8])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_context_logits_are_those_of_transformers(pattern, length):
     reference = randomise(NemotronHForCausalLM(tiny_config(pattern)))
@@ -132,23 +145,24 @@ def test_time_features_are_those_of_training():
     torch.testing.assert_close(time_features(times), sinusoid(times, ConditioningConfig()), atol=0, rtol=0)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_blocks_are_those_of_the_one_pass_training_forward(groups, pattern):
-    """The towers on Megatron Core, and this file with their tensors."""
+def test_blocks_are_those_of_the_one_pass_training_forward(groups, pattern, dtype, tolerance):
+    """The towers on Megatron Core, and this file with their tensors. A noise level for every row and block."""
     config = dataclasses.replace(models.tiny_config(pattern), conditioning=ConditioningConfig())
-    trained, source = models.build_two_tower(config, groups)
+    trained, source = models.build_two_tower(config, groups, dtype=dtype)
     batch = models.random_noisy_batch(config)
     with torch.no_grad():
         expected = (trained(batch) @ trained.tower.output_layer.weight.t()).transpose(0, 1)
     shape = {f.name: getattr(config.model, f.name) for f in dataclasses.fields(config.model)}
     fields = {key: value for key, value in shape.items() if key != "time_step_clamp"}
-    model = NemotronHTwoTowerForCausalLM(NemotronHConfig(**fields)).double()
+    model = NemotronHTwoTowerForCausalLM(NemotronHConfig(**fields)).to(dtype)
     model.load_state_dict({name: source(name) for name in model.state_dict()})
     cache, block = model.prefill(batch.tokens[:, :0]), config.noise.block_size_tokens
     for number, start in enumerate(range(0, batch.tokens.shape[1], block)):
         columns = slice(start, start + block)
         logits = model.denoise_block(batch.noisy[:, columns], batch.times[:, number], cache)
-        torch.testing.assert_close(logits, expected[:, columns], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(logits, expected[:, columns], atol=tolerance, rtol=tolerance)
         model.extend(cache, batch.tokens[:, columns])
 
 
@@ -315,11 +329,7 @@ def test_commit_takes_the_most_confident_as_many_as_the_rule_says():
 
 def record_steps(model, ids, *, new, **settings):
     steps = []
-
-    def on_step(block, step, ids, committed, confidence):
-        steps.append((block, step, ids.clone(), committed.clone(), confidence.clone()))
-
-    return model.generate_mask_diffusion(ids, new, on_step=on_step, **settings), steps
+    return model.generate_mask_diffusion(ids, new, on_step=steps.append, **settings), steps
 
 
 @pytest.mark.parametrize(("steps", "threshold"), [(16, 0.3), (5, 0.9), (1, 0.9), (16, 1.0), (40, 0.2)])
@@ -334,12 +344,17 @@ def test_the_rule_of_committing(steps, threshold):
     passes = 0
     for block in range(2):
         masked, before = torch.ones(3, 16, dtype=torch.bool), torch.full((3, 16), MASK)
-        for number, step, ids, now, confidence in (r for r in recorded if r[0] == block):
-            assert number == block
+        for number, seen in enumerate(each for each in recorded if each.block == block):
+            step, ids, now, confidence = seen.step, seen.ids, seen.committed, seen.confidence
+            assert step == number
             passes += 1
             active = masked.any(-1)
+            torch.testing.assert_close(seen.t, masked.float().mean(-1))
             assert not (now & ~masked).any()
             assert torch.equal(ids[~now], before[~now])  # committed tokens stay, the others stay masked
+            assert torch.equal(ids[now], seen.predicted[now])
+            assert (seen.predicted != MASK).all()
+            assert torch.equal(confidence > 0, masked)
             above = (masked & (confidence > threshold)).sum(-1)
             share = -(-masked.sum(-1) // (steps - step))
             assert torch.equal(now.sum(-1), torch.maximum(above.clamp(min=1), share) * active)
@@ -358,7 +373,7 @@ def test_each_row_is_written_as_if_alone():
     model, ids = tiny_model(), random_ids(4, 9)
     settings = {"block_size": 8, "confidence_threshold": 0.25}
     together, steps = record_steps(model, ids, new=24, **settings)
-    assert any(len(set(now.sum(-1).tolist())) > 1 for _, _, _, now, _ in steps)
+    assert any(len(set(step.committed.sum(-1).tolist())) > 1 for step in steps)
     row_passes = model.last_generation.row_passes
     alone = 0
     for row in range(4):
@@ -372,14 +387,14 @@ def test_noise_level_and_context_of_every_step():
     """Steps redone by hand: t is the masked fraction, and the context is all that was written before the block."""
     model, ids = tiny_model(), random_ids(1, 5)
     written, steps = record_steps(model, ids, new=16, block_size=8, confidence_threshold=1.0)
-    for block, step, after, now, confidence in steps:
-        cache = model.prefill(written[:, : 5 + 8 * block])
-        before = torch.where(now, MASK, after)
-        logits = model.denoise_block(before, torch.tensor([(8 - step) / 8]), cache)
+    for seen in steps:
+        cache = model.prefill(written[:, : 5 + 8 * seen.block])
+        before = torch.where(seen.committed, MASK, seen.ids)
+        logits = model.denoise_block(before, torch.tensor([(8 - seen.step) / 8]), cache)
         logits[..., MASK] = -torch.inf
         best, chosen = logits.softmax(-1).max(-1)
-        torch.testing.assert_close(confidence, best.masked_fill(before != MASK, 0.0))
-        assert torch.equal(after[now], chosen[now])
+        torch.testing.assert_close(seen.confidence, best.masked_fill(before != MASK, 0.0))
+        assert torch.equal(seen.predicted, torch.where(before == MASK, chosen, before))
 
 
 @pytest.mark.parametrize("new", [1, 15, 16, 20])

@@ -32,9 +32,30 @@ from transformers.modeling_outputs import CausalLMOutput
 TIME_FEATURES, TIME_SCALE, TIME_PERIOD = 256, 1000.0, 10000.0
 SCORED_TOGETHER = 1024  # positions whose logits stand in memory at once
 
-# Called after a step of mask diffusion with: block, step, ids (b, s), committed in this step (b, s) bool, confidence
-# (b, s) float, 0 where the token was committed before.
-OnStep = Callable[[int, int, Tensor, Tensor, Tensor], None]
+
+@dataclass(frozen=True)
+class DenoisingStep:
+    """What a step of mask diffusion did to a block, for whoever watches.
+
+    block, step: counted from 0, the step within its block.
+    t: (b,) the noise level that the denoiser was given.
+    ids: (b, s) after the step, the mask token where nothing is committed yet.
+    predicted: (b, s) what the denoiser would write; where a token was committed before, that token.
+    confidence: (b, s) the probability of each prediction; 0 where a token was committed before.
+    committed: (b, s) bool, in this step.
+    """
+
+    block: int
+    step: int
+    t: Tensor
+    ids: Tensor
+    predicted: Tensor
+    confidence: Tensor
+    committed: Tensor
+
+
+# Called after every step of mask diffusion.
+OnStep = Callable[[DenoisingStep], None]
 # Called when text grows at its end with: new ids (b, n), and which of them are text (b, n) bool; a row that has ended,
 # or that grows by less than another, has False on its right.
 OnTokens = Callable[[Tensor, Tensor], None]
@@ -687,6 +708,9 @@ class NemotronHTwoTowerForCausalLM(PreTrainedModel):
     _supports_sdpa = True
     _no_split_modules = ["Layer"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # noqa: RUF012
+    # Tensors are read and written under their own names. transformers knows renamings for its own NemotronH by the
+    # model type, which is the same, and before 5.17 one of them would be undone on saving: `embedding.weight`.
+    _weight_conversions = property(lambda self: [], lambda self, value: None)
     # The released code rounds t to bfloat16 before its features; multiples of 1/16 are the same either way.
     round_time_to_bf16 = False
     # What the last call of a `generate_` method took.
@@ -903,22 +927,21 @@ class NemotronHTwoTowerForCausalLM(PreTrainedModel):
         for step in range(settings.steps):
             if not masked.any():
                 break
-            hidden = self.denoise_hidden(ids, masked.float().mean(-1), cache)
+            t = masked.float().mean(-1)
+            hidden = self.denoise_hidden(ids, t, cache)
             # Of the positions that are still masked alone: the head is the largest matrix of the pass.
             logits = _wide(self.lm_head(hidden[masked]))
             logits[:, settings.mask_token_id] = -math.inf
             best = settings.sampling.choose(logits)
             sure = (logits.gather(-1, best.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)).exp()
-            chosen, confidence = (
-                ids.masked_scatter(masked, best),
-                sure.new_zeros(ids.shape).masked_scatter(masked, sure),
-            )
+            predicted = ids.masked_scatter(masked, best)
+            confidence = sure.new_zeros(ids.shape).masked_scatter(masked, sure)
             steps_left = settings.steps - step
             now = commit(masked, confidence, threshold=settings.threshold, steps_left=steps_left)
             passes, row_passes = passes + 1, row_passes + masked.any(-1)
-            ids, masked = torch.where(now, chosen, ids), masked & ~now
+            ids, masked = torch.where(now, predicted, ids), masked & ~now
             if settings.on_step is not None:
-                settings.on_step(number, step, ids, now, confidence)
+                settings.on_step(DenoisingStep(number, step, t, ids, predicted, confidence, now))
         return ids, passes, row_passes
 
     @torch.no_grad()
@@ -938,7 +961,7 @@ class NemotronHTwoTowerForCausalLM(PreTrainedModel):
         Args:
             steps_per_block: passes of the denoiser that a block takes at most.
             confidence_threshold: every token that is more probable than this is committed at once.
-            on_step: called after every step, see `OnStep`.
+            on_step: called after every step with a `DenoisingStep`.
         """
         started = time.perf_counter()
         self._check_arguments(input_ids, max_new_tokens, eos_token_id, mask_token_id)
