@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_twotower import host
 from megatron_twotower.records import UserError
@@ -104,13 +104,28 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from megatron_twotower import generate
+    from megatron_twotower import bulk, live
+    from megatron_twotower.generate import GenerationSettings
 
-    return generate.run(
-        arguments.model, prompt=arguments.prompt, mode=arguments.mode, max_new_tokens=arguments.max_new_tokens,
-        block_size=arguments.block_size, steps_per_block=arguments.steps_per_block,
-        confidence_threshold=arguments.confidence_threshold, temperature=arguments.temperature, seed=arguments.seed,
-        top_k=arguments.top_k, top_p=arguments.top_p, draft_steps=arguments.draft_steps,
+    for name, needed in (("output", "prompts"), ("html", "prompt")):
+        if getattr(arguments, name) is not None and getattr(arguments, needed) is None:
+            raise UserError(f"--{name}: found {getattr(arguments, name)}, expected it with --{needed} alone")
+    settings = GenerationSettings(
+        max_new_tokens=arguments.max_new_tokens, block_size=arguments.block_size,
+        steps_per_block=arguments.steps_per_block, confidence_threshold=arguments.confidence_threshold,
+        temperature=arguments.temperature, top_k=arguments.top_k, seed=arguments.seed, top_p=arguments.top_p,
+        draft_steps=arguments.draft_steps,
+    )  # fmt: skip
+    if arguments.prompts is None:
+        return live.run(
+            arguments.model, prompt=arguments.prompt, mode=arguments.mode, settings=settings, page=arguments.html,
+            devices=arguments.device,
+        )  # fmt: skip
+    if arguments.output is None:
+        raise UserError("--output: found none, expected a file to write what follows --prompts to")
+    return bulk.run(
+        arguments.model, prompts=arguments.prompts, output=arguments.output, mode=arguments.mode, settings=settings,
+        bulk=bulk.BulkSettings(batch_size=arguments.batch_size), devices=arguments.device,
     )  # fmt: skip
 
 
@@ -171,6 +186,31 @@ def _bench_data(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_generate(generate: argparse.ArgumentParser) -> None:
+    generate.add_argument("--model", type=Path, required=True, help="two-tower Hugging Face folder")
+    what = generate.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="text to continue, shown while it is written")
+    what.add_argument("--prompts", type=Path, metavar="FILE",
+                      help="prompts to continue in batches: one a line, or .jsonl with a field `prompt`")  # fmt: skip
+    generate.add_argument("--mode", default="mask_diffusion", metavar="MODE",
+                          help="mask_diffusion, mock_ar, ar, speculative; of --prompt also all")  # fmt: skip
+    generate.add_argument("--max-new-tokens", type=int, default=128)
+    generate.add_argument("--block-size", type=int, default=16)
+    generate.add_argument("--steps-per-block", type=int, default=16)
+    generate.add_argument("--confidence-threshold", type=float, default=0.8)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0: the most probable tokens")
+    generate.add_argument("--top-k", type=int, help="sample among so many tokens")
+    generate.add_argument("--top-p", type=float, help="sample among the tokens that make up so much probability")
+    generate.add_argument("--draft-steps", type=int, default=1, help="denoiser passes to a draft, mode speculative")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--device", nargs="+", default=[], metavar="DEVICE",
+                          help="one, or the context tower's and the denoiser's; CUDA where there is any")  # fmt: skip
+    generate.add_argument("--html", type=Path, metavar="FILE", help="page that replays the denoising of --prompt")
+    generate.add_argument("--output", type=Path, metavar="FILE",
+                          help="JSON lines for --prompts, in their order; a run that was cut off goes on")  # fmt: skip
+    generate.add_argument("--batch-size", type=int, default=16, help="prompts written at a time")
+
+
 def _add_bench(bench: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
     """`bench`: what the README's figures are measured with."""
     ops = command(bench, "ops", _bench_ops, "time and peak memory of each two-stream operation against its rivals",
@@ -200,8 +240,15 @@ def _add_bench(bench: Any, command: Callable[..., argparse.ArgumentParser]) -> N
         each.add_argument("--quick", action="store_true", help="tiny sizes, in seconds: only to see that it works")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the arguments, like every other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"twotower: {message} (see {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="twotower", description="Train two-tower diffusion language models.")
+    parser = _Parser(prog="twotower", description="Train two-tower diffusion language models.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -272,21 +319,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--to", type=Path, required=True, help="folder to write")
     export.add_argument("--dtype", choices=("fp32", "bf16"), help="of the tensors; the run's precision if left out")
 
-    generate = command(commands, "generate", _generate, "write text with an exported model",
-                       "twotower generate --model runs/model --mode mask_diffusion --prompt 'def '")  # fmt: skip
-    generate.add_argument("--model", type=Path, required=True, help="two-tower Hugging Face folder")
-    generate.add_argument("--prompt", required=True)
-    generate.add_argument("--mode", choices=("mask_diffusion", "mock_ar", "ar", "speculative", "all"),
-                          default="mask_diffusion")  # fmt: skip
-    generate.add_argument("--max-new-tokens", type=int, default=128)
-    generate.add_argument("--block-size", type=int, default=16)
-    generate.add_argument("--steps-per-block", type=int, default=16)
-    generate.add_argument("--confidence-threshold", type=float, default=0.8)
-    generate.add_argument("--temperature", type=float, default=0.0)
-    generate.add_argument("--top-k", type=int, help="sample among so many tokens")
-    generate.add_argument("--top-p", type=float, help="sample among the tokens that make up so much probability")
-    generate.add_argument("--draft-steps", type=int, default=1, help="denoiser passes to a draft, mode speculative")
-    generate.add_argument("--seed", type=int, default=0)
+    _add_generate(
+        command(commands, "generate", _generate, "write text with an exported model",
+                "twotower generate --model runs/model --prompt 'def main():' --mode all --html replay.html\n"
+                "  twotower generate --model runs/model --prompts prompts.jsonl --output texts.jsonl --batch-size 32")
+    )  # fmt: skip
 
     evaluate = command(commands, "evaluate", _evaluate, "likelihoods and a threshold sweep of an exported model",
                        "twotower evaluate --model runs/model --data runs/data --output evaluation.json")  # fmt: skip

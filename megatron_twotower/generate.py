@@ -1,15 +1,15 @@
 """Writing text with an exported two-tower folder."""
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.text import Text
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from megatron_twotower.config import read_hf_config
 from megatron_twotower.hf import ARCHITECTURE
@@ -17,6 +17,8 @@ from megatron_twotower.hf.modeling_nemotron_h_twotower import (
     ArgumentError,
     GenerationStats,
     NemotronHTwoTowerForCausalLM,
+    OnStep,
+    OnTokens,
 )
 from megatron_twotower.records import UserError
 from megatron_twotower.tokenizer import load_tokenizer, text_encoder
@@ -47,6 +49,17 @@ class GenerationSettings:
 
 
 @dataclass(frozen=True)
+class Watch:
+    """Who is told while text is written: `on_step` by mask diffusion, `on_tokens` by the other modes."""
+
+    on_step: OnStep | None = None
+    on_tokens: OnTokens | None = None
+
+
+UNWATCHED = Watch()
+
+
+@dataclass(frozen=True)
 class Generation:
     """What was written. ids: (l + new,) int64 on the CPU, the prompt's first. text: of the new ids, up to EOS.
 
@@ -67,6 +80,10 @@ class Generation:
     def tokens_per_pass(self) -> float:
         return self.new_tokens / self.passes
 
+    @property
+    def tokens_per_second(self) -> float:
+        return self.new_tokens / self.seconds
+
 
 def load(
     folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
@@ -83,6 +100,8 @@ def load(
     if architectures != [ARCHITECTURE]:
         raise UserError(f"{folder}/config.json: architectures: found {architectures}, expected ['{ARCHITECTURE}']")
     tokenizer = load_tokenizer(Path(folder))
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     try:
         model, info = NemotronHTwoTowerForCausalLM.from_pretrained(
             str(folder), dtype="auto" if dtype is None else dtype, local_files_only=True, output_loading_info=True
@@ -97,6 +116,25 @@ def load(
     return model.eval().to(device), tokenizer
 
 
+def default_devices() -> tuple[str, ...]:
+    return ("cuda",) if torch.cuda.is_available() else ("cpu",)
+
+
+def place(model: NemotronHTwoTowerForCausalLM, devices: Sequence[str]) -> None:
+    """Put the model on one device, or its context tower on the first and its denoiser on the second.
+
+    Raises:
+        UserError: a device that is not there.
+    """
+    if len(devices) > 2:
+        raise UserError(f"device: found {' '.join(devices)}, expected one or two")
+    try:
+        model.place_towers_on_devices(devices[0], devices[-1])
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"device: found {' '.join(devices)}, expected one or two that are here ({reason})") from error
+
+
 def mask_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
     found = tokenizer.mask_token_id
     return MASK_TOKEN_ID if found is None else int(found)
@@ -104,7 +142,7 @@ def mask_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
 
 def write(
     model: NemotronHTwoTowerForCausalLM, ids: Tensor, *, mode: str, settings: GenerationSettings, mask_id: int,
-    eos_id: int | None, attention_mask: Tensor | None = None,
+    eos_id: int | None, attention_mask: Tensor | None = None, watch: Watch = UNWATCHED,
 ) -> tuple[Tensor, GenerationStats]:  # fmt: skip
     """Continue prompts.
 
@@ -119,14 +157,19 @@ def write(
     Raises:
         UserError: an unknown mode, or a setting out of range.
     """
-    if mode not in MODES:
-        raise UserError(f"mode: found {mode!r}, expected one of {', '.join(MODES)}")
+    check_mode(mode)
     try:
-        written = MODES[mode](model, Request(ids, attention_mask, mask_id, eos_id), settings)
+        written = MODES[mode](model, Request(ids, attention_mask, mask_id, eos_id, watch), settings)
     except ArgumentError as error:
         raise UserError(str(error)) from error
     assert model.last_generation is not None
     return written, model.last_generation
+
+
+def check_mode(mode: str, *more: str) -> None:
+    """Refuse what is neither a mode nor one of `more`."""
+    if mode not in (*MODES, *more):
+        raise UserError(f"mode: found {mode!r}, expected one of {', '.join((*MODES, *more))}")
 
 
 @dataclass(frozen=True)
@@ -137,6 +180,7 @@ class Request:
     attention_mask: Tensor | None
     mask_id: int
     eos_id: int | None
+    watch: Watch
 
 
 Mode = Callable[[NemotronHTwoTowerForCausalLM, Request, GenerationSettings], Tensor]
@@ -151,7 +195,7 @@ def _mask_diffusion(model: NemotronHTwoTowerForCausalLM, what: Request, settings
         what.ids, settings.max_new_tokens, settings.block_size, settings.steps_per_block, what.mask_id,
         settings.temperature, settings.top_k, settings.confidence_threshold, what.eos_id,
         attention_mask=what.attention_mask, top_p=settings.top_p,
-        generator=_generator(model.denoiser_tower.device, settings),
+        generator=_generator(model.denoiser_tower.device, settings), on_step=what.watch.on_step,
     )  # fmt: skip
 
 
@@ -159,7 +203,7 @@ def _mock_ar(model: NemotronHTwoTowerForCausalLM, what: Request, settings: Gener
     return model.generate_mock_ar(
         what.ids, settings.max_new_tokens, settings.temperature, settings.top_k, what.eos_id,
         attention_mask=what.attention_mask, top_p=settings.top_p,
-        generator=_generator(model.denoiser_tower.device, settings),
+        generator=_generator(model.denoiser_tower.device, settings), on_tokens=what.watch.on_tokens,
     )  # fmt: skip
 
 
@@ -167,7 +211,7 @@ def _ar(model: NemotronHTwoTowerForCausalLM, what: Request, settings: Generation
     return model.generate_ar(
         what.ids, settings.max_new_tokens, settings.temperature, settings.top_k, what.eos_id,
         attention_mask=what.attention_mask, top_p=settings.top_p,
-        generator=_generator(model.context_tower.device, settings),
+        generator=_generator(model.context_tower.device, settings), on_tokens=what.watch.on_tokens,
     )  # fmt: skip
 
 
@@ -176,7 +220,7 @@ def _speculative(model: NemotronHTwoTowerForCausalLM, what: Request, settings: G
         what.ids, settings.max_new_tokens, settings.block_size, settings.draft_steps, what.mask_id,
         settings.temperature, settings.top_k, what.eos_id,
         attention_mask=what.attention_mask, top_p=settings.top_p,
-        generator=_generator(model.context_tower.device, settings),
+        generator=_generator(model.context_tower.device, settings), on_tokens=what.watch.on_tokens,
     )  # fmt: skip
 
 
@@ -194,7 +238,7 @@ def decode(tokenizer: PreTrainedTokenizerFast, new: Tensor) -> str:
 
 def generate(
     model: NemotronHTwoTowerForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, *,
-    mode: str = "mask_diffusion", settings: GenerationSettings = GenerationSettings(),
+    mode: str = "mask_diffusion", settings: GenerationSettings = GenerationSettings(), watch: Watch = UNWATCHED,
 ) -> Generation:  # fmt: skip
     """Continue a prompt, up to the tokenizer's end-of-text token.
 
@@ -206,38 +250,10 @@ def generate(
         raise UserError("prompt: found no text, expected at least one token")
     inputs = torch.tensor([ids], device=model.context_tower.device)
     output, stats = write(
-        model, inputs, mode=mode, settings=settings, mask_id=mask_token_id(tokenizer), eos_id=tokenizer.eos_token_id
-    )
+        model, inputs, mode=mode, settings=settings, mask_id=mask_token_id(tokenizer), eos_id=tokenizer.eos_token_id,
+        watch=watch,
+    )  # fmt: skip
     written = output[0].cpu()
     text = decode(tokenizer, written[len(ids) :])
     accepted = stats.accepted if mode == "speculative" else None
     return Generation(mode, prompt, text, written, stats.new_tokens, stats.passes, stats.seconds, accepted)
-
-
-def print_generation(generation: Generation, console: Console) -> None:
-    """The prompt dim, what was written bright, and a line of figures."""
-    text = Text.assemble((generation.prompt, "dim"), (generation.text, "bold bright_white"))
-    figures = (
-        f"{generation.mode}: {generation.new_tokens} tokens in {generation.passes} passes of the "
-        f"{DECIDED_BY[generation.mode]} ({generation.tokens_per_pass:.2f} per pass), {generation.seconds:.2f} s, "
-        f"{generation.new_tokens / generation.seconds:.0f} tokens/s"
-    )
-    if generation.accepted is not None:
-        figures += f", {generation.accepted / generation.passes:.2f} drafted tokens accepted per pass"
-    console.print(text, soft_wrap=True)
-    console.print(Text(figures, "cyan"), soft_wrap=True)
-
-
-def run(
-    folder: str | Path, *, prompt: str, mode: str, max_new_tokens: int, block_size: int, steps_per_block: int,
-    confidence_threshold: float, temperature: float, seed: int, top_k: int | None = None, top_p: float | None = None,
-    draft_steps: int = 1,
-) -> int:  # fmt: skip
-    """The command `generate`: load, write, print; mode `all` writes in every mode. Returns the exit status."""
-    settings = GenerationSettings(
-        max_new_tokens, block_size, steps_per_block, confidence_threshold, temperature, top_k, seed, top_p, draft_steps
-    )
-    model, tokenizer = load(folder, device="cuda" if torch.cuda.is_available() else "cpu")
-    for each in MODES if mode == "all" else (mode,):
-        print_generation(generate(model, tokenizer, prompt, mode=each, settings=settings), Console())
-    return 0

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -76,6 +77,18 @@ def tiny_backbone(tmp_path_factory):
         files={},
         copies=[],
     )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two_tower_folder(tiny_data, tmp_path_factory):
+    """An exported two-tower folder with random weights, and the tokenizer of `tiny_data`."""
+    from test_hf import save, tiny_model
+
+    folder = tmp_path_factory.mktemp("two_tower") / "model"
+    save(folder, tiny_model(dtype=torch.float32, vocab_size=512), vocab_size=512)
+    for file in (tiny_data / "tokenizer").iterdir():
+        shutil.copyfile(file, folder / file.name)
     return folder
 
 

@@ -1,46 +1,33 @@
-"""Loading folders strictly, writing in every mode, and what is printed."""
+"""Loading folders strictly, and writing in every mode."""
 
-import io
 import json
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
-from test_hf import save, tiny_model
 
 from megatron_twotower import generate
-from megatron_twotower.generate import MODES, Generation, GenerationSettings
+from megatron_twotower.generate import MODES, GenerationSettings, Watch
 from megatron_twotower.records import UserError
 
-VOCABULARY = 512
 PROMPT = "def alpha(beta):\n"
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_data, tmp_path_factory):
-    path = tmp_path_factory.mktemp("generate") / "model"
-    save(path, tiny_model(dtype=torch.float32, vocab_size=VOCABULARY), vocab_size=VOCABULARY)
-    for file in (tiny_data / "tokenizer").iterdir():
-        shutil.copyfile(file, path / file.name)
-    return path
-
-
-@pytest.fixture(scope="module")
-def loaded(folder):
-    return generate.load(folder)
+def loaded(two_tower_folder):
+    return generate.load(two_tower_folder)
 
 
 @pytest.fixture
-def copy(folder, tmp_path):
-    return shutil.copytree(folder, tmp_path / "copy")
+def copy(two_tower_folder, tmp_path):
+    return shutil.copytree(two_tower_folder, tmp_path / "copy")
 
 
-def test_loading_gives_the_saved_weights(folder, loaded):
+def test_loading_gives_the_saved_weights(two_tower_folder, loaded):
     model, tokenizer = loaded
-    saved = load_file(folder / "model.safetensors")
+    saved = load_file(two_tower_folder / "model.safetensors")
     state = model.state_dict()
     assert state.keys() == saved.keys()
     assert all(torch.equal(state[name], saved[name]) for name in saved)
@@ -48,7 +35,7 @@ def test_loading_gives_the_saved_weights(folder, loaded):
     assert generate.mask_token_id(tokenizer) == 3
     assert generate.mask_token_id(SimpleNamespace(mask_token_id=None)) == 3
     assert generate.mask_token_id(SimpleNamespace(mask_token_id=9)) == 9
-    assert generate.load(folder, dtype=torch.bfloat16)[0].lm_head.weight.dtype == torch.bfloat16
+    assert generate.load(two_tower_folder, dtype=torch.bfloat16)[0].lm_head.weight.dtype == torch.bfloat16
 
 
 def test_nothing_in_the_folder_is_executed(copy):
@@ -148,24 +135,6 @@ def test_mistakes_are_named(loaded, prompt, mode, settings, message):
         generate.generate(*loaded, prompt, mode=mode, settings=GenerationSettings(**settings))
 
 
-@pytest.mark.parametrize(("mode", "tower"), [("ar", "context tower"), ("mask_diffusion", "denoiser")])
-def test_printing_takes_text_as_it_is(mode, tower):
-    found = Generation(mode, "x = [bold]", "1[/bold] # :smile:\n", torch.arange(3), 12, 4, 0.5)
-    stream = io.StringIO()
-    generate.print_generation(found, Console(file=stream, width=40))
-    text, figures = stream.getvalue().rsplit("\n", 2)[:2]
-    assert text == "x = [bold]1[/bold] # :smile:\n"
-    assert figures == f"{mode}: 12 tokens in 4 passes of the {tower} (3.00 per pass), 0.50 s, 24 tokens/s"
-
-
-def test_printing_says_how_much_of_the_drafts_was_accepted():
-    found = Generation("speculative", "x", "y", torch.arange(3), 12, 4, 0.5, accepted=9)
-    stream = io.StringIO()
-    generate.print_generation(found, Console(file=stream, width=40))
-    assert "in 4 passes of the context tower" in stream.getvalue()
-    assert stream.getvalue().endswith("24 tokens/s, 2.25 drafted tokens accepted per pass\n")
-
-
 def test_greedy_speculation_is_ar(loaded):
     settings = GenerationSettings(max_new_tokens=24)
     ar, speculative = (
@@ -194,13 +163,31 @@ def test_prompts_of_different_lengths_are_written_together(loaded):
             assert torch.equal(row[longest:], alone[0, len(prompt) :])
 
 
-def test_the_command(folder, loaded, capsys):
-    status = generate.run(
-        folder, prompt=PROMPT, mode="ar", max_new_tokens=6, block_size=16, steps_per_block=16,
-        confidence_threshold=0.8, temperature=0.0, seed=0,
-    )  # fmt: skip
-    out = capsys.readouterr().out
-    expected = generate.generate(*loaded, PROMPT, mode="ar", settings=GenerationSettings(max_new_tokens=6))
-    assert status == 0
-    assert out.startswith(PROMPT)
-    assert f"ar: {expected.new_tokens} tokens in {expected.passes} passes" in out
+def test_a_watch_sees_every_token(loaded):
+    settings = GenerationSettings(max_new_tokens=20, block_size=8)
+    for mode in MODES:
+        steps, tokens = [], []
+        watch = Watch(steps.append, lambda ids, is_text, into=tokens: into.extend(ids[is_text].tolist()))
+        found = generate.generate(*loaded, PROMPT, mode=mode, settings=settings, watch=watch)
+        new = found.ids[-found.new_tokens :].tolist()
+        if mode == "mask_diffusion":
+            last = {step.block: step.ids[0].tolist() for step in steps}
+            assert len(steps) == found.passes
+            assert [token for ids in last.values() for token in ids][: len(new)] == new
+            assert not tokens
+        else:
+            assert tokens == new
+            assert not steps
+
+
+def test_towers_are_placed_where_it_says(loaded):
+    model, tokenizer = loaded
+    settings = GenerationSettings(max_new_tokens=8)
+    expected = generate.generate(model, tokenizer, PROMPT, settings=settings)
+    generate.place(model, ("cpu", "cpu"))
+    assert torch.equal(generate.generate(model, tokenizer, PROMPT, settings=settings).ids, expected.ids)
+    with pytest.raises(UserError, match="device: found nowhere, expected one"):
+        generate.place(model, ("nowhere",))
+    with pytest.raises(UserError, match=r"found cpu cpu cpu, expected one or two$"):
+        generate.place(model, ("cpu",) * 3)
+    assert str(model.context_tower.device) == "cpu"

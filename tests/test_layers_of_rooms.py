@@ -19,7 +19,7 @@ LEVELS = (
     ("trainer",),
     ("checkpoint",),
     ("convert", "hf"),
-    ("generate", "evaluate", "pictures", "inspect_data", "report", "doctor"),
+    ("generate", "bulk", "replay", "live", "evaluate", "pictures", "inspect_data", "report", "doctor"),
     ("build", "bench", "cli"),
     ("__main__",),
 )
