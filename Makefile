@@ -51,7 +51,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 # goes on where it stopped.
 
 train: $(RUN)/evaluation.json ## the whole road on the source of Python's standard library: data, backbone, two towers, report
-	$(TWOTOWER) generate --model $(RUN)/model --prompt '$(PROMPT)' --max-new-tokens 96 --temperature 0.3 --mode all
+	$(TWOTOWER) generate --model $(RUN)/model --prompt '$(PROMPT)' --max-new-tokens 96 --temperature 0.3 --mode all \
+	  --html $(RUN)/generation.html
 	$(TWOTOWER) report --run $(RUN)
 
 $(RUN)/tokenizer/tokenizer.json: | $(VENV)/.installed

@@ -1,7 +1,8 @@
 """The report of a run: one HTML page with its pictures, and one table on the console.
 
 A run folder holds `ar/` and `twotower/` (each with `metrics.jsonl`, `config.yaml`, `provenance.json`),
-`evaluation.json`, and, where starts of the time conditioning were compared, `conditioning/NAME/metrics.jsonl`.
+`evaluation.json`, and, where starts of the time conditioning were compared, `conditioning/NAME/metrics.jsonl`; and
+`generation.html` of `twotower generate --html`, if its replay is to stand in the report.
 """
 
 import base64
@@ -19,7 +20,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megatron_twotower import pictures
+from megatron_twotower import pictures, replay
 from megatron_twotower.metrics import FILE_NAME, read_metrics
 from megatron_twotower.pictures import Curve, Theme
 from megatron_twotower.records import UserError
@@ -31,6 +32,7 @@ EVALUATION_KEYS = (
     "threads",
 )  # fmt: skip
 RUNS = ("ar", "twotower")
+REPLAY = "generation.html"
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Series:
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything a report is made of. texts: name -> configuration or provenance, word for word."""
+    """Everything a report is made of. texts: name -> configuration or provenance, word for word. recording: of the
+    replay; None where none was made."""
 
     name: str
     ar: Series
@@ -54,6 +57,7 @@ class Findings:
     evaluation: dict[str, Any]
     conditioning: dict[str, Series] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
+    recording: dict[str, Any] | None = None
 
     @property
     def backbone(self) -> str | None:
@@ -102,6 +106,7 @@ def read_findings(run: Path) -> Findings:
         evaluation=evaluation,
         conditioning=_conditioning_runs(compared, twotower, texts.get("twotower/config.yaml", "")),
         texts=texts | {"evaluation settings": json.dumps(evaluation["settings"], indent=1)},
+        recording=replay.read_page(run / REPLAY) if (run / REPLAY).is_file() else None,
     )
 
 
@@ -306,6 +311,22 @@ def _sample(sample: Mapping[str, Any]) -> str:
     )
 
 
+def _replay(recording: Mapping[str, Any] | None) -> str:
+    """One generation to play, step by step, with its style and its script; nothing where none was recorded."""
+    if recording is None:
+        return ""
+    settings = recording["settings"]
+    note = (
+        f"Each block of {settings['block_size']} tokens starts from masks; a pass of the denoiser predicts all of "
+        "them, and those it is most sure of stay. "
+        f"Confidence threshold {settings['confidence_threshold']:g}, temperature {settings['temperature']:g}."
+    )
+    return (
+        f"<h2>One generation, step by step</h2><p>{html.escape(note)}</p><style>{replay.STYLE}</style>"
+        f"{replay.fragment(recording)}<script>{replay.SCRIPT}</script>"
+    )
+
+
 def _page(findings: Findings, images: Mapping[str, bytes]) -> str:
     evaluation, title = findings.evaluation, html.escape(findings.name)
     texts = "".join(
@@ -329,6 +350,7 @@ of held-out files unless a curve says training.</p>
 <h2>Generation</h2>
 <p>Speeds are wall-clock, against cached AR generation by the context tower in the same process, on {machine}.</p>
 {_picture("threshold_sweep", images)}{_sweep_table(evaluation)}
+{_replay(findings.recording)}
 <h2>Samples</h2>
 {"".join(_sample(sample) for sample in evaluation["samples"])}
 <h2>All figures</h2>

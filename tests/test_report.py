@@ -9,7 +9,7 @@ import re
 import pytest
 from rich.console import Console
 
-from megatron_twotower import pictures
+from megatron_twotower import pictures, replay
 from megatron_twotower.metrics import FILE_NAME
 from megatron_twotower.records import UserError
 from megatron_twotower.report import read_findings, summary_rows, write_report
@@ -190,6 +190,28 @@ def test_conditioning_runs_are_compared_where_there_are_any(run):
     assert list(read_findings(run).conditioning) == ["identity", "released"]
     folder = write_report(run, console=quiet()).parent
     assert (folder / "conditioning.png").read_bytes().startswith(PNG)
+
+
+RECORDING = {
+    "version": replay.VERSION, "model": "runs/model", "settings": {"block_size": 2, "steps_per_block": 2,
+    "confidence_threshold": 0.8, "temperature": 0.3}, "mode": "mask_diffusion", "prompt": "def </script>",
+    "text": "a b", "new_tokens": 2, "passes": 2, "seconds": 0.5, "summary": "2 tokens in 2 passes", "pieces": {"5": "a", "6": " b"},
+    "blocks": [[{"t": 1.0, "predicted": [5, 5], "confidence": [0.4, 0.6], "committed": [1]},
+                {"t": 0.5, "predicted": [5, 6], "confidence": [0.7, 0.0], "committed": [0]}]],
+}  # fmt: skip
+
+
+def test_a_replay_stands_in_the_page_where_one_was_recorded(run):
+    without = write_report(run, console=quiet()).read_text()
+    assert "step by step" not in without and "<script" not in without
+    replay.write_page(run / "generation.html", RECORDING)
+    page = write_report(run, console=quiet()).read_text()
+    assert replay.fragment(RECORDING) in page
+    assert replay.STYLE in page and replay.SCRIPT in page
+    assert page.count("</script>") == 2
+    (run / "generation.html").write_text("no page")
+    with pytest.raises(UserError, match=r"generation\.html: found no recording"):
+        write_report(run, console=quiet())
 
 
 @pytest.mark.parametrize("missing", ["ar/metrics.jsonl", "twotower/metrics.jsonl", "evaluation.json"])

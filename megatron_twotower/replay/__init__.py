@@ -6,6 +6,7 @@ The page needs no other file and no network, and holds the recording as JSON: `r
 import html
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def _summary(generation: Generation) -> str:
     )
 
 
-def fragment(recording: dict[str, Any]) -> str:
+def fragment(recording: Mapping[str, Any]) -> str:
     """The recording as an element for any page that holds `STYLE` in its head and `SCRIPT` at its end."""
     # With no "<" in it, no text of a model ends the element early.
     data = json.dumps(recording, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
@@ -86,7 +87,7 @@ footer { color: #6b7280; font-size: .87rem; margin-top: 1rem; }
 """
 
 
-def page(recording: dict[str, Any]) -> str:
+def page(recording: Mapping[str, Any]) -> str:
     """One self-contained page. Its policy forbids it to load anything."""
     settings, model = recording["settings"], html.escape(Path(recording["model"]).name)
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -106,7 +107,7 @@ Keys: space, arrows, home, end.</footer>
 """
 
 
-def write_page(path: Path, recording: dict[str, Any]) -> None:
+def write_page(path: Path, recording: Mapping[str, Any]) -> None:
     """
     Raises:
         UserError: `path` cannot be written.
