@@ -40,9 +40,12 @@ EXTRAS = {
     ],
     # Text in parquet files, and compressed with zstd.
     "data": ["pyarrow>=14", "zstandard>=0.22"],
+    # Tasks of lm-evaluation-harness: `twotower evaluate --tasks`.
+    "eval": ["lm-eval>=0.4.9"],
     "dev": [
         "pytest>=8",
         "hypothesis>=6",
+        "lm-eval>=0.4.9",
         "ruff>=0.8",
         "mypy>=1.13",
         "pyarrow>=14",

@@ -130,9 +130,41 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    if arguments.tasks:
+        return _evaluate_tasks(arguments)
+    if arguments.data is None:
+        raise UserError("evaluate: found neither --data nor --tasks, expected a prepared data folder or task names")
     from megatron_twotower import evaluate
 
-    evaluate.run(arguments.model, data=arguments.data, output=arguments.output)
+    asked: dict[str, Any] = {
+        "sequences": arguments.sequences, "sequence_length_tokens": arguments.length,
+        "block_size_tokens": arguments.block_size, "bound_draws": arguments.draws,
+        "thresholds": arguments.thresholds, "threshold": arguments.confidence_threshold,
+        "block_sizes": arguments.block_sizes, "steps": arguments.steps, "every": arguments.every,
+        "prompts": arguments.prompts, "prompt_tokens": arguments.prompt_tokens, "new_tokens": arguments.new_tokens,
+        "samples": arguments.samples, "seed": arguments.seed,
+    }  # fmt: skip
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in asked.items() if v is not None}
+    settings = evaluate.EvaluationSettings(**given)
+    evaluate.run(arguments.model, data=arguments.data, output=arguments.output, settings=settings)
+    return 0
+
+
+def _evaluate_tasks(arguments: argparse.Namespace) -> int:
+    from megatron_twotower import evaluate_tasks
+
+    asked = {
+        "mode": arguments.mode, "scoring": arguments.scoring, "batch_size": arguments.batch_size,
+        "max_length_tokens": arguments.max_length, "max_new_tokens": arguments.new_tokens,
+        "block_size": arguments.block_size, "steps_per_block": arguments.steps_per_block,
+        "confidence_threshold": arguments.confidence_threshold, "draft_steps": arguments.draft_steps,
+        "bound_draws": arguments.draws, "seed": arguments.seed,
+    }  # fmt: skip
+    evaluate_tasks.run(
+        arguments.model, chosen=arguments.tasks, output=arguments.output, shots=arguments.shots, limit=arguments.limit,
+        task_files=arguments.task_files, allow_code_execution=arguments.allow_code_execution,
+        settings={name: value for name, value in asked.items() if value is not None},
+    )  # fmt: skip
     return 0
 
 
@@ -247,6 +279,42 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"twotower: {message} (see {self.prog} --help)\n")
 
 
+def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
+    """What is left out stays as `EvaluationSettings` and `HarnessSettings` have it."""
+    evaluate.add_argument("--model", type=Path, required=True, help="two-tower Hugging Face folder")
+    evaluate.add_argument("--output", type=Path, required=True, help="JSON file to write; pictures stand beside it")
+    evaluate.add_argument("--block-size", type=int, help="tokens per block, as trained (16)")
+    evaluate.add_argument("--confidence-threshold", type=float, metavar="P", help="where it is not swept (0.8)")
+    evaluate.add_argument("--new-tokens", type=int, help="tokens to write (96; tasks that do not say: 256)")
+    evaluate.add_argument("--draws", type=int, help="noise draws per block of the likelihood bound (4; tasks: 16)")
+    evaluate.add_argument("--seed", type=int)
+    text = evaluate.add_argument_group("likelihoods and sweeps on held-out text")
+    text.add_argument("--data", type=Path, help="prepared data folder, of which the held-out part is read")
+    text.add_argument("--sequences", type=int, help="stretches of text to score (32)")
+    text.add_argument("--length", type=int, help="tokens of each (256)")
+    text.add_argument("--thresholds", type=float, nargs="*", metavar="P", help="confidence thresholds to try")
+    text.add_argument("--block-sizes", type=int, nargs="*", metavar="S", help="other block sizes to try")
+    text.add_argument("--steps", type=int, nargs="*", metavar="N", help="passes per block to try")
+    text.add_argument("--every", action="store_true", help="all combinations of these, not one list at a time")
+    text.add_argument("--prompts", type=int, help="texts to continue with each setting (6)")
+    text.add_argument("--prompt-tokens", type=int, help="tokens of each prompt (64)")
+    text.add_argument("--samples", type=int, help="prompts to continue in every mode, for reading (2)")
+    tasks = evaluate.add_argument_group("tasks of lm-evaluation-harness (needs the extra `eval`)")
+    tasks.add_argument("--tasks", nargs="+", metavar="TASK",
+                       help="the harness's names, recipes of recipes/evaluation (card), or their paths")  # fmt: skip
+    tasks.add_argument("--mode", choices=("mask_diffusion", "mock_ar", "ar", "speculative"), help="of writing")
+    tasks.add_argument("--scoring", choices=("ar", "bound", "mock_ar"),
+                       help="of given answers: context tower (default), diffusion bound or mock AR")  # fmt: skip
+    tasks.add_argument("--shots", type=int, help="examples before each question, in place of the recipe's")
+    tasks.add_argument("--limit", type=int, help="documents of each task")
+    tasks.add_argument("--batch-size", type=int, help="rows at a time (8)")
+    tasks.add_argument("--max-length", type=int, help="tokens of context and answer; the model's own")
+    tasks.add_argument("--steps-per-block", type=int, help="passes per block at most (16)")
+    tasks.add_argument("--draft-steps", type=int, help="denoiser passes to a draft, mode speculative (1)")
+    tasks.add_argument("--task-files", type=Path, metavar="DIR", help="folder of further task files")
+    tasks.add_argument("--allow-code-execution", action="store_true", help="run code that the model writes")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="twotower", description="Train two-tower diffusion language models.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -325,11 +393,11 @@ def _parser() -> argparse.ArgumentParser:
                 "  twotower generate --model runs/model --prompts prompts.jsonl --output texts.jsonl --batch-size 32")
     )  # fmt: skip
 
-    evaluate = command(commands, "evaluate", _evaluate, "likelihoods and a threshold sweep of an exported model",
-                       "twotower evaluate --model runs/model --data runs/data --output evaluation.json")  # fmt: skip
-    evaluate.add_argument("--model", type=Path, required=True, help="two-tower Hugging Face folder")
-    evaluate.add_argument("--data", type=Path, required=True, help="prepared data folder")
-    evaluate.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    evaluate = command(commands, "evaluate", _evaluate, "likelihoods, speed against quality, and benchmark tasks",
+                       "twotower evaluate --model runs/model --data runs/data --output evaluation.json\n  "
+                       "twotower evaluate --model runs/model --tasks card --mode mask_diffusion --output card.json",
+                       )  # fmt: skip
+    _add_evaluate(evaluate)
 
     _add_bench(
         commands.add_parser("bench", help="measure speed and memory").add_subparsers(required=True, metavar="COMMAND"),

@@ -1,44 +1,44 @@
-"""Likelihoods, and speed against confidence threshold, of an exported two-tower folder. Needs no Megatron."""
+"""What an exported two-tower folder is worth on held-out text: likelihoods, and speed against quality. Needs no
+Megatron.
+"""
 
 import json
-import math
 import os
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from rich import box
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from megatron_twotower import likelihood, pictures
 from megatron_twotower.data.shards import VALIDATION, Corpus
 from megatron_twotower.generate import GenerationSettings, decode, load, mask_token_id, write
-from megatron_twotower.hf.modeling_nemotron_h_twotower import ContextCache, GenerationStats
 from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as Model
+from megatron_twotower.likelihood import LEVELS, Estimate, OnProgress, silent
+from megatron_twotower.machine import machine, machine_line
 from megatron_twotower.records import UserError
+from megatron_twotower.sweep import front, points, sweep
 from megatron_twotower.tokenizer import tokenizer_fingerprint
-
-LEVELS = tuple(level / 10 for level in range(1, 11))
-ROWS = 32  # sequences evaluated at a time
-
-# Called with: what is being measured, how much of it is done, how much there is.
-OnProgress = Callable[[str, int, int], None]
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    pass
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
     """What to measure on, in the order of cost.
 
-    bound_draws: noise draws per block of the likelihood bound. prompts: how many stretches of held-out text of
-    `prompt_tokens` each threshold continues by `new_tokens`. samples: how many of them to show in every mode.
+    block_size_tokens: what the denoiser was trained with. bound_draws: noise draws per block of the likelihood bound.
+    prompts: how many stretches of held-out text of `prompt_tokens` each setting of the sweep continues by
+    `new_tokens`: the thresholds at that block size and a step per token, other block sizes and fewer steps at
+    `threshold`; or, with `every`, all combinations. samples: how many of the prompts to show in every mode.
     """
 
     sequences: int = 32
@@ -47,246 +47,44 @@ class EvaluationSettings:
     levels: tuple[float, ...] = LEVELS
     bound_draws: int = 4
     thresholds: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    threshold: float = 0.8
+    block_sizes: tuple[int, ...] = (8, 32, 64)
+    steps: tuple[int, ...] = (2, 4, 8)
+    every: bool = False
     prompts: int = 6
     prompt_tokens: int = 64
     new_tokens: int = 96
     samples: int = 2
     seed: int = 1234
 
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean in nats per token over `tokens` tokens; its standard error is that over sequences."""
-
-    nats_per_token: float
-    stderr: float
-    tokens: int
-
-
-def _estimate(sums: Tensor, tokens_per_sequence: int) -> Estimate:
-    """From the sums of nats (n,) of n sequences of equal length."""
-    means = sums.double() / tokens_per_sequence
-    stderr = float(means.std() / math.sqrt(len(means)))
-    return Estimate(float(means.mean()), stderr, tokens_per_sequence * len(means))
-
-
-def _check(sequences: Tensor, block_size: int) -> None:
-    count, length = sequences.shape
-    if count < 2:
-        raise UserError(f"sequences: found {count}, expected at least 2 for a standard error")
-    if length % block_size or length == block_size:
-        raise UserError(f"sequence length {length}: expected two or more blocks of {block_size} tokens")
-
-
-# --- likelihoods --------------------------------------------------------------------------------------------------
-
-
-def _token_nats(logits: Tensor, targets: Tensor) -> Tensor:
-    """(b, l) cross-entropy of targets (b, l) under logits (b, l, v), float32 or wider."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(wide.transpose(1, 2), targets.to(logits.device), reduction="none")
-
-
-@torch.no_grad()
-def ar_loss(model: Model, sequences: Tensor, *, start: int = 1, progress: OnProgress = _silent) -> Estimate:
-    """Next-token cross-entropy of the context tower.
-
-    Args:
-        sequences: (n, l) int64.
-        start: first position that is scored, at least 1.
-    """
-    sums = []
-    for first in range(0, len(sequences), ROWS):
-        rows = sequences[first : first + ROWS]
-        nats = _token_nats(model(rows).logits[:, start - 1 : -1], rows[:, start:])
-        sums.append(nats.double().sum(-1))
-        progress("AR loss", min(first + ROWS, len(sequences)), len(sequences))
-    return _estimate(torch.cat(sums), sequences.shape[1] - start)
-
-
-def _blocks(model: Model, sequences: Tensor, block_size: int) -> Iterator[tuple[slice, slice, Tensor, ContextCache]]:
-    """Every block with the context tower's states before it: rows, columns, clean ids (b, s), cache."""
-    for first in range(0, len(sequences), ROWS):
-        rows = slice(first, first + ROWS)
-        cache = model.prefill(sequences[rows, :0])
-        for start in range(0, sequences.shape[1], block_size):
-            columns = slice(start, start + block_size)
-            clean = sequences[rows, columns]
-            yield rows, columns, clean, cache
-            if start + block_size < sequences.shape[1]:
-                model.extend(cache, clean)
-
-
-def _masked_nats(model: Model, clean: Tensor, masked: Tensor, t: Tensor, cache: ContextCache, mask_id: int) -> Tensor:
-    """(b, s) cross-entropy of the denoiser where masked, else 0."""
-    logits = model.denoise_block(clean.masked_fill(masked, mask_id), t, cache)
-    return _token_nats(logits, clean).cpu() * masked
-
-
-@torch.no_grad()
-def masked_loss_by_noise(
-    model: Model, sequences: Tensor, *, block_size: int, levels: Sequence[float] = LEVELS, seed: int, mask_id: int,
-    progress: OnProgress = _silent,
-) -> list[dict[str, float | int | None]]:  # fmt: skip
-    """The denoiser's cross-entropy at masked positions, every block beside its clean past, at fixed noise levels.
-
-    The uniform numbers are the same for all levels, so that a level masks what every lower one does, and more.
-
-    Args:
-        sequences: (n, l) int64 on the CPU.
-
-    Returns:
-        For every level {"t": level, "loss": nats per masked token (None where there is none), "count": of those}.
-    """
-    _check(sequences, block_size)
-    uniform = torch.rand(sequences.shape, generator=torch.Generator().manual_seed(seed))
-    sums, counts = [0.0] * len(levels), [0] * len(levels)
-    for rows, columns, clean, cache in _blocks(model, sequences, block_size):
-        for i, level in enumerate(levels):
-            masked = uniform[rows, columns] < level
-            nats = _masked_nats(model, clean, masked, torch.full((len(clean),), level), cache, mask_id)
-            sums[i] += float(nats.double().sum())
-            counts[i] += int(masked.sum())
-        progress("masked loss", rows.start * sequences.shape[1] + len(clean) * columns.stop, sequences.numel())
-    return [
-        {"t": level, "loss": total / count if count else None, "count": count}
-        for level, total, count in zip(levels, sums, counts, strict=True)
-    ]
-
-
-def _masks_by_count(u: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Exactly k tokens masked, k uniform on 1..s; conditioned on t = k / s, as at generation.
-
-    The integral of the bound over t, done exactly for every mask: int C(s, k) t^k (1 - t)^(s - k) dt / t = 1 / k
-    (LLaDA, Nie et al. 2025, equation 6, by block). It is the bound of writing a block one token at a time in a random
-    order, and no weight exceeds s, where 1 / t is unbounded.
-    """
-    size = noise.shape[1]
-    k = (u * size).floor() + 1
-    return noise.argsort(-1).argsort(-1) < k.unsqueeze(-1), k / size, size / k
-
-
-def _masks_by_time(u: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each token masked with probability t, t uniform on (0.001, 1], weight 1 / t (MDLM; BD3-LM, section 3)."""
-    t = 1 - u * (1 - 1e-3)
-    return noise < t.unsqueeze(-1), t, 1 / t
-
-
-# u (b,) float64 and noise (b, s), uniform -> masked (b, s) bool, noise levels (b,), weights (b,)
-BOUND_NOISE: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]] = {
-    "count": _masks_by_count, "time": _masks_by_time,
-}  # fmt: skip
-
-
-@torch.no_grad()
-def diffusion_bound(
-    model: Model, sequences: Tensor, *, block_size: int, draws: int, seed: int, mask_id: int, noise: str = "count",
-    progress: OnProgress = _silent,
-) -> Estimate:  # fmt: skip
-    """An upper bound on the denoiser's negative log-likelihood of every block after the first, by Monte Carlo.
-
-    Per block E[weight x sum of the cross-entropies at masked positions], noise drawn as `BOUND_NOISE` says, in
-    `draws` strata. The first block is left out, so that `ar_loss(start=block_size)` scores the very same tokens, with
-    text before them in both.
-
-    Args:
-        sequences: (n, l) int64 on the CPU.
-
-    Returns:
-        The estimate; its standard error covers the choice of text and the noise.
-    """
-    _check(sequences, block_size)
-    generator = torch.Generator().manual_seed(seed)
-    sums = torch.zeros(len(sequences), dtype=torch.float64)
-    for rows, columns, clean, cache in _blocks(model, sequences, block_size):
-        if columns.start == 0:
-            continue
-        for draw in range(draws):
-            u = (draw + torch.rand(len(clean), generator=generator, dtype=torch.float64)) / draws
-            masked, t, weight = BOUND_NOISE[noise](u, torch.rand(clean.shape, generator=generator))
-            nats = _masked_nats(model, clean, masked, t, cache, mask_id)
-            sums[rows] += weight * nats.double().sum(-1) / draws
-        progress("likelihood bound", rows.start * sequences.shape[1] + len(clean) * columns.stop, sequences.numel())
-    return _estimate(sums, sequences.shape[1] - block_size)
-
-
-# --- generation ---------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def _written_nats(model: Model, ids: Tensor, prompt_tokens: int) -> float:
-    """Negative log-likelihood of what was written, under the context tower: the sum over new tokens, in nats."""
-    logits = model(ids).logits[:, prompt_tokens - 1 : -1]
-    return float(_token_nats(logits, ids[:, prompt_tokens:]).double().sum())
-
-
-@dataclass
-class _Tally:
-    """Sums over the prompts of one row of the sweep."""
-
-    passes: int = 0
-    new_tokens: int = 0
-    seconds: float = 0.0
-    nats: float = 0.0
-
-    def add(self, stats: GenerationStats, nats: float) -> None:
-        self.passes += stats.passes
-        self.new_tokens += stats.new_tokens
-        self.seconds += stats.seconds
-        self.nats += nats
-
-    def row(self, threshold: float | None, ar_rate: float, prompts: int) -> dict[str, Any]:
-        rate = self.new_tokens / self.seconds
-        return {
-            "confidence_threshold": threshold, "tokens_per_pass": self.new_tokens / self.passes,
-            "passes": self.passes, "new_tokens": self.new_tokens, "seconds": self.seconds,
-            "tokens_per_second": rate, "speedup": rate / ar_rate, "nats_per_token": self.nats / self.new_tokens,
-            "prompts": prompts,
+    def __post_init__(self) -> None:
+        least = {
+            "sequences": 2, "prompts": 1, "prompt_tokens": 1, "new_tokens": 4, "samples": 0, "bound_draws": 1,
+            "block_size_tokens": 1,
         }  # fmt: skip
+        for name, expected in least.items():
+            found = getattr(self, name)
+            if found < expected:
+                raise UserError(f"{name}: found {found}, expected at least {expected}")
+        if self.prompts > self.sequences:
+            raise UserError(f"prompts {self.prompts}: expected at most {self.sequences}, the sequences to begin")
+        if self.prompt_tokens > self.sequence_length_tokens:
+            length = self.sequence_length_tokens
+            raise UserError(f"prompt_tokens {self.prompt_tokens}: expected at most the sequence length {length}")
+        for threshold in (*self.thresholds, self.threshold):
+            if not 0 <= threshold <= 1:
+                raise UserError(f"threshold: found {threshold}, expected 0 to 1")
+        for name, values in (("block sizes", self.block_sizes), ("steps", self.steps)):
+            if any(value < 1 for value in values):
+                raise UserError(f"{name}: found {min(values)}, expected at least 1")
 
 
-def threshold_sweep(
-    model: Model, prompts: Tensor, *, thresholds: Sequence[float], max_new_tokens: int, block_size: int, mask_id: int,
-    progress: OnProgress = _silent,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Speed and likelihood of mask diffusion at each threshold, against cached AR generation in the same run.
-
-    Greedy, one prompt at a time, always `max_new_tokens` long (no EOS, so that all write the same amount); for every
-    prompt AR first and then all thresholds, so that a drift of the machine meets all alike.
-
-    Args:
-        prompts: (n, l) int64.
-
-    Returns:
-        Rows, the first of which is AR's (confidence_threshold None, speedup 1): passes of the tower that predicts,
-        new tokens, seconds, tokens per pass and per second, speedup over AR, and nats per token of what was written,
-        under the context tower.
-    """
-    base = GenerationSettings(max_new_tokens=max_new_tokens, block_size=block_size, steps_per_block=block_size)
-    kinds: list[float | None] = [None, *thresholds]
-    tallies = [_Tally() for _ in kinds]
-
-    def once(ids: Tensor, threshold: float | None, settings: GenerationSettings) -> tuple[Tensor, GenerationStats]:
-        if threshold is None:
-            return write(model, ids, mode="ar", settings=settings, mask_id=mask_id, eos_id=None)
-        settings = replace(settings, confidence_threshold=threshold)
-        return write(model, ids, mode="mask_diffusion", settings=settings, mask_id=mask_id, eos_id=None)
-
-    for threshold in kinds[:2]:  # the first calls of any kind are slower
-        once(prompts[:1], threshold, replace(base, max_new_tokens=min(2 * block_size, max_new_tokens)))
-    for number in range(len(prompts)):
-        ids = prompts[number : number + 1]
-        for i, threshold in enumerate(kinds):
-            written, stats = once(ids, threshold, base)
-            tallies[i].add(stats, _written_nats(model, written, ids.shape[1]))
-            progress("threshold sweep", number * len(kinds) + i + 1, len(prompts) * len(kinds))
-    ar_rate = tallies[0].new_tokens / tallies[0].seconds
-    return [tally.row(kind, ar_rate, len(prompts)) for kind, tally in zip(kinds, tallies, strict=True)]
+# --- figures ------------------------------------------------------------------------------------------------------
 
 
 def write_samples(
     model: Model, tokenizer: PreTrainedTokenizerFast, prompts: Tensor, *, max_new_tokens: int, block_size: int,
-    progress: OnProgress = _silent,
+    progress: OnProgress = silent,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Text in every mode from prompts (n, l), greedy, with `GenerationSettings`' own threshold."""
     settings = GenerationSettings(max_new_tokens=max_new_tokens, block_size=block_size, steps_per_block=block_size)
@@ -306,9 +104,6 @@ def write_samples(
     return samples
 
 
-# --- all of it ----------------------------------------------------------------------------------------------------
-
-
 def _stretches(corpus: Corpus, *, count: int, length: int) -> Tensor:
     """(count, length) int64 tokens, evenly spread over the corpus; fewer where it is short."""
     count = min(count, corpus.total_tokens // length)
@@ -318,9 +113,39 @@ def _stretches(corpus: Corpus, *, count: int, length: int) -> Tensor:
     return torch.stack([torch.from_numpy(corpus.tokens(start, length)) for start in starts])
 
 
+def likelihoods(
+    model: Model, sequences: Tensor, *, settings: EvaluationSettings, mask_id: int, progress: OnProgress = silent
+) -> dict[str, Any]:
+    """Nats per token of (n, l) sequences under both towers: over all, by noise level, and by position in the block."""
+    block = settings.block_size_tokens
+    nats = likelihood.ar_nats(model, sequences, progress=progress)
+    # Of the tokens that the bound scores: all blocks but the first.
+    same = nats[:, block - 1 :]
+    by_noise = likelihood.masked_loss_by_noise(
+        model, sequences, block_size=block, levels=settings.levels, seed=settings.seed, mask_id=mask_id,
+        progress=progress,
+    )  # fmt: skip
+    bound = likelihood.bound_nats(
+        model, sequences, block_size=block, draws=settings.bound_draws, seed=settings.seed, mask_id=mask_id,
+        progress=progress,
+    )  # fmt: skip
+
+    def named(name: str, found: Estimate) -> dict[str, Any]:
+        return {name: found.nats_per_token, f"{name}_stderr": found.stderr, f"{name}_tokens": found.tokens}
+
+    return {
+        **named("ar_loss", likelihood.estimate(nats)),
+        **named("ar_loss_on_bound_tokens", likelihood.estimate(same)),
+        **named("diffusion_bound", likelihood.estimate(bound)),
+        "masked_loss_by_noise": by_noise,
+        "ar_loss_by_position": [asdict(each) for each in likelihood.by_position(same, block)],
+        "diffusion_bound_by_position": [asdict(each) for each in likelihood.by_position(bound, block)],
+    }  # fmt: skip
+
+
 def evaluate(
     folder: str | Path, data: str | Path, *, settings: EvaluationSettings = EvaluationSettings(),
-    progress: OnProgress = _silent,
+    progress: OnProgress = silent,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure an exported folder on the held-out part of a prepared data folder. The result is ready for JSON.
 
@@ -333,27 +158,18 @@ def evaluate(
     found, expected = tokenizer_fingerprint(Path(folder)), corpus.tokenizer_fingerprint
     if found != expected:
         raise UserError(f"{folder}: found a tokenizer with sha256 {found}, expected that of {data}, {expected}")
-    length, block = settings.sequence_length_tokens, settings.block_size_tokens
-    if settings.prompt_tokens > length:
-        raise UserError(f"prompt_tokens {settings.prompt_tokens}: expected at most the sequence length {length}")
-    sequences = _stretches(corpus, count=settings.sequences, length=length)
-    _check(sequences, block)
-    mask_id = mask_token_id(tokenizer)
+    sequences = _stretches(corpus, count=settings.sequences, length=settings.sequence_length_tokens)
+    block, mask_id = settings.block_size_tokens, mask_token_id(tokenizer)
+    likelihood.check_sequences(sequences, block)
 
-    ar = ar_loss(model, sequences, progress=progress)
-    ar_same = ar_loss(model, sequences, start=block, progress=progress)
-    by_noise = masked_loss_by_noise(
-        model, sequences, block_size=block, levels=settings.levels, seed=settings.seed, mask_id=mask_id,
-        progress=progress,
-    )  # fmt: skip
-    bound = diffusion_bound(
-        model, sequences, block_size=block, draws=settings.bound_draws, seed=settings.seed, mask_id=mask_id,
-        progress=progress,
-    )  # fmt: skip
+    scored = likelihoods(model, sequences, settings=settings, mask_id=mask_id, progress=progress)
     prompts = sequences[: settings.prompts, : settings.prompt_tokens].to(model.context_tower.device)
-    rows = threshold_sweep(
-        model, prompts, thresholds=settings.thresholds, max_new_tokens=settings.new_tokens, block_size=block,
-        mask_id=mask_id, progress=progress,
+    tried = points(
+        thresholds=settings.thresholds, block_sizes=settings.block_sizes, steps=settings.steps, trained_block=block,
+        threshold=settings.threshold, every=settings.every,
+    )  # fmt: skip
+    rows = sweep(
+        model, prompts, points=tried, max_new_tokens=settings.new_tokens, mask_id=mask_id, progress=progress
     )  # fmt: skip
     samples = write_samples(
         model, tokenizer, prompts[: settings.samples], max_new_tokens=settings.new_tokens, block_size=block,
@@ -361,36 +177,181 @@ def evaluate(
     )  # fmt: skip
     bytes_per_token = corpus.total_bytes / corpus.total_tokens
     return {
-        "ar_loss": ar.nats_per_token, "ar_loss_stderr": ar.stderr, "ar_loss_tokens": ar.tokens,
-        "ar_loss_per_byte": ar.nats_per_token / bytes_per_token, "bytes_per_token": bytes_per_token,
-        "masked_loss_by_noise": by_noise,
-        "diffusion_bound": bound.nats_per_token, "diffusion_bound_stderr": bound.stderr,
-        "diffusion_bound_tokens": bound.tokens, "ar_loss_on_bound_tokens": ar_same.nats_per_token,
-        "sweep": rows[1:], "ar_generation": rows[0], "samples": samples,
-        "model": str(folder), "sequences": len(sequences), "settings": asdict(settings),
+        **scored,
+        "ar_loss_per_byte": scored["ar_loss"] / bytes_per_token, "bytes_per_token": bytes_per_token,
+        "ar_generation": rows[0], "sweep": _by_threshold(rows, block), "generation": rows, "samples": samples,
+        "model": str(folder), "data": str(data), "tokenizer_sha256": found, "sequences": len(sequences),
+        "settings": asdict(settings), "machine": machine(),
         "device": str(model.context_tower.device), "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(), "seconds": time.perf_counter() - started,
     }  # fmt: skip
 
 
-def run(folder: str | Path, *, data: str | Path, output: str | Path) -> None:
-    """The command `evaluate`: measure with a progress bar, and write the figures as JSON to `output`.
+def _by_threshold(rows: Sequence[dict[str, Any]], block: int) -> list[dict[str, Any]]:
+    """Those of the sweep that differ by their threshold alone."""
+    return [row for row in rows[1:] if row["block_size"] == block == row["steps_per_block"]]
+
+
+# --- tables and pictures ------------------------------------------------------------------------------------------
+
+
+def plain_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in headings:
+        table.add_column(heading, justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def with_error(value: float | None, error: float | None) -> str:
+    return number(value) if error is None else f"{number(value)} ± {number(error)}"
+
+
+def _position_tables(found: Mapping[str, Any]) -> list[Table]:
+    levels = found["masked_loss_by_noise"]
+    noise = [(f"{e['t']:g}", with_error(e["loss"], e["stderr"]), f"{e['count']:,}") for e in levels]
+    block = len(found["ar_loss_by_position"])
+    chosen = levels[:: max(1, len(levels) // 5)]
+    rows = [
+        [str(j + 1)]
+        + [with_error(e["by_position"][j]["loss"], e["by_position"][j]["stderr"]) for e in chosen]
+        + [
+            with_error(found[key][j]["nats_per_token"], found[key][j]["stderr"])
+            for key in ("diffusion_bound_by_position", "ar_loss_by_position")
+        ]
+        for j in range(block)
+    ]
+    headings = ["position", *(f"t {e['t']:g}" for e in chosen), "bound", "AR"]
+    return [
+        plain_table("masked loss by noise level", ("noise level t", "nats per masked token", "tokens"), noise),
+        plain_table("nats per token by position in the block", headings, rows),
+    ]
+
+
+def _sweep_table(found: Mapping[str, Any]) -> Table:
+    headings = ("S", "steps", "threshold", "tokens/pass", "tokens/s", "x AR", "nats/token", "agree %", "as AR %",
+                "distinct-2 %", "repeated-4 %")  # fmt: skip
+    rows = [
+        [
+            "AR" if row["block_size"] is None else str(row["block_size"]),
+            *("-" if row[key] is None else f"{row[key]:g}" for key in ("steps_per_block", "confidence_threshold")),
+            number(row["tokens_per_pass"]), number(row["tokens_per_second"], 1), number(row["speedup"]),
+            with_error(row["nats_per_token"], row["nats_per_token_stderr"]),
+            *(number(100 * row[key], 1) for key in ("agreement", "same_as_ar", "distinct_2", "repeated_4")),
+        ]
+        for row in found["generation"]
+    ]  # fmt: skip
+    settings = found["settings"]
+    title = f"mask diffusion against cached AR, {settings['prompts']} prompts x {settings['new_tokens']} tokens"
+    return plain_table(title, headings, rows)
+
+
+def wide_console() -> Console:
+    """The terminal as it is; into a file or a pipe, wide enough for whole tables."""
+    return Console() if sys.stdout.isatty() else Console(width=150)
+
+
+def print_figures(found: Mapping[str, Any], console: Console) -> None:
+    lines = {"AR, context tower": "ar_loss", "AR, tokens of the bound": "ar_loss_on_bound_tokens",
+             "diffusion bound": "diffusion_bound"}  # fmt: skip
+    rows = [
+        (name, with_error(found[key], found[f"{key}_stderr"]), f"{found[f'{key}_tokens']:,}")
+        for name, key in lines.items()
+    ]
+    for table in (plain_table("held-out text", ("", "nats per token", "tokens"), rows), *_position_tables(found)):
+        console.print(table)
+    console.print(_sweep_table(found))
+    console.print(machine_line(found["machine"]), highlight=False)
+
+
+def positions_picture(found: Mapping[str, Any]) -> bytes:
+    levels = found["masked_loss_by_noise"]
+    chosen = levels[:: max(1, len(levels) // 5)]
+    losses = {f"t = {e['t']:g}": [(cell["loss"], cell["stderr"]) for cell in e["by_position"]] for e in chosen}
+    references = {
+        name: [(cell["nats_per_token"], cell["stderr"]) for cell in found[key]]
+        for name, key in (("bound", "diffusion_bound_by_position"), ("AR", "ar_loss_by_position"))
+    }
+    return pictures.positions(losses, references, theme=pictures.LIGHT)
+
+
+def pareto_picture(found: Mapping[str, Any]) -> bytes:
+    rows, block = found["generation"][1:], found["settings"]["block_size_tokens"]
+    thresholds = _by_threshold(found["generation"], block)
+    sizes = [row for row in rows if row["block_size"] != block]
+    fewer = [row for row in rows if row["block_size"] == block != row["steps_per_block"]]
+    sizes, fewer = sorted(sizes, key=lambda row: row["block_size"]), sorted(fewer, key=lambda r: r["steps_per_block"])
+    every = found["settings"]["every"]
+    kinds: list[tuple[str, Sequence[dict[str, Any]], Callable[[dict[str, Any]], str], bool]] = [
+        (f"threshold, S = {block}", thresholds, lambda row: f"{row['confidence_threshold']:g}", True),
+        ("other block sizes", sizes, lambda row: f"S {row['block_size']}", not every),
+        ("fewer steps", fewer, lambda row: f"{row['steps_per_block']} steps", not every),
+    ]
+    families = [
+        pictures.Family(name, [(label(row), row) for row in some], joined)
+        for name, some, label, joined in kinds if some
+    ]  # fmt: skip
+    best = front(rows, "agreement")
+    return pictures.pareto(families, found["ar_generation"], best, theme=pictures.LIGHT)
+
+
+# name behind that of the JSON file, and how to draw it
+PICTURES: dict[str, Callable[[Mapping[str, Any]], bytes]] = {
+    "positions": positions_picture, "pareto": pareto_picture,
+}  # fmt: skip
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def bars() -> Iterator[OnProgress]:
+    """Yields an OnProgress that draws a bar for each stage."""
+    percent = TextColumn("{task.percentage:>3.0f}%")
+    tasks: dict[str, Any] = {}
+    shown = Progress(
+        TextColumn("{task.description:<16}"), BarColumn(), percent, TimeElapsedColumn(), console=Console(stderr=True)
+    )
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            shown.start()  # not before: it leaves a blank line, and an error is to be one line
+            tasks[stage] = shown.add_task(stage, total=total)
+        shown.update(tasks[stage], completed=done)
+
+    try:
+        yield progress
+    finally:
+        if tasks:
+            shown.stop()
+
+
+def write_file(target: Path, content: bytes) -> None:
+    """Whole, or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, target)
+
+
+def run(
+    folder: str | Path, *, data: str | Path, output: str | Path, settings: EvaluationSettings = EvaluationSettings()
+) -> None:
+    """The command `evaluate`: measure with progress bars, print tables, and write `output`, a JSON file, and its
+    pictures beside it.
 
     Raises:
         UserError: see `evaluate`; nothing is written then.
     """
-    percent = TextColumn("{task.percentage:>3.0f}%")
-    with Progress(TextColumn("{task.description}"), BarColumn(), percent, TimeElapsedColumn()) as bar:
-        tasks: dict[str, Any] = {}
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done)
-
-        figures = evaluate(folder, data, progress=progress)
+    with bars() as progress:
+        figures = evaluate(folder, data, settings=settings, progress=progress)
     target = Path(output)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.partial")
-    partial.write_text(json.dumps(figures, indent=1) + "\n")
-    os.replace(partial, target)
+    for name, draw in PICTURES.items():
+        write_file(target.with_name(f"{target.stem}-{name}.png"), draw(figures))
+    write_file(target, (json.dumps(figures, indent=1) + "\n").encode())
+    print_figures(figures, wide_console())

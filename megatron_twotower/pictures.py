@@ -291,3 +291,93 @@ def steps(figures: Mapping[str, Any], *, theme: Theme) -> bytes:
     _label(right, theme, x="noise draws of one context pass", y="relative to one draw")
     right.legend(frameon=False, fontsize=8, labelcolor=theme.text, loc="lower left")
     return _png(figure)
+
+
+def positions(
+    losses: Mapping[str, Sequence[tuple[float | None, float | None]]],
+    references: Mapping[str, Sequence[tuple[float | None, float | None]]], *, theme: Theme,
+) -> bytes:  # fmt: skip
+    """Nats per token by position in the block: what the denoiser loses at several noise levels, lighter to darker, and
+    references (dashed). Values are (mean, standard error) for each position; the band is one error to either side."""
+    figure, (axes,) = _open(
+        theme, "Loss by position in the block", "held-out text; bands: one standard error", width=6.6
+    )
+    figure.subplots_adjust(right=0.74)
+    for index, (name, values) in enumerate(losses.items()):
+        strength = 0.3 + 0.7 * (index + 1) / len(losses)
+        _band(axes, values, color=theme.series[0], alpha=strength, label=name)
+    for color, (name, values) in zip(theme.series[1:], references.items(), strict=False):
+        _band(axes, values, color=color, alpha=1.0, label=name, dashed=True)
+    _from_zero(axes, [mean for values in (*losses.values(), *references.values()) for mean, _ in values])
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    _label(axes, theme, x="position in the block", y="nats per token")
+    axes.legend(
+        frameon=False, fontsize=8, labelcolor=theme.text, loc="upper left", bbox_to_anchor=(1.01, 1.02),
+        handlelength=1.6,
+    )  # fmt: skip
+    return _png(figure)
+
+
+def _band(
+    axes: Axes, values: Sequence[tuple[float | None, float | None]], *, color: str, alpha: float, label: str,
+    dashed: bool = False,
+) -> None:  # fmt: skip
+    x = range(1, len(values) + 1)
+    mean, error = ([math.nan if value is None else value for value in column] for column in zip(*values, strict=True))
+    axes.plot(x, mean, color=color, alpha=alpha, label=label, linewidth=1.8, linestyle=(0, (4, 2)) if dashed else "-")
+    low, high = ([m + sign * e for m, e in zip(mean, error, strict=True)] for sign in (-1, 1))
+    axes.fill_between(x, low, high, color=color, alpha=0.15 * alpha, linewidth=0)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Points of a sweep that belong together: label and row of each; a line joins them where they have an order."""
+
+    name: str
+    points: Sequence[tuple[str, Mapping[str, Any]]]
+    joined: bool = True
+
+
+# key of a sweep's row, factor, title of its panel, unit, whether less is better
+_PARETO_PANELS = (
+    ("agreement", 100.0, "Tokens that AR would have chosen", "% of tokens", False),
+    ("nats_per_token", 1.0, "Text scored by the AR model", "nats per token, better upwards", True),
+    ("repeated_4", 100.0, "Repetition", "% of runs of four tokens, better upwards", True),
+)
+
+
+def pareto(
+    families: Sequence[Family], ar: Mapping[str, Any], front: Sequence[Mapping[str, Any]], *, theme: Theme
+) -> bytes:
+    """Quality against speed, further up and to the right is better: a panel for each measure of quality.
+
+    front: the rows that none beats in speed and in the first panel's measure at once, ringed in all panels.
+    """
+    figure, panels = _open(
+        theme, "Speed and quality of mask diffusion", "against cached AR in the same run; ringed: none is faster and "
+        "closer to AR at once", panels=3, width=12.5,
+    )  # fmt: skip
+    markers, axes = ("o", "s", "^"), panels[0]
+    for axes, (key, factor, title, unit, less) in zip(panels, _PARETO_PANELS, strict=True):
+        for family, color, marker in zip(families, theme.series, markers, strict=False):
+            xy = [(row["speedup"], factor * row[key]) for _, row in family.points]
+            axes.plot(
+                *_split(xy), color=color, marker=marker, markersize=5.5, linewidth=1.3 if family.joined else 0,
+                markeredgecolor=theme.background, markeredgewidth=0.8, label=family.name,
+            )  # fmt: skip
+            for (label, _), (x, y) in zip(family.points, xy, strict=True):
+                axes.annotate(label, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7.5, color=color)
+        axes.plot(
+            [row["speedup"] for row in front], [factor * row[key] for row in front], linewidth=0, marker="o",
+            markersize=10, markerfacecolor="none", markeredgecolor=theme.muted, markeredgewidth=0.9,
+        )  # fmt: skip
+        axes.plot([1], [factor * ar[key]], marker="*", markersize=11, color=theme.text, linewidth=0, label="AR, cached")
+        axes.axvline(1, color=theme.muted, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+        axes.margins(x=0.12, y=0.12)
+        axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
+        if less:
+            axes.invert_yaxis()
+        axes.set_title(title, color=theme.text, fontsize=9.5, loc="left", pad=6)
+        _label(axes, theme, x="speed, times AR", y=unit)
+    _legend(axes, theme)
+    return _png(figure)

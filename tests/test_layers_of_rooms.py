@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "megatron_twotower"
 
 # By level; within a level, too, a room may only use those before it. A folder is one room.
 LEVELS = (
-    ("records", "config", "phases", "stages", "host"),
+    ("records", "config", "phases", "stages", "host", "machine"),
     ("names", "tokenizer", "data"),
     ("corruption",),
     ("ops",),
@@ -19,10 +19,13 @@ LEVELS = (
     ("trainer",),
     ("checkpoint",),
     ("convert", "hf"),
-    ("generate", "bulk", "replay", "live", "evaluate", "pictures", "inspect_data", "report", "doctor"),
+    (
+        "generate", "bulk", "replay", "live", "likelihood", "sweep", "pictures", "evaluate", "task_recipes", "harness",
+        "evaluate_tasks", "inspect_data", "report", "doctor",
+    ),
     ("build", "bench", "cli"),
     ("__main__",),
-)
+)  # fmt: skip
 ORDER = {room: place for place, room in enumerate(room for level in LEVELS for room in level)}
 
 # Packages that one or two rooms alone may import.
@@ -37,6 +40,7 @@ ONLY_IN = {
     "webdataset": {"data", "bench"},
     "pyarrow": {"data"},
     "zstandard": {"data"},
+    "lm_eval": {"harness"},
 }
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

@@ -1,4 +1,4 @@
-"""Time and peak memory of pieces of work, on the host or on CUDA, and the facts of the machine they ran on.
+"""Time and peak memory of pieces of work, on the host or on CUDA.
 
 The only room of the benchmarks that knows which device there is.
 """
@@ -8,10 +8,7 @@ import ctypes
 import gc
 import json
 import multiprocessing
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +21,8 @@ import torch
 from rich.console import Console
 
 from megatron_twotower import host
+from megatron_twotower.machine import machine as machine
+from megatron_twotower.machine import machine_line as machine_line
 from megatron_twotower.records import UserError
 
 # Rounds that are counted at least, however long one takes.
@@ -181,48 +180,12 @@ def _send(sender: Any, function: Callable[..., int], arguments: tuple[Any, ...])
     sender.close()
 
 
-# --- the machine, and the files ------------------------------------------------------------------------------------
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.machine())
-
-
-def commit() -> str | None:
-    """The commit of the source tree, with `+` behind it where files differ; None outside a repository."""
-    here = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def machine() -> dict[str, Any]:
-    """Where figures were measured: for JSON, and for the line under a table."""
-    return {
-        "device": "cpu" if host.is_host() else torch.cuda.get_device_name(),
-        "processor": _processor(), "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1), "torch": torch.__version__,
-        "commit": commit(),
-    }  # fmt: skip
+# --- files --------------------------------------------------------------------------------------------------------
 
 
 def wide_console() -> Console:
     """The terminal as it is; into a file or a pipe, wide enough for whole tables."""
     return Console() if sys.stdout.isatty() else Console(width=150)
-
-
-def machine_line(facts: Mapping[str, Any]) -> str:
-    where = facts["processor"] if facts["device"] == "cpu" else facts["device"]
-    return f"{where}, {facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}"
 
 
 def write_files(folder: Path, name: str, figures: Mapping[str, Any], picture: bytes | None) -> None:
