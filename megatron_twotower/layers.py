@@ -280,7 +280,7 @@ class MixtureOfExperts(_Pointwise):
             # Megatron 0.16.1 (tensor_parallel/layers.py) marks experts for their own data-parallel group only where
             # expert parallelism is above 1; they need it too where fewer ranks split an expert than other weights.
             for parameter in self.moe.experts.parameters():
-                parameter.allreduce = False  # type: ignore[attr-defined]
+                parameter.allreduce = False
 
     def apply_to(self, hidden: Tensor, blocks: Blocks) -> Tensor:
         self.moe.router.counted = blocks.counted

@@ -195,7 +195,8 @@ def test_conditioning_runs_are_compared_where_there_are_any(run):
 RECORDING = {
     "version": replay.VERSION, "model": "runs/model", "settings": {"block_size": 2, "steps_per_block": 2,
     "confidence_threshold": 0.8, "temperature": 0.3}, "mode": "mask_diffusion", "prompt": "def </script>",
-    "text": "a b", "new_tokens": 2, "passes": 2, "seconds": 0.5, "summary": "2 tokens in 2 passes", "pieces": {"5": "a", "6": " b"},
+    "text": "a b", "new_tokens": 2, "passes": 2, "seconds": 0.5, "summary": "2 tokens in 2 passes",
+    "pieces": {"5": "a", "6": " b"},
     "blocks": [[{"t": 1.0, "predicted": [5, 5], "confidence": [0.4, 0.6], "committed": [1]},
                 {"t": 0.5, "predicted": [5, 6], "confidence": [0.7, 0.0], "committed": [0]}]],
 }  # fmt: skip
