@@ -243,6 +243,21 @@ def _add_generate(generate: argparse.ArgumentParser) -> None:
     generate.add_argument("--batch-size", type=int, default=16, help="prompts written at a time")
 
 
+def _bench_generate(arguments: argparse.Namespace) -> int:
+    from megatron_twotower.bench import generate as bench_generate
+
+    wanted = bench_generate.Settings(
+        prompts=arguments.prompts, new_tokens=arguments.new_tokens, batch_sizes=tuple(arguments.batch_sizes),
+        modes=tuple(arguments.modes), confidence_threshold=arguments.confidence_threshold,
+        repeats=arguments.repeats, budget_seconds=arguments.budget,
+    )  # fmt: skip
+    bench_generate.run(
+        arguments.output, model=arguments.model, wanted=bench_generate.quick(wanted) if arguments.quick else wanted,
+        devices=arguments.device, threads=arguments.threads,
+    )  # fmt: skip
+    return 0
+
+
 def _add_bench(bench: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
     """`bench`: what the README's figures are measured with."""
     ops = command(bench, "ops", _bench_ops, "time and peak memory of each two-stream operation against its rivals",
@@ -252,6 +267,16 @@ def _add_bench(bench: Any, command: Callable[..., argparse.ArgumentParser]) -> N
     data = command(bench, "data", _bench_data, "the loader against plain webdataset and Megatron's data sets",
                    "twotower bench data")  # fmt: skip
     data.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder for the JSON")
+    generate = command(bench, "generate", _bench_generate, "bulk text: tokens per second against batch size, by mode",
+                       "twotower bench generate --model runs/model --batch-sizes 1 8 32")  # fmt: skip
+    generate.add_argument("--model", type=Path, required=True, help="two-tower Hugging Face folder")
+    generate.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32])
+    generate.add_argument("--modes", nargs="+", default=["mask_diffusion", "ar", "speculative"])
+    generate.add_argument("--prompts", type=int, default=32, help="how many")
+    generate.add_argument("--new-tokens", type=int, default=64, help="to each prompt")
+    generate.add_argument("--confidence-threshold", type=float, default=0.8)
+    generate.add_argument("--device", nargs="+", default=[], metavar="DEVICE",
+                          help="one, or the context tower's and the denoiser's; CUDA where there is any")  # fmt: skip
     ops.add_argument("--operation", nargs="+", default=[], choices=("scan", "attention", "head", "convolution"),
                      help="all if left out")  # fmt: skip
     ops.add_argument("--length", nargs="+", type=int, default=[], help="tokens; up to 8192 if left out")
@@ -263,7 +288,7 @@ def _add_bench(bench: Any, command: Callable[..., argparse.ArgumentParser]) -> N
                       help="sequence lengths, at the recipe's tokens per step")  # fmt: skip
     step.add_argument("--draws", nargs="+", type=int, default=[1, 2, 4], help="noise draws per context pass")
     step.add_argument("--seeds", type=int, default=16, help="gradients for each variance")
-    for each, budget in ((ops, 10.0), (step, 30.0)):
+    for each, budget in ((ops, 10.0), (step, 30.0), (generate, 600.0)):
         each.add_argument("--repeats", type=int, default=7, help="rounds, after one that is not counted")
         each.add_argument("--budget", type=float, default=budget, metavar="SECONDS",
                           help="fewer rounds, but at least 3, where they would take longer")  # fmt: skip

@@ -211,6 +211,21 @@ def length_histogram(
     return _png(figure)
 
 
+def bulk_speed(rows: Sequence[Mapping[str, Any]], *, subtitle: str, theme: Theme) -> bytes:
+    """Tokens per second against batch size, a curve for each case. rows: of `bench.generate`."""
+    figure, (axes,) = _open(theme, "Bulk text", subtitle, width=7.2)
+    sizes = sorted({row["batch_size"] for row in rows})
+    for index, name in enumerate(dict.fromkeys(row["case"] for row in rows)):
+        points = [(float(sizes.index(row["batch_size"])), row["tokens_per_second"])
+                  for row in rows if row["case"] == name]  # fmt: skip
+        _curve(axes, theme, points, color=theme.series[index % len(theme.series)], label=name)
+    axes.set_xticks(range(len(sizes)), [f"{size}" for size in sizes])
+    _from_zero(axes, [row["tokens_per_second"] for row in rows])
+    _label(axes, theme, x="prompts in a batch", y="new tokens per second")
+    axes.legend(frameon=False, fontsize=8, labelcolor=theme.text, loc="upper left")
+    return _png(figure)
+
+
 def _bars(
     axes: Axes, theme: Theme, labels: Sequence[str], series: Mapping[str, Sequence[float | None]], *, write: str
 ) -> None:

@@ -168,7 +168,8 @@ def test_doctor_runs(capsys):
 
 def test_every_command_shows_an_example(capsys):
     commands = [["train"], ["data", "tokenizer"], ["data", "prepare"], ["data", "inspect"],
-                ["data", "verify"], ["bench", "ops"], ["bench", "step"], ["bench", "data"], ["convert", "export"],
+                ["data", "verify"], ["bench", "ops"], ["bench", "step"], ["bench", "data"],
+                ["bench", "generate"], ["convert", "export"],
                 ["generate"], ["evaluate"], ["report"], ["doctor"]]  # fmt: skip
     for command in commands:
         with pytest.raises(SystemExit) as done:
