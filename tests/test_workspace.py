@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from megatron_twotower.data import workspace
 from megatron_twotower.data.workspace import check_output, drop, partial_of, replace, resuming, written
 from megatron_twotower.records import UserError
 
@@ -49,6 +50,22 @@ def test_a_folder_without_a_plan_is_begun_anew(tmp_path):
     (partial / "plan.json").write_text("{")
     with resuming(tmp_path / "out", plan={"a": 1}, overwrite=False) as again:
         assert again == partial and json.loads((partial / "plan.json").read_text()) == {"a": 1}
+
+
+def test_a_kill_while_earlier_work_is_dropped_leaves_nothing_to_go_on_with(tmp_path, monkeypatch):
+    with resuming(tmp_path / "out", plan={"a": 1}, overwrite=False) as partial:
+        (partial / "parts" / "done").write_text("x")
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workspace.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt), resuming(tmp_path / "out", plan={"a": 9}, overwrite=True):
+            raise AssertionError
+    with resuming(tmp_path / "out", plan={"a": 1}, overwrite=False) as partial:
+        assert sorted(path.name for path in partial.iterdir()) == ["data", "lock", "parts", "plan.json", "shards"]
+        assert not list((partial / "parts").iterdir())
 
 
 def test_one_run_at_a_time(tmp_path):

@@ -77,6 +77,7 @@ def resuming(output: Path, *, plan: dict[str, Any], overwrite: bool) -> Iterator
                     f"{partial}: found an interrupted run with {name} {found.get(name)}, expected {wanted.get(name)}; "
                     "repeat that run as it was, or overwrite"
                 )
+            (partial / PLAN_FILE).unlink(missing_ok=True)  # first: a kill in between leaves nothing to go on with
             for name in ("parts", "shards", "data"):
                 shutil.rmtree(partial / name, ignore_errors=True)
                 (partial / name).mkdir()
