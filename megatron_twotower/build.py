@@ -1,46 +1,33 @@
 """The composition root: a resolved configuration in, a run that is ready to go out."""
 
 import dataclasses
-import functools
 import json
-import platform
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from rich.console import Console
 
-from megatron_twotower import __version__, checkpoint, convert, names, parallel, trainer
+from megatron_twotower import checkpoint, convert, names, parallel, trainer
 from megatron_twotower import config as settings
 from megatron_twotower.config import RunConfig
 from megatron_twotower.data.blend import BlendedDataset
 from megatron_twotower.data.dataset import SequenceDataset, batches, global_batch, rank_slice, split_batch
-from megatron_twotower.data.sources import (
-    check_unchanged,
-    data_summary,
-    open_training,
-    open_validation,
-    tokenizer_folder,
-)
+from megatron_twotower.data.sources import check_unchanged, data_summary, open_training, open_validation
 from megatron_twotower.doctor import one_line_summary
-from megatron_twotower.hf import MODELING_FILE, twotower_config_json
 from megatron_twotower.memory import step_bytes
 from megatron_twotower.metrics import WandbSettings, open_metrics
 from megatron_twotower.names import Entry
 from megatron_twotower.optimizer import build_optimizer, build_schedule
 from megatron_twotower.phases import plan
+from megatron_twotower.provenance import provenance
 from megatron_twotower.records import Batch, UserError
 from megatron_twotower.stages import stages_of_rank
 from megatron_twotower.towers import BackboneModel, TwoTower, build_context_tower, transformer_config
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 @dataclass(frozen=True)
@@ -69,22 +56,16 @@ class Model:
 
 
 def build_model(config: RunConfig, groups: ProcessGroupCollection) -> Model:
-    """Towers with their starting weights: from the backbone, or random for `ar` without one."""
+    """Towers with their starting weights: from Hugging Face folders, or random for `ar` without one."""
     megatron, model = transformer_config(config), config.model
     own = stages_of_rank(model, config.parallel, groups.pp.rank())
     backbone = config.init.backbone
-    source = convert.HfFolder.open(backbone) if backbone else convert.random_backbone(model, seed=config.seed)
-    origin = convert.fingerprint(backbone) if backbone else None
-    read = names.backbone_entries(model)
-    if isinstance(source, convert.HfFolder):
-        unused = source.unused(name for entry in read for name in entry.hf)
-        if unused:
-            raise UserError(f"{backbone}: {len(unused)} tensors have no place in the model, first {unused[0]}")
+    source, origin = convert.backbone_source(config), convert.fingerprint(backbone) if backbone else None
     if config.objective == "ar":
         entries, start = names.trained_backbone_entries(model), source
     else:
         entries = names.denoiser_entries(model, config.conditioning.frequencies)
-        start = _denoiser_start(source, convert.fresh_conditioning(model, config.conditioning, seed=config.seed))
+        start = convert.denoiser_source(config, source, fingerprint=origin)
     chunks: list[BackboneModel | TwoTower] = []
     for stage in own:
         chunk: BackboneModel | TwoTower
@@ -92,24 +73,13 @@ def build_model(config: RunConfig, groups: ProcessGroupCollection) -> Model:
             chunk = BackboneModel(config, megatron, groups, stage)
         else:
             context = build_context_tower(config, megatron, groups, stage)
-            frozen = names.entries_of_stage(read, stage)
+            frozen = names.entries_of_stage(names.backbone_entries(model), stage)
             convert.load_weights(context, frozen, source, model=model, groups=groups)
             chunk = TwoTower(config, megatron, groups, context)
         trained = names.entries_of_stage(entries, stage)
         convert.load_weights(chunk, trained, start, model=model, groups=groups)
         chunks.append(chunk)
     return Model(chunks, entries, origin)
-
-
-def _denoiser_start(backbone: convert.TensorSource, conditioning: convert.TensorSource) -> convert.TensorSource:
-    """The denoiser's tensors: the backbone's under other names, and a fresh time conditioning."""
-
-    def source(name: str) -> torch.Tensor:
-        if name.startswith(("t_embedder.", "t_block.", "scale_shift_tables.")):
-            return conditioning(name)
-        return backbone(name.replace("denoiser_tower.", "backbone.", 1))
-
-    return source
 
 
 def _validation_batches(config: RunConfig, groups: ProcessGroupCollection) -> list[Batch]:
@@ -136,23 +106,6 @@ def _stream(
         workers=data.prefetch_workers,
         depth=data.prefetch_batches,
     )
-
-
-def provenance(config: RunConfig, model: Model) -> dict[str, Any]:
-    """What is needed to run this again: versions, commit, seed, backbone."""
-    packages = ("torch", "megatron-core", "transformers", "tokenizers", "webdataset", "numpy")
-    here = Path(__file__).resolve().parent
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
-    return {
-        "megatron_twotower": __version__, "commit": commit, "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in packages}, "seed": config.seed,
-        "ranks": parallel.world_size(), "backbone": config.init.backbone, "backbone_sha256": model.fingerprint,
-    }  # fmt: skip
 
 
 class _StopSignal:
@@ -297,92 +250,9 @@ def _write_run_files(run: Path, config: RunConfig, model: Model, source: Sequenc
         return
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(settings.to_yaml(config))
-    facts = provenance(config, model) | {"data": data_summary(config, source)}
+    facts = provenance(config, fingerprint=model.fingerprint) | {"data": data_summary(config, source)}
     (run / "provenance.json").write_text(json.dumps(facts, indent=1) + "\n")
     if not config.logging.console:
         return
     start = config.init.backbone or f"random weights, seed {config.seed}"
     Console().print(f"[bold]{config.objective}[/bold] from {start}; {one_line_summary()}", highlight=False)
-
-
-def export(run: Path, output: Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write the newest checkpoint of a run as a Hugging Face folder: a NemotronH, or a two-tower model.
-
-    Args:
-        dtype: of the tensors; None for the precision of the run.
-
-    Raises:
-        UserError: nothing to export, or `output` exists.
-    """
-    found = checkpoint.find_checkpoints(run)
-    if not found:
-        raise UserError(f"{run}: no checkpoint found, expected the output folder of a training run")
-    if output.exists():
-        raise UserError(f"{output}: exists, expected a folder that is not there yet")
-    config = settings.load_recipe(str(run / "config.yaml"))
-    alone = dataclasses.replace(config, output=str(run), parallel=settings.ParallelConfig())
-    groups = parallel.initialise(alone)
-    model, state = build_model(alone, groups), checkpoint.read_state(found[-1])
-    if model.fingerprint != state.fingerprint:
-        raise UserError(f"{config.init.backbone}: changed since the run, found sha256 {model.fingerprint}, "
-                        f"expected {state.fingerprint}")  # fmt: skip
-    checkpoint.load_weights_of(found[-1], functools.partial(model.weights, alone, groups))
-    dtype = dtype or transformer_config(alone).params_dtype
-    write = _export_backbone if config.objective == "ar" else _export_two_tower
-    write(output, alone, model, state, dtype)
-
-
-def _tokenizer_files(config: RunConfig) -> list[Path]:
-    folder = tokenizer_folder(config)
-    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-
-
-def _card(config: RunConfig, state: checkpoint.CheckpointState, title: str) -> str:
-    """A model card: what the run wrote of itself, and how far it had come."""
-    tokens = state.cursor * config.data.sequence_length_tokens
-    facts = json.loads((Path(config.output) / "provenance.json").read_text())
-    facts |= {"objective": config.objective, "steps": state.step, "tokens": tokens}
-    lines = [f"- {key}: {value}" for key, value in facts.items()]
-    return "\n".join([f"# {title}", "", "Trained with megatron_twotower.", "", *lines])
-
-
-def _export_backbone(
-    output: Path, config: RunConfig, model: Model, state: checkpoint.CheckpointState, dtype: torch.dtype
-) -> None:
-    convert.write_folder(
-        output,
-        convert.hf_tensors(model.module, model.entries, model=config.model, dtype=dtype),
-        config=convert.backbone_config_json(config.model, dtype=dtype),
-        files={"README.md": _card(config, state, "NemotronH backbone")},
-        copies=_tokenizer_files(config),
-    )
-
-
-def _export_two_tower(
-    output: Path, config: RunConfig, model: Model, state: checkpoint.CheckpointState, dtype: torch.dtype
-) -> None:
-    backbone = config.init.backbone
-    assert backbone is not None
-
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        read, write = names.backbone_entries(config.model), names.context_entries(config.model)
-        yield from convert.renamed_tensors(convert.HfFolder.open(backbone), read, write, dtype=dtype)
-        yield from convert.hf_tensors(model.module, model.entries, model=config.model, dtype=dtype)
-
-    # The released format has no key for these: a model that needs others could not be read back.
-    released, found = settings.ConditioningConfig(), config.conditioning
-    for key in ("frequencies", "period", "time_scale"):
-        if getattr(found, key) != getattr(released, key):
-            raise UserError(
-                f"conditioning.{key}: found {getattr(found, key)}, expected {getattr(released, key)} for an export"
-            )
-    source = settings.read_hf_config(backbone) | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    if config.model.time_step_clamp:
-        source["time_step_limit"] = [config.model.time_step_clamp, float("inf")]
-    convert.write_folder(
-        output,
-        tensors(),
-        config=twotower_config_json(source),
-        files={"README.md": _card(config, state, "Two-tower block-diffusion model")},
-        copies=[*_tokenizer_files(config), MODELING_FILE],
-    )

@@ -164,11 +164,15 @@ def load_weights_of(folder: Path, weights: ShardedWeights) -> None:
 def load_checkpoint(
     folder: Path, *, weights: ShardedWeights, optimizer: MegatronOptimizer, schedule: OptimizerParamScheduler
 ) -> None:
-    """Restore weights, optimizer and schedule, exactly as they were saved.
+    """Restore weights, optimizer and schedule, exactly as they were saved; of step 0 there are weights alone.
 
     Raises:
         UserError: the checkpoint cannot be read, or is of another shape.
     """
+    if read_state(folder).step == 0:  # an import
+        load_weights_of(folder, weights)
+        optimizer.reload_model_params()
+        return
     sharded = weights()
     content = {
         "weights": sharded,

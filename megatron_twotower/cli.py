@@ -88,18 +88,33 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 2 if problems else 0
 
 
+def _import(arguments: argparse.Namespace) -> int:
+    host.install()
+    from megatron_twotower.convert import import_folder
+    from megatron_twotower.convert.progress import bar
+
+    with bar("importing") as watch:
+        config = import_folder(arguments.source, arguments.to, backbone=arguments.backbone, watch=watch)
+    print(f"{arguments.to}: imported from {arguments.source}, objective {config.objective}; go on with\n"
+          f"  twotower train recipe={arguments.to}/config.yaml data.folder=... train.steps=...")  # fmt: skip
+    return 0
+
+
 def _export(arguments: argparse.Namespace) -> int:
     host.install()
     import torch
 
-    from megatron_twotower import build, parallel
+    from megatron_twotower.convert import Choices, export
+    from megatron_twotower.convert.progress import bar
 
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}
-    try:
-        build.export(arguments.source, arguments.to, dtype=dtypes[arguments.dtype])
-    finally:
-        parallel.shutdown()
-    print(f"{arguments.to}: exported from {arguments.source}")
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}
+    choices = Choices(
+        what=arguments.what, dtype=dtypes[arguments.dtype], style=arguments.style, step=arguments.step,
+        backbone=arguments.backbone,
+    )  # fmt: skip
+    with bar("exporting") as watch:
+        what = export(arguments.source, arguments.to, choices=choices, watch=watch)
+    print(f"{arguments.to}: {what} exported from {arguments.source}")
     return 0
 
 
@@ -258,6 +273,17 @@ def _bench_generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _bench_convert(arguments: argparse.Namespace) -> int:
+    host.install()
+    from megatron_twotower.bench import convert as bench_convert
+
+    wanted = bench_convert.Settings(
+        size_mib=arguments.size, repeats=arguments.repeats, budget_seconds=arguments.budget
+    )  # fmt: skip
+    bench_convert.run(arguments.output, folder=arguments.folder, settings=wanted)
+    return 0
+
+
 def _add_bench(bench: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
     """`bench`: what the README's figures are measured with."""
     ops = command(bench, "ops", _bench_ops, "time and peak memory of each two-stream operation against its rivals",
@@ -277,6 +303,10 @@ def _add_bench(bench: Any, command: Callable[..., argparse.ArgumentParser]) -> N
     generate.add_argument("--confidence-threshold", type=float, default=0.8)
     generate.add_argument("--device", nargs="+", default=[], metavar="DEVICE",
                           help="one, or the context tower's and the denoiser's; CUDA where there is any")  # fmt: skip
+    weights = command(bench, "convert", _bench_convert, "import and export against cp of the same bytes",
+                      "twotower bench convert --size 4096 --folder /scratch")  # fmt: skip
+    weights.add_argument("--size", type=int, default=1024, metavar="MIB", help="of the model, in bfloat16")
+    weights.add_argument("--folder", type=Path, help="on the disk to measure; the system's temporary one if left out")
     ops.add_argument("--operation", nargs="+", default=[], choices=("scan", "attention", "head", "convolution"),
                      help="all if left out")  # fmt: skip
     ops.add_argument("--length", nargs="+", type=int, default=[], help="tokens; up to 8192 if left out")
@@ -288,10 +318,12 @@ def _add_bench(bench: Any, command: Callable[..., argparse.ArgumentParser]) -> N
                       help="sequence lengths, at the recipe's tokens per step")  # fmt: skip
     step.add_argument("--draws", nargs="+", type=int, default=[1, 2, 4], help="noise draws per context pass")
     step.add_argument("--seeds", type=int, default=16, help="gradients for each variance")
-    for each, budget in ((ops, 10.0), (step, 30.0), (generate, 600.0)):
-        each.add_argument("--repeats", type=int, default=7, help="rounds, after one that is not counted")
+    rounds = ((ops, 7, 10.0), (step, 7, 30.0), (generate, 7, 600.0), (weights, 5, 120.0))
+    for each, repeats, budget in rounds:
+        each.add_argument("--repeats", type=int, default=repeats, help="rounds, after one that is not counted")
         each.add_argument("--budget", type=float, default=budget, metavar="SECONDS",
                           help="fewer rounds, but at least 3, where they would take longer")  # fmt: skip
+    for each in (ops, step, generate):
         each.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="all cores if left out")
         each.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder for JSON and picture")
         each.add_argument("--quick", action="store_true", help="tiny sizes, in seconds: only to see that it works")
@@ -338,6 +370,27 @@ def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
     tasks.add_argument("--draft-steps", type=int, help="denoiser passes to a draft, mode speculative (1)")
     tasks.add_argument("--task-files", type=Path, metavar="DIR", help="folder of further task files")
     tasks.add_argument("--allow-code-execution", action="store_true", help="run code that the model writes")
+
+
+def _add_convert(convert: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
+    """`convert`: weights both ways."""
+    read = command(convert, "import", _import, "make a training run of a Hugging Face folder, its weights verified",
+                   "twotower convert import --from models/two-tower --to runs/continued")  # fmt: skip
+    export = command(convert, "export", _export, "write a run's checkpoint, or a converted folder, for Hugging Face",
+                     "twotower convert export --from runs/twotower --to runs/model")  # fmt: skip
+    read.add_argument("--from", dest="source", type=Path, required=True,
+                      help="Hugging Face folder: a NemotronH, two towers, or a denoiser alone")  # fmt: skip
+    export.add_argument("--from", dest="source", type=Path, required=True,
+                        help="output folder of a training run, or a Hugging Face folder")  # fmt: skip
+    for each in (read, export):
+        each.add_argument("--to", type=Path, required=True, help="folder to write")
+        each.add_argument("--backbone", type=Path, help="folder of the backbone of a denoiser alone, where it moved")
+    export.add_argument("--what", choices=("two_tower", "context", "denoiser"), help="all there is if left out")
+    export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"),
+                        help="of the tensors; each as it is stored if left out")  # fmt: skip
+    export.add_argument("--style", choices=("hub", "transformers"),
+                        help="of a plain NemotronH: one tensor per expert, or stacked; as it was, or hub")  # fmt: skip
+    export.add_argument("--step", type=int, help="of the checkpoint; the newest if left out")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -403,15 +456,12 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--tokenizer", type=Path, help="folder of the tokenizer that the data must be of")
     verify.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; all cores")
 
-    convert = commands.add_parser("convert", help="move weights to Hugging Face").add_subparsers(
-        required=True, metavar="COMMAND"
+    _add_convert(
+        commands.add_parser("convert", help="move weights to and from Hugging Face").add_subparsers(
+            required=True, metavar="COMMAND"
+        ),
+        command,
     )
-    export = command(convert, "export", _export, "write a run's newest checkpoint as a Hugging Face folder",
-                     "twotower convert export --from runs/twotower --to runs/model")  # fmt: skip
-    export.add_argument("--from", dest="source", type=Path, required=True, help="output folder of a training run")
-    export.add_argument("--to", type=Path, required=True, help="folder to write")
-    export.add_argument("--dtype", choices=("fp32", "bf16"), help="of the tensors; the run's precision if left out")
-
     _add_generate(
         command(commands, "generate", _generate, "write text with an exported model",
                 "twotower generate --model runs/model --prompt 'def main():' --mode all --html replay.html\n"

@@ -7,6 +7,7 @@ any of them and nothing else: an unknown key is an error. `ModelConfig` keeps th
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ from megatron_twotower.records import UserError
 LAYER_KINDS = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
 # Older configurations spell two of the layer types differently.
 _LEGACY_KINDS = {"mamba": "linear_attention", "attention": "full_attention"}
+# In the folder of a denoiser exported alone: which backbone it goes with.
+POINTER_FILE = "context_tower.json"
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,16 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class InitConfig:
-    """Where weights come from: a Hugging Face NemotronH folder, or random numbers keyed by seed and tensor name."""
+    """Where weights come from.
+
+    backbone: a Hugging Face folder with a NemotronH, or of two towers, and then it is their context tower; null for
+        random numbers keyed by seed and tensor name.
+    denoiser: a two-tower folder, or a denoiser exported alone, to go on from; the backbone is then the context tower
+        in that folder, or the one it points to. null: the denoiser starts as a copy of the backbone.
+    """
 
     backbone: str | None = None
+    denoiser: str | None = None
 
 
 @dataclass(frozen=True)
@@ -326,6 +336,10 @@ def validate(config: RunConfig, *, world_size: int) -> None:
         _require(values[key] in allowed, f"{key}: found {values[key]!r}, expected one of {', '.join(allowed)}")
     for key, minimum in MINIMA.items():
         _require(values[key] >= minimum, f"{key}: found {values[key]}, expected at least {minimum}")
+    _require(
+        config.init.denoiser is None or config.objective == "two_tower",
+        f"init.denoiser: found {config.init.denoiser} with objective {config.objective}, expected objective two_tower",
+    )
     _validate_model(config.model)
     _validate_noise(config)
     _validate_layout(config, world_size)
@@ -532,6 +546,35 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON ({error})") from error
 
 
+def read_pointer(folder: str | Path) -> dict[str, str] | None:
+    """Of a denoiser that was exported alone: `backbone`, the folder it goes with, and the `sha256` of that.
+
+    Raises:
+        UserError: the pointer cannot be read.
+    """
+    path = Path(folder) / POINTER_FILE
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        return {"backbone": os.path.normpath(Path(folder) / found["backbone"]), "sha256": str(found["sha256"])}
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read ({error}), expected backbone and sha256") from error
+
+
+def _with_backbone(init: InitConfig) -> InitConfig:
+    """`init.backbone` filled in from where the denoiser's context tower is."""
+    if init.denoiser is None:
+        return init
+    pointer = read_pointer(init.denoiser)
+    own = pointer["backbone"] if pointer else init.denoiser
+    _require(
+        pointer is not None or init.backbone in (None, own),
+        f"init.backbone: found {init.backbone}, expected null: init.denoiser {init.denoiser} has its own context tower",
+    )
+    return dataclasses.replace(init, backbone=init.backbone or own)
+
+
 def steps_of(tokens: int, data: DataConfig) -> int:
     """Tokens as whole global batches, rounded to the nearest."""
     return round(tokens / (data.sequence_length_tokens * data.global_batch_size))
@@ -546,6 +589,7 @@ def resolve(config: RunConfig) -> RunConfig:
     if config.phases and config.train.steps == 0:
         total = sum(steps_of(phase.tokens, config.data) for phase in config.phases)
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=total))
+    config = dataclasses.replace(config, init=_with_backbone(config.init))
     if config.init.backbone is None:
         _require(
             config.model.hybrid_override_pattern != "",

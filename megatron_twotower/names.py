@@ -4,7 +4,7 @@ Everything that moves weights reads this table: loading a backbone, exporting a 
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +54,15 @@ LAYOUTS = {
     "conv": (lambda tensors, _: tensors[0].squeeze(1), lambda tensor, _: [tensor.unsqueeze(1)]),
     "qkv": (_join_qkv, _part_qkv),
 }
+
+
+def hf_shapes(entries: Iterable[Entry], model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The Hugging Face tensors of some entries, with their shapes, in order."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for entry in entries:
+        parts = LAYOUTS[entry.layout][1](torch.empty(entry.shape, device="meta"), model)
+        shapes |= dict(zip(entry.hf, (tuple(part.shape) for part in parts), strict=True))
+    return shapes
 
 
 def _mamba(m: ModelConfig) -> Iterator[Entry]:
@@ -132,6 +141,11 @@ def context_entries(model: ModelConfig) -> list[Entry]:
     return list(tower_entries(model, prefix="context_tower.", head="context_lm_head.weight"))
 
 
+def context_name(hub: str) -> str:
+    """The name in a two-tower checkpoint of a tensor of the backbone."""
+    return "context_lm_head.weight" if hub == "lm_head.weight" else hub.replace("backbone.", "context_tower.", 1)
+
+
 def denoiser_entries(model: ModelConfig, frequencies: int) -> list[Entry]:
     """The trained half of a two-tower checkpoint: tower, head and time conditioning."""
     hidden = model.hidden_size
@@ -166,6 +180,61 @@ def _is_on(name: str, stage: Stage) -> bool:
     part = name.removeprefix("tower.").partition(".")[0]
     assert part in _FIRST_STAGE + _LAST_STAGE, name
     return stage.first if part in _FIRST_STAGE else stage.last
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How a folder spells what the table calls by its hub-style names.
+
+    prefix: in place of `backbone.`. stacked: the experts of a layer are the rows of one tensor.
+    """
+
+    prefix: str = "backbone."
+    stacked: bool = False
+
+    def key(self, name: str) -> tuple[str, int | None]:
+        """The tensor of the folder that holds a name, and the row of it, or None where it is all of it."""
+        if name.startswith("backbone."):
+            name = self.prefix + name.removeprefix("backbone.")
+        before, experts, after = name.partition(".mixer.experts.")
+        if not (self.stacked and experts):
+            return name, None
+        number, projection, _ = after.split(".", 2)
+        return f"{before}{experts}{projection}", int(number)
+
+
+# A plain NemotronH on the hub, and as `transformers` holds it in memory.
+SPELLINGS = {"hub": Spelling(), "transformers": Spelling("model.", stacked=True)}
+
+
+def spelled_shapes(entries: Iterable[Entry], model: ModelConfig, spelling: Spelling) -> dict[str, tuple[int, ...]]:
+    """The tensors of a folder that holds some entries, with their shapes."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in hf_shapes(entries, model).items():
+        key, row = spelling.key(name)
+        shapes[key] = shape if row is None else (model.n_routed_experts, *shape)
+    return shapes
+
+
+def stored_parts(entry: Entry) -> list[tuple[str, tuple[int, ...]]]:
+    """The tensors of a checkpoint that hold an entry, along `split`, and their shapes over all ranks."""
+    if not entry.parts:
+        return [(entry.megatron, entry.shape)]
+    axis = entry.split or 0
+    return [
+        (f"{entry.megatron}.part{i}", (*entry.shape[:axis], size, *entry.shape[axis + 1 :]))
+        for i, size in enumerate(entry.parts)
+    ]
+
+
+def folder_entries(towers: Collection[str], model: ModelConfig, frequencies: int) -> list[Entry]:
+    """The entries of a folder that has some of the towers "backbone", "context" and "denoiser"."""
+    of_tower = {
+        "backbone": lambda: backbone_entries(model),
+        "context": lambda: context_entries(model),
+        "denoiser": lambda: denoiser_entries(model, frequencies),
+    }
+    return [entry for tower, entries in of_tower.items() if tower in towers for entry in entries()]
 
 
 def shard(tensor: Tensor, entry: Entry, *, rank: int, ranks: int) -> Tensor:

@@ -72,7 +72,7 @@ def tiny_backbone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("backbone") / "hf"
     convert.write_folder(
         folder,
-        convert.renamed_tensors(source, entries, entries, dtype=torch.float32),
+        convert.lazy_tensors(source, entries, model, dtype=torch.float32),
         config=convert.backbone_config_json(model, dtype=torch.float32),
         files={},
         copies=[],

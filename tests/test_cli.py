@@ -138,7 +138,7 @@ def test_the_whole_road_at_the_smallest_size(tiny_data, tmp_path, capsys):
     assert cli.main(["convert", "export", "--from", str(tmp_path / "twotower"), "--to", str(model)]) == 0
     assert cli.main(["convert", "export", "--from", str(tmp_path / "twotower"), "--to", str(model)]) == 2
     card = (model / "README.md").read_text()
-    assert "steps: 8" in card and "tokens: 2048" in card and "backbone_sha256" in card
+    assert "| steps | 8 |" in card and "| tokens | 2,048 |" in card and "backbone_sha256" in card
     for mode in ("mask_diffusion", "mock_ar", "ar"):
         capsys.readouterr()
         arguments = ["--model", str(model), "--mode", mode, "--prompt", "def ", "--max-new-tokens", "20"]
@@ -168,9 +168,9 @@ def test_doctor_runs(capsys):
 
 def test_every_command_shows_an_example(capsys):
     commands = [["train"], ["data", "tokenizer"], ["data", "prepare"], ["data", "inspect"],
-                ["data", "verify"], ["bench", "ops"], ["bench", "step"], ["bench", "data"],
-                ["bench", "generate"], ["convert", "export"],
-                ["generate"], ["evaluate"], ["report"], ["doctor"]]  # fmt: skip
+                ["data", "verify"], ["bench", "ops"], ["bench", "step"], ["bench", "data"], ["bench", "generate"],
+                ["bench", "convert"], ["convert", "export"], ["convert", "import"], ["generate"], ["evaluate"],
+                ["report"], ["doctor"]]  # fmt: skip
     for command in commands:
         with pytest.raises(SystemExit) as done:
             cli.main([*command, "--help"])

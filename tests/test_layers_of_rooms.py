@@ -15,10 +15,10 @@ LEVELS = (
     ("ops",),
     ("memory", "adaln", "router", "layers", "towers"),
     ("loss",),
-    ("parallel", "optimizer", "metrics"),
+    ("parallel", "provenance", "optimizer", "metrics"),
     ("trainer",),
     ("checkpoint",),
-    ("convert", "hf"),
+    ("hf", "convert"),
     (
         "generate", "bulk", "replay", "live", "likelihood", "sweep", "pictures", "evaluate", "task_recipes", "harness",
         "evaluate_tasks", "inspect_data", "report", "doctor",
