@@ -305,6 +305,7 @@ def _add_bench(bench: Any, command: Callable[..., argparse.ArgumentParser]) -> N
                           help="one, or the context tower's and the denoiser's; CUDA where there is any")  # fmt: skip
     weights = command(bench, "convert", _bench_convert, "import and export against cp of the same bytes",
                       "twotower bench convert --size 4096 --folder /scratch")  # fmt: skip
+    weights.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder for the JSON")
     weights.add_argument("--size", type=int, default=1024, metavar="MIB", help="of the model, in bfloat16")
     weights.add_argument("--folder", type=Path, help="on the disk to measure; the system's temporary one if left out")
     ops.add_argument("--operation", nargs="+", default=[], choices=("scan", "attention", "head", "convolution"),
