@@ -23,10 +23,10 @@ export TOKENIZERS_PARALLELISM ?= true
 BIN := $(VENV)/bin
 TWOTOWER := $(BIN)/twotower
 
-.PHONY: help install train report bench test test-slow check format backbone clean
+.PHONY: help install train report bench test test-slow test-transformers check format backbone clean
 
 help: ## list the verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # Set-up ---------------------------------------------------------------------------------------------------------
 
@@ -105,6 +105,18 @@ test: $(VENV)/.installed-dev ## run the tests (PYTEST_ARGS='tests/test_ops.py -k
 
 test-slow: $(VENV)/.installed-dev ## run the slow tests
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# The shipped model file in another release: a bare environment in front of this one. Tried: 5.3.0, 5.12.0.
+TRANSFORMERS ?= 5.3.0
+OTHER := $(VENV)-transformers-$(TRANSFORMERS)
+
+test-transformers: $(VENV)/.installed-dev ## test the shipped model file with another transformers (TRANSFORMERS=5.3.0)
+	@test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$($(OTHER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_base.pth"
+	@$(OTHER)/bin/python -m pip install -qq transformers==$(TRANSFORMERS)
+	$(OTHER)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
+	$(OTHER)/bin/python -m pytest tests/test_hf.py tests/test_batches.py tests/test_speculative.py $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev ## lint and types
 	$(BIN)/ruff check .
