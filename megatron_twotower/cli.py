@@ -233,6 +233,16 @@ def _bench_data(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _bench_passes(arguments: argparse.Namespace) -> int:
+    from megatron_twotower.bench import passes
+
+    passes.run(
+        arguments.output, model=arguments.model, block_size=arguments.block, prompt_tokens=arguments.prompt_tokens,
+        rounds=arguments.rounds, threads=arguments.threads,
+    )  # fmt: skip
+    return 0
+
+
 def _add_generate(generate: argparse.ArgumentParser) -> None:
     generate.add_argument("--model", type=Path, required=True, help="two-tower Hugging Face folder")
     what = generate.add_mutually_exclusive_group(required=True)
@@ -308,6 +318,14 @@ def _add_bench(bench: Any, command: Callable[..., argparse.ArgumentParser]) -> N
     weights.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder for the JSON")
     weights.add_argument("--size", type=int, default=1024, metavar="MIB", help="of the model, in bfloat16")
     weights.add_argument("--folder", type=Path, help="on the disk to measure; the system's temporary one if left out")
+    passes = command(bench, "passes", _bench_passes, "a denoiser pass against an AR step, and where time goes",
+                     "twotower bench passes --model runs/quickstart/model")  # fmt: skip
+    passes.add_argument("--model", type=Path, required=True, help="two-tower Hugging Face folder")
+    passes.add_argument("--block", type=int, default=16, help="tokens per block")
+    passes.add_argument("--prompt-tokens", type=int, default=64, help="tokens of the text before it")
+    passes.add_argument("--rounds", type=int, default=100, help="that are counted, after one that is not")
+    passes.add_argument("--threads", type=int, help="of the CPU; torch's own choice if left out")
+    passes.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder for the JSON")
     ops.add_argument("--operation", nargs="+", default=[], choices=("scan", "attention", "head", "convolution"),
                      help="all if left out")  # fmt: skip
     ops.add_argument("--length", nargs="+", type=int, default=[], help="tokens; up to 8192 if left out")

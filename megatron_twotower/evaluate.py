@@ -48,7 +48,7 @@ class EvaluationSettings:
     bound_draws: int = 4
     thresholds: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     threshold: float = 0.8
-    block_sizes: tuple[int, ...] = (8, 32, 64)
+    block_sizes: tuple[int, ...] = (8, 32, 96)
     steps: tuple[int, ...] = (2, 4, 8)
     every: bool = False
     prompts: int = 6
@@ -271,7 +271,7 @@ def print_figures(found: Mapping[str, Any], console: Console) -> None:
 
 def positions_picture(found: Mapping[str, Any]) -> bytes:
     levels = found["masked_loss_by_noise"]
-    chosen = levels[:: max(1, len(levels) // 5)]
+    chosen = [levels[i] for i in sorted({0, (len(levels) - 1) // 2, len(levels) - 1})]
     losses = {f"t = {e['t']:g}": [(cell["loss"], cell["stderr"]) for cell in e["by_position"]] for e in chosen}
     references = {
         name: [(cell["nats_per_token"], cell["stderr"]) for cell in found[key]]
@@ -288,7 +288,12 @@ def pareto_picture(found: Mapping[str, Any]) -> bytes:
     sizes, fewer = sorted(sizes, key=lambda row: row["block_size"]), sorted(fewer, key=lambda r: r["steps_per_block"])
     every = found["settings"]["every"]
     kinds: list[tuple[str, Sequence[dict[str, Any]], Callable[[dict[str, Any]], str], bool]] = [
-        (f"threshold, S = {block}", thresholds, lambda row: f"{row['confidence_threshold']:g}", True),
+        (
+            f"threshold, S = {block}",
+            sorted(thresholds, key=lambda row: row["confidence_threshold"]),
+            lambda row: f"{row['confidence_threshold']:g}",
+            True,
+        ),
         ("other block sizes", sizes, lambda row: f"S {row['block_size']}", not every),
         ("fewer steps", fewer, lambda row: f"{row['steps_per_block']} steps", not every),
     ]

@@ -324,7 +324,8 @@ def positions(
     for color, (name, values) in zip(theme.series[1:], references.items(), strict=False):
         _band(axes, values, color=color, alpha=1.0, label=name, dashed=True)
     _from_zero(axes, [mean for values in (*losses.values(), *references.values()) for mean, _ in values])
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    size = max((len(values) for values in losses.values()), default=1)
+    axes.set_xticks([1, *range(max(2, size // 4), size + 1, max(1, size // 4))])
     _label(axes, theme, x="position in the block", y="nats per token")
     axes.legend(
         frameon=False, fontsize=8, labelcolor=theme.text, loc="upper left", bbox_to_anchor=(1.01, 1.02),
@@ -361,6 +362,18 @@ _PARETO_PANELS = (
 )
 
 
+def _name_points(axes: Axes, labels: Sequence[tuple[str, tuple[float, float], str]]) -> None:
+    """Text, place and colour of labels: those that would cover one that is there are left out. Limits must be set."""
+    placed: list[tuple[float, float]] = []
+    for text, point, color in labels:
+        x, y = axes.transData.transform(point)
+        if all(
+            abs(x - other) > 0.3 * PIXELS_PER_INCH or abs(y - high) > 0.12 * PIXELS_PER_INCH for other, high in placed
+        ):
+            placed.append((x, y))
+            axes.annotate(text, point, xytext=(5, 4), textcoords="offset points", fontsize=7.5, color=color)
+
+
 def pareto(
     families: Sequence[Family], ar: Mapping[str, Any], front: Sequence[Mapping[str, Any]], *, theme: Theme
 ) -> bytes:
@@ -374,14 +387,14 @@ def pareto(
     )  # fmt: skip
     markers, axes = ("o", "s", "^"), panels[0]
     for axes, (key, factor, title, unit, less) in zip(panels, _PARETO_PANELS, strict=True):
+        labels: list[tuple[str, tuple[float, float], str]] = []
         for family, color, marker in zip(families, theme.series, markers, strict=False):
             xy = [(row["speedup"], factor * row[key]) for _, row in family.points]
             axes.plot(
                 *_split(xy), color=color, marker=marker, markersize=5.5, linewidth=1.3 if family.joined else 0,
                 markeredgecolor=theme.background, markeredgewidth=0.8, label=family.name,
             )  # fmt: skip
-            for (label, _), (x, y) in zip(family.points, xy, strict=True):
-                axes.annotate(label, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7.5, color=color)
+            labels += [(label, point, color) for (label, _), point in zip(family.points, xy, strict=True)]
         axes.plot(
             [row["speedup"] for row in front], [factor * row[key] for row in front], linewidth=0, marker="o",
             markersize=10, markerfacecolor="none", markeredgecolor=theme.muted, markeredgewidth=0.9,
@@ -394,5 +407,6 @@ def pareto(
             axes.invert_yaxis()
         axes.set_title(title, color=theme.text, fontsize=9.5, loc="left", pad=6)
         _label(axes, theme, x="speed, times AR", y=unit)
+        _name_points(axes, labels)
     _legend(axes, theme)
     return _png(figure)

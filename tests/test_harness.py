@@ -54,8 +54,13 @@ def ids_of(lm, pair):
 # --- scoring ------------------------------------------------------------------------------------------------------
 
 
-def test_the_name_is_registered():
+def test_the_harness_makes_one_by_its_registered_name(folder):
     assert get_model("twotower") is TwoTower
+    text = f"pretrained={folder},mode=ar,scoring=bound,block_size=4,confidence_threshold=0.5"
+    lm = get_model("twotower").create_from_arg_string(text, {"batch_size": 2, "device": None})
+    found = lm.settings
+    assert (found.mode, found.scoring, found.block_size, found.batch_size) == ("ar", "bound", 4, 2)
+    assert found.confidence_threshold == 0.5
 
 
 def test_answers_are_scored_by_the_context_tower(folder):
