@@ -70,6 +70,49 @@ def test_a_denoiser_is_half_the_bytes_and_is_completed_to_the_same(run, tiny_bac
         convert.export(tmp_path / "denoiser", tmp_path / "fourth")
 
 
+def load(folder, **settings):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto", **settings)
+
+
+# The folders that a denoiser can be completed from.
+HOMES = {
+    "hub": choose("context", style="hub"),
+    "transformers": choose("context", style="transformers"),
+    "two_tower": choose("two_tower"),
+}
+
+
+@pytest.mark.parametrize("style", HOMES)
+def test_from_pretrained_completes_a_denoiser(tmp_path, style):
+    whole = hf_folders.write(tmp_path / "whole", "two_tower", precision=lambda name: torch.float32)
+    convert.export(whole, tmp_path / "two_tower")
+    home = tmp_path / "home"
+    convert.export(whole, home, choices=HOMES[style])
+    convert.export(whole, tmp_path / "denoiser", choices=choose("denoiser"))
+    pointer = {"backbone": "../home", "sha256": convert.fingerprint(home)}
+    (tmp_path / "denoiser" / "context_tower.json").write_text(json.dumps(pointer))
+    completed, notes = load(tmp_path / "denoiser", output_loading_info=True)
+    assert not any(notes.values()), notes
+    wanted = load(tmp_path / "two_tower").state_dict()
+    found = completed.state_dict()
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_from_pretrained_never_leaves_a_context_tower_random(tmp_path):
+    whole = hf_folders.write(tmp_path / "whole", "two_tower")
+    convert.export(whole, tmp_path / "denoiser", choices=choose("denoiser"))
+    moved = shutil.move(whole, tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"whole: not found, expected the backbone of .*denoiser"):
+        load(tmp_path / "denoiser")
+    assert not any(load(tmp_path / "denoiser", backbone=moved, output_loading_info=True)[1].values())
+    other = hf_folders.write(tmp_path / "other", "hub", change=lambda tensors: dict(reversed(tensors.items())))
+    with pytest.raises(ValueError, match=r"other: found sha256 .*, expected .*, the backbone of"):
+        load(tmp_path / "denoiser", backbone=other)
+    (tmp_path / "denoiser" / "context_tower.json").unlink()
+    with pytest.raises(ValueError, match=r"denoiser: found no context_lm_head\.weight, .*, expected a context tower"):
+        load(tmp_path / "denoiser")
+
+
 def test_one_tower_is_not_two(tmp_path):
     source = hf_folders.write(tmp_path / "source", "hub")
     with pytest.raises(UserError, match="found one tower, expected two to export denoiser"):
@@ -125,7 +168,7 @@ def test_what_stands_beside_the_weights(run, tiny_data, tiny_backbone, tmp_path,
     assert (defaults.eos_token_id, defaults.block_size, defaults.mask_token_id) == (2, 8, 3)
 
 
-@pytest.mark.parametrize("what", ["two_tower", "context"])
+@pytest.mark.parametrize("what", ["two_tower", "context", "denoiser"])
 def test_the_snippet_of_the_card_runs(run, tiny_data, tmp_path, monkeypatch, capsys, what):
     convert.export(run, tmp_path / "model", choices=choose(what))
     for file in tmp_path.joinpath("model").iterdir():

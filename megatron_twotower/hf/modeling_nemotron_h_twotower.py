@@ -15,15 +15,20 @@ d state size, c convolution channels, k taps. Norms, convolutions, scans and rou
 a float64 model.
 """
 
+import hashlib
+import json
 import math
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import NemotronHConfig, PreTrainedModel
 from transformers import initialization as init
@@ -675,6 +680,56 @@ def _checked_mask(mask: Tensor | None, ids: Tensor, *, right: bool = False) -> T
     return text
 
 
+# --- a denoiser alone ---------------------------------------------------------------------------------------------
+
+# In the folder of a denoiser without its context tower: `backbone`, where that is, from this folder, and its `sha256`.
+POINTER_FILE = "context_tower.json"
+
+
+def find_backbone(folder: str | os.PathLike[str], backbone: str | os.PathLike[str] | None) -> Path | None:
+    """The folder that completes a denoiser alone, checked by its SHA-256; None where nothing points to one.
+
+    Args:
+        backbone: in place of the folder that the pointer names, where it moved.
+    """
+    pointer = Path(folder) / POINTER_FILE
+    if not pointer.is_file():
+        _require(backbone is None, f"backbone: found {backbone}, expected None: {folder} has no {POINTER_FILE}")
+        return None
+    found = json.loads(pointer.read_text())
+    home = Path(backbone or Path(folder) / found["backbone"])
+    _require(home.is_dir(), f"{home}: not found, expected the backbone of {folder} (backbone=... names it if it moved)")
+    digest = hashlib.sha256()
+    for path in sorted([home / "config.json", *home.glob("*.safetensors")]):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while chunk := file.read(2**24):
+                digest.update(chunk)
+    sha256, expected = digest.hexdigest(), found["sha256"]
+    _require(sha256 == expected, f"{home}: found sha256 {sha256}, expected {expected}, the backbone of {folder}")
+    return home
+
+
+def context_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The context tower and its head, one tensor at a time, from two towers or a plain NemotronH in either spelling."""
+    files = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
+    two = any(key.startswith("context_tower.") for file in files for key in file.keys())  # noqa: SIM118
+    for file in files:
+        for key in sorted(file.keys()):
+            if two:
+                if key.startswith("context_"):
+                    yield key, file.get_tensor(key)
+                continue
+            name = f"context_{key}" if key == "lm_head.weight" else f"context_tower.{key.partition('.')[2]}"
+            before, experts, projection = name.partition(".mixer.experts.")
+            if projection in ("up_proj", "down_proj"):  # of all experts, stacked
+                rows = file.get_slice(key)
+                for expert in range(rows.get_shape()[0]):
+                    yield f"{before}{experts}{expert}.{projection}.weight", rows[expert]
+            else:
+                yield name, file.get_tensor(key)
+
+
 UNSUPPORTED = {
     "moe_latent_size": None, "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "mlp_hidden_act": "relu2",
     "mamba_hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False,
@@ -733,6 +788,48 @@ class NemotronHTwoTowerForCausalLM(PreTrainedModel):
         tables = [nn.Parameter(torch.empty(3, hidden)) for _ in config.layers_block_type]
         self.scale_shift_tables = nn.ParameterList(tables)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike[str], *arguments: Any, backbone: str | os.PathLike[str] | None = None,
+        **settings: Any,
+    ) -> Any:  # fmt: skip
+        """As of `PreTrainedModel`. A denoiser alone is completed by the context tower of the backbone that its folder
+        points to, which must be the very one it was trained with.
+
+        Args:
+            backbone: the folder of that backbone, where it moved.
+
+        Raises:
+            ArgumentError: no such backbone, or another one. A context tower is never left random.
+        """
+        home = find_backbone(folder, backbone)
+        wants_info = settings.pop("output_loading_info", False)
+        ignored = cls._keys_to_ignore_on_load_missing
+        try:
+            if home is not None:
+                cls._keys_to_ignore_on_load_missing = [r"^context_"]
+            model, info = super().from_pretrained(folder, *arguments, output_loading_info=True, **settings)
+        finally:
+            cls._keys_to_ignore_on_load_missing = ignored
+        if home is not None:
+            model._take_context(home)
+        lost = sorted(name for name in info["missing_keys"] if name.startswith("context_"))
+        _require(not lost, f"{folder}: found no {', '.join(lost[:3])}, expected a context tower or {POINTER_FILE}")
+        return (model, info) if wants_info else model
+
+    @torch.no_grad()
+    def _take_context(self, folder: Path) -> None:
+        """Fill the context tower and its head from a backbone's folder, all of them."""
+        wanted = {name: tensor for name, tensor in self.state_dict().items() if name.startswith("context_")}
+        for name, tensor in context_tensors(folder):
+            target = wanted.pop(name, None)
+            found = f"{folder}: found {name} {tuple(tensor.shape)}"
+            _require(target is not None, f"{found}, expected no such tensor")
+            assert target is not None
+            _require(target.shape == tensor.shape, f"{found}, expected {tuple(target.shape)}")
+            target.copy_(tensor)
+        _require(not wanted, f"{folder}: found no {min(wanted, default='')}, expected the backbone of this denoiser")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
