@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -88,7 +89,13 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 2 if problems else 0
 
 
+def _end_cleanly() -> None:
+    """SIGTERM ends a command as Ctrl-C does: what it was writing is taken away again."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def _import(arguments: argparse.Namespace) -> int:
+    _end_cleanly()
     host.install()
     from megatron_twotower.convert import import_folder
     from megatron_twotower.convert.progress import bar
@@ -101,6 +108,7 @@ def _import(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    _end_cleanly()
     host.install()
     import torch
 

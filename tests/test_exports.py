@@ -293,6 +293,20 @@ def test_interrupted_it_leaves_nothing(tmp_path, both_ways, way):
     assert (tmp_path / "out").is_dir()
 
 
+@pytest.mark.parametrize("verb", ["import", "export"])
+def test_sigterm_ends_a_command_as_ctrl_c_does(tmp_path, verb, monkeypatch, capsys):
+    source = hf_folders.write(tmp_path / "source", "hub")
+    before = signal.getsignal(signal.SIGTERM)
+    for room, name in ((convert.imports, "write_weights"), (convert.folders, "write_safetensors")):
+        monkeypatch.setattr(room, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        assert cli.main(["convert", verb, "--from", str(source), "--to", str(tmp_path / "out")]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "interrupted" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 @pytest.mark.parametrize("way", ["import", "export"])
 def test_killed_it_leaves_no_folder_and_the_next_one_is_whole(tmp_path, both_ways, way):
     child = os.fork()
