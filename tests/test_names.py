@@ -64,6 +64,14 @@ def test_every_part_of_a_fused_projection_is_split_by_itself():
     assert torch.equal(second[:12], z[12:]) and first.shape == second.shape == (whole.shape[0] // 2, 24)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_parts_of_all_ranks_join_to_the_whole(ranks):
+    for entry in names.denoiser_entries(TINY, 16):
+        whole = torch.randn(entry.shape)
+        parts = [names.shard(whole, entry, rank=rank, ranks=ranks) for rank in range(ranks)]
+        assert torch.equal(names.joined(parts, entry), whole), entry.megatron
+
+
 def test_experts_live_on_one_rank_each():
     entries = [e for e in names.backbone_entries(TINY) if e.expert is not None]
     for entry in entries:

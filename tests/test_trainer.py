@@ -112,27 +112,29 @@ def test_sigterm_saves_at_once_and_asks_to_be_started_again(tmp_path, tiny_data,
         assert record["loss"] == pytest.approx(mean, rel=1e-6)
 
 
+# The whole command on two ranks, and at which steps it stops, to go on from there. What every layout computes is
+# compared in test_layouts.
 LAYOUTS = {
-    "data parallel": ["data.micro_batch_size=1"],
-    "expert parallel": ["parallel.expert=2"],
-    "expert parallel, all-gather": ["parallel.expert=2", "parallel.moe_dispatcher=allgather"],
-    "tensor and sequence parallel": ["parallel.tensor=2", "parallel.sequence=true"],
-    "distributed optimizer": ["optimizer.distributed=true"],
-}
+    "distributed optimizer": (
+        [9], "data.micro_batch_size=1", "optimizer.distributed=true", "parallel.overlap_grad_reduce=true",
+        "parallel.overlap_param_gather=true",
+    ),
+    "pipeline": ([6, 9], "parallel.pipeline=2", "parallel.pipeline_layers=[3,2]"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_ranks_give_the_losses_of_one(layout, tmp_path, tiny_data, tiny_backbone, whole_run, records_of):
-    run = tmp_path / "run"
-    arguments = settings(
-        tiny_data, run, tiny_backbone, *LAYOUTS[layout], "train.steps=8", "train.validate_every_steps=4"
-    )
-    launch(2, "tiny", *arguments)
+    run, (stops, *overrides) = tmp_path / "run", LAYOUTS[layout]
+    arguments = settings(tiny_data, run, tiny_backbone, *overrides, "train.validate_every_steps=4")
+    for steps in stops:
+        launch(2, "tiny", *arguments, f"train.steps={steps}")
     got, want = records_of(run), records_of(whole_run)
-    for step in range(1, 9):
+    for step in range(1, 10):
         assert got[step]["loss"] == pytest.approx(want[step]["loss"], rel=1e-5), step
         assert got[step]["grad_norm"] == pytest.approx(want[step]["grad_norm"], rel=1e-4), step
         assert got[step]["scored_tokens"] == want[step]["scored_tokens"]
+        assert got[step]["expert_load"] == pytest.approx(want[step]["expert_load"])
     assert records_of(run, "validation")[0]["loss"] == pytest.approx(
         records_of(whole_run, "validation")[0]["loss"], rel=1e-5
     )
