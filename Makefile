@@ -14,6 +14,7 @@ RUN ?= runs/quickstart
 BACKBONE ?= recipes/backbones/small
 PROMPT ?= def main():
 PYTEST_ARGS ?=
+SOAK_MINUTES ?= 60
 
 # Nothing is fetched from a model hub, and nothing is sent to W&B unless a recipe says so.
 export HF_HUB_OFFLINE ?= 1
@@ -23,7 +24,7 @@ export TOKENIZERS_PARALLELISM ?= true
 BIN := $(VENV)/bin
 TWOTOWER := $(BIN)/twotower
 
-.PHONY: help install train report bench test test-slow test-transformers check format backbone clean
+.PHONY: help install train report bench soak test test-slow test-transformers check format backbone clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -97,6 +98,10 @@ bench: $(VENV)/.installed ## measure operations, steps and the loader (about hal
 	$(TWOTOWER) bench ops
 	$(TWOTOWER) bench step
 	$(TWOTOWER) bench data
+
+soak: $(VENV)/.installed ## kill a small training again and again, and account for every sample (SOAK_MINUTES=60)
+	rm -rf runs/soak
+	$(TWOTOWER) bench soak --minutes $(SOAK_MINUTES) --output runs/soak
 
 # Development ----------------------------------------------------------------------------------------------------
 

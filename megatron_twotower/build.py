@@ -2,18 +2,18 @@
 
 import dataclasses
 import json
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from rich.console import Console
 
-from megatron_twotower import checkpoint, convert, names, parallel, trainer
 from megatron_twotower import config as settings
+from megatron_twotower import convert, keeping, names, parallel, trainer
 from megatron_twotower.config import RunConfig
 from megatron_twotower.data.blend import BlendedDataset
 from megatron_twotower.data.dataset import SequenceDataset, batches, global_batch, rank_slice, split_batch
@@ -22,12 +22,14 @@ from megatron_twotower.doctor import one_line_summary
 from megatron_twotower.memory import step_bytes
 from megatron_twotower.metrics import WandbSettings, open_metrics
 from megatron_twotower.names import Entry
-from megatron_twotower.optimizer import build_optimizer, build_schedule
+from megatron_twotower.optimizer import build_optimizer, build_schedule, held_state
 from megatron_twotower.phases import plan
+from megatron_twotower.pieces import optimizer_pieces, weight_pieces
 from megatron_twotower.provenance import provenance
 from megatron_twotower.records import Batch, UserError
 from megatron_twotower.stages import stages_of_rank
 from megatron_twotower.towers import BackboneModel, TwoTower, build_context_tower, transformer_config
+from megatron_twotower.watchdog import watching
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,15 @@ class Model:
         (chunk,) = self.chunks
         return chunk
 
-    def weights(self, config: RunConfig, groups: ProcessGroupCollection) -> dict[str, Any]:
-        sharded: dict[str, Any] = {}
+    def pieces(
+        self, config: RunConfig, groups: ProcessGroupCollection, optimizer: MegatronOptimizer | None = None
+    ) -> Iterator[ShardedTensor]:
+        """What a checkpoint holds of this rank: the weights, and what the optimizer keeps for them."""
+        held = {} if optimizer is None else held_state(optimizer, [p for c in self.chunks for p in c.parameters()])
         for chunk in self.chunks:
             entries = names.entries_of_stage(self.entries, chunk.tower.stage)
-            sharded |= checkpoint.sharded_weights(chunk, entries, config.model, groups)
-        return sharded
+            yield from weight_pieces(chunk, entries, config.model, groups)
+            yield from optimizer_pieces(chunk, entries, config.model, groups, held)
 
 
 def build_model(config: RunConfig, groups: ProcessGroupCollection) -> Model:
@@ -108,19 +113,6 @@ def _stream(
     )
 
 
-class _StopSignal:
-    """Remembers SIGTERM and SIGUSR1, which Slurm sends ahead of the end of a job's time."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, _: FrameType | None) -> None:
-        self.received = number
-
-    def __call__(self) -> bool:
-        return parallel.any_rank(self.received is not None)
 
 
 def dry_run(config: RunConfig) -> str:
@@ -141,28 +133,6 @@ def dry_run(config: RunConfig) -> str:
     return "\n".join(lines)
 
 
-def _resume_point(run: Path, config: RunConfig, model: Model) -> Path | None:
-    """The newest checkpoint to go on from, checked against what the run starts from.
-
-    Raises:
-        UserError: the checkpoint is of another model, objective or backbone.
-    """
-    found = checkpoint.find_checkpoints(run)
-    if not found:
-        return None
-    if not config.resume:
-        raise UserError(f"{run}: holds checkpoints, expected resume=true or another output folder")
-    state = checkpoint.read_state(found[-1])
-    expected = {
-        "objective": config.objective, "model": dataclasses.asdict(config.model), "fingerprint": model.fingerprint,
-    }  # fmt: skip
-    for key, value in expected.items():
-        other = getattr(state, key)
-        if other != value:
-            raise UserError(f"{found[-1]}: found {key} {other}, expected {value}")
-    return found[-1]
-
-
 def run_training(config: RunConfig) -> bool:
     """Train as configured, from the newest checkpoint of the output folder if there is one.
 
@@ -173,7 +143,7 @@ def run_training(config: RunConfig) -> bool:
     phases = plan(config)
     run, groups = Path(config.output), parallel.initialise(config)
     model = build_model(config, groups)
-    point = _resume_point(run, config, model)
+    point = keeping.resume_point(run, config, fingerprint=model.fingerprint)
     parts = trainer.Trainer(
         config=config,
         model=(wrapped := parallel.wrap(model.chunks, config, groups)),
@@ -183,16 +153,14 @@ def run_training(config: RunConfig) -> bool:
         groups=groups,
     )
 
-    def weights() -> dict[str, Any]:
+    def pieces() -> Iterator[ShardedTensor]:
         parts.model.gather_parameters()
-        return model.weights(config, groups)
+        return model.pieces(config, groups, optimizer)
 
     progress, so_far = trainer.Progress(), None
     if point is not None:
         so_far = _data_so_far(run)  # here, because no rank gets past the loading, to write it anew, before all are
-        checkpoint.load_checkpoint(point, weights=weights, optimizer=optimizer, schedule=parts.schedule)
-        state = checkpoint.read_state(point)
-        progress = trainer.resumed(state.step, state.cursor, state.window, groups)
+        progress = keeping.restore(point, parts, pieces)
         _check_cursor(config, progress)
     validation, source = _validation_batches(config, groups), open_training(config)
     if so_far:
@@ -200,24 +168,21 @@ def run_training(config: RunConfig) -> bool:
     stream = _stream(config, source, groups, progress.cursor)
     _write_run_files(run, config, model, source)
 
-    def save(progress: trainer.Progress) -> None:
-        state = checkpoint.CheckpointState(
-            step=progress.step, cursor=progress.cursor, objective=config.objective, backbone=config.init.backbone,
-            fingerprint=model.fingerprint, model=dataclasses.asdict(config.model),
-            window=trainer.window(progress, groups),
-        )  # fmt: skip
-        checkpoint.save_checkpoint(
-            run, state, weights=weights, optimizer=optimizer, schedule=parts.schedule,
-            keep=config.train.keep_checkpoints,
-        )  # fmt: skip
-
-    logging = config.logging
+    stop, logging = keeping.StopSignal(), config.logging
     with open_metrics(
         run, total_steps=config.train.steps, resume_step=progress.step, console=logging.console,
         wandb=WandbSettings(logging.wandb, logging.project, logging.name), config=dataclasses.asdict(config),
-    ) as metrics:  # fmt: skip
-        hooks = trainer.Hooks(metrics, save, _StopSignal(), tokens_by_corpus(config, source))
-        return trainer.train(parts, progress, stream, validation, hooks)
+    ) as metrics, watching(limit_seconds=config.train.hang_timeout_seconds) as beat:  # fmt: skip
+        keeper = keeping.Keeper(run, parts, pieces, fingerprint=model.fingerprint, metrics=metrics)
+        hooks = trainer.Hooks(
+            metrics=metrics, save=keeper.save, saved=keeper.saved, stop_requested=stop, beat=beat,
+            consumed=keeping.bookkeeper(run, config, groups), keep_batch=keeping.batch_keeper(run),
+            tokens_by_corpus=tokens_by_corpus(config, source),
+        )  # fmt: skip
+        try:
+            return trainer.train(parts, progress, stream, validation, hooks)
+        finally:
+            keeper.close()
 
 
 def _check_cursor(config: RunConfig, progress: trainer.Progress) -> None:

@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_twotower import host
-from megatron_twotower.records import UserError
-
-# A run that a signal ended early, its state saved: the status that asks a scheduler to start it again (EX_TEMPFAIL).
-STOPPED_EARLY = 75
+from megatron_twotower.records import STOPPED_EARLY, UserError
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -251,6 +248,14 @@ def _bench_passes(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _bench_soak(arguments: argparse.Namespace) -> int:
+    host.install()
+    from megatron_twotower.bench import soak
+
+    clean = soak.run(arguments.output, minutes=arguments.minutes, counts=arguments.ranks, seed=arguments.seed)
+    return 0 if clean else 1
+
+
 def _add_generate(generate: argparse.ArgumentParser) -> None:
     generate.add_argument("--model", type=Path, required=True, help="two-tower Hugging Face folder")
     what = generate.add_mutually_exclusive_group(required=True)
@@ -334,6 +339,12 @@ def _add_bench(bench: Any, command: Callable[..., argparse.ArgumentParser]) -> N
     passes.add_argument("--rounds", type=int, default=100, help="that are counted, after one that is not")
     passes.add_argument("--threads", type=int, help="of the CPU; torch's own choice if left out")
     passes.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder for the JSON")
+    soak = command(bench, "soak", _bench_soak, "kill a small training again and again, and account for every sample",
+                   "twotower bench soak --minutes 60")  # fmt: skip
+    soak.add_argument("--minutes", type=float, default=60.0)
+    soak.add_argument("--ranks", nargs="+", type=int, default=[2, 1], help="numbers of ranks to start it on, by chance")
+    soak.add_argument("--seed", type=int, default=0, help="of the kills")
+    soak.add_argument("--output", type=Path, default=Path("runs/soak"), help="folder for the runs and the JSON")
     ops.add_argument("--operation", nargs="+", default=[], choices=("scan", "attention", "head", "convolution"),
                      help="all if left out")  # fmt: skip
     ops.add_argument("--length", nargs="+", type=int, default=[], help="tokens; up to 8192 if left out")

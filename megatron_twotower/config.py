@@ -219,7 +219,16 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop. Counts of steps are optimizer steps. steps: 0 for the length of all phases."""
+    """The loop. Counts of steps are optimizer steps. steps: 0 for the length of all phases.
+
+    checkpoint_async: write checkpoints while training goes on, from a copy in host memory.
+    keep_checkpoints: the newest so many stay; keep_every_steps: so do those of every so many steps (0: none).
+    verify_checkpoints: compare each file with its checksum before a run goes on from it.
+    on_damaged_checkpoint: `stop`, or go on from the `previous` one.
+    stop_after_nonfinite: a step whose loss or gradients are not finite is skipped; so many in a row end the run.
+    hang_timeout_seconds: a rank that stands still so long ends the job, by name (0: never).
+    ledger: write down which samples every step consumed (`ledger/` in the run folder).
+    """
 
     steps: int = 100
     precision: str = "fp32"
@@ -231,7 +240,14 @@ class TrainConfig:
     validate_every_steps: int = 0
     validation_sequences: int = 64
     checkpoint_every_steps: int = 0
+    checkpoint_async: bool = True
     keep_checkpoints: int = 2
+    keep_every_steps: int = 0
+    verify_checkpoints: bool = True
+    on_damaged_checkpoint: str = "stop"
+    stop_after_nonfinite: int = 10
+    hang_timeout_seconds: int = 900
+    ledger: bool = False
 
 
 @dataclass(frozen=True)
@@ -276,6 +292,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule.decay_shape": ("linear", "cosine"),
     "train.precision": ("fp32", "bf16"),
     "train.router_dtype": ("fp32", "fp64"),
+    "train.on_damaged_checkpoint": ("stop", "previous"),
     "parallel.moe_dispatcher": ("alltoall", "allgather"),
     "logging.wandb": ("offline", "online", "disabled"),
 }
@@ -305,6 +322,9 @@ MINIMA: dict[str, int] = {
     "train.validate_every_steps": 0,
     "train.checkpoint_every_steps": 0,
     "train.keep_checkpoints": 1,
+    "train.keep_every_steps": 0,
+    "train.stop_after_nonfinite": 1,
+    "train.hang_timeout_seconds": 0,
     "schedule.warmup_steps": 0,
     "schedule.decay_steps": 0,
 }

@@ -135,8 +135,9 @@ def install() -> None:
     """
     warnings.filterwarnings("ignore", message=r"Transformer Engine and Apex are not installed")
     warnings.filterwarnings("ignore", message=r"(Apex is not installed|full scope is deprecated)")
-    # megatron-core 0.16.1, dist_checkpointing/strategies/torch.py, with torch 2.13.
+    # megatron-core 0.16.1 with torch 2.13: dist_checkpointing/strategies/torch.py, and the distributed optimizer.
     warnings.filterwarnings("ignore", message=r"`load_state_dict` is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated", category=FutureWarning)
     if not is_host() or any(isinstance(finder, _HostFinder) for finder in sys.meta_path):
         return
     early = sorted(name for name in _LITERALS if name in sys.modules)

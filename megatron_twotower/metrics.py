@@ -7,6 +7,9 @@ A record is a mapping with `kind` and `step`; the first rank writes it to every 
                         expert_load {"max_over_mean": ratio} (empty without experts), memory_gib, seconds (elapsed);
                         with phases, phase (its name); with a blend, tokens_by_corpus {name: tokens so far}; with
                         data.damaged_shards=skip, skipped_sequences (since the last record)
+                        and where steps were skipped, nonfinite_steps (since the last record)
+    kind "checkpoint":  step (at which it was finished), saved_step, gib, stall_seconds (that training waited for it),
+                        write_seconds (of the slowest rank, beside training)
     kind "validation":  step, loss (nats per scored token), loss_by_noise, tokens (scored)
 
 A figure that is not finite is written as null, so that every line of `metrics.jsonl` is plain JSON.
@@ -314,6 +317,7 @@ class _ConsoleSink:
     def log(self, record: Record) -> None:
         if record["kind"] == "validation":
             self._console.print(validation_row(record), style="green", highlight=False, soft_wrap=True)
+        if record["kind"] != "train":
             return
         self._loss = _cell(record, ("loss",), "{:.4f}".format)
         self._speed = _cell(record, ("tokens_per_second",), "{:,.0f}".format)

@@ -29,6 +29,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """The number of this process among all ranks."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
 def is_main() -> bool:
     """True on the one rank that writes and prints."""
     return not dist.is_initialized() or dist.get_rank() == 0
@@ -219,3 +224,21 @@ def any_rank(flag: bool) -> bool:
     raised = torch.tensor([int(flag)], device=host.device())
     dist.all_reduce(raised, op=dist.ReduceOp.MAX)
     return bool(raised.item())
+
+
+def gathered(value: Any) -> list[Any]:
+    """The value of every rank, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: Any) -> Any:
+    """The first rank's value, on every rank."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]

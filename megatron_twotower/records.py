@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# A run that a signal ended early, its state saved: the status that asks a scheduler to start it again (EX_TEMPFAIL).
+STOPPED_EARLY = 75
+
 
 class UserError(ValueError):
     """A mistake the user can mend. The command line prints its one line and exits with status 2."""

@@ -1,6 +1,7 @@
 """The training loop: one optimizer step, validation, and the loop around them. Knows no file format."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from megatron_twotower.corruption import corrupt
 from megatron_twotower.data.dataset import skipped_sequences
 from megatron_twotower.loss import autoregressive_loss, masked_diffusion_loss
 from megatron_twotower.metrics import Metrics, peak_memory_gib
+from megatron_twotower.optimizer import guarded_step
 from megatron_twotower.phases import Phase, phase_number
 from megatron_twotower.records import Batch, LossReport, UserError
 from megatron_twotower.towers import rows_between_stages
@@ -47,11 +49,15 @@ class Trainer:
 class Progress:
     """Where a run stands: optimizer steps done, sequences consumed by all ranks, and the sums since the last log.
 
+    updates: optimizer steps that were not skipped. nonfinite: steps skipped since the last log; in_a_row: up to now.
     sequences: consumed by all ranks since the last log. skipped: this rank's in damaged shards, since the last log.
     """
 
     step: int = 0
     cursor: int = 0
+    updates: int = 0
+    nonfinite: int = 0
+    in_a_row: int = 0
     sums: Tensor | None = None
     expert_tokens: Tensor | None = None
     since: float = field(default_factory=time.perf_counter)
@@ -67,6 +73,7 @@ def window(progress: Progress, groups: ProcessGroupCollection) -> dict[str, Any]
         "sums": None if sums is None else parallel.sum_over_stages(sums.double(), groups).tolist(),
         "expert_tokens": None if tokens is None else parallel.sum_over_ranks(tokens.double()).tolist(),
         "sequences": progress.sequences, "skipped": skipped_by_all(progress, groups),
+        "nonfinite": progress.nonfinite, "in_a_row": progress.in_a_row,
     }  # fmt: skip
 
 
@@ -76,7 +83,7 @@ def skipped_by_all(progress: Progress, groups: ProcessGroupCollection) -> int:
     return int(parallel.sum_over_data(counted, groups).item())
 
 
-def resumed(step: int, cursor: int, saved: dict[str, Any], groups: ProcessGroupCollection) -> Progress:
+def resumed(step: int, cursor: int, updates: int, saved: dict[str, Any], groups: ProcessGroupCollection) -> Progress:
     """Progress as it was saved; the window's sums go on where they are counted once, all others start from zero."""
 
     def part(values: Any, *, here: bool) -> Tensor | None:
@@ -88,19 +95,29 @@ def resumed(step: int, cursor: int, saved: dict[str, Any], groups: ProcessGroupC
     sums = part(saved["sums"], here=groups.dp_cp.rank() == groups.pp.rank() == 0)
     tokens = part(saved["expert_tokens"], here=parallel.is_main())
     skipped = saved["skipped"] if groups.dp_cp.rank() == 0 else 0
-    return Progress(step, cursor, sums, tokens, sequences=saved["sequences"], skipped=skipped)
+    return Progress(
+        step, cursor, updates, saved["nonfinite"], saved["in_a_row"], sums, tokens, sequences=saved["sequences"],
+        skipped=skipped,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Hooks:
     """What the loop is given: where figures go, how state is kept, and when to stop early.
 
+    save: begins to save the state. saved: looks whether a save under way is done, or waits for it, and records it.
+    beat: a sign of life, with what the loop is at. consumed: told the micro-batches of every step, and the step.
+    keep_batch: keeps the micro-batches of a step that could not be used, and says where.
     tokens_by_corpus: what the run has read of each corpus at a cursor; None with one corpus.
     """
 
     metrics: Metrics
     save: Callable[[Progress], None]
+    saved: Callable[..., None]
     stop_requested: Callable[[], bool]
+    beat: Callable[[str], None]
+    consumed: Callable[[Sequence[Batch], int], None]
+    keep_batch: Callable[[Sequence[Batch], int], str]
     tokens_by_corpus: Callable[[int], dict[str, int]] | None = None
 
 
@@ -166,19 +183,34 @@ def forward_backward(trainer: Trainer, batches: Sequence[tuple[Batch, Tensor | N
     return torch.stack([nothing, *reports]).sum(0)
 
 
-def train_step(trainer: Trainer, batches: list[Batch]) -> tuple[Tensor, float]:
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step gave: this rank's packed sums, the gradient norm of all, whether it was taken."""
+
+    sums: Tensor
+    norm: float
+    taken: bool
+
+
+def train_step(trainer: Trainer, batches: list[Batch]) -> Step:
     """One optimizer step on this rank's micro-batches of a global batch.
 
-    Returns:
-        this rank's packed sums, and the global gradient norm before clipping.
+    Where the loss or a gradient is not finite, on any rank, nothing that trains changes, on all of them.
     """
     trainer.model.train()
     trainer.model.zero_grad_buffer()
     trainer.optimizer.zero_grad()
+    # Megatron moves the selection biases of its routers with the gradients' reduction, before any step can be judged.
+    named = [item for part in trainer.model.parts for item in part.named_buffers()]
+    biases = [(buffer, buffer.clone()) for name, buffer in named if name.endswith("expert_bias")]
     sums = forward_backward(trainer, [(batch, None) for batch in batches], forward_only=False)
-    _, norm, _ = trainer.optimizer.step()
+    finite = not parallel.any_rank(not math.isfinite(sums[0].item()))
+    taken, norm = guarded_step(trainer.optimizer, usable=finite)
+    if not taken:
+        for buffer, before in biases:
+            buffer.copy_(before)
     trainer.schedule.step(1)
-    return sums, float(norm or 0.0)
+    return Step(sums, norm, taken)
 
 
 def validation_times(count: int, noise: NoiseConfig) -> Tensor:
@@ -209,7 +241,7 @@ def _figures(sums: Tensor, buckets: int) -> dict[str, Any]:
     total, count, by_level, scored = values[0], values[1], values[2 : 2 + buckets], values[2 + buckets :]
     names = [f"{i / buckets:.1f}-{(i + 1) / buckets:.1f}" for i in range(buckets)]
     by_noise = {name: s / n for name, s, n in zip(names, by_level, scored, strict=True) if n}
-    figures = {"loss": total / max(count, 1), "scored_tokens": int(sum(scored))}
+    figures = {"loss": total / count if count else math.nan, "scored_tokens": int(sum(scored))}
     return figures | {"loss_by_noise": by_noise if buckets > 1 else {}}
 
 
@@ -220,6 +252,8 @@ def _data_figures(trainer: Trainer, progress: Progress, hooks: Hooks) -> dict[st
         figures["phase"] = trainer.phases[phase_number(trainer.phases, progress.cursor - 1)].name
     if hooks.tokens_by_corpus is not None:
         figures["tokens_by_corpus"] = hooks.tokens_by_corpus(progress.cursor)
+    if progress.nonfinite:
+        figures["nonfinite_steps"] = progress.nonfinite
     if trainer.config.data.damaged_shards == "skip":
         figures["skipped_sequences"] = skipped_by_all(progress, trainer.groups)
     return figures
@@ -228,8 +262,10 @@ def _data_figures(trainer: Trainer, progress: Progress, hooks: Hooks) -> dict[st
 def _record(trainer: Trainer, progress: Progress, norm: float, started: float) -> dict[str, Any]:
     """The figures since the last record, summed over ranks."""
     config, groups = trainer.config, trainer.groups
-    assert progress.sums is not None
-    figures = _figures(parallel.sum_over_stages(progress.sums, groups), _buckets(config))
+    sums = progress.sums
+    if sums is None:  # every step since the last record was skipped
+        sums = torch.zeros(2 + 2 * _buckets(config), dtype=torch.float64, device=host.device())
+    figures = _figures(parallel.sum_over_stages(sums, groups), _buckets(config))
     load = {}
     if progress.expert_tokens is not None:
         tokens = parallel.sum_over_ranks(progress.expert_tokens.double())
@@ -243,6 +279,35 @@ def _record(trainer: Trainer, progress: Progress, norm: float, started: float) -
         "tokens": progress.cursor * length, "tokens_per_second": rate, "expert_load": load,
         "memory_gib": peak_memory_gib(), "seconds": now - started,
     }  # fmt: skip
+
+
+def _advance(trainer: Trainer, progress: Progress, batches: list[Batch], cursor: int, step: Step) -> None:
+    """Count a step and what it gave. A skipped one has consumed its batch, and counts in no figure but its own."""
+    progress.step += 1
+    progress.sequences += cursor - progress.cursor
+    progress.cursor = cursor
+    progress.skipped += sum(map(skipped_sequences, batches))
+    progress.nonfinite += not step.taken
+    progress.in_a_row = 0 if step.taken else progress.in_a_row + 1
+    if not step.taken:
+        return
+    progress.updates += 1
+    progress.sums = step.sums if progress.sums is None else progress.sums + step.sums
+    tokens = trainer.model.expert_tokens
+    if tokens is not None:
+        progress.expert_tokens = tokens if progress.expert_tokens is None else progress.expert_tokens + tokens
+
+
+def _check_finite(progress: Progress, step: Step, batches: list[Batch], limit: int, hooks: Hooks) -> None:
+    """
+    Raises:
+        UserError: too many steps in a row had a loss or gradients that are not finite.
+    """
+    if progress.in_a_row >= limit:
+        raise UserError(
+            f"step {progress.step}: the loss or its gradients are not finite, {progress.in_a_row} steps in a row "
+            f"(gradient norm {step.norm}); the batch is in {hooks.keep_batch(batches, progress.step)}"
+        )
 
 
 def train(
@@ -259,7 +324,8 @@ def train(
         True when all steps are done, False when stopped early on request, with the state saved.
 
     Raises:
-        UserError: the loss is not finite, or all sequences of a record were in damaged shards.
+        UserError: loss or gradients are not finite, too often in a row; all sequences of a record were in damaged
+            shards; a checkpoint cannot be written.
     """
     settings, started = trainer.config.train, time.perf_counter()
 
@@ -267,6 +333,7 @@ def train(
         return bool(every) and (progress.step % every == 0 or progress.step == settings.steps)
 
     def validated() -> None:
+        hooks.beat(f"validation after step {progress.step}")
         figures = validate(trainer.at(max(progress.cursor - 1, 0)), validation)
         hooks.metrics.log({"kind": "validation", "step": progress.step, **figures})
         progress.since = time.perf_counter()
@@ -274,35 +341,33 @@ def train(
     if progress.step == 0 and settings.validate_every_steps:
         validated()
     while progress.step < settings.steps:
+        hooks.beat(f"reading step {progress.step + 1}")
         batches, cursor = next(stream)
-        sums, norm = train_step(trainer.at(progress.cursor), batches)
-        progress.sums = sums if progress.sums is None else progress.sums + sums
-        tokens = trainer.model.expert_tokens
-        if tokens is not None:
-            progress.expert_tokens = tokens if progress.expert_tokens is None else progress.expert_tokens + tokens
-        progress.skipped += sum(map(skipped_sequences, batches))
-        progress.sequences += cursor - progress.cursor
-        progress.step, progress.cursor = progress.step + 1, cursor
+        hooks.beat(f"step {progress.step + 1}")
+        step = train_step(trainer.at(progress.cursor), batches)
+        _advance(trainer, progress, batches, cursor, step)
+        hooks.consumed(batches, progress.step)
         hooks.metrics.tick(progress.step)
         if due(settings.log_every_steps):
-            record = _record(trainer, progress, norm, started) | _data_figures(trainer, progress, hooks)
+            record = _record(trainer, progress, step.norm, started) | _data_figures(trainer, progress, hooks)
             hooks.metrics.log(record)
-            if not abs(record["loss"]) < float("inf"):
-                raise UserError(f"step {progress.step}: the loss is {record['loss']}, expected a finite number")
             if record.get("skipped_sequences") == progress.sequences:
                 raise UserError(
                     f"step {progress.step}: all {progress.sequences} sequences since the last record are in damaged "
                     "shards, expected some to train on (data.damaged_shards)"
                 )
             progress.sums = progress.expert_tokens = None
-            progress.sequences = progress.skipped = 0
+            progress.sequences = progress.skipped = progress.nonfinite = 0
             progress.since = time.perf_counter()
+        _check_finite(progress, step, batches, settings.stop_after_nonfinite, hooks)
         if due(settings.validate_every_steps):
             validated()
         stop = hooks.stop_requested()
-        if due(settings.checkpoint_every_steps) or stop or progress.step == settings.steps:
+        last = stop or progress.step == settings.steps
+        if last or due(settings.checkpoint_every_steps):
+            hooks.beat(f"saving after step {progress.step}")
             hooks.save(progress)
-            progress.since = time.perf_counter()
+        hooks.saved(progress, wait=last)
         if stop:
             return progress.step == settings.steps
     return True

@@ -167,7 +167,8 @@ def run(config):
     parts = trainer.Trainer(config, wrapped, optimizer, schedule, groups, plan(config))
     start, losses, norms, loads, shares = whole_parameters(model, config, groups), [], [], [], []
     for step in range(STEPS):
-        sums, norm = trainer.train_step(parts.at(step * SEQUENCES), micro_batches(config, groups, step))
+        done = trainer.train_step(parts.at(step * SEQUENCES), micro_batches(config, groups, step))
+        sums, norm = done.sums, done.norm
         total = parallel.sum_over_stages(sums, groups)
         losses.append((total[0] / total[1]).item())
         norms.append(norm)

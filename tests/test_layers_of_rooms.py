@@ -16,8 +16,8 @@ LEVELS = (
     ("memory", "adaln", "router", "layers", "towers"),
     ("loss",),
     ("parallel", "provenance", "optimizer", "metrics"),
-    ("trainer",),
-    ("checkpoint",),
+    ("trainer", "watchdog", "ledger"),
+    ("pieces", "checkpoint", "saving", "keeping"),
     ("hf", "convert"),
     (
         "generate", "bulk", "replay", "live", "likelihood", "sweep", "pictures", "evaluate", "task_recipes", "harness",

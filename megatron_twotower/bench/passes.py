@@ -126,7 +126,7 @@ def measured(
     with torch.no_grad():
         cases = works(model, block_size=block_size, mask_id=mask_id)
         seconds, layers = times(model, prompt, cases, rounds=rounds), by_layer(model, prompt, cases, rounds=rounds)
-        rows = [
+        rows: list[dict[str, Any]] = [
             {
                 "case": name, "minimum_seconds": min(found), "median_seconds": statistics.median(found),
                 "seconds_by_layer": layers[name], **operations(model, prompt, cases[name]),

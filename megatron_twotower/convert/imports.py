@@ -19,7 +19,9 @@ from megatron_twotower.provenance import provenance
 from megatron_twotower.records import UserError
 
 # Nothing was logged yet; see `trainer.window`.
-_EMPTY_WINDOW = {"sums": None, "expert_tokens": None, "sequences": 0, "skipped": 0}
+_EMPTY_WINDOW = {
+    "sums": None, "expert_tokens": None, "sequences": 0, "skipped": 0, "nonfinite": 0, "in_a_row": 0,
+}  # fmt: skip
 
 
 def import_folder(source: Path, run: Path, *, backbone: Path | None = None, watch: Watch = unwatched) -> RunConfig:
@@ -57,14 +59,15 @@ def import_folder(source: Path, run: Path, *, backbone: Path | None = None, watc
     stored = stored_weights(tensors, entries, model)
     size = sum(tensor.nbytes for tensor in stored.values())
     state = checkpoint.CheckpointState(
-        step=0, cursor=0, objective=config.objective, backbone=home, fingerprint=origin,
-        model=dataclasses.asdict(model), window=_EMPTY_WINDOW,
+        step=0, cursor=0, updates=0, objective=config.objective, backbone=home, fingerprint=origin,
+        model=dataclasses.asdict(model), window=_EMPTY_WINDOW, configuration=dataclasses.asdict(config),
     )  # fmt: skip
     with written(run, size=size) as partial:
         start = checkpoint.checkpoint_folder(partial, 0)
         start.mkdir(parents=True)
         write_weights(start, stored, report=watch(size))
-        (start / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=1) + "\n")
+        files = {file.name: checkpoint.checksum(file) for file in start.iterdir()}
+        checkpoint.write_state(start, dataclasses.replace(state, files=files))
         (partial / "config.yaml").write_text(settings.to_yaml(config))
         facts = provenance(config, fingerprint=origin) | {"imported_from": str(source)}
         (partial / "provenance.json").write_text(json.dumps(facts, indent=1) + "\n")
