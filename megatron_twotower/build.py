@@ -141,6 +141,7 @@ def run_training(config: RunConfig) -> bool:
     """
     settings.validate(config, world_size=parallel.world_size())
     phases = plan(config)
+    stop = keeping.StopSignal()  # first: a signal while all is made ready ends the run after its first step
     run, groups = Path(config.output), parallel.initialise(config)
     model = build_model(config, groups)
     point = keeping.resume_point(run, config, fingerprint=model.fingerprint)
@@ -168,7 +169,7 @@ def run_training(config: RunConfig) -> bool:
     stream = _stream(config, source, groups, progress.cursor)
     _write_run_files(run, config, model, source)
 
-    stop, logging = keeping.StopSignal(), config.logging
+    logging = config.logging
     with open_metrics(
         run, total_steps=config.train.steps, resume_step=progress.step, console=logging.console,
         wandb=WandbSettings(logging.wandb, logging.project, logging.name), config=dataclasses.asdict(config),

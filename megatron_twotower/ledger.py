@@ -6,6 +6,7 @@ there twice: the later start counts, the earlier one is a lost step.
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,11 @@ def open_ledger(run: Path, *, rank: int) -> IO[str]:
     """The book of a data-parallel rank, to be written on from its end. Each line is in the file once it is written."""
     (run / FOLDER).mkdir(parents=True, exist_ok=True)
     path = run / FOLDER / f"rank-{rank:05d}.jsonl"
-    half = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+    half = False
+    if path.exists() and path.stat().st_size:
+        with path.open("rb") as written:
+            written.seek(-1, os.SEEK_END)
+            half = written.read() != b"\n"
     stream = path.open("a", buffering=1)
     if half:
         stream.write("\n")  # of a process that was killed while it wrote
