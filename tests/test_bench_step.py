@@ -30,9 +30,9 @@ def test_a_step_leaves_the_weights_as_they_are(groups):
     config = load_recipe("bench_step", bench_step.QUICK_OVERRIDES)
     parts = bench_step.trainers_of(config, groups)
     assert list(parts) == [AR, TWO_TOWER]
-    before = [p.detach().clone() for p in parts[TWO_TOWER].model.parameters()]
+    before = [p.detach().clone() for p in parts[TWO_TOWER].model.only.parameters()]
     bench_step.step_case("case", parts[TWO_TOWER], bench_step.random_batch(config, length=64)).run()
-    assert all(torch.equal(a, b) for a, b in zip(before, parts[TWO_TOWER].model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, parts[TWO_TOWER].model.only.parameters(), strict=True))
 
 
 def test_ratios_are_over_the_case_that_is_named():
