@@ -48,8 +48,8 @@ RUNS = {
 }
 
 
-# With this seed the choice of no token's experts is closer than 6e-6: rounding on another layout cannot turn one over.
-SEED = 14
+# With this seed the choice of no token's experts is closer than 1e-5: rounding on another layout cannot turn one over.
+SEED = 7
 
 
 def base(backbone):
@@ -86,7 +86,7 @@ def write_backbone(folder):
         return tensor
 
     convert.write_folder(
-        folder, convert.renamed_tensors(source, entries, entries, dtype=torch.float32),
+        folder, convert.lazy_tensors(source, entries, MODEL, dtype=torch.float32),
         config=convert.backbone_config_json(MODEL, dtype=torch.float32), files={}, copies=[],
     )  # fmt: skip
     return folder
