@@ -127,7 +127,7 @@ def dry_run(config: RunConfig) -> str:
         tokens = phase.sequences * config.data.sequence_length_tokens
         block = f", blocks of {phase.noise.block_size_tokens}" if config.objective == "two_tower" else ""
         lines.append(f"phase {phase.name}: {phase.steps} steps, {tokens:,} tokens{block}")
-    if config.objective == "two_tower" and config.parallel.tensor == config.parallel.pipeline == 1:
+    if config.objective == "two_tower" and config.parallel.pipeline == 1:
         kept = ", ".join(f"{kind} {count / 2**20:,.1f}" for kind, count in step_bytes(config).items())
         lines.append(f"MiB kept between forward and backward, by kind of layer: {kept}")
     return "\n".join(lines)

@@ -18,11 +18,8 @@ Command = Callable[[argparse.Namespace], int]
 def _train(arguments: argparse.Namespace) -> int:
     from megatron_twotower.config import load_recipe
 
-    named = [item.removeprefix("recipe=") for item in arguments.settings if item.startswith("recipe=")]
-    overrides = [item for item in arguments.settings if not item.startswith("recipe=")]
-    if len(named) != 1:
-        raise UserError(f"recipe: found {len(named)}, expected exactly one recipe=NAME (or recipe=PATH.yaml)")
-    config = load_recipe(named[0], overrides)
+    recipe, overrides = _recipe_and_overrides(arguments.settings)
+    config = load_recipe(recipe, overrides)
     host.install()
     from megatron_twotower import build, parallel
 
@@ -33,6 +30,30 @@ def _train(arguments: argparse.Namespace) -> int:
         return 0 if build.run_training(config) else STOPPED_EARLY
     finally:
         parallel.shutdown()
+
+
+def _recipe_and_overrides(items: Sequence[str]) -> tuple[str, list[str]]:
+    named = [item.removeprefix("recipe=") for item in items if item.startswith("recipe=")]
+    if len(named) != 1:
+        raise UserError(f"recipe: found {len(named)}, expected exactly one recipe=NAME (or recipe=PATH.yaml)")
+    return named[0], [item for item in items if not item.startswith("recipe=")]
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from megatron_twotower.config import load_recipe
+
+    recipe, overrides = _recipe_and_overrides(arguments.settings)
+    config = load_recipe(recipe, overrides, planning=True)
+    host.install()
+    from megatron_twotower.plan import show
+    from megatron_twotower.plan.estimate import Assumptions
+
+    taken = Assumptions(utilisation=arguments.utilisation, link_share=arguments.link_share)
+    show.run(
+        config, recipe=recipe, ranks=arguments.ranks, assumptions=taken, searching=arguments.search,
+        rows=arguments.rows, as_text=not arguments.json,
+    )  # fmt: skip
+    return 0
 
 
 def _tokenizer(arguments: argparse.Namespace) -> int:
@@ -450,6 +471,17 @@ def _parser() -> argparse.ArgumentParser:
         "settings", nargs="+", metavar="recipe=NAME key=value", help="the recipe, and what to change in it"
     )
     train.add_argument("--dry-run", action="store_true", help="build the model, take no step")
+
+    plan = command(commands, "plan", _plan, "memory, traffic and time of a layout, before any GPU is taken",
+                   "twotower plan recipe=nano_30b_a3b_phase1 parallel=h100x64 --search")  # fmt: skip
+    plan.add_argument("settings", nargs="+", metavar="recipe=NAME key=value", help="as for train")
+    plan.add_argument("--ranks", type=int, help="the layout's own (parallel.ranks) if left out")
+    plan.add_argument("--utilisation", type=float, default=0.25,
+                      help="assumed share of the card's dense BF16 peak while computing")  # fmt: skip
+    plan.add_argument("--link-share", type=float, default=0.7, help="assumed share of the links' speed")
+    plan.add_argument("--search", action="store_true", help="rank other layouts of so many cards")
+    plan.add_argument("--rows", type=int, default=10, help="layouts to show")
+    plan.add_argument("--json", action="store_true", help="bytes, seconds and operations as JSON")
 
     data = commands.add_parser("data", help="make a tokenizer, prepare shards").add_subparsers(
         required=True, metavar="COMMAND"

@@ -196,6 +196,7 @@ class ParallelConfig:
     overlap_grad_reduce: reduce the gradients of a bucket while the backward pass makes the next ones.
     overlap_param_gather: gather updated parameters while the next forward pass runs (distributed optimizer).
     bucket_parameters: how many parameters are reduced or gathered at a time; 0 for Megatron's choice.
+    ranks: how many the layout is made for, 0 for any number. card: the accelerator that `twotower plan` reckons with.
     """
 
     tensor: int = 1
@@ -211,6 +212,8 @@ class ParallelConfig:
     overlap_param_gather: bool = False
     bucket_parameters: int = 0
     threads_per_rank: int = 0
+    ranks: int = 0
+    card: str = "h100"
 
     @property
     def expert_tensor_ranks(self) -> int:
@@ -294,6 +297,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train.router_dtype": ("fp32", "fp64"),
     "train.on_damaged_checkpoint": ("stop", "previous"),
     "parallel.moe_dispatcher": ("alltoall", "allgather"),
+    "parallel.card": ("h100", "h200", "b200", "a100"),
     "logging.wandb": ("offline", "online", "disabled"),
 }
 
@@ -317,6 +321,7 @@ MINIMA: dict[str, int] = {
     "parallel.context": 1,
     "parallel.bucket_parameters": 0,
     "parallel.threads_per_rank": 0,
+    "parallel.ranks": 0,
     "train.steps": 1,
     "train.log_every_steps": 1,
     "train.validate_every_steps": 0,
@@ -423,6 +428,10 @@ def _validate_noise(config: RunConfig) -> None:
 
 def _validate_layout(config: RunConfig, world_size: int) -> None:
     parallel = config.parallel
+    _require(
+        parallel.ranks in (0, world_size),
+        f"parallel.ranks: found {parallel.ranks}, expected the {world_size} ranks that were started, or 0",
+    )
     _require(
         parallel.context == 1,
         f"parallel.context: found {parallel.context}, expected 1 (context parallelism is not built: shorten sequences, "
@@ -600,8 +609,11 @@ def steps_of(tokens: int, data: DataConfig) -> int:
     return round(tokens / (data.sequence_length_tokens * data.global_batch_size))
 
 
-def resolve(config: RunConfig) -> RunConfig:
+def resolve(config: RunConfig, *, planning: bool = False) -> RunConfig:
     """Fill in `model` from the backbone's folder where the recipe leaves it out, and the steps of all phases.
+
+    Args:
+        planning: the recipe's model will do where the backbone's folder is not there (yet).
 
     Raises:
         UserError: neither is given, or both are and they differ.
@@ -609,10 +621,13 @@ def resolve(config: RunConfig) -> RunConfig:
     if config.phases and config.train.steps == 0:
         total = sum(steps_of(phase.tokens, config.data) for phase in config.phases)
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=total))
+    shaped = config.model.hybrid_override_pattern != ""
+    if planning and shaped and not (config.init.backbone and Path(config.init.backbone).is_dir()):
+        return config
     config = dataclasses.replace(config, init=_with_backbone(config.init))
     if config.init.backbone is None:
         _require(
-            config.model.hybrid_override_pattern != "",
+            shaped,
             "model.hybrid_override_pattern: found nothing, expected layer letters or init.backbone to take them from",
         )
         _require(
@@ -642,8 +657,11 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
 
 
-def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
+def load_recipe(recipe: str, overrides: Sequence[str] = (), *, planning: bool = False) -> RunConfig:
     """Compose a recipe, by name or by path of a YAML file, with Hydra overrides, and resolve it.
+
+    Args:
+        planning: as for `resolve`.
 
     Raises:
         UserError: unknown recipe, unknown key, wrong type, or a backbone that cannot be read.
@@ -668,7 +686,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"recipe {recipe}: {_first_cause(error)}") from error
     assert isinstance(config, RunConfig)
-    return resolve(config)
+    return resolve(config, planning=planning)
 
 
 def _writable(node: Any) -> Any:

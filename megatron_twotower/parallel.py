@@ -1,5 +1,6 @@
 """Process groups, wrapping, and Megatron's schedules: the only room that knows how ranks are laid out."""
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -58,10 +59,30 @@ def initialise(config: RunConfig) -> ProcessGroupCollection:
         virtual_pipeline_model_parallel_size=_interleaved(config.parallel.pipeline_chunks),
         expert_model_parallel_size=config.parallel.expert,
         expert_tensor_parallel_size=config.parallel.expert_tensor_ranks,
+        # What stands in for a world of ranks (`pretend`) has no Gloo groups beside it.
+        create_gloo_process_groups=dist.get_backend() != "fake",
     )
     # No layer draws random numbers; Megatron's trackers still want their states to exist.
     tensor_parallel.model_parallel_cuda_manual_seed(config.seed, force_reset_rng=True)
     return ProcessGroupCollection.use_mpu_process_groups()
+
+
+@contextlib.contextmanager
+def pretend(config: RunConfig, *, ranks: int, rank: int) -> Iterator[ProcessGroupCollection]:
+    """Groups as one rank of a larger world sees them, in this one process: sizes and places, no communication.
+
+    Raises:
+        RuntimeError: this process is one of a real world.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
+
+    if dist.is_initialized():
+        raise RuntimeError("process groups exist already, expected none")
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+    try:
+        yield initialise(config)
+    finally:
+        shutdown()
 
 
 def shutdown() -> None:

@@ -79,3 +79,22 @@ def random_noisy_batch(config: RunConfig, *, batch: int = 2, per_block: bool = T
     times = torch.rand(batch, count, generator=generator)
     numbers = torch.arange(batch)
     return noisy_batch(Batch(tokens, numbers, numbers, numbers), masked, times, config.noise)
+
+
+def planned_config(changes: dict[str, object]) -> RunConfig:
+    """All kinds of layers, large enough that sizes show, on a layout: {"parallel.expert": 2, ...}."""
+    model = dataclasses.replace(
+        TINY, hybrid_override_pattern="ME*-ME", vocab_size=64, hidden_size=64, head_dim=16, mamba_head_dim=16,
+        ssm_state_size=16, chunk_size=32, intermediate_size=96, n_routed_experts=4, moe_intermediate_size=24,
+        moe_shared_expert_intermediate_size=48,
+    )  # fmt: skip
+    data = DataConfig(sequence_length_tokens=64, micro_batch_size=2, global_batch_size=8)
+    config = RunConfig(
+        model=model, conditioning=ConditioningConfig(frequencies=16), data=data, noise=NoiseConfig(block_size_tokens=8)
+    )
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        config = dataclasses.replace(
+            config, **{section: dataclasses.replace(getattr(config, section), **{name: value})}
+        )
+    return config

@@ -11,9 +11,10 @@ from megatron_twotower.config import load_recipe, recipe_names, recipes_folder, 
 SHIPPED = recipes_folder() / "backbones" / "small"
 
 
-@pytest.mark.parametrize("recipe", recipe_names())
+# The recipes of the real model are too large to build here: tests/test_recipes.py.
+@pytest.mark.parametrize("recipe", [name for name in recipe_names() if not name.startswith("nano")])
 def test_every_recipe_loads_validates_and_dry_runs(recipe, tiny_backbone, capsys):
-    tiny = dict.fromkeys(("tiny", "tiny_phases", "curriculum"), tiny_backbone)
+    tiny = dict.fromkeys(("tiny", "tiny_phases"), tiny_backbone)
     start = {"quickstart": SHIPPED, **tiny}.get(recipe)
     overrides = [f"init.backbone={start}"] if start else []
     config = load_recipe(recipe, overrides)

@@ -21,7 +21,7 @@ LEVELS = (
     ("hf", "convert"),
     (
         "generate", "bulk", "replay", "live", "likelihood", "sweep", "pictures", "evaluate", "task_recipes", "harness",
-        "evaluate_tasks", "inspect_data", "report", "doctor",
+        "evaluate_tasks", "inspect_data", "report", "doctor", "plan",
     ),
     ("build", "bench", "cli"),
     ("__main__",),

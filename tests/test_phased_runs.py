@@ -14,7 +14,6 @@ from megatron_twotower import build, checkpoint, cli, parallel
 from megatron_twotower.config import load_recipe
 from megatron_twotower.data import sources
 from megatron_twotower.data.dataset import global_batch
-from megatron_twotower.phases import plan
 from megatron_twotower.records import UserError
 
 CLI = [sys.executable, "-m", "megatron_twotower"]
@@ -201,14 +200,3 @@ def test_documents_are_kept_apart_through_all_phases(tmp_path, two_corpora, tiny
     assert all(record["loss"] < 100 for record in records_of(tmp_path / "run").values())
     facts = json.loads((tmp_path / "run" / "provenance.json").read_text())
     assert all(0 < corpus["padding"] < 0.5 for corpus in facts["data"]["corpora"].values())
-
-
-def test_the_curriculum_is_a_plan_of_whole_batches(tiny_backbone):
-    config = load_recipe("curriculum", [f"init.backbone={tiny_backbone}", "noise.mask_token_id=3"])
-    phases = plan(config)
-    assert [phase.noise.block_size_tokens for phase in phases] == [32, 32, 16]
-    assert [phase.mixture for phase in phases] == ["breadth", "quality", "quality"]
-    tokens = sum(phase.sequences for phase in phases) * config.data.sequence_length_tokens
-    assert tokens == pytest.approx(2.1e12, rel=1e-4)
-    assert {phase.learning_rate for phase in phases} == {1e-4}
-    assert {phase.minimum_learning_rate for phase in phases} == {1e-6}

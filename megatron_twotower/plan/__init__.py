@@ -1,0 +1,1 @@
+"""Memory, traffic and time of a layout, reckoned before any GPU is taken."""

@@ -1,0 +1,33 @@
+"""The modules of one rank, built without memory and without the other ranks: what the table of names is checked by."""
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from megatron_twotower import parallel
+from megatron_twotower.config import RunConfig
+from megatron_twotower.plan.layout import Layout
+from megatron_twotower.plan.weights import Held, Parameter
+from megatron_twotower.towers import BackboneModel, TwoTower, build_context_tower, transformer_config
+
+
+def build(config: RunConfig, layout: Layout, *, rank: int = 0) -> Held:
+    """Build what a rank of a layout would build, with tensors that have shapes but no memory, and count it."""
+    with parallel.pretend(config, ranks=layout.ranks, rank=rank) as groups, FakeTensorMode():
+        megatron = _without_initialisation(transformer_config(config))
+        if config.objective == "ar":
+            return Held(0, _trained(BackboneModel(config, megatron, groups)))
+        context = build_context_tower(config, megatron, groups)
+        frozen = sum(p.numel() for p in context.parameters())
+        return Held(frozen, _trained(TwoTower(config, megatron, groups, context)))
+
+
+def _without_initialisation(megatron: TransformerConfig) -> TransformerConfig:
+    # Megatron forks its random state around every weight that it initialises, even by a function that does nothing.
+    megatron.perform_initialization = False
+    return megatron
+
+
+def _trained(module: nn.Module) -> tuple[Parameter, ...]:
+    # Megatron marks by `allreduce` what is summed over all data-parallel ranks; experts are not.
+    return tuple(Parameter(name, p.numel(), not getattr(p, "allreduce", True)) for name, p in module.named_parameters())

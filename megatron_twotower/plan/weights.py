@@ -1,0 +1,190 @@
+"""Parameters, gradients and optimizer state of one rank, in bytes, as Megatron Core 0.16.1 lays them out.
+
+The elements of a rank come from the table of names (`held`), or from modules that were built without memory
+(`built.py`): the two must agree. Megatron's rules:
+
+* gradients: one fp32 buffer of all trained parameters of a rank, and one of its experts where experts are parallel;
+* with the distributed optimizer parameters start at multiples of 64 elements in these buffers, buckets end at
+  multiples of 128 and of the ranks that share them, and parameters are views of a buffer cut alike;
+* AdamW's two moments in fp32, and main parameters in fp32 beside bf16 ones; of a bucket's share with the distributed
+  optimizer (param_and_grad_buffer.py, distrib_optimizer.py).
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from megatron_twotower.config import ModelConfig, RunConfig
+from megatron_twotower.names import Entry, context_entries, denoiser_entries, trained_backbone_entries
+from megatron_twotower.plan.layout import Layout
+
+FP32 = 4
+# Router biases are buffers: they are neither trained by gradient nor counted among parameters.
+_BUFFERS = ("expert_bias",)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a rank. expert: its gradient is summed over the ranks that hold the same experts."""
+
+    name: str
+    elements: int
+    expert: bool
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one rank holds: the frozen context tower, and what trains, in the order in which modules have them."""
+
+    context: int
+    trained: tuple[Parameter, ...]
+
+
+def parameters(entries: Iterable[Entry]) -> int:
+    """Elements of all parameters of a table, over all ranks."""
+    return sum(math.prod(entry.shape) for entry in entries if not entry.megatron.endswith(_BUFFERS))
+
+
+def tables(config: RunConfig) -> tuple[list[Entry], list[Entry]]:
+    """The tables of the context tower (none for `ar`) and of what trains."""
+    return _tables(config.objective, config.model, config.conditioning.frequencies)
+
+
+# A search asks for the same few again and again.
+@lru_cache(maxsize=4)
+def _tables(objective: str, model: ModelConfig, frequencies: int) -> tuple[list[Entry], list[Entry]]:
+    if objective == "ar":
+        return [], trained_backbone_entries(model)
+    return context_entries(model), denoiser_entries(model, frequencies)
+
+
+def _on_a_rank(entries: Iterable[Entry], layout: Layout) -> Iterable[Parameter]:
+    for entry in entries:
+        expert = entry.expert is not None
+        # Ranks hold equally many experts: so many of all stand for those of any.
+        if entry.megatron.endswith(_BUFFERS) or (entry.expert or 0) % layout.expert:
+            continue
+        ranks = layout.expert_tensor if expert else layout.tensor
+        elements = math.prod(entry.shape) // (1 if entry.split is None else ranks)
+        yield Parameter(entry.megatron, elements, expert and layout.expert > 1)
+
+
+def held(config: RunConfig, layout: Layout) -> Held:
+    """What each rank of a layout holds, by the table of names."""
+    return _held(config.objective, config.model, config.conditioning.frequencies, layout)
+
+
+@lru_cache(maxsize=64)
+def _held(objective: str, model: ModelConfig, frequencies: int, layout: Layout) -> Held:
+    context, trained = _tables(objective, model, frequencies)
+    return Held(sum(p.elements for p in _on_a_rank(context, layout)), tuple(_on_a_rank(trained, layout)))
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Megatron's buffer of some parameters: its elements, padding included, and those each data-parallel rank owns."""
+
+    elements: int
+    owned: tuple[int, ...]
+
+
+def _up(number: int, divisor: int) -> int:
+    return -(-number // divisor) * divisor
+
+
+@lru_cache(maxsize=256)
+def buffer(
+    sizes: tuple[int, ...], *, ranks: int, distributed: bool, bucket_elements: int | None = None
+) -> Buffer:  # fmt: skip
+    """Lay parameters of these sizes out as Megatron does.
+
+    Args:
+        sizes: in the order of the module's parameters; Megatron goes through them backwards.
+        ranks: that share the buffer.
+        bucket_elements: a bucket is closed when it has so many; None for one bucket.
+
+    Returns:
+        the buffer. Without the distributed optimizer every rank owns all.
+    """
+    if not distributed:
+        return Buffer(sum(sizes), (sum(sizes),) * ranks)
+    divisor = math.lcm(ranks, 128)
+    owned, start, first = [0] * ranks, 0, 0
+    inside: list[tuple[int, int]] = []
+
+    def close(end: int) -> int:
+        last = _up(end, divisor)
+        share = (last - first) // ranks
+        for low, high in inside:
+            for rank in range((low - first) // share, min(ranks, (high - 1 - first) // share + 1)):
+                begin = first + rank * share
+                owned[rank] += min(high, begin + share) - max(low, begin)
+        return last
+
+    for size in reversed(sizes):
+        start = _up(start, 64)
+        inside.append((start, start + size))
+        start += size
+        if bucket_elements is not None and start - first >= bucket_elements:
+            start = first = close(start)
+            inside = []
+    if inside:
+        start = close(start)
+    return Buffer(start, tuple(owned))
+
+
+def bucket_elements(config: RunConfig, ranks: int) -> int | None:
+    """Megatron's default size of a bucket: there are several only where reduction overlaps with the backward pass."""
+    return max(40_000_000, 1_000_000 * ranks) if config.parallel.overlap_grad_reduce else None
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes on a rank. optimizer: of each data-parallel rank, over dense and expert buffers; they differ by padding.
+
+    dense, expert: elements of the two gradient buffers, padding included.
+    """
+
+    context: int
+    parameters: int
+    gradients: int
+    optimizer: int
+    dense: int
+    expert: int
+
+
+def weight_bytes(
+    config: RunConfig, layout: Layout, of: Held, *, places: tuple[int, int] | None = None
+) -> WeightBytes:  # fmt: skip
+    """Bytes of weights and what hangs on them.
+
+    Args:
+        places: of a rank in its data-parallel and its expert-data-parallel group, for its very share of the optimizer
+            state; None for the largest.
+    """
+    wide, distributed = config.train.precision == "bf16", config.optimizer.distributed
+    width = 2 if wide else FP32
+    # fp32 parameters are their own main parameters.
+    state = 3 * FP32 if wide else 2 * FP32
+    buffers, owned = [], 0
+    for number, ranks in enumerate((layout.data, layout.expert_data)):
+        sizes = tuple(p.elements for p in of.trained if p.expert == bool(number))
+        laid = buffer(sizes, ranks=ranks, distributed=distributed, bucket_elements=bucket_elements(config, ranks))
+        buffers.append(laid.elements)
+        owned += max(laid.owned) if places is None else laid.owned[places[number]]
+    total = sum(buffers)
+    return WeightBytes(
+        context=of.context * width, parameters=total * width, gradients=total * FP32, optimizer=owned * state,
+        dense=buffers[0], expert=buffers[1],
+    )  # fmt: skip
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """A checkpoint: parameters, and main parameters (bf16) and moments in fp32, of all that trains. Once, not per rank.
+
+    The frozen tower is in no checkpoint.
+    """
+    _, trained = tables(config)
+    each = 2 + 3 * FP32 if config.train.precision == "bf16" else 3 * FP32
+    return parameters(trained) * each

@@ -1,0 +1,97 @@
+"""What a plan says of a rank against what real ranks hold and send: bytes of weights, and of collectives."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models import planned_config
+
+from megatron_twotower.config import validate
+from megatron_twotower.plan.built import build
+from megatron_twotower.plan.estimate import kept_bytes
+from megatron_twotower.plan.layout import layout_of
+from megatron_twotower.plan.traffic import sent_by_group, transfers
+from megatron_twotower.plan.weights import held, weight_bytes
+
+DISTRIBUTED, WIDE = {"optimizer.distributed": True}, {"train.precision": "bf16"}
+TENSOR = {"parallel.tensor": 2, "parallel.sequence": True}
+LAYOUTS = {
+    1: [{}, {"noise.time_per": "block"} | WIDE, {"train.recompute_layers": "ME"} | DISTRIBUTED | WIDE],
+    2: [
+        {},
+        DISTRIBUTED | WIDE,
+        {"parallel.expert": 2, "train.router_dtype": "fp64"} | DISTRIBUTED,
+        {"parallel.expert": 2, "parallel.moe_dispatcher": "allgather"} | WIDE,
+        {"train.recompute_layers": "ME"} | TENSOR,
+        {"parallel.expert": 2, "parallel.expert_tensor": 1} | TENSOR | DISTRIBUTED,
+    ],
+    4: [
+        {"parallel.expert": 2} | DISTRIBUTED | WIDE,
+        {"parallel.expert": 2, "parallel.expert_tensor": 1, "data.micro_batch_size": 1} | TENSOR | DISTRIBUTED | WIDE,
+        {"parallel.expert": 4, "parallel.expert_tensor": 1, "train.recompute_layers": "ME*-"} | TENSOR,
+    ],
+}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def measured(request, tmp_path_factory):
+    """Ranks, and what each of them measured on each layout."""
+    ranks, output = request.param, tmp_path_factory.mktemp("ranks")
+    here = Path(__file__).parent
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    result = subprocess.run(
+        [*torchrun, str(here / "measure_ranks.py"), json.dumps(LAYOUTS[ranks]), str(output)], cwd=here,
+        capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    records = [json.loads((output / f"{rank}.json").read_text()) for rank in range(ranks)]
+    return ranks, list(zip(*records, strict=True))
+
+
+def layouts(measured):
+    """Each layout with its configuration and the records of its ranks."""
+    ranks, records = measured
+    for changes, of_ranks in zip(LAYOUTS[ranks], records, strict=True):
+        config = planned_config(changes)
+        validate(config, world_size=ranks)
+        yield config, layout_of(config, ranks=ranks), of_ranks
+
+
+def test_weights_gradients_and_optimizer_state_are_those_of_real_ranks(measured):
+    for config, layout, records in layouts(measured):
+        for rank, record in enumerate(records):
+            of = build(config, layout, rank=rank)
+            told = weight_bytes(config, layout, of, places=tuple(record["places"]))
+            for what in ("context", "parameters", "gradients", "optimizer"):
+                assert getattr(told, what) == record[what], (what, rank, config.parallel)
+
+
+def test_the_table_of_names_says_what_modules_hold(measured):
+    for config, layout, _ in layouts(measured):
+        of = [held(config, layout), *(build(config, layout, rank=rank) for rank in range(layout.ranks))]
+        assert len({each.context for each in of}) == 1
+        assert len({tuple(sorted((p.elements, p.expert) for p in each.trained)) for each in of}) == 1
+
+
+def test_activations_are_what_autograd_keeps(measured):
+    """On average over ranks. The formulas are of large sizes; small tensors weigh more here."""
+    for config, _, records in layouts(measured):
+        scored = records[0]["kept_scored"]
+        told = sum(kept_bytes(config, block=config.noise.block_size_tokens, scored=scored))
+        kept = sum(record["kept"] for record in records) / len(records)
+        assert told == pytest.approx(kept, rel=0.1), config.parallel
+
+
+def test_a_rank_sends_what_the_formulas_say(measured):
+    """On average over ranks, for experts are not equally busy; and but for counts of a few numbers."""
+    for config, layout, records in layouts(measured):
+        weights = weight_bytes(config, layout, held(config, layout))
+        scored = sum(record["scored"] for record in records) / len(records)
+        told = sent_by_group(transfers(config, layout, weights, scored=scored), layout)
+        groups = set(told) | {group for record in records for group in record["sent"]}
+        for group in groups:
+            sent = sum(record["sent"].get(group, 0) for record in records) / len(records)
+            assert told.get(group, 0) == pytest.approx(sent, rel=1e-3, abs=2000), (group, config.parallel)
+        assert layout.ranks == 1 or max(told.values()) > 100_000
