@@ -24,7 +24,7 @@ export TOKENIZERS_PARALLELISM ?= true
 BIN := $(VENV)/bin
 TWOTOWER := $(BIN)/twotower
 
-.PHONY: help install train report bench soak test test-slow test-transformers check format backbone clean
+.PHONY: help install train report bench soak test test-slow test-transformers test-slurm check format backbone clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -122,6 +122,12 @@ test-transformers: $(VENV)/.installed-dev ## test the shipped model file with an
 	@$(OTHER)/bin/python -m pip install -qq transformers==$(TRANSFORMERS)
 	$(OTHER)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
 	$(OTHER)/bin/python -m pytest tests/test_hf.py tests/test_batches.py tests/test_speculative.py $(PYTEST_ARGS)
+
+# Of two nodes, on this machine, started by the tests themselves. It takes root and Debian's slurm-wlm and munge.
+test-slurm: $(VENV)/.installed-dev ## run the launch scripts on a real Slurm (as root; apt-get install slurm-wlm munge)
+	@for each in slurmctld slurmd munged sbatch; do PATH="$$PATH:/usr/sbin" command -v $$each >/dev/null || { echo "test-slurm: $$each not found, expected a Slurm (apt-get install slurm-wlm munge)"; exit 2; }; done
+	@test "$$(id -u)" = 0 || { echo "test-slurm: found user $$(id -un), expected root (slurmd starts tasks for users)"; exit 2; }
+	$(BIN)/python -m pytest -m slurm $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev ## lint and types
 	$(BIN)/ruff check .

@@ -19,6 +19,14 @@ def _train(arguments: argparse.Namespace) -> int:
     from megatron_twotower.config import load_recipe
 
     recipe, overrides = _recipe_and_overrides(arguments.settings)
+    if arguments.multirun:
+        from megatron_twotower import multirun
+
+        try:
+            multirun.run(recipe, overrides)
+        except multirun.StoppedEarly:
+            return STOPPED_EARLY
+        return 0
     config = load_recipe(recipe, overrides)
     host.install()
     from megatron_twotower import build, parallel
@@ -470,7 +478,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "settings", nargs="+", metavar="recipe=NAME key=value", help="the recipe, and what to change in it"
     )
-    train.add_argument("--dry-run", action="store_true", help="build the model, take no step")
+    once = train.add_mutually_exclusive_group()
+    once.add_argument("--dry-run", action="store_true", help="build the model, take no step")
+    once.add_argument("--multirun", action="store_true", help="a run for each value of keys with several: seed=1,2")
 
     plan = command(commands, "plan", _plan, "memory, traffic and time of a layout, before any GPU is taken",
                    "twotower plan recipe=nano_30b_a3b_phase1 parallel=h100x64 --search")  # fmt: skip

@@ -657,6 +657,24 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
 
 
+def hydra_source(recipe: str, overrides: Sequence[str]) -> tuple[Path, list[str]]:
+    """The file of a recipe, and what Hydra needs besides the overrides to read it. Tells Hydra of `RunConfig`.
+
+    Raises:
+        UserError: unknown recipe, or an override that adds or removes a key.
+    """
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else recipes_folder() / f"{recipe}.yaml"
+    if not path.is_file():
+        raise UserError(f"recipe {recipe!r}: not found, expected a YAML file or one of {', '.join(recipe_names())}")
+    added = [item for item in overrides if item.startswith(("+", "~"))]
+    _require(not added, f"override {''.join(added[:1])!r}: keys cannot be added or removed, only set")
+    ConfigStore.instance().store(name="run_config", node=_writable(OmegaConf.structured(RunConfig)))
+    return path.resolve(), [f"hydra.searchpath=[file://{recipes_folder()}]"]
+
+
 def load_recipe(recipe: str, overrides: Sequence[str] = (), *, planning: bool = False) -> RunConfig:
     """Compose a recipe, by name or by path of a YAML file, with Hydra overrides, and resolve it.
 
@@ -667,20 +685,13 @@ def load_recipe(recipe: str, overrides: Sequence[str] = (), *, planning: bool = 
         UserError: unknown recipe, unknown key, wrong type, or a backbone that cannot be read.
     """
     from hydra import compose, initialize_config_dir
-    from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else recipes_folder() / f"{recipe}.yaml"
-    if not path.is_file():
-        raise UserError(f"recipe {recipe!r}: not found, expected a YAML file or one of {', '.join(recipe_names())}")
-    added = [item for item in overrides if item.startswith(("+", "~"))]
-    _require(not added, f"override {''.join(added[:1])!r}: keys cannot be added or removed, only set")
-    ConfigStore.instance().store(name="run_config", node=_writable(OmegaConf.structured(RunConfig)))
-    search = [f"hydra.searchpath=[file://{recipes_folder()}]"]
+    path, search = hydra_source(recipe, overrides)
     try:
-        with initialize_config_dir(str(path.resolve().parent), version_base="1.3"):
+        with initialize_config_dir(str(path.parent), version_base="1.3"):
             composed = compose(path.stem, overrides=[*search, *overrides])
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:

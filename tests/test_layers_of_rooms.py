@@ -23,15 +23,15 @@ LEVELS = (
         "generate", "bulk", "replay", "live", "likelihood", "sweep", "pictures", "evaluate", "task_recipes", "harness",
         "evaluate_tasks", "inspect_data", "report", "doctor", "plan",
     ),
-    ("build", "bench", "cli"),
+    ("build", "bench", "multirun", "cli"),
     ("__main__",),
 )  # fmt: skip
 ORDER = {room: place for place, room in enumerate(room for level in LEVELS for room in level)}
 
 # Packages that one or two rooms alone may import.
 ONLY_IN = {
-    "hydra": {"config", "cli"},
-    "omegaconf": {"config", "cli"},
+    "hydra": {"config", "multirun"},
+    "omegaconf": {"config", "multirun"},
     "wandb": {"metrics"},
     "matplotlib": {"pictures"},
     "triton": {"ops"},
