@@ -48,7 +48,7 @@ class EvaluationSettings:
     bound_draws: int = 4
     thresholds: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     threshold: float = 0.8
-    block_sizes: tuple[int, ...] = (8, 32, 96)
+    block_sizes: tuple[int, ...] = (8, 32)
     steps: tuple[int, ...] = (2, 4, 8)
     every: bool = False
     prompts: int = 6
