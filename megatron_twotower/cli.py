@@ -371,7 +371,8 @@ def _add_bench(bench: Any, command: Callable[..., argparse.ArgumentParser]) -> N
     soak = command(bench, "soak", _bench_soak, "kill a small training again and again, and account for every sample",
                    "twotower bench soak --minutes 60")  # fmt: skip
     soak.add_argument("--minutes", type=float, default=60.0)
-    soak.add_argument("--ranks", nargs="+", type=int, default=[2, 1], help="numbers of ranks to start it on, by chance")
+    soak.add_argument("--ranks", nargs="+", type=int, default=[2],
+                      help="ranks to start it on; of several numbers each start takes one by chance")  # fmt: skip
     soak.add_argument("--seed", type=int, default=0, help="of the kills")
     soak.add_argument("--output", type=Path, default=Path("runs/soak"), help="folder for the runs and the JSON")
     ops.add_argument("--operation", nargs="+", default=[], choices=("scan", "attention", "head", "convolution"),

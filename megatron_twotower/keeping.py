@@ -3,22 +3,21 @@
 import dataclasses
 import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_twotower import checkpoint, ledger, parallel, trainer
+from megatron_twotower.checkpoint import Pieces
 from megatron_twotower.config import RunConfig
 from megatron_twotower.metrics import Metrics
 from megatron_twotower.optimizer import set_updates
 from megatron_twotower.pieces import OF_OPTIMIZER
 from megatron_twotower.records import Batch, UserError
-from megatron_twotower.saving import Saver
+from megatron_twotower.saving import Saved, Saver
 
 
 class StopSignal:
@@ -59,9 +58,7 @@ def resume_point(run: Path, config: RunConfig, *, fingerprint: str | None) -> Pa
     return found
 
 
-def restore(
-    point: Path, parts: trainer.Trainer, pieces: Callable[[], Iterable[ShardedTensor]]
-) -> trainer.Progress:  # fmt: skip
+def restore(point: Path, parts: trainer.Trainer, pieces: Pieces) -> trainer.Progress:
     """Fill weights, optimizer and schedule from a checkpoint of any layout; that of an import holds weights alone.
 
     Returns:
@@ -82,10 +79,10 @@ def restore(
 
 
 class Keeper:
-    """The checkpoints of a run under way: the two hooks of the loop, `save` and `saved`."""
+    """The checkpoints of a run under way: `save` and `saved` are the loop's hooks."""
 
     def __init__(
-        self, run: Path, parts: trainer.Trainer, pieces: Callable[[], Iterable[ShardedTensor]], *,
+        self, run: Path, parts: trainer.Trainer, pieces: Pieces, *,
         fingerprint: str | None, metrics: Metrics,
     ) -> None:  # fmt: skip
         settings = parts.config.train
@@ -108,7 +105,7 @@ class Keeper:
     def saved(self, progress: trainer.Progress, *, wait: bool) -> None:
         self._record(self._saver.finish() if wait else self._saver.poll(), progress)
 
-    def _record(self, saved: Sequence[Any], progress: trainer.Progress) -> None:
+    def _record(self, saved: Sequence[Saved], progress: trainer.Progress) -> None:
         for each in saved:
             self._metrics.log({
                 "kind": "checkpoint", "step": progress.step, "saved_step": each.step, "gib": each.size / 2**30,
@@ -125,7 +122,11 @@ def bookkeeper(run: Path, config: RunConfig, groups: ProcessGroupCollection) -> 
     if not config.train.ledger or groups.tp.rank() or groups.pp.rank():
         return lambda batches, step: None
     stream = ledger.open_ledger(run, rank=groups.dp_cp.rank())
-    return lambda batches, step: (stream.write(ledger.entry(batches, start=start, step=step)), None)[1]
+
+    def write(batches: Sequence[Batch], step: int) -> None:
+        stream.write(ledger.entry(batches, start=start, step=step))
+
+    return write
 
 
 def batch_keeper(run: Path) -> Callable[[Sequence[Batch], int], str]:

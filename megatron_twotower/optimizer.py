@@ -26,9 +26,7 @@ from megatron_twotower.phases import Phase, plan
 NO_WEIGHT_DECAY = ("*scale_shift_table", "*conv1d_weight")
 
 
-def build_optimizer(
-    config: RunConfig, model: Chunks, groups: ProcessGroupCollection
-) -> MegatronOptimizer:
+def build_optimizer(config: RunConfig, model: Chunks, groups: ProcessGroupCollection) -> MegatronOptimizer:
     """AdamW over the trained parameters, fp32 main weights, clipped by the global gradient norm."""
     ours = config.optimizer
     settings = MegatronOptimizerConfig(

@@ -29,7 +29,7 @@ def soaked(output, data, backbone, *, kills, counts, seed):
 
 def test_killed_at_random_moments_nothing_is_lost_or_read_twice(tmp_path, tiny_data, tiny_backbone):
     found = soaked(tmp_path, tiny_data, tiny_backbone, kills=4, counts=(2, 1), seed=3)
-    assert len(found.kills) >= 3 and found.clean
+    assert len(found.kills) >= 3 and found.clean and found.largest_difference < 1e-5
     assert "samples repeated" in [str(cell) for cell in soak.table(found).columns[0].cells]
 
 
@@ -51,7 +51,9 @@ def test_killed_at_thirty_random_moments_on_changing_numbers_of_ranks(tmp_path, 
 def test_torchrun_goes_on_with_the_ranks_that_are_left(tmp_path, tiny_data, tiny_backbone):
     """Two agents of one rank each; the second is killed with its rank, and the first starts anew, alone."""
     run, whole = tmp_path / "run", tmp_path / "whole"
-    extra = [*SHORT, "train.steps=40", "train.checkpoint_every_steps=2"]
+    # A low rate, and an epsilon that is not: rounding, which differs with the number of ranks, is not to grow.
+    extra = [*SHORT, "train.steps=40", "train.checkpoint_every_steps=2", "optimizer.learning_rate=1e-4",
+             "optimizer.epsilon=1e-5"]  # fmt: skip
     assert main(settings(tiny_data, whole, tiny_backbone, *extra)) == 0
     rendezvous = [
         "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=test",
@@ -119,7 +121,7 @@ def with_bad_steps(monkeypatch, bad, *, loss=False):
             if loss:
                 sums[0] = float("inf")
             else:
-                first = next(p for p in parts.model.parameters() if p.requires_grad)
+                first = next(p for p in parts.model.only.parameters() if p.requires_grad)
                 first.main_grad[0] = float("nan") if step % 2 else float("inf")
         return sums
 

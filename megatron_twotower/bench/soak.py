@@ -22,18 +22,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_twotower import checkpoint, convert, names
+from megatron_twotower import checkpoint, convert, ledger, names
 from megatron_twotower.bench import measure, ranks
 from megatron_twotower.config import load_recipe
 from megatron_twotower.data.prepare import prepare
 from megatron_twotower.data.sources import open_training
-from megatron_twotower.ledger import audit
 from megatron_twotower.metrics import FILE_NAME
 from megatron_twotower.records import STOPPED_EARLY, UserError
 from megatron_twotower.tokenizer import train_tokenizer
 
-# A constant rate: the schedule must not know when the run will end.
-OVERRIDES = ("schedule.kind=constant", "train.validate_every_steps=0", "train.ledger=true")
+# A constant rate: the schedule must not know when the run will end. A low one, and an epsilon that is not: rounding,
+# which differs between layouts, is not to grow.
+OVERRIDES = ("schedule.kind=constant", "optimizer.learning_rate=1e-4", "optimizer.epsilon=1e-5",
+             "train.validate_every_steps=0", "train.ledger=true")  # fmt: skip
 PATIENCE_SECONDS = 600.0
 
 
@@ -99,8 +100,9 @@ class Account:
 
     @property
     def clean(self) -> bool:
+        """Whether all is as it should be: on one number of ranks to the last bit, else as near as rounding allows."""
         wrong = self.samples_repeated or self.samples_skipped or self.unexpected
-        return not wrong and self.largest_difference < 1e-5
+        return not wrong and self.largest_difference <= (1e-4 if len(set(self.ranks)) > 1 else 0)
 
 
 def material(folder: Path) -> tuple[Path, Path]:
@@ -134,8 +136,14 @@ def _records(run: Path, kind: str) -> list[dict[str, Any]]:
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
-def _has_come_to(run: Path, step: int) -> bool:
-    return any(record["step"] >= step for record in _records(run, "train"))
+def _has_come_to(book: Path, written: int, step: int) -> bool:
+    """Whether a start has taken a step: by the first rank's ledger, of which it did not write the first bytes."""
+    if not book.is_file():
+        return False
+    with book.open("rb") as stream:
+        stream.seek(written)
+        lines = stream.read().split(b"\n")[:-1]
+    return any(json.loads(line)["step"] >= step for line in lines if line)
 
 
 def _wait(job: ranks.Job, condition: Callable[[], bool]) -> bool:
@@ -164,11 +172,13 @@ def torment(
         resumes += bool(found)
         name = draw.choice(list(ENDINGS))
         ending, goal = ENDINGS[name], first + draw.randint(1, 12)
+        book = run / ledger.FOLDER / "rank-00000.jsonl"
+        written = book.stat().st_size if book.is_file() else 0
         job = ranks.start(draw.choice(counts), arguments, logs=run.parent / "logs")
         tell(f"start {kills.total() + 1}, from step {first}, {len(job.processes)} ranks: {name} after step {goal}")
         try:
             # At whatever point of the step that comes then.
-            reached = _wait(job, functools.partial(_has_come_to, run, goal))
+            reached = _wait(job, functools.partial(_has_come_to, book, written, goal))
             if reached and ending.saving:
                 reached = _wait(job, lambda: any((run / "checkpoints").glob("*.partial")))
             if not reached:
@@ -196,7 +206,7 @@ def account(
     config = load_recipe("tiny", [item for item in arguments if "=" in item and not item.startswith("recipe=")])
     due = open_training(config).batch(np.arange(state.cursor, dtype=np.int64))
     pairs = zip(due.epochs.tolist(), due.samples.tolist(), strict=True)
-    books = audit(run, pairs, last_step=state.step)
+    books = ledger.audit(run, pairs, last_step=state.step)
     found, expected = ({r["step"]: r["loss"] for r in _records(each, "train")} for each in (run, reference))
     missing = [step for step in range(1, state.step + 1) if step not in found or step not in expected]
     differences = [abs(found[step] / expected[step] - 1) for step in expected if step in found]
@@ -247,7 +257,7 @@ def soak(
 
 
 def run(
-    output: Path, *, minutes: float, counts: Sequence[int] = (2, 1), seed: int = 0, console: Console | None = None
+    output: Path, *, minutes: float, counts: Sequence[int] = (2,), seed: int = 0, console: Console | None = None
 ) -> bool:
     """Soak for so many minutes, print the account, and write it to `soak.json`. Returns whether all is as it should be.
 
