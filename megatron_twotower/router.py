@@ -46,7 +46,10 @@ class Router(TopKRouter):
         return MoEAuxLossAutoScaler.apply(probs, coefficient * (weights * each).sum())
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
-        """Count the tokens of each expert, padding left out. Megatron's own mask has no dimension of experts."""
-        if padding_mask is not None:
-            routing_map = routing_map & ~padding_mask.unsqueeze(-1)
-        super()._apply_expert_bias(routing_map)
+        """Count the tokens of each expert, padding left out, for the selection bias.
+
+        Megatron's mask has no dimension of experts, and it compiles these two lines in every process.
+        """
+        if torch.is_grad_enabled():
+            counted = routing_map if padding_mask is None else routing_map & ~padding_mask.unsqueeze(-1)
+            self.local_tokens_per_expert += counted.sum(dim=0)
