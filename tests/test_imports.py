@@ -142,6 +142,7 @@ def test_the_recipe_of_an_import_trains_by_itself(tmp_path, tiny_data, tiny_back
 @pytest.mark.parametrize("layout", [
     ["parallel.tensor=2", "parallel.sequence=true"],
     ["parallel.expert=2", "optimizer.distributed=true"],
+    ["parallel.pipeline=2", "parallel.pipeline_layers=[3,2]"],
     ["parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2", "parallel.expert_tensor=1"],
 ])  # fmt: skip
 def test_a_checkpoint_of_any_layout_is_exported_to_the_bit(tmp_path, tiny_data, trained, layout):
