@@ -283,14 +283,19 @@ def bar(total: int) -> Iterator[Report]:
         TextColumn("{task.completed:,}/{task.total:,} prompts"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
         TextColumn("{task.fields[text]}"), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as shown:
-        task = shown.add_task("", total=total, text="")
+    shown = Progress(*columns, console=Console(stderr=True))
+    task = shown.add_task("", total=total, text="")
 
-        def report(tally: Tally) -> None:
-            text = f"{tally.new_tokens:,} tokens, {tally.tokens_per_second:,.0f} tokens/s"
-            shown.update(task, completed=tally.done, text=text)
+    def report(tally: Tally) -> None:
+        shown.start()  # not before: it leaves a blank line, and an error is to be one line
+        text = f"{tally.new_tokens:,} tokens, {tally.tokens_per_second:,.0f} tokens/s"
+        shown.update(task, completed=tally.done, text=text)
 
+    try:
         yield report
+    finally:
+        if shown.live.is_started:
+            shown.stop()
 
 
 def write_all(

@@ -79,7 +79,10 @@ class Canvas:
         return text
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        lines = console.render_lines(self.text(), options.update(height=None), pad=False)
+        text = self.text()
+        # From the start of a line, so that nothing wraps anew; a long prompt would else be wrapped for every frame.
+        start = text.plain.rfind("\n", 0, max(0, len(text) - console.width * console.height)) + 1
+        lines = console.render_lines(text[start:], options.update(height=None), pad=False)
         for line in lines[-max(console.height - 1, 1) :]:
             yield from line
             yield Segment.line()

@@ -198,7 +198,8 @@ def test_a_prompt_that_cannot_be_used_is_named_by_file_and_line(mistake, two_tow
 ])  # fmt: skip
 def test_a_mistake_leaves_nothing_behind(more, expected, two_tower_folder, prompts, capsys):
     assert cli.main(arguments(two_tower_folder, prompts, *more)) == 2
-    assert expected in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert expected in error and error.startswith("twotower: ") and error.count("\n") == 1
     assert not list(prompts.parent.glob("out.jsonl*"))
 
 

@@ -60,11 +60,14 @@ def test_tokens_of_the_other_modes_stream_in(loaded):
     assert len([span for span in text.spans if "bright_green" in str(span.style)]) == 2
 
 
-def test_a_long_text_is_shown_by_its_end(loaded):
+@pytest.mark.parametrize("count", [40, 4000])
+def test_a_long_text_is_shown_by_its_end(loaded, count):
     console = terminal()
-    console.print(Canvas("".join(f"line {i}\n" for i in range(40)), loaded[1]), end="")
+    console.print(Canvas("".join(f"line {i}\n" for i in range(count)) + "x" * 200, loaded[1]), end="")
     lines = console.file.getvalue().split("\n")
-    assert "line 39" in lines and "line 28" not in lines
+    # Eleven lines of twelve, of which the last wraps into three.
+    expected = [*(f"line {count - 8 + i}" for i in range(8)), "x" * 80, "x" * 80, "x" * 40]
+    assert [line for line in lines if line] == expected
 
 
 @pytest.mark.parametrize("mode", MODES)
