@@ -5,9 +5,11 @@ import io
 import json
 import math
 import re
+import shutil
 
 import pytest
 from rich.console import Console
+from test_replay import in_browser, tiles
 
 from megatron_twotower import pictures, replay
 from megatron_twotower.metrics import FILE_NAME
@@ -197,7 +199,7 @@ RECORDING = {
     "confidence_threshold": 0.8, "temperature": 0.3}, "mode": "mask_diffusion", "prompt": "def </script>",
     "text": "a b", "new_tokens": 2, "passes": 2, "seconds": 0.5, "summary": "2 tokens in 2 passes",
     "pieces": {"5": "a", "6": " b"},
-    "blocks": [[{"t": 1.0, "predicted": [5, 5], "confidence": [0.4, 0.6], "committed": [1]},
+    "blocks": [[{"t": 1.0, "predicted": [5, 6], "confidence": [0.4, 0.6], "committed": [1]},
                 {"t": 0.5, "predicted": [5, 6], "confidence": [0.7, 0.0], "committed": [0]}]],
 }  # fmt: skip
 
@@ -242,3 +244,11 @@ def test_equal_figures_draw_equal_bytes():
     assert image.startswith(PNG)
     assert image == pictures.loss_curve(curve, curve, **draw)
     assert image != pictures.loss_curve([(0, 7.0), (20, 5.0)], curve, **draw)
+
+
+@pytest.mark.slow
+def test_a_browser_plays_the_replay_of_the_report(run, tmp_path):
+    replay.write_page(run / "generation.html", RECORDING)
+    page = shutil.copy(write_report(run, console=quiet()), tmp_path / "page.html")
+    shown = tiles(in_browser(page, tmp_path / "profile", fragment="#step=1"))
+    assert [(name.split()[0], text) for name, text in shown] == [("masked", "a"), ("written", " b")]
