@@ -7,7 +7,7 @@ nothing of what Megatron sends is missed.
 """
 
 import collections
-import dataclasses
+import gc
 import json
 import os
 import sys
@@ -35,7 +35,9 @@ def _counted(name, size):
     def counting(*args, group=None, **more):
         if group in NAMES:
             ranks = dist.get_world_size(group)
-            SENT[NAMES[group], name] += size(args, ranks) * (ranks - 1) / ranks * (2 if name == "all_reduce" else 1)
+            # host.py sums whole tensors where Gloo cannot scatter the uneven parts of experts.
+            twice = name == "all_reduce" and NAMES[group] != "expert tensor"
+            SENT[NAMES[group], name] += size(args, ranks) * (ranks - 1) / ranks * (2 if twice else 1)
         return call(*args, group=group, **more)
 
     setattr(dist, name, counting)
@@ -44,6 +46,21 @@ def _counted(name, size):
 for operation, measure in OPERATIONS.items():
     _counted(operation, measure)
 
+
+def _counted_sends():
+    call = dist.batch_isend_irecv
+
+    def counting(operations):
+        for each in operations:
+            if each.op is dist.isend and each.group in NAMES:
+                SENT[NAMES[each.group], "send"] += each.tensor.nbytes
+        return call(operations)
+
+    dist.batch_isend_irecv = counting
+
+
+_counted_sends()
+
 from megatron_twotower import host  # noqa: E402
 
 host.install()
@@ -51,59 +68,83 @@ host.install()
 import models  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 
-from megatron_twotower import convert, layers, names, optimizer, parallel, towers, trainer  # noqa: E402
+from megatron_twotower import convert, names, optimizer, parallel, towers, trainer  # noqa: E402
 from megatron_twotower.phases import plan  # noqa: E402
 from megatron_twotower.records import Batch  # noqa: E402
+from megatron_twotower.stages import stages_of_rank  # noqa: E402
 
 
 def storages(tensors):
-    """Bytes of the storages behind some tensors, each once."""
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(held.values())
+    """The storages behind some tensors, by address."""
+    return {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
+
+
+def nbytes(held):
+    return sum(storage.nbytes() for storage in held.values())
 
 
 def built(config, groups):
-    """The towers with random weights, wrapped, with their optimizer, as a run builds them."""
-    megatron = towers.transformer_config(config)
-    context = towers.build_context_tower(config, megatron, groups)
-    module = towers.TwoTower(config, megatron, groups, context)
-    entries = names.denoiser_entries(config.model, config.conditioning.frequencies)
-    frozen = names.context_entries(config.model)
-    source = models.with_shapes(models.random_source(), [*frozen, *entries], config.model)
-    convert.load_weights(context, frozen, source, model=config.model, groups=groups)
-    convert.load_weights(module, entries, source, model=config.model, groups=groups)
-    return module, parallel.wrap(module, config, groups)
+    """The stretches of layers of this rank with random weights, wrapped, as a run builds them."""
+    model, megatron = config.model, towers.transformer_config(config)
+    entries, frozen = names.denoiser_entries(model, config.conditioning.frequencies), names.context_entries(model)
+    source = models.with_shapes(models.random_source(), [*frozen, *entries], model)
+    modules = []
+    for stage in stages_of_rank(model, config.parallel, groups.pp.rank()):
+        context = towers.build_context_tower(config, megatron, groups, stage)
+        module = towers.TwoTower(config, megatron, groups, context)
+        for tower, table in ((context, frozen), (module, entries)):
+            own = names.entries_of_stage(table, stage)
+            convert.load_weights(tower, own, source, model=model, groups=groups)
+        modules.append(module)
+    return modules, parallel.wrap(modules, config, groups)
 
 
-def kept_bytes(parts, batch):
-    """Storages that the graph of one micro-batch holds, and the hand-offs, which recomputation holds in a closure."""
-    module = parts.model.module
-    towers_own = (*module.parameters(), *module.buffers(), *module.context.parameters(), *module.context.buffers())
-    own = {tensor.untyped_storage().data_ptr() for tensor in towers_own}
-    kept, alive = {}, []
+def alive():
+    """The storages of all tensors that Python knows of; while they are held here, their addresses are not used anew."""
+    gc.collect()
+    return storages(found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter))
 
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)  # an address is not used twice while its tensor lives
-        return tensor
 
-    original = layers.DenoiserLayer.denoise
+def kept_bytes(parts, modules, batch):
+    """What lives on between the forward pass of a micro-batch and its backward pass, in the graph and in closures."""
+    rows = towers.rows_between_stages(
+        parts.config, sequences=len(batch.tokens), times=None,
+        ranks=parts.groups.tp.size() if parts.config.parallel.sequence else 1,
+    )  # fmt: skip
+    hidden, dtype = parts.config.model.hidden_size, modules[0].config.params_dtype
 
-    def denoise(self, hidden, conditioning, handoff, blocks):
-        for item in dataclasses.fields(handoff) if handoff is not None else ():
-            keep(getattr(handoff, item.name))
-        return original(self, hidden, conditioning, handoff, blocks)
+    def forward(module):
+        if not module.tower.stage.first:
+            module.set_input_tensor([torch.randn(rows, 1, hidden, dtype=dtype).requires_grad_()])
+        return trainer.two_tower_forward(_Chunk(module), batch, parts.config, parts.groups, None)
 
-    layers.DenoiserLayer.denoise = denoise
-    try:
+    total = 0
+    for module in modules:
+        forward(module)  # masks are made once
+        before, kept = alive(), {}
+
+        def keep(tensor, before=before, kept=kept):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in before:
+                kept[storage.data_ptr()] = storage
+            return tensor
+
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            report = trainer.two_tower_forward(module, batch, parts.config, parts.groups, None)
-            assert report.total.requires_grad
-    finally:
-        layers.DenoiserLayer.denoise = original
-    return sum(kept.values())
+            # The trainer lets go of what a stage sends on, and of final states once there is a loss.
+            graph = [output.grad_fn for output in forward(module)[:1]]
+        assert graph[0] is not None
+        total += nbytes(kept | {address: held for address, held in alive().items() if address not in before})
+    return total
+
+
+class _Chunk:
+    """A module as the trainer knows it: wrapped, but without a wrapper that counts gradients."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def __call__(self, *arguments):
+        return self.module(*arguments)
 
 
 def measured(changes):
@@ -112,8 +153,8 @@ def measured(changes):
     groups = parallel.initialise(config)
     NAMES.clear()
     NAMES.update({groups.tp: "tensor", groups.ep: "expert", groups.expt_tp: "expert tensor", groups.dp_cp: "data",
-                  groups.tp_ep: "tensor x expert", groups.expt_dp: "expert data"})  # fmt: skip
-    module, wrapped = built(config, groups)
+                  groups.tp_ep: "tensor x expert", groups.expt_dp: "expert data", groups.pp: "pipeline"})  # fmt: skip
+    modules, wrapped = built(config, groups)
     adam = optimizer.build_optimizer(config, wrapped, groups)
     parts = trainer.Trainer(
         config=config, model=wrapped, optimizer=adam, schedule=optimizer.build_schedule(config, adam),
@@ -132,37 +173,32 @@ def measured(changes):
     scored = []
     plain_loss = trainer.masked_diffusion_loss
     trainer.masked_diffusion_loss = _noting(plain_loss, scored)
-    kept = kept_bytes(parts, batches[0])
-    kept_scored = scored.pop()
+    kept = kept_bytes(parts, modules, batches[0])
+    kept_scored = scored[-1] if scored else 0
+    scored.clear()
     SENT.clear()
     trainer.train_step(parts, batches)
     sent = collections.Counter()
     for (group, _), count in SENT.items():
         sent[group] += count
-    state = []
+    own, state = storages(p for module in modules for p in module.parameters()), []
     for inner in adam.chained_optimizers:
-        torch_optimizer = inner.optimizer
-        mains = [p for group in torch_optimizer.param_groups for p in group["params"]]
-        state += [p for p in mains if p.dtype == torch.float32 and not _within(p, module)]
-        state += [v for values in torch_optimizer.state.values() for k, v in values.items() if k.startswith("exp_")]
-    buffers = [*wrapped.buffers, *wrapped.expert_parallel_buffers]
+        mains = [p for group in inner.optimizer.param_groups for p in group["params"]]
+        # Main parameters that are views of model parameters are no memory of their own.
+        state += [p for p in mains if p.untyped_storage().data_ptr() not in own]
+        state += [v for values in inner.optimizer.state.values() for k, v in values.items() if k.startswith("exp_")]
+    buffers = [buffer for chunk in wrapped.parts for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     record = {
-        "context": storages(module.context.parameters()),
-        "parameters": storages(module.parameters()),
-        "gradients": storages([b.grad_data for b in buffers]),
+        "context": nbytes(storages(p for module in modules for p in module.context.parameters())),
+        "parameters": nbytes(own),
+        "gradients": nbytes(storages(b.grad_data for b in buffers)),
         "optimizer": sum(t.nbytes for t in state),
-        "kept": kept, "kept_scored": kept_scored, "sent": sent, "scored": sum(scored) / len(scored),
-        "places": [groups.dp_cp.rank(), groups.expt_dp.rank()],
+        "kept": kept, "kept_scored": kept_scored, "sent": sent, "scored": sum(scored) / max(len(scored), 1),
+        "places": [groups.dp_cp.rank(), groups.expt_dp.rank()], "pipeline_rank": groups.pp.rank(),
     }  # fmt: skip
     trainer.masked_diffusion_loss = plain_loss
     parallel_state.destroy_model_parallel()
     return record
-
-
-def _within(tensor, module):
-    """Whether a main parameter is a view of a model parameter's storage, and so not memory of its own."""
-    held = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    return tensor.untyped_storage().data_ptr() in held
 
 
 def _noting(loss, scored):

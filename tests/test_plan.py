@@ -12,10 +12,11 @@ from megatron_twotower import cli
 from megatron_twotower.config import load_recipe, validate
 from megatron_twotower.loss import masked_diffusion_loss
 from megatron_twotower.plan import search as searching
-from megatron_twotower.plan.estimate import Assumptions, estimate
+from megatron_twotower.plan.estimate import Assumptions, estimate, in_flight
 from megatron_twotower.plan.flops import step_flops
 from megatron_twotower.plan.layout import CARDS, layout_of
 from megatron_twotower.plan.weights import buffer, parameters, tables
+from megatron_twotower.stages import stages_of_rank
 
 NANO = "nano_30b_a3b_phase1"
 
@@ -88,6 +89,21 @@ def test_what_an_override_does_to_memory_shows():
     assert whole.optimizer > 7 * base.optimizer
     spread = estimate(nano("parallel.expert=16"), ranks=64).memory
     assert spread.context < base.context and spread.gradients < base.gradients
+
+
+def test_a_pipeline_shares_weights_and_keeps_several_micro_batches():
+    stages = ["parallel.pipeline=4", "parallel.expert=2"]
+    config = nano(*stages)
+    one, four = estimate(nano("parallel.expert=2"), ranks=64), estimate(config, ranks=64)
+    assert four.memory.parameters < one.memory.parameters / 3
+    assert four.layout.data == 16 and four.sent["pipeline"] > 0 and "pipeline" not in one.sent
+    assert [in_flight(four.layout, pipeline_rank=rank, micro_batches=64) for rank in range(4)] == [4, 3, 2, 1]
+    assert in_flight(four.layout, pipeline_rank=0, micro_batches=2) == 2
+    parts = [step_flops(config, own=stages_of_rank(config.model, config.parallel, rank)).executed for rank in range(4)]
+    assert sum(parts) == pytest.approx(step_flops(config).executed)
+    # The slowest stage sets the pace, and 3 of 64 + 3 turns are spent filling and emptying the pipeline.
+    pace = max(parts) / (sum(parts) / 4) * (1 + 3 / 64)
+    assert four.phases[0].compute_seconds == pytest.approx(one.phases[0].compute_seconds * pace)
 
 
 def test_a_search_ranks_valid_layouts_those_that_fit_first():

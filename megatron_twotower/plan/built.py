@@ -8,6 +8,7 @@ from megatron_twotower import parallel
 from megatron_twotower.config import RunConfig
 from megatron_twotower.plan.layout import Layout
 from megatron_twotower.plan.weights import Held, Parameter
+from megatron_twotower.stages import stages_of_rank
 from megatron_twotower.towers import BackboneModel, TwoTower, build_context_tower, transformer_config
 
 
@@ -15,11 +16,12 @@ def build(config: RunConfig, layout: Layout, *, rank: int = 0) -> Held:
     """Build what a rank of a layout would build, with tensors that have shapes but no memory, and count it."""
     with parallel.pretend(config, ranks=layout.ranks, rank=rank) as groups, FakeTensorMode():
         megatron = _without_initialisation(transformer_config(config))
+        own = stages_of_rank(config.model, config.parallel, groups.pp.rank())
         if config.objective == "ar":
-            return Held(0, _trained(BackboneModel(config, megatron, groups)))
-        context = build_context_tower(config, megatron, groups)
-        frozen = sum(p.numel() for p in context.parameters())
-        return Held(frozen, _trained(TwoTower(config, megatron, groups, context)))
+            return Held(0, tuple(_trained(BackboneModel(config, megatron, groups, stage)) for stage in own))
+        contexts = [build_context_tower(config, megatron, groups, stage) for stage in own]
+        frozen = sum(p.numel() for context in contexts for p in context.parameters())
+        return Held(frozen, tuple(_trained(TwoTower(config, megatron, groups, context)) for context in contexts))
 
 
 def _without_initialisation(megatron: TransformerConfig) -> TransformerConfig:

@@ -1,6 +1,7 @@
 """Memory, traffic and time of a run on a layout, put together from the formulas."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_twotower.config import RunConfig
@@ -8,9 +9,10 @@ from megatron_twotower.memory import Part, StepSize, head_parts, layer_parts, st
 from megatron_twotower.ops.cross_entropy import POSITION_CHUNK
 from megatron_twotower.phases import Phase, plan
 from megatron_twotower.plan.flops import StepFlops, step_flops
-from megatron_twotower.plan.layout import CARDS, GIB, Card, Layout, layout_of
+from megatron_twotower.plan.layout import CARDS, GIB, Card, Layout, layout_of, micro_batches
 from megatron_twotower.plan.traffic import Transfer, group_sizes, sent_by_group, transfers
 from megatron_twotower.plan.weights import FP32, Held, WeightBytes, checkpoint_bytes, held, weight_bytes
+from megatron_twotower.stages import Stage, stages_of_rank, whole
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,6 @@ class Estimate:
     layout: Layout
     card: Card
     assumptions: Assumptions
-    weights: WeightBytes
     memory: Memory
     transfers: list[Transfer]
     phases: list[PhaseCost]
@@ -93,21 +94,39 @@ def _own(parts: list[Part]) -> int:
     return sum(part.bytes for part in parts if not part.handoff)
 
 
-def kept_bytes(config: RunConfig, *, block: int, scored: int | None = None) -> tuple[int, int]:
+def kept_bytes(
+    config: RunConfig, *, block: int, own: Sequence[Stage] | None = None, scored: int | None = None
+) -> tuple[int, int]:  # fmt: skip
     """What one micro-batch keeps between forward and backward on a rank: the denoiser's own, and what is handed over.
 
     Args:
+        own: the rank's stretches of layers; None for the whole model.
         scored: positions that the loss looks at; None for all, the most there can be.
     """
+    held = own if own is not None else (whole(config.model),)
     size, recomputed = step_size(config, block=block), config.train.recompute_layers
     parts = [
         layer_parts(config.model, kind, size, recompute=kind in recomputed)
-        for kind in config.model.hybrid_override_pattern
+        for kind in (config.model.hybrid_override_pattern[number] for stage in held for number in stage.layers)
     ]
-    head = head_parts(config.model, size, scored=size.noisy if scored is None else scored)
-    conditioning = 8 * size.rows * config.model.hidden_size * size.activation_bytes
-    handoff = sum(part.bytes for layer in parts for part in layer if part.handoff)
-    return sum(map(_own, parts)) + _own(head) + conditioning, handoff
+    row = config.model.hidden_size * size.activation_bytes
+    kept = sum(map(_own, parts))
+    for stage in held:
+        # The time conditioning is made on the first; the others keep what they received, of which the noisy stream
+        # is the input of their first layer.
+        kept += row * (8 * size.rows if stage.first else size.clean // size.sequence + 3 * size.rows)
+        if stage.last:
+            kept += _own(head_parts(config.model, size, scored=size.noisy if scored is None else scored))
+    return kept, sum(part.bytes for layer in parts for part in layer if part.handoff)
+
+
+def in_flight(layout: Layout, *, pipeline_rank: int, micro_batches: int) -> float:
+    """Micro-batches of all its stretches that a pipeline rank keeps at a time: 1F1B, or Megatron's interleaving."""
+    after = layout.pipeline - pipeline_rank - 1
+    if layout.chunks == 1:
+        return min(micro_batches, after + 1)
+    warm_up = 2 * after + (layout.chunks - 1) * layout.pipeline + 1
+    return min(micro_batches * layout.chunks, warm_up) / layout.chunks
 
 
 def _working_bytes(config: RunConfig, size: StepSize) -> int:
@@ -127,7 +146,8 @@ def _transfer_seconds(found: list[Transfer], layout: Layout, card: Card, taken: 
     """Time of all transfers one after the other. hidden: gradients travel while the backward pass runs."""
     sizes = group_sizes(layout)
     # Megatron lays tensor-parallel ranks beside each other, then expert-parallel ones; data-parallel ranks are apart.
-    spans = sizes | {"expert": layout.expert * layout.expert_tensor, "data": layout.ranks, "expert data": layout.ranks}
+    spans = sizes | {"expert": layout.expert * layout.expert_tensor}
+    spans |= dict.fromkeys(("data", "expert data", "pipeline"), layout.ranks)
     total = 0.0
     for transfer in found:
         if hidden and transfer.what == "gradients":
@@ -138,44 +158,74 @@ def _transfer_seconds(found: list[Transfer], layout: Layout, card: Card, taken: 
     return total
 
 
+def _compute_seconds(config: RunConfig, layout: Layout, card: Card, taken: Assumptions, *, block: int) -> float:
+    """Time of a step's operations: of the stage that has most to do, and of the bubble while the pipeline fills."""
+    most = max(
+        step_flops(config, block=block, own=stages_of_rank(config.model, config.parallel, rank)).executed
+        for rank in range(layout.pipeline)
+    )
+    a_step = config.data.global_batch_size * config.data.sequence_length_tokens
+    bubble = (layout.pipeline - 1) / (micro_batches(config, layout) * layout.chunks)
+    ranks = layout.ranks // layout.pipeline
+    return a_step * most / (ranks * card.bf16_flops * taken.utilisation) * (1 + bubble)
+
+
 def _phase_cost(
     config: RunConfig, phase: Phase, *, layout: Layout, card: Card, taken: Assumptions, transfer: float
 ) -> PhaseCost:  # fmt: skip
     block, length = phase.noise.block_size_tokens, config.data.sequence_length_tokens
-    flops = step_flops(config, block=block)
-    a_step = config.data.global_batch_size * length
-    compute = a_step * flops.executed / (layout.ranks * card.bf16_flops * taken.utilisation)
+    compute = _compute_seconds(config, layout, card, taken, block=block)
     step = compute + transfer
     return PhaseCost(
-        name=phase.name, block=block, tokens=phase.sequences * length, steps=phase.steps, flops=flops,
-        ar=step_flops(config, objective="ar"), compute_seconds=compute, transfer_seconds=transfer, step_seconds=step,
-        seconds=phase.steps * step,
+        name=phase.name, block=block, tokens=phase.sequences * length, steps=phase.steps,
+        flops=step_flops(config, block=block), ar=step_flops(config, objective="ar"), compute_seconds=compute,
+        transfer_seconds=transfer, step_seconds=step, seconds=phase.steps * step,
+    )  # fmt: skip
+
+
+def _memory(
+    config: RunConfig, layout: Layout, weights: WeightBytes, *, pipeline_rank: int, blocks: Sequence[int],
+    reserve: int,
+) -> Memory:  # fmt: skip
+    """Of one pipeline rank, with the block size that takes most."""
+    own = stages_of_rank(config.model, config.parallel, pipeline_rank)
+    times = in_flight(layout, pipeline_rank=pipeline_rank, micro_batches=micro_batches(config, layout))
+    kept, handoff = max((kept_bytes(config, block=block, own=own) for block in blocks), key=sum)
+    working = max(_working_bytes(config, step_size(config, block=block)) for block in blocks)
+    return Memory(
+        context=weights.context, parameters=weights.parameters, gradients=weights.gradients,
+        optimizer=weights.optimizer, kept=round(kept * times), handoff=round(handoff * times), working=working,
+        reserve=reserve,
     )  # fmt: skip
 
 
 def estimate(
-    config: RunConfig, *, ranks: int, assumptions: Assumptions | None = None, of: Held | None = None
+    config: RunConfig, *, ranks: int, assumptions: Assumptions | None = None, of: Sequence[Held] | None = None
 ) -> Estimate:  # fmt: skip
-    """What a validated configuration needs on so many ranks, each phase with its block size, memory of the largest.
+    """What a validated configuration needs on so many ranks, each phase with its block size; memory, and bytes sent, of
+    the pipeline ranks that need and send most.
 
     Args:
-        of: parameters of a rank as modules have them; None for the table of names.
+        of: parameters of each pipeline rank as modules have them; None for the table of names.
     """
     taken, card = assumptions or Assumptions(), CARDS[config.parallel.card]
-    layout = layout_of(config, ranks=ranks)
-    weights = weight_bytes(config, layout, of or held(config, layout))
-    phases = plan(config)
+    layout, phases = layout_of(config, ranks=ranks), plan(config)
     blocks = sorted({phase.noise.block_size_tokens for phase in phases})
-    kept, handoff = max((kept_bytes(config, block=block) for block in blocks), key=sum)
-    working = max(_working_bytes(config, step_size(config, block=block)) for block in blocks)
-    found = transfers(config, layout, weights)
-    transfer = _transfer_seconds(found, layout, card, taken, config.parallel.overlap_grad_reduce)
+    memories, sent = [], []
+    for rank in range(layout.pipeline):
+        has = of[rank] if of else held(config, layout, pipeline_rank=rank)
+        weights = weight_bytes(config, layout, has, pipeline_rank=rank)
+        memories.append(
+            _memory(config, layout, weights, pipeline_rank=rank, blocks=blocks, reserve=taken.reserve_bytes)
+        )
+        sent.append(transfers(config, layout, weights, own=stages_of_rank(config.model, config.parallel, rank)))
+
+    def seconds(found: list[Transfer]) -> float:
+        return _transfer_seconds(found, layout, card, taken, config.parallel.overlap_grad_reduce)
+
+    found = max(sent, key=seconds)
     costs = [
-        _phase_cost(config, phase, layout=layout, card=card, taken=taken, transfer=transfer)
-        for phase in phases
-    ]  # fmt: skip
-    memory = Memory(
-        context=weights.context, parameters=weights.parameters, gradients=weights.gradients,
-        optimizer=weights.optimizer, kept=kept, handoff=handoff, working=working, reserve=taken.reserve_bytes,
-    )  # fmt: skip
-    return Estimate(config, layout, card, taken, weights, memory, found, costs, checkpoint_bytes(config))
+        _phase_cost(config, phase, layout=layout, card=card, taken=taken, transfer=seconds(found)) for phase in phases
+    ]
+    memory = max(memories, key=lambda each: each.total)
+    return Estimate(config, layout, card, taken, memory, found, costs, checkpoint_bytes(config))

@@ -15,10 +15,12 @@ A frozen layer runs forward (1), a trained one forward and backward (3), and onc
 Norms, activations and the optimizer are not matrix products and left out.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_twotower.config import ModelConfig, RunConfig
 from megatron_twotower.ops.scan import chunk_length
+from megatron_twotower.stages import Stage, whole
 
 
 @dataclass(frozen=True)
@@ -74,17 +76,28 @@ def context_layers(model: ModelConfig) -> str:
     return model.hybrid_override_pattern.rstrip("E-")
 
 
-def step_flops(config: RunConfig, *, objective: str | None = None, block: int | None = None) -> StepFlops:
-    """What a training step costs for each token, for its objective or the other, its block size or another."""
+def step_flops(
+    config: RunConfig, *, objective: str | None = None, block: int | None = None, own: Sequence[Stage] | None = None
+) -> StepFlops:  # fmt: skip
+    """What a training step costs for each token, for its objective or the other, its block size or another.
+
+    Args:
+        own: stretches of layers, for what is theirs alone; None for the whole model.
+    """
     model, length, noise = config.model, config.data.sequence_length_tokens, config.noise
-    pattern, recomputed = model.hybrid_override_pattern, config.train.recompute_layers
+    kinds, recomputed = model.hybrid_override_pattern, config.train.recompute_layers
     two_tower = (objective or config.objective) == "two_tower"
     block = (block or noise.block_size_tokens) if two_tower else None
+    held = own if own is not None else (whole(model),)
+    numbers = [number for stage in held for number in stage.layers]
+    pattern = "".join(kinds[number] for number in numbers)
     forward = {kind: layer_flops(model, kind, length=length, block=block) for kind in set(pattern)}
     share = (noise.time_min + noise.time_max) / 2 if two_tower else (length - 1) / length
+    head = share * head_flops(model) if any(stage.last for stage in held) else 0.0
     draws = noise.draws_per_context if two_tower else 1
-    trained = 3 * draws * (sum(forward[kind] for kind in pattern) + share * head_flops(model))
+    trained = 3 * draws * (sum(forward[kind] for kind in pattern) + head)
     # Recomputation is built for the denoiser alone.
     again = draws * sum(forward[kind] for kind in pattern if kind in recomputed) if two_tower else 0.0
-    frozen = sum(layer_flops(model, kind, length=length) for kind in context_layers(model)) if two_tower else 0.0
+    running = [kinds[number] for number in numbers if number < len(context_layers(model))] if two_tower else []
+    frozen = sum(layer_flops(model, kind, length=length) for kind in running)
     return StepFlops(frozen + trained, frozen + trained + again, frozen)

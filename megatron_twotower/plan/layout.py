@@ -35,6 +35,7 @@ class Layout:
     """Sizes of the groups that a world of ranks is cut into, as Megatron cuts it.
 
     sequence: ranks that a sequence is split over outside of the mixers: `tensor` with sequence parallelism, else 1.
+    chunks: stretches of layers on each pipeline rank.
     """
 
     ranks: int
@@ -42,7 +43,8 @@ class Layout:
     sequence: int
     expert: int
     expert_tensor: int
-    pipeline: int = 1
+    pipeline: int
+    chunks: int
 
     @property
     def data(self) -> int:
@@ -59,7 +61,10 @@ def layout_of(config: RunConfig, *, ranks: int) -> Layout:
     """The layout of a configuration that was validated for so many ranks."""
     parallel = config.parallel
     sequence = parallel.tensor if parallel.sequence else 1
-    return Layout(ranks, parallel.tensor, sequence, parallel.expert, parallel.expert_tensor_ranks)
+    return Layout(
+        ranks, parallel.tensor, sequence, parallel.expert, parallel.expert_tensor_ranks, parallel.pipeline,
+        parallel.pipeline_chunks,
+    )  # fmt: skip
 
 
 def micro_batches(config: RunConfig, layout: Layout) -> int:

@@ -11,8 +11,9 @@ from megatron_twotower.records import UserError
 
 # What is tried. Sizes that do not divide are left out by validation.
 TENSOR = (1, 2, 4, 8)
+PIPELINE = (1, 2, 4)
 EXPERT = (1, 2, 4, 8, 16, 32, 64, 128)
-MICRO_BATCH = (1, 2, 4)
+MICRO_BATCH = (1, 2)
 # From the least to do again to the most.
 RECOMPUTE = ("", "E", "M", "ME", "ME*-")
 
@@ -21,15 +22,25 @@ def _changed(config: RunConfig, section: str, **values: Any) -> RunConfig:
     return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
 
 
+def _stretches(layers: int, count: int) -> list[int]:
+    """Lengths that differ by one at most, the longer ones first; nothing where they are equal."""
+    each, more = divmod(layers, count)
+    return [each + (i < more) for i in range(count)] if more else []
+
+
 def candidates(config: RunConfig, *, ranks: int) -> Iterator[RunConfig]:
     """Every valid layout of the tables above."""
     kinds = config.model.hybrid_override_pattern
     kept = dict.fromkeys("".join(kind for kind in letters if kind in kinds) for letters in RECOMPUTE)
     seen = set()
-    for tensor, expert, narrow, batch, recompute in product(TENSOR, EXPERT, (True, False), MICRO_BATCH, kept):
+    choices = product(TENSOR, PIPELINE, EXPERT, (True, False), MICRO_BATCH, kept)
+    for tensor, pipeline, expert, narrow, batch, recompute in choices:
+        if pipeline > config.model.num_layers:
+            continue
         each = 1 if narrow and tensor > 1 else 0
         changed = _changed(
-            config, "parallel", tensor=tensor, sequence=tensor > 1, expert=expert, expert_tensor=each
+            config, "parallel", tensor=tensor, sequence=tensor > 1, expert=expert, expert_tensor=each,
+            pipeline=pipeline, pipeline_chunks=1, pipeline_layers=_stretches(config.model.num_layers, pipeline),
         )  # fmt: skip
         changed = _changed(changed, "data", micro_batch_size=batch)
         changed = _changed(changed, "train", recompute_layers=recompute)
@@ -38,7 +49,7 @@ def candidates(config: RunConfig, *, ranks: int) -> Iterator[RunConfig]:
             validate(changed, world_size=ranks)
         except UserError:
             continue
-        key = (tensor, expert, changed.parallel.expert_tensor_ranks, batch, recompute)
+        key = (tensor, pipeline, expert, changed.parallel.expert_tensor_ranks, batch, recompute)
         if key not in seen:
             seen.add(key)
             yield changed
@@ -51,6 +62,8 @@ def overrides(before: RunConfig, after: RunConfig) -> list[str]:
     def spelled(value: Any) -> str:
         if isinstance(value, str):
             return value if value.isalnum() else f"'{value}'"
+        if isinstance(value, list):
+            return str(value).replace(" ", "")
         return str(value).lower() if isinstance(value, bool) else str(value)
 
     return [f"{key}={spelled(value)}" for key, value in flatten(after) if old[key] != value]

@@ -143,22 +143,26 @@ def as_json(found: Estimate) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _checked(config: RunConfig, ranks: int) -> Held:
-    """The parameters of a rank, counted in modules and by the table of names.
+def _checked(config: RunConfig, ranks: int) -> list[Held]:
+    """The parameters of a rank of each pipeline stage, counted in modules and by the table of names.
 
     Raises:
         AssertionError: they differ.
     """
     from megatron_twotower.plan.built import build
 
-    layout = layout_of(config, ranks=ranks)
-    built, table = build(config, layout), held(config, layout)
+    layout, found = layout_of(config, ranks=ranks), []
 
-    def sizes(of: Held) -> list[tuple[int, bool]]:
-        return sorted((p.elements, p.expert) for p in of.trained)
+    def sizes(of: Held) -> list[list[tuple[int, bool]]]:
+        return [sorted((p.elements, p.expert) for p in chunk) for chunk in of.chunks]
 
-    assert built.context == table.context and sizes(built) == sizes(table), "names.py and the modules differ"
-    return built
+    for stage in range(layout.pipeline):
+        # Megatron lays the ranks of a stage beside each other.
+        built = build(config, layout, rank=stage * ranks // layout.pipeline)
+        named = held(config, layout, pipeline_rank=stage)
+        assert built.context == named.context and sizes(built) == sizes(named), "names.py and the modules differ"
+        found.append(built)
+    return found
 
 
 def run(

@@ -11,18 +11,21 @@ What a pass sends, with T positions of h values of w bytes (of the noisy stream,
 * experts: k rows of h values for each position to their experts and back (all-to-all), or all rows to all ranks and
   back (all-gather), with their probabilities; backward the same;
 * the loss: the gradient of the scored positions summed over vocabulary slices;
+* pipeline: both streams and the time conditioning to the next stretch of layers, and as much gradient back;
 * data parallel, once a step: gradients in fp32 scattered (reduced, without the distributed optimizer), and parameters
   gathered.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_twotower.config import RunConfig
 from megatron_twotower.memory import StepSize, step_size
+from megatron_twotower.names import entries_of_stage
 from megatron_twotower.plan.flops import context_layers
 from megatron_twotower.plan.layout import Layout, micro_batches
 from megatron_twotower.plan.weights import FP32, WeightBytes, parameters, tables
+from megatron_twotower.stages import Stage, whole
 
 # Of a ring: what a rank sends of n bytes over g ranks is so many times n (g - 1) / g.
 FACTORS = {"all_gather": 1, "reduce_scatter": 1, "all_to_all": 1, "all_reduce": 2}
@@ -40,6 +43,8 @@ class Transfer:
 
     def sent(self, ranks: int) -> float:
         """Bytes that one rank sends in a step."""
+        if self.operation == "send":
+            return self.bytes * self.times
         return FACTORS[self.operation] * self.bytes * (ranks - 1) / ranks * self.times
 
 
@@ -47,7 +52,7 @@ def group_sizes(layout: Layout) -> dict[str, int]:
     return {
         "tensor": layout.tensor, "expert": layout.expert, "expert tensor": layout.expert_tensor,
         "tensor x expert": layout.expert * layout.expert_tensor, "data": layout.data,
-        "expert data": layout.expert_data,
+        "expert data": layout.expert_data, "pipeline": layout.pipeline,
     }  # fmt: skip
 
 
@@ -106,26 +111,40 @@ def _tower(
             yield from _routed(config, size, positions, forward=forward, backward=backward)
 
 
-def _ends(config: RunConfig, size: StepSize, scored: float) -> Iterator[Transfer]:
-    """Embeddings, the final gather, and the loss."""
+def _ends(config: RunConfig, size: StepSize, scored: float, own: Sequence[Stage]) -> Iterator[Transfer]:
+    """Embeddings, the final gather, and the loss, where they are."""
     row = config.model.hidden_size * size.activation_bytes
     positions, frozen = (size.noisy, size.clean) if config.objective == "two_tower" else (size.clean, 0)
-    yield Transfer("tensor", "embeddings", "all_reduce", (positions + frozen) * row, 1)
-    if config.parallel.sequence:
-        yield Transfer("tensor", "embeddings, final states", "all_gather", positions * row, 2)
-    yield Transfer("tensor", "loss", "all_reduce", scored * (row + 3 * FP32), 1)
+    if any(stage.first for stage in own):
+        yield Transfer("tensor", "embeddings", "all_reduce", (positions + frozen) * row, 1)
+        if config.parallel.sequence:
+            yield Transfer("tensor", "embeddings", "all_gather", positions * row, 1)
+    if any(stage.last for stage in own):
+        if config.parallel.sequence:
+            yield Transfer("tensor", "final states", "all_gather", positions * row, 1)
+        yield Transfer("tensor", "loss", "all_reduce", scored * (row + 3 * FP32), 1)
 
 
-def _step(config: RunConfig, weights: WeightBytes) -> Iterator[Transfer]:
+def _between_stages(config: RunConfig, size: StepSize, own: Sequence[Stage]) -> Iterator[Transfer]:
+    """What goes to the next stretch of layers, and back to the one before."""
+    row = config.model.hidden_size * size.activation_bytes
+    rows = size.clean // size.sequence
+    if config.objective == "two_tower":
+        rows += size.own + 3 * size.rows
+    times = sum((not stage.last) + (not stage.first) for stage in own)
+    yield Transfer("pipeline", "streams", "send", rows * row, times)
+
+
+def _step(config: RunConfig, weights: WeightBytes, own: Sequence[Stage]) -> Iterator[Transfer]:
     """Once a step: gradients and parameters."""
     width = 2 if config.train.precision == "bf16" else FP32
     if config.parallel.sequence:
         _, trained = tables(config)
-        shared = parameters(entry for entry in trained if entry.split is None)
+        shared = parameters(e for stage in own for e in entries_of_stage(trained, stage) if e.split is None)
         yield Transfer("tensor", "gradients of what they share", "all_reduce", shared * FP32, 1)
     # Experts have an optimizer of their own, and each of the two gathers all buffers (megatron-core 0.16.1,
-    # distrib_optimizer.py, step_with_ready_grads).
-    gathers = 2 if config.parallel.expert > 1 else 1
+    # distrib_optimizer.py, step_with_ready_grads), unless they are gathered during the next forward pass.
+    gathers = 2 if weights.expert and not config.parallel.overlap_param_gather else 1
     for group, elements in (("data", weights.dense), ("expert data", weights.expert)):
         if config.optimizer.distributed:
             yield Transfer(group, "gradients", "reduce_scatter", elements * FP32, 1)
@@ -135,26 +154,33 @@ def _step(config: RunConfig, weights: WeightBytes) -> Iterator[Transfer]:
 
 
 def transfers(
-    config: RunConfig, layout: Layout, weights: WeightBytes, *, scored: float | None = None
+    config: RunConfig, layout: Layout, weights: WeightBytes, *, own: Sequence[Stage] | None = None,
+    scored: float | None = None,
 ) -> list[Transfer]:  # fmt: skip
     """All that a rank exchanges in a step.
 
     Args:
+        own: the rank's stretches of layers; None for the whole model.
         scored: positions of a micro-batch that the loss looks at; None for what is expected.
     """
-    size, pattern = step_size(config), config.model.hybrid_override_pattern
+    size, kinds = step_size(config), config.model.hybrid_override_pattern
+    held = own if own is not None else (whole(config.model),)
+    numbers = [number for stage in held for number in stage.layers]
     two_tower = config.objective == "two_tower"
     if scored is None:
         share = (config.noise.time_min + config.noise.time_max) / 2
         scored = size.noisy * share if two_tower else size.clean - size.sequences
     positions = size.noisy if two_tower else size.clean
-    each = [*_tower(config, size, pattern, positions, trained=True), *_ends(config, size, scored)]
+    pattern = "".join(kinds[number] for number in numbers)
+    each = [*_tower(config, size, pattern, positions, trained=True), *_ends(config, size, scored, held)]
+    each += _between_stages(config, size, held)
     if two_tower:
-        each += _tower(config, size, context_layers(config.model), size.clean, trained=False)
+        frozen = "".join(kinds[number] for number in numbers if number < len(context_layers(config.model)))
+        each += _tower(config, size, frozen, size.clean, trained=False)
     count = micro_batches(config, layout)
     step = [Transfer(t.group, t.what, t.operation, t.bytes, t.times * count) for t in each]
     ranks = group_sizes(layout)
-    return [t for t in [*step, *_step(config, weights)] if ranks[t.group] > 1 and t.bytes]
+    return [t for t in [*step, *_step(config, weights, held)] if ranks[t.group] > 1 and t.bytes and t.times]
 
 
 def sent_by_group(found: list[Transfer], layout: Layout) -> dict[str, float]:

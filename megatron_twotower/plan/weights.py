@@ -16,8 +16,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_twotower.config import ModelConfig, RunConfig
-from megatron_twotower.names import Entry, context_entries, denoiser_entries, trained_backbone_entries
+from megatron_twotower.names import (
+    Entry,
+    context_entries,
+    denoiser_entries,
+    entries_of_stage,
+    trained_backbone_entries,
+)
 from megatron_twotower.plan.layout import Layout
+from megatron_twotower.stages import Stage, stages_of_rank
 
 FP32 = 4
 # Router biases are buffers: they are neither trained by gradient nor counted among parameters.
@@ -35,10 +42,13 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Held:
-    """What one rank holds: the frozen context tower, and what trains, in the order in which modules have them."""
+    """What one rank holds: the frozen context tower, and what trains, in the order in which modules have them.
+
+    chunks: one for each stretch of layers of a pipeline rank, each in buffers of its own.
+    """
 
     context: int
-    trained: tuple[Parameter, ...]
+    chunks: tuple[tuple[Parameter, ...], ...]
 
 
 def parameters(entries: Iterable[Entry]) -> int:
@@ -70,15 +80,18 @@ def _on_a_rank(entries: Iterable[Entry], layout: Layout) -> Iterable[Parameter]:
         yield Parameter(entry.megatron, elements, expert and layout.expert > 1)
 
 
-def held(config: RunConfig, layout: Layout) -> Held:
-    """What each rank of a layout holds, by the table of names."""
-    return _held(config.objective, config.model, config.conditioning.frequencies, layout)
+def held(config: RunConfig, layout: Layout, *, pipeline_rank: int = 0) -> Held:
+    """What each rank of a pipeline stage holds, by the table of names."""
+    own = stages_of_rank(config.model, config.parallel, pipeline_rank)
+    return _held(config.objective, config.model, config.conditioning.frequencies, layout, own)
 
 
-@lru_cache(maxsize=64)
-def _held(objective: str, model: ModelConfig, frequencies: int, layout: Layout) -> Held:
+@lru_cache(maxsize=256)
+def _held(objective: str, model: ModelConfig, frequencies: int, layout: Layout, own: tuple[Stage, ...]) -> Held:
     context, trained = _tables(objective, model, frequencies)
-    return Held(sum(p.elements for p in _on_a_rank(context, layout)), tuple(_on_a_rank(trained, layout)))
+    frozen = [entry for stage in own for entry in entries_of_stage(context, stage)]
+    chunks = tuple(tuple(_on_a_rank(entries_of_stage(trained, stage), layout)) for stage in own)
+    return Held(sum(p.elements for p in _on_a_rank(frozen, layout)), chunks)
 
 
 @dataclass(frozen=True)
@@ -134,9 +147,11 @@ def buffer(
     return Buffer(start, tuple(owned))
 
 
-def bucket_elements(config: RunConfig, ranks: int) -> int | None:
-    """Megatron's default size of a bucket: there are several only where reduction overlaps with the backward pass."""
-    return max(40_000_000, 1_000_000 * ranks) if config.parallel.overlap_grad_reduce else None
+def bucket_elements(config: RunConfig, layout: Layout) -> int | None:
+    """Megatron's size of a bucket: there are several only where reduction overlaps with the backward pass."""
+    if not config.parallel.overlap_grad_reduce:
+        return None
+    return config.parallel.bucket_parameters or max(40_000_000, 1_000_000 * layout.data)
 
 
 @dataclass(frozen=True)
@@ -155,11 +170,12 @@ class WeightBytes:
 
 
 def weight_bytes(
-    config: RunConfig, layout: Layout, of: Held, *, places: tuple[int, int] | None = None
+    config: RunConfig, layout: Layout, of: Held, *, pipeline_rank: int = 0, places: tuple[int, int] | None = None
 ) -> WeightBytes:  # fmt: skip
     """Bytes of weights and what hangs on them.
 
     Args:
+        pipeline_rank: of what is held; Megatron cuts only the first stretch of the first rank into buckets.
         places: of a rank in its data-parallel and its expert-data-parallel group, for its very share of the optimizer
             state; None for the largest.
     """
@@ -167,12 +183,14 @@ def weight_bytes(
     width = 2 if wide else FP32
     # fp32 parameters are their own main parameters.
     state = 3 * FP32 if wide else 2 * FP32
-    buffers, owned = [], 0
-    for number, ranks in enumerate((layout.data, layout.expert_data)):
-        sizes = tuple(p.elements for p in of.trained if p.expert == bool(number))
-        laid = buffer(sizes, ranks=ranks, distributed=distributed, bucket_elements=bucket_elements(config, ranks))
-        buffers.append(laid.elements)
-        owned += max(laid.owned) if places is None else laid.owned[places[number]]
+    buffers, owned = [0, 0], 0
+    for chunk, trained in enumerate(of.chunks):
+        bucket = bucket_elements(config, layout) if chunk == pipeline_rank == 0 else None
+        for number, ranks in enumerate((layout.data, layout.expert_data)):
+            sizes = tuple(p.elements for p in trained if p.expert == bool(number))
+            laid = buffer(sizes, ranks=ranks, distributed=distributed, bucket_elements=bucket)
+            buffers[number] += laid.elements
+            owned += max(laid.owned) if places is None else laid.owned[places[number]]
     total = sum(buffers)
     return WeightBytes(
         context=of.context * width, parameters=total * width, gradients=total * FP32, optimizer=owned * state,
