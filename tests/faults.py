@@ -3,6 +3,11 @@
 import json
 import time
 
+from megatron_twotower import host
+
+# A process of its own imports the test's module, and this first: whichever test started the server that forks it.
+host.install()
+
 
 def settings(data, run, backbone, *extra):
     return ["train", "recipe=tiny", f"data.folder={data}", f"output={run}", f"init.backbone={backbone}", *extra]
