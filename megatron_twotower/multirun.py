@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -75,13 +76,16 @@ def run(recipe: str, overrides: Sequence[str]) -> None:
         "hydra/job_logging=disabled",
     ]
     before, variable = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    # Hydra reads the command line, and keeps exceptions to itself unless this is set.
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    # Hydra reads the command line, keeps exceptions to itself unless this is set, and takes the root logger over.
     sys.argv = ["twotower", "--multirun", *search, *own, *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         hydra.main(config_path=str(path.parent), config_name=path.stem, version_base="1.3")(_job)()
     finally:
-        sys.argv = before
+        sys.argv, root.handlers[:] = before, handlers
+        root.setLevel(level)
         os.environ.pop("HYDRA_FULL_ERROR")
         if variable is not None:
             os.environ["HYDRA_FULL_ERROR"] = variable
