@@ -44,6 +44,7 @@ class Watchdog:
         self._name = f"{parallel.rank()} (process {os.getpid()} on {socket.gethostname()})"
         self._count, self._sign, self._sign_since = 0, b"", time.monotonic()
         self._said_own = self._said_neighbour = False
+        self._store: Any = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -52,8 +53,16 @@ class Watchdog:
         self._doing, self._since = doing, time.monotonic()
 
     def start(self) -> None:
+        """Give a first sign of life, before any rank can have taken a step, and go on in a thread."""
         self.beat("start")
+        self._store = self._connected()
+        if self._store is not None:
+            self._publish()
         self._thread.start()
+
+    def _publish(self) -> None:
+        self._count += 1
+        self._store.set(f"watchdog/{parallel.rank()}", json.dumps([self._count, self._doing, self._name]))
 
     def stop(self) -> None:
         self._over.set()
@@ -62,9 +71,9 @@ class Watchdog:
     def _watch(self) -> None:
         """Look at both clocks until the run is over. What is found is said at once; the end comes a little later, so
         that other ranks can say theirs."""
-        store, end = self._store(), None
+        end: float | None = None
         while not self._over.wait(self._every):
-            found = [self._own_loop(), self._neighbour(store)]
+            found = [self._own_loop(), self._neighbour()]
             for text in filter(None, found):
                 print(f"watchdog: {text}", file=sys.stderr, flush=True)
             if any(found) and end is None:
@@ -83,15 +92,14 @@ class Watchdog:
         state = "waits for others" if _in_collective(frame) else "stands still"
         return f"rank {self._name}: {state} since {seconds:.0f} s, at {self._doing}, in {innermost_call(frame)}"
 
-    def _neighbour(self, store: Any) -> str | None:
+    def _neighbour(self) -> str | None:
         """Publish this rank's sign of life, and look at the next one's. What is wrong with it, said once."""
-        if store is None or self._said_neighbour:
+        if self._store is None or self._said_neighbour:
             return None
-        self._count += 1
         number = (parallel.rank() + 1) % parallel.world_size()
         try:
-            store.set(f"watchdog/{parallel.rank()}", json.dumps([self._count, self._doing, self._name]))
-            sign = store.get(f"watchdog/{number}")
+            self._publish()
+            sign = self._store.get(f"watchdog/{number}")
         except RuntimeError as error:  # the process that keeps the store is frozen or gone, or all is over
             self._said_neighbour = True
             reason = str(error).strip().splitlines()[0]
@@ -105,7 +113,7 @@ class Watchdog:
         self._said_neighbour = True
         return f"rank {name}: no sign of life since {seconds:.0f} s, the last at {doing}"
 
-    def _store(self) -> Any:
+    def _connected(self) -> Any:
         """A connection of its own to the job's store: the loop's may be waiting for an answer."""
         if parallel.world_size() == 1:
             return None

@@ -51,9 +51,11 @@ def test_a_frozen_rank_is_named_and_the_job_ends(tmp_path, tiny_data, tiny_backb
     job = ranks.start(2, arguments, logs=tmp_path / "logs")
     try:
         until(lambda: progress_of(run) >= 2 or not job.running())
+        time.sleep(2)  # signs of life come every 0.8 s
         job.signal(signal.SIGSTOP, rank=1)
-        frozen = job.processes[1].pid
-        assert job.wait(120)[0] == watchdog.HUNG, job.output()
+        watching, frozen = job.processes[0], job.processes[1].pid
+        watching.join(120)
+        assert watching.exitcode == watchdog.HUNG, job.output()
     finally:
         job.kill()
     said = job.logs[0].read_text()
