@@ -135,6 +135,7 @@ def compiled_steps(backend, t):
     """Steps over a growing context, compiled in one graph and not."""
     model = tiny_model()
     step = torch.compile(model.denoise_hidden, backend=backend, fullgraph=True)
+    modulations = model.modulations(t)
     ids, mask = padded_prompts((8, 5))
     for padding in (None, mask):
         cache = model.prefill(ids, padding)
@@ -142,7 +143,7 @@ def compiled_steps(backend, t):
             block = random_ids(2, 16, seed=seed)
             block[:, ::3] = MASK
             with torch.no_grad():
-                yield step(block, t, cache), model.denoise_hidden(block, t, cache)
+                yield step(block, modulations, cache), model.denoise_hidden(block, modulations, cache)
             model.extend(cache, block)
 
 

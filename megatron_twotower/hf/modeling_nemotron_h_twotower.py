@@ -389,11 +389,10 @@ def routed_experts(
     return (each * weights.unsqueeze(-1)).sum(1).to(tokens.dtype)
 
 
-@torch.library.custom_op("nemotron_h_twotower::routed_experts", mutates_args=())
-def compiled_routed_experts(
+def routed_matrices(
     tokens: Tensor, weights: Tensor, chosen: Tensor, matrices: list[Tensor], biases: list[Tensor]
 ) -> Tensor:
-    """`routed_experts` as one step of a compiled graph, which could not follow how many tokens an expert gets.
+    """`routed_experts` of bare weights: calls of modules cost as much as these products of few tokens.
 
     matrices: up and down projection of each expert in turn; biases: likewise, or none at all.
     """
@@ -406,7 +405,13 @@ def compiled_routed_experts(
     return routed_experts(tokens, weights, chosen, [partial(expert, i) for i in range(len(matrices) // 2)])
 
 
-@compiled_routed_experts.register_fake
+# As one step of a compiled graph, which could not follow how many tokens an expert gets.
+compiled_routed_matrices = torch.library.custom_op("nemotron_h_twotower::routed_matrices", mutates_args=())(
+    routed_matrices
+)
+
+
+@compiled_routed_matrices.register_fake
 def _(tokens: Tensor, weights: Tensor, chosen: Tensor, matrices: list[Tensor], biases: list[Tensor]) -> Tensor:
     return torch.empty_like(tokens)
 
@@ -430,6 +435,11 @@ class Router(nn.Module):
         return weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.scale, chosen
 
 
+def _is_bare(linear: nn.Module, device: torch.device) -> bool:
+    """Whether a projection is its weight and no more: nothing wraps it, and it is not offloaded."""
+    return type(linear) is nn.Linear and linear.weight.device == device
+
+
 class MixtureOfExperts(nn.Module):
     """Routed experts, each run once over its tokens, and a shared one."""
 
@@ -443,13 +453,15 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor, state: State, how: Pass) -> Tensor:
         tokens = x.flatten(0, 1)
         weights, chosen = self.gate(tokens)
-        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            projections: list[Any] = [linear for expert in self.experts for linear in expert.children()]
+        projections = [linear for expert in self.experts for linear in (expert.up_proj, expert.down_proj)]
+        if torch.is_grad_enabled() or not all(_is_bare(linear, x.device) for linear in projections):
+            routed = routed_experts(tokens, weights, chosen, list(self.experts))
+        else:
             matrices = [linear.weight for linear in projections]
             biases = [linear.bias for linear in projections if linear.bias is not None]
-            routed = torch.ops.nemotron_h_twotower.routed_experts(tokens, weights, chosen, matrices, biases)
-        else:
-            routed = routed_experts(tokens, weights, chosen, list(self.experts))
+            compiling = torch.compiler.is_compiling()
+            through = torch.ops.nemotron_h_twotower.routed_matrices if compiling else routed_matrices
+            routed = through(tokens, weights, chosen, matrices, biases)
         return routed.view(x.shape) + self.shared_experts(x)
 
 
@@ -643,8 +655,9 @@ def commit(masked: Tensor, confidence: Tensor, *, threshold: float, steps_left: 
     above = (masked & (confidence > threshold)).sum(-1)
     share = (masked.sum(-1) + steps_left - 1) // steps_left
     count = torch.maximum(above, share).clamp(min=1)
-    rank = confidence.masked_fill(~masked, -1.0).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    return masked & (rank < count.unsqueeze(-1))
+    order = confidence.masked_fill(~masked, -1.0).argsort(dim=-1, descending=True, stable=True)
+    first = torch.arange(masked.shape[1], device=masked.device) < count.unsqueeze(-1)
+    return masked & torch.empty_like(masked).scatter_(1, order, first)
 
 
 def end_rows(new: Tensor, eos_token_id: int | None) -> tuple[Tensor, int]:
@@ -996,41 +1009,47 @@ class NemotronHTwoTowerForCausalLM(PreTrainedModel):
         Returns:
             (b, s, v) logits of the tokens at these same positions, in the model's dtype.
         """
-        return self.lm_head(self.denoise_hidden(block_ids, t, cache))
+        modulations = None if t is None else self.modulations(t)
+        return self.lm_head(self.denoise_hidden(block_ids, modulations, cache))
 
     @torch.no_grad()
-    def denoise_hidden(self, block_ids: Tensor, t: Tensor | None, cache: ContextCache) -> Tensor:
-        """`denoise_block` before the head: final hidden states (b, s, h)."""
-        modulations = None
-        if t is not None:
-            rounded = t.bfloat16() if self.round_time_to_bf16 else t
-            features = time_features(rounded.to(self.denoiser_tower.device)).to(self.lm_head.weight.dtype)
-            conditioning = self.t_block(self.t_embedder["mlp"](features)).unflatten(-1, (3, -1)).transpose(0, 1)
-            tables = torch.stack(list(self.scale_shift_tables))
-            modulations = (tables.unsqueeze(2) + conditioning).unsqueeze(3)
-            modulations[:, 1] += 1
+    def modulations(self, t: Tensor) -> Tensor:
+        """Noise levels (b,) -> (layers, 3, b, 1, h), every layer's shift, 1 + scale and gate."""
+        rounded = t.bfloat16() if self.round_time_to_bf16 else t
+        features = time_features(rounded.to(self.denoiser_tower.device)).to(self.lm_head.weight.dtype)
+        conditioning = self.t_block(self.t_embedder["mlp"](features)).unflatten(-1, (3, -1)).transpose(0, 1)
+        modulations = (torch.stack(list(self.scale_shift_tables)).unsqueeze(2) + conditioning).unsqueeze(3)
+        modulations[:, 1] += 1
+        return modulations
+
+    @torch.no_grad()
+    def denoise_hidden(self, block_ids: Tensor, modulations: Tensor | None, cache: ContextCache) -> Tensor:
+        """`denoise_block` before the head, of the `modulations` of noise levels: final hidden states (b, s, h)."""
         seen = cache.seen(block_ids.shape[1], self.denoiser_tower.device, causal=False)
         how = DENOISE if seen is None else Pass(causal=False, keep=False, seen=seen)
         hidden = self.denoiser_tower(block_ids, cache.denoiser, how, modulations=modulations)
         return self.denoiser_tower.norm_f(hidden)
 
     def _fill_block(
-        self, cache: ContextCache, done: Tensor, settings: BlockSettings, number: int
+        self, cache: ContextCache, done: Tensor, settings: BlockSettings, levels: Tensor, number: int
     ) -> tuple[Tensor, int, Tensor]:
-        """Write one block in the rows that are not done: ids (b, s), passes, and passes of each row (b,)."""
+        """Write one block in the rows that are not done: ids (b, s), passes, and passes of each row (b,).
+
+        levels: `modulations` of the noise level of 0 to s masked tokens.
+        """
         masked = (~done).unsqueeze(-1).repeat(1, settings.size)
         ids = torch.full(masked.shape, settings.mask_token_id, device=done.device)
         passes, row_passes = 0, torch.zeros(len(done), dtype=torch.int64, device=done.device)
         for step in range(settings.steps):
-            if not masked.any():
+            left = masked.sum(-1)
+            if not left.any():
                 break
-            t = masked.float().mean(-1)
-            hidden = self.denoise_hidden(ids, t, cache)
+            hidden = self.denoise_hidden(ids, levels[:, :, left], cache)
             # Of the positions that are still masked alone: the head is the largest matrix of the pass.
             logits = _wide(self.lm_head(hidden[masked]))
             logits[:, settings.mask_token_id] = -math.inf
             best = settings.sampling.choose(logits)
-            sure = (logits.gather(-1, best.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)).exp()
+            sure = logits.softmax(-1).gather(-1, best.unsqueeze(-1)).squeeze(-1)
             predicted = ids.masked_scatter(masked, best)
             confidence = sure.new_zeros(ids.shape).masked_scatter(masked, sure)
             steps_left = settings.steps - step
@@ -1038,7 +1057,7 @@ class NemotronHTwoTowerForCausalLM(PreTrainedModel):
             passes, row_passes = passes + 1, row_passes + masked.any(-1)
             ids, masked = torch.where(now, predicted, ids), masked & ~now
             if settings.on_step is not None:
-                settings.on_step(DenoisingStep(number, step, t, ids, predicted, confidence, now))
+                settings.on_step(DenoisingStep(number, step, left / settings.size, ids, predicted, confidence, now))
         return ids, passes, row_passes
 
     @torch.no_grad()
@@ -1069,10 +1088,11 @@ class NemotronHTwoTowerForCausalLM(PreTrainedModel):
         blocks: list[Tensor] = []
         passes, row_passes = 0, torch.zeros(len(input_ids), dtype=torch.int64, device=device)
         cache = self.prefill(input_ids, _checked_mask(attention_mask, input_ids))
+        levels = self.modulations(torch.arange(block_size + 1, device=device) / block_size)
         for number in range(-(-max_new_tokens // block_size)):
             if blocks:
                 self.extend(cache, blocks[-1])
-            ids, block_passes, block_row_passes = self._fill_block(cache, done, settings, number)
+            ids, block_passes, block_row_passes = self._fill_block(cache, done, settings, levels, number)
             # The rows that have ended are read as EOS; what stands in them is not looked at again.
             blocks.append(ids if eos_token_id is None else ids.masked_fill(done.unsqueeze(-1), eos_token_id))
             passes, row_passes = passes + block_passes, row_passes + block_row_passes
