@@ -453,7 +453,7 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor, state: State, how: Pass) -> Tensor:
         tokens = x.flatten(0, 1)
         weights, chosen = self.gate(tokens)
-        projections = [linear for expert in self.experts for linear in (expert.up_proj, expert.down_proj)]
+        projections: list[Any] = [linear for expert in self.experts for linear in (expert.up_proj, expert.down_proj)]
         if torch.is_grad_enabled() or not all(_is_bare(linear, x.device) for linear in projections):
             routed = routed_experts(tokens, weights, chosen, list(self.experts))
         else:
