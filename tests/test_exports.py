@@ -327,7 +327,7 @@ def test_killed_it_leaves_no_folder_and_the_next_one_is_whole(tmp_path, both_way
 
 @pytest.mark.slow
 def test_memory_is_a_few_tensors_and_not_the_model(tmp_path):
-    """Both ways through 800 MiB, of which the largest tensor is 8: the peak grows by less than a twentieth of it."""
+    """Both ways through a gigabyte, of which the largest tensor is 8: the peak grows by less than a twentieth of it."""
     script = Path(__file__).with_name("convert_large.py")
     done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
