@@ -5,9 +5,10 @@ Megatron Core 0.16 takes a CUDA device for granted in three ways, and each has i
 * source literals (`device="cuda"`, the type string `'torch.cuda.FloatTensor'`) in a few modules: `_LITERALS`
   rewrites them while the module is imported, so that the arithmetic is Megatron's own and costs nothing at run time;
 * `torch.cuda` calls (current device, streams, events, random state): `_CUDA_CALLS` answers them for the host;
-* two things that only go wrong without Transformer Engine or with Gloo: `_mend_after_import`.
+* what only goes wrong with Gloo: `_mend_for_gloo`.
 
-Call `install()` before the first import of Megatron Core; with a CUDA device present it does nothing.
+Two more things go wrong on any device: `_mend_everywhere`. Call `install()` before the first import of Megatron Core;
+with a CUDA device present it mends these two and nothing else.
 """
 
 import contextlib
@@ -84,6 +85,7 @@ class _HostStream:
 
 
 _STREAM = _HostStream()
+_RESULTS: queue.Queue[Any] = queue.Queue()
 
 
 @contextlib.contextmanager
@@ -128,7 +130,7 @@ def backend() -> str:
 
 
 def install() -> None:
-    """Make Megatron Core importable and runnable here. Idempotent; does nothing where CUDA is present.
+    """Make Megatron Core importable and runnable here. Idempotent; touches no device call where CUDA is present.
 
     Raises:
         RuntimeError: a module that needs rewriting was imported before.
@@ -138,7 +140,10 @@ def install() -> None:
     # megatron-core 0.16.1 with torch 2.13: dist_checkpointing/strategies/torch.py, and the distributed optimizer.
     warnings.filterwarnings("ignore", message=r"`load_state_dict` is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated", category=FutureWarning)
-    if not is_host() or any(isinstance(finder, _HostFinder) for finder in sys.meta_path):
+    if not is_host():
+        _mend_everywhere()
+        return
+    if any(isinstance(finder, _HostFinder) for finder in sys.meta_path):
         return
     early = sorted(name for name in _LITERALS if name in sys.modules)
     if early:
@@ -146,22 +151,32 @@ def install() -> None:
     for name, call in _CUDA_CALLS.items():
         setattr(torch.cuda, name, call)
     sys.meta_path.insert(0, _HostFinder())
-    _mend_after_import()
+    _mend_everywhere()
+    _mend_for_gloo()
 
 
-def _mend_after_import() -> None:
+def _mend_everywhere() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.transformer.moe import moe_utils
+
+    # megatron-core 0.16.1, moe_utils.py: the name is used wherever the router has a dtype of its own, but only defined
+    # when Transformer Engine imports.
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+    # megatron-core 0.16.1, filesystem_async.py starts a manager process for a queue that a synchronous save reads in
+    # the same process; it costs seconds, and outlives a training process that is killed.
+    filesystem_async._get_write_results_queue = lambda: _RESULTS
+
+
+def _mend_for_gloo() -> None:
     from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel import random as megatron_random
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    from megatron.core.transformer.moe import token_dispatcher
 
     # The random tracker reads and writes the device generator's state: here the host generator is that device's.
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = _set_host_rng_state
-
-    # megatron-core 0.16.1, moe_utils.py: the name is used, but only defined when Transformer Engine imports.
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
 
     # megatron-core 0.16.1, token_dispatcher.py hands numpy split sizes to all_to_all_single; Gloo wants ints.
     # maybe_move_tensor_to_cpu also leaves host tensors as they are, where the dispatcher goes on with arrays.
@@ -173,11 +188,6 @@ def _mend_after_import() -> None:
     mappings._reduce_scatter_along_first_dim = _with_uneven(
         mappings._reduce_scatter_along_first_dim, _reduce_scatter_uneven
     )
-
-    # megatron-core 0.16.1, filesystem_async.py starts a manager process for a queue that a synchronous save reads in
-    # the same process; it costs seconds, and outlives a training process that is killed.
-    results: queue.Queue[Any] = queue.Queue()
-    filesystem_async._get_write_results_queue = lambda: results
 
 
 class _Splits(list[int]):

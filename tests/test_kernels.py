@@ -210,3 +210,12 @@ def test_why_a_package_does_not_serve(asked_anew, monkeypatch, stand_ins):
     monkeypatch.setattr(kernels.importlib, "import_module", broken)
     reason = "causal-conv1d cannot be imported (RuntimeError: undefined symbol: _Z1)"
     assert kernels.unavailable("causal-conv1d") == reason
+
+
+def test_a_package_can_be_switched_off_for_a_while(asked_anew, monkeypatch, stand_ins):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with kernels.without("mamba-ssm"):
+        with kernels.without("causal-conv1d"):
+            assert [kernels.unavailable(p) for p in ("mamba-ssm", "causal-conv1d")] == ["switched off"] * 2
+        assert (kernels.unavailable("mamba-ssm"), kernels.unavailable("causal-conv1d")) == ("switched off", None)
+    assert kernels.unavailable("mamba-ssm") is None

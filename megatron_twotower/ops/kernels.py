@@ -9,8 +9,10 @@ Shapes: b batch, l length, m heads, p head size, g groups, d state size, c chann
 or more, growing along l.
 """
 
+import contextlib
 import functools
 import importlib
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 
 # The module whose functions are called, by package.
 MODULES = {"mamba-ssm": "mamba_ssm.ops.triton.ssd_combined", "causal-conv1d": "causal_conv1d", "triton": "triton"}
+_switched_off: set[str] = set()
 
 
 @functools.cache
@@ -25,6 +28,8 @@ def unavailable(package: str) -> str | None:
     """Why a package of MODULES does not serve here, in one line; None when it does. Imports it only with CUDA."""
     if not torch.cuda.is_available():
         return "no CUDA device"
+    if package in _switched_off:
+        return "switched off"
     try:
         _module(package)
     except ModuleNotFoundError as error:
@@ -32,6 +37,21 @@ def unavailable(package: str) -> str | None:
     except Exception as error:  # a package built for another torch can raise anything
         return f"{package} cannot be imported ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
     return None
+
+
+@contextlib.contextmanager
+def without(*packages: str) -> Iterator[None]:
+    """As if packages of MODULES were not installed: for measuring what each of them brings."""
+    assert MODULES.keys() >= set(packages), packages
+    before = set(_switched_off)
+    _switched_off.update(packages)
+    unavailable.cache_clear()
+    try:
+        yield
+    finally:
+        _switched_off.clear()
+        _switched_off.update(before)
+        unavailable.cache_clear()
 
 
 def _module(package: str) -> ModuleType:
