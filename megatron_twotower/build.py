@@ -15,6 +15,7 @@ from rich.console import Console
 from megatron_twotower import config as settings
 from megatron_twotower import convert, keeping, names, parallel, trainer
 from megatron_twotower.config import RunConfig
+from megatron_twotower.convert import TensorSource
 from megatron_twotower.data.blend import BlendedDataset
 from megatron_twotower.data.dataset import SequenceDataset, batches, global_batch, rank_slice, split_batch
 from megatron_twotower.data.sources import check_unchanged, data_summary, open_training, open_validation
@@ -60,12 +61,19 @@ class Model:
             yield from optimizer_pieces(chunk, entries, config.model, groups, held)
 
 
-def build_model(config: RunConfig, groups: ProcessGroupCollection) -> Model:
-    """Towers with their starting weights: from Hugging Face folders, or random for `ar` without one."""
+def build_model(
+    config: RunConfig, groups: ProcessGroupCollection, *, backbone_source: TensorSource | None = None
+) -> Model:  # fmt: skip
+    """Towers with their starting weights: from Hugging Face folders, or random for `ar` without one.
+
+    Args:
+        backbone_source: tensors to take in place of those that the configuration names.
+    """
     megatron, model = transformer_config(config), config.model
     own = stages_of_rank(model, config.parallel, groups.pp.rank())
     backbone = config.init.backbone
-    source, origin = convert.backbone_source(config), convert.fingerprint(backbone) if backbone else None
+    source = backbone_source or convert.backbone_source(config)
+    origin = convert.fingerprint(backbone) if backbone else None
     if config.objective == "ar":
         entries, start = names.trained_backbone_entries(model), source
     else:
@@ -111,8 +119,6 @@ def _stream(
         workers=data.prefetch_workers,
         depth=data.prefetch_batches,
     )
-
-
 
 
 def dry_run(config: RunConfig) -> str:

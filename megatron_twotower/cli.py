@@ -258,6 +258,20 @@ def _bench_step(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _bench_gpu(arguments: argparse.Namespace) -> int:
+    host.install()
+    from megatron_twotower.bench import gpu as bench_gpu
+
+    wanted = bench_gpu.Settings(
+        layers=arguments.layers, repeats=arguments.repeats, budget_seconds=arguments.budget,
+        ladder=arguments.ladder, rungs=arguments.rungs,
+    )  # fmt: skip
+    bench_gpu.run(
+        arguments.output, recipe=arguments.recipe, overrides=arguments.settings, wanted=wanted, quick=arguments.quick
+    )
+    return 0
+
+
 def _bench_data(arguments: argparse.Namespace) -> int:
     host.install()
     from megatron_twotower.bench import data as bench_data
@@ -342,6 +356,11 @@ def _add_bench(bench: Any, command: Callable[..., argparse.ArgumentParser]) -> N
                   "twotower bench ops --operation scan --length 4096 --block 16")  # fmt: skip
     step = command(bench, "step", _bench_step, "a two-tower step against the AR step of the same backbone",
                    "twotower bench step model=small --lengths 1024 --draws 1 2")  # fmt: skip
+    gpu = command(bench, "gpu", _bench_gpu, "AR and two-tower steps of full-width layers on one GPU",
+                  "twotower bench gpu train.precision=bf16 --ladder")  # fmt: skip
+    gpu.add_argument("--layers", type=int, default=0, help="the first so many of the pattern; as many as fit")
+    gpu.add_argument("--ladder", action="store_true", help="measure what each setting and kernel brings, too")
+    gpu.add_argument("--rungs", nargs="+", default=[], metavar="NAME", help="these of the ladder alone, by name")
     data = command(bench, "data", _bench_data, "the loader against plain webdataset and Megatron's data sets",
                    "twotower bench data")  # fmt: skip
     data.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder for the JSON")
@@ -380,17 +399,20 @@ def _add_bench(bench: Any, command: Callable[..., argparse.ArgumentParser]) -> N
     ops.add_argument("--length", nargs="+", type=int, default=[], help="tokens; up to 8192 if left out")
     ops.add_argument("--block", nargs="+", type=int, default=[], help="tokens per block; 4 to 128 if left out")
     ops.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    step.add_argument("settings", nargs="*", metavar="key=value", help="what to change in the recipe")
-    step.add_argument("--recipe", default="bench_step")
+    for each, recipe in ((step, "bench_step"), (gpu, "bench_gpu")):
+        each.add_argument("settings", nargs="*", metavar="key=value", help="what to change in the recipe")
+        each.add_argument("--recipe", default=recipe)
     step.add_argument("--lengths", nargs="+", type=int, default=[512, 1024, 2048],
                       help="sequence lengths, at the recipe's tokens per step")  # fmt: skip
     step.add_argument("--draws", nargs="+", type=int, default=[1, 2, 4], help="noise draws per context pass")
     step.add_argument("--seeds", type=int, default=16, help="gradients for each variance")
-    rounds = ((ops, 7, 10.0), (step, 7, 30.0), (generate, 7, 600.0), (weights, 5, 120.0))
+    rounds = ((ops, 7, 10.0), (step, 7, 30.0), (gpu, 10, 30.0), (generate, 7, 600.0), (weights, 5, 120.0))
     for each, repeats, budget in rounds:
         each.add_argument("--repeats", type=int, default=repeats, help="rounds, after one that is not counted")
         each.add_argument("--budget", type=float, default=budget, metavar="SECONDS",
                           help="fewer rounds, but at least 3, where they would take longer")  # fmt: skip
+    gpu.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder for the JSON")
+    gpu.add_argument("--quick", action="store_true", help="tiny sizes, in seconds: only to see that it works")
     for each in (ops, step, generate):
         each.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="all cores if left out")
         each.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder for JSON and picture")

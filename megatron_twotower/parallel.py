@@ -130,6 +130,17 @@ class Chunks:
         for part in self.parts:
             part.zero_grad_buffer()
 
+    def release(self) -> None:
+        """Let go of all that the wrappers hold, which else stays for the life of the process: they are empty then.
+
+        Nodes of autograd have hooks that hold the wrapper, and Python's collector does not see it: the nodes are held
+        by the wrapper itself, and by what token dispatchers keep of the last step's graph (megatron-core 0.16.1,
+        distributed_data_parallel.py, grad_accs; moe/token_dispatcher.py, probs).
+        """
+        for part in self.parts:
+            vars(part).clear()
+        self.parts = []
+
     def gather_parameters(self) -> None:
         """Wait for, or make, the gathering of updated parameters that would else run beside the next forward pass."""
         for part in self.parts:

@@ -57,7 +57,7 @@ def _normal(*size: int, dtype: torch.dtype, trained: bool = False) -> Tensor:
 # --- the cases of each operation ----------------------------------------------------------------------------------
 
 
-def _scan_inputs(shape: Shape, *, trained: bool) -> tuple[Tensor, ...]:
+def scan_inputs(shape: Shape, *, trained: bool) -> tuple[Tensor, ...]:
     """x, dt, A, B, C, D of one stream, in the range of a backbone's."""
     l, dtype, model, device = shape.length, DTYPES[shape.dtype], shape.model, host.device()
     m, p, g, d = model.mamba_num_heads, model.mamba_head_dim, model.n_groups, model.ssm_state_size
@@ -68,7 +68,7 @@ def _scan_inputs(shape: Shape, *, trained: bool) -> tuple[Tensor, ...]:
 
 def scan_cases(shape: Shape) -> Iterator[Case]:
     """Stage `clean`: the context tower's scan with all that is handed on; `noisy`: the denoiser's."""
-    clean, noisy = (_scan_inputs(shape, trained=trained) for trained in (False, True))
+    clean, noisy = (scan_inputs(shape, trained=trained) for trained in (False, True))
     grad, block = torch.randn_like(noisy[0]), shape.block
     chunk = chunk_length(block, preferred=shape.model.chunk_size)
     x, dt, A, B, _, _ = clean

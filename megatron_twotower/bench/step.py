@@ -60,14 +60,21 @@ QUICK_OVERRIDES = ("model=tiny", "data.sequence_length_tokens=64")
 # --- what takes a step --------------------------------------------------------------------------------------------
 
 
-def trainer_of(config: RunConfig, groups: ProcessGroupCollection, *, concatenated: bool = False) -> Trainer:
-    """A trainer of the objective, or of the concatenated rival, with its starting weights and a rate of zero."""
+def trainer_of(
+    config: RunConfig, groups: ProcessGroupCollection, *, concatenated: bool = False,
+    backbone_source: convert.TensorSource | None = None,
+) -> Trainer:  # fmt: skip
+    """A trainer of the objective, or of the concatenated rival, with its starting weights and a rate of zero.
+
+    Args:
+        backbone_source: tensors to take in place of those that the configuration names.
+    """
     if concatenated:
         module: Any = ConcatenatedModel(config, transformer_config(config), groups)
         entries, source = names.trained_backbone_entries(config.model), convert.random_backbone(config.model, seed=0)
         convert.load_weights(module, entries, source, model=config.model, groups=groups)
     else:
-        module = build.build_model(config, groups).module
+        module = build.build_model(config, groups, backbone_source=backbone_source).module
     wrapped = parallel.wrap([module], config, groups)
     optimizer = build_optimizer(config, wrapped, groups)
     wrapped.train()
@@ -283,7 +290,7 @@ def run(
     console.print(f"{output / 'step.json'}, {output / 'step.png'}", highlight=False)
 
 
-def _table(title: str, *headings: str) -> Table:
+def table(title: str, *headings: str) -> Table:
     made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, heading in enumerate(headings):
         made.add_column(heading, justify="right" if index else "left")
@@ -291,7 +298,7 @@ def _table(title: str, *headings: str) -> Table:
 
 
 def tables(figures: dict[str, Any], *, block: int) -> Iterator[Table]:
-    steps = _table(
+    steps = table(
         f"training steps by turns, S {block}", "case", "pattern", "L", "sequences", "seconds", "fastest", "rounds",
         "update", "forward + backward, of AR", "with update", "tokens/s",
     )  # fmt: skip
@@ -302,18 +309,18 @@ def tables(figures: dict[str, Any], *, block: int) -> Iterator[Table]:
             f"{row['ratio']:.3f} x", f"{row['ratio_with_update']:.3f} x", f"{row['tokens_per_second']:,.0f}",
         )  # fmt: skip
     yield steps
-    parts = _table("by part, seconds", "case", "noise", "context alone", "forward", "head + loss", "backward")
+    parts = table("by part, seconds", "case", "noise", "context alone", "forward", "head + loss", "backward")
     for name, stages in figures["parts"].items():
         values = (stages.get(heading.header) for heading in parts.columns[1:])
         parts.add_row(name, *("" if value is None else f"{value:.3f}" for value in values))
     yield parts
-    cost = _table("noise draws of one context pass, same backbone", "case", "seconds", "of one", "per copy, of one")
+    cost = table("noise draws of one context pass, same backbone", "case", "seconds", "of one", "per copy, of one")
     for row in figures["draws_cost"]:
         copies = int(row["case"].removeprefix("draws ")) / int(figures["draws_cost"][0]["case"].removeprefix("draws "))
         ratio = row["ratio_with_update"]
         cost.add_row(row["case"], f"{row['median_seconds']:.3f}", f"{ratio:.2f} x", f"{ratio / copies:.2f} x")
     yield cost
-    draws = _table(
+    draws = table(
         "variance of the gradient, shipped backbone, held-out text", "draws", "seconds", "per copy, of one",
         "variance, noise", "variance, data", "cost x noise", "cost x (noise + data)",
     )  # fmt: skip
