@@ -27,6 +27,14 @@ def one_thread():
     assert left == 1, f"leaves torch with {left} threads"
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Where a check runs: on the CPU, and on a GPU, which fails without one: who asks for these tests means them."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.fail("found no CUDA device, expected one")
+    return request.param
+
+
 @pytest.fixture
 def groups():
     """Process groups of one rank."""

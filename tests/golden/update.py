@@ -10,6 +10,7 @@ sys.path.insert(0, str(HERE.parent))
 
 if __name__ == "__main__":
     import conftest
+    from test_gpu_training import LONG
     from test_trainer import losses, settings, train
 
     class Folders:
@@ -21,8 +22,10 @@ if __name__ == "__main__":
     data = conftest.tiny_data.__wrapped__(Folders())
     backbone = conftest.tiny_backbone.__wrapped__(Folders())
     read = conftest.records_of.__wrapped__()
-    for recipe, start in (("tiny_ar", None), ("tiny", backbone)):
-        run = Folders().mktemp(recipe) / "run"
-        train(recipe, *settings(data, run, start))
-        (HERE / f"{recipe}.json").write_text(json.dumps([round(x, 7) for x in losses(read(run))], indent=0) + "\n")
-        print(f"{recipe}: written")
+    for name, recipe, start, extra in (
+        ("tiny_ar", "tiny_ar", None, ()), ("tiny", "tiny", backbone, ()), ("tiny_100", "tiny", backbone, LONG)
+    ):  # fmt: skip
+        run = Folders().mktemp(name) / "run"
+        train(recipe, *settings(data, run, start, *extra))
+        (HERE / f"{name}.json").write_text(json.dumps([round(x, 7) for x in losses(read(run))], indent=0) + "\n")
+        print(f"{name}: written")
