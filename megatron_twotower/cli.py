@@ -53,10 +53,19 @@ def _plan(arguments: argparse.Namespace) -> int:
     recipe, overrides = _recipe_and_overrides(arguments.settings)
     config = load_recipe(recipe, overrides, planning=True)
     host.install()
-    from megatron_twotower.plan import show
+    from megatron_twotower.plan import scaling, show
     from megatron_twotower.plan.estimate import Assumptions
 
-    taken = Assumptions(utilisation=arguments.utilisation, link_share=arguments.link_share)
+    measured = scaling.measured(arguments.measured) if arguments.measured else None
+    taken = Assumptions(
+        utilisation=measured.utilisation if measured else arguments.utilisation, link_share=arguments.link_share
+    )
+    if arguments.scaling:
+        scaling.run(
+            config, recipe=recipe, counts=arguments.scaling, assumptions=taken, measured=measured,
+            as_text=not arguments.json,
+        )  # fmt: skip
+        return 0
     show.run(
         config, recipe=recipe, ranks=arguments.ranks, assumptions=taken, searching=arguments.search,
         rows=arguments.rows, as_text=not arguments.json,
@@ -511,6 +520,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--ranks", type=int, help="the layout's own (parallel.ranks) if left out")
     plan.add_argument("--utilisation", type=float, default=0.25,
                       help="assumed share of the card's dense BF16 peak while computing")  # fmt: skip
+    plan.add_argument("--measured", type=Path, metavar="FILE",
+                      help="gpu.json of `twotower bench gpu`, whose utilisation is taken instead")  # fmt: skip
+    plan.add_argument("--scaling", nargs="+", type=int, default=[], metavar="CARDS",
+                      help="an estimate for each number of cards: 8 64 256 1024")  # fmt: skip
     plan.add_argument("--link-share", type=float, default=0.7, help="assumed share of the links' speed")
     plan.add_argument("--search", action="store_true", help="rank other layouts of so many cards")
     plan.add_argument("--rows", type=int, default=10, help="layouts to show")

@@ -10,7 +10,7 @@ from megatron_twotower.ops.cross_entropy import POSITION_CHUNK
 from megatron_twotower.phases import Phase, plan
 from megatron_twotower.plan.flops import StepFlops, step_flops
 from megatron_twotower.plan.layout import CARDS, GIB, Card, Layout, layout_of, micro_batches
-from megatron_twotower.plan.traffic import Transfer, group_sizes, sent_by_group, transfers
+from megatron_twotower.plan.traffic import Transfer, crosses_nodes, group_sizes, sent_by_group, transfers
 from megatron_twotower.plan.weights import FP32, Held, WeightBytes, checkpoint_bytes, held, weight_bytes
 from megatron_twotower.stages import Stage, stages_of_rank, whole
 
@@ -144,16 +144,12 @@ def _working_bytes(config: RunConfig, size: StepSize) -> int:
 
 def _transfer_seconds(found: list[Transfer], layout: Layout, card: Card, taken: Assumptions, hidden: bool) -> float:
     """Time of all transfers one after the other. hidden: gradients travel while the backward pass runs."""
-    sizes = group_sizes(layout)
-    # Megatron lays tensor-parallel ranks beside each other, then expert-parallel ones; data-parallel ranks are apart.
-    spans = sizes | {"expert": layout.expert * layout.expert_tensor}
-    spans |= dict.fromkeys(("data", "expert data", "pipeline"), layout.ranks)
-    total = 0.0
+    sizes, total = group_sizes(layout), 0.0
     for transfer in found:
         if hidden and transfer.what == "gradients":
             continue
-        near = spans[transfer.group] <= card.per_node
-        speed = card.link_bytes_per_second if near else card.network_bytes_per_second
+        far = crosses_nodes(transfer.group, layout, card)
+        speed = card.network_bytes_per_second if far else card.link_bytes_per_second
         total += transfer.sent(sizes[transfer.group]) / (speed * taken.link_share)
     return total
 

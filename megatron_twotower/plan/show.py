@@ -12,6 +12,7 @@ from megatron_twotower.config import RunConfig, validate
 from megatron_twotower.plan.estimate import Assumptions, Estimate, estimate
 from megatron_twotower.plan.layout import CARDS, GIB, layout_of, micro_batches
 from megatron_twotower.plan.search import overrides, remedies, search
+from megatron_twotower.plan.traffic import crosses_nodes
 from megatron_twotower.plan.weights import Held, held, parameters, tables
 from megatron_twotower.records import UserError
 
@@ -24,7 +25,7 @@ _MEMORY = {
 DAY = 24 * 3600
 
 
-def _gib(count: float) -> str:
+def gib(count: float) -> str:
     return f"{count / GIB:,.2f} GiB"
 
 
@@ -32,11 +33,11 @@ def _gb(count: float) -> str:
     return f"{count / 1e9:,.1f} GB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     return f"{seconds / DAY:,.1f} days" if seconds >= DAY else f"{seconds / 3600:,.2f} hours"
 
 
-def _spelled(items: list[str]) -> str:
+def spelled(items: list[str]) -> str:
     return " ".join(items) or "as it is"
 
 
@@ -65,9 +66,9 @@ def _layout_rows(found: Estimate) -> list[tuple[str, str, str]]:
 def _memory_rows(found: Estimate) -> list[tuple[str, str, str]]:
     total = found.memory.total
     values = dataclasses.asdict(found.memory)
-    rows = [(text, _gib(values[key]), "█" * round(24 * values[key] / total)) for key, text in _MEMORY.items()]
+    rows = [(text, gib(values[key]), "█" * round(24 * values[key] / total)) for key, text in _MEMORY.items()]
     verdict = "[green]fits[/green]" if found.fits else "[red]does not fit[/red]"
-    return [*rows, ("in all", _gib(total), f"{verdict} in {_gib(found.card.memory_bytes)} of {found.card.name}")]
+    return [*rows, ("in all", gib(total), f"{verdict} in {gib(found.card.memory_bytes)} of {found.card.name}")]
 
 
 def _step_rows(found: Estimate) -> list[tuple[str, str, str]]:
@@ -77,7 +78,9 @@ def _step_rows(found: Estimate) -> list[tuple[str, str, str]]:
          f"{first.flops.executed / 1e9:,.2f} G with recompute"),
         ("… of an AR step", f"{first.ar.model / 1e9:,.2f} G", f"two towers: {first.flops.model / first.ar.model:.2f}"),
     ]  # fmt: skip
-    rows += [(f"sent in {group} groups", _gb(count), "by each rank in a step") for group, count in found.sent.items()]
+    for group, count in found.sent.items():
+        where = "between nodes" if crosses_nodes(group, found.layout, found.card) else "within a node"
+        rows.append((f"sent in {group} groups", _gb(count), f"a rank, {where}"))
     taken = found.assumptions
     return [
         *rows,
@@ -91,13 +94,13 @@ def _step_rows(found: Estimate) -> list[tuple[str, str, str]]:
 
 def _time_rows(found: Estimate) -> list[tuple[str, str, str]]:
     rows = [
-        (f"phase {phase.name}".strip(), _duration(phase.seconds),
+        (f"phase {phase.name}".strip(), duration(phase.seconds),
          f"{phase.tokens / 1e9:,.0f} G tokens, S = {phase.block}, {phase.steps:,} steps")
         for phase in found.phases
     ]  # fmt: skip
     tokens = sum(phase.tokens for phase in found.phases)
     rate = tokens / found.seconds / found.layout.ranks
-    return [*rows, ("in all", _duration(found.seconds), f"{tokens / 1e12:,.2f} T tokens, {rate:,.0f} tokens/s a card")]
+    return [*rows, ("in all", duration(found.seconds), f"{tokens / 1e12:,.2f} T tokens, {rate:,.0f} tokens/s a card")]
 
 
 def table(found: Estimate, *, title: str) -> Table:
@@ -117,7 +120,7 @@ def ranking(found: list[Estimate], against: RunConfig, *, title: str) -> Table:
     for each in found:
         tokens = sum(phase.tokens for phase in each.phases)
         rate = f"{tokens / each.seconds / each.layout.ranks:,.0f}"
-        made.add_row(_gib(each.memory.total), _duration(each.seconds), rate, _spelled(overrides(against, each.config)))
+        made.add_row(gib(each.memory.total), duration(each.seconds), rate, spelled(overrides(against, each.config)))
     for column in made.columns[:3]:
         column.justify = "right"
     return made
@@ -206,7 +209,7 @@ def run(
 
 def _print_remedies(console: Console, found: Estimate, others: list[Estimate]) -> None:
     remedy = remedies(found, others)
-    over = _gib(found.memory.total - found.card.memory_bytes)
+    over = gib(found.memory.total - found.card.memory_bytes)
     if remedy:
         console.print(ranking(remedy, found.config, title=f"{over} too much; with least change it fits as"))
         return
@@ -214,7 +217,7 @@ def _print_remedies(console: Console, found: Estimate, others: list[Estimate]) -
     larger = [name for name, card in CARDS.items() if card.memory_bytes >= least.memory.total]
     console.print(
         f"{over} too much, and no layout of {found.layout.ranks} cards was found that fits. The smallest needs "
-        f"{_gib(least.memory.total)}: {_spelled(overrides(found.config, least.config))}. More cards share optimizer "
+        f"{gib(least.memory.total)}: {spelled(overrides(found.config, least.config))}. More cards share optimizer "
         f"state and experts; of these cards so many would do: {', '.join(larger) or 'none'} (parallel.card)",
         highlight=False,
     )

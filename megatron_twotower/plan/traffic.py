@@ -23,7 +23,7 @@ from megatron_twotower.config import RunConfig
 from megatron_twotower.memory import StepSize, step_size
 from megatron_twotower.names import entries_of_stage
 from megatron_twotower.plan.flops import context_layers
-from megatron_twotower.plan.layout import Layout, micro_batches
+from megatron_twotower.plan.layout import Card, Layout, micro_batches
 from megatron_twotower.plan.weights import FP32, WeightBytes, parameters, tables
 from megatron_twotower.stages import Stage, whole
 
@@ -54,6 +54,15 @@ def group_sizes(layout: Layout) -> dict[str, int]:
         "tensor x expert": layout.expert * layout.expert_tensor, "data": layout.data,
         "expert data": layout.expert_data, "pipeline": layout.pipeline,
     }  # fmt: skip
+
+
+def crosses_nodes(group: str, layout: Layout, card: Card) -> bool:
+    """Whether a group of this kind reaches beyond one node. Megatron lays tensor-parallel ranks beside each other, then
+    expert-parallel ones; ranks of data-parallel groups and of a pipeline stand apart."""
+    sizes = group_sizes(layout)
+    spans = sizes | {"expert": layout.expert * layout.expert_tensor}
+    spans |= dict.fromkeys(("data", "expert data", "pipeline"), layout.ranks)
+    return sizes[group] > 1 and spans[group] > card.per_node
 
 
 def _passes(config: RunConfig, kind: str) -> int:
