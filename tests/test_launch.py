@@ -1,5 +1,7 @@
 """The launch scripts without a scheduler: two nodes that meet, logs of each rank, and the environment of a rank."""
 
+import ast
+import itertools
 import json
 import os
 import random
@@ -8,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 GOLDEN = Path(__file__).parent / "golden"
@@ -52,6 +55,82 @@ def test_what_is_set_already_stays_and_a_cluster_has_its_file(tmp_path):
     assert found["WANDB_MODE"] == "offline" and found["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "1"
 
 
-@pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sbatch", "env.sh"])
+@pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sbatch", "env.sh", "wheels.sh", "h100.env"])
 def test_the_scripts_are_whole(script):
     subprocess.run(["bash", "-n", str(LAUNCH / script)], check=True)
+
+
+def dockerfile():
+    """(instruction, what follows) of each line of launch/Dockerfile, continued lines joined."""
+    text = (LAUNCH / "Dockerfile").read_text()
+    lines = "\n".join(line for line in text.splitlines() if not line.startswith("#")).replace("\\\n", " ").splitlines()
+    return [tuple(line.split(maxsplit=1)) for line in lines if line.strip()]
+
+
+def test_the_container_has_the_versions_that_setup_asks_for_and_copies_what_is_there():
+    steps = dockerfile()
+    assert [instruction for instruction, _ in steps[:2]] == ["ARG", "FROM"]
+    assert {instruction for instruction, _ in steps} <= {
+        "ARG", "FROM", "ENV", "RUN", "WORKDIR", "COPY", "ENTRYPOINT", "CMD",
+    }  # fmt: skip
+    versions = dict(value.split("=") for instruction, value in steps if instruction == "ARG" and "=" in value)
+    setup = ast.parse((LAUNCH.parent / "setup.py").read_text())
+    wanted = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in setup.body
+        if isinstance(node, ast.Assign) and node.targets[0].id in ("REQUIRES", "EXTRAS")
+    }
+    asked = {r.name: r.specifier for r in map(Requirement, [*wanted["REQUIRES"], *wanted["EXTRAS"]["gpu"]])}
+    for package in ("megatron-core", "mamba-ssm", "causal-conv1d"):
+        version = versions[package.upper().replace("-", "_")]
+        assert version in asked[package], (package, version, str(asked[package]))
+        assert any(f"{package}==${{{package.upper().replace('-', '_')}}}" in text for _, text in steps)
+    for instruction, value in steps:
+        if instruction == "COPY":
+            assert all((LAUNCH.parent / name).exists() for name in value.split()[:-1]), value
+        if instruction == "RUN":
+            subprocess.run(["bash", "-n", "-c", value], check=True)
+    for instruction, value in steps:
+        if instruction in ("ENTRYPOINT", "CMD"):
+            assert json.loads(value)
+    assert any("--no-build-isolation" in value and "mamba-ssm" in value for _, value in steps)
+
+
+def test_settings_of_h100_nodes_stay_behind_what_is_set_and_before_what_is_general():
+    shown = subprocess.run(
+        ["bash", "-euc", f"source {LAUNCH}/env.sh; env"], capture_output=True, text=True, check=True,
+        env=environment(TWOTOWER_ENV=str(LAUNCH / "h100.env"), NCCL_IB_TIMEOUT="19", USER="someone"),
+    )  # fmt: skip
+    found = dict(line.split("=", 1) for line in shown.stdout.splitlines() if "=" in line)
+    names = ("NCCL_IB_TIMEOUT", "NCCL_NVLS_ENABLE", "CUDA_DEVICE_MAX_CONNECTIONS")
+    assert tuple(found[name] for name in names) == ("19", "2", "1")
+    lines = (LAUNCH / "h100.env").read_text().splitlines()
+    pairs = itertools.pairwise(lines)
+    unexplained = [b for a, b in pairs if b.startswith("export") and not a.startswith(("#", "export"))]
+    assert unexplained == [], "a line on why above each"
+
+
+def test_a_container_is_asked_for_by_its_name(tmp_path):
+    """slurm.sbatch with stand-ins for Slurm's commands: what it hands to srun."""
+    for name, body in {
+        "scontrol": f'echo " Command={LAUNCH}/slurm.sbatch NodeAddr=n1 "', "srun": 'printf "%s\\n" "$@"',
+    }.items():  # fmt: skip
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    common = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_NTASKS": "8", "SLURM_JOB_NAME": "twotower"}
+    common["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    for wanted in ({}, {"CONTAINER": "image.sqsh", "MOUNTS": "/a:/b"}):
+        done = subprocess.run(
+            ["bash", str(LAUNCH / "slurm.sbatch"), "recipe=tiny"], capture_output=True, text=True, check=True,
+            cwd=tmp_path, env=os.environ | common | wanted,
+        )  # fmt: skip
+        handed = done.stdout.splitlines()
+        assert ("--container-image=image.sqsh" in handed) == bool(wanted)
+        assert (f"--container-mounts={tmp_path}:{tmp_path},/a:/b" in handed) == bool(wanted)
+        assert "recipe=tiny" in handed
+
+
+def test_wheels_say_what_they_expect():
+    done = subprocess.run([str(LAUNCH / "wheels.sh"), "folder"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "wheels.sh: found 1 arguments, expected a folder, a Python version and a torch version\n"
