@@ -221,4 +221,4 @@ def _write_run_files(run: Path, config: RunConfig, model: Model, source: Sequenc
     if not config.logging.console:
         return
     start = config.init.backbone or f"random weights, seed {config.seed}"
-    Console().print(f"[bold]{config.objective}[/bold] from {start}; {one_line_summary()}", highlight=False)
+    Console().print(f"[bold]{config.objective}[/bold] from {start}; {one_line_summary(config)}", highlight=False)

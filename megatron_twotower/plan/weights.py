@@ -24,6 +24,7 @@ from megatron_twotower.names import (
     trained_backbone_entries,
 )
 from megatron_twotower.plan.layout import Layout
+from megatron_twotower.precision import PRECISIONS
 from megatron_twotower.stages import Stage, stages_of_rank
 
 FP32 = 4
@@ -179,10 +180,9 @@ def weight_bytes(
         places: of a rank in its data-parallel and its expert-data-parallel group, for its very share of the optimizer
             state; None for the largest.
     """
-    wide, distributed = config.train.precision == "bf16", config.optimizer.distributed
-    width = 2 if wide else FP32
+    width, distributed = PRECISIONS[config.train.precision].bytes, config.optimizer.distributed
     # fp32 parameters are their own main parameters.
-    state = 3 * FP32 if wide else 2 * FP32
+    state = 2 * FP32 if width == FP32 else 3 * FP32
     buffers, owned = [0, 0], 0
     for chunk, trained in enumerate(of.chunks):
         bucket = bucket_elements(config, layout) if chunk == pipeline_rank == 0 else None
@@ -204,5 +204,6 @@ def checkpoint_bytes(config: RunConfig) -> int:
     The frozen tower is in no checkpoint.
     """
     _, trained = tables(config)
-    each = 2 + 3 * FP32 if config.train.precision == "bf16" else 3 * FP32
+    width = PRECISIONS[config.train.precision].bytes
+    each = 3 * FP32 if width == FP32 else width + 3 * FP32
     return parameters(trained) * each
