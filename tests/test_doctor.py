@@ -3,6 +3,9 @@
 import importlib
 import importlib.metadata
 import io
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -135,6 +138,30 @@ def test_the_optimizer_is_the_one_that_megatron_picked(monkeypatch):
     monkeypatch.setattr(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", False)
     monkeypatch.setattr(megatron_optimizer, "Adam", FusedAdam)
     assert diagnose()[-1].serves == "FusedAdam of transformer_engine"
+
+
+FUSED_ADAM = "class FusedAdam: ...\nclass FusedSGD: ...\n"
+ASK = """
+from megatron_twotower import host
+host.install()
+from megatron.core import optimizer
+from megatron.core.optimizer import distrib_optimizer
+from megatron_twotower.doctor import diagnose
+assert optimizer.USING_PYTORCH_OPTIMIZER, optimizer.Adam
+assert distrib_optimizer.Adam.__module__.startswith("torch.")
+assert diagnose()[-1].serves == "torch AdamW, fused"
+"""
+
+
+@pytest.mark.skipif(not host.is_host(), reason="with a CUDA device the fused one is right")
+def test_an_optimizer_for_cuda_is_not_picked_without_a_device(tmp_path):
+    """As on the login node of a cluster, where its package is installed and imports."""
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").touch()
+    (tmp_path / "apex" / "optimizers.py").write_text(FUSED_ADAM)
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run([sys.executable, "-c", ASK], env=os.environ | {"PYTHONPATH": path}, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 def test_environment_tells_versions_and_resources(monkeypatch):
