@@ -17,7 +17,7 @@ LEVELS = (
     ("loss",),
     ("parallel", "provenance", "optimizer", "metrics"),
     ("trainer", "watchdog", "ledger"),
-    ("pieces", "checkpoint", "saving", "keeping"),
+    ("pieces", "scaling", "checkpoint", "saving", "keeping"),
     ("hf", "convert"),
     (
         "generate", "bulk", "replay", "live", "likelihood", "sweep", "pictures", "evaluate", "task_recipes", "harness",
