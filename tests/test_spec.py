@@ -11,28 +11,15 @@ import te_twin
 import torch
 from faults import records, settings
 from megatron.core import dist_checkpointing
-from models import random_noisy_batch, random_source, tiny_config, with_shapes
+from models import build_two_tower, random_noisy_batch, tiny_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_twotower import checkpoint, convert, names, parallel, spec, towers
+from megatron_twotower import checkpoint, names, parallel, spec, towers
 from megatron_twotower.cli import main
 from megatron_twotower.config import FusionConfig, load_recipe
 from megatron_twotower.records import UserError
 
 UNFUSED = FusionConfig(**te_twin.UNFUSED)
-
-
-def build(config, groups):
-    """A two-tower model of the spec that the configuration names, with weights that depend on their names alone."""
-    megatron = towers.transformer_config(config)
-    context_entries = names.context_entries(config.model)
-    entries = names.denoiser_entries(config.model, config.conditioning.frequencies)
-    source = with_shapes(random_source(), [*context_entries, *entries], config.model)
-    context = towers.build_context_tower(config, megatron, groups).double()
-    convert.load_weights(context, context_entries, source, model=config.model, groups=groups)
-    model = towers.TwoTower(config, megatron, groups, context).double()
-    convert.load_weights(model, entries, source, model=config.model, groups=groups)
-    return model
 
 
 def of_spec(config, name):
@@ -47,7 +34,7 @@ def test_both_specs_compute_the_same(groups, monkeypatch, pattern, recompute):
     config = tiny_config(pattern, recompute_layers=recompute)
     found = {}
     for name in ("local", "transformer_engine"):
-        model = build(of_spec(config, name), groups)
+        model, _ = build_two_tower(of_spec(config, name), groups)
         hidden = model(random_noisy_batch(config))
         upstream = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         (hidden * upstream).sum().backward()
@@ -63,7 +50,7 @@ def test_both_specs_compute_the_same(groups, monkeypatch, pattern, recompute):
 
 def test_the_norm_of_m_and_attention_is_in_the_projection_alone(groups, monkeypatch):
     te_twin.install(monkeypatch)
-    model = build(of_spec(tiny_config("ME*-"), "transformer_engine"), groups)
+    model, _ = build_two_tower(of_spec(tiny_config("ME*-"), "transformer_engine"), groups)
     norms = [name for name, _ in model.tower.named_parameters() if "norm.weight" in name or "norm_weight" in name]
     assert norms == [
         "layers.0.mixer.norm_weight",  # the gated one inside Mamba
