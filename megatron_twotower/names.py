@@ -269,6 +269,18 @@ def canonical_name(name: str) -> str:
     return name
 
 
+_PROJECTION = re.compile(
+    r"layers\.(\d+)\.mixer\.(?:.*\.)?(?:in_proj|out_proj|linear_qkv|linear_proj|linear_fc[12])\.weight$"
+)
+
+
+def layer_of_projection(name: str) -> int | None:
+    """The layer that a matrix of a mixer or expert is in, by its name in the table: what FP8 multiplies. None for what
+    is no such matrix."""
+    found = _PROJECTION.search(name)
+    return int(found[1]) if found else None
+
+
 def held_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters, and the router biases among the buffers, of a module of either spec, by their names in the table."""
     biases = {name: buffer for name, buffer in module.named_buffers() if name.endswith("expert_bias")}

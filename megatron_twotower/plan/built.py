@@ -8,7 +8,7 @@ from megatron_twotower import parallel
 from megatron_twotower.config import RunConfig
 from megatron_twotower.names import canonical_name
 from megatron_twotower.plan.layout import Layout
-from megatron_twotower.plan.weights import Held, Parameter
+from megatron_twotower.plan.weights import Held, Parameter, by_layer
 from megatron_twotower.stages import stages_of_rank
 from megatron_twotower.towers import BackboneModel, TwoTower, build_context_tower, transformer_config
 
@@ -21,8 +21,9 @@ def build(config: RunConfig, layout: Layout, *, rank: int = 0) -> Held:
         if config.objective == "ar":
             return Held(0, tuple(_trained(BackboneModel(config, megatron, groups, stage)) for stage in own))
         contexts = [build_context_tower(config, megatron, groups, stage) for stage in own]
-        frozen = sum(p.numel() for context in contexts for p in context.parameters())
-        return Held(frozen, tuple(_trained(TwoTower(config, megatron, groups, context)) for context in contexts))
+        frozen = [(canonical_name(n), p.numel()) for context in contexts for n, p in context.named_parameters()]
+        chunks = tuple(_trained(TwoTower(config, megatron, groups, context)) for context in contexts)
+        return Held(sum(elements for _, elements in frozen), chunks, by_layer(frozen))
 
 
 def _without_initialisation(megatron: TransformerConfig) -> TransformerConfig:
