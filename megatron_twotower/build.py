@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from rich.console import Console
@@ -28,6 +28,7 @@ from megatron_twotower.phases import plan
 from megatron_twotower.pieces import optimizer_pieces, weight_pieces
 from megatron_twotower.provenance import provenance
 from megatron_twotower.records import Batch, UserError
+from megatron_twotower.scaling import scaling_pieces
 from megatron_twotower.stages import stages_of_rank
 from megatron_twotower.towers import BackboneModel, TwoTower, build_context_tower, transformer_config
 from megatron_twotower.watchdog import watching
@@ -52,13 +53,14 @@ class Model:
 
     def pieces(
         self, config: RunConfig, groups: ProcessGroupCollection, optimizer: MegatronOptimizer | None = None
-    ) -> Iterator[ShardedTensor]:
-        """What a checkpoint holds of this rank: the weights, and what the optimizer keeps for them."""
+    ) -> Iterator[ShardedTensor | ShardedObject]:
+        """What a checkpoint holds of this rank: weights, what the optimizer keeps for them, and scales of FP8."""
         held = {} if optimizer is None else held_state(optimizer, [p for c in self.chunks for p in c.parameters()])
         for chunk in self.chunks:
             entries = names.entries_of_stage(self.entries, chunk.tower.stage)
             yield from weight_pieces(chunk, entries, config.model, groups)
             yield from optimizer_pieces(chunk, entries, config.model, groups, held)
+            yield from scaling_pieces(chunk, config, groups)
 
 
 def build_model(
@@ -227,4 +229,4 @@ def _write_run_files(run: Path, config: RunConfig, model: Model, source: Sequenc
     if not config.logging.console:
         return
     start = config.init.backbone or f"random weights, seed {config.seed}"
-    Console().print(f"[bold]{config.objective}[/bold] from {start}; {one_line_summary()}", highlight=False)
+    Console().print(f"[bold]{config.objective}[/bold] from {start}; {one_line_summary(config)}", highlight=False)

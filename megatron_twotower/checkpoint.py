@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
 from megatron_twotower import parallel
 from megatron_twotower.records import UserError
 
-# Makes all pieces of tensors that a checkpoint holds, as views of the training state.
-Pieces = Callable[[], Iterable[ShardedTensor]]
+# Makes all pieces of tensors that a checkpoint holds, as views of the training state, and what is no tensor.
+Pieces = Callable[[], Iterable[ShardedTensor | ShardedObject]]
 
 logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
 
@@ -201,7 +201,7 @@ def clear_leftovers(run: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def state_dict(pieces: Iterable[ShardedTensor]) -> dict[str, Any]:
+def state_dict(pieces: Iterable[ShardedTensor | ShardedObject]) -> dict[str, Any]:
     """Pieces under names of their own, as Megatron wants them; the key within each is what is stored."""
     return {f"{piece.key}@{','.join(map(str, piece.global_offset))}": piece for piece in pieces}
 
@@ -211,7 +211,7 @@ def load(folder: Path, pieces: Pieces) -> dict[str, Any]:
     """Read a checkpoint of any layout into the tensors that `pieces` are views of.
 
     Returns:
-        what else it holds: `schedule`.
+        what else it holds: `schedule`, and objects among the pieces, by their keys in `state_dict`.
 
     Raises:
         UserError: it cannot be read, or is of another shape.

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_twotower.precision import CONTEXT_PRECISIONS, FP8_MULTIPLE, FP8_SQUARE, PRECISIONS
 from megatron_twotower.records import UserError
 
 LAYER_KINDS = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
@@ -193,6 +194,7 @@ class ParallelConfig:
         layers on each stage; above 1 the schedule is interleaved. pipeline_layers: layers of each of the pipeline x
         pipeline_chunks stretches, in order; empty for equal ones.
     context: ranks that split a sequence. Only 1 is built.
+    moe_dispatcher: how tokens travel to their experts; `deepep` and `hybridep` are kernels of the package deep_ep.
     overlap_grad_reduce: reduce the gradients of a bucket while the backward pass makes the next ones.
     overlap_param_gather: gather updated parameters while the next forward pass runs (distributed optimizer).
     bucket_parameters: how many parameters are reduced or gathered at a time; 0 for Megatron's choice.
@@ -224,6 +226,10 @@ class ParallelConfig:
 class TrainConfig:
     """The loop. Counts of steps are optimizer steps. steps: 0 for the length of all phases.
 
+    transformer_impl: whose modules layers are made of: `local` for Megatron's own, `transformer_engine`, or `auto`: the
+        latter where it and a CUDA device are there and the precision is not fp32.
+    precision: of what trains. FP8 is what projections and experts multiply in; the rest is as in bf16.
+    context_precision: of the frozen tower: `wide` as its parameters, or FP8, and then its weights are held in it.
     checkpoint_async: write checkpoints while training goes on, from a copy in host memory.
     keep_checkpoints: the newest so many stay; keep_every_steps: so do those of every so many steps (0: none).
     verify_checkpoints: compare each file with its checksum before a run goes on from it.
@@ -234,7 +240,9 @@ class TrainConfig:
     """
 
     steps: int = 100
+    transformer_impl: str = "auto"
     precision: str = "fp32"
+    context_precision: str = "wide"
     recompute_layers: str = ""
     router_dtype: str = "fp32"
     router_bias_update_rate: float = 1e-3
@@ -251,6 +259,40 @@ class TrainConfig:
     stop_after_nonfinite: int = 10
     hang_timeout_seconds: int = 900
     ledger: bool = False
+
+
+@dataclass(frozen=True)
+class Fp8Config:
+    """How FP8 is scaled, where `train.precision` or `train.context_precision` asks for it.
+
+    format: `hybrid` is e4m3, and e5m2 for gradients.
+    history_steps, margin: of fp8_delayed: a scale comes from the largest value of so many passes, lowered by
+        2 ** margin.
+    first_layers_bf16, last_layers_bf16: so many layers at each end of both towers stay out of it (not of fp8_delayed).
+    router_padding: the router itself gives every expert a multiple of 16 tokens; without, they are padded by a copy.
+    """
+
+    format: str = "hybrid"
+    history_steps: int = 1024
+    margin: int = 0
+    first_layers_bf16: int = 0
+    last_layers_bf16: int = 0
+    router_padding: bool = False
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """Kernels of Transformer Engine that do several steps in one. Without it there are none.
+
+    permutation: of tokens to their experts and back. router: choice and weights of experts, where the router is fp32.
+    gradient_accumulation: weight gradients go straight into the fp32 sums. squared_relu: of routed experts, with the
+        weight of the token.
+    """
+
+    permutation: bool = True
+    router: bool = True
+    gradient_accumulation: bool = True
+    squared_relu: bool = True
 
 
 @dataclass(frozen=True)
@@ -278,6 +320,8 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
+    fusion: FusionConfig = field(default_factory=FusionConfig)
     phases: list[PhaseConfig] = field(default_factory=list)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
@@ -293,10 +337,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.damaged_shards": ("stop", "skip"),
     "schedule.kind": ("wsd", "cosine", "constant"),
     "schedule.decay_shape": ("linear", "cosine"),
-    "train.precision": ("fp32", "bf16"),
+    "train.transformer_impl": ("auto", "local", "transformer_engine"),
+    "train.precision": tuple(PRECISIONS),
+    "train.context_precision": tuple(CONTEXT_PRECISIONS),
     "train.router_dtype": ("fp32", "fp64"),
     "train.on_damaged_checkpoint": ("stop", "previous"),
-    "parallel.moe_dispatcher": ("alltoall", "allgather"),
+    "fp8.format": ("hybrid", "e4m3"),
+    "parallel.moe_dispatcher": ("alltoall", "allgather", "deepep", "hybridep"),
     "parallel.card": ("h100", "h200", "b200", "a100"),
     "logging.wandb": ("offline", "online", "disabled"),
 }
@@ -330,6 +377,10 @@ MINIMA: dict[str, int] = {
     "train.keep_every_steps": 0,
     "train.stop_after_nonfinite": 1,
     "train.hang_timeout_seconds": 0,
+    "fp8.history_steps": 1,
+    "fp8.margin": 0,
+    "fp8.first_layers_bf16": 0,
+    "fp8.last_layers_bf16": 0,
     "schedule.warmup_steps": 0,
     "schedule.decay_steps": 0,
 }
@@ -368,6 +419,7 @@ def validate(config: RunConfig, *, world_size: int) -> None:
     _validate_model(config.model)
     _validate_noise(config)
     _validate_layout(config, world_size)
+    _validate_precision(config)
     schedule, steps = config.schedule, config.train.steps
     _require(
         schedule.warmup_steps + schedule.decay_steps <= steps and schedule.warmup_steps < steps,
@@ -449,6 +501,11 @@ def _validate_layout(config: RunConfig, world_size: int) -> None:
         f"parallel.expert {parallel.expert} x parallel.expert_tensor {parallel.expert_tensor_ranks} x "
         f"parallel.pipeline {parallel.pipeline}: does not divide {world_size} ranks",
     )
+    _require(
+        parallel.moe_dispatcher in ("alltoall", "allgather") or parallel.expert * parallel.expert_tensor_ranks > 1,
+        f"parallel.moe_dispatcher: found {parallel.moe_dispatcher} with experts on one rank, expected alltoall, or "
+        "parallel.expert above 1",
+    )
     _validate_model_split(config)
     _validate_pipeline(config.model, parallel)
     _validate_micro_batches(config, world_size // dense)
@@ -526,6 +583,77 @@ def _validate_micro_batches(config: RunConfig, data_parallel: int) -> None:
         counts["train.validation_sequences"] = train.validation_sequences
     for key, count in counts.items():
         _require(count % step == 0, f"{key} {count}: expected a multiple of {step} ({product})")
+
+
+def _validate_precision(config: RunConfig) -> None:
+    """FP8: who can serve it, which layers may stay out of it, and that every matrix has sides that it takes."""
+    train, parallel, fp8 = config.train, config.parallel, config.fp8
+    settings = {"train.precision": train.precision, "train.context_precision": train.context_precision}
+    in_fp8 = [f"{key} {value}" for key, value in settings.items() if value.startswith("fp8")]
+    _require(
+        train.context_precision == "wide" or (config.objective == "two_tower" and train.precision != "fp32"),
+        f"train.context_precision: found {train.context_precision} with objective {config.objective} and "
+        f"train.precision {train.precision}, expected objective two_tower and bf16 or an FP8 one, or wide",
+    )
+    if not in_fp8:
+        return
+    _require(
+        train.transformer_impl != "local",
+        f"train.transformer_impl: found local with {in_fp8[0]}, expected transformer_engine or auto",
+    )
+    ends = fp8.first_layers_bf16 + fp8.last_layers_bf16
+    _require(
+        not ends or train.precision != "fp8_delayed",
+        f"fp8.first_layers_bf16 {fp8.first_layers_bf16}, fp8.last_layers_bf16 {fp8.last_layers_bf16}: expected 0 with "
+        "train.precision fp8_delayed, whose scales are of all layers or none",
+    )
+    longest = config.model.num_layers // parallel.pipeline
+    for key, count in (("first", fp8.first_layers_bf16), ("last", fp8.last_layers_bf16)):
+        _require(
+            count <= longest,
+            f"fp8.{key}_layers_bf16: found {count}, expected at most the {longest} layers of a pipeline stage",
+        )
+    _require(
+        not fp8.router_padding or parallel.moe_dispatcher != "allgather",
+        "fp8.router_padding: found true with parallel.moe_dispatcher allgather, expected another or false",
+    )
+    for what, size in _fp8_sides(config):
+        _require(size % FP8_MULTIPLE == 0, f"{what}: expected a multiple of {FP8_MULTIPLE} with {in_fp8[0]}")
+    tokens = config.data.sequence_length_tokens * config.data.micro_batch_size // parallel.tensor
+    _require(
+        not (parallel.sequence and any(each.endswith("blockwise") for each in in_fp8)) or tokens % FP8_SQUARE == 0,
+        f"data.sequence_length_tokens x data.micro_batch_size over {parallel.tensor} ranks is {tokens}: expected a "
+        f"multiple of {FP8_SQUARE} with fp8_blockwise and parallel.sequence",
+    )
+
+
+def _fp8_sides(config: RunConfig) -> Iterator[tuple[str, int]]:
+    """The sides of every matrix that one rank multiplies in FP8, and the tokens of a micro-batch, by what they are."""
+    model, data, tensor = config.model, config.data, config.parallel.tensor
+    group_states = 2 * model.n_groups * model.ssm_state_size
+    heads = model.num_attention_heads + 2 * model.num_key_value_heads
+    widths = {
+        "M": {
+            "width of in_proj of Mamba": (2 * model.mamba_inner + group_states + model.mamba_num_heads, tensor),
+            "width of out_proj of Mamba": (model.mamba_inner, tensor),
+        },
+        "*": {
+            "width of linear_qkv of attention": (heads * model.head_dim, tensor),
+            "width of linear_proj of attention": (model.num_attention_heads * model.head_dim, tensor),
+        },
+        "E": {
+            "model.moe_intermediate_size": (model.moe_intermediate_size, config.parallel.expert_tensor_ranks),
+            "model.moe_shared_expert_intermediate_size": (model.moe_shared_expert_intermediate_size, tensor),
+        },
+        "-": {"model.intermediate_size": (model.intermediate_size, tensor)},
+    }  # fmt: skip
+    yield f"model.hidden_size {model.hidden_size}", model.hidden_size
+    for kind, named in widths.items():
+        if kind in model.hybrid_override_pattern:
+            for name, (whole, ranks) in named.items():
+                yield f"{name} {whole} over {ranks} ranks is {whole // ranks}", whole // ranks
+    tokens = data.sequence_length_tokens * data.micro_batch_size
+    yield f"data.sequence_length_tokens x data.micro_batch_size {tokens}", tokens
 
 
 def model_from_hf(config: Mapping[str, Any], *, source: str) -> ModelConfig:

@@ -8,7 +8,7 @@ import importlib
 import importlib.metadata
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import psutil
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_twotower import __version__, host
+from megatron_twotower.config import RunConfig, TrainConfig
 from megatron_twotower.ops import kernels
 
 GPU_EXTRA = "a CUDA build of torch and nvcc, then: pip install --no-build-isolation 'megatron-twotower[gpu]'"
@@ -72,16 +73,49 @@ class _Fixed:
 
 FIXED_ROLES = (
     _Fixed(
-        "norm", "megatron_twotower.ops.norm.rms_norm",
-        "torch RMSNorm", "Transformer Engine, fused with the projection", "transformer-engine",
-    ),
-    _Fixed(
-        "grouped GEMM", "megatron_twotower.layers.SequentialMLP",
-        "Megatron SequentialMLP, expert by expert", "Transformer Engine grouped linear", "transformer-engine",
-    ),
-    _Fixed(
         "cross-entropy", "megatron_twotower.ops.cross_entropy.linear_cross_entropy",
         "torch, fused with the head, by chunks", "a Triton kernel of the same", "triton",
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _OfSpec:
+    """A role that the spec of a run gives to Megatron's own modules or to Transformer Engine's (`spec.py`).
+
+    code: what serves it in the first case, importable; a test holds that it exists.
+    asked: whether a configuration wants the second in this role too.
+    """
+
+    role: str
+    code: str
+    own: str
+    transformer_engine: str
+    asked: Callable[[RunConfig], bool] = lambda config: True
+
+
+SPEC_ROLES = (
+    _OfSpec(
+        "norm", "megatron_twotower.spec.RMSNorm",
+        "torch RMSNorm", "Transformer Engine, fused with the projection in M and *",
+    ),
+    _OfSpec(
+        "projections", "megatron_twotower.spec.ColumnParallelLinear",
+        "torch, Megatron's parallel linears", "Transformer Engine linears",
+    ),
+    _OfSpec(
+        "grouped GEMM", "megatron_twotower.spec.SequentialMLP",
+        "Megatron SequentialMLP, expert by expert", "Transformer Engine grouped linear",
+    ),
+    _OfSpec(
+        "token permutation", "megatron.core.transformer.moe.moe_utils.permute",
+        "torch index_select and scatter_add", "Transformer Engine, fused",
+        lambda config: config.fusion.permutation,
+    ),
+    _OfSpec(
+        "router", "megatron_twotower.router.Router",
+        "torch", "Transformer Engine, fused (train.router_dtype=fp32)",
+        lambda config: config.fusion.router and config.train.router_dtype == "fp32",
     ),
 )  # fmt: skip
 
@@ -186,6 +220,16 @@ def _kernel_role(by: _Kernels) -> Role:
     return Role(by.role, by.otherwise, by.kernels, how)
 
 
+def _spec_role(by: _OfSpec, config: RunConfig, served: str) -> Role:
+    reason, found = kernels.unavailable("transformer-engine"), _installed(_BY_NAME["transformer-engine"])
+    if served == "transformer_engine" and by.asked(config):
+        return Role(by.role, f"{by.transformer_engine} (transformer-engine {found})", "nothing", "-")
+    if reason is None:
+        return Role(by.role, by.own, by.transformer_engine, "switched off by the configuration")
+    how = "needs a CUDA device" if host.is_host() else f"{reason}: {GPU_EXTRA}"
+    return Role(by.role, by.own, by.transformer_engine, how)
+
+
 def _optimizer_role() -> Role:
     """Megatron picks the Adam itself while it is imported: ask it what it picked."""
     host.install()
@@ -199,17 +243,26 @@ def _optimizer_role() -> Role:
     return Role("optimizer", f"FusedAdam of {source}", "nothing", "-")
 
 
-def diagnose() -> list[Role]:
-    """Every role of a training step and who serves it now."""
+# What the doctor speaks of where there is no run: bf16, and all that can be left to it.
+_ANY_RUN = RunConfig(train=TrainConfig(precision="bf16"))
+
+
+def diagnose(config: RunConfig = _ANY_RUN) -> list[Role]:
+    """Every role of a training step and who serves it in a run of this configuration."""
+    host.install()
+    from megatron_twotower.spec import implementation
+
+    served = implementation(config)
+    of_spec = [_spec_role(role, config, served) for role in SPEC_ROLES]
     by_kernels, fixed = map(_kernel_role, KERNEL_ROLES), map(_fixed_role, FIXED_ROLES)
-    return [*by_kernels, *fixed, _optimizer_role()]
+    return [*by_kernels, *of_spec, *fixed, _optimizer_role()]
 
 
-def one_line_summary() -> str:
+def one_line_summary(config: RunConfig = _ANY_RUN) -> str:
     """Device, versions and serving implementations in one line, for the log of a starting run."""
     where = "CPU and Gloo" if host.is_host() else f"{torch.cuda.get_device_name()} and NCCL"
     megatron = _installed(_BY_NAME["megatron-core"])
-    roles = "; ".join(f"{role.role}: {role.serves}" for role in diagnose())
+    roles = "; ".join(f"{role.role}: {role.serves}" for role in diagnose(config))
     return f"{where}, torch {torch.__version__}, megatron-core {megatron}; {roles}"
 
 

@@ -2,8 +2,9 @@
 
 Megatron Core 0.16 takes a CUDA device for granted in three ways, and each has its table here:
 
-* source literals (`device="cuda"`, the type string `'torch.cuda.FloatTensor'`) in a few modules: `_LITERALS`
-  rewrites them while the module is imported, so that the arithmetic is Megatron's own and costs nothing at run time;
+* source literals (`device="cuda"`, the type string `'torch.cuda.FloatTensor'`) and imports of fused optimizers in a few
+  modules: `_LITERALS` rewrites them while the module is imported, so that the arithmetic is Megatron's own and costs
+  nothing at run time;
 * `torch.cuda` calls (current device, streams, events, random state): `_CUDA_CALLS` answers them for the host;
 * what only goes wrong with Gloo: `_mend_for_gloo`.
 
@@ -27,14 +28,20 @@ import torch
 
 _DEVICE = (r"""device=(['"])cuda\1""", 'device="cpu"')
 _TYPE = (r"""torch\.cuda\.(Float|Half|BFloat16)Tensor(?=['"])""", r"torch.\1Tensor")
+# Megatron takes fused optimizers wherever their package imports, as on the login node of a cluster.
+_FUSED = (
+    r"from (transformer_engine\.pytorch\.optimizers|apex\.\w+) import",
+    r"raise ImportError; from \1 import",
+)
 
 # megatron-core 0.16.1: what stands in each module's source. A pattern that is not found is an error: the
 # module has changed upstream and must be looked at again.
 _LITERALS: dict[str, tuple[tuple[str, str], ...]] = {
-    "megatron.core.optimizer.clip_grads": (_DEVICE, _TYPE),
-    "megatron.core.optimizer.distrib_optimizer": (_TYPE,),
+    "megatron.core.optimizer": (_FUSED,),
+    "megatron.core.optimizer.clip_grads": (_DEVICE, _TYPE, _FUSED),
+    "megatron.core.optimizer.distrib_optimizer": (_TYPE, _FUSED),
     "megatron.core.optimizer.grad_scaler": (_DEVICE,),
-    "megatron.core.optimizer.optimizer": (_DEVICE, _TYPE),
+    "megatron.core.optimizer.optimizer": (_DEVICE, _TYPE, _FUSED),
     "megatron.core.pipeline_parallel.schedules": (_DEVICE,),
     "megatron.core.transformer.moe.moe_utils": (_DEVICE,),
     "megatron.core.dist_checkpointing.strategies.state_dict_saver": (_DEVICE,),

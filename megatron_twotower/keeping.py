@@ -10,7 +10,7 @@ from types import FrameType
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_twotower import checkpoint, ledger, parallel, trainer
+from megatron_twotower import checkpoint, ledger, parallel, scaling, trainer
 from megatron_twotower.checkpoint import Pieces
 from megatron_twotower.config import RunConfig
 from megatron_twotower.metrics import Metrics
@@ -61,6 +61,8 @@ def resume_point(run: Path, config: RunConfig, *, fingerprint: str | None) -> Pa
 def restore(point: Path, parts: trainer.Trainer, pieces: Pieces) -> trainer.Progress:
     """Fill weights, optimizer and schedule from a checkpoint of any layout; that of an import holds weights alone.
 
+    Scales of FP8 that are not of this precision and layout are left: they begin anew.
+
     Returns:
         where the run stands.
 
@@ -68,11 +70,13 @@ def restore(point: Path, parts: trainer.Trainer, pieces: Pieces) -> trainer.Prog
         UserError: it cannot be read.
     """
     state = checkpoint.read_state(point)
+    goes_on = scaling.goes_on(state.configuration, parts.config)
+    skipped = ((OF_OPTIMIZER,) if state.step == 0 else ()) + (() if goes_on else (scaling.OF_SCALING,))
+    loaded = checkpoint.load(point, lambda: (piece for piece in pieces() if not piece.key.startswith(skipped)))
+    scaling.restore_scaling([part.module for part in parts.model.parts], loaded)
     if state.step == 0:  # an import
-        checkpoint.load(point, lambda: (piece for piece in pieces() if not piece.key.startswith(OF_OPTIMIZER)))
         parts.optimizer.reload_model_params()
     else:
-        loaded = checkpoint.load(point, pieces)
         set_updates(parts.optimizer, state.updates)
         parts.schedule.load_state_dict(loaded["schedule"])
     return trainer.resumed(state.step, state.cursor, state.updates, state.window, parts.groups)

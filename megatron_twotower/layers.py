@@ -1,4 +1,4 @@
-"""The mixers and layers of both towers, made of Megatron's parallel layers.
+"""The mixers and layers of both towers, made of the modules that `spec.py` names.
 
 Every mixer takes hidden states (l, b, h), split over tensor-parallel ranks along l under sequence parallelism, and
 has two ways through: `causal`, one causal stream, which also returns the hand-off; and `denoise`, every block of a
@@ -14,58 +14,51 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_twotower import spec
 from megatron_twotower.adaln import add_gated, modulate, rows_of_rank, split_modulation
 from megatron_twotower.config import ModelConfig
 from megatron_twotower.host import device
 from megatron_twotower.ops.attention import block_attention, causal_attention
 from megatron_twotower.ops.convolution import block_history, causal_conv, seeded_block_conv
-from megatron_twotower.ops.norm import gated_rms_norm, rms_norm
+from megatron_twotower.ops.norm import gated_rms_norm
 from megatron_twotower.ops.scan import chunk_length, chunk_scan, stream_scan, two_stream_scan
 from megatron_twotower.records import AttentionHandoff, Blocks, Handoff, MambaHandoff
 from megatron_twotower.router import Router
 
-# The order of norm and modulation: in M and * Megatron fuses the norm into the projection, so modulation is first.
+# The order of norm and modulation: in M and * Megatron fuses the norm into the projection, so modulation is first. They
+# are fused in the same layers here, where the spec has it.
 MODULATED_BEFORE_NORM = frozenset("M*")
 # The layers of the context tower that the denoiser reads.
 HANDING_ON = frozenset("M*")
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm with a weight, the same on every tensor-parallel rank."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.hidden_size, dtype=config.params_dtype, device=device()))
-        # Megatron sums the gradients of parameters so marked over the ranks that hold parts of the sequence.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        self.epsilon = config.layernorm_epsilon
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.epsilon)
-
-
 def _column(config: TransformerConfig, inputs: int, outputs: int, groups: ProcessGroupCollection) -> nn.Module:
-    return ColumnParallelLinear(
+    """The first projection of a mixer of `MODULATED_BEFORE_NORM`, with its norm where the spec has the two in one."""
+    modules = spec.of(config)
+    return (modules.norm_column or modules.column)(
         inputs, outputs, config=config, init_method=config.init_method, bias=False, gather_output=False,
-        tp_group=groups.tp,
+        skip_bias_add=False, is_expert=False, tp_group=groups.tp,
     )  # fmt: skip
 
 
 def _row(config: TransformerConfig, inputs: int, outputs: int, groups: ProcessGroupCollection) -> nn.Module:
-    return RowParallelLinear(
+    return spec.of(config).row(
         inputs, outputs, config=config, init_method=config.init_method, bias=False, input_is_parallel=True,
-        skip_bias_add=False, tp_group=groups.tp,
+        skip_bias_add=False, is_expert=False, tp_group=groups.tp,
     )  # fmt: skip
+
+
+def _norm(kind: str, config: TransformerConfig) -> nn.Module:
+    modules = spec.of(config)
+    return nn.Identity() if modules.norm_column and kind in MODULATED_BEFORE_NORM else modules.norm(config)
 
 
 def _draws(tensors: tuple[Tensor, ...], batch: int) -> list[tuple[Tensor, ...]]:
@@ -247,15 +240,13 @@ class _Pointwise(Mixer):
         raise NotImplementedError
 
 
-_MLP_PARTS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-
-
 class DenseMLP(_Pointwise):
     """Squared-ReLU MLP: Megatron's."""
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection):
         super().__init__(config)
-        self.mlp = MLP(config, _MLP_PARTS, ffn_hidden_size=model.intermediate_size, tp_group=groups.tp)
+        parts = spec.of(config).feed_forward
+        self.mlp = MLP(config, parts, ffn_hidden_size=model.intermediate_size, tp_group=groups.tp)
 
     def apply_to(self, hidden: Tensor, blocks: Blocks) -> Tensor:
         return self.mlp(hidden)[0]
@@ -269,9 +260,10 @@ class MixtureOfExperts(_Pointwise):
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection):
         super().__init__(config)
+        modules = spec.of(config)
         parts = MoESubmodules(
-            experts=ModuleSpec(module=SequentialMLP, submodules=_MLP_PARTS),
-            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=_MLP_PARTS),
+            experts=modules.experts,
+            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=modules.feed_forward),
             router=Router,
         )
         self.moe = MoELayer(config, submodules=parts, pg_collection=groups)
@@ -307,14 +299,16 @@ class Layer(MegatronModule):
         self, kind: str, number: int, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection
     ) -> None:  # fmt: skip
         super().__init__(config)
-        self.kind = kind
-        self.norm = RMSNorm(config)
-        self.mixer = MIXERS[kind](model, config, groups)
+        self.kind, self.number = kind, number
+        self.norm = _norm(kind, config)
+        with spec.building(config, number):
+            self.mixer = MIXERS[kind](model, config, groups)
         if isinstance(self.mixer, MixtureOfExperts):
             self.mixer.moe.set_layer_number(number + 1)
 
     def forward(self, hidden: Tensor, blocks: Blocks) -> tuple[Tensor, Handoff]:
-        out, handoff = self.mixer(self.norm(hidden), blocks)
+        with spec.computing(self.config, self.number):
+            out, handoff = self.mixer(self.norm(hidden), blocks)
         return hidden + out, handoff
 
     def held(self, handoff: Handoff, blocks: Blocks) -> Callable[[], Handoff]:
@@ -347,7 +341,8 @@ class DenoiserLayer(Layer):
             normed = self.norm(modulate(hidden, shift, scale))
         else:
             normed = modulate(self.norm(hidden), shift, scale)
-        out, _ = self.mixer(normed, blocks, handoff)
+        with spec.computing(self.config, self.number):
+            out, _ = self.mixer(normed, blocks, handoff)
         return add_gated(hidden, gate, out)
 
     def _own(self, rows: Tensor, length: int) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from megatron_twotower.config import ModelConfig, RunConfig
 from megatron_twotower.ops.scan import chunk_length
+from megatron_twotower.precision import PRECISIONS
 
 # Bytes of an element of the working precision of scans and routers.
 _WIDE = 4
@@ -152,7 +153,7 @@ def step_size(config: RunConfig, *, block: int | None = None) -> StepSize:
         block=block or config.noise.block_size_tokens,
         draws=config.noise.draws_per_context,
         time_per_block=config.noise.time_per == "block",
-        activation_bytes=2 if config.train.precision == "bf16" else 4,
+        activation_bytes=PRECISIONS[config.train.precision].bytes,
         tensor=parallel.tensor,
         sequence=parallel.tensor if parallel.sequence else 1,
         expert_tensor=parallel.expert_tensor_ranks,

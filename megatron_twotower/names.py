@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_twotower.config import ModelConfig
 from megatron_twotower.stages import Stage
@@ -252,6 +252,39 @@ def joined(parts: Sequence[Tensor], entry: Entry) -> Tensor:
     sizes = [size // len(parts) for size in entry.parts] or [parts[0].shape[entry.split]]
     pieces = [part.split(sizes, dim=entry.split) for part in parts]
     return torch.cat([piece for group in zip(*pieces, strict=True) for piece in group], dim=entry.split)
+
+
+# Where Transformer Engine's modules hold what the table has elsewhere: a norm inside the projection after it, and the
+# experts of a rank as the weights of one module.
+_CANONICAL = (
+    (re.compile(r"\.mixer\.(?:in_proj|linear_qkv)\.layer_norm_weight$"), ".norm.weight"),
+    (re.compile(r"\.experts\.(linear_fc[12])\.weight(\d+)$"), r".experts.local_experts.\2.\1.weight"),
+)
+
+
+def canonical_name(name: str) -> str:
+    """The name in the table of a parameter of either spec (`spec.py`), on its rank."""
+    for pattern, replacement in _CANONICAL:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+_PROJECTION = re.compile(
+    r"layers\.(\d+)\.mixer\.(?:.*\.)?(?:in_proj|out_proj|linear_qkv|linear_proj|linear_fc[12])\.weight$"
+)
+
+
+def layer_of_projection(name: str) -> int | None:
+    """The layer that a matrix of a mixer or expert is in, by its name in the table: what FP8 multiplies. None for what
+    is no such matrix."""
+    found = _PROJECTION.search(name)
+    return int(found[1]) if found else None
+
+
+def held_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, and the router biases among the buffers, of a module of either spec, by their names in the table."""
+    biases = {name: buffer for name, buffer in module.named_buffers() if name.endswith("expert_bias")}
+    return {canonical_name(name): tensor for name, tensor in [*module.named_parameters(), *biases.items()]}
 
 
 def local_expert_name(entry: Entry, *, experts: int, rank: int, ranks: int) -> str | None:

@@ -38,7 +38,7 @@ def build_optimizer(config: RunConfig, model: Chunks, groups: ProcessGroupCollec
         adam_beta2=ours.beta2,
         adam_eps=ours.epsilon,
         clip_grad=ours.clip_gradient_norm,
-        bf16=config.train.precision == "bf16",
+        bf16=model.config.bf16,
         params_dtype=model.config.params_dtype,
         use_distributed_optimizer=ours.distributed,
         overlap_param_gather=config.parallel.overlap_param_gather,

@@ -13,7 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from megatron_twotower.config import ModelConfig
-from megatron_twotower.names import Entry, local_expert_name
+from megatron_twotower.names import Entry, held_tensors, local_expert_name
 from megatron_twotower.optimizer import Held
 
 # Per axis: the first element, and how many.
@@ -86,7 +86,7 @@ def local_tensors(
     module: nn.Module, entries: Sequence[Entry], model: ModelConfig, groups: ProcessGroupCollection
 ) -> Iterator[tuple[Entry, Tensor]]:
     """The parameters and buffers of this rank, each with its entry."""
-    held = dict(module.named_parameters()) | dict(module.named_buffers())
+    held = held_tensors(module)
     for entry in entries:
         local = local_expert_name(entry, experts=model.n_routed_experts, rank=groups.ep.rank(), ranks=groups.ep.size())
         if local is not None:

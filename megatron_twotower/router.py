@@ -20,6 +20,12 @@ class Router(TopKRouter):
 
     counted: Tensor | None = None
 
+    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Weights and choices (l b, experts). The choice is made in the router's precision; kernels of grouped experts
+        and of dispatchers read weights in fp32 at most."""
+        weights, chosen = super().forward(input, padding_mask)
+        return (weights.float() if self.config.moe_grouped_gemm else weights), chosen
+
     def _apply_seq_aux_loss(
         self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, seq_length: int, bsz: int,
         with_padding_mask: bool = False,

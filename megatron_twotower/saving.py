@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
@@ -95,7 +96,7 @@ class Saver:
     def _staged(self) -> Any:
         """The pieces, copied where training would otherwise go on changing what is being written."""
         for piece in self._pieces():
-            if self._background and host.is_host():
+            if self._background and host.is_host() and isinstance(piece, ShardedTensor):
                 piece.data = piece.data.clone(memory_format=torch.contiguous_format)
             yield piece
 

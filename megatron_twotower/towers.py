@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from megatron.core import tensor_parallel
+from megatron.core import activations
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
@@ -26,10 +26,11 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_twotower import spec
 from megatron_twotower.adaln import TimeConditioning
 from megatron_twotower.config import ModelConfig, ParallelConfig, RunConfig
 from megatron_twotower.host import device, is_host
-from megatron_twotower.layers import HANDING_ON, DenoiserLayer, Layer, RMSNorm
+from megatron_twotower.layers import HANDING_ON, DenoiserLayer, Layer
 from megatron_twotower.records import Blocks, Handoff, NoisyBatch
 from megatron_twotower.stages import Stage, stages, whole
 
@@ -43,10 +44,17 @@ def leave_uninitialised(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def transformer_config(config: RunConfig) -> TransformerConfig:
-    """The configuration that Megatron's layers, optimizer and schedules read."""
+def transformer_config(config: RunConfig, *, served: str | None = None) -> TransformerConfig:
+    """The configuration that Megatron's layers, optimizer and schedules read.
+
+    Args:
+        served: a row of `spec.SPECS`, where it is not to be chosen by what is here.
+
+    Raises:
+        UserError: the configuration asks for modules or kernels that are not here.
+    """
     model, parallel, train = config.model, config.parallel, config.train
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[train.precision]
+    of_spec = spec.megatron_fields(config, served=served or spec.implementation(config))
     pipeline: dict[str, object] = {}
     if parallel.pipeline > 1:
         # In one batch, Megatron's default, what two interleaved stages send each other forward and backward would mix.
@@ -54,7 +62,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         pipeline = {
             "pipeline_model_parallel_size": parallel.pipeline,
             "pipeline_model_parallel_layout": _megatron_layout(model, parallel),
-            "pipeline_dtype": dtype,
+            "pipeline_dtype": of_spec["params_dtype"],
             # Gloo still reads what an overlapped send has not finished with; NCCL holds on to it by itself.
             "deallocate_pipeline_outputs": not (interleaved and is_host()),
             "overlap_p2p_comm": interleaved,
@@ -74,8 +82,6 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
             "moe_router_dtype": train.router_dtype,
             "moe_router_load_balancing_type": "seq_aux_loss" if train.sequence_aux_loss else "none",
             "moe_aux_loss_coeff": train.sequence_aux_loss,
-            "moe_token_dispatcher_type": parallel.moe_dispatcher,
-            "moe_grouped_gemm": False,
         }
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -86,21 +92,20 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         ffn_hidden_size=model.intermediate_size,
         normalization="RMSNorm",
         layernorm_epsilon=model.layer_norm_epsilon,
-        activation_func=squared_relu,
+        # Megatron knows by its own function what it can fuse.
+        activation_func=activations.squared_relu if of_spec.get("use_fused_weighted_squared_relu") else squared_relu,
         add_bias_linear=False,
         bias_activation_fusion=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method=leave_uninitialised,
         output_layer_init_method=leave_uninitialised,
-        params_dtype=dtype,
-        bf16=train.precision == "bf16",
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor_ranks,
-        gradient_accumulation_fusion=False,
         calculate_per_token_loss=True,
+        **of_spec,
         **pipeline,
         **experts,
     )
@@ -139,10 +144,10 @@ class Tower(MegatronModule):
         kinds = model.hybrid_override_pattern
         self.layers = nn.ModuleDict({str(i): layer(kinds[i], i, model, config, groups) for i in self.stage.layers})
         if self.stage.last:
-            self.final_norm = RMSNorm(config)
+            self.final_norm = spec.of(config).norm(config)
             self.output_layer = Head(
-                model.hidden_size, model.vocab_size, config=config, init_method=config.init_method, bias=False,
-                gather_output=False, tp_group=groups.tp,
+                model.hidden_size, model.vocab_size, config=spec.unfused(config), init_method=config.init_method,
+                bias=False, gather_output=False, tp_group=groups.tp,
             )  # fmt: skip
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -212,8 +217,9 @@ class BackboneModel(PipelineModel):
         """
         blocks, stage = Blocks(documents=documents, padding=padding), self.tower.stage
         hidden = self.tower.embed(tokens) if stage.first else self.received().unflatten(0, (-1, len(tokens)))
-        for layer in self.tower.layers.values():
-            hidden, _ = layer(hidden, blocks)
+        with spec.model_computing(self.config):
+            for layer in self.tower.layers.values():
+                hidden, _ = layer(hidden, blocks)
         return self.tower.final(hidden) if stage.last else _to_send(hidden)
 
 
@@ -248,12 +254,13 @@ class TwoTower(PipelineModel):
         """
         blocks, stage = Blocks(batch.block, batch.documents, batch.padding, batch.counted), self.tower.stage
         clean, noisy, conditioning = self._start(batch) if stage.first else self._continue(batch)
-        for number in stage.layers:
-            handoff = None
-            if number < self.context_layers:
-                with torch.no_grad():
-                    clean, handoff = self.context.layers[str(number)](clean, blocks)
-            noisy = self._denoise(number, noisy, conditioning, handoff, blocks)
+        with spec.model_computing(self.config):
+            for number in stage.layers:
+                handoff = None
+                if number < self.context_layers:
+                    with torch.no_grad():
+                        clean, handoff = self.context.layers[str(number)](clean, blocks)
+                noisy = self._denoise(number, noisy, conditioning, handoff, blocks)
         return self.tower.final(noisy) if stage.last else _to_send(clean, noisy, conditioning)
 
     def _start(self, batch: NoisyBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -288,14 +295,16 @@ class TwoTower(PipelineModel):
             ready = at_hand.pop() if at_hand else again()
             return layer(noisy, conditioning, ready, blocks)
 
-        return tensor_parallel.checkpoint(run, False, noisy, conditioning)
+        return spec.recomputed(run, noisy, conditioning, config=self.config, groups=self.tower.groups)
 
 
 def build_context_tower(
     config: RunConfig, megatron: TransformerConfig, groups: ProcessGroupCollection, stage: Stage | None = None
 ) -> Tower:
     """A tower without gradients, in evaluation mode for good: its weights are the caller's to load."""
-    return Tower(config.model, megatron, groups, stage=stage).requires_grad_(False).eval()
+    with torch.no_grad():  # what is held in FP8 is then made for the forward pass alone
+        tower = Tower(config.model, spec.frozen(config, megatron), groups, stage=stage)
+    return tower.requires_grad_(False).eval()
 
 
 def rows_between_stages(config: RunConfig, *, sequences: int, times: Tensor | None, ranks: int) -> int:

@@ -3,17 +3,21 @@
 import importlib
 import importlib.metadata
 import io
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from rich.console import Console
 
-from megatron_twotower import doctor, host
+from megatron_twotower import doctor, host, spec
+from megatron_twotower.config import RunConfig, TrainConfig
 from megatron_twotower.doctor import Role, diagnose, environment, one_line_summary, print_doctor
 
 ROLES = [
     "denoiser attention", "denoiser scan", "context scan", "convolution",
-    "norm", "grouped GEMM", "cross-entropy", "optimizer",
+    "norm", "projections", "grouped GEMM", "token permutation", "router", "cross-entropy", "optimizer",
 ]  # fmt: skip
 
 
@@ -35,7 +39,9 @@ def test_every_role_is_told():
     assert all(isinstance(role, Role) and role.serves and role.faster and role.how for role in diagnose())
 
 
-@pytest.mark.parametrize("role", [*doctor.FIXED_ROLES, *doctor.KERNEL_ROLES], ids=lambda role: role.role)
+@pytest.mark.parametrize(
+    "role", [*doctor.FIXED_ROLES, *doctor.KERNEL_ROLES, *doctor.SPEC_ROLES], ids=lambda role: role.role
+)
 def test_the_code_that_serves_a_role_exists(role):
     host.install()
     module, _, name = role.code.rpartition(".")
@@ -53,11 +59,49 @@ def test_the_code_that_serves_a_role_does_not_call_the_faster_package(fixed):
 
 
 def test_installed_but_unused_is_said_so(monkeypatch):
-    pretend_installed(monkeypatch, {"transformer-engine": "2.9.0", "triton": None})
+    pretend_installed(monkeypatch, {"triton": "3.9.0"})
     roles = {role.role: role for role in diagnose()}
-    assert roles["norm"].how == "not used yet; transformer-engine 2.9.0 is installed"
-    assert roles["norm"].serves == "torch RMSNorm"
-    assert roles["cross-entropy"].how == "not used yet; nothing to install"
+    assert roles["cross-entropy"].how == "not used yet; triton 3.9.0 is installed"
+    pretend_installed(monkeypatch, {"triton": None})
+    assert {role.role: role for role in diagnose()}["cross-entropy"].how == "not used yet; nothing to install"
+
+
+def with_transformer_engine(monkeypatch):
+    pretend_installed(monkeypatch, {"transformer-engine": "2.11.0"})
+    for module in (doctor.kernels, spec):
+        monkeypatch.setattr(module, "unavailable", lambda package: None)
+
+
+OF_SPEC = [role.role for role in doctor.SPEC_ROLES]
+
+
+def test_transformer_engine_serves_where_the_spec_of_a_run_is_its(monkeypatch):
+    with_transformer_engine(monkeypatch)
+    roles = {role.role: role for role in diagnose()}
+    assert roles["norm"] == Role(
+        "norm", "Transformer Engine, fused with the projection in M and * (transformer-engine 2.11.0)", "nothing", "-"
+    )
+    assert all("transformer-engine 2.11.0" in roles[name].serves for name in OF_SPEC)
+
+
+def test_a_run_that_wants_none_of_it_is_told_so(monkeypatch):
+    with_transformer_engine(monkeypatch)
+    train = TrainConfig(precision="bf16", router_dtype="fp64")
+    fp64 = {role.role: role for role in diagnose(RunConfig(train=train))}
+    assert fp64["router"].serves == "torch" and fp64["router"].how == "switched off by the configuration"
+    assert "transformer-engine" in fp64["norm"].serves
+    local = RunConfig(train=TrainConfig(precision="bf16", transformer_impl="local"))
+    for role in diagnose(local):
+        assert "transformer-engine" not in role.serves
+
+
+def test_what_stands_in_for_transformer_engine_is_what_the_spec_builds(monkeypatch):
+    """The words of the table are those of the classes."""
+    parts = spec.SPECS["local"]()
+    own = {role.role: role.code.rpartition(".")[2] for role in doctor.SPEC_ROLES}
+    assert own["norm"] == parts.norm.__name__
+    assert own["projections"] == parts.column.__name__
+    assert own["grouped GEMM"] == parts.experts.module.__name__
 
 
 def test_kernels_serve_where_their_package_does(monkeypatch):
@@ -94,6 +138,30 @@ def test_the_optimizer_is_the_one_that_megatron_picked(monkeypatch):
     monkeypatch.setattr(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", False)
     monkeypatch.setattr(megatron_optimizer, "Adam", FusedAdam)
     assert diagnose()[-1].serves == "FusedAdam of transformer_engine"
+
+
+FUSED_ADAM = "class FusedAdam: ...\nclass FusedSGD: ...\n"
+ASK = """
+from megatron_twotower import host
+host.install()
+from megatron.core import optimizer
+from megatron.core.optimizer import distrib_optimizer
+from megatron_twotower.doctor import diagnose
+assert optimizer.USING_PYTORCH_OPTIMIZER, optimizer.Adam
+assert distrib_optimizer.Adam.__module__.startswith("torch.")
+assert diagnose()[-1].serves == "torch AdamW, fused"
+"""
+
+
+@pytest.mark.skipif(not host.is_host(), reason="with a CUDA device the fused one is right")
+def test_an_optimizer_for_cuda_is_not_picked_without_a_device(tmp_path):
+    """As on the login node of a cluster, where its package is installed and imports."""
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").touch()
+    (tmp_path / "apex" / "optimizers.py").write_text(FUSED_ADAM)
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run([sys.executable, "-c", ASK], env=os.environ | {"PYTHONPATH": path}, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 def test_environment_tells_versions_and_resources(monkeypatch):

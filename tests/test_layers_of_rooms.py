@@ -9,15 +9,15 @@ PACKAGE = Path(__file__).resolve().parent.parent / "megatron_twotower"
 
 # By level; within a level, too, a room may only use those before it. A folder is one room.
 LEVELS = (
-    ("records", "config", "phases", "stages", "host", "machine"),
+    ("records", "precision", "config", "phases", "stages", "host", "machine"),
     ("names", "tokenizer", "data"),
     ("corruption",),
     ("ops",),
-    ("memory", "adaln", "router", "layers", "towers"),
+    ("memory", "adaln", "router", "spec", "layers", "towers"),
     ("loss",),
     ("parallel", "provenance", "optimizer", "metrics"),
     ("trainer", "watchdog", "ledger"),
-    ("pieces", "checkpoint", "saving", "keeping"),
+    ("pieces", "scaling", "checkpoint", "saving", "keeping"),
     ("hf", "convert"),
     (
         "generate", "bulk", "replay", "live", "likelihood", "sweep", "pictures", "evaluate", "task_recipes", "harness",
@@ -35,6 +35,7 @@ ONLY_IN = {
     "wandb": {"metrics"},
     "matplotlib": {"pictures"},
     "triton": {"ops"},
+    "transformer_engine": {"spec"},
     "mamba_ssm": {"ops"},
     "causal_conv1d": {"ops"},
     "webdataset": {"data", "bench"},

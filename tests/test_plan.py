@@ -91,6 +91,18 @@ def test_what_an_override_does_to_memory_shows():
     assert spread.context < base.context and spread.gradients < base.gradients
 
 
+def test_a_context_tower_in_fp8_takes_a_byte_for_each_element_of_its_matrices():
+    bf16 = estimate(nano(), ranks=64).memory
+    fp8 = estimate(nano("train.context_precision=fp8_current"), ranks=64).memory
+    # A rank of 8 has 16 of 128 experts: 1 / 8 of their share of a layer, and all of the rest.
+    routed, shared = 2 * 1856 * 2688 * 16, 2 * 3712 * 2688
+    mamba, attention = 10304 * 2688 + 4096 * 2688, (36 + 32) * 128 * 2688
+    assert bf16.context - fp8.context == 23 * (routed + shared) + 23 * mamba + 6 * attention
+    ends = estimate(nano("train.context_precision=fp8_current", "fp8.last_layers_bf16=1"), ranks=64).memory
+    assert ends.context - fp8.context == routed + shared, "the last layer is one of experts"
+    assert {fp8.parameters, ends.parameters} == {bf16.parameters}
+
+
 def test_a_pipeline_shares_weights_and_keeps_several_micro_batches():
     stages = ["parallel.pipeline=4", "parallel.expert=2"]
     config = nano(*stages)

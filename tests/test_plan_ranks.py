@@ -77,7 +77,7 @@ def test_the_table_of_names_says_what_modules_hold(measured):
         for rank, record in enumerate(records):
             built = build(config, layout, rank=rank)
             named = held(config, layout, pipeline_rank=record["pipeline_rank"])
-            assert built.context == named.context
+            assert built.context == named.context and built.projections == named.projections
             for one, other in zip(built.chunks, named.chunks, strict=True):
                 assert sorted((p.elements, p.expert) for p in one) == sorted((p.elements, p.expert) for p in other)
 

@@ -8,14 +8,8 @@ from torch import Tensor, nn
 
 from megatron_twotower.config import ModelConfig
 from megatron_twotower.convert.tensors import TensorSource
-from megatron_twotower.names import LAYOUTS, Entry, hf_shapes, local_expert_name, shard
+from megatron_twotower.names import LAYOUTS, Entry, held_tensors, hf_shapes, local_expert_name, shard
 from megatron_twotower.records import UserError
-
-
-def _targets(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and router biases: all that a checkpoint of weights must hold."""
-    buffers = {name: buffer for name, buffer in module.named_buffers() if name.endswith("expert_bias")}
-    return dict(module.named_parameters()) | buffers
 
 
 @torch.no_grad()
@@ -29,7 +23,7 @@ def load_weights(
         UserError: a tensor is missing or has another shape.
         AssertionError: a parameter of the module is in no entry.
     """
-    targets = _targets(module)
+    targets = held_tensors(module)
     for entry in entries:
         ep = groups.ep
         name = local_expert_name(entry, experts=model.n_routed_experts, rank=ep.rank(), ranks=ep.size())

@@ -19,7 +19,13 @@ import torch
 from torch import Tensor
 
 # The module whose functions are called, by package.
-MODULES = {"mamba-ssm": "mamba_ssm.ops.triton.ssd_combined", "causal-conv1d": "causal_conv1d", "triton": "triton"}
+MODULES = {
+    "mamba-ssm": "mamba_ssm.ops.triton.ssd_combined",
+    "causal-conv1d": "causal_conv1d",
+    "triton": "triton",
+    "transformer-engine": "transformer_engine.pytorch",  # called by Megatron's modules (spec.py)
+    "deep-ep": "deep_ep",  # called by Megatron's dispatchers
+}
 _switched_off: set[str] = set()
 
 

@@ -6,8 +6,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_twotower import parallel
 from megatron_twotower.config import RunConfig
+from megatron_twotower.names import canonical_name
 from megatron_twotower.plan.layout import Layout
-from megatron_twotower.plan.weights import Held, Parameter
+from megatron_twotower.plan.weights import Held, Parameter, by_layer
 from megatron_twotower.stages import stages_of_rank
 from megatron_twotower.towers import BackboneModel, TwoTower, build_context_tower, transformer_config
 
@@ -15,13 +16,14 @@ from megatron_twotower.towers import BackboneModel, TwoTower, build_context_towe
 def build(config: RunConfig, layout: Layout, *, rank: int = 0) -> Held:
     """Build what a rank of a layout would build, with tensors that have shapes but no memory, and count it."""
     with parallel.pretend(config, ranks=layout.ranks, rank=rank) as groups, FakeTensorMode():
-        megatron = _without_initialisation(transformer_config(config))
+        megatron = _without_initialisation(transformer_config(config, served="local"))
         own = stages_of_rank(config.model, config.parallel, groups.pp.rank())
         if config.objective == "ar":
             return Held(0, tuple(_trained(BackboneModel(config, megatron, groups, stage)) for stage in own))
         contexts = [build_context_tower(config, megatron, groups, stage) for stage in own]
-        frozen = sum(p.numel() for context in contexts for p in context.parameters())
-        return Held(frozen, tuple(_trained(TwoTower(config, megatron, groups, context)) for context in contexts))
+        frozen = [(canonical_name(n), p.numel()) for context in contexts for n, p in context.named_parameters()]
+        chunks = tuple(_trained(TwoTower(config, megatron, groups, context)) for context in contexts)
+        return Held(sum(elements for _, elements in frozen), chunks, by_layer(frozen))
 
 
 def _without_initialisation(megatron: TransformerConfig) -> TransformerConfig:
@@ -32,4 +34,7 @@ def _without_initialisation(megatron: TransformerConfig) -> TransformerConfig:
 
 def _trained(module: nn.Module) -> tuple[Parameter, ...]:
     # Megatron marks by `allreduce` what is summed over all data-parallel ranks; experts are not.
-    return tuple(Parameter(name, p.numel(), not getattr(p, "allreduce", True)) for name, p in module.named_parameters())
+    return tuple(
+        Parameter(canonical_name(name), p.numel(), not getattr(p, "allreduce", True))
+        for name, p in module.named_parameters()
+    )

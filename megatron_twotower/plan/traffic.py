@@ -25,6 +25,7 @@ from megatron_twotower.names import entries_of_stage
 from megatron_twotower.plan.flops import context_layers
 from megatron_twotower.plan.layout import Card, Layout, micro_batches
 from megatron_twotower.plan.weights import FP32, WeightBytes, parameters, tables
+from megatron_twotower.precision import PRECISIONS
 from megatron_twotower.stages import Stage, whole
 
 # Of a ring: what a rank sends of n bytes over g ranks is so many times n (g - 1) / g.
@@ -72,7 +73,7 @@ def _passes(config: RunConfig, kind: str) -> int:
 
 def _mixer(config: RunConfig, positions: int, *, forward: int, backward: int) -> Iterator[Transfer]:
     """What the ranks of a mixer or a shared expert exchange, in so many passes."""
-    whole = positions * config.model.hidden_size * (2 if config.train.precision == "bf16" else FP32)
+    whole = positions * config.model.hidden_size * PRECISIONS[config.train.precision].bytes
     if not config.parallel.sequence:
         yield Transfer("tensor", "mixers", "all_reduce", whole, forward + backward)
         return
@@ -146,7 +147,7 @@ def _between_stages(config: RunConfig, size: StepSize, own: Sequence[Stage]) -> 
 
 def _step(config: RunConfig, weights: WeightBytes, own: Sequence[Stage]) -> Iterator[Transfer]:
     """Once a step: gradients and parameters."""
-    width = 2 if config.train.precision == "bf16" else FP32
+    width = PRECISIONS[config.train.precision].bytes
     if config.parallel.sequence:
         _, trained = tables(config)
         shared = parameters(e for stage in own for e in entries_of_stage(trained, stage) if e.split is None)

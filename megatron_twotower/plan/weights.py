@@ -21,9 +21,11 @@ from megatron_twotower.names import (
     context_entries,
     denoiser_entries,
     entries_of_stage,
+    layer_of_projection,
     trained_backbone_entries,
 )
 from megatron_twotower.plan.layout import Layout
+from megatron_twotower.precision import CONTEXT_PRECISIONS, PRECISIONS
 from megatron_twotower.stages import Stage, stages_of_rank
 
 FP32 = 4
@@ -45,10 +47,12 @@ class Held:
     """What one rank holds: the frozen context tower, and what trains, in the order in which modules have them.
 
     chunks: one for each stretch of layers of a pipeline rank, each in buffers of its own.
+    projections: of the context tower's elements, those of matrices that FP8 multiplies, by layer.
     """
 
     context: int
     chunks: tuple[tuple[Parameter, ...], ...]
+    projections: tuple[tuple[int, int], ...] = ()
 
 
 def parameters(entries: Iterable[Entry]) -> int:
@@ -91,7 +95,26 @@ def _held(objective: str, model: ModelConfig, frequencies: int, layout: Layout, 
     context, trained = _tables(objective, model, frequencies)
     frozen = [entry for stage in own for entry in entries_of_stage(context, stage)]
     chunks = tuple(tuple(_on_a_rank(entries_of_stage(trained, stage), layout)) for stage in own)
-    return Held(sum(p.elements for p in _on_a_rank(frozen, layout)), chunks)
+    on_a_rank = list(_on_a_rank(frozen, layout))
+    return Held(sum(p.elements for p in on_a_rank), chunks, by_layer((p.name, p.elements) for p in on_a_rank))
+
+
+def by_layer(sizes: Iterable[tuple[str, int]]) -> tuple[tuple[int, int], ...]:
+    """Elements of the matrices among named parameters that FP8 multiplies: (layer, elements), in order of layers."""
+    sums: dict[int, int] = {}
+    for name, elements in sizes:
+        layer = layer_of_projection(name)
+        if layer is not None:
+            sums[layer] = sums.get(layer, 0) + elements
+    return tuple(sorted(sums.items()))
+
+
+def _in_fp8(config: RunConfig, of: Held) -> int:
+    """Elements of the context tower that are held in FP8, a byte each. Their scales, few of them, are left out."""
+    if CONTEXT_PRECISIONS[config.train.context_precision] is None:
+        return 0
+    layers = range(config.fp8.first_layers_bf16, config.model.num_layers - config.fp8.last_layers_bf16)
+    return sum(elements for layer, elements in of.projections if layer in layers)
 
 
 @dataclass(frozen=True)
@@ -179,10 +202,9 @@ def weight_bytes(
         places: of a rank in its data-parallel and its expert-data-parallel group, for its very share of the optimizer
             state; None for the largest.
     """
-    wide, distributed = config.train.precision == "bf16", config.optimizer.distributed
-    width = 2 if wide else FP32
+    width, distributed = PRECISIONS[config.train.precision].bytes, config.optimizer.distributed
     # fp32 parameters are their own main parameters.
-    state = 3 * FP32 if wide else 2 * FP32
+    state = 2 * FP32 if width == FP32 else 3 * FP32
     buffers, owned = [0, 0], 0
     for chunk, trained in enumerate(of.chunks):
         bucket = bucket_elements(config, layout) if chunk == pipeline_rank == 0 else None
@@ -193,8 +215,8 @@ def weight_bytes(
             owned += max(laid.owned) if places is None else laid.owned[places[number]]
     total = sum(buffers)
     return WeightBytes(
-        context=of.context * width, parameters=total * width, gradients=total * FP32, optimizer=owned * state,
-        dense=buffers[0], expert=buffers[1],
+        context=of.context * width - _in_fp8(config, of) * (width - 1), parameters=total * width,
+        gradients=total * FP32, optimizer=owned * state, dense=buffers[0], expert=buffers[1],
     )  # fmt: skip
 
 
@@ -204,5 +226,6 @@ def checkpoint_bytes(config: RunConfig) -> int:
     The frozen tower is in no checkpoint.
     """
     _, trained = tables(config)
-    each = 2 + 3 * FP32 if config.train.precision == "bf16" else 3 * FP32
+    width = PRECISIONS[config.train.precision].bytes
+    each = 3 * FP32 if width == FP32 else width + 3 * FP32
     return parameters(trained) * each
