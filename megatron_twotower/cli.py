@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_twotower import host
+from megatron_twotower.bench import commands as bench_commands
 from megatron_twotower.records import STOPPED_EARLY, UserError
 
 Command = Callable[[argparse.Namespace], int]
@@ -241,73 +242,6 @@ def _doctor(_: argparse.Namespace) -> int:
     return 0
 
 
-def _bench_ops(arguments: argparse.Namespace) -> int:
-    from megatron_twotower.bench import ops as bench_ops
-
-    bench_ops.run(
-        arguments.output, operations=arguments.operation, lengths=arguments.length, blocks=arguments.block,
-        dtype=arguments.dtype, repeats=arguments.repeats, budget_seconds=arguments.budget, threads=arguments.threads,
-        quick=arguments.quick,
-    )  # fmt: skip
-    return 0
-
-
-def _bench_step(arguments: argparse.Namespace) -> int:
-    host.install()
-    from megatron_twotower.bench import step as bench_step
-
-    wanted = bench_step.Settings(
-        lengths=arguments.lengths, draws=arguments.draws, repeats=arguments.repeats, budget_seconds=arguments.budget,
-        seeds=arguments.seeds,
-    )  # fmt: skip
-    bench_step.run(
-        arguments.output, recipe=arguments.recipe, overrides=arguments.settings, wanted=wanted,
-        threads=arguments.threads, quick=arguments.quick,
-    )  # fmt: skip
-    return 0
-
-
-def _bench_gpu(arguments: argparse.Namespace) -> int:
-    host.install()
-    from megatron_twotower.bench import gpu as bench_gpu
-
-    wanted = bench_gpu.Settings(
-        layers=arguments.layers, repeats=arguments.repeats, budget_seconds=arguments.budget,
-        ladder=arguments.ladder, rungs=arguments.rungs,
-    )  # fmt: skip
-    bench_gpu.run(
-        arguments.output, recipe=arguments.recipe, overrides=arguments.settings, wanted=wanted, quick=arguments.quick
-    )
-    return 0
-
-
-def _bench_data(arguments: argparse.Namespace) -> int:
-    host.install()
-    from megatron_twotower.bench import data as bench_data
-
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    bench_data.run(arguments.output / "data.json")
-    return 0
-
-
-def _bench_passes(arguments: argparse.Namespace) -> int:
-    from megatron_twotower.bench import passes
-
-    passes.run(
-        arguments.output, model=arguments.model, block_size=arguments.block, prompt_tokens=arguments.prompt_tokens,
-        rounds=arguments.rounds, threads=arguments.threads,
-    )  # fmt: skip
-    return 0
-
-
-def _bench_soak(arguments: argparse.Namespace) -> int:
-    host.install()
-    from megatron_twotower.bench import soak
-
-    clean = soak.run(arguments.output, minutes=arguments.minutes, counts=arguments.ranks, seed=arguments.seed)
-    return 0 if clean else 1
-
-
 def _add_generate(generate: argparse.ArgumentParser) -> None:
     generate.add_argument("--model", type=Path, required=True, help="two-tower Hugging Face folder")
     what = generate.add_mutually_exclusive_group(required=True)
@@ -331,101 +265,6 @@ def _add_generate(generate: argparse.ArgumentParser) -> None:
     generate.add_argument("--output", type=Path, metavar="FILE",
                           help="JSON lines for --prompts, in their order; a run that was cut off goes on")  # fmt: skip
     generate.add_argument("--batch-size", type=int, default=16, help="prompts written at a time")
-
-
-def _bench_generate(arguments: argparse.Namespace) -> int:
-    from megatron_twotower.bench import generate as bench_generate
-
-    wanted = bench_generate.Settings(
-        prompts=arguments.prompts, new_tokens=arguments.new_tokens, batch_sizes=tuple(arguments.batch_sizes),
-        modes=tuple(arguments.modes), confidence_threshold=arguments.confidence_threshold,
-        repeats=arguments.repeats, budget_seconds=arguments.budget,
-    )  # fmt: skip
-    bench_generate.run(
-        arguments.output, model=arguments.model, wanted=bench_generate.quick(wanted) if arguments.quick else wanted,
-        devices=arguments.device, threads=arguments.threads,
-    )  # fmt: skip
-    return 0
-
-
-def _bench_convert(arguments: argparse.Namespace) -> int:
-    host.install()
-    from megatron_twotower.bench import convert as bench_convert
-
-    wanted = bench_convert.Settings(
-        size_mib=arguments.size, repeats=arguments.repeats, budget_seconds=arguments.budget
-    )  # fmt: skip
-    bench_convert.run(arguments.output, folder=arguments.folder, settings=wanted)
-    return 0
-
-
-def _add_bench(bench: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
-    """`bench`: what the README's figures are measured with."""
-    ops = command(bench, "ops", _bench_ops, "time and peak memory of each two-stream operation against its rivals",
-                  "twotower bench ops --operation scan --length 4096 --block 16")  # fmt: skip
-    step = command(bench, "step", _bench_step, "a two-tower step against the AR step of the same backbone",
-                   "twotower bench step model=small --lengths 1024 --draws 1 2")  # fmt: skip
-    gpu = command(bench, "gpu", _bench_gpu, "AR and two-tower steps of full-width layers on one GPU",
-                  "twotower bench gpu train.precision=bf16 --ladder")  # fmt: skip
-    gpu.add_argument("--layers", type=int, default=0, help="the first so many of the pattern; as many as fit")
-    gpu.add_argument("--ladder", action="store_true", help="measure what each setting and kernel brings, too")
-    gpu.add_argument("--rungs", nargs="+", default=[], metavar="NAME", help="these of the ladder alone, by name")
-    data = command(bench, "data", _bench_data, "the loader against plain webdataset and Megatron's data sets",
-                   "twotower bench data")  # fmt: skip
-    data.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder for the JSON")
-    generate = command(bench, "generate", _bench_generate, "bulk text: tokens per second against batch size, by mode",
-                       "twotower bench generate --model runs/model --batch-sizes 1 8 32")  # fmt: skip
-    generate.add_argument("--model", type=Path, required=True, help="two-tower Hugging Face folder")
-    generate.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32])
-    generate.add_argument("--modes", nargs="+", default=["mask_diffusion", "ar", "speculative"])
-    generate.add_argument("--prompts", type=int, default=32, help="how many")
-    generate.add_argument("--new-tokens", type=int, default=64, help="to each prompt")
-    generate.add_argument("--confidence-threshold", type=float, default=0.8)
-    generate.add_argument("--device", nargs="+", default=[], metavar="DEVICE",
-                          help="one, or the context tower's and the denoiser's; CUDA where there is any")  # fmt: skip
-    weights = command(bench, "convert", _bench_convert, "import and export against cp of the same bytes",
-                      "twotower bench convert --size 4096 --folder /scratch")  # fmt: skip
-    weights.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder for the JSON")
-    weights.add_argument("--size", type=int, default=1024, metavar="MIB", help="of the model, in bfloat16")
-    weights.add_argument("--folder", type=Path, help="on the disk to measure; the system's temporary one if left out")
-    passes = command(bench, "passes", _bench_passes, "a denoiser pass against an AR step, and where time goes",
-                     "twotower bench passes --model runs/quickstart/model")  # fmt: skip
-    passes.add_argument("--model", type=Path, required=True, help="two-tower Hugging Face folder")
-    passes.add_argument("--block", type=int, default=16, help="tokens per block")
-    passes.add_argument("--prompt-tokens", type=int, default=64, help="tokens of the text before it")
-    passes.add_argument("--rounds", type=int, default=100, help="that are counted, after one that is not")
-    passes.add_argument("--threads", type=int, help="of the CPU; torch's own choice if left out")
-    passes.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder for the JSON")
-    soak = command(bench, "soak", _bench_soak, "kill a small training again and again, and account for every sample",
-                   "twotower bench soak --minutes 60")  # fmt: skip
-    soak.add_argument("--minutes", type=float, default=60.0)
-    soak.add_argument("--ranks", nargs="+", type=int, default=[2],
-                      help="ranks to start it on; of several numbers each start takes one by chance")  # fmt: skip
-    soak.add_argument("--seed", type=int, default=0, help="of the kills")
-    soak.add_argument("--output", type=Path, default=Path("runs/soak"), help="folder for the runs and the JSON")
-    ops.add_argument("--operation", nargs="+", default=[], choices=("scan", "attention", "head", "convolution"),
-                     help="all if left out")  # fmt: skip
-    ops.add_argument("--length", nargs="+", type=int, default=[], help="tokens; up to 8192 if left out")
-    ops.add_argument("--block", nargs="+", type=int, default=[], help="tokens per block; 4 to 128 if left out")
-    ops.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    for each, recipe in ((step, "bench_step"), (gpu, "bench_gpu")):
-        each.add_argument("settings", nargs="*", metavar="key=value", help="what to change in the recipe")
-        each.add_argument("--recipe", default=recipe)
-    step.add_argument("--lengths", nargs="+", type=int, default=[512, 1024, 2048],
-                      help="sequence lengths, at the recipe's tokens per step")  # fmt: skip
-    step.add_argument("--draws", nargs="+", type=int, default=[1, 2, 4], help="noise draws per context pass")
-    step.add_argument("--seeds", type=int, default=16, help="gradients for each variance")
-    rounds = ((ops, 7, 10.0), (step, 7, 30.0), (gpu, 10, 30.0), (generate, 7, 600.0), (weights, 5, 120.0))
-    for each, repeats, budget in rounds:
-        each.add_argument("--repeats", type=int, default=repeats, help="rounds, after one that is not counted")
-        each.add_argument("--budget", type=float, default=budget, metavar="SECONDS",
-                          help="fewer rounds, but at least 3, where they would take longer")  # fmt: skip
-    gpu.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder for the JSON")
-    gpu.add_argument("--quick", action="store_true", help="tiny sizes, in seconds: only to see that it works")
-    for each in (ops, step, generate):
-        each.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="all cores if left out")
-        each.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder for JSON and picture")
-        each.add_argument("--quick", action="store_true", help="tiny sizes, in seconds: only to see that it works")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -590,7 +429,7 @@ def _parser() -> argparse.ArgumentParser:
                        )  # fmt: skip
     _add_evaluate(evaluate)
 
-    _add_bench(
+    bench_commands.add(
         commands.add_parser("bench", help="measure speed and memory").add_subparsers(required=True, metavar="COMMAND"),
         command,
     )
