@@ -1,6 +1,7 @@
 """What a run leaves behind so that nothing is lost: its checkpoints, its books, and the batch that broke it."""
 
 import dataclasses
+import logging
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -71,6 +72,10 @@ def restore(point: Path, parts: trainer.Trainer, pieces: Pieces) -> trainer.Prog
     """
     state = checkpoint.read_state(point)
     goes_on = scaling.goes_on(state.configuration, parts.config)
+    if state.step and parts.config.train.precision == "fp8_delayed" and not goes_on and parallel.is_main():
+        logging.getLogger(__name__).warning(
+            "%s: its precision or layout is another, so the scales of fp8_delayed begin anew", point
+        )
     skipped = ((OF_OPTIMIZER,) if state.step == 0 else ()) + (() if goes_on else (scaling.OF_SCALING,))
     loaded = checkpoint.load(point, lambda: (piece for piece in pieces() if not piece.key.startswith(skipped)))
     scaling.restore_scaling([part.module for part in parts.model.parts], loaded)
