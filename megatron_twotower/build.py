@@ -31,6 +31,7 @@ from megatron_twotower.records import Batch, UserError
 from megatron_twotower.scaling import scaling_pieces
 from megatron_twotower.stages import stages_of_rank
 from megatron_twotower.towers import BackboneModel, TwoTower, build_context_tower, transformer_config
+from megatron_twotower.validation import validate
 from megatron_twotower.watchdog import watching
 
 
@@ -125,7 +126,7 @@ def _stream(
 
 def dry_run(config: RunConfig) -> str:
     """Build everything but the data, and say what a run would train. Takes no optimizer step."""
-    settings.validate(config, world_size=parallel.world_size())
+    validate(config, world_size=parallel.world_size())
     phases = plan(config)
     groups = parallel.initialise(config)
     model = build_model(config, groups)
@@ -147,7 +148,7 @@ def run_training(config: RunConfig) -> bool:
     Returns:
         True when all steps are done, False when a signal ended the run early, its state saved.
     """
-    settings.validate(config, world_size=parallel.world_size())
+    validate(config, world_size=parallel.world_size())
     phases = plan(config)
     stop = keeping.StopSignal()  # first: a signal while all is made ready ends the run after its first step
     run, groups = Path(config.output), parallel.initialise(config)

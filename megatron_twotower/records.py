@@ -24,6 +24,12 @@ class UserError(ValueError):
     """A mistake the user can mend. The command line prints its one line and exits with status 2."""
 
 
+def require(holds: bool, message: str) -> None:
+    """Raise `UserError` with the message unless something holds."""
+    if not holds:
+        raise UserError(message)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Clean sequences and what identifies them.

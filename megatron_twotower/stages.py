@@ -45,7 +45,7 @@ def stages(model: ModelConfig, parallel: ParallelConfig) -> tuple[Stage, ...]:
     count = parallel.pipeline * parallel.pipeline_chunks
     lengths: Sequence[int] = parallel.pipeline_layers or [model.num_layers // count] * count
     ends = list(accumulate(lengths))
-    assert len(lengths) == count and ends[-1] == model.num_layers, "config.validate comes first"
+    assert len(lengths) == count and ends[-1] == model.num_layers, "validation.validate comes first"
     spans = zip(ends, lengths, strict=True)
     return tuple(Stage(i, count, range(end - length, end)) for i, (end, length) in enumerate(spans))
 

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_twotower import build, convert, names, parallel, trainer
-from megatron_twotower import config as settings
 from megatron_twotower.config import (
     ConditioningConfig,
     DataConfig,
@@ -25,6 +24,7 @@ from megatron_twotower.data.dataset import rank_slice, split_batch
 from megatron_twotower.optimizer import build_optimizer, build_schedule
 from megatron_twotower.phases import plan
 from megatron_twotower.records import Batch
+from megatron_twotower.validation import validate
 
 STEPS, SEQUENCES, LENGTH, VOCABULARY = 5, 8, 32, 64
 MODEL = ModelConfig(
@@ -158,7 +158,7 @@ def frozen_state(model):
 
 def run(config):
     """Train `STEPS` steps; what came of it, the same on every rank."""
-    settings.validate(config, world_size=parallel.world_size())
+    validate(config, world_size=parallel.world_size())
     groups = parallel.initialise(config)
     model = build.build_model(config, groups)
     frozen = frozen_state(model)

@@ -6,16 +6,18 @@ import shutil
 import pytest
 
 from megatron_twotower import cli, parallel
-from megatron_twotower.config import load_recipe, recipe_names, recipes_folder, to_yaml, validate
+from megatron_twotower.config import load_recipe, recipe_names, recipes_folder, to_yaml
+from megatron_twotower.validation import validate
 
 SHIPPED = recipes_folder() / "backbones" / "small"
+BYTES = recipes_folder() / "models" / "bytes"
 
 
 # The recipes of the real model are too large to build here: tests/test_recipes.py.
 @pytest.mark.parametrize("recipe", [name for name in recipe_names() if not name.startswith(("nano", "bench_gpu"))])
 def test_every_recipe_loads_validates_and_dry_runs(recipe, tiny_backbone, capsys):
     tiny = dict.fromkeys(("tiny", "tiny_phases"), tiny_backbone)
-    start = {"quickstart": SHIPPED, **tiny}.get(recipe)
+    start = {"quickstart": SHIPPED, "bytes": BYTES, **tiny}.get(recipe)
     overrides = [f"init.backbone={start}"] if start else []
     config = load_recipe(recipe, overrides)
     validate(config, world_size=1)

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "megatron_twotower"
 
 # By level; within a level, too, a room may only use those before it. A folder is one room.
 LEVELS = (
-    ("records", "precision", "config", "phases", "stages", "host", "machine"),
+    ("records", "precision", "config", "validation", "phases", "stages", "host", "machine"),
     ("names", "tokenizer", "data"),
     ("corruption",),
     ("ops",),

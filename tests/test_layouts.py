@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from megatron_twotower import parallel
-from megatron_twotower.config import validate
 from megatron_twotower.records import UserError
+from megatron_twotower.validation import validate
 
 WORKER = "from megatron_twotower import host; host.install(); import layouts; layouts.main()"
 

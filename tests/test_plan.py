@@ -9,7 +9,7 @@ from models import build_two_tower, planned_config, random_noisy_batch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_twotower import cli
-from megatron_twotower.config import load_recipe, validate
+from megatron_twotower.config import load_recipe
 from megatron_twotower.loss import masked_diffusion_loss
 from megatron_twotower.plan import search as searching
 from megatron_twotower.plan.estimate import Assumptions, estimate, in_flight
@@ -17,6 +17,7 @@ from megatron_twotower.plan.flops import step_flops
 from megatron_twotower.plan.layout import CARDS, layout_of
 from megatron_twotower.plan.weights import buffer, parameters, tables
 from megatron_twotower.stages import stages_of_rank
+from megatron_twotower.validation import validate
 
 NANO = "nano_30b_a3b_phase1"
 
@@ -178,6 +179,6 @@ def test_a_mistake_is_one_line(arguments, named, capsys):
 
 
 def test_every_card_a_recipe_can_name_is_known():
-    from megatron_twotower.config import CHOICES
+    from megatron_twotower.validation import CHOICES
 
     assert set(CHOICES["parallel.card"]) == set(CARDS)

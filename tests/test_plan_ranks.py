@@ -9,13 +9,13 @@ import pytest
 import torch
 from models import planned_config
 
-from megatron_twotower.config import validate
 from megatron_twotower.plan.built import build
 from megatron_twotower.plan.estimate import kept_bytes
 from megatron_twotower.plan.layout import layout_of
 from megatron_twotower.plan.traffic import sent_by_group, transfers
 from megatron_twotower.plan.weights import held, weight_bytes
 from megatron_twotower.stages import stages_of_rank
+from megatron_twotower.validation import validate
 
 DISTRIBUTED, WIDE = {"optimizer.distributed": True}, {"train.precision": "bf16"}
 TENSOR = {"parallel.tensor": 2, "parallel.sequence": True}

@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
-from megatron_twotower.config import RunConfig, load_recipe, validate
+from megatron_twotower.config import RunConfig, load_recipe
 from megatron_twotower.precision import CONTEXT_PRECISIONS, PRECISIONS
 from megatron_twotower.records import UserError
+from megatron_twotower.validation import validate
 
 FP8 = [name for name, precision in PRECISIONS.items() if precision.recipe]
 

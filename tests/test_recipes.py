@@ -2,8 +2,9 @@
 
 import pytest
 
-from megatron_twotower.config import load_recipe, recipes_folder, validate
+from megatron_twotower.config import load_recipe, recipes_folder
 from megatron_twotower.phases import plan
+from megatron_twotower.validation import validate
 
 PHASES = ["nano_30b_a3b", "nano_30b_a3b_phase1", "nano_30b_a3b_phase2", "nano_30b_a3b_phase3"]
 LAYOUTS = sorted(path.stem for path in (recipes_folder() / "parallel").glob("*.yaml"))

@@ -26,7 +26,6 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from megatron_twotower import config as settings
 from megatron_twotower import convert, host, parallel
 from megatron_twotower.bench import gpu_tables, measure, ops, step
 from megatron_twotower.bench.kernel_classes import time_by_class
@@ -39,6 +38,7 @@ from megatron_twotower.plan.flops import step_flops
 from megatron_twotower.plan.layout import CARDS, GIB, Card
 from megatron_twotower.records import Batch, UserError
 from megatron_twotower.trainer import Trainer
+from megatron_twotower.validation import validate
 
 OBJECTIVES = {step.AR: "ar", step.TWO_TOWER: "two_tower"}
 # Steps before any is counted: the optimizer makes its state at the end of the first.
@@ -158,7 +158,7 @@ def look_at(
     """What `look` finds of an objective's trainer, warmed up, its micro-batch, and the peak of memory from nothing to a
     whole step. Nothing of the trainer stays."""
     config = dataclasses.replace(config, objective=OBJECTIVES[name])
-    settings.validate(config, world_size=parallel.world_size())
+    validate(config, world_size=parallel.world_size())
     batch = step.random_batch(config, length=config.data.sequence_length_tokens)
     held: list[Trainer] = []
 
@@ -244,7 +244,7 @@ def changed(config: RunConfig, rung: Rung, *, recipe: str, overrides: Sequence[s
         return "configured so"
     try:
         for objective in OBJECTIVES.values():
-            settings.validate(dataclasses.replace(after, objective=objective), world_size=parallel.world_size())
+            validate(dataclasses.replace(after, objective=objective), world_size=parallel.world_size())
     except UserError as error:
         return str(error)
     return after

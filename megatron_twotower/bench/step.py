@@ -34,6 +34,7 @@ from megatron_twotower.phases import plan
 from megatron_twotower.records import Batch, Blocks, UserError
 from megatron_twotower.towers import transformer_config
 from megatron_twotower.trainer import Trainer
+from megatron_twotower.validation import validate
 
 AR, TWO_TOWER, CONCATENATED = "ar", "two towers", "concatenated"
 FORWARD_BACKWARD, UPDATE = "forward + backward", "update"
@@ -84,7 +85,7 @@ def trainer_of(
 def trainers_of(config: RunConfig, groups: ProcessGroupCollection) -> dict[str, Trainer]:
     """AR and two towers of one backbone, and the concatenated rival where the pattern allows it."""
     two_tower = dataclasses.replace(config, objective="two_tower")
-    settings.validate(two_tower, world_size=parallel.world_size())
+    validate(two_tower, world_size=parallel.world_size())
     found = {
         AR: trainer_of(dataclasses.replace(config, objective="ar"), groups), TWO_TOWER: trainer_of(two_tower, groups)
     }  # fmt: skip
@@ -209,7 +210,7 @@ def _draws_trainer(config: RunConfig, wanted: Settings, groups: ProcessGroupColl
     small = dataclasses.replace(
         config, objective="two_tower", model=model, data=data, init=settings.InitConfig(backbone=str(folder))
     )
-    settings.validate(small, world_size=parallel.world_size())
+    validate(small, world_size=parallel.world_size())
     return trainer_of(bench_draws.still(small), groups), folder
 
 

@@ -15,13 +15,14 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from megatron_twotower.config import RunConfig, validate
+from megatron_twotower.config import RunConfig
 from megatron_twotower.plan.estimate import Assumptions, Estimate, estimate
 from megatron_twotower.plan.layout import CARDS, micro_batches
 from megatron_twotower.plan.search import overrides, search
 from megatron_twotower.plan.show import as_json, duration, gib, spelled
 from megatron_twotower.plan.traffic import crosses_nodes
 from megatron_twotower.records import UserError
+from megatron_twotower.validation import validate
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ from rich.box import SIMPLE, SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from megatron_twotower.config import RunConfig, validate
+from megatron_twotower.config import RunConfig
 from megatron_twotower.plan.estimate import Assumptions, Estimate, estimate
 from megatron_twotower.plan.layout import CARDS, GIB, layout_of, micro_batches
 from megatron_twotower.plan.search import overrides, remedies, search
 from megatron_twotower.plan.traffic import crosses_nodes
 from megatron_twotower.plan.weights import Held, held, parameters, tables
 from megatron_twotower.records import UserError
+from megatron_twotower.validation import validate
 
 _MEMORY = {
     "context": "context tower, frozen", "parameters": "denoiser: parameters", "gradients": "denoiser: gradients",
