@@ -20,7 +20,6 @@ from torch import Tensor
 
 # The module whose functions are called, by package.
 MODULES = {"mamba-ssm": "mamba_ssm.ops.triton.ssd_combined", "causal-conv1d": "causal_conv1d", "triton": "triton"}
-_switched_off: set[str] = set()
 
 
 @functools.cache
@@ -37,6 +36,9 @@ def unavailable(package: str) -> str | None:
     except Exception as error:  # a package built for another torch can raise anything
         return f"{package} cannot be imported ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
     return None
+
+
+_switched_off: set[str] = set()
 
 
 @contextlib.contextmanager
