@@ -185,6 +185,16 @@ def test_memory_that_runs_out_ends_a_rung_and_not_the_run(groups, monkeypatch):
     assert screen.getvalue().count("out of memory") == 2
 
 
+def test_what_cannot_be_built_ends_a_rung_and_not_the_run(groups, monkeypatch):
+    def refused(*_, **__):
+        raise UserError("train.precision: found fp4")
+
+    monkeypatch.setattr(step, "trainer_of", refused)
+    config = load_recipe("bench_gpu", gpu.QUICK_OVERRIDES)
+    row = gpu.measure_rung(config, gpu.Rung("narrow", ("train.precision=bf16",)), gpu.QUICK, groups)
+    assert row["skipped"] == "train.precision: found fp4" and "cases" not in row
+
+
 def test_nothing_of_a_measured_side_stays(groups, monkeypatch):
     """Both objectives do not fit at a time."""
     config, alive = load_recipe("bench_gpu", gpu.QUICK_OVERRIDES), []

@@ -231,8 +231,11 @@ def measure_rung(config: RunConfig, rung: Rung, wanted: Settings, groups: Proces
 
     cases: dict[str, Any] = dict.fromkeys(OBJECTIVES)
     for name in OBJECTIVES:
-        with kernels.without(*rung.without), contextlib.suppress(torch.OutOfMemoryError):
-            cases[name] = look_at(config, name, groups, look)
+        try:
+            with kernels.without(*rung.without), contextlib.suppress(torch.OutOfMemoryError):
+                cases[name] = look_at(config, name, groups, look)
+        except UserError as error:  # what only shows when a model is built
+            return row | {"skipped": str(error)}
     return row | {"skipped": None, "cases": cases}
 
 

@@ -26,7 +26,6 @@ MODULES = {
     "transformer-engine": "transformer_engine.pytorch",  # called by Megatron's modules (spec.py)
     "deep-ep": "deep_ep",  # called by Megatron's dispatchers
 }
-_switched_off: set[str] = set()
 
 
 @functools.cache
@@ -43,6 +42,9 @@ def unavailable(package: str) -> str | None:
     except Exception as error:  # a package built for another torch can raise anything
         return f"{package} cannot be imported ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
     return None
+
+
+_switched_off: set[str] = set()
 
 
 @contextlib.contextmanager
