@@ -24,7 +24,7 @@ export TOKENIZERS_PARALLELISM ?= true
 BIN := $(VENV)/bin
 TWOTOWER := $(BIN)/twotower
 
-.PHONY: help install train report bench soak test test-slow test-transformers test-slurm check format backbone clean
+.PHONY: help install train report bench speed soak test test-slow test-gpu test-te test-transformers test-slurm check format backbone bytes clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -94,6 +94,26 @@ backbone: $(RUN)/data/train/index.json ## train the backbone that is shipped in 
 	$(TWOTOWER) train recipe=backbone data.folder=$(RUN)/data output=runs/backbone
 	$(TWOTOWER) convert export --from runs/backbone --to runs/backbone-hf --dtype bf16
 
+# The model on bytes: a tokenizer without merges, a backbone, two towers.
+BYTES = runs/bytes
+
+$(BYTES)/data/train/index.json: | $(VENV)/.installed
+	$(TWOTOWER) data tokenizer --input python-stdlib --vocab-size 260 --output $(BYTES)/tokenizer
+	$(TWOTOWER) data prepare --input python-stdlib --tokenizer $(BYTES)/tokenizer --output $(BYTES)/data
+
+bytes: $(BYTES)/data/train/index.json ## train the two towers on bytes that are shipped in recipes/ again (long)
+	$(TWOTOWER) train recipe=bytes_ar
+	$(TWOTOWER) convert export --from $(BYTES)/ar --to $(BYTES)/backbone
+	$(TWOTOWER) train recipe=bytes init.backbone=$(BYTES)/backbone
+	$(TWOTOWER) convert export --from $(BYTES)/twotower --to $(BYTES)/model --dtype bf16
+
+speed: $(BYTES)/data/train/index.json ## the shipped model on bytes: mask diffusion against cached AR, and what a pass costs (4 minutes)
+	rm -rf $(BYTES)/fp32
+	$(TWOTOWER) convert export --from recipes/models/bytes --to $(BYTES)/fp32 --dtype fp32
+	$(TWOTOWER) evaluate --model $(BYTES)/fp32 --data $(BYTES)/data --output $(BYTES)/speed.json --prompts 16 \
+	  --sequences 32 --thresholds 0.9 0.8 0.7 0.6 0.5 --block-sizes 8 32 --steps --new-tokens 192
+	$(TWOTOWER) bench passes --model $(BYTES)/fp32
+
 bench: $(VENV)/.installed ## measure operations, steps and the loader (about half an hour)
 	$(TWOTOWER) bench ops
 	$(TWOTOWER) bench step
@@ -110,6 +130,12 @@ test: $(VENV)/.installed-dev ## run the tests (PYTEST_ARGS='tests/test_ops.py -k
 
 test-slow: $(VENV)/.installed-dev ## run the slow tests
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-gpu: $(VENV)/.installed-dev ## run the tests that need a CUDA device, and fail where there is none
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+test-te: $(VENV)/.installed-dev ## build the layers with Transformer Engine's modules, which must be installed; no GPU needed
+	$(BIN)/python -m pytest -m te $(PYTEST_ARGS)
 
 # The shipped model file in another release: a bare environment in front of this one. Tried: 5.3.0, 5.12.0.
 TRANSFORMERS ?= 5.3.0
