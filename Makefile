@@ -131,7 +131,7 @@ test: $(VENV)/.installed-dev ## run the tests (PYTEST_ARGS='tests/test_ops.py -k
 test-slow: $(VENV)/.installed-dev ## run the slow tests
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
-test-gpu: $(VENV)/.installed-dev ## run the tests that need a CUDA device, and fail where there is none
+test-gpu: $(VENV)/.installed-dev ## run the tests that need a CUDA device; without one they fail (figures: runs/test-gpu.jsonl)
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
 test-te: $(VENV)/.installed-dev ## build the layers with Transformer Engine's modules, which must be installed; no GPU needed

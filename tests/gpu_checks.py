@@ -303,13 +303,11 @@ def layer_errors(pattern: str, groups, *, device: str, precision: str) -> dict[s
     (want * upstream.to(dtype).double()).sum().backward()
     errors = {"value": relative(logits, want)}
     sums: dict[str, list[float]] = {}
-    parameters = dict(towers.named_parameters())
+    parameters = names.held_tensors(towers)
     for entry in names.denoiser_entries(model, config.conditioning.frequencies):
-        if entry.megatron not in parameters:
-            continue  # the router's selection bias is no parameter
         gradient = parameters.pop(entry.megatron).grad
         if gradient is None:
-            continue
+            continue  # the router's selection bias has none
         parts = names.LAYOUTS[entry.layout][1](gradient.double().cpu(), model)
         for name, part in zip(entry.hf, parts, strict=True):
             exact = tensors[name].grad
@@ -318,7 +316,7 @@ def layer_errors(pattern: str, groups, *, device: str, precision: str) -> dict[s
             both = sums.setdefault(kind, [0.0, 0.0])
             both[0] += (part - exact).square().sum().item()
             both[1] += exact.square().sum().item()
-    assert not parameters, f"parameters without an entry: {sorted(parameters)}"
+    assert not parameters, f"tensors without an entry: {sorted(parameters)}"
     return errors | {f"gradient {kind}": (off / max(all_, 1e-20)) ** 0.5 for kind, (off, all_) in sums.items()}
 
 

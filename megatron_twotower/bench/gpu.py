@@ -84,6 +84,10 @@ LADDER = (
     Rung("a noise level for each block", ("noise.time_per=block",)),
     Rung("blocks of 32 tokens", ("noise.block_size_tokens=32",)),
     Rung("router in fp64", ("train.router_dtype=fp64",)),
+    Rung("Megatron's own layers", ("train.transformer_impl=local",)),
+    Rung("FP8, a scale a tensor", ("train.precision=fp8_current",)),
+    Rung("FP8, a scale a block", ("train.precision=fp8_blockwise",)),
+    Rung("FP8, scales of the steps before", ("train.precision=fp8_delayed",)),
     Rung("fp32", ("train.precision=fp32",)),
 )
 
