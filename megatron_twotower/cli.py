@@ -227,6 +227,17 @@ def _evaluate_tasks(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _distil(arguments: argparse.Namespace) -> int:
+    _end_cleanly()
+    from megatron_twotower import distil
+
+    distil.run(
+        arguments.model, data=arguments.data, output=arguments.output, sequences=arguments.sequences,
+        prompt_tokens=arguments.prompt_tokens, new_tokens=arguments.new_tokens, batch_size=arguments.batch_size,
+    )  # fmt: skip
+    return 0
+
+
 def _report(arguments: argparse.Namespace) -> int:
     from megatron_twotower.report import write_report
 
@@ -433,6 +444,15 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser("bench", help="measure speed and memory").add_subparsers(required=True, metavar="COMMAND"),
         command,
     )
+    distil = command(commands, "distil", _distil, "text of the context tower, to train its denoiser on",
+                     "twotower distil --model runs/model --data runs/data --output runs/distilled.jsonl")  # fmt: skip
+    distil.add_argument("--model", type=Path, required=True, help="two-tower Hugging Face folder")
+    distil.add_argument("--data", type=Path, required=True, help="prepared data folder; prompts are its training text")
+    distil.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON lines for `data prepare`")
+    distil.add_argument("--sequences", type=int, default=4096, help="how many")
+    distil.add_argument("--prompt-tokens", type=int, default=64, help="tokens of each prompt")
+    distil.add_argument("--new-tokens", type=int, default=192, help="tokens to write behind it")
+    distil.add_argument("--batch-size", type=int, default=64, help="texts written at a time")
     report = command(commands, "report", _report, "one page of figures and pictures of a quickstart run",
                      "twotower report --run runs/quickstart")  # fmt: skip
     report.add_argument("--run", dest="run_folder", type=Path, required=True)

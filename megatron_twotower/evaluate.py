@@ -104,7 +104,7 @@ def write_samples(
     return samples
 
 
-def _stretches(corpus: Corpus, *, count: int, length: int) -> Tensor:
+def stretches(corpus: Corpus, *, count: int, length: int) -> Tensor:
     """(count, length) int64 tokens, evenly spread over the corpus; fewer where it is short."""
     count = min(count, corpus.total_tokens // length)
     if count < 2:
@@ -158,7 +158,7 @@ def evaluate(
     found, expected = tokenizer_fingerprint(Path(folder)), corpus.tokenizer_fingerprint
     if found != expected:
         raise UserError(f"{folder}: found a tokenizer with sha256 {found}, expected that of {data}, {expected}")
-    sequences = _stretches(corpus, count=settings.sequences, length=settings.sequence_length_tokens)
+    sequences = stretches(corpus, count=settings.sequences, length=settings.sequence_length_tokens)
     block, mask_id = settings.block_size_tokens, mask_token_id(tokenizer)
     likelihood.check_sequences(sequences, block)
 

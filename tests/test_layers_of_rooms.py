@@ -20,8 +20,8 @@ LEVELS = (
     ("pieces", "scaling", "checkpoint", "saving", "keeping"),
     ("hf", "convert"),
     (
-        "generate", "bulk", "replay", "live", "likelihood", "sweep", "pictures", "evaluate", "task_recipes", "harness",
-        "evaluate_tasks", "inspect_data", "report", "doctor", "plan",
+        "generate", "bulk", "replay", "live", "likelihood", "sweep", "pictures", "evaluate", "distil", "task_recipes",
+        "harness", "evaluate_tasks", "inspect_data", "report", "doctor", "plan",
     ),
     ("build", "bench", "multirun", "cli"),
     ("__main__",),

@@ -1,0 +1,72 @@
+"""Text that a context tower writes, for its denoiser to train on: distillation by sequences (Kim and Rush 2016).
+
+Of real text, many continuations are likely, and a denoiser that fills many positions at once is unsure of each. Of what
+the context tower writes greedily there is one. A denoiser trained on that is sure of more tokens in a pass, and of
+those that the context tower would have written; it learns nothing that the tower does not know.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from megatron_twotower.data.shards import TRAIN, Corpus
+from megatron_twotower.evaluate import OnProgress, bars, silent, stretches
+from megatron_twotower.generate import load
+from megatron_twotower.records import UserError
+
+
+def distil(
+    folder: str | Path, data: str | Path, output: Path, *, sequences: int, prompt_tokens: int, new_tokens: int,
+    batch_size: int, progress: OnProgress = silent,
+) -> int:  # fmt: skip
+    """Continue stretches of training text greedily and write each, prompt and continuation, as a line of JSON.
+
+    Args:
+        folder: two-tower Hugging Face folder. data: prepared data folder, in its tokenizer.
+        output: JSON lines with a field `text`, as `data prepare` reads them; whole or not there.
+
+    Returns:
+        how many lines.
+
+    Raises:
+        UserError: `output` exists, a number below 1, or too little data.
+    """
+    numbers = {
+        "sequences": sequences,
+        "prompt-tokens": prompt_tokens,
+        "new-tokens": new_tokens,
+        "batch-size": batch_size,
+    }
+    for name, value in numbers.items():
+        if value < 1:
+            raise UserError(f"--{name}: found {value}, expected at least 1")
+    if output.exists():
+        raise UserError(f"{output}: exists, expected a file that is not there yet")
+    prompts = stretches(Corpus.open(Path(data) / TRAIN), count=sequences, length=prompt_tokens)
+    model, tokenizer = load(folder)
+    partial = output.with_name(f"{output.name}.partial")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    done = 0
+    try:
+        with partial.open("w") as file:
+            for rows in prompts.split(batch_size):
+                for ids in model.generate_ar(rows, new_tokens).tolist():
+                    file.write(json.dumps({"text": tokenizer.decode(ids)}) + "\n")
+                done += len(rows)
+                progress("writing", done, len(prompts))
+        os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
+    return done
+
+
+def run(
+    folder: Path, *, data: Path, output: Path, sequences: int, prompt_tokens: int, new_tokens: int, batch_size: int
+) -> None:
+    """The command `distil`."""
+    with bars() as progress:
+        lines = distil(
+            folder, data, output, sequences=sequences, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
+            batch_size=batch_size, progress=progress,
+        )  # fmt: skip
+    print(f"{output}: {lines:,} texts of {prompt_tokens} + {new_tokens} tokens")
