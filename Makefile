@@ -94,7 +94,7 @@ backbone: $(RUN)/data/train/index.json ## train the backbone that is shipped in 
 	$(TWOTOWER) train recipe=backbone data.folder=$(RUN)/data output=runs/backbone
 	$(TWOTOWER) convert export --from runs/backbone --to runs/backbone-hf --dtype bf16
 
-# The model on bytes: a tokenizer without merges, a backbone, two towers.
+# The model on bytes: a tokenizer without merges, a backbone, two towers, and the denoiser once more on the backbone's text.
 BYTES = runs/bytes
 
 $(BYTES)/data/train/index.json: | $(VENV)/.installed
@@ -105,7 +105,11 @@ bytes: $(BYTES)/data/train/index.json ## train the two towers on bytes that are 
 	$(TWOTOWER) train recipe=bytes_ar
 	$(TWOTOWER) convert export --from $(BYTES)/ar --to $(BYTES)/backbone
 	$(TWOTOWER) train recipe=bytes init.backbone=$(BYTES)/backbone
-	$(TWOTOWER) convert export --from $(BYTES)/twotower --to $(BYTES)/model --dtype bf16
+	$(TWOTOWER) convert export --from $(BYTES)/twotower --to $(BYTES)/undistilled
+	$(TWOTOWER) distil --model $(BYTES)/undistilled --data $(BYTES)/data --output $(BYTES)/distilled.jsonl --sequences 5120
+	$(TWOTOWER) data prepare --input $(BYTES)/distilled.jsonl --tokenizer $(BYTES)/tokenizer --eos none --output $(BYTES)/distilled-data
+	$(TWOTOWER) train recipe=bytes_distil init.denoiser=$(BYTES)/undistilled
+	$(TWOTOWER) convert export --from $(BYTES)/distilled --to $(BYTES)/model --dtype bf16
 
 speed: $(BYTES)/data/train/index.json ## the shipped model on bytes: mask diffusion against cached AR, and what a pass costs (4 minutes)
 	rm -rf $(BYTES)/fp32
