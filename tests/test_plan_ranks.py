@@ -39,7 +39,8 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+# Four ranks on two cores take a minute.
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.slow) if n > 2 else n for n in LAYOUTS])
 def measured(request, tmp_path_factory):
     """Ranks, and what each of them measured on each layout."""
     ranks, output = request.param, tmp_path_factory.mktemp("ranks")
