@@ -6,13 +6,13 @@ those that the context tower would have written; it learns nothing that the towe
 """
 
 import json
-import os
 from pathlib import Path
 
 from megatron_twotower.data.shards import TRAIN, Corpus
+from megatron_twotower.data.workspace import written
 from megatron_twotower.evaluate import OnProgress, bars, silent, stretches
 from megatron_twotower.generate import load
-from megatron_twotower.records import UserError
+from megatron_twotower.records import require
 
 
 def distil(
@@ -29,34 +29,24 @@ def distil(
         how many lines.
 
     Raises:
-        UserError: `output` exists, a number below 1, or too little data.
+        UserError: `output` exists or cannot be written, a number below 1, or too little data.
     """
     numbers = {
-        "sequences": sequences,
-        "prompt-tokens": prompt_tokens,
-        "new-tokens": new_tokens,
-        "batch-size": batch_size,
-    }
+        "sequences": sequences, "prompt-tokens": prompt_tokens, "new-tokens": new_tokens, "batch-size": batch_size,
+    }  # fmt: skip
     for name, value in numbers.items():
-        if value < 1:
-            raise UserError(f"--{name}: found {value}, expected at least 1")
-    if output.exists():
-        raise UserError(f"{output}: exists, expected a file that is not there yet")
+        require(value >= 1, f"--{name}: found {value}, expected at least 1")
+    require(not output.exists(), f"{output}: exists, expected a file that is not there yet")
     prompts = stretches(Corpus.open(Path(data) / TRAIN), count=sequences, length=prompt_tokens)
     model, tokenizer = load(folder)
-    partial = output.with_name(f"{output.name}.partial")
     output.parent.mkdir(parents=True, exist_ok=True)
     done = 0
-    try:
-        with partial.open("w") as file:
-            for rows in prompts.split(batch_size):
-                for ids in model.generate_ar(rows, new_tokens).tolist():
-                    file.write(json.dumps({"text": tokenizer.decode(ids)}) + "\n")
-                done += len(rows)
-                progress("writing", done, len(prompts))
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
+    with written(output) as partial, partial.open("w") as file:
+        for rows in prompts.split(batch_size):
+            for ids in model.generate_ar(rows, new_tokens).tolist():
+                file.write(json.dumps({"text": tokenizer.decode(ids)}) + "\n")
+            done += len(rows)
+            progress("writing", done, len(prompts))
     return done
 
 
