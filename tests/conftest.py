@@ -72,20 +72,12 @@ def tiny_data(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_backbone(tmp_path_factory):
     """A NemotronH folder with random weights, of the shape of `recipes/model/tiny.yaml`."""
-    from megatron_twotower import convert, names
+    from models import write_backbone
+
     from megatron_twotower.config import load_recipe
 
     model = load_recipe("tiny_ar").model
-    source, entries = convert.random_backbone(model, seed=11), names.backbone_entries(model)
-    folder = tmp_path_factory.mktemp("backbone") / "hf"
-    convert.write_folder(
-        folder,
-        convert.lazy_tensors(source, entries, model, dtype=torch.float32),
-        config=convert.backbone_config_json(model, dtype=torch.float32),
-        files={},
-        copies=[],
-    )
-    return folder
+    return write_backbone(tmp_path_factory.mktemp("backbone") / "hf", model)
 
 
 @pytest.fixture(scope="session")

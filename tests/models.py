@@ -98,3 +98,16 @@ def planned_config(changes: dict[str, object]) -> RunConfig:
             config, **{section: dataclasses.replace(getattr(config, section), **{name: value})}
         )
     return config
+
+
+def write_backbone(folder, model):
+    """A Hugging Face folder of a NemotronH with random weights, fp32."""
+    source, entries = convert.random_backbone(model, seed=11), names.backbone_entries(model)
+    convert.write_folder(
+        folder,
+        convert.lazy_tensors(source, entries, model, dtype=torch.float32),
+        config=convert.backbone_config_json(model, dtype=torch.float32),
+        files={},
+        copies=[],
+    )
+    return folder

@@ -9,9 +9,9 @@ import math
 import pytest
 import torch
 from faults import losses, settings
-from models import TINY, build_two_tower, random_noisy_batch, tiny_config
+from models import TINY, build_two_tower, random_noisy_batch, tiny_config, write_backbone
 
-from megatron_twotower import convert, doctor, host, names
+from megatron_twotower import doctor, host, names
 from megatron_twotower.cli import main
 from megatron_twotower.config import Fp8Config, FusionConfig
 
@@ -136,16 +136,7 @@ def test_a_frozen_tower_in_fp8_holds_its_weights_in_it(groups, precision, traine
 def backbone(tmp_path_factory):
     """A folder with a NemotronH of MODEL's shape and random weights."""
     model = dataclasses.replace(MODEL, hybrid_override_pattern="ME*-M")
-    source, entries = convert.random_backbone(model, seed=11), names.backbone_entries(model)
-    folder = tmp_path_factory.mktemp("backbone") / "hf"
-    convert.write_folder(
-        folder,
-        convert.lazy_tensors(source, entries, model, dtype=torch.float32),
-        config=convert.backbone_config_json(model, dtype=torch.float32),
-        files={},
-        copies=[],
-    )
-    return folder
+    return write_backbone(tmp_path_factory.mktemp("backbone") / "hf", model)
 
 
 PLAIN = ["schedule.kind=constant", "schedule.warmup_steps=0", "train.validate_every_steps=0",
