@@ -14,8 +14,8 @@ REQUIRES = [
     # Tested with 2.13. On Linux the default build of torch is the CUDA one, of several gigabytes: whoever wants the
     # CPU build installs it first (the Makefile does), and then this range is already met.
     "torch>=2.9,<3",
-    # host.py rewrites device literals in modules of this very release.
-    "megatron-core==0.16.1",
+    # Of these releases host.py knows the sources: 0.16.1, the last for Python 3.11, and 0.19.
+    "megatron-core>=0.16.1,<0.20,!=0.17.*,!=0.18.*",
     "transformers>=5.3,<6",
     "tokenizers",
     "safetensors>=0.4",
@@ -72,6 +72,7 @@ setup(
     entry_points={"console_scripts": ["twotower = megatron_twotower.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
         "Operating System :: POSIX :: Linux",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],

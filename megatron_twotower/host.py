@@ -1,6 +1,6 @@
 """Megatron Core on a machine without CUDA. The only room that patches anything.
 
-Megatron Core 0.16 takes a CUDA device for granted in three ways, and each has its table here:
+Megatron Core takes a CUDA device for granted in three ways, and each has its table here:
 
 * source literals (`device="cuda"`, the type string `'torch.cuda.FloatTensor'`) and imports of fused optimizers in a few
   modules: `_LITERALS` rewrites them while the module is imported, so that the arithmetic is Megatron's own and costs
@@ -15,7 +15,9 @@ with a CUDA device present it mends these two and nothing else.
 import contextlib
 import importlib.abc
 import importlib.machinery
+import importlib.metadata
 import importlib.util
+import logging
 import queue
 import re
 import sys
@@ -26,6 +28,25 @@ from typing import Any
 
 import torch
 
+from megatron_twotower.records import UserError
+
+# The releases of megatron-core that this project runs on: 0.16.1, the last for Python 3.11, and 0.19.2.
+RELEASES = ("0.16", "0.19")
+
+
+def _release() -> str:
+    """Of the megatron-core that is installed, as in `RELEASES`; `none` where none is."""
+    try:
+        return ".".join(importlib.metadata.version("megatron-core").split(".")[:2])
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+RELEASE = _release()
+
+# The function of filesystem_async.py that gives the queue of a save.
+QUEUE = "_get_write_results_queue" if RELEASE == "0.16" else "get_write_results_queue"
+
 _DEVICE = (r"""device=(['"])cuda\1""", 'device="cpu"')
 _TYPE = (r"""torch\.cuda\.(Float|Half|BFloat16)Tensor(?=['"])""", r"torch.\1Tensor")
 # Megatron takes fused optimizers wherever their package imports, as on the login node of a cluster.
@@ -34,8 +55,8 @@ _FUSED = (
     r"raise ImportError; from \1 import",
 )
 
-# megatron-core 0.16.1: what stands in each module's source. A pattern that is not found is an error: the
-# module has changed upstream and must be looked at again.
+# What stands in the source of each module. A pattern that is not found is an error: the module has changed upstream and
+# must be looked at again.
 _LITERALS: dict[str, tuple[tuple[str, str], ...]] = {
     "megatron.core.optimizer": (_FUSED,),
     "megatron.core.optimizer.clip_grads": (_DEVICE, _TYPE, _FUSED),
@@ -43,10 +64,26 @@ _LITERALS: dict[str, tuple[tuple[str, str], ...]] = {
     "megatron.core.optimizer.grad_scaler": (_DEVICE,),
     "megatron.core.optimizer.optimizer": (_DEVICE, _TYPE, _FUSED),
     "megatron.core.pipeline_parallel.schedules": (_DEVICE,),
-    "megatron.core.transformer.moe.moe_utils": (_DEVICE,),
     "megatron.core.dist_checkpointing.strategies.state_dict_saver": (_DEVICE,),
     "megatron.core.utils": (_DEVICE,),
+    # What only some releases have.
+    **{
+        "0.16": {"megatron.core.transformer.moe.moe_utils": (_DEVICE,)},
+        "0.19": {"megatron.core.transformer.moe.token_dispatcher": (_DEVICE,)},
+    }.get(RELEASE, {}),
 }
+
+# Of Megatron Core and its use of torch, on every start, about nothing that a user could change.
+_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
+    (r"Transformer Engine and Apex are not installed", UserWarning),
+    (r"(Apex is not installed|full scope is deprecated)", UserWarning),
+    (r"\w+ is experimental and still under active development", UserWarning),
+    # What it reads and writes checkpoints with, and the distributed optimizer.
+    (r"`load_state_dict` is deprecated", FutureWarning),
+    (r"`torch.distributed.\w+` is deprecated", FutureWarning),
+    (r"The argument order of load has been changed", UserWarning),
+    (r"torch.distributed is disabled, unavailable or uninitialized", UserWarning),
+)
 
 
 class _HostLoader(importlib.machinery.SourceFileLoader):
@@ -57,7 +94,7 @@ class _HostLoader(importlib.machinery.SourceFileLoader):
         for pattern, replacement in _LITERALS[fullname]:
             source, count = re.subn(pattern, replacement, source)
             if count == 0:
-                raise ImportError(f"{fullname}: {pattern!r} not found; host.py knows megatron-core 0.16.1")
+                raise ImportError(f"{fullname}: {pattern!r} not found in megatron-core {RELEASE}")
         return self.source_to_code(source.encode(), self.path)
 
 
@@ -141,12 +178,14 @@ def install() -> None:
 
     Raises:
         RuntimeError: a module that needs rewriting was imported before.
+        UserError: Megatron Core is none of `RELEASES`.
     """
-    warnings.filterwarnings("ignore", message=r"Transformer Engine and Apex are not installed")
-    warnings.filterwarnings("ignore", message=r"(Apex is not installed|full scope is deprecated)")
-    # megatron-core 0.16.1 with torch 2.13: dist_checkpointing/strategies/torch.py, and the distributed optimizer.
-    warnings.filterwarnings("ignore", message=r"`load_state_dict` is deprecated", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated", category=FutureWarning)
+    if RELEASE not in RELEASES:
+        raise UserError(f"megatron-core: found {RELEASE}, expected {' or '.join(RELEASES)}")
+    for message, category in _WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=category)
+    # A CUDA build of torch says here that there is no device; the doctor does.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if not is_host():
         _mend_everywhere()
         return
@@ -173,7 +212,8 @@ def _mend_everywhere() -> None:
 
     # megatron-core 0.16.1, filesystem_async.py starts a manager process for a queue that a synchronous save reads in
     # the same process; it costs seconds, and outlives a training process that is killed.
-    filesystem_async._get_write_results_queue = lambda: _RESULTS
+    assert hasattr(filesystem_async, QUEUE)
+    setattr(filesystem_async, QUEUE, lambda *_: _RESULTS)
 
 
 def _mend_for_gloo() -> None:

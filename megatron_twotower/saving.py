@@ -27,8 +27,12 @@ from megatron_twotower import checkpoint, host, parallel
 from megatron_twotower.checkpoint import CheckpointState, FileSum, Pieces
 from megatron_twotower.records import UserError
 
-# What Megatron writes on the first rank besides the tensors.
-INDEX_FILES = (".metadata", "metadata.json", "common.pt")
+# What the first rank writes besides the tensors: Megatron, but for `COMMON`, which it writes up to 0.16 alone and reads
+# in every release.
+COMMON = "common.pt"
+INDEX_FILES = (".metadata", "metadata.json", COMMON)
+# Its own way of saving: from 0.18 on it would else ask for nvidia-resiliency-ext.
+_OWN_WAY = {} if host.RELEASE == "0.16" else {"async_strategy": "mcore"}
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,10 @@ class Saver:
                 str(partial),
                 TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
                 async_sharded_save=True,
+                **_OWN_WAY,
             )
+            if parallel.is_main() and not (partial / COMMON).exists():
+                torch.save({"schedule": schedule}, partial / COMMON)
         if request.preload_fn is not None:
             buckets = request.preload_fn()  # to host memory
             request = request._replace(async_fn_args=(None, buckets, request.async_fn_args[2]))

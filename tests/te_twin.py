@@ -1,6 +1,6 @@
 """Modules that hold weights as Transformer Engine's do and compute with torch: its spec, tried without it on a CPU.
 
-Arguments are those that Megatron 0.16.1 gives its wrappers (extensions/transformer_engine.py), names and shapes of
+Arguments are those that Megatron gives its wrappers (extensions/transformer_engine.py), names and shapes of
 parameters those of transformer-engine 2.11. Grouped experts are Megatron's own TEGroupedMLP around these.
 """
 
@@ -36,7 +36,7 @@ class _Grouped(nn.Module):
 
     def __init__(
         self, num_gemms, input_size, output_size, *, config, init_method, bias, skip_bias_add, is_expert,
-        tp_comm_buffer_name=None, pg_collection=None,
+        tp_comm_buffer_name=None, pg_collection=None, name=None,
     ):  # fmt: skip
         super().__init__()
         assert is_expert and not bias

@@ -60,7 +60,8 @@ def test_the_sequence_loss_is_the_sum_over_sequences(experts, counted):
     weight = experts.moe.router.weight.detach().clone().requires_grad_()
     real = ~padding
     balance(weight, hidden, real, real.sum(1) if counted is None else weights).backward()
-    torch.testing.assert_close(got, weight.grad, rtol=1e-5, atol=1e-9)
+    # From 0.19 on Megatron scores in fp32 for the loss, whatever the router's precision.
+    torch.testing.assert_close(got, weight.grad, rtol=2e-4, atol=1e-7)
     assert got.abs().max() > 1e-3
 
 
