@@ -24,7 +24,7 @@ export TOKENIZERS_PARALLELISM ?= true
 BIN := $(VENV)/bin
 TWOTOWER := $(BIN)/twotower
 
-.PHONY: help install train report bench speed soak test test-slow test-gpu test-te test-transformers test-slurm check format backbone bytes clean
+.PHONY: help install train report bench speed soak test test-slow test-gpu test-te test-transformers test-releases test-slurm check format backbone bytes clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -152,6 +152,15 @@ test-transformers: $(VENV)/.installed-dev ## test the shipped model file with an
 	@$(OTHER)/bin/python -m pip install -qq transformers==$(TRANSFORMERS)
 	$(OTHER)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
 	$(OTHER)/bin/python -m pytest tests/test_hf.py tests/test_batches.py tests/test_speculative.py $(PYTEST_ARGS)
+
+# Another Python, and with it another Megatron Core: 0.16.1 is the last for 3.11, from 3.12 on there is 0.19. The whole suite
+# there: make test PYTHON=python3.12 VENV=.venv-other
+OTHER_PYTHON ?= python3.12
+OTHER_VENV ?= .venv-other
+
+test-releases: $(VENV)/.installed-dev ## test that checkpoints go from one release of Megatron to another (OTHER_PYTHON=python3.12)
+	$(MAKE) install PYTHON=$(OTHER_PYTHON) VENV=$(OTHER_VENV)
+	TWOTOWER_OTHER_PYTHON=$(abspath $(OTHER_VENV))/bin/python $(BIN)/python -m pytest -m releases $(PYTEST_ARGS)
 
 # Of two nodes, on this machine, started by the tests themselves. It takes root and Debian's slurm-wlm and munge.
 test-slurm: $(VENV)/.installed-dev ## run the launch scripts on a real Slurm (as root; apt-get install slurm-wlm munge)

@@ -184,6 +184,8 @@ def install() -> None:
         raise UserError(f"megatron-core: found {RELEASE}, expected {' or '.join(RELEASES)}")
     for message, category in _WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category)
+    # Megatron's wrapper says here that it lays its buffers out itself, which is what is wanted of it.
+    logging.getLogger("megatron.core.distributed.distributed_data_parallel").setLevel(logging.ERROR)
     # A CUDA build of torch says here that there is no device; the doctor does.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if not is_host():

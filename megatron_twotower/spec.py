@@ -95,7 +95,7 @@ def _transformer_engine() -> Spec:
 
 
 def _without_fp8() -> contextlib.AbstractContextManager[None]:
-    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager, fp8_autocast
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager, fp8_autocast
 
     return fp8_autocast(enabled=False) if FP8GlobalStateManager.is_fp8_enabled() else contextlib.nullcontext()
 
