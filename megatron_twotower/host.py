@@ -47,7 +47,10 @@ RELEASE = _release()
 # The function of filesystem_async.py that gives the queue of a save.
 QUEUE = "_get_write_results_queue" if RELEASE == "0.16" else "get_write_results_queue"
 
-_DEVICE = (r"""device=(['"])cuda\1""", 'device="cpu"')
+# Where tensors are without CUDA. Tests put a pretended device in its place.
+HOST = torch.device("cpu")
+
+_DEVICE = (r"""device=(['"])cuda\1""", "device=torch.cuda.current_device()")
 _TYPE = (r"""torch\.cuda\.(Float|Half|BFloat16)Tensor(?=['"])""", r"torch.\1Tensor")
 # Megatron takes fused optimizers wherever their package imports, as on the login node of a cluster.
 _FUSED = (
@@ -142,7 +145,7 @@ def _set_host_rng_state(new_state: torch.Tensor, *_: Any, **__: Any) -> None:
 
 
 _CUDA_CALLS: dict[str, Any] = {
-    "current_device": lambda: "cpu",
+    "current_device": lambda: HOST,
     "device_count": lambda: 1,
     "set_device": lambda *_: None,
     "synchronize": lambda *_: None,
@@ -165,7 +168,7 @@ def is_host() -> bool:
 
 def device() -> torch.device:
     """The device of this process: its current CUDA device, or the host."""
-    return torch.device("cpu") if is_host() else torch.device("cuda", torch.cuda.current_device())
+    return HOST if is_host() else torch.device("cuda", torch.cuda.current_device())
 
 
 def backend() -> str:
@@ -205,17 +208,30 @@ def install() -> None:
 
 def _mend_everywhere() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.optimizer import clip_grads
     from megatron.core.transformer.moe import moe_utils
+    from megatron.core.utils import local_multi_tensor_l2_norm
 
     # megatron-core 0.16.1, moe_utils.py: the name is used wherever the router has a dtype of its own, but only defined
     # when Transformer Engine imports.
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
 
+    # megatron-core 0.16.1, utils.py: where neither Transformer Engine nor Apex is, the host waits for the norm of every
+    # single gradient.
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = _l2_norm
+
     # megatron-core 0.16.1, filesystem_async.py starts a manager process for a queue that a synchronous save reads in
     # the same process; it costs seconds, and outlives a training process that is killed.
     assert hasattr(filesystem_async, QUEUE)
     setattr(filesystem_async, QUEUE, lambda *_: _RESULTS)
+
+
+def _l2_norm(_: int, __: torch.Tensor, lists: list[list[torch.Tensor]], *___: Any) -> tuple[torch.Tensor, None]:
+    """The L2 norm (1,) over all tensors, where they are."""
+    norms = [norm for tensors in lists for norm in torch._foreach_norm(tensors)]
+    return torch.stack(norms).norm().view(1), None
 
 
 def _mend_for_gloo() -> None:

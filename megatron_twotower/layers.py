@@ -266,7 +266,10 @@ class MixtureOfExperts(_Pointwise):
             shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=modules.feed_forward),
             router=Router,
         )
-        self.moe = MoELayer(config, submodules=parts, pg_collection=groups)
+        # Megatron 0.16.1 (moe/router.py) leaves the router's weight on the host until its first forward pass, where the
+        # optimizer of a CUDA device refuses it.
+        with device():
+            self.moe = MoELayer(config, submodules=parts, pg_collection=groups)
         self.sequence_ranks = groups.tp if config.sequence_parallel else None
         if groups.expt_tp.size() != groups.tp.size():
             # Megatron 0.16.1 (tensor_parallel/layers.py) marks experts for their own data-parallel group only where

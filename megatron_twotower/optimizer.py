@@ -62,20 +62,21 @@ def working(optimizer: MegatronOptimizer) -> list[Any]:
 
 
 @torch.no_grad()
-def guarded_step(optimizer: MegatronOptimizer, *, usable: bool) -> tuple[bool, float]:
+def guarded_step(optimizer: MegatronOptimizer, *, unusable: Tensor) -> tuple[bool, float]:
     """One step of the optimizer, or none where the gradients are not finite: then nothing at all has changed.
 
     Megatron's own step, with a look at the norm, which is the same on every rank, before anything is scaled by it.
 
     Args:
-        usable: False to take no step in any case; the same on every rank.
+        unusable: () bool, True to take no step in any case; the same on every rank. Looked at after the norm, which
+            the host waits for anyway.
 
     Returns:
         whether a step was taken, and the global gradient norm before clipping.
     """
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm() or 0.0)
-    if not (usable and math.isfinite(norm)):
+    if not math.isfinite(norm) or unusable.item():
         return False, norm
     for inner in working(optimizer):
         parameters = inner.get_parameters()

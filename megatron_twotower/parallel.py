@@ -251,11 +251,16 @@ def sum_over_data(tensor: torch.Tensor, groups: ProcessGroupCollection) -> torch
 
 def any_rank(flag: bool) -> bool:
     """True on every rank if it is true on one."""
+    return bool(raised(torch.tensor(flag, device=host.device()))) if world_size() > 1 else flag
+
+
+def raised(flag: torch.Tensor) -> torch.Tensor:
+    """A flag () bool, up on every rank if it is up on one; the host waits for nothing."""
     if world_size() == 1:
         return flag
-    raised = torch.tensor([int(flag)], device=host.device())
-    dist.all_reduce(raised, op=dist.ReduceOp.MAX)
-    return bool(raised.item())
+    total = flag.int()
+    dist.all_reduce(total, op=dist.ReduceOp.MAX)
+    return total.bool()
 
 
 def gathered(value: Any) -> list[Any]:

@@ -87,9 +87,11 @@ class NoisyBatch:
 
 
 def _moved(record: Any, device: torch.device) -> Any:
-    """A record with its tensors on another device."""
+    """A record with its tensors on another device; on CUDA from pinned memory, so that no step waits for it."""
     values = {item.name: getattr(record, item.name) for item in dataclasses.fields(record)}
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    if device.type == "cuda":
+        tensors = {name: tensor if tensor.is_cuda else tensor.pin_memory() for name, tensor in tensors.items()}
     moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
     return dataclasses.replace(record, **moved)
 

@@ -204,8 +204,7 @@ def train_step(trainer: Trainer, batches: list[Batch]) -> Step:
     named = [item for part in trainer.model.parts for item in part.named_buffers()]
     biases = [(buffer, buffer.clone()) for name, buffer in named if name.endswith("expert_bias")]
     sums = forward_backward(trainer, [(batch, None) for batch in batches], forward_only=False)
-    finite = not parallel.any_rank(not math.isfinite(sums[0].item()))
-    taken, norm = guarded_step(trainer.optimizer, usable=finite)
+    taken, norm = guarded_step(trainer.optimizer, unusable=parallel.raised(~sums[0].isfinite()))
     if not taken:
         for buffer, before in biases:
             buffer.copy_(before)
