@@ -141,7 +141,7 @@ test-gpu: $(VENV)/.installed-dev ## run the tests that need a CUDA device; witho
 test-te: $(VENV)/.installed-dev ## build the layers with Transformer Engine's modules, which must be installed; no GPU needed
 	$(BIN)/python -m pytest -m te $(PYTEST_ARGS)
 
-# The package without its CUDA extension, in a bare environment in front of this one. Tried: 2.3.2.post1, 2.2.4.
+# The package without its CUDA extension, in a bare environment in front of this one. Tried: 2.3.2.post1; 2.2.4 fails.
 MAMBA_SSM ?= 2.3.2.post1
 MAMBA := $(VENV)-mamba-$(MAMBA_SSM)
 

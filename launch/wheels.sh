@@ -62,6 +62,6 @@ if [[ ${KERNELS:-0} == 1 ]]; then
   # Their setup.py asks torch and nvcc for versions unless it is told not to build.
   MAMBA_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE \
     "$python" -m pip download --quiet --no-deps --no-build-isolation --no-binary :all: --dest "$folder" \
-    'mamba-ssm>=2.2,<3' 'causal-conv1d>=1.5,<2'
+    'mamba-ssm>=2.3.2,<3' 'causal-conv1d>=1.5,<2'
 fi
 echo "$folder: $(find "$folder" -name '*.whl' | wc -l) wheels, $(du -sm "$folder" | cut -f1) MiB, for Python $version beside torch $torch"
