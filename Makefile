@@ -24,7 +24,7 @@ export TOKENIZERS_PARALLELISM ?= true
 BIN := $(VENV)/bin
 TWOTOWER := $(BIN)/twotower
 
-.PHONY: help install train report bench speed soak test test-slow test-gpu test-te test-transformers test-releases test-slurm check format backbone bytes clean
+.PHONY: help install train report bench speed soak test test-slow test-gpu test-te test-mamba test-transformers test-releases test-slurm check format backbone bytes clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -140,6 +140,19 @@ test-gpu: $(VENV)/.installed-dev ## run the tests that need a CUDA device; witho
 
 test-te: $(VENV)/.installed-dev ## build the layers with Transformer Engine's modules, which must be installed; no GPU needed
 	$(BIN)/python -m pytest -m te $(PYTEST_ARGS)
+
+# The package without its CUDA extension, in a bare environment in front of this one. Tried: 2.3.2.post1; 2.2.4 fails.
+MAMBA_SSM ?= 2.3.2.post1
+MAMBA := $(VENV)-mamba-$(MAMBA_SSM)
+
+test-mamba: $(VENV)/.installed-dev ## the real mamba-ssm in Triton's interpreter and compiled for Hopper, no GPU (MAMBA_SSM=2.3.2.post1; minutes)
+	@test -x $(MAMBA)/bin/python || $(PYTHON) -m venv $(MAMBA)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$($(MAMBA)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_base.pth"
+	@$(MAMBA)/bin/python -m pip install -qq einops wheel packaging
+	@MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(MAMBA)/bin/python -m pip install -qq --no-build-isolation --no-deps \
+	  mamba-ssm==$(MAMBA_SSM)
+	$(MAMBA)/bin/python -m pytest -m mamba $(PYTEST_ARGS)
 
 # The shipped model file in another release: a bare environment in front of this one. Tried: 5.3.0, 5.12.0.
 TRANSFORMERS ?= 5.3.0

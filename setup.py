@@ -34,7 +34,8 @@ EXTRAS = {
     # --no-build-isolation: all but triton compile against the torch that is installed.
     "gpu": [
         "transformer-engine[pytorch]>=2.9,<2.12",
-        "mamba-ssm>=2.2,<3",
+        # 2.2.4 does not import beside transformers 5, and its gradients overflow (docs/gpu.md).
+        "mamba-ssm>=2.3.2,<3",
         "causal-conv1d>=1.5,<2",
         "triton",
     ],

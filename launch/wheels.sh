@@ -4,6 +4,7 @@
 #
 #   launch/wheels.sh wheels 3.12 2.11.0          # into the folder `wheels`, for Python 3.12 beside torch 2.11.0
 #   KERNELS=1 launch/wheels.sh wheels 3.12 2.11.0   # and sources of mamba-ssm and causal-conv1d, to compile there
+#                                                    # or here, where nvcc and that torch are (docs/gpu.md, Install)
 #
 # and on that machine, from a copy of this repository:
 #
@@ -58,7 +59,9 @@ PYTHON
   --python-version "$version" --implementation cp \
   --find-links "$folder" --requirement "$work/pinned.txt"
 if [[ ${KERNELS:-0} == 1 ]]; then
-  "$python" -m pip download --quiet --no-deps --no-build-isolation --no-binary :all: --dest "$folder" \
-    'mamba-ssm>=2.2,<3' 'causal-conv1d>=1.5,<2'
+  # Their setup.py asks torch and nvcc for versions unless it is told not to build.
+  MAMBA_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE \
+    "$python" -m pip download --quiet --no-deps --no-build-isolation --no-binary :all: --dest "$folder" \
+    'mamba-ssm>=2.3.2,<3' 'causal-conv1d>=1.5,<2'
 fi
 echo "$folder: $(find "$folder" -name '*.whl' | wc -l) wheels, $(du -sm "$folder" | cut -f1) MiB, for Python $version beside torch $torch"

@@ -146,7 +146,7 @@ KERNEL_ROLES = (
     ),
     _Kernels(
         "context scan", "megatron_twotower.ops.scan.chunk_scan",
-        "mamba-ssm kernels", "torch, chunked scan", "mamba-ssm",
+        "mamba-ssm kernels, in bfloat16", "torch, chunked scan", "mamba-ssm",
     ),
     _Kernels(
         "convolution", "megatron_twotower.ops.convolution.causal_conv",

@@ -201,6 +201,23 @@ def frozen(config: RunConfig, megatron: TransformerConfig) -> TransformerConfig:
     return context
 
 
+def rounded_by_transformer_engine(weight: Tensor, precision: str) -> Tensor:
+    """A matrix as `frozen` holds it in a precision of `CONTEXT_PRECISIONS`, read back in float32; on CUDA."""
+    return _quantizer(precision, weight.device)(weight).dequantize(dtype=torch.float32)
+
+
+def _quantizer(precision: str, device: torch.device) -> Any:
+    """Transformer Engine's, with what its recipes give those of weights."""
+    from transformer_engine.pytorch.constants import TE_DType
+    from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer
+
+    e4m3 = TE_DType[torch.float8_e4m3fn]
+    if CONTEXT_PRECISIONS[precision] == "tensorwise":
+        return Float8CurrentScalingQuantizer(e4m3, device)
+    return Float8BlockQuantizer(e4m3, rowwise=True, columnwise=True, block_scaling_dim=2)
+
+
 def unfused(config: TransformerConfig) -> TransformerConfig:
     """For modules that are Megatron's own in both specs: it sums their gradients by Apex's kernel or not at all."""
     own = copy.copy(config)

@@ -111,7 +111,7 @@ def test_kernels_serve_where_their_package_does(monkeypatch):
     monkeypatch.setattr(host, "is_host", lambda: False)
     denoiser, context, convolution = diagnose()[1:4]
     assert denoiser == Role("denoiser scan", "this project's Triton kernels (triton 3.9.0)", "nothing", "-")
-    assert context == Role("context scan", "mamba-ssm kernels (mamba-ssm 2.3.1)", "nothing", "-")
+    assert context == Role("context scan", "mamba-ssm kernels, in bfloat16 (mamba-ssm 2.3.1)", "nothing", "-")
     assert convolution.serves == "torch, sum of shifted copies"
     assert convolution.faster == "causal-conv1d kernels (context tower)"
     assert convolution.how == f"causal_conv1d is not installed: {doctor.GPU_EXTRA}"

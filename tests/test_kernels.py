@@ -1,13 +1,13 @@
 """The calls of third-party kernels, against stand-ins of the same signatures that compute in plain torch."""
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_twotower.ops import kernels
+from megatron_twotower.ops import kernels, scan
 from megatron_twotower.ops.kernels import causal_conv_kernel, chunk_scan_kernel, conv_unsupported, scan_kernel
 from megatron_twotower.ops.scan import scan_ref, stream_scan
 
@@ -219,3 +219,11 @@ def test_a_package_can_be_switched_off_for_a_while(asked_anew, monkeypatch, stan
             assert [kernels.unavailable(p) for p in ("mamba-ssm", "causal-conv1d")] == ["switched off"] * 2
         assert (kernels.unavailable("mamba-ssm"), kernels.unavailable("causal-conv1d")) == ("switched off", None)
     assert kernels.unavailable("mamba-ssm") is None
+
+
+def test_mamba_ssm_is_not_asked_for_float32(monkeypatch):
+    """Its products would be TF32's there."""
+    monkeypatch.setattr(kernels, "unavailable", lambda package: None)
+    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    served = [dtype for dtype in dtypes if scan._mamba_ssm_serves(SimpleNamespace(is_cuda=True, dtype=dtype))]
+    assert served == [torch.float16, torch.bfloat16]

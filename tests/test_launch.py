@@ -134,3 +134,17 @@ def test_wheels_say_what_they_expect():
     done = subprocess.run([str(LAUNCH / "wheels.sh"), "folder"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "wheels.sh: found 1 arguments, expected a folder, a Python version and a torch version\n"
+
+
+def test_nvcc_for_one_architecture(tmp_path):
+    """What a setup.py names is dropped, in either spelling, and the rest goes to the compiler as it is."""
+    compiler = tmp_path / "bin" / "nvcc"
+    compiler.parent.mkdir()
+    compiler.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    compiler.chmod(0o755)
+    named = ["-O3", "-gencode", "arch=compute_75,code=sm_75", "-gencode=arch=compute_80,code=sm_80", "a file.cu"]
+    said = subprocess.run(
+        [LAUNCH / "nvcc.sh", *named], env={**os.environ, "CUDA_HOME": str(tmp_path), "ARCH": "90"}, capture_output=True,
+        text=True, check=True,
+    ).stdout  # fmt: skip
+    assert said.splitlines() == ["-O3", "a file.cu", "-gencode", "arch=compute_90,code=sm_90"]

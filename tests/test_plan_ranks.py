@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import planned_config
 
+from megatron_twotower.host import RELEASE
 from megatron_twotower.plan.built import build
 from megatron_twotower.plan.estimate import kept_bytes
 from megatron_twotower.plan.layout import layout_of
@@ -37,6 +38,10 @@ LAYOUTS = {
         {"parallel.expert": 4, "parallel.expert_tensor": 1, "train.recompute_layers": "ME*-"} | TENSOR,
     ],
 }
+
+
+# How near activations must come. Some layers of Megatron 0.19 keep up to a fifth more than the formulas, which are of 0.16.
+ACTIVATIONS = 0.15 if RELEASE == "0.16" else 0.2
 
 
 # Four ranks on two cores take a minute.

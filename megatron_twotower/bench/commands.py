@@ -68,6 +68,17 @@ def _passes(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _fp8(arguments: argparse.Namespace) -> int:
+    host.install()
+    from megatron_twotower.bench import fp8
+
+    wanted = fp8.QUICK if arguments.quick else fp8.Settings(
+        sequences=arguments.sequences, length_tokens=arguments.length, block_size_tokens=arguments.block
+    )  # fmt: skip
+    fp8.run(arguments.output, model=arguments.model, data=arguments.data, wanted=wanted, threads=arguments.threads)
+    return 0
+
+
 def _soak(arguments: argparse.Namespace) -> int:
     host.install()
     from megatron_twotower.bench import soak
@@ -139,6 +150,16 @@ def add(bench: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
     passes.add_argument("--rounds", type=int, default=100, help="that are counted, after one that is not")
     passes.add_argument("--threads", type=int, help="of the CPU; torch's own choice if left out")
     passes.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder for the JSON")
+    fp8 = command(bench, "fp8", _fp8, "what FP8 weights of the context tower change in predictions (emulated)",
+                  "twotower bench fp8 --model runs/quickstart/model --data runs/quickstart/tower-data")  # fmt: skip
+    fp8.add_argument("--model", type=Path, required=True, help="two-tower Hugging Face folder, or a backbone's")
+    fp8.add_argument("--data", type=Path, required=True, help="prepared data folder; its held-out part is read")
+    fp8.add_argument("--sequences", type=int, default=32, help="of held-out text")
+    fp8.add_argument("--length", type=int, default=256, help="tokens of each")
+    fp8.add_argument("--block", type=int, default=16, help="tokens per block of the denoiser")
+    fp8.add_argument("--threads", type=int, help="of the CPU; torch's own choice if left out")
+    fp8.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder for the JSON")
+    fp8.add_argument("--quick", action="store_true", help="two short sequences: only to see that it works")
     soak = command(bench, "soak", _soak, "kill a small training again and again, and account for every sample",
                    "twotower bench soak --minutes 60")  # fmt: skip
     soak.add_argument("--minutes", type=float, default=60.0)

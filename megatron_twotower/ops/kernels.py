@@ -3,7 +3,7 @@
 mamba-ssm for the scan of one stream, causal-conv1d for the convolution: `chunk_scan_kernel` and `causal_conv_kernel`
 stand for `ops.scan.chunk_scan` and `ops.convolution.causal_conv`, on CUDA tensors. Argument orders, layouts and dtypes
 are from the sources of mamba-ssm 2.2.2, 2.2.4 and 2.3.2.post1 (ops/triton/ssd_*.py) and causal-conv1d 1.5.0.post8 and
-1.7.0 (causal_conv1d_interface.py, csrc/causal_conv1d.cpp).
+1.7.0 (causal_conv1d_interface.py, csrc/causal_conv1d.cpp). `make test-mamba` runs mamba-ssm's own in an interpreter.
 
 Shapes: b batch, l length, m heads, p head size, g groups, d state size, c channels, k taps; documents (b, l) int32, 0
 or more, growing along l.

@@ -186,14 +186,16 @@ class _ChunkScan(torch.autograd.Function):
 
 
 def _mamba_ssm_serves(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype != torch.float64 and kernels.unavailable("mamba-ssm") is None
+    # In float32 its products are TF32's (no input_precision in mamba-ssm 2.2.4 and 2.3.2, ops/triton/ssd_*.py), which
+    # leaves a thousandth of error where this module computes in float32.
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and kernels.unavailable("mamba-ssm") is None
 
 
 def chunk_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, chunk: int, initial: Tensor | None = None,
     documents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The scan of one stream, chunk by chunk; on CUDA, where no gradient is wanted, by mamba-ssm if it is installed.
+    """The scan of one stream, chunk by chunk; on CUDA in half precision, where no gradient is wanted, by mamba-ssm.
 
     Args:
         initial: the state before position 0 (b, m, p, d), of its document; zeros when left out. No gradient flows
@@ -213,7 +215,7 @@ def chunk_scan(
 def stream_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, chunk: int, documents: Tensor | None = None
 ) -> Tensor:
-    """y of `chunk_scan` alone, with gradients, for next-token training; on CUDA by mamba-ssm if it is installed."""
+    """y of `chunk_scan` alone, with gradients, for next-token training; on CUDA in half precision by mamba-ssm."""
     if _mamba_ssm_serves(x):
         return kernels.scan_kernel(x, dt, A, B, C, D, chunk=chunk, documents=documents)
     return chunk_scan(x, dt, A, B, C, D, chunk=chunk, documents=documents)[0]
