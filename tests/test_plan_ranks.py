@@ -40,7 +40,8 @@ LAYOUTS = {
 }
 
 
-# How near activations must come. Some layers of Megatron 0.19 keep up to a fifth more than the formulas, which are of 0.16.
+# How near activations must come. Some layers of Megatron 0.19 keep up to a fifth more than the
+# formulas, which are of 0.16.
 ACTIVATIONS = 0.15 if RELEASE == "0.16" else 0.2
 
 
