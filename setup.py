@@ -33,7 +33,7 @@ EXTRAS = {
     # Kernels for NVIDIA GPUs. A CUDA build of torch and nvcc must be there first, and pip must be told
     # --no-build-isolation: all but triton compile against the torch that is installed.
     "gpu": [
-        "transformer-engine[pytorch]>=2.9,<2.12",
+        "transformer-engine[pytorch]>=2.11,<2.21",
         # 2.2.4 does not import beside transformers 5, and its gradients overflow (docs/gpu.md).
         "mamba-ssm>=2.3.2,<3",
         "causal-conv1d>=1.5,<2",

@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_twotower import build, host, parallel, trainer
 from megatron_twotower.corruption import corrupt
+from megatron_twotower.host import RELEASE
 from megatron_twotower.loss import masked_diffusion_loss
 from megatron_twotower.optimizer import build_optimizer, build_schedule
 from megatron_twotower.phases import plan
@@ -184,9 +185,10 @@ def test_steps_of_training(backbone, kind, distributed):
         assert torch.equal(on_host(got), parameters[name]), name
     second = there[3]
     assert second.counted("ours") == {"a number: optimizer.guarded_step": 1}
-    # Megatron's: the sum of tokens and the norm; and, in layers of experts, what each micro-batch sends to whom.
+    # Megatron's: the sum of tokens (up to 0.16), and the norm; and, in layers of experts, what each micro-batch sends
+    # to whom.
     counted = second.counted("megatron")
-    assert counted.pop("a number: finalize_model_grads.finalize_model_grads") == 1
+    assert counted.pop("a number: finalize_model_grads.finalize_model_grads", 0) == (RELEASE == "0.16")
     assert counted.pop("a number: clip_grads.get_grad_norm_fp32") == 1
     assert {place.partition(": ")[2].partition(".")[0] for place in counted} == {"moe_utils", "experts"}
     assert len(second.of("others")) == 0

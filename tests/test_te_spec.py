@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_twotower import host, names, parallel, spec, towers
@@ -36,6 +37,8 @@ def on_a_cpu(monkeypatch):
     no_tracker = SimpleNamespace(is_initialized=lambda: False)
     monkeypatch.setattr(transformer_engine, "get_cuda_rng_tracker", lambda: no_tracker)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    # Tensors without memory would start the driver for one that is on a device.
+    monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda *_: None)
     monkeypatch.setattr(host, "is_host", lambda: True)
 
 
