@@ -8,8 +8,8 @@ Megatron Core takes a CUDA device for granted in three ways, and each has its ta
 * `torch.cuda` calls (current device, streams, events, random state): `_CUDA_CALLS` answers them for the host;
 * what only goes wrong with Gloo: `_mend_for_gloo`.
 
-Two more things go wrong on any device: `_mend_everywhere`. Call `install()` before the first import of Megatron Core;
-with a CUDA device present it mends these two and nothing else.
+What goes wrong or slowly on any device: `_mend_everywhere`. Call `install()` before the first import of Megatron Core;
+with a CUDA device present it mends that and nothing else.
 """
 
 import contextlib

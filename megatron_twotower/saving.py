@@ -31,7 +31,7 @@ from megatron_twotower.records import UserError
 # in every release.
 COMMON = "common.pt"
 INDEX_FILES = (".metadata", "metadata.json", COMMON)
-# Its own way of saving: from 0.18 on it would else ask for nvidia-resiliency-ext.
+# Its own way of saving: 0.19 would else ask for nvidia-resiliency-ext.
 _OWN_WAY = {} if host.RELEASE == "0.16" else {"async_strategy": "mcore"}
 
 
