@@ -1,7 +1,6 @@
 """What this machine has, and which implementation serves each role of a training step. Nothing falls back in silence.
 
-The table of roles says what the code does now. A package that this version does not call is reported as installed
-and not used, never as serving.
+The table of roles says what the code does now.
 """
 
 import importlib
@@ -54,29 +53,6 @@ PACKAGES = (
     _Package("triton", "triton"),
 )
 _BY_NAME = {package.distribution: package for package in PACKAGES}
-
-
-@dataclass(frozen=True)
-class _Fixed:
-    """A role with one implementation in this version.
-
-    code: what serves it, importable; a test holds that it exists.
-    faster: kernels that could serve it on a GPU once this project calls them, and the package they come from.
-    """
-
-    role: str
-    code: str
-    serves: str
-    faster: str
-    package: str | None
-
-
-FIXED_ROLES = (
-    _Fixed(
-        "cross-entropy", "megatron_twotower.ops.cross_entropy.linear_cross_entropy",
-        "torch, fused with the head, by chunks", "a Triton kernel of the same", "triton",
-    ),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -149,8 +125,20 @@ KERNEL_ROLES = (
         "mamba-ssm kernels, in bfloat16", "torch, chunked scan", "mamba-ssm",
     ),
     _Kernels(
-        "convolution", "megatron_twotower.ops.convolution.causal_conv",
-        "causal-conv1d kernels (context tower)", "torch, sum of shifted copies", "causal-conv1d",
+        "denoiser conv", "megatron_twotower.ops.convolution.seeded_block_conv",
+        "this project's Triton kernels", "torch, sum of shifted copies", "triton",
+    ),
+    _Kernels(
+        "context conv", "megatron_twotower.ops.convolution.causal_conv",
+        "causal-conv1d kernels", "as the denoiser's", "causal-conv1d",
+    ),
+    _Kernels(
+        "gated norm", "megatron_twotower.ops.norm.gated_rms_norm",
+        "this project's Triton kernels", "torch", "triton",
+    ),
+    _Kernels(
+        "cross-entropy", "megatron_twotower.ops.cross_entropy.linear_cross_entropy",
+        "head by chunks, this project's Triton kernel", "torch, fused with the head, by chunks", "triton",
     ),
 )  # fmt: skip
 
@@ -206,12 +194,6 @@ def environment() -> dict[str, str]:
     return dict(_environment())
 
 
-def _fixed_role(fixed: _Fixed) -> Role:
-    version = None if fixed.package is None else _installed(_BY_NAME[fixed.package])
-    found = "nothing to install" if version is None else f"{fixed.package} {version} is installed"
-    return Role(fixed.role, fixed.serves, fixed.faster, f"not used yet; {found}")
-
-
 def _kernel_role(by: _Kernels) -> Role:
     reason = kernels.unavailable(by.package)
     if reason is None:
@@ -254,8 +236,7 @@ def diagnose(config: RunConfig = _ANY_RUN) -> list[Role]:
 
     served = implementation(config)
     of_spec = [_spec_role(role, config, served) for role in SPEC_ROLES]
-    by_kernels, fixed = map(_kernel_role, KERNEL_ROLES), map(_fixed_role, FIXED_ROLES)
-    return [*by_kernels, *of_spec, *fixed, _optimizer_role()]
+    return [*map(_kernel_role, KERNEL_ROLES), *of_spec, _optimizer_role()]
 
 
 def one_line_summary(config: RunConfig = _ANY_RUN) -> str:

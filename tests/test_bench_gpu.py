@@ -1,5 +1,6 @@
 """The measurements of one GPU, whole at a tiny size on the CPU, and what they are computed from."""
 
+import importlib
 import io
 import json
 import weakref
@@ -70,11 +71,19 @@ def test_kernels_have_their_class(kind, name):
     assert class_of(name) == kind
 
 
-def test_every_kernel_of_this_project_s_scan_counts_as_scan():
-    scan_triton_kernels = pytest.importorskip("megatron_twotower.ops.scan_triton_kernels")
-    kernels = [name for name in vars(scan_triton_kernels) if name.endswith("_kernel")]
-    assert len(kernels) == 5
-    assert {class_of(name) for name in kernels} == {"scan"}
+OUR_KERNELS = {
+    "scan_triton_kernels": ("scan", 5), "convolution_triton": ("convolution", 2),
+    "norm_triton": ("norm and elementwise", 2), "cross_entropy_triton": ("norm and elementwise", 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("module", OUR_KERNELS)
+def test_every_kernel_of_this_project_has_its_class(module):
+    pytest.importorskip("triton")
+    (kind, count), found = OUR_KERNELS[module], vars(importlib.import_module(f"megatron_twotower.ops.{module}"))
+    kernels = [name for name in found if name.endswith("_kernel")]
+    assert len(kernels) == count
+    assert {class_of(name) for name in kernels} == {kind}
 
 
 def event(key, *, device=None, cpu=0.0, cuda=False, annotation=False):

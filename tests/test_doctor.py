@@ -16,8 +16,8 @@ from megatron_twotower.config import RunConfig, TrainConfig
 from megatron_twotower.doctor import Role, diagnose, environment, one_line_summary, print_doctor
 
 ROLES = [
-    "denoiser attention", "denoiser scan", "context scan", "convolution",
-    "norm", "projections", "grouped GEMM", "token permutation", "router", "cross-entropy", "optimizer",
+    "denoiser attention", "denoiser scan", "context scan", "denoiser conv", "context conv", "gated norm",
+    "cross-entropy", "norm", "projections", "grouped GEMM", "token permutation", "router", "optimizer",
 ]  # fmt: skip
 
 
@@ -39,31 +39,11 @@ def test_every_role_is_told():
     assert all(isinstance(role, Role) and role.serves and role.faster and role.how for role in diagnose())
 
 
-@pytest.mark.parametrize(
-    "role", [*doctor.FIXED_ROLES, *doctor.KERNEL_ROLES, *doctor.SPEC_ROLES], ids=lambda role: role.role
-)
+@pytest.mark.parametrize("role", [*doctor.KERNEL_ROLES, *doctor.SPEC_ROLES], ids=lambda role: role.role)
 def test_the_code_that_serves_a_role_exists(role):
     host.install()
     module, _, name = role.code.rpartition(".")
     assert callable(getattr(importlib.import_module(module), name))
-
-
-@pytest.mark.parametrize("fixed", doctor.FIXED_ROLES, ids=lambda fixed: fixed.role)
-def test_the_code_that_serves_a_role_does_not_call_the_faster_package(fixed):
-    host.install()
-    module = importlib.import_module(fixed.code.rpartition(".")[0])
-    gpu_only = {"transformer_engine", "apex", "mamba_ssm", "causal_conv1d", "triton"}
-    with open(module.__file__) as file:
-        source = file.read()
-    assert not [name for name in gpu_only if f"import {name}" in source or f"from {name}" in source]
-
-
-def test_installed_but_unused_is_said_so(monkeypatch):
-    pretend_installed(monkeypatch, {"triton": "3.9.0"})
-    roles = {role.role: role for role in diagnose()}
-    assert roles["cross-entropy"].how == "not used yet; triton 3.9.0 is installed"
-    pretend_installed(monkeypatch, {"triton": None})
-    assert {role.role: role for role in diagnose()}["cross-entropy"].how == "not used yet; nothing to install"
 
 
 def with_transformer_engine(monkeypatch):
@@ -109,11 +89,11 @@ def test_kernels_serve_where_their_package_does(monkeypatch):
     missing = {"triton": None, "mamba-ssm": None, "causal-conv1d": "causal_conv1d is not installed"}
     monkeypatch.setattr(doctor.kernels, "unavailable", missing.get)
     monkeypatch.setattr(host, "is_host", lambda: False)
-    denoiser, context, convolution = diagnose()[1:4]
+    denoiser, context, seeded, convolution = diagnose()[1:5]
     assert denoiser == Role("denoiser scan", "this project's Triton kernels (triton 3.9.0)", "nothing", "-")
     assert context == Role("context scan", "mamba-ssm kernels, in bfloat16 (mamba-ssm 2.3.1)", "nothing", "-")
-    assert convolution.serves == "torch, sum of shifted copies"
-    assert convolution.faster == "causal-conv1d kernels (context tower)"
+    assert seeded.serves == "this project's Triton kernels (triton 3.9.0)"
+    assert convolution.serves == "as the denoiser's" and convolution.faster == "causal-conv1d kernels"
     assert convolution.how == f"causal_conv1d is not installed: {doctor.GPU_EXTRA}"
 
 

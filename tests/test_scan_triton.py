@@ -1,10 +1,5 @@
-"""The Triton kernels of the two-stream scan against the float64 recurrence, and through Triton's compiler.
+"""The Triton kernels of the two-stream scan against the float64 recurrence, and through Triton's compiler."""
 
-Without a GPU, Triton's interpreter runs the kernels. It has to be switched on before triton is first imported, which
-other tests may have done in this process: one test here runs this file again in a process of its own.
-"""
-
-import os
 import re
 import subprocess
 import sys
@@ -13,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from triton_kernels import POINTERS, SHARED_MEMORY, compiled, compiles_kernels, largest_errors, on_device, runs_kernels
 
 from megatron_twotower.ops.scan import scan_ref, two_stream_scan_ref
 
@@ -20,9 +16,6 @@ pytest.importorskip("triton")
 from megatron_twotower.ops import scan_triton, scan_triton_kernels
 from megatron_twotower.ops.scan_triton import plan, supported, two_stream_scan_triton
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-runs_kernels = (lambda test: test) if INTERPRETED else pytest.mark.gpu
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 NAMES = ("y", "x", "dt", "A", "B", "C", "D")
 NANO = {"heads": 64, "groups": 8, "size": 64, "state": 128}
@@ -57,12 +50,6 @@ def start_states(clean, chunk, documents):
     return torch.stack(states, dim=1)
 
 
-def on_device(tensor):
-    """The same tensor, with the same strides."""
-    moved = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE)
-    return moved.copy_(tensor)
-
-
 def errors(noisy, clean, *, block, chunk, documents=None):
     """By name, of y and all gradients: largest difference from the float64 twin over the twin's largest value."""
     clean_x, clean_dt, clean_A, clean_B = clean[:4]
@@ -82,8 +69,7 @@ def errors(noisy, clean, *, block, chunk, documents=None):
     got = [y, *torch.autograd.grad(y, leaves, on_device(upstream), retain_graph=True)]
     assert torch.autograd.grad(y, moved["clean_x"], on_device(upstream), allow_unused=True) == (None,)
     assert [t.dtype for t in got[1:]] == [t.dtype for t in leaves]
-    pairs = zip(NAMES, got, wanted, strict=True)
-    return {name: ((a.cpu().double() - b).abs().max() / (b.abs().max() + 1e-30)).item() for name, a, b in pairs}
+    return largest_errors(got, dict(zip(NAMES, wanted, strict=True)))
 
 
 def check(noisy, clean, **settings):
@@ -181,22 +167,10 @@ def test_head_dimensions_of_nano(dtype, documents):
 # --- in this process, without a device ----------------------------------------------------------------------------
 
 
-def in_the_interpreter(marks):
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-m", marks, "-p", "no:cacheprovider"]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 KERNELS = ("decay", "decay_backward", "forward", "backward_left", "backward_own")
-SHARED_MEMORY = 227 * 1024  # bytes a program may have at compute capability 9.0
 
 
-def compiled(name, dtype, *, block=16, chunk=128, heads=64, groups=8, size=64, state=128):
-    """A kernel compiled for compute capability 9.0, all pointers and strides multiples of 16 bytes."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def compiled_for_hopper(name, dtype, *, block=16, chunk=128, heads=64, groups=8, size=64, state=128):
     kernel = getattr(scan_triton_kernels, f"{name}_kernel")
     x, B = torch.empty(1, 1, heads, size, dtype=dtype), torch.empty(1, 1, groups, state, dtype=dtype)
     if name.startswith("decay"):
@@ -205,45 +179,34 @@ def compiled(name, dtype, *, block=16, chunk=128, heads=64, groups=8, size=64, s
         numbers, launch = plan(name, x, B, block=block, chunk=chunk, documents=True, interpreted=False)
         options = {"num_warps": launch.warps, "num_stages": launch.stages}
     inputs = {"x", "B", "C", "clean_x", "clean_B", "y", "grad", "grad_x", "grad_B", "grad_C"}
-    types = dict.fromkeys(inputs, "*bf16" if dtype == torch.bfloat16 else "*fp32") | {"documents": "*i32"}
-    constants = kernel.arg_names[-len(numbers) :]
+    types = dict.fromkeys(inputs, POINTERS[dtype]) | {"documents": "*i32"}
     types |= {
         argument: "i32"
         for argument in kernel.arg_names
         if re.fullmatch(r"(x|dt|B|C|cx|cdt|cB|h|y|g|docs)_[a-z]|length", argument)
     }
-    types |= dict.fromkeys(constants, "constexpr")
-    signature = {argument: types.get(argument, "*fp32") for argument in kernel.arg_names}
-    aligned = {(k,): [["tt.divisibility", 16]] for k, kind in enumerate(signature.values()) if kind != "constexpr"}
-    source = ASTSource(kernel, signature, constexprs=dict(zip(constants, numbers, strict=True)), attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={**options, "enable_fp_fusion": True})
+    return compiled(kernel, types, numbers, **options)
 
 
-if not INTERPRETED:
+@compiles_kernels
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel_compiles_for_hopper_in_bfloat16(name):
+    kernel = compiled_for_hopper(name, torch.bfloat16)
+    assert kernel.metadata.shared <= SHARED_MEMORY
+    assert kernel.asm["cubin"]
+    if name not in ("decay", "decay_backward"):
+        assert "wgmma" in kernel.asm["ptx"]
 
-    def test_kernels_run_in_the_interpreter():
-        in_the_interpreter("not slow and not gpu")
 
-    @pytest.mark.slow
-    def test_larger_shapes_run_in_the_interpreter():
-        in_the_interpreter("slow")
-
-    @pytest.mark.parametrize("name", KERNELS)
-    def test_every_kernel_compiles_for_hopper_in_bfloat16(name):
-        kernel = compiled(name, torch.bfloat16)
-        assert kernel.metadata.shared <= SHARED_MEMORY
-        assert kernel.asm["cubin"]
-        if name not in ("decay", "decay_backward"):
-            assert "wgmma" in kernel.asm["ptx"]
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize("dtype", TOLERANCES)
-    @pytest.mark.parametrize("changed", [{}, {"block": 128}, {"size": 128, "state": 256}], ids=str)
-    @pytest.mark.parametrize("name", KERNELS)
-    def test_every_kernel_compiles_for_hopper_at_the_limits(name, changed, dtype):
-        if dtype == torch.float32:
-            changed = {key: value // 2 for key, value in changed.items()}
-        assert compiled(name, dtype, **changed).metadata.shared <= SHARED_MEMORY
+@compiles_kernels
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("changed", [{}, {"block": 128}, {"size": 128, "state": 256}], ids=str)
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel_compiles_for_hopper_at_the_limits(name, changed, dtype):
+    if dtype == torch.float32:
+        changed = {key: value // 2 for key, value in changed.items()}
+    assert compiled_for_hopper(name, dtype, **changed).metadata.shared <= SHARED_MEMORY
 
 
 def test_what_is_supported():

@@ -16,21 +16,21 @@ from megatron_twotower import host
 from megatron_twotower.bench import measure
 
 OTHER = "other"
-# The first pattern that is found in a name, upper or lower case, gives its class. Kernels of this project's scan are
-# named as in ops/scan_triton_kernels.py; those of others as in mamba-ssm 2.3, causal-conv1d 1.7, NCCL, cuBLAS, cuDNN,
+# The first pattern that is found in a name, upper or lower case, gives its class. Kernels of this project are named as
+# in ops/*_triton*.py; those of others as in mamba-ssm 2.3, causal-conv1d 1.7, NCCL, cuBLAS, cuDNN,
 # FlashAttention, TorchInductor and Transformer Engine.
 PATTERNS = (
     ("communication", r"nccl|all_?reduce|all_?gather|reduce_?scatter|all_?to_?all|gloo|c10d|broadcast_"),
     ("scan", r"^(decay|decay_backward|forward|backward_left|backward_own)_kernel|TwoStream|ChunkScan|"
              r"_chunk_(cumsum|state|scan)|_state_passing|_bmm_chunk|cumsum|_scan_"),
-    ("convolution", r"causal_conv1d|conv1d|BlockConv|SeededConv"),
+    ("convolution", r"causal_conv1d|conv1d|block_conv|BlockConv|SeededConv"),
     ("attention", r"flex_attention|fmha|flash|attention|sdpa|softmax"),
     ("GEMM", r"gemm|nvjet|cutlass|cublas|wgmma|splitk|addmm|bmm|::mm$|::matmul|::linear"),
     ("optimizer", r"adam|multi_tensor|l2norm|lamb_"),
     ("routing", r"permute|topk|sort|histc|scatter|gather|index|bitmap|row_map|bincount|fused_router"),
     ("copies", r"memcpy|memset|copy_|::clone|contiguous|::fill_|::zero_|CatArray|::cat$"),
     ("norm and elementwise", r"norm|elementwise|reduce|triton_(poi|red|per)|vectorized|silu|relu|sigmoid|softplus|exp|"
-                             r"::(add|mul|sub|div|square|pow|rsqrt|neg|sum|mean|where|clamp)|cast|quantize|amax"),
+                             r"cross_entropy|::(add|mul|sub|div|square|pow|rsqrt|neg|sum|mean|where|clamp)|cast|quantize|amax"),
 )  # fmt: skip
 CLASSES = (*(name for name, _ in PATTERNS), OTHER)
 _COMPILED = tuple((name, re.compile(pattern, re.IGNORECASE)) for name, pattern in PATTERNS)

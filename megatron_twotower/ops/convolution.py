@@ -81,11 +81,15 @@ def _filter(padded: Tensor, documents: Tensor | None, weight: Tensor, bias: Tens
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, *, documents: Tensor | None = None) -> Tensor:
     """silu(bias + sum_i weight[:, i] x[l - k + 1 + i]), with zeros before the sequence. Returns (b, l, c).
 
-    On CUDA by causal-conv1d, if it is installed and takes such shapes.
+    On CUDA by causal-conv1d, if it is installed and takes such shapes, else by the kernels of `convolution_triton`.
     """
     narrow = x.is_cuda and x.dtype != torch.float64
     if narrow and kernels.unavailable("causal-conv1d") is None and kernels.conv_unsupported(*weight.shape) is None:
         return kernels.causal_conv_kernel(x, weight, bias, documents=documents)
+    if kernels.triton_serves(x):
+        from megatron_twotower.ops.convolution_triton import block_conv_triton
+
+        return block_conv_triton(x, None, weight, bias, block=x.shape[1], documents=documents)
     before = weight.shape[1] - 1
     if documents is not None:
         documents = F.pad(documents, (before, 0), value=-1)
@@ -103,6 +107,8 @@ def seeded_block_conv(
 ) -> Tensor:
     """The convolution inside every block of the noisy stream, its past the clean inputs just before the block.
 
+    On CUDA, with triton, by the kernels of `convolution_triton`.
+
     Args:
         x: noisy inputs (b, l, c).
         history: (b, n, k - 1, c) of the clean stream, from `block_history`.
@@ -111,6 +117,10 @@ def seeded_block_conv(
         (b, l, c).
     """
     (b, l, c), n, before = x.shape, history.shape[1], history.shape[2]
+    if kernels.triton_serves(x):
+        from megatron_twotower.ops.convolution_triton import block_conv_triton
+
+        return block_conv_triton(x, history, weight, bias, block=l // n, documents=documents)
     blocks = torch.cat([history, x.view(b, n, -1, c)], dim=2).flatten(0, 1)
     if documents is not None:
         documents = F.pad(documents, (before, 0), value=-1).unfold(1, before + l // n, l // n).flatten(0, 1)

@@ -1,7 +1,8 @@
 """Cross-entropy of a vocabulary-parallel head, without ever holding all logits.
 
 Positions go through the head a chunk at a time, and the gradients are made while a chunk's logits are there: the
-backward pass only scales them. Memory beyond inputs and gradients is one chunk of logits.
+backward pass only scales them. Memory beyond inputs and gradients is one chunk of logits. On CUDA, with triton, each
+chunk of logits becomes its gradient in place, by the kernel of `cross_entropy_triton`.
 """
 
 from typing import Any
@@ -11,29 +12,55 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-# Positions per chunk: 512 x 131072 logits in fp32 are 256 MiB.
+from megatron_twotower.ops import kernels
+
+# Positions per chunk in torch: 512 x 131072 logits in fp32 are 256 MiB.
 POSITION_CHUNK = 512
+# And with the kernels, which need no more than the logits as the head's product gives them: 1 GiB in bf16. Each chunk
+# reads and writes the sum of the head's gradient once, which is larger than that.
+KERNEL_CHUNK = 4096
 
 
-def _chunk_loss(logits: Tensor, targets: Tensor, group: Any, first: int) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (m,) of fp32 logits (m, v/tp) and their softmax, over all ranks' vocabulary slices.
+def rows_torch(
+    logits: Tensor, targets: Tensor, weights: Tensor, *, group: Any, first: int, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy (m,) float32 of logits (m, v / tp) over all ranks' vocabulary slices, and what follows.
 
-    `first` is the first vocabulary entry of this rank's slice. `logits` is overwritten.
+    Args:
+        first: the first vocabulary entry of this rank's slice.
+        gradient: whether the gradient of the weighted sum into the logits is wanted.
+
+    Returns:
+        the losses; and the gradient, in the dtype of the logits, or anything where it is not wanted.
     """
-    shared = group is not None and dist.get_world_size(group) > 1
-    highest = logits.max(dim=-1).values
+    wide, shared = logits.float(), group is not None and dist.get_world_size(group) > 1
+    highest = wide.max(dim=-1).values
     if shared:
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-    logits -= highest.unsqueeze(-1)
+    wide -= highest.unsqueeze(-1)
     local = targets - first
-    here = (local >= 0) & (local < logits.shape[1])
-    target_logits = logits.gather(1, local.clamp(0, logits.shape[1] - 1).unsqueeze(-1)).squeeze(-1) * here
-    probabilities = logits.exp_()
+    here, index = (local >= 0) & (local < wide.shape[1]), local.clamp(0, wide.shape[1] - 1).unsqueeze(-1)
+    at_target = wide.gather(1, index).squeeze(-1) * here
+    probabilities = wide.exp_()
     total = probabilities.sum(-1)
     if shared:
-        dist.all_reduce(target_logits, group=group)
+        dist.all_reduce(at_target, group=group)
         dist.all_reduce(total, group=group)
-    return total.log() - target_logits, probabilities.div_(total.unsqueeze(-1))
+    losses = total.log() - at_target
+    if gradient:
+        probabilities /= total.unsqueeze(-1)
+        probabilities.scatter_add_(1, index, -here.to(probabilities.dtype).unsqueeze(-1))
+        probabilities *= weights.unsqueeze(-1)
+    return losses, probabilities.to(logits.dtype) if gradient else logits
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left^T right, in float32. CUDA multiplies bfloat16 as it is and sums in float32; cast before that, it
+    would take ten times as long there."""
+    if left.is_cuda and left.dtype == torch.bfloat16:
+        torch.addmm(total, left.t(), right, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(left.t().float(), right.float())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -41,25 +68,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, group: Any, first: int
     ) -> tuple[Tensor, Tensor]:
+        rows, chunk = rows_torch, POSITION_CHUNK
+        if kernels.triton_serves(hidden):
+            from megatron_twotower.ops.cross_entropy_triton import rows_triton as rows
+
+            chunk = KERNEL_CHUNK
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         needs = hidden.requires_grad or weight.requires_grad
         grad_hidden = torch.empty_like(hidden) if needs else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs else None
-        for start in range(0, len(targets), POSITION_CHUNK):
-            part = slice(start, start + POSITION_CHUNK)
-            logits = F.linear(hidden[part], weight).float()
-            loss, gradient = _chunk_loss(logits, targets[part], group, first)
-            losses[part] = loss
-            if grad_hidden is None or grad_weight is None:
-                continue
-            local = targets[part] - first
-            here = ((local >= 0) & (local < gradient.shape[1])).to(gradient.dtype)
-            index = local.clamp(0, gradient.shape[1] - 1).unsqueeze(-1)
-            gradient.scatter_add_(1, index, -here.unsqueeze(-1))
-            gradient *= weights[part].unsqueeze(-1)
-            cast = gradient.to(hidden.dtype)
-            grad_hidden[part] = cast @ weight
-            grad_weight.addmm_(cast.t().float(), hidden[part].float())
+        for start in range(0, len(targets), chunk):
+            part = slice(start, start + chunk)
+            losses[part], gradient = rows(
+                F.linear(hidden[part], weight), targets[part], weights[part], group=group, first=first, gradient=needs
+            )
+            if grad_hidden is not None and grad_weight is not None:
+                grad_hidden[part] = gradient @ weight
+                _add_product(grad_weight, gradient, hidden[part])
         if grad_hidden is not None and group is not None and dist.get_world_size(group) > 1:
             dist.all_reduce(grad_hidden, group=group)
         ctx.save_for_backward(grad_hidden, grad_weight)

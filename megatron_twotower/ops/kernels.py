@@ -62,6 +62,12 @@ def without(*packages: str) -> Iterator[None]:
         unavailable.cache_clear()
 
 
+def triton_serves(x: Tensor) -> bool:
+    """True where this project's Triton kernels take a tensor: on CUDA, with triton, in bfloat16 or float32."""
+    narrow = x.dtype in (torch.bfloat16, torch.float32)
+    return x.is_cuda and narrow and unavailable("triton") is None
+
+
 def _module(package: str) -> ModuleType:
     return importlib.import_module(MODULES[package])
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_twotower.ops import kernels
+
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
@@ -70,7 +72,14 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """The norm of y * silu(z) over groups of the last dimension; weight (groups, h / groups). Gate first, then norm."""
+    """The norm of y * silu(z) over groups of the last dimension; weight (groups, h / groups). Gate first, then norm.
+
+    On CUDA, with triton, by the kernels of `norm_triton`.
+    """
+    if kernels.triton_serves(y):
+        from megatron_twotower.ops.norm_triton import gated_rms_norm_triton
+
+        return gated_rms_norm_triton(y, z, weight, epsilon)
     return _GatedRMSNorm.apply(y, z, weight, epsilon)
 
 

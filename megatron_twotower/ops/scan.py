@@ -313,7 +313,7 @@ def two_stream_scan(
         y (b, l, m, p) in x's dtype.
     """
     scan = two_stream_scan_torch
-    if triton_serves(x, B, block=block, chunk=chunk):
+    if triton_scans(x, B, block=block, chunk=chunk):
         from megatron_twotower.ops.scan_triton import two_stream_scan_triton as scan
     return scan(
         x, dt, A, B, C, D, clean_x=clean_x, clean_dt=clean_dt, clean_A=clean_A, clean_B=clean_B, states=states,
@@ -321,9 +321,9 @@ def two_stream_scan(
     )  # fmt: skip
 
 
-def triton_serves(x: Tensor, B: Tensor, *, block: int, chunk: int) -> bool:
+def triton_scans(x: Tensor, B: Tensor, *, block: int, chunk: int) -> bool:
     """True where `two_stream_scan` is the Triton one: on CUDA, with triton, for shapes that its kernels take."""
-    if not x.is_cuda or kernels.unavailable("triton") is not None:
+    if not kernels.triton_serves(x):
         return False
     from megatron_twotower.ops.scan_triton import supported
 

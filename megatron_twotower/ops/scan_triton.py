@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from megatron_twotower.ops import scan_triton_kernels as kernels
+from megatron_twotower.ops.triton_numbers import padded
 
 # Most that the kernels take of block, head size and state size, by bytes per input element: what fits in 227 KiB of
 # shared memory.
@@ -100,26 +101,21 @@ LAUNCHES = {
 NANO_HEAD = 64 * 128
 
 
-def _padded(size: int) -> int:
-    """tl.dot takes no dimension under 16, tl.arange powers of two."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
 def plan(
     kernel: str, x: Tensor, B: Tensor, *, block: int, chunk: int, documents: bool, interpreted: bool
 ) -> tuple[Plan, Launch]:
     """What to compile a kernel for, and how. x (b, l, m, p), B (b, l, g, d)."""
     m, p, g, d = *x.shape[2:], *B.shape[2:]
     launch = LAUNCHES[kernel, x.element_size()]
-    if _padded(p) * _padded(d) > NANO_HEAD:
+    if padded(p) * padded(d) > NANO_HEAD:
         launch = Launch(min(launch.tile, 64), 4, 1)
     tile = block * min(max(1, launch.tile // block), chunk // block)
-    if _padded(tile) > launch.tile:
+    if padded(tile) > launch.tile:
         launch = launch._replace(warps=8)
     numbers = Plan(
         heads=m, share=m // g, head_size=p, state=d, block=block, chunk=chunk, tile=tile, tiles=-(-chunk // tile),
-        rows_padded=_padded(tile), keys=min(_padded(chunk), MAX_CHUNK // 2), head_size_padded=_padded(p),
-        state_padded=_padded(d), documents=documents, interpreted=interpreted,
+        rows_padded=padded(tile), keys=min(padded(chunk), MAX_CHUNK // 2), head_size_padded=padded(p),
+        state_padded=padded(d), documents=documents, interpreted=interpreted,
     )  # fmt: skip
     return numbers, launch
 
@@ -135,7 +131,7 @@ def _run_by_head(
     """One program per head and chunk. like: dt (b, l, m)."""
     b, l, m = like.shape
     steps = [step for tensor in strided for step in _steps(tensor)]
-    sizes = (m, block, chunk, _padded(chunk), min(32, _padded(chunk)))
+    sizes = (m, block, chunk, padded(chunk), min(32, padded(chunk)))
     kernel[(b * m * -(-l // chunk),)](*tensors, *steps, l, *sizes, num_warps=4, enable_fp_fusion=True)
 
 

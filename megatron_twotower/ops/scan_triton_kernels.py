@@ -8,6 +8,8 @@ are compile-time, those of tiles padded to powers of two of at least 16. Offsets
 import triton
 import triton.language as tl
 
+from megatron_twotower.ops.triton_numbers import narrow
+
 
 @triton.jit
 def _matrix(base, rows, row_stride, cols, row_ok, WIDTH: tl.constexpr):
@@ -20,17 +22,6 @@ def _matrix(base, rows, row_stride, cols, row_ok, WIDTH: tl.constexpr):
 def _decayed(row, col):
     """exp(row_i - col_j), or 1 where that is positive, which is only where it is not used."""
     return tl.exp(tl.minimum(row[:, None] - col[None, :], 0.0))
-
-
-@triton.jit
-def _narrow(values, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """To dtype, rounded to nearest even."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        # Triton 3.9's interpreter cuts off, or loses a carry into the exponent: round before it does.
-        bits = values.to(tl.int32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        values = (bits >> 16 << 16).to(tl.float32, bitcast=True)
-    return values.to(dtype)
 
 
 @triton.jit
@@ -47,8 +38,8 @@ def _times_state(a, state, INTERPRETED: tl.constexpr):
     """a (i, k) times a float32 state (k, j); in bfloat16 as two products, with the state's high and low part."""
     if a.dtype == tl.float32:
         return _dot(a, state, None, INTERPRETED)
-    high = _narrow(state, a.dtype, INTERPRETED)
-    low = _narrow(state - high.to(tl.float32), a.dtype, INTERPRETED)
+    high = narrow(state, a.dtype, INTERPRETED)
+    low = narrow(state - high.to(tl.float32), a.dtype, INTERPRETED)
     return _dot(a, high, _dot(a, low, None, INTERPRETED), INTERPRETED)
 
 
@@ -116,7 +107,7 @@ def _add_left(
     clean_j, dt_j = _clean_factors(clean, dt, dt_l, j, length)
     x_j = _matrix(x, j, x_l, p, j < length, HEAD_SIZE)
     weights = scores * _decayed(since_i, clean_j) * dt_j[None, :]
-    return _dot(_narrow(weights, x_j.dtype, INTERPRETED), x_j, out, INTERPRETED)
+    return _dot(narrow(weights, x_j.dtype, INTERPRETED), x_j, out, INTERPRETED)
 
 
 @triton.jit
@@ -129,7 +120,7 @@ def _add_left_backward(
     x_j = _matrix(x, j, x_l, p, j < length, HEAD_SIZE)
     weights = _dot(g_i, tl.trans(x_j), None, INTERPRETED) * _decayed(since_i, clean_j) * dt_j[None, :]
     weights = tl.where(pairs, weights, 0.0)
-    return _dot(_narrow(weights, B_j.dtype, INTERPRETED), B_j, into_C, INTERPRETED)
+    return _dot(narrow(weights, B_j.dtype, INTERPRETED), B_j, into_C, INTERPRETED)
 
 
 # --- kernels ------------------------------------------------------------------------------------------------------
@@ -247,10 +238,10 @@ def forward_kernel(
                 INTERPRETED,
             )  # fmt: skip
         weights = own_scores * _decayed(own_i, own_i) * dt_i[None, :]
-        out = _dot(_narrow(weights, x_i.dtype, INTERPRETED), x_i, out, INTERPRETED)
+        out = _dot(narrow(weights, x_i.dtype, INTERPRETED), x_i, out, INTERPRETED)
         out += tl.load(D + head).to(tl.float32) * x_i.to(tl.float32)
         ok = row_ok[:, None] & (p < HEAD_SIZE)[None, :]
-        tl.store(y + head * y_m + i[:, None] * y_l + p[None, :], _narrow(out, y.dtype.element_ty, INTERPRETED), mask=ok)
+        tl.store(y + head * y_m + i[:, None] * y_l + p[None, :], narrow(out, y.dtype.element_ty, INTERPRETED), mask=ok)
 
 
 @triton.jit
@@ -311,7 +302,7 @@ def backward_left_kernel(
         tl.store(into_since + at + i, tl.sum(of_head * C_i.to(tl.float32), 1), mask=row_ok)
     to = (((batch * length + first + i) * (HEADS // SHARE) + group) * STATE)[:, None] + n[None, :]
     ok = row_ok[:, None] & (n < STATE)[None, :]
-    tl.store(grad_C + to, _narrow(into_C, grad_C.dtype.element_ty, INTERPRETED), mask=ok)
+    tl.store(grad_C + to, narrow(into_C, grad_C.dtype.element_ty, INTERPRETED), mask=ok)
 
 
 @triton.jit
@@ -356,7 +347,7 @@ def backward_own_kernel(
         x_i = _matrix(x + head * x_m, i, x_l, p, row_ok, HEAD_SIZE)
         pairs = _decayed(own_i, own_i)
         weights = scores * pairs
-        into_u = _dot(tl.trans(_narrow(weights, g_i.dtype, INTERPRETED)), g_i, None, INTERPRETED)
+        into_u = _dot(tl.trans(narrow(weights, g_i.dtype, INTERPRETED)), g_i, None, INTERPRETED)
         of_pairs = _dot(g_i, tl.trans(x_i), None, INTERPRETED)
         into_scores += of_pairs * pairs * dt_i[None, :]
         of_pairs *= weights
@@ -369,12 +360,12 @@ def backward_own_kernel(
         into_x = into_u * dt_i[:, None] + itself_too[:, None] * g_i.to(tl.float32)
         to_x = grad_x + ((position * HEADS + head) * HEAD_SIZE)[:, None] + p[None, :]
         ok = row_ok[:, None] & (p < HEAD_SIZE)[None, :]
-        tl.store(to_x, _narrow(into_x, grad_x.dtype.element_ty, INTERPRETED), mask=ok)
+        tl.store(to_x, narrow(into_x, grad_x.dtype.element_ty, INTERPRETED), mask=ok)
 
-    into_scores_ = _narrow(tl.where(own_pairs, into_scores, 0.0), C_i.dtype, INTERPRETED)
+    into_scores_ = narrow(tl.where(own_pairs, into_scores, 0.0), C_i.dtype, INTERPRETED)
     into_B = _dot(tl.trans(into_scores_), C_i, None, INTERPRETED)
     to = ((position * (HEADS // SHARE) + group) * STATE)[:, None] + n[None, :]
     ok = row_ok[:, None] & (n < STATE)[None, :]
-    tl.store(grad_B + to, _narrow(into_B, grad_B.dtype.element_ty, INTERPRETED), mask=ok)
+    tl.store(grad_B + to, narrow(into_B, grad_B.dtype.element_ty, INTERPRETED), mask=ok)
     into_C = _dot(into_scores_, B_i, tl.load(grad_C + to, mask=ok, other=0.0).to(tl.float32), INTERPRETED)
-    tl.store(grad_C + to, _narrow(into_C, grad_C.dtype.element_ty, INTERPRETED), mask=ok)
+    tl.store(grad_C + to, narrow(into_C, grad_C.dtype.element_ty, INTERPRETED), mask=ok)

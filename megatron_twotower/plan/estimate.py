@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from megatron_twotower.config import RunConfig
 from megatron_twotower.memory import Part, StepSize, head_parts, layer_parts, step_size
-from megatron_twotower.ops.cross_entropy import POSITION_CHUNK
+from megatron_twotower.ops.cross_entropy import KERNEL_CHUNK
 from megatron_twotower.phases import Phase, plan
 from megatron_twotower.plan.flops import StepFlops, step_flops
 from megatron_twotower.plan.layout import CARDS, GIB, Card, Layout, layout_of, micro_batches
 from megatron_twotower.plan.traffic import Transfer, crosses_nodes, group_sizes, sent_by_group, transfers
-from megatron_twotower.plan.weights import FP32, Held, WeightBytes, checkpoint_bytes, held, weight_bytes
+from megatron_twotower.plan.weights import Held, WeightBytes, checkpoint_bytes, held, weight_bytes
 from megatron_twotower.stages import Stage, stages_of_rank, whole
 
 
@@ -131,14 +131,14 @@ def in_flight(layout: Layout, *, pipeline_rank: int, micro_batches: int) -> floa
 
 def _working_bytes(config: RunConfig, size: StepSize) -> int:
     """While one layer's backward pass runs: what it makes again, and gradients as large as that; or, in the loss, a
-    chunk of logits with its exponentials and their cast, and the cast gradient of the head."""
+    chunk of logits, and the cast gradient of the head."""
     model, recomputed = config.model, config.train.recompute_layers
     layers = [
         (2 if kind in recomputed else 1) * _own(layer_parts(model, kind, size))
         for kind in set(model.hybrid_override_pattern)
     ]
     vocabulary = model.vocab_size // size.tensor
-    logits = POSITION_CHUNK * vocabulary * (2 * FP32 + 2 * size.activation_bytes)
+    logits = min(KERNEL_CHUNK, size.noisy) * vocabulary * size.activation_bytes
     return max(*layers, logits + vocabulary * model.hidden_size * size.activation_bytes)
 
 

@@ -1,0 +1,68 @@
+"""What the tests of Triton kernels share: where they run, and Triton's compiler without a device.
+
+Without a GPU, Triton's interpreter runs the kernels. It has to be switched on before triton is first imported, which
+other tests may have done in this process: `test_triton.py` runs the files of kernels again in a process of its own.
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+runs_kernels = (lambda test: test) if INTERPRETED else pytest.mark.gpu
+# Of a kernel that the interpreter has not taken the place of.
+compiles_kernels = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+SHARED_MEMORY = 227 * 1024  # bytes that a program may have at compute capability 9.0
+POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+
+
+def on_device(tensor):
+    """The same tensor, with the same strides."""
+    moved = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE)
+    return moved.copy_(tensor)
+
+
+def largest_errors(got, wanted):
+    """By name: the largest difference over the largest value expected."""
+    pairs = zip(got, wanted.values(), strict=True)
+    found = (((a.cpu().double() - b).abs().max() / (b.abs().max() + 1e-30)).item() for a, b in pairs)
+    return dict(zip(wanted, found, strict=True))
+
+
+def compiled(kernel, types, numbers, **options):
+    """A kernel compiled for compute capability 9.0, all pointers and whole numbers multiples of 16.
+
+    types: of its arguments that are no float32 pointer. numbers: its compile-time numbers, the last of its arguments.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = kernel.arg_names[-len(numbers) :]
+    types = types | dict.fromkeys(constants, "constexpr")
+    signature = {argument: types.get(argument, "*fp32") for argument in kernel.arg_names}
+    whole = ((k,) for k, kind in enumerate(signature.values()) if kind not in ("constexpr", "fp32"))
+    source = ASTSource(
+        kernel, signature, constexprs=dict(zip(constants, numbers, strict=True)),
+        attrs={place: [["tt.divisibility", 16]] for place in whole},
+    )  # fmt: skip
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={**options, "enable_fp_fusion": True})
+
+
+def spilled_bytes(kernel):
+    """What a thread of a compiled kernel keeps in memory for want of registers."""
+    import triton
+
+    reader = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [reader, "--dump-resource-usage", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", told)[1])
