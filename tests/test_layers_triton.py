@@ -1,0 +1,70 @@
+"""Whole layers and the loss with every Triton kernel of this project in its place, in Triton's interpreter."""
+
+import dataclasses
+
+import gpu_checks
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from triton_kernels import INTERPRETED
+
+from megatron_twotower.ops import convolution_triton, cross_entropy, cross_entropy_triton, kernels, norm_triton
+from megatron_twotower.ops import scan_triton_kernels as scan_kernels
+from megatron_twotower.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="with a GPU, the tests of layers run the kernels")
+
+OF_LAYERS = {
+    scan_kernels: ("decay", "forward", "backward_left", "backward_own", "decay_backward"),
+    convolution_triton: ("block_conv_forward", "block_conv_backward"),
+    norm_triton: ("gated_norm_forward", "gated_norm_backward"),
+}
+
+
+class Counted:
+    """A kernel, and how often it was launched."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, 0
+
+    def __getitem__(self, grid):
+        self.launches += 1
+        return self.kernel[grid]
+
+
+@pytest.fixture
+def serving(monkeypatch):
+    """The kernels serve tensors of the host."""
+    monkeypatch.setattr(kernels, "triton_serves", lambda x: x.dtype in (torch.bfloat16, torch.float32))
+
+
+@pytest.mark.parametrize("precision", gpu_checks.LAYER_TOLERANCES)
+def test_layers_follow_their_twin(groups, monkeypatch, serving, precision):
+    launched = {}
+    for module, names in OF_LAYERS.items():
+        for name in names:
+            launched[name] = Counted(getattr(module, f"{name}_kernel"))
+            monkeypatch.setattr(module, f"{name}_kernel", launched[name])
+    model = dataclasses.replace(gpu_checks.layer_model("cpu"), chunk_size=2 * gpu_checks.BLOCK)
+    monkeypatch.setattr(gpu_checks, "layer_model", lambda device: model)
+    # Two layers: the second one's gradients go through all of the first. None of experts, which a rounding may change.
+    errors = gpu_checks.layer_errors("MM", groups, device="cpu", precision=precision)
+    assert gpu_checks.too_large(errors, precision) == {}
+    assert {name for name, kernel in launched.items() if not kernel.launches} == set()
+
+
+def test_the_loss_is_the_sum_over_chunks(monkeypatch, serving):
+    rows = Counted(cross_entropy_triton.cross_entropy_kernel)
+    monkeypatch.setattr(cross_entropy_triton, "cross_entropy_kernel", rows)
+    monkeypatch.setattr(cross_entropy, "KERNEL_CHUNK", 4)
+    generator = torch.Generator().manual_seed(0)
+    own = [torch.randn(n, 6, generator=generator).requires_grad_() for n in (11, 20)]
+    targets, weights = torch.arange(11), torch.rand(11, generator=generator)
+    (got, losses), (want, each) = (
+        of(*own, targets, weights) for of in (linear_cross_entropy, linear_cross_entropy_ref)
+    )  # fmt: skip
+    assert rows.launches == 3
+    torch.testing.assert_close((got, losses), (want, each), rtol=1e-5, atol=1e-5)
+    gradients = (torch.autograd.grad(total, own) for total in (got, want))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
