@@ -137,6 +137,10 @@ KERNEL_ROLES = (
         "this project's Triton kernels", "torch", "triton",
     ),
     _Kernels(
+        "modulation", "megatron_twotower.adaln.modulate",
+        "this project's Triton kernels", "torch", "triton",
+    ),
+    _Kernels(
         "cross-entropy", "megatron_twotower.ops.cross_entropy.linear_cross_entropy",
         "head by chunks, this project's Triton kernel", "torch, fused with the head, by chunks", "triton",
     ),

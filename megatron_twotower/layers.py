@@ -100,8 +100,9 @@ class SelfAttention(Mixer):
         mixed, _ = self.linear_qkv(hidden)
         l, b, _ = mixed.shape
         mixed = mixed.view(l, b, self.kv_heads, self.heads_per_kv + 2, self.head_dim).permute(1, 2, 3, 0, 4)
+        query, key, value = mixed.split([self.heads_per_kv, 1, 1], dim=2)
         # Copies of key and value: a view of these few would keep the whole projection for the backward pass.
-        return mixed[:, :, :-2].flatten(1, 2), mixed[:, :, -2].contiguous(), mixed[:, :, -1].contiguous()
+        return query.flatten(1, 2), key.squeeze(2).contiguous(), value.squeeze(2).contiguous()
 
     def _output(self, attended: Tensor) -> Tensor:
         out, _ = self.linear_proj(attended.permute(2, 0, 1, 3).flatten(2))

@@ -74,6 +74,7 @@ def test_kernels_have_their_class(kind, name):
 OUR_KERNELS = {
     "scan_triton_kernels": ("scan", 5), "convolution_triton": ("convolution", 2),
     "norm_triton": ("norm and elementwise", 2), "cross_entropy_triton": ("norm and elementwise", 1),
+    "modulation_triton": ("norm and elementwise", 2),
 }  # fmt: skip
 
 

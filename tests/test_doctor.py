@@ -17,7 +17,7 @@ from megatron_twotower.doctor import Role, diagnose, environment, one_line_summa
 
 ROLES = [
     "denoiser attention", "denoiser scan", "context scan", "denoiser conv", "context conv", "gated norm",
-    "cross-entropy", "norm", "projections", "grouped GEMM", "token permutation", "router", "optimizer",
+    "modulation", "cross-entropy", "norm", "projections", "grouped GEMM", "token permutation", "router", "optimizer",
 ]  # fmt: skip
 
 

@@ -9,7 +9,14 @@ import torch
 pytest.importorskip("triton")
 from triton_kernels import INTERPRETED
 
-from megatron_twotower.ops import convolution_triton, cross_entropy, cross_entropy_triton, kernels, norm_triton
+from megatron_twotower.ops import (
+    convolution_triton,
+    cross_entropy,
+    cross_entropy_triton,
+    kernels,
+    modulation_triton,
+    norm_triton,
+)
 from megatron_twotower.ops import scan_triton_kernels as scan_kernels
 from megatron_twotower.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 
@@ -18,6 +25,7 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="with a GPU, the tests o
 OF_LAYERS = {
     scan_kernels: ("decay", "forward", "backward_left", "backward_own", "decay_backward"),
     convolution_triton: ("block_conv_forward", "block_conv_backward"),
+    modulation_triton: ("modulation_forward", "modulation_backward"),
     norm_triton: ("gated_norm_forward", "gated_norm_backward"),
 }
 

@@ -30,7 +30,7 @@ PATTERNS = (
     ("routing", r"permute|topk|sort|histc|scatter|gather|index|bitmap|row_map|bincount|fused_router"),
     ("copies", r"memcpy|memset|copy_|::clone|contiguous|::fill_|::zero_|CatArray|::cat$"),
     ("norm and elementwise", r"norm|elementwise|reduce|triton_(poi|red|per)|vectorized|silu|relu|sigmoid|softplus|exp|"
-                             r"cross_entropy|::(add|mul|sub|div|square|pow|rsqrt|neg|sum|mean|where|clamp)|cast|quantize|amax"),
+                             r"cross_entropy|modulation|::(add|mul|sub|div|square|pow|rsqrt|neg|sum|mean|where|clamp)|cast|quantize|amax"),
 )  # fmt: skip
 CLASSES = (*(name for name, _ in PATTERNS), OTHER)
 _COMPILED = tuple((name, re.compile(pattern, re.IGNORECASE)) for name, pattern in PATTERNS)
