@@ -83,7 +83,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
     On CUDA, with triton, by the kernels of `modulation_triton`, as `add_gated`.
     """
-    if kernels.triton_serves(x):
+    if kernels.triton_serves(x, "modulation"):
         from megatron_twotower.ops.modulation_triton import modulate_triton
 
         return modulate_triton(x, shift, scale)
@@ -93,7 +93,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def add_gated(x: Tensor, gate: Tensor, out: Tensor) -> Tensor:
     """x + gate * out: x and out (l, b, h), gate (k, b, h), each row for l / k positions."""
-    if kernels.triton_serves(x):
+    if kernels.triton_serves(x, "modulation"):
         from megatron_twotower.ops.modulation_triton import add_gated_triton
 
         return add_gated_triton(x, gate, out)

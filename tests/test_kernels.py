@@ -227,3 +227,17 @@ def test_mamba_ssm_is_not_asked_for_float32(monkeypatch):
     dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     served = [dtype for dtype in dtypes if scan._mamba_ssm_serves(SimpleNamespace(is_cuda=True, dtype=dtype))]
     assert served == [torch.float16, torch.bfloat16]
+
+
+def test_each_of_our_own_kernels_can_be_switched_off(monkeypatch):
+    monkeypatch.setattr(kernels, "unavailable", lambda package: None)
+    monkeypatch.setattr(kernels.unavailable, "cache_clear", lambda: None, raising=False)
+    there = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
+    with kernels.without("scan", "gated norm"):
+        serving = [name for name in kernels.OWN if kernels.triton_serves(there, name)]
+    assert serving == ["convolution", "modulation", "cross-entropy"]
+    assert all(kernels.triton_serves(there, name) for name in kernels.OWN)
+    for other in ({"is_cuda": False}, {"dtype": torch.float64}, {"dtype": torch.float16}):
+        assert not kernels.triton_serves(SimpleNamespace(**vars(there) | other), "scan")
+    monkeypatch.setattr(kernels, "unavailable", lambda package: "no triton")
+    assert not kernels.triton_serves(there, "scan")

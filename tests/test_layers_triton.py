@@ -44,7 +44,7 @@ class Counted:
 @pytest.fixture
 def serving(monkeypatch):
     """The kernels serve tensors of the host."""
-    monkeypatch.setattr(kernels, "triton_serves", lambda x: x.dtype in (torch.bfloat16, torch.float32))
+    monkeypatch.setattr(kernels, "triton_serves", lambda x, kernel: x.dtype in (torch.bfloat16, torch.float32))
 
 
 @pytest.mark.parametrize("precision", gpu_checks.LAYER_TOLERANCES)

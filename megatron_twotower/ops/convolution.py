@@ -86,7 +86,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, *, documents: Tensor | 
     narrow = x.is_cuda and x.dtype != torch.float64
     if narrow and kernels.unavailable("causal-conv1d") is None and kernels.conv_unsupported(*weight.shape) is None:
         return kernels.causal_conv_kernel(x, weight, bias, documents=documents)
-    if kernels.triton_serves(x):
+    if kernels.triton_serves(x, "convolution"):
         from megatron_twotower.ops.convolution_triton import block_conv_triton
 
         return block_conv_triton(x, None, weight, bias, block=x.shape[1], documents=documents)
@@ -117,7 +117,7 @@ def seeded_block_conv(
         (b, l, c).
     """
     (b, l, c), n, before = x.shape, history.shape[1], history.shape[2]
-    if kernels.triton_serves(x):
+    if kernels.triton_serves(x, "convolution"):
         from megatron_twotower.ops.convolution_triton import block_conv_triton
 
         return block_conv_triton(x, history, weight, bias, block=l // n, documents=documents)

@@ -69,7 +69,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, group: Any, first: int
     ) -> tuple[Tensor, Tensor]:
         rows, chunk = rows_torch, POSITION_CHUNK
-        if kernels.triton_serves(hidden):
+        if kernels.triton_serves(hidden, "cross-entropy"):
             from megatron_twotower.ops.cross_entropy_triton import rows_triton as rows
 
             chunk = KERNEL_CHUNK

@@ -1,4 +1,4 @@
-"""Third-party CUDA kernels of the context tower, with this project's signatures. Not run on a GPU here.
+"""Which kernels serve on CUDA, and third-party ones with this project's signatures. Not run on a GPU here.
 
 mamba-ssm for the scan of one stream, causal-conv1d for the convolution: `chunk_scan_kernel` and `causal_conv_kernel`
 stand for `ops.scan.chunk_scan` and `ops.convolution.causal_conv`, on CUDA tensors. Argument orders, layouts and dtypes
@@ -26,6 +26,8 @@ MODULES = {
     "transformer-engine": "transformer_engine.pytorch",  # called by Megatron's modules (spec.py)
     "deep-ep": "deep_ep",  # called by Megatron's dispatchers
 }
+# This project's Triton kernels, by what they stand for.
+OWN = ("scan", "convolution", "gated norm", "modulation", "cross-entropy")
 
 
 @functools.cache
@@ -48,11 +50,11 @@ _switched_off: set[str] = set()
 
 
 @contextlib.contextmanager
-def without(*packages: str) -> Iterator[None]:
-    """As if packages of MODULES were not installed: for measuring what each of them brings."""
-    assert MODULES.keys() >= set(packages), packages
+def without(*names: str) -> Iterator[None]:
+    """As if packages of MODULES, or kernels of OWN, were not there: for measuring what each of them brings."""
+    assert {*MODULES, *OWN} >= set(names), names
     before = set(_switched_off)
-    _switched_off.update(packages)
+    _switched_off.update(names)
     unavailable.cache_clear()
     try:
         yield
@@ -62,10 +64,11 @@ def without(*packages: str) -> Iterator[None]:
         unavailable.cache_clear()
 
 
-def triton_serves(x: Tensor) -> bool:
-    """True where this project's Triton kernels take a tensor: on CUDA, with triton, in bfloat16 or float32."""
+def triton_serves(x: Tensor, kernel: str) -> bool:
+    """True where a kernel of OWN takes a tensor: on CUDA, with triton, in bfloat16 or float32."""
+    assert kernel in OWN, kernel
     narrow = x.dtype in (torch.bfloat16, torch.float32)
-    return x.is_cuda and narrow and unavailable("triton") is None
+    return x.is_cuda and narrow and kernel not in _switched_off and unavailable("triton") is None
 
 
 def _module(package: str) -> ModuleType:

@@ -76,7 +76,7 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, epsilon: float) -> Tens
 
     On CUDA, with triton, by the kernels of `norm_triton`.
     """
-    if kernels.triton_serves(y):
+    if kernels.triton_serves(y, "gated norm"):
         from megatron_twotower.ops.norm_triton import gated_rms_norm_triton
 
         return gated_rms_norm_triton(y, z, weight, epsilon)

@@ -323,7 +323,7 @@ def two_stream_scan(
 
 def triton_scans(x: Tensor, B: Tensor, *, block: int, chunk: int) -> bool:
     """True where `two_stream_scan` is the Triton one: on CUDA, with triton, for shapes that its kernels take."""
-    if not kernels.triton_serves(x):
+    if not kernels.triton_serves(x, "scan"):
         return False
     from megatron_twotower.ops.scan_triton import supported
 
