@@ -2,8 +2,8 @@
 
 Tested in Triton's interpreter, and compiled for compute capability 9.0; not yet run or timed on a GPU.
 
-In torch it is a chain of operations that each pass over memory, and read and write about 23 tensors of the size of y
-forward and 60 backward, counted in bfloat16. Here it is three and five: y, z and the result; those two, the gradient
+In torch it is a chain of operations that each pass over memory, and read and write 21 tensors of the size of y
+forward and 59 backward, counted in bfloat16. Here it is three and five: y, z and the result; those two, the gradient
 that comes, and the two that go. All is computed in float32 and rounded once, at the end.
 """
 
