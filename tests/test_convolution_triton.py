@@ -33,7 +33,7 @@ def errors(x, clean, weight, bias, *, block, documents=None, causal=False):
 
 @runs_kernels
 @settings(
-    max_examples=15, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    max_examples=10, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
 )
 @given(
     data=st.data(), block=st.sampled_from([1, 2, 3, 5, 16, 24]), taps=st.sampled_from([2, 3, 4]),
@@ -54,11 +54,13 @@ def test_value_and_all_gradients(data, block, taps, channels, dtype, batch, pack
 
 @runs_kernels
 @pytest.mark.parametrize("packed", [False, True])
-def test_one_block_without_history_is_the_causal_convolution(packed):
+def test_one_block_without_history_is_the_causal_convolution(monkeypatch, packed):
+    """A sequence of several programs, the last of them not full."""
+    monkeypatch.setattr(convolution_triton, "POSITIONS", 32)
     generator = torch.Generator().manual_seed(1)
-    x, weight = torch.randn(2, 300, 5, generator=generator), torch.randn(5, 4, generator=generator)
-    documents = (torch.arange(300) > 270).int().repeat(2, 1) if packed else None
-    found = errors(x, x, weight, torch.randn(5, generator=generator), block=300, documents=documents, causal=True)
+    x, weight = torch.randn(2, 90, 5, generator=generator), torch.randn(5, 4, generator=generator)
+    documents = (torch.arange(90) > 70).int().repeat(2, 1) if packed else None
+    found = errors(x, x, weight, torch.randn(5, generator=generator), block=90, documents=documents, causal=True)
     assert max(found.values()) <= TOLERANCES[torch.float32]
 
 

@@ -107,6 +107,6 @@ def test_two_slices_of_the_vocabulary_are_one(monkeypatch, columns):
 @compiles_kernels
 @pytest.mark.parametrize(("sums", "gradient"), [(True, True), (True, False), (False, True)])
 def test_it_compiles_for_hopper_without_spills(sums, gradient):
-    types = {"logits": POINTERS[torch.bfloat16], "targets": "*i64", "columns": "i32", "first": "i32"}
-    numbers = (cross_entropy_triton.LONGEST, sums, gradient, False)
+    types = {"logits": POINTERS[torch.bfloat16], "targets": "*i64", "first": "i32"}
+    numbers = (131072, cross_entropy_triton.LONGEST, sums, gradient, False)
     assert spilled_bytes(compiled(cross_entropy_triton.cross_entropy_kernel, types, numbers, num_warps=8)) == 0

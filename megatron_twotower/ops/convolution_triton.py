@@ -101,8 +101,8 @@ def block_conv_backward_kernel(
     own_documents, own_grad = documents + batch * docs_b, grad + batch * length * WIDTH
     into_bias, taps = tl.zeros([COLS], tl.float32), tl.arange(0, TAPS_PADDED)
     into_weight = tl.zeros([TAPS_PADDED, COLS], tl.float32)
-    for first in range(part * ALL_ROWS, tl.minimum((part + 1) * ALL_ROWS, length), ROWS):
-        i = first + tl.arange(0, ROWS)
+    for first in range(0, ALL_ROWS, ROWS):
+        i = part * ALL_ROWS + first + tl.arange(0, ROWS)
         into = tl.zeros([ROWS, COLS], tl.float32)
         # The outputs that position i enters: those of its block from k - 1 places on to its own, which is the last. Not
         # unrolled: the loads of all at a time would take more registers than there are.
@@ -157,7 +157,9 @@ class _BlockConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, history, weight, bias, documents = ctx.saved_tensors
-        b, c, taps, parts = len(x), x.shape[2], weight.shape[1], triton.cdiv(x.shape[1], POSITIONS)
+        (b, length, c), taps = x.shape, weight.shape[1]
+        positions = min(POSITIONS, triton.cdiv(length, TILE) * TILE)
+        parts = triton.cdiv(length, positions)
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         grad_weight, grad_bias = (
             torch.empty(b * parts, *shape, dtype=torch.float32, device=x.device) for shape in ((taps, c), (c,))
@@ -165,7 +167,7 @@ class _BlockConv(torch.autograd.Function):
         tensors, strides, numbers = _arguments(x, history, weight, bias, documents, ctx.block)
         with torch.cuda.device_of(x):
             block_conv_backward_kernel[(parts, triton.cdiv(c, CHANNELS), b)](
-                grad.contiguous(), *tensors, grad_x, grad_weight, grad_bias, *strides, *numbers, POSITIONS,
+                grad.contiguous(), *tensors, grad_x, grad_weight, grad_bias, *strides, *numbers, positions,
                 1 << (taps - 1).bit_length(),
             )  # fmt: skip
         sums = grad_weight.sum(0).t().to(weight.dtype), grad_bias.sum(0).to(bias.dtype)

@@ -23,19 +23,19 @@ LONGEST = 4096
 
 @triton.jit
 def cross_entropy_kernel(
-    logits, targets, weights, found, columns, first,
-    STEP: tl.constexpr, SUM: tl.constexpr, GRADIENT: tl.constexpr, INTERPRETED: tl.constexpr,
+    logits, targets, weights, found, first,
+    COLUMNS: tl.constexpr, STEP: tl.constexpr, SUM: tl.constexpr, GRADIENT: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """A row of this rank's logits (rows, columns). found (3, rows): largest logit, sum of exponentials less that one,
+    """A row of this rank's logits (rows, COLUMNS). found (3, rows): largest logit, sum of exponentials less that one,
     and the target's logit, 0 where another rank has it; written with SUM, else read. GRADIENT: over the logits."""
     row, rows = tl.program_id(0), tl.num_programs(0)
-    base, cols = logits + row.to(tl.int64) * columns, tl.arange(0, STEP)
+    base, cols = logits + row.to(tl.int64) * COLUMNS, tl.arange(0, STEP)
     target = tl.load(targets + row) - first
-    target = tl.where(target < columns, target, -1)
+    target = tl.where(target < COLUMNS, target, -1)
     if SUM:
         highest, total, at_target = float("-inf"), 0.0, 0.0
-        for start in range(0, columns, STEP):
-            values = tl.load(base + start + cols, mask=start + cols < columns, other=float("-inf")).to(tl.float32)
+        for start in range(0, COLUMNS, STEP):
+            values = tl.load(base + start + cols, mask=start + cols < COLUMNS, other=float("-inf")).to(tl.float32)
             higher = tl.maximum(highest, tl.max(values, 0))
             total = total * tl.exp(highest - higher) + tl.sum(tl.exp(values - higher), 0)
             at_target += tl.sum(tl.where(start + cols == target, values, 0.0), 0)
@@ -47,8 +47,8 @@ def cross_entropy_kernel(
         highest, total = tl.load(found + row), tl.load(found + rows + row)
     if GRADIENT:
         weight = tl.load(weights + row)
-        for start in range(0, columns, STEP):
-            ok = start + cols < columns
+        for start in range(0, COLUMNS, STEP):
+            ok = start + cols < COLUMNS
             values = tl.load(base + start + cols, mask=ok, other=0.0).to(tl.float32)
             share = tl.exp(values - highest) / total - tl.where(start + cols == target, 1.0, 0.0)
             tl.store(base + start + cols, narrow(weight * share, logits.dtype.element_ty, INTERPRETED), mask=ok)
@@ -66,7 +66,7 @@ def rows_triton(
     def run(*, sum_: bool, gradient: bool) -> None:
         with torch.cuda.device_of(logits):
             cross_entropy_kernel[(rows,)](
-                logits, targets, weights, found, columns, first, step, sum_, gradient, not logits.is_cuda, num_warps=8
+                logits, targets, weights, found, first, columns, step, sum_, gradient, not logits.is_cuda, num_warps=8
             )
 
     run(sum_=True, gradient=gradient and not shared)

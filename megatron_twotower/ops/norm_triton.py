@@ -58,8 +58,8 @@ def gated_norm_backward_kernel(
     part, group, cols = tl.program_id(0), tl.program_id(1), tl.arange(0, COLS)
     w = tl.load(weight + group * WIDTH + cols, mask=cols < WIDTH, other=0.0).to(tl.float32)
     total = tl.zeros([COLS], tl.float32)
-    for start in range(part * ALL_ROWS, tl.minimum((part + 1) * ALL_ROWS, rows), TILE_ROWS):
-        row = start + tl.arange(0, TILE_ROWS)
+    for start in range(0, ALL_ROWS, TILE_ROWS):
+        row = part * ALL_ROWS + start + tl.arange(0, TILE_ROWS)
         ok = (row < rows)[:, None] & (cols < WIDTH)[None, :]
         place = (row.to(tl.int64)[:, None] * GROUPS + group) * WIDTH + cols[None, :]
         y_ = tl.load(y + place, mask=ok, other=0.0).to(tl.float32)
