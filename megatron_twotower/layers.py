@@ -26,6 +26,7 @@ from megatron_twotower import spec
 from megatron_twotower.adaln import add_gated, modulate, rows_of_rank, split_modulation
 from megatron_twotower.config import ModelConfig
 from megatron_twotower.host import device
+from megatron_twotower.ops import kernels
 from megatron_twotower.ops.attention import block_attention, causal_attention
 from megatron_twotower.ops.convolution import block_history, causal_conv, seeded_block_conv
 from megatron_twotower.ops.norm import gated_rms_norm
@@ -163,8 +164,10 @@ class MambaMixer(Mixer):
         z, conv_input, dt = mixed.transpose(0, 1).split([self.inner, self.inner + 2 * self.bc, self.heads], dim=-1)
         wide = torch.promote_types(dt.dtype, torch.float32)
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
-        # A copy of z: the view would keep the whole projection for the backward pass.
-        return z.contiguous(), conv_input, dt.clamp(min=self.clamp) if self.clamp else dt
+        # A copy of z: the view would keep the whole projection for the backward pass. With this project's kernels the
+        # convolution keeps it in any case, and the gated norm reads z where it lies.
+        z = z if kernels.triton_serves(z, "convolution") else z.contiguous()
+        return z, conv_input, dt.clamp(min=self.clamp) if self.clamp else dt
 
     def _split(self, conv_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (b, l, heads, head size); B and C (b, l, groups, state size)."""
