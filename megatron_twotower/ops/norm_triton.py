@@ -45,8 +45,8 @@ def gated_norm_forward_kernel(
     y, z, weight, out, rows, epsilon, length, z_b, z_l,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr, TILE_ROWS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows of one group. y, out (rows, groups, width) and weight (groups, width) are contiguous; z has `length`
-    rows, z_l elements apart, for each step of z_b."""
+    """A tile of rows of one group. y, out (rows, groups, width) and weight (groups, width) are contiguous; z has
+    `length` rows, z_l elements apart, for each step of z_b."""
     group, cols = tl.program_id(1), tl.arange(0, COLS)
     row = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     ok = (row < rows)[:, None] & (cols < WIDTH)[None, :]
