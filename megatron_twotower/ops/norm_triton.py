@@ -98,7 +98,7 @@ def _dense_rows(z: Tensor) -> bool:
     return z.dim() == 3 and z.stride(-1) == 1
 
 
-def _lies(z: Tensor) -> tuple[int, int, int]:
+def _lies(z: Tensor) -> tuple[int, ...]:
     """Rows that lie in even steps, the step from one such run to the next, and the step from row to row."""
     return (z.shape[1], *z.stride()[:2]) if _dense_rows(z) else (z.numel(), 0, z.shape[-1])
 
