@@ -2,9 +2,9 @@
 
 Megatron Core takes a CUDA device for granted in three ways, and each has its table here:
 
-* source literals (`device="cuda"`, the type string `'torch.cuda.FloatTensor'`) and imports of fused optimizers in a few
-  modules: `_LITERALS` rewrites them while the module is imported, so that the arithmetic is Megatron's own and costs
-  nothing at run time;
+* source literals (`device="cuda"`, the type string `'torch.cuda.FloatTensor'`), imports of fused optimizers and a
+  compiler's switch in a few modules: `_LITERALS` rewrites them while the module is imported, so that the arithmetic is
+  Megatron's own and costs nothing at run time;
 * `torch.cuda` calls (current device, streams, events, random state): `_CUDA_CALLS` answers them for the host;
 * what only goes wrong with Gloo: `_mend_for_gloo`.
 
@@ -58,9 +58,14 @@ _FUSED = (
     r"raise ImportError; from \1 import",
 )
 
+# Some small functions are compiled where they are defined. None that a step calls is worth a compiler on a CPU, whose
+# import alone takes a second of every process.
+_COMPILED = (r"(?m)^enable_jit_fuser\(\)$", "disable_jit_fuser()")
+
 # What stands in the source of each module. A pattern that is not found is an error: the module has changed upstream and
 # must be looked at again.
 _LITERALS: dict[str, tuple[tuple[str, str], ...]] = {
+    "megatron.core.jit": (_COMPILED,),
     "megatron.core.optimizer": (_FUSED,),
     "megatron.core.optimizer.clip_grads": (_DEVICE, _TYPE, _FUSED),
     "megatron.core.optimizer.distrib_optimizer": (_TYPE, _FUSED),
