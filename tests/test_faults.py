@@ -27,6 +27,7 @@ def soaked(output, data, backbone, *, kills, counts, seed):
     return found
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_nothing_is_lost_or_read_twice(tmp_path, tiny_data, tiny_backbone):
     found = soaked(tmp_path, tiny_data, tiny_backbone, kills=4, counts=(2, 1), seed=3)
     assert len(found.kills) >= 3 and found.clean and found.largest_difference < 1e-5

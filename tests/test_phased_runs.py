@@ -165,6 +165,7 @@ def test_a_run_of_nothing_but_damage_stops(tmp_path, two_corpora, tiny_backbone)
         train(*settings(tmp_path / "data", tmp_path / "run", tiny_backbone, *extra))
 
 
+@pytest.mark.slow
 def test_the_number_of_ranks_may_change_within_a_run(tmp_path, two_corpora, tiny_backbone, records_of):
     """Two ranks, then one that goes on from their checkpoint, around a damaged shard: the run of one rank."""
     damaged(two_corpora, tmp_path / "data")

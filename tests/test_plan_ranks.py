@@ -45,8 +45,8 @@ LAYOUTS = {
 ACTIVATIONS = 0.15 if RELEASE == "0.16" else 0.2
 
 
-# Four ranks on two cores take a minute.
-@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.slow) if n > 2 else n for n in LAYOUTS])
+# Several ranks on two cores take a minute.
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.slow) if n > 1 else n for n in LAYOUTS])
 def measured(request, tmp_path_factory):
     """Ranks, and what each of them measured on each layout."""
     ranks, output = request.param, tmp_path_factory.mktemp("ranks")

@@ -123,7 +123,9 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.slow) if name == "pipeline" else name for name in LAYOUTS]
+)
 def test_two_ranks_give_the_losses_of_one(layout, tmp_path, tiny_data, tiny_backbone, whole_run, records_of):
     run, (stops, *overrides) = tmp_path / "run", LAYOUTS[layout]
     arguments = settings(tiny_data, run, tiny_backbone, *overrides, "train.validate_every_steps=4")
