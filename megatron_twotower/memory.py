@@ -5,7 +5,8 @@ one time), h hidden size, w bytes of an activation. Mamba: i channels, c channel
 size, d state size, Q chunk. Attention: H heads, K kv heads, e head size. f: width of a dense MLP. E experts, k for a
 token, x width of an expert, s of the shared one. The formulas are those of one tensor-parallel rank of one; of t ranks
 each keeps a t-th of what is inside a mixer, and with sequence parallelism a t-th of what is between them.
-A test holds each formula against the tensors that autograd really keeps.
+A test holds each formula against the tensors that autograd really keeps, in torch; with this project's kernels a Mamba
+layer in bfloat16 keeps a tenth less, the other layers as much.
 """
 
 from collections.abc import Iterator

@@ -4,11 +4,14 @@ import dataclasses
 
 import gpu_checks
 import pytest
+import test_memory
 import torch
+from models import build_two_tower, random_noisy_batch
 
 pytest.importorskip("triton")
 from triton_kernels import INTERPRETED
 
+from megatron_twotower.memory import StepSize, layer_parts
 from megatron_twotower.ops import (
     convolution_triton,
     cross_entropy,
@@ -60,6 +63,17 @@ def test_layers_follow_their_twin(groups, monkeypatch, serving, precision):
     errors = gpu_checks.layer_errors("MM", groups, device="cpu", precision=precision)
     assert gpu_checks.too_large(errors, precision) == {}
     assert {name for name, kernel in launched.items() if not kernel.launches} == set()
+
+
+@pytest.mark.parametrize("kind", "M*-E")
+def test_layers_keep_no_more_than_the_formulas_say(groups, serving, kind):
+    config = test_memory.config_of(kind, block=16, length=128)
+    model, _ = build_two_tower(config, groups, dtype=torch.bfloat16)
+    size = StepSize(2, 128, 16, time_per_block=True, activation_bytes=2)
+    predicted = sum(part.bytes for part in layer_parts(config.model, kind, size))
+    measured = test_memory.kept_bytes(model.train(), random_noisy_batch(config), torch.bfloat16)
+    # In experts, what the router keeps is approximate.
+    assert (0.8 if kind == "M" else 0.98) * predicted <= measured <= (1.05 if kind == "E" else 1.0) * predicted
 
 
 def test_the_loss_is_the_sum_over_chunks(monkeypatch, serving):
