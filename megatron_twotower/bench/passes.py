@@ -18,7 +18,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_twotower.bench import measure
-from megatron_twotower.generate import load, mask_token_id
+from megatron_twotower.generate import default_devices, load, mask_token_id
 from megatron_twotower.hf.modeling_nemotron_h_twotower import ContextCache
 from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as Model
 from megatron_twotower.machine import machine, machine_line
@@ -169,7 +169,7 @@ def run(
     for name, value in (("--block", block_size), ("--prompt-tokens", prompt_tokens), ("--rounds", rounds)):
         if value < 1:
             raise UserError(f"{name}: found {value}, expected at least 1")
-    opened, tokenizer = load(model, device="cuda" if torch.cuda.is_available() else "cpu")
+    opened, tokenizer = load(model, device=default_devices()[0])
     with measure.torch_threads(threads or torch.get_num_threads()):
         figures = measured(
             opened, mask_id=mask_token_id(tokenizer), block_size=block_size, prompt_tokens=prompt_tokens, rounds=rounds
