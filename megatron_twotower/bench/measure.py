@@ -135,6 +135,7 @@ def extra_peak_bytes(work: Callable[[], Any]) -> int:
         before = _own_memory("VmRSS")
         work()
         return max(0, _own_memory("VmHWM") - before)
+    gc.collect()  # what went in the midst of the work would make its peak look lower
     synchronize()
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
