@@ -30,7 +30,7 @@ def _title(figures: dict[str, Any], what: str) -> str:
 def steps_table(figures: dict[str, Any]) -> Table:
     made = step.table(
         _title(figures, "one step"), "case", "seconds", "update", "tokens/s", "with update", "TFLOP/s", "executed",
-        "of peak", "peak GiB", "planned", "busiest expert", "of AR", "by formula",
+        "of bf16 peak", "peak GiB", "planned", "busiest expert", "of AR", "by formula",
     )  # fmt: skip
     for row in figures["steps"]:
         two = row["case"] == step.TWO_TOWER
