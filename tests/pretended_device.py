@@ -169,6 +169,14 @@ NUMBERS_ALLOWED = {"fill_", "fill", "masked_fill", "masked_fill_", "index_put_",
 INDICES_ALLOWED = {"index", "index_put_", "index_put", "_index_put_impl_"}
 
 
+def _addmm_in_wide(total, left, right, dtype, *, beta=1, alpha=1, out):
+    return out.copy_(torch.addmm(total, left.to(dtype), right.to(dtype), beta=beta, alpha=alpha))
+
+
+# What torch has for a card alone, in terms of what it has for the host.
+ONLY_THERE = {"aten::addmm.dtype_out": _addmm_in_wide}
+
+
 def _name(func: Any) -> str:
     return func._schema.name.partition("::")[2]
 
@@ -233,7 +241,8 @@ class _Device(TorchDispatchMode):
         generator = kwargs.get("generator")
         if generator is not None and (generator._cdata in _Generator.devices) != on_device:
             raise WrongDevice(f"{func}: a generator of the one, expected it where the numbers are drawn")
-        out = func(*tree_map(_held, args), **tree_map(_held, kwargs))
+        compute = ONLY_THERE.get(func.name(), func) if here else func
+        out = compute(*tree_map(_held, args), **tree_map(_held, kwargs))
         if name in WAITING and here:
             self.note(WAITING[name])
         return self._results(func, args, kwargs, out) if on_device else out

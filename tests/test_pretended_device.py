@@ -91,6 +91,14 @@ def test_what_does_not_wait_is_not_counted(name):
     assert waits.found == []
 
 
+def test_a_product_that_a_card_alone_sums_in_a_wider_precision():
+    left, right = (torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)).bfloat16() for seed in (0, 1))
+    with pretended_cuda():
+        total = torch.ones(4, 4, device="cuda")
+        torch.addmm(total, left.to("cuda").t(), right.to("cuda"), out_dtype=torch.float32, out=total)
+    assert torch.equal(on_host(total), torch.ones(4, 4).addmm_(left.t().float(), right.float()))
+
+
 def test_modules_move_and_learn_there_as_on_the_host():
     torch.manual_seed(0)
     module, x = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.SiLU(), torch.nn.Linear(4, 1)), torch.randn(5, 3)
