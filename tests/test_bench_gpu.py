@@ -1,5 +1,6 @@
 """The measurements of one GPU, whole at a tiny size on the CPU, and what they are computed from."""
 
+import contextlib
 import io
 import json
 import weakref
@@ -9,8 +10,9 @@ import pytest
 import torch
 from rich.console import Console
 from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
 
-from megatron_twotower.bench import gpu, gpu_tables, step
+from megatron_twotower.bench import gpu, gpu_tables, kernel_classes, step
 from megatron_twotower.bench.gpu import LADDER, Settings, card_named, fitting, rungs_of
 from megatron_twotower.bench.gpu_scan import scan_traffic
 from megatron_twotower.bench.kernel_classes import class_of, split
@@ -110,6 +112,24 @@ def test_on_a_device_only_kernels_count_and_each_once():
     }  # fmt: skip
     assert found.unnamed == {"mystery": 2.0} and found.busy == 0.5
     assert split(events, elapsed=20.0, on_device=False).seconds["GEMM"] == 1.0
+
+
+def test_a_device_is_profiled_by_its_kernels_alone(monkeypatch):
+    asked = []
+
+    class Profile(contextlib.nullcontext):
+        def __init__(self, activities):
+            super().__init__(self)
+            asked.append(activities)
+
+        def key_averages(self):
+            return [event("nvjet_tst", device=7e6, cuda=True), event("cudaLaunchKernel", cpu=9e6)]
+
+    monkeypatch.setattr(kernel_classes, "profile", Profile)
+    monkeypatch.setattr(kernel_classes.host, "is_host", lambda: False)
+    found = kernel_classes.time_by_class(lambda: None)
+    assert asked == [[ProfilerActivity.CUDA]]
+    assert sum(found.seconds.values()) == found.seconds["GEMM"] == 7.0 and found.elapsed < 5.0
 
 
 def test_the_least_traffic_of_a_scan_at_the_widths_of_nano():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from test_hf import MASK, random_ids, tiny_model
 from megatron_twotower import distil, evaluate, likelihood
 from megatron_twotower.evaluate import EvaluationSettings
 from megatron_twotower.generate import GenerationSettings, write
+from megatron_twotower.hf import modeling_nemotron_h_twotower as modeling
 from megatron_twotower.live import Canvas
 from megatron_twotower.replay import Recorder
 from megatron_twotower.tokenizer import load_tokenizer
@@ -79,6 +81,18 @@ def test_text_is_that_of_the_host_and_every_wait_has_its_reason(mode, eos):
     assert isinstance(found, Pretended) and torch.equal(on_host(found), text) and figures == stats
     expected = waited_for(stats, eos) | ({NUMBER.format("end_rows"): 2} if eos else {})
     assert waited.counted() == expected
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_clock_is_read_when_the_device_is_done(mode, monkeypatch):
+    """Not when its last work is only asked for: behind a number that came from there."""
+    with pretended_cuda() as waits:
+        model, ids = tiny_model(dtype=torch.float32).to("cuda"), random_ids(ROWS, PROMPT).to("cuda")
+        readings = []
+        clock = SimpleNamespace(perf_counter=lambda: readings.append(len(waits.found)) or 0.0)
+        monkeypatch.setattr(modeling, "time", clock)
+        written(mode, model, ids, **MODES[mode][0])
+    assert readings[-1] == len(waits.found) and waits.found[-1].kind == "a number"
 
 
 def test_a_block_that_is_done_early_is_asked_about_once_more():
