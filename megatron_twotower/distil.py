@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_twotower.data.shards import TRAIN, Corpus
 from megatron_twotower.data.workspace import written
 from megatron_twotower.evaluate import OnProgress, bars, silent, stretches
-from megatron_twotower.generate import load
+from megatron_twotower.generate import default_devices, load
 from megatron_twotower.records import require
 
 
@@ -38,12 +38,12 @@ def distil(
         require(value >= 1, f"--{name}: found {value}, expected at least 1")
     require(not output.exists(), f"{output}: exists, expected a file that is not there yet")
     prompts = stretches(Corpus.open(Path(data) / TRAIN), count=sequences, length=prompt_tokens)
-    model, tokenizer = load(folder)
+    model, tokenizer = load(folder, device=default_devices()[0])
     output.parent.mkdir(parents=True, exist_ok=True)
     done = 0
     with written(output) as partial, partial.open("w") as file:
         for rows in prompts.split(batch_size):
-            for ids in model.generate_ar(rows, new_tokens).tolist():
+            for ids in model.generate_ar(rows.to(model.context_tower.device), new_tokens).tolist():
                 file.write(json.dumps({"text": tokenizer.decode(ids)}) + "\n")
             done += len(rows)
             progress("writing", done, len(prompts))

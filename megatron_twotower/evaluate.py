@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_twotower import likelihood, pictures
 from megatron_twotower.data.shards import VALIDATION, Corpus
-from megatron_twotower.generate import GenerationSettings, decode, load, mask_token_id, write
+from megatron_twotower.generate import GenerationSettings, decode, default_devices, load, mask_token_id, write
 from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as Model
 from megatron_twotower.likelihood import LEVELS, Estimate, OnProgress, silent
 from megatron_twotower.machine import machine, machine_line
@@ -154,7 +154,7 @@ def evaluate(
     """
     started = time.perf_counter()
     corpus = Corpus.open(Path(data) / VALIDATION)
-    model, tokenizer = load(folder, device="cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load(folder, device=default_devices()[0])
     found, expected = tokenizer_fingerprint(Path(folder)), corpus.tokenizer_fingerprint
     if found != expected:
         raise UserError(f"{folder}: found a tokenizer with sha256 {found}, expected that of {data}, {expected}")

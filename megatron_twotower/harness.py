@@ -24,7 +24,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from megatron_twotower.evaluate import bars
-from megatron_twotower.generate import MODES, GenerationSettings, load, mask_token_id, write
+from megatron_twotower.generate import MODES, GenerationSettings, default_devices, load, mask_token_id, write
 from megatron_twotower.likelihood import ar_scores, bound_scores, mock_ar_scores, silent
 from megatron_twotower.machine import machine
 from megatron_twotower.records import UserError
@@ -127,6 +127,7 @@ def _pad_right(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 def _read_off(scores: Tensor, greedy: Tensor, lengths: Tensor) -> list[Score]:
     """From scores and marks (b, l) of each token, of which the first `lengths` count."""
+    scores, greedy = scores.cpu(), greedy.cpu()  # all at once: else every row is waited for
     return [
         (float(row[:length].double().sum()), bool(marks[:length].all()))
         for row, marks, length in zip(scores, greedy, lengths.tolist(), strict=True)
@@ -160,7 +161,7 @@ class TwoTower(TemplateLM):
             mode, scoring, int(batch_size), max_length, int(max_gen_toks), int(block_size), int(steps_per_block),
             float(confidence_threshold), int(draft_steps), int(bound_draws), int(seed),
         )  # fmt: skip
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._device = torch.device(device or default_devices()[0])
         self.model, self.tokenizer = load(pretrained, device=self._device)
         self._encode = text_encoder(self.tokenizer)
         self.mask_id = mask_token_id(self.tokenizer)

@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -168,6 +169,14 @@ NUMBERS_ALLOWED = {"fill_", "fill", "masked_fill", "masked_fill_", "index_put_",
 INDICES_ALLOWED = {"index", "index_put_", "index_put", "_index_put_impl_"}
 
 
+def _addmm_in_wide(total, left, right, dtype, *, beta=1, alpha=1, out):
+    return out.copy_(torch.addmm(total, left.to(dtype), right.to(dtype), beta=beta, alpha=alpha))
+
+
+# What torch has for a card alone, in terms of what it has for the host.
+ONLY_THERE = {"aten::addmm.dtype_out": _addmm_in_wide}
+
+
 def _name(func: Any) -> str:
     return func._schema.name.partition("::")[2]
 
@@ -195,6 +204,20 @@ def _argument(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
     return default
 
 
+class _Generator(torch.Generator):
+    """One that may be the device's: its numbers are the host's. devices: addresses of those that are."""
+
+    devices: ClassVar[set[int]] = set()
+
+    def __new__(cls, device: Any = "cpu") -> "_Generator":
+        made = super().__new__(cls)
+        (cls.devices.add if torch.device(device).type == "cuda" else cls.devices.discard)(made._cdata)
+        return made
+
+    def __init__(self, device: Any = "cpu") -> None:
+        pass
+
+
 class _Device(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -215,7 +238,11 @@ class _Device(TorchDispatchMode):
         else:
             on_device = here if named is None else torch.device(named).type != "cpu"
             self._check(func, name, args, tensors, here)
-        out = func(*tree_map(_held, args), **tree_map(_held, kwargs))
+        generator = kwargs.get("generator")
+        if generator is not None and (generator._cdata in _Generator.devices) != on_device:
+            raise WrongDevice(f"{func}: a generator of the one, expected it where the numbers are drawn")
+        compute = ONLY_THERE.get(func.name(), func) if here else func
+        out = compute(*tree_map(_held, args), **tree_map(_held, kwargs))
         if name in WAITING and here:
             self.note(WAITING[name])
         return self._results(func, args, kwargs, out) if on_device else out
@@ -341,6 +368,7 @@ def pretended_cuda() -> Iterator[Waits]:
         patch.setattr(host, "HOST", CUDA)
         patch.setattr(torch.Tensor, "to", _moving(torch.Tensor.to))
         patch.setattr(torch, "tensor", _told(torch.tensor))
+        patch.setattr(torch, "Generator", _Generator)
         patch.setattr(torch.Tensor, "pin_memory", _pinned)
         patch.setattr(torch.Tensor, "is_pinned", lambda *_: False)
         # Kept from step to step in the class: made where the first one was.
@@ -353,6 +381,11 @@ def pretended_cuda() -> Iterator[Waits]:
             lambda a, b: isinstance(a, Pretended) == isinstance(b, Pretended) and compatible(a, b),
         )  # fmt: skip
         yield mode.waits
+
+
+def as_there() -> contextlib.AbstractContextManager[None]:
+    """On the host, attention by the same operations as there."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def on_host(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """The measurements of one GPU, whole at a tiny size on the CPU, and what they are computed from."""
 
+import contextlib
 import importlib
 import io
 import json
@@ -10,9 +11,11 @@ import pytest
 import torch
 from rich.console import Console
 from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
 
-from megatron_twotower.bench import gpu, gpu_tables, step
-from megatron_twotower.bench.gpu import LADDER, Settings, fitting, rungs_of, scan_traffic
+from megatron_twotower.bench import gpu, gpu_tables, kernel_classes, step
+from megatron_twotower.bench.gpu import LADDER, Settings, card_named, fitting, rungs_of
+from megatron_twotower.bench.gpu_scan import scan_traffic
 from megatron_twotower.bench.kernel_classes import class_of, split
 from megatron_twotower.cli import main
 from megatron_twotower.config import load_recipe
@@ -47,14 +50,25 @@ def test_layers_that_are_asked_for():
         fitting(config, layers=0, memory_bytes=8 * 2**30)
 
 
+@pytest.mark.parametrize(("name", "known"), [
+    ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-80GB", "a100"),
+    ("NVIDIA B200", "b200"), ("NVIDIA H100 PCIe", None), ("NVIDIA H100 NVL", None), ("NVIDIA GH200 480GB", None),
+    ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None), ("NVIDIA L40S", None),
+])  # fmt: skip
+def test_a_peak_is_that_of_the_very_card(name, known):
+    assert card_named(name) == (known and CARDS[known])
+
+
 NAMES = {
     "scan": ["_chunk_scan_fwd_kernel", "_chunk_state_fwd_kernel", "_state_passing_fwd_kernel", "_bmm_chunk_fwd_kernel",
              "_chunk_cumsum_fwd_kernel", "_TwoStreamScanBackward"],
     "convolution": ["void causal_conv1d_channellast_fwd_kernel<...>", "causal_conv1d_bwd_kernel"],
     "attention": ["triton_tem_fused_flex_attention_0", "triton_tem_fused_flex_attention_backward_1",
+                  "triton_tem_fused_0",
                   "void pytorch_flash::flash_fwd_kernel<...>", "cudnn_generated_fort_native_sdpa_sm90_flash_fprop",
                   "void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnFwdSm90<...>>>"],
     "GEMM": ["nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NTN", "sm90_xmma_gemm_bf16bf16_bf16f32", "aten::bmm",
+             "void gemvNSP_kernel<...>",
              "void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<...>>"],
     "communication": ["ncclDevKernel_AllReduce_Sum_f32_RING_LL", "ncclDevKernel_ReduceScatter_Sum_f32"],
     "copies": ["Memcpy DtoD (Device -> Device)", "Memset (Device)", "aten::copy_"],
@@ -110,6 +124,24 @@ def test_on_a_device_only_kernels_count_and_each_once():
     assert split(events, elapsed=20.0, on_device=False).seconds["GEMM"] == 1.0
 
 
+def test_a_device_is_profiled_by_its_kernels_alone(monkeypatch):
+    asked = []
+
+    class Profile(contextlib.nullcontext):
+        def __init__(self, activities):
+            super().__init__(self)
+            asked.append(activities)
+
+        def key_averages(self):
+            return [event("nvjet_tst", device=7e6, cuda=True), event("cudaLaunchKernel", cpu=9e6)]
+
+    monkeypatch.setattr(kernel_classes, "profile", Profile)
+    monkeypatch.setattr(kernel_classes.host, "is_host", lambda: False)
+    found = kernel_classes.time_by_class(lambda: None)
+    assert asked == [[ProfilerActivity.CUDA]]
+    assert sum(found.seconds.values()) == found.seconds["GEMM"] == 7.0 and found.elapsed < 5.0
+
+
 def test_the_least_traffic_of_a_scan_at_the_widths_of_nano():
     """By hand, in bytes of a position: x 8192, B or C 2048, dt 256, and a state of 16 KiB for each of 128."""
     model = load_recipe("bench_gpu").model
@@ -156,7 +188,7 @@ def test_which_rungs_are_measured():
 
 def test_a_quick_run_measures_everything_and_says_that_it_was_a_cpu(tmp_path):
     console = Console(file=io.StringIO(), width=240)
-    gpu.run(tmp_path, quick=True, wanted=Settings(rungs=(ROUTER, CONTEXT_SCAN)), console=console)
+    assert gpu.run(tmp_path, quick=True, wanted=Settings(rungs=(ROUTER, CONTEXT_SCAN)), console=console)
     text, found = console.file.getvalue(), json.loads((tmp_path / "gpu.json").read_text())
     assert text.count(gpu_tables.ON_A_CPU) == 2 and gpu_tables.FORMULA[:40] in text
     assert not found["on_a_gpu"] and found["pattern"] == "ME*-M" and found["peak_flops"] is None
@@ -173,6 +205,7 @@ def test_a_quick_run_measures_everything_and_says_that_it_was_a_cpu(tmp_path):
     assert ar["planned_bytes"] is None and two["planned_bytes"] > 0
     assert found["two_tower_over_ar"] == two["seconds"] / ar["seconds"]
     assert found["scan"]["times_bound"] > 1, "no scan can be faster than its traffic"
+    assert found["rungs"] == [ROUTER, CONTEXT_SCAN]
     climbed, passed_over = found["ladder"]
     assert climbed["rung"] == ROUTER and climbed["cases"][step.TWO_TOWER]["seconds"] > 0
     assert passed_over["skipped"] == "mamba-ssm: no CUDA device" and "cases" not in passed_over
@@ -203,6 +236,45 @@ def test_what_cannot_be_built_ends_a_rung_and_not_the_run(groups, monkeypatch):
     config = load_recipe("bench_gpu", gpu.QUICK_OVERRIDES)
     row = gpu.measure_rung(config, gpu.Rung("narrow", ("train.precision=bf16",)), gpu.QUICK, groups)
     assert row["skipped"] == "train.precision: found fp4" and "cases" not in row
+
+
+def test_a_rung_that_fails_loses_nothing_of_the_others(tmp_path, monkeypatch):
+    """As a kernel does that was never run on such a card: the command says so, and does not say that all was done."""
+    measured, written = gpu.look_at, []
+
+    def look_at(config, name, groups, look):
+        if config.train.recompute_layers == "ME" and name == step.TWO_TOWER:
+            raise RuntimeError("CUDA error: [an illegal address]\nsecond line")
+        return measured(config, name, groups, look)
+
+    def write_files(folder, name, figures, picture):
+        written.append(json.loads(json.dumps(figures)))
+
+    monkeypatch.setattr(gpu, "look_at", look_at)
+    monkeypatch.setattr(gpu.measure, "write_files", write_files)
+    console = Console(file=io.StringIO(), width=240)
+    wanted = Settings(rungs=("M and E recomputed", ROUTER))
+    assert not gpu.run(tmp_path, quick=True, wanted=wanted, console=console)
+    assert "failed: two towers: RuntimeError: CUDA error: [an illegal address]" in console.file.getvalue()
+    assert [len(found["ladder"]) for found in written] == [0, 1, 2] and all(found["steps"] for found in written)
+    failed, climbed = written[-1]["ladder"]
+    assert "second line" in failed["traceback"] and failed["skipped"] is None and "cases" not in failed
+    assert climbed["failed"] is None and climbed["cases"][step.TWO_TOWER]["seconds"] > 0
+
+
+def test_what_ran_out_of_memory_keeps_none(groups, monkeypatch):
+    """The wrapper and its gradients are there, and the optimizer's state does not fit any more."""
+    config, alive = load_recipe("bench_gpu", gpu.QUICK_OVERRIDES), []
+
+    def full(_, wrapped, __):
+        alive.append(weakref.ref(wrapped.only))
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(step, "build_optimizer", full)
+    row = gpu.measure_rung(config, gpu.Rung("large"), gpu.QUICK, groups)
+    assert row["cases"] == dict.fromkeys(gpu.OBJECTIVES)
+    gpu.free()
+    assert len(alive) == 2 and all(reference() is None for reference in alive)
 
 
 def test_nothing_of_a_measured_side_stays(groups, monkeypatch):

@@ -9,6 +9,7 @@ from test_hf import MASK, random_ids, tiny_model
 
 from megatron_twotower import cli
 from megatron_twotower.bench import passes
+from megatron_twotower.bench.kernel_classes import CLASSES, Split
 from megatron_twotower.bench.passes import PASS, READ, STEP, break_even
 
 
@@ -46,6 +47,16 @@ def test_every_case_is_timed_counted_and_broken_down():
     ratio = by_case[PASS]["minimum_seconds"] / by_case[STEP]["minimum_seconds"]
     assert found["pass_in_steps"] == pytest.approx(ratio)
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.denoiser_tower.layers)
+
+
+@pytest.mark.parametrize(("gemm", "share"), [(3.0, 0.75), (None, None)])
+def test_on_a_device_the_share_of_products_is_that_of_its_kernels(gemm, share, monkeypatch):
+    model, prompt = tiny_model(), random_ids(1, 6)
+    seconds = dict.fromkeys(CLASSES, 0.0) | ({} if gemm is None else {"GEMM": gemm, "copies": 1.0})
+    monkeypatch.setattr(passes, "time_by_class", lambda work: Split(seconds, {}, 5.0))
+    monkeypatch.setattr(passes.host, "is_host", lambda: False)
+    found = passes.operations(model, prompt, passes.works(model, block_size=4, mask_id=MASK)[PASS])
+    assert found["matrix_products"] == share and found["operations"] > 20
 
 
 def test_the_command_prints_and_writes(folder, tmp_path, capsys):  # noqa: F811

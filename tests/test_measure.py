@@ -26,6 +26,23 @@ def test_long_rounds_are_fewer_but_never_below_the_least():
     assert len(measure.in_turns([Case("a", {"all": int})], repeats=2, budget_seconds=0.0)["a"].totals) == 2
 
 
+def test_a_first_round_that_compiles_does_not_make_rounds_fewer(monkeypatch):
+    now, long = [0.0], iter([60.0])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+
+    def work():
+        now[0] += next(long, 1.0)
+
+    assert measure.in_turns([Case("a", {"all": work})], repeats=9, budget_seconds=10.0)["a"].totals == [1.0] * 9
+
+
+def test_what_the_allocator_keeps_of_earlier_cases_can_be_filled(monkeypatch):
+    monkeypatch.setattr(measure.host, "is_host", lambda: False)
+    for name, found in (("mem_get_info", (10, 100)), ("memory_reserved", 80), ("memory_allocated", 20)):
+        monkeypatch.setattr(torch.cuda, name, lambda found=found: found)
+    assert measure.fillable_bytes() == int(measure.FILLABLE * 70)
+
+
 def test_figures_of_times():
     figures = Times({"first": [1.0, 3.0, 2.0], "second": [0.5, 0.5, 4.0]}).figures()
     assert figures == {

@@ -1,16 +1,20 @@
 """The program on a device that is not the host: nothing mixed, nothing waited for in vain, the same numbers."""
 
+import contextlib
+
 import layouts
 import pytest
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from models import build_two_tower, tiny_config
-from pretended_device import Pretended, Waits, WrongDevice, on_host, pretended_cuda
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from pretended_device import Pretended, Waits, WrongDevice, as_there, on_host, pretended_cuda
+from test_faults import with_bad_steps
 
-from megatron_twotower import build, host, parallel, trainer
+from megatron_twotower import build, checkpoint, host, keeping, parallel, trainer
 from megatron_twotower.corruption import corrupt
 from megatron_twotower.host import RELEASE
 from megatron_twotower.loss import masked_diffusion_loss
+from megatron_twotower.metrics import Metrics
 from megatron_twotower.optimizer import build_optimizer, build_schedule
 from megatron_twotower.phases import plan
 from megatron_twotower.records import Batch
@@ -35,6 +39,13 @@ def test_a_planted_mix_up_is_found():
             torch.stack([x[0], torch.tensor(1.0)])
         with pytest.raises(TypeError, match="cuda:0"):
             x.numpy()
+        own = torch.Generator("cuda").manual_seed(0)
+        drawn = torch.empty_like(x).uniform_(generator=own)
+        assert torch.equal(on_host(drawn), torch.rand(3, generator=torch.Generator().manual_seed(0)))
+        with pytest.raises(WrongDevice, match="generator"):
+            x.uniform_(generator=torch.Generator())
+        with pytest.raises(WrongDevice, match="generator"):
+            torch.rand(3, generator=own)
 
 
 WAITS = {
@@ -80,6 +91,14 @@ def test_what_does_not_wait_is_not_counted(name):
     assert waits.found == []
 
 
+def test_a_product_that_a_card_alone_sums_in_a_wider_precision():
+    left, right = (torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)).bfloat16() for seed in (0, 1))
+    with pretended_cuda():
+        total = torch.ones(4, 4, device="cuda")
+        torch.addmm(total, left.to("cuda").t(), right.to("cuda"), out_dtype=torch.float32, out=total)
+    assert torch.equal(on_host(total), torch.ones(4, 4).addmm_(left.t().float(), right.float()))
+
+
 def test_modules_move_and_learn_there_as_on_the_host():
     torch.manual_seed(0)
     module, x = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.SiLU(), torch.nn.Linear(4, 1)), torch.randn(5, 3)
@@ -98,11 +117,6 @@ def test_modules_move_and_learn_there_as_on_the_host():
 
 
 # --- training -----------------------------------------------------------------------------------------------------
-
-
-def as_there():
-    """On the host, attention by the same operations as there."""
-    return sdpa_kernel(SDPBackend.MATH)
 
 
 def two_tower_pass(config, groups):
@@ -137,30 +151,42 @@ def backbone(tmp_path_factory):
     return layouts.write_backbone(tmp_path_factory.mktemp("backbone") / "hf")
 
 
-def two_steps(config, waits):
-    """Sums, gradient norms and parameters of two steps of training, what the second waited for, and the trainer."""
+@contextlib.contextmanager
+def training(config):
+    """A trainer as `build.run_training` makes it, and the model in it."""
     validate(config, world_size=1)
     groups = parallel.initialise(config)
     try:
         model = build.build_model(config, groups)
         wrapped = parallel.wrap(model.chunks, config, groups)
         optimizer = build_optimizer(config, wrapped, groups)
-        parts = trainer.Trainer(
-            config, wrapped, optimizer, build_schedule(config, optimizer), groups, plan(config)
-        )  # fmt: skip
+        schedule = build_schedule(config, optimizer)
+        yield trainer.Trainer(config, wrapped, optimizer, schedule, groups, plan(config)), model
+    finally:
+        parallel.shutdown()
+
+
+def one_step(parts, step):
+    return trainer.train_step(
+        parts.at(step * layouts.SEQUENCES), layouts.micro_batches(parts.config, parts.groups, step)
+    )
+
+
+def two_steps(config, waits):
+    """Sums, gradient norms and parameters of two steps of training, and a validation; what the second step waited for,
+    and what the validation did."""
+    with training(config) as (parts, model):
         sums, norms = [], []
         for step in range(2):
-            batches = layouts.micro_batches(config, groups, step)
             with waits.during() as second:
-                done = trainer.train_step(parts.at(step * layouts.SEQUENCES), batches)
+                done = one_step(parts, step)
             assert done.taken
             sums.append(done.sums)
             norms.append(done.norm)
         parameters = {name: p.detach() for chunk in model.chunks for name, p in chunk.named_parameters()}
-        validation = trainer.validate(parts, layouts.micro_batches(config, groups, 0))
-        return sums, norms, parameters, second, validation
-    finally:
-        parallel.shutdown()
+        with waits.during() as validating:
+            validation = trainer.validate(parts, layouts.micro_batches(config, parts.groups, 0))
+        return sums, norms, parameters, validation, second, validating
 
 
 STEPS = [("ar", True), ("plain", False)]
@@ -176,14 +202,13 @@ def test_steps_of_training(backbone, kind, distributed):
     config = layouts.changed(layouts.base(backbone), layouts.RUNS[kind])
     config = layouts.changed(config, {"optimizer": {"distributed": distributed}})
     with as_there():
-        sums, norms, parameters, _, validation = two_steps(config, Waits())
+        sums, norms, parameters, validation, *_ = two_steps(config, Waits())
     with pretended_cuda() as waits:
-        there = two_steps(config, waits)
+        *there, second, validating = two_steps(config, waits)
     assert all(torch.equal(on_host(got), want) for got, want in zip(there[0], sums, strict=True))
-    assert there[1] == norms and there[4] == validation
+    assert there[1] == norms and there[3] == validation
     for name, got in there[2].items():
         assert torch.equal(on_host(got), parameters[name]), name
-    second = there[3]
     assert second.counted("ours") == {"a number: optimizer.guarded_step": 1}
     # Megatron's: the sum of tokens (up to 0.16), and the norm; and, in layers of experts, what each micro-batch sends
     # to whom.
@@ -192,3 +217,81 @@ def test_steps_of_training(backbone, kind, distributed):
     assert counted.pop("a number: clip_grads.get_grad_norm_fp32") == 1
     assert {place.partition(": ")[2].partition(".")[0] for place in counted} == {"moe_utils", "experts"}
     assert len(second.of("others")) == 0
+    assert validating.counted("ours") == {"a copy to the host: trainer._figures": 1}
+
+
+# --- what goes wrong, and what is kept ----------------------------------------------------------------------------
+
+
+def kept(parts, model):
+    """Copies of all that a checkpoint holds of weights, selection biases and optimizer, by key and place."""
+    pieces = checkpoint.state_dict(model.pieces(parts.config, parts.groups, parts.optimizer))
+    return {name: piece.data.clone() for name, piece in pieces.items() if isinstance(piece, ShardedTensor)}
+
+
+def assert_same(got, want):
+    assert got.keys() == want.keys()
+    for name, tensor in got.items():
+        assert torch.equal(on_host(tensor), on_host(want[name])), name
+
+
+@pytest.mark.parametrize(("loss", "distributed"), [(False, True), (True, False)])
+def test_a_step_that_is_not_finite_changes_nothing(backbone, monkeypatch, loss, distributed):
+    """A gradient that is not finite shows in the norm, which Megatron has waited for: then nothing of ours waits."""
+    config = layouts.changed(layouts.base(backbone), {"optimizer": {"distributed": distributed}})
+    with_bad_steps(monkeypatch, {2}, loss=loss)
+    with pretended_cuda() as waits, training(config) as (parts, model):
+        assert one_step(parts, 0).taken
+        before = kept(parts, model)
+        assert any(name.endswith("expert_bias@0") and on_host(tensor).any() for name, tensor in before.items())
+        with waits.during() as second:
+            assert not one_step(parts, 1).taken
+        assert_same(kept(parts, model), before)
+        assert one_step(parts, 2).taken
+    assert second.counted("ours") == ({"a number: optimizer.guarded_step": 1} if loss else {})
+    assert second.counted("megatron")["a number: clip_grads.get_grad_norm_fp32"] == 1
+
+
+@pytest.mark.parametrize(("precision", "distributed"), [("fp32", False), ("bf16", True)])
+def test_checkpoints_hold_there_what_they_hold_on_the_host(backbone, precision, distributed, tmp_path):
+    """One that is written there is read there and on the host; and to describe what is held, nothing waits."""
+    config = layouts.changed(layouts.base(backbone), {"optimizer": {"distributed": distributed}})
+    config = layouts.changed(config, {"train": {"precision": precision}})
+    with as_there(), training(config) as (parts, model):
+        one_step(parts, 0)
+        want = kept(parts, model)
+    with pretended_cuda() as waits, training(config) as (parts, model):
+        done = one_step(parts, 0)
+        with waits.during() as describing:
+            held = kept(parts, model)
+        assert all(tensor.is_cuda for tensor in held.values()) and describing.found == []
+        assert_same(held, want)
+        progress = trainer.Progress(1, layouts.SEQUENCES, 1, sums=done.sums, expert_tokens=parts.model.expert_tokens)
+        with waits.during() as saving:
+            save(tmp_path, parts, model, progress)
+        one_step(parts, 1)
+        found = restored(tmp_path, parts, model)
+        assert found.sums.is_cuda and torch.equal(on_host(found.sums), on_host(done.sums))
+        assert_same(kept(parts, model), want)
+    # For state.json; the tensors themselves are Megatron's to copy, all at once.
+    assert {place.partition(": ")[2] for place in saving.counted("ours")} == {
+        "trainer.window", "trainer.skipped_by_all",
+    }  # fmt: skip
+    with training(config) as (parts, model):
+        restored(tmp_path, parts, model)
+        assert_same(kept(parts, model), want)
+
+
+def save(run, parts, model, progress):
+    keeper = keeping.Keeper(
+        run, parts, lambda: model.pieces(parts.config, parts.groups, parts.optimizer), fingerprint=model.fingerprint,
+        metrics=Metrics((), contextlib.ExitStack()),
+    )  # fmt: skip
+    keeper.save(progress)
+    keeper.saved(progress, wait=True)
+    keeper.close()
+
+
+def restored(run, parts, model):
+    point = keeping.resume_point(run, parts.config, fingerprint=model.fingerprint)
+    return keeping.restore(point, parts, lambda: model.pieces(parts.config, parts.groups, parts.optimizer))

@@ -43,10 +43,10 @@ def _gpu(arguments: argparse.Namespace) -> int:
         layers=arguments.layers, repeats=arguments.repeats, budget_seconds=arguments.budget,
         ladder=arguments.ladder, rungs=arguments.rungs,
     )  # fmt: skip
-    gpu.run(
+    whole = gpu.run(
         arguments.output, recipe=arguments.recipe, overrides=arguments.settings, wanted=wanted, quick=arguments.quick
     )
-    return 0
+    return 0 if whole else 1
 
 
 def _data(arguments: argparse.Namespace) -> int:

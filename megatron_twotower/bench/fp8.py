@@ -24,7 +24,7 @@ from megatron_twotower.bench.fp8_rounding import ROUNDINGS, Held, held_in_fp8, r
 from megatron_twotower.config import ModelConfig, model_from_hf, read_hf_config
 from megatron_twotower.data.shards import VALIDATION, Corpus
 from megatron_twotower.evaluate import stretches
-from megatron_twotower.generate import load, mask_token_id
+from megatron_twotower.generate import default_devices, load, mask_token_id
 from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as Model
 from megatron_twotower.hf.modeling_nemotron_h_twotower import Tower, context_tensors
 from megatron_twotower.likelihood import check_sequences, ratio, token_nats
@@ -249,7 +249,7 @@ def run(
     found, expected = tokenizer_fingerprint(model), corpus.tokenizer_fingerprint
     if found != expected:
         raise UserError(f"{model}: found a tokenizer with sha256 {found}, expected that of {data}, {expected}")
-    opened.to("cuda" if torch.cuda.is_available() else "cpu")
+    opened.to(default_devices()[0])
     sequences = stretches(corpus, count=wanted.sequences, length=wanted.length_tokens)
     if denoiser:
         check_sequences(sequences, wanted.block_size_tokens)

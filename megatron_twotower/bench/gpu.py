@@ -13,6 +13,8 @@ import contextlib
 import dataclasses
 import gc
 import itertools
+import re
+import traceback
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,12 +29,12 @@ from rich.progress import Progress
 from torch import Tensor
 
 from megatron_twotower import convert, host, parallel
-from megatron_twotower.bench import gpu_tables, measure, ops, step
+from megatron_twotower.bench import gpu_tables, measure, step
+from megatron_twotower.bench.gpu_scan import measure_scan
 from megatron_twotower.bench.kernel_classes import time_by_class
 from megatron_twotower.config import ModelConfig, RunConfig, flatten, load_recipe
 from megatron_twotower.names import backbone_entries, hf_shapes
 from megatron_twotower.ops import kernels
-from megatron_twotower.ops.scan import chunk_length, chunk_scan, two_stream_scan
 from megatron_twotower.plan.estimate import Memory, estimate
 from megatron_twotower.plan.flops import step_flops
 from megatron_twotower.plan.layout import CARDS, GIB, Card
@@ -43,9 +45,6 @@ from megatron_twotower.validation import validate
 OBJECTIVES = {step.AR: "ar", step.TWO_TOWER: "two_tower"}
 # Steps before any is counted: the optimizer makes its state at the end of the first.
 WARM_UP = 2
-# Scans between two looks at the clock, so that the time to start one does not count.
-SCANS = 10
-COPIED_BYTES = {True: 64 * 2**20, False: GIB}
 
 
 @dataclass(frozen=True)
@@ -149,10 +148,17 @@ def fitting(config: RunConfig, *, layers: int, memory_bytes: int) -> RunConfig:
     raise UserError(f"memory: found {found:.1f} GiB, expected {needed:.1f} for one layer (--quick is tiny)")
 
 
+def card_named(name: str) -> Card | None:
+    """What is known of an accelerator by the name that its driver gives, for its peak; None where nothing is. Cards of
+    less power and parts of a card have lower peaks than the data sheet's."""
+    words = set(re.split(r"[^a-z0-9]+", name.lower()))
+    if words & {"pcie", "nvl", "mig"}:
+        return None
+    return next((found for key, found in CARDS.items() if key in words), None)
+
+
 def card() -> Card | None:
-    """What is known of this accelerator, for its peak; None where nothing is."""
-    name = "" if host.is_host() else torch.cuda.get_device_name().lower()
-    return next((found for key, found in CARDS.items() if key in name), None)
+    return None if host.is_host() else card_named(torch.cuda.get_device_name())
 
 
 def free() -> None:
@@ -181,9 +187,8 @@ def look_at(
         peak = measure.extra_peak_bytes(work)
         return look(held[0], batch, peak)
     finally:
-        for parts in held:
-            parts.model.release()
-        held.clear()
+        while held:
+            held.pop().model.release()
         free()
 
 
@@ -226,8 +231,10 @@ def measure_side(config: RunConfig, name: str, wanted: Settings, groups: Process
 
 
 def measure_rung(config: RunConfig, rung: Rung, wanted: Settings, groups: ProcessGroupCollection) -> dict[str, Any]:
-    """Seconds, tokens and peak memory of both objectives with one change; or why there are none."""
+    """Seconds, tokens and peak memory of both objectives with one change; or why there are none: it was `skipped`, or
+    it `failed`, which is no reason to lose what the others bring."""
     row: dict[str, Any] = {"rung": rung.name, "overrides": list(rung.overrides), "without": list(rung.without)}
+    row["failed"] = None
     needed = ("triton" if name in kernels.OWN else name for name in rung.without)
     missing = {package: reason for package in needed if (reason := kernels.unavailable(package))}
     if len(missing) == len(rung.without) > 0:
@@ -246,6 +253,9 @@ def measure_rung(config: RunConfig, rung: Rung, wanted: Settings, groups: Proces
                 cases[name] = look_at(config, name, groups, look)
         except UserError as error:  # what only shows when a model is built
             return row | {"skipped": str(error)}
+        except Exception as error:  # of kernels and compilers, anything
+            reason = f"{name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            return row | {"skipped": None, "failed": reason, "traceback": traceback.format_exc()}
     return row | {"skipped": None, "cases": cases}
 
 
@@ -261,73 +271,6 @@ def changed(config: RunConfig, rung: Rung, *, recipe: str, overrides: Sequence[s
     except UserError as error:
         return str(error)
     return after
-
-
-# --- the scan against memory --------------------------------------------------------------------------------------
-
-
-def scan_traffic(model: ModelConfig, *, length: int, block: int, element_bytes: int) -> int:
-    """Bytes that a two-stream scan, forward and backward, has to read and write at the least: every input, output and
-    gradient once in each pass that needs it, and one state a chunk. The sum of what stands in `ops/scan_triton.py`,
-    less what these kernels read twice."""
-    x, bc = model.mamba_inner * element_bytes, model.n_groups * model.ssm_state_size * element_bytes
-    dt = 4 * model.mamba_num_heads
-    state = 4 * model.mamba_inner * model.ssm_state_size // chunk_length(block, preferred=model.chunk_size)
-    forward = 3 * x + 3 * bc + 2 * dt + state  # x, clean x, C, B, clean B, both dt and the states; y
-    backward = 4 * x + 5 * bc + 3 * dt + state  # the same without y, and y's gradient; gradients of x, B, C and dt
-    return length * (forward + backward)
-
-
-def copy_bytes_per_second(size: int) -> float:
-    """What memory gives to a plain copy, reading and writing counted."""
-    source = torch.ones(size, dtype=torch.uint8, device=host.device())
-    target = torch.empty_like(source)
-    case = measure.Case("copy", {"all": lambda: target.copy_(source)})
-    times = measure.in_turns([case], repeats=10, budget_seconds=2.0)["copy"]
-    return 2 * size / times.figures()["median_seconds"]
-
-
-def scan_work(config: RunConfig) -> Callable[[], None]:
-    """A two-stream scan, forward and backward, at the widths of the model."""
-    dtype = "fp32" if config.train.precision == "fp32" else "bf16"
-    model, block = config.model, config.noise.block_size_tokens
-    shape = ops.Shape("scan", config.data.sequence_length_tokens, block, dtype, model)
-    clean, noisy = (ops.scan_inputs(shape, trained=trained) for trained in (False, True))
-    chunk, grad = chunk_length(block, preferred=model.chunk_size), torch.randn_like(noisy[0])
-    with torch.no_grad():
-        _, states, _ = chunk_scan(*clean, chunk=chunk)
-    x, dt, A, B = clean[:4]
-
-    def once() -> None:
-        y = two_stream_scan(
-            *noisy, clean_x=x, clean_dt=dt, clean_A=A, clean_B=B, states=states, block=block, chunk=chunk
-        )
-        torch.autograd.grad(y, noisy, grad)
-
-    return once
-
-
-def measure_scan(config: RunConfig, wanted: Settings) -> dict[str, Any]:
-    """The scan by the clock and by its kernels, and the time that its memory traffic takes at the speed of a copy."""
-    once = scan_work(config)
-
-    def some() -> None:
-        for _ in range(SCANS):
-            once()
-
-    case = measure.Case("scan", {"all": some})
-    times = measure.in_turns([case], repeats=wanted.repeats, budget_seconds=wanted.budget_seconds)["scan"]
-    in_kernels = sum(time_by_class(some).seconds.values()) / SCANS
-    length, block = config.data.sequence_length_tokens, config.noise.block_size_tokens
-    traffic = scan_traffic(
-        config.model, length=length, block=block, element_bytes=4 if config.train.precision == "fp32" else 2
-    )
-    speed = copy_bytes_per_second(COPIED_BYTES[host.is_host()])
-    return {
-        "length": length, "block": block, "seconds": times.figures()["median_seconds"] / SCANS,
-        "kernel_seconds": in_kernels, "traffic_bytes": traffic, "copy_bytes_per_second": speed,
-        "bound_seconds": traffic / speed, "times_bound": in_kernels / (traffic / speed),
-    }  # fmt: skip
 
 
 # --- all of it ----------------------------------------------------------------------------------------------------
@@ -347,9 +290,10 @@ def rungs_of(wanted: Settings) -> list[Rung]:
 
 def measure_all(
     config: RunConfig, wanted: Settings, groups: ProcessGroupCollection, *, recipe: str, overrides: Sequence[str],
-    advance: Callable[[str], Any],
+    advance: Callable[[str], Any], keep: Callable[[dict[str, Any]], Any],
 ) -> dict[str, Any]:  # fmt: skip
-    """`steps`, `scan` where there is one, and `ladder`. `advance` is told what comes next."""
+    """`steps`, `scan` where there is one, and `ladder`. `advance` is told what comes next, and `keep` is given all that
+    was found so far, first when both steps were measured: a ladder takes long, and may be ended."""
     figures: dict[str, Any] = {"steps": [], "scan": None, "ladder": []}
     for name in OBJECTIVES:
         advance(name)
@@ -359,22 +303,38 @@ def measure_all(
     figures["two_tower_over_ar_by_formula"] = two["flops_per_token"]["model"] / ar["flops_per_token"]["model"]
     if "M" in config.model.hybrid_override_pattern:
         advance("two-stream scan")
-        figures["scan"] = measure_scan(config, wanted)
+        figures["scan"] = measure_scan(config, repeats=wanted.repeats, budget_seconds=wanted.budget_seconds)
+    keep(figures)
     for rung in rungs_of(wanted):
         advance(rung.name)
         other = changed(config, rung, recipe=recipe, overrides=overrides)
         if isinstance(other, str):
-            figures["ladder"].append({"rung": rung.name, "skipped": other})
+            figures["ladder"].append({"rung": rung.name, "skipped": other, "failed": None})
         else:
             figures["ladder"].append(measure_rung(other, rung, wanted, groups))
+        keep(figures)
     return figures
+
+
+def facts_of(config: RunConfig, wanted: Settings, *, recipe: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """What stands beside the figures. rungs: of the ladder, to be measured."""
+    known = card()
+    return {
+        "machine": measure.machine(), "on_a_gpu": not host.is_host(), "recipe": recipe, "overrides": list(overrides),
+        "pattern": config.model.hybrid_override_pattern, "precision": config.train.precision,
+        "length": config.data.sequence_length_tokens, "block": config.noise.block_size_tokens,
+        "experts": config.model.n_routed_experts, "recompute": config.train.recompute_layers,
+        "peak_flops": None if known is None else known.bf16_flops,
+        "packages": {name: kernels.unavailable(name) or "serves" for name in kernels.MODULES},
+        "rungs": [rung.name for rung in rungs_of(wanted)],
+    }  # fmt: skip
 
 
 def run(
     output: Path, *, recipe: str = "bench_gpu", overrides: Sequence[str] = (), wanted: Settings = Settings(),
     quick: bool = False, console: Console | None = None,
-) -> None:  # fmt: skip
-    """Measure, print tables, and write `gpu.json` to `output`."""
+) -> bool:  # fmt: skip
+    """Measure, print tables, and write `gpu.json` to `output`, anew after every rung. Whether no rung failed."""
     console = console or measure.wide_console()
     if quick:
         wanted = dataclasses.replace(QUICK, ladder=wanted.ladder, rungs=wanted.rungs)
@@ -384,25 +344,18 @@ def run(
     config = fitting(config, layers=wanted.layers, memory_bytes=device_bytes())
     groups = parallel.initialise(config)
     try:
+        facts = facts_of(config, wanted, recipe=recipe, overrides=overrides)
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task("", total=None)
             figures = measure_all(
                 config, wanted, groups, recipe=recipe, overrides=overrides,
                 advance=lambda what: progress.update(task, description=what),
+                keep=lambda found: measure.write_files(output, "gpu", facts | found, None),
             )  # fmt: skip
     finally:
         parallel.shutdown()
-    known = card()
-    facts: dict[str, Any] = {
-        "machine": measure.machine(), "on_a_gpu": not host.is_host(), "recipe": recipe, "overrides": list(overrides),
-        "pattern": config.model.hybrid_override_pattern, "precision": config.train.precision,
-        "length": config.data.sequence_length_tokens, "block": config.noise.block_size_tokens,
-        "experts": config.model.n_routed_experts, "recompute": config.train.recompute_layers,
-        "peak_flops": None if known is None else known.bf16_flops,
-        "packages": {name: kernels.unavailable(name) or "serves" for name in kernels.MODULES},
-    }  # fmt: skip
     for made in gpu_tables.tables(facts | figures):
         console.print(made)
     console.print(measure.machine_line(facts["machine"]), highlight=False)
-    measure.write_files(output, "gpu", facts | figures, None)
     console.print(f"{output / 'gpu.json'}", highlight=False)
+    return not any(rung["failed"] for rung in figures["ladder"])

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from megatron_twotower.bench import step
 from megatron_twotower.bench.kernel_classes import CLASSES
@@ -29,7 +30,7 @@ def _title(figures: dict[str, Any], what: str) -> str:
 def steps_table(figures: dict[str, Any]) -> Table:
     made = step.table(
         _title(figures, "one step"), "case", "seconds", "update", "tokens/s", "with update", "TFLOP/s", "executed",
-        "of peak", "peak GiB", "planned", "busiest expert", "of AR", "by formula",
+        "of bf16 peak", "peak GiB", "planned", "busiest expert", "of AR", "by formula",
     )  # fmt: skip
     for row in figures["steps"]:
         two = row["case"] == step.TWO_TOWER
@@ -64,6 +65,7 @@ def classes_table(figures: dict[str, Any]) -> Table:
 
 def scan_table(figures: dict[str, Any]) -> Table:
     row = figures["scan"]
+    over = "no kernel seen" if row["times_bound"] is None else f"{row['times_bound']:.2f} x"
     made = step.table(
         "two-stream scan, forward + backward, against the memory traffic it cannot do without", "L", "S", "ms",
         "ms in kernels", "MB", "copy, GB/s", "bound, ms", "kernels over bound",
@@ -71,7 +73,7 @@ def scan_table(figures: dict[str, Any]) -> Table:
     made.add_row(
         f"{row['length']}", f"{row['block']}", f"{row['seconds'] * 1e3:.3f}", f"{row['kernel_seconds'] * 1e3:.3f}",
         f"{row['traffic_bytes'] / 1e6:,.1f}", f"{row['copy_bytes_per_second'] / 1e9:,.0f}",
-        f"{row['bound_seconds'] * 1e3:.3f}", f"{row['times_bound']:.2f} x",
+        f"{row['bound_seconds'] * 1e3:.3f}", over,
     )  # fmt: skip
     return made
 
@@ -88,7 +90,10 @@ def ladder_table(figures: dict[str, Any]) -> Table:
     made.add_row("as configured", *(cell for each in cells for cell in each))
     for rung in figures["ladder"]:
         if rung["skipped"]:
-            made.add_row(rung["rung"], f"[dim]not run: {rung['skipped']}")
+            made.add_row(rung["rung"], Text(f"not run: {rung['skipped']}", "dim"))
+            continue
+        if rung["failed"]:
+            made.add_row(rung["rung"], Text(f"failed: {rung['failed']}", "red"))
             continue
         row = [rung["rung"]]
         for name, before in base.items():

@@ -88,21 +88,22 @@ class Times:
 
 
 def in_turns(cases: Sequence[Case], *, repeats: int, budget_seconds: float) -> dict[str, Times]:
-    """Every case once per round, after a round that is not counted.
+    """Every case once per round, after a round that is not counted: it may compile kernels, and says nothing of the
+    others.
 
     Args:
         repeats: rounds that count, or fewer where they would take longer than `budget_seconds`, but at least
             `FEWEST_ROUNDS` (or `repeats`).
     """
     found: dict[str, dict[str, list[float]]] = {case.name: {stage: [] for stage in case.stages} for case in cases}
-    started, rounds = time.perf_counter(), repeats
-    done = -1
+    rounds, done = repeats, -1
     while done < rounds:
+        started = time.perf_counter()
         for case in cases:
             for name, stage in case.stages.items():
                 found[case.name][name].append(seconds(stage))
         done += 1
-        if done == 0:
+        if done == 1:
             fitting = int(budget_seconds / max(time.perf_counter() - started, 1e-9))
             rounds = min(repeats, max(FEWEST_ROUNDS, fitting))
     return {name: Times({stage: values[1:] for stage, values in by.items()}) for name, by in found.items()}
@@ -134,6 +135,7 @@ def extra_peak_bytes(work: Callable[[], Any]) -> int:
         before = _own_memory("VmRSS")
         work()
         return max(0, _own_memory("VmHWM") - before)
+    gc.collect()  # what went in the midst of the work would make its peak look lower
     synchronize()
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
@@ -144,8 +146,11 @@ def extra_peak_bytes(work: Callable[[], Any]) -> int:
 
 def fillable_bytes() -> int:
     """Memory that a case may be expected to fill."""
-    free = psutil.virtual_memory().available if host.is_host() else torch.cuda.mem_get_info()[0]
-    return int(FILLABLE * free)
+    if host.is_host():
+        return int(FILLABLE * psutil.virtual_memory().available)
+    # What torch's allocator keeps of earlier cases is free for this one.
+    cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return int(FILLABLE * (torch.cuda.mem_get_info()[0] + cached))
 
 
 def apart(function: Callable[..., int], *arguments: Any, preload: str) -> int:
@@ -189,8 +194,10 @@ def wide_console() -> Console:
 
 
 def write_files(folder: Path, name: str, figures: Mapping[str, Any], picture: bytes | None) -> None:
-    """`name`.json and, where there is one, `name`.png."""
+    """`name`.json and, where there is one, `name`.png: each whole, or as it was."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
-    if picture is not None:
-        (folder / f"{name}.png").write_bytes(picture)
+    for suffix, content in (("json", (json.dumps(figures, indent=1) + "\n").encode()), ("png", picture)):
+        if content is not None:
+            partial = folder / f"{name}.{suffix}.partial"
+            partial.write_bytes(content)
+            partial.replace(folder / f"{name}.{suffix}")

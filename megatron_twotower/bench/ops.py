@@ -62,7 +62,8 @@ def scan_inputs(shape: Shape, *, trained: bool) -> tuple[Tensor, ...]:
     l, dtype, model, device = shape.length, DTYPES[shape.dtype], shape.model, host.device()
     m, p, g, d = model.mamba_num_heads, model.mamba_head_dim, model.n_groups, model.ssm_state_size
     x, B, C = (_normal(1, l, *size, dtype=dtype) for size in ((m, p), (g, d), (g, d)))
-    dt, A, D = torch.rand(1, l, m, device=device) * 0.1, -torch.rand(m, device=device) - 0.1, torch.ones(m).to(device)
+    dt, A = torch.rand(1, l, m, device=device) * 0.1, -torch.rand(m, device=device) - 0.1
+    D = torch.ones(m, device=device)
     return tuple(tensor.requires_grad_(trained) for tensor in (x, dt, A, B, C, D))
 
 

@@ -17,8 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
+from megatron_twotower import host
 from megatron_twotower.bench import measure
-from megatron_twotower.generate import load, mask_token_id
+from megatron_twotower.bench.kernel_classes import time_by_class
+from megatron_twotower.generate import default_devices, load, mask_token_id
 from megatron_twotower.hf.modeling_nemotron_h_twotower import ContextCache
 from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as Model
 from megatron_twotower.machine import machine, machine_line
@@ -93,9 +95,10 @@ def by_layer(model: Model, prompt: torch.Tensor, cases: dict[str, Work], *, roun
     return {name: {kind: statistics.median(s) for kind, s in kinds.items()} for name, kinds in found.items()}
 
 
-def operations(model: Model, prompt: torch.Tensor, work: Work) -> dict[str, float]:
+def operations(model: Model, prompt: torch.Tensor, work: Work) -> dict[str, float | None]:
     """Of one run, under the profiler: how many operations torch is called for, and the share of matrix products in
-    their time. The profiler slows small operations down, so that the share is a lower bound."""
+    their time; on a device, in that of its kernels, None where the profiler saw none. On a CPU it slows small
+    operations down, so that the share is a lower bound."""
     caches = [model.prefill(prompt) for _ in range(PROFILED)]
     with profile(activities=[ProfilerActivity.CPU]) as record:
         for cache in caches:
@@ -104,8 +107,14 @@ def operations(model: Model, prompt: torch.Tensor, work: Work) -> dict[str, floa
     assert events is not None
     outer = [event for event in events if event.cpu_parent is None]
     total = sum(event.cpu_time_total for event in outer)
+    count = len(outer) / PROFILED
+    if not host.is_host():  # there these are the times that it takes to start kernels
+        cache = model.prefill(prompt)
+        kernels = time_by_class(lambda: work(cache)).seconds
+        busy = sum(kernels.values())
+        return {"operations": count, "matrix_products": kernels["GEMM"] / busy if busy else None}
     products = sum(event.self_cpu_time_total for event in events if event.name in MATRIX_PRODUCTS)
-    return {"operations": len(outer) / PROFILED, "matrix_products": products / total}
+    return {"operations": count, "matrix_products": products / total}
 
 
 def break_even(block_size: int, *, denoiser: float, step: float, read: float) -> float | None:
@@ -156,7 +165,7 @@ def table(figures: dict[str, Any]) -> Table:
         by_kind = (f"{1e3 * row['seconds_by_layer'].get(kind, 0.0):.2f}" for kind in kinds)
         shown.add_row(
             row["case"], f"{1e3 * row['minimum_seconds']:.2f}", f"{1e3 * row['median_seconds']:.2f}", *by_kind,
-            f"{row['operations']:.0f}", f"{row['matrix_products']:.0%}",
+            f"{row['operations']:.0f}", "" if row["matrix_products"] is None else f"{row['matrix_products']:.0%}",
         )  # fmt: skip
     return shown
 
@@ -169,7 +178,7 @@ def run(
     for name, value in (("--block", block_size), ("--prompt-tokens", prompt_tokens), ("--rounds", rounds)):
         if value < 1:
             raise UserError(f"{name}: found {value}, expected at least 1")
-    opened, tokenizer = load(model, device="cuda" if torch.cuda.is_available() else "cpu")
+    opened, tokenizer = load(model, device=default_devices()[0])
     with measure.torch_threads(threads or torch.get_num_threads()):
         figures = measured(
             opened, mask_id=mask_token_id(tokenizer), block_size=block_size, prompt_tokens=prompt_tokens, rounds=rounds
