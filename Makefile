@@ -133,7 +133,7 @@ test: $(VENV)/.installed-dev ## run the tests (PYTEST_ARGS='tests/test_ops.py -k
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-dev ## run the slow tests
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/.installed-dev ## run the tests that need a CUDA device; without one they fail (figures: runs/test-gpu.jsonl)
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
