@@ -157,7 +157,7 @@ def assert_same(got, want, precision):
 
 def cases(*ranks):
     for count in ranks:
-        marks = [pytest.mark.slow] if count > 4 else []
+        marks = [pytest.mark.slow] if count > 2 else []
         for name in LAYOUTS[count]:
             yield pytest.param(count, name, id=f"{count} ranks: {name}", marks=marks)
 

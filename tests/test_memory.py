@@ -23,6 +23,13 @@ def config_of(kind, *, block, length, recompute=""):
     return dataclasses.replace(config, model=dataclasses.replace(MODEL, hybrid_override_pattern=kind), train=train)
 
 
+@pytest.fixture(autouse=True)
+def new_objects_alone():
+    """What was there before a test is not looked through again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 def storages():
     """Every storage that a tensor known to Python lives in, by address; while it is held, no other one's."""
     gc.collect()

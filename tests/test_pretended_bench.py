@@ -18,6 +18,7 @@ def console():
     return Console(file=io.StringIO(), width=200)
 
 
+@pytest.mark.slow
 def test_steps_of_the_real_layers(console, tmp_path):
     rungs = ("M and E recomputed",)
     with pretended_cuda() as waits:
