@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_twotower.ops.triton_numbers import narrow
+from megatron_twotower.ops.triton_numbers import last_dense, narrow
 
 # Positions and channels that a program holds at a time, and the positions that it goes through: the gradients of weight
 # and bias are summed over them in registers.
@@ -194,6 +194,5 @@ def block_conv_triton(
         (b, l, c) contiguous, with gradients into x, weight and bias, none into the history.
     """
     assert x.shape[1] % block == 0, (x.shape, block)
-    x = x if x.stride(-1) == 1 else x.contiguous()
     history = None if history is None else history.contiguous()
-    return _BlockConv.apply(x, history, weight.contiguous(), bias.contiguous(), documents, block)
+    return _BlockConv.apply(last_dense(x), history, weight.contiguous(), bias.contiguous(), documents, block)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_twotower.ops.triton_numbers import narrow, padded
+from megatron_twotower.ops.triton_numbers import last_dense, narrow, padded
 
 # Elements that a program holds, and the most positions of them.
 TILE = 4096
@@ -122,16 +122,12 @@ class _Scaled(torch.autograd.Function):
         return grad_x, by_stretch[0].to(factor.dtype), grad_base, None, None
 
 
-def _dense_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def modulate_triton(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """`adaln.modulate` of bfloat16 or float32."""
-    return _Scaled.apply(x.contiguous(), _dense_rows(scale), _dense_rows(shift), 1.0, False)
+    return _Scaled.apply(x.contiguous(), last_dense(scale), last_dense(shift), 1.0, False)
 
 
 def add_gated_triton(x: Tensor, gate: Tensor, out: Tensor) -> Tensor:
     """`adaln.add_gated` of bfloat16 or float32, all of one dtype."""
     assert x.dtype == out.dtype, (x.dtype, out.dtype)
-    return _Scaled.apply(out.contiguous(), _dense_rows(gate), _dense_rows(x), 0.0, True)
+    return _Scaled.apply(out.contiguous(), last_dense(gate), last_dense(x), 0.0, True)

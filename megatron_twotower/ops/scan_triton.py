@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from megatron_twotower.ops import scan_triton_kernels as kernels
-from megatron_twotower.ops.triton_numbers import padded
+from megatron_twotower.ops.triton_numbers import last_dense, padded
 
 # Most that the kernels take of block, head size and state size, by bytes per input element: what fits in 227 KiB of
 # shared memory.
@@ -193,7 +193,7 @@ class _TwoStreamScan(torch.autograd.Function):
         x, dt, A, B, C, D, clean_x, clean_dt, clean_A, clean_B, states, documents = ctx.saved_tensors
         block, chunk, m = ctx.block, ctx.chunk, x.shape[2]
         rows = dt[..., 0] if documents is None else documents
-        grad = _last_dense(grad)
+        grad = last_dense(grad)
         left, own = (
             plan(name, x, B, block=block, chunk=chunk, documents=documents is not None, interpreted=not x.is_cuda)
             for name in ("backward_left", "backward_own")
@@ -222,11 +222,6 @@ class _TwoStreamScan(torch.autograd.Function):
         return grad_x, grad_dt, sums[0], grad_B, grad_C, sums[1], *[None] * 8
 
 
-def _last_dense(tensor: Tensor) -> Tensor:
-    """As it is where the last dimension is dense, else a copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def two_stream_scan_triton(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *,
     clean_x: Tensor, clean_dt: Tensor, clean_A: Tensor, clean_B: Tensor, states: Tensor, block: int, chunk: int,
@@ -249,6 +244,6 @@ def two_stream_scan_triton(
     assert {t.dtype for t in (B, C, clean_x, clean_B)} == {x.dtype}
     assert {t.dtype for t in (dt, clean_dt, states)} == {torch.float32}
     assert states.shape == (x.shape[0], -(-x.shape[1] // chunk), *x.shape[2:], B.shape[3]), states.shape
-    x, B, C, clean_x, clean_B, states = (_last_dense(t) for t in (x, B, C, clean_x, clean_B, states))
+    x, B, C, clean_x, clean_B, states = (last_dense(t) for t in (x, B, C, clean_x, clean_B, states))
     clean = (clean_x, clean_dt, clean_A.contiguous(), clean_B, states)
     return _TwoStreamScan.apply(x, dt, A.contiguous(), B, C, D.contiguous(), *clean, block, chunk, documents)

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
@@ -18,3 +19,8 @@ def narrow(values, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 def padded(size: int) -> int:
     """tl.dot takes no dimension under 16, tl.arange powers of two."""
     return max(16, 1 << (size - 1).bit_length())
+
+
+def last_dense(tensor: Tensor) -> Tensor:
+    """As it is where the last dimension is dense, else a copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
