@@ -293,6 +293,9 @@ def test_nothing_of_a_measured_side_stays(groups, monkeypatch):
 
 
 def test_the_command_says_what_is_wrong(capsys, tmp_path):
-    for arguments, said in ((["--layers", "53"], "--layers: found 53"), (["--rungs", "rooter"], "--rungs: found")):
+    for arguments, said in (
+        (["--layers", "53"], "--layers: found 53"), (["--quick", "--layers", "6"], "--layers: found 6"),
+        (["--rungs", "rooter"], "--rungs: found"),
+    ):  # fmt: skip
         assert main(["bench", "gpu", *arguments, "--output", str(tmp_path)]) == 2
         assert said in capsys.readouterr().err

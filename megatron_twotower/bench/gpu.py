@@ -337,7 +337,7 @@ def run(
     """Measure, print tables, and write `gpu.json` to `output`, anew after every rung. Whether no rung failed."""
     console = console or measure.wide_console()
     if quick:
-        wanted = dataclasses.replace(QUICK, ladder=wanted.ladder, rungs=wanted.rungs)
+        wanted = dataclasses.replace(QUICK, layers=wanted.layers, ladder=wanted.ladder, rungs=wanted.rungs)
         overrides = [*QUICK_OVERRIDES, *overrides]
     rungs_of(wanted)
     config = load_recipe(recipe, overrides)
