@@ -183,6 +183,7 @@ test-slurm: $(VENV)/.installed-dev ## run the launch scripts on a real Slurm (as
 
 check: $(VENV)/.installed-dev ## lint and types
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 format: $(VENV)/.installed-dev ## sort imports, mend what the linter can, format

@@ -66,7 +66,7 @@ class Model:
 
 def build_model(
     config: RunConfig, groups: ProcessGroupCollection, *, backbone_source: TensorSource | None = None
-) -> Model:  # fmt: skip
+) -> Model:
     """Towers with their starting weights: from Hugging Face folders, or random for `ar` without one.
 
     Args:
@@ -179,16 +179,28 @@ def run_training(config: RunConfig) -> bool:
     _write_run_files(run, config, model, source)
 
     logging = config.logging
-    with open_metrics(
-        run, total_steps=config.train.steps, resume_step=progress.step, console=logging.console,
-        wandb=WandbSettings(logging.wandb, logging.project, logging.name), config=dataclasses.asdict(config),
-    ) as metrics, watching(limit_seconds=config.train.hang_timeout_seconds) as beat:  # fmt: skip
+    with (
+        open_metrics(
+            run,
+            total_steps=config.train.steps,
+            resume_step=progress.step,
+            console=logging.console,
+            wandb=WandbSettings(logging.wandb, logging.project, logging.name),
+            config=dataclasses.asdict(config),
+        ) as metrics,
+        watching(limit_seconds=config.train.hang_timeout_seconds) as beat,
+    ):
         keeper = keeping.Keeper(run, parts, pieces, fingerprint=model.fingerprint, metrics=metrics)
         hooks = trainer.Hooks(
-            metrics=metrics, save=keeper.save, saved=keeper.saved, stop_requested=stop, beat=beat,
-            consumed=keeping.bookkeeper(run, config, groups), keep_batch=keeping.batch_keeper(run),
+            metrics=metrics,
+            save=keeper.save,
+            saved=keeper.saved,
+            stop_requested=stop,
+            beat=beat,
+            consumed=keeping.bookkeeper(run, config, groups),
+            keep_batch=keeping.batch_keeper(run),
             tokens_by_corpus=tokens_by_corpus(config, source),
-        )  # fmt: skip
+        )
         try:
             return trainer.train(parts, progress, stream, validation, hooks)
         finally:

@@ -156,7 +156,7 @@ def batches(path: Path, encode: Callable[[Sequence[str]], list[list[int]]], bulk
             chosen = order[start : start + bulk.batch_size]
             yield Batch(
                 number, [window[i][0] for i in chosen], [window[i][1] for i in chosen], [ids[i] for i in chosen]
-            )  # fmt: skip
+            )
             number += 1
 
 
@@ -184,10 +184,14 @@ def write_batch(
     ids, mask = padded(batch.ids)
     device = model.context_tower.device
     output, _ = write(
-        model, ids.to(device), mode=mode, settings=replace(settings, seed=_seed(settings.seed, batch.number)),
-        mask_id=mask_token_id(tokenizer), eos_id=tokenizer.eos_token_id,
+        model,
+        ids.to(device),
+        mode=mode,
+        settings=replace(settings, seed=_seed(settings.seed, batch.number)),
+        mask_id=mask_token_id(tokenizer),
+        eos_id=tokenizer.eos_token_id,
         attention_mask=None if mask is None else mask.to(device),
-    )  # fmt: skip
+    )
     rows = []
     for record, new in zip(batch.records, output[:, ids.shape[1] :].cpu(), strict=True):
         ends = (new == tokenizer.eos_token_id).nonzero()
@@ -280,9 +284,12 @@ def rows_in_order(stream: IO[bytes], window_batches: int) -> Iterator[dict[str, 
 def bar(total: int) -> Iterator[Report]:
     """A bar on standard error, with new tokens per second."""
     columns = (
-        TextColumn("{task.completed:,}/{task.total:,} prompts"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[text]}"), TimeRemainingColumn(),
-    )  # fmt: skip
+        TextColumn("{task.completed:,}/{task.total:,} prompts"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[text]}"),
+        TimeRemainingColumn(),
+    )
     shown = Progress(*columns, console=Console(stderr=True))
     task = shown.add_task("", total=total, text="")
 
@@ -299,9 +306,17 @@ def bar(total: int) -> Iterator[Report]:
 
 
 def write_all(
-    model: Model, tokenizer: PreTrainedTokenizerFast, prompts: Path, output: Path, *, mode: str,
-    settings: GenerationSettings, bulk: BulkSettings, plan: dict[str, Any], report: Report,
-) -> Tally:  # fmt: skip
+    model: Model,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Path,
+    output: Path,
+    *,
+    mode: str,
+    settings: GenerationSettings,
+    bulk: BulkSettings,
+    plan: dict[str, Any],
+    report: Report,
+) -> Tally:
     """Continue every prompt of a file. `plan` holds all that decides the text, and `prompts`, how many there are.
 
     Raises:
@@ -319,10 +334,13 @@ def write_all(
             append(stream, {"batch": batch.number, "rows": list(zip(batch.places, rows, strict=True))})
             lengths = [len(ids) for ids in batch.ids]
             tally = Tally(
-                done, tally.total, tally.new_tokens + sum(row["new_tokens"] for row in rows),
-                tally.seconds + time.perf_counter() - started, tally.computed + max(lengths) * len(lengths),
+                done,
+                tally.total,
+                tally.new_tokens + sum(row["new_tokens"] for row in rows),
+                tally.seconds + time.perf_counter() - started,
+                tally.computed + max(lengths) * len(lengths),
                 tally.text + sum(lengths),
-            )  # fmt: skip
+            )
             report(tally)
         with written(output) as partial, open(partial, "w", encoding="utf-8") as target:
             for row in rows_in_order(stream, bulk.window_batches):
@@ -332,9 +350,16 @@ def write_all(
 
 
 def run(
-    folder: str | Path, *, prompts: Path, output: Path, mode: str, settings: GenerationSettings, bulk: BulkSettings,
-    devices: Sequence[str] = (), console: Console | None = None,
-) -> int:  # fmt: skip
+    folder: str | Path,
+    *,
+    prompts: Path,
+    output: Path,
+    mode: str,
+    settings: GenerationSettings,
+    bulk: BulkSettings,
+    devices: Sequence[str] = (),
+    console: Console | None = None,
+) -> int:
     """The command `generate --prompts`: a bar while it writes, and a line of figures. Returns the exit status.
 
     Raises:
@@ -350,9 +375,14 @@ def run(
     model, tokenizer = load(folder)
     place(model, devices or default_devices())
     plan = {
-        "version": VERSION, "prompts": count, "prompts_sha256": sha256, "model": model_mark(Path(folder)),
-        "mode": mode, **asdict(settings), **asdict(bulk),
-    }  # fmt: skip
+        "version": VERSION,
+        "prompts": count,
+        "prompts_sha256": sha256,
+        "model": model_mark(Path(folder)),
+        "mode": mode,
+        **asdict(settings),
+        **asdict(bulk),
+    }
     with bar(count) as report:
         tally = write_all(
             model, tokenizer, prompts, output, mode=mode, settings=settings, bulk=bulk, plan=plan, report=report
@@ -360,6 +390,8 @@ def run(
     (console or Console()).print(
         f"{output}: {count:,} prompts; {tally.new_tokens:,} new tokens in {tally.seconds:.1f} s "
         f"({tally.tokens_per_second:,.0f} tokens/s), {tally.padding:.1%} of the prompts' positions were padding",
-        highlight=False, markup=False, soft_wrap=True,
-    )  # fmt: skip
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     return 0

@@ -342,10 +342,7 @@ def validate_model(model: ModelConfig) -> None:
         f"model.hybrid_override_pattern: found {model.hybrid_override_pattern!r}, "
         f"expected letters of {''.join(LAYER_KINDS)}",
     )
-    divisors = (
-        ("num_attention_heads", "num_key_value_heads"),
-        ("mamba_num_heads", "n_groups"),
-    )
+    divisors = (("num_attention_heads", "num_key_value_heads"), ("mamba_num_heads", "n_groups"))
     for whole, part in divisors:
         a, b = getattr(model, whole), getattr(model, part)
         require(a % b == 0, f"model.{whole} {a}: expected a multiple of model.{part} {b}")
@@ -372,10 +369,19 @@ def model_from_hf(config: Mapping[str, Any], *, source: str) -> ModelConfig:
         kinds = config.get("layers_block_type") or config.get("layer_types") or []
         pattern = "".join(letters.get(_LEGACY_KINDS.get(kind, kind), "?") for kind in kinds)
     unsupported = {
-        "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "mamba_proj_bias": False,
-        "use_bias": False, "use_conv_bias": True, "norm_topk_prob": True, "n_group": 1, "topk_group": 1,
-        "moe_latent_size": None, "mlp_hidden_act": "relu2", "mamba_hidden_act": "silu",
-    }  # fmt: skip
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "mamba_proj_bias": False,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "norm_topk_prob": True,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_latent_size": None,
+        "mlp_hidden_act": "relu2",
+        "mamba_hidden_act": "silu",
+    }
     for key, expected in unsupported.items():
         found = config.get(key, expected)
         require(found == expected, f"{source}: {key}: found {found!r}, expected {expected!r}")

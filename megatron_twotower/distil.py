@@ -16,9 +16,16 @@ from megatron_twotower.records import require
 
 
 def distil(
-    folder: str | Path, data: str | Path, output: Path, *, sequences: int, prompt_tokens: int, new_tokens: int,
-    batch_size: int, progress: OnProgress = silent,
-) -> int:  # fmt: skip
+    folder: str | Path,
+    data: str | Path,
+    output: Path,
+    *,
+    sequences: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    batch_size: int,
+    progress: OnProgress = silent,
+) -> int:
     """Continue stretches of training text greedily and write each, prompt and continuation, as a line of JSON.
 
     Args:
@@ -32,8 +39,11 @@ def distil(
         UserError: `output` exists or cannot be written, a number below 1, or too little data.
     """
     numbers = {
-        "sequences": sequences, "prompt-tokens": prompt_tokens, "new-tokens": new_tokens, "batch-size": batch_size,
-    }  # fmt: skip
+        "sequences": sequences,
+        "prompt-tokens": prompt_tokens,
+        "new-tokens": new_tokens,
+        "batch-size": batch_size,
+    }
     for name, value in numbers.items():
         require(value >= 1, f"--{name}: found {value}, expected at least 1")
     require(not output.exists(), f"{output}: exists, expected a file that is not there yet")
@@ -56,7 +66,13 @@ def run(
     """The command `distil`."""
     with bars() as progress:
         lines = distil(
-            folder, data, output, sequences=sequences, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
-            batch_size=batch_size, progress=progress,
-        )  # fmt: skip
+            folder,
+            data,
+            output,
+            sequences=sequences,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            batch_size=batch_size,
+            progress=progress,
+        )
     print(f"{output}: {lines:,} texts of {prompt_tokens} + {new_tokens} tokens")

@@ -72,28 +72,38 @@ class _OfSpec:
 
 SPEC_ROLES = (
     _OfSpec(
-        "norm", "megatron_twotower.spec.RMSNorm",
-        "torch RMSNorm", "Transformer Engine, fused with the projection in M and *",
+        "norm",
+        "megatron_twotower.spec.RMSNorm",
+        "torch RMSNorm",
+        "Transformer Engine, fused with the projection in M and *",
     ),
     _OfSpec(
-        "projections", "megatron_twotower.spec.ColumnParallelLinear",
-        "torch, Megatron's parallel linears", "Transformer Engine linears",
+        "projections",
+        "megatron_twotower.spec.ColumnParallelLinear",
+        "torch, Megatron's parallel linears",
+        "Transformer Engine linears",
     ),
     _OfSpec(
-        "grouped GEMM", "megatron_twotower.spec.SequentialMLP",
-        "Megatron SequentialMLP, expert by expert", "Transformer Engine grouped linear",
+        "grouped GEMM",
+        "megatron_twotower.spec.SequentialMLP",
+        "Megatron SequentialMLP, expert by expert",
+        "Transformer Engine grouped linear",
     ),
     _OfSpec(
-        "token permutation", "megatron.core.transformer.moe.moe_utils.permute",
-        "torch index_select and scatter_add", "Transformer Engine, fused",
+        "token permutation",
+        "megatron.core.transformer.moe.moe_utils.permute",
+        "torch index_select and scatter_add",
+        "Transformer Engine, fused",
         lambda config: config.fusion.permutation,
     ),
     _OfSpec(
-        "router", "megatron_twotower.router.Router",
-        "torch", "Transformer Engine, fused (train.router_dtype=fp32)",
+        "router",
+        "megatron_twotower.router.Router",
+        "torch",
+        "Transformer Engine, fused (train.router_dtype=fp32)",
         lambda config: config.fusion.router and config.train.router_dtype == "fp32",
     ),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -113,38 +123,52 @@ class _Kernels:
 
 KERNEL_ROLES = (
     _Kernels(
-        "denoiser attention", "megatron_twotower.ops.attention.block_attention",
-        "FlexAttention, block-sparse", "torch, by chunks of queries", "triton",
+        "denoiser attention",
+        "megatron_twotower.ops.attention.block_attention",
+        "FlexAttention, block-sparse",
+        "torch, by chunks of queries",
+        "triton",
     ),
     _Kernels(
-        "denoiser scan", "megatron_twotower.ops.scan.two_stream_scan",
-        "this project's Triton kernels", "torch, chunked two-stream scan", "triton",
+        "denoiser scan",
+        "megatron_twotower.ops.scan.two_stream_scan",
+        "this project's Triton kernels",
+        "torch, chunked two-stream scan",
+        "triton",
     ),
     _Kernels(
-        "context scan", "megatron_twotower.ops.scan.chunk_scan",
-        "mamba-ssm kernels, in bfloat16", "torch, chunked scan", "mamba-ssm",
+        "context scan",
+        "megatron_twotower.ops.scan.chunk_scan",
+        "mamba-ssm kernels, in bfloat16",
+        "torch, chunked scan",
+        "mamba-ssm",
     ),
     _Kernels(
-        "denoiser conv", "megatron_twotower.ops.convolution.seeded_block_conv",
-        "this project's Triton kernels", "torch, sum of shifted copies", "triton",
+        "denoiser conv",
+        "megatron_twotower.ops.convolution.seeded_block_conv",
+        "this project's Triton kernels",
+        "torch, sum of shifted copies",
+        "triton",
     ),
     _Kernels(
-        "context conv", "megatron_twotower.ops.convolution.causal_conv",
-        "causal-conv1d kernels", "as the denoiser's", "causal-conv1d",
+        "context conv",
+        "megatron_twotower.ops.convolution.causal_conv",
+        "causal-conv1d kernels",
+        "as the denoiser's",
+        "causal-conv1d",
     ),
     _Kernels(
-        "gated norm", "megatron_twotower.ops.norm.gated_rms_norm",
-        "this project's Triton kernels", "torch", "triton",
+        "gated norm", "megatron_twotower.ops.norm.gated_rms_norm", "this project's Triton kernels", "torch", "triton"
     ),
+    _Kernels("modulation", "megatron_twotower.adaln.modulate", "this project's Triton kernels", "torch", "triton"),
     _Kernels(
-        "modulation", "megatron_twotower.adaln.modulate",
-        "this project's Triton kernels", "torch", "triton",
+        "cross-entropy",
+        "megatron_twotower.ops.cross_entropy.linear_cross_entropy",
+        "head by chunks, this project's Triton kernel",
+        "torch, fused with the head, by chunks",
+        "triton",
     ),
-    _Kernels(
-        "cross-entropy", "megatron_twotower.ops.cross_entropy.linear_cross_entropy",
-        "head by chunks, this project's Triton kernel", "torch, fused with the head, by chunks", "triton",
-    ),
-)  # fmt: skip
+)
 
 
 def _installed(package: _Package) -> str | None:

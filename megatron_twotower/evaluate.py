@@ -59,9 +59,14 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         least = {
-            "sequences": 2, "prompts": 1, "prompt_tokens": 1, "new_tokens": 4, "samples": 0, "bound_draws": 1,
+            "sequences": 2,
+            "prompts": 1,
+            "prompt_tokens": 1,
+            "new_tokens": 4,
+            "samples": 0,
+            "bound_draws": 1,
             "block_size_tokens": 1,
-        }  # fmt: skip
+        }
         for name, expected in least.items():
             found = getattr(self, name)
             if found < expected:
@@ -83,9 +88,14 @@ class EvaluationSettings:
 
 
 def write_samples(
-    model: Model, tokenizer: PreTrainedTokenizerFast, prompts: Tensor, *, max_new_tokens: int, block_size: int,
+    model: Model,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Tensor,
+    *,
+    max_new_tokens: int,
+    block_size: int,
     progress: OnProgress = silent,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """Text in every mode from prompts (n, l), greedy, with `GenerationSettings`' own threshold."""
     settings = GenerationSettings(max_new_tokens=max_new_tokens, block_size=block_size, steps_per_block=block_size)
     samples: list[dict[str, Any]] = []
@@ -93,13 +103,23 @@ def write_samples(
     for row in prompts:
         for mode in modes:
             ids, stats = write(
-                model, row.unsqueeze(0), mode=mode, settings=settings, mask_id=mask_token_id(tokenizer),
+                model,
+                row.unsqueeze(0),
+                mode=mode,
+                settings=settings,
+                mask_id=mask_token_id(tokenizer),
                 eos_id=tokenizer.eos_token_id,
-            )  # fmt: skip
-            samples.append({
-                "mode": mode, "prompt": tokenizer.decode(row.tolist()), "text": decode(tokenizer, ids[0, len(row) :]),
-                "passes": stats.passes, "new_tokens": stats.new_tokens, "seconds": stats.seconds,
-            })  # fmt: skip
+            )
+            samples.append(
+                {
+                    "mode": mode,
+                    "prompt": tokenizer.decode(row.tolist()),
+                    "text": decode(tokenizer, ids[0, len(row) :]),
+                    "passes": stats.passes,
+                    "new_tokens": stats.new_tokens,
+                    "seconds": stats.seconds,
+                }
+            )
             progress("samples", len(samples), len(prompts) * len(modes))
     return samples
 
@@ -122,13 +142,23 @@ def likelihoods(
     # Of the tokens that the bound scores: all blocks but the first.
     same = nats[:, block - 1 :]
     by_noise = likelihood.masked_loss_by_noise(
-        model, sequences, block_size=block, levels=settings.levels, seed=settings.seed, mask_id=mask_id,
+        model,
+        sequences,
+        block_size=block,
+        levels=settings.levels,
+        seed=settings.seed,
+        mask_id=mask_id,
         progress=progress,
-    )  # fmt: skip
+    )
     bound = likelihood.bound_nats(
-        model, sequences, block_size=block, draws=settings.bound_draws, seed=settings.seed, mask_id=mask_id,
+        model,
+        sequences,
+        block_size=block,
+        draws=settings.bound_draws,
+        seed=settings.seed,
+        mask_id=mask_id,
         progress=progress,
-    )  # fmt: skip
+    )
 
     def named(name: str, found: Estimate) -> dict[str, Any]:
         return {name: found.nats_per_token, f"{name}_stderr": found.stderr, f"{name}_tokens": found.tokens}
@@ -140,13 +170,16 @@ def likelihoods(
         "masked_loss_by_noise": by_noise,
         "ar_loss_by_position": [asdict(each) for each in likelihood.by_position(same, block)],
         "diffusion_bound_by_position": [asdict(each) for each in likelihood.by_position(bound, block)],
-    }  # fmt: skip
+    }
 
 
 def evaluate(
-    folder: str | Path, data: str | Path, *, settings: EvaluationSettings = EvaluationSettings(),
+    folder: str | Path,
+    data: str | Path,
+    *,
+    settings: EvaluationSettings = EvaluationSettings(),
     progress: OnProgress = silent,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Measure an exported folder on the held-out part of a prepared data folder. The result is ready for JSON.
 
     Raises:
@@ -165,26 +198,42 @@ def evaluate(
     scored = likelihoods(model, sequences, settings=settings, mask_id=mask_id, progress=progress)
     prompts = sequences[: settings.prompts, : settings.prompt_tokens].to(model.context_tower.device)
     tried = points(
-        thresholds=settings.thresholds, block_sizes=settings.block_sizes, steps=settings.steps, trained_block=block,
-        threshold=settings.threshold, every=settings.every,
-    )  # fmt: skip
-    rows = sweep(
-        model, prompts, points=tried, max_new_tokens=settings.new_tokens, mask_id=mask_id, progress=progress
-    )  # fmt: skip
+        thresholds=settings.thresholds,
+        block_sizes=settings.block_sizes,
+        steps=settings.steps,
+        trained_block=block,
+        threshold=settings.threshold,
+        every=settings.every,
+    )
+    rows = sweep(model, prompts, points=tried, max_new_tokens=settings.new_tokens, mask_id=mask_id, progress=progress)
     samples = write_samples(
-        model, tokenizer, prompts[: settings.samples], max_new_tokens=settings.new_tokens, block_size=block,
+        model,
+        tokenizer,
+        prompts[: settings.samples],
+        max_new_tokens=settings.new_tokens,
+        block_size=block,
         progress=progress,
-    )  # fmt: skip
+    )
     bytes_per_token = corpus.total_bytes / corpus.total_tokens
     return {
         **scored,
-        "ar_loss_per_byte": scored["ar_loss"] / bytes_per_token, "bytes_per_token": bytes_per_token,
-        "ar_generation": rows[0], "sweep": _by_threshold(rows, block), "generation": rows, "samples": samples,
-        "model": str(folder), "data": str(data), "tokenizer_sha256": found, "sequences": len(sequences),
-        "settings": asdict(settings), "machine": machine(),
-        "device": str(model.context_tower.device), "dtype": str(model.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(), "seconds": time.perf_counter() - started,
-    }  # fmt: skip
+        "ar_loss_per_byte": scored["ar_loss"] / bytes_per_token,
+        "bytes_per_token": bytes_per_token,
+        "ar_generation": rows[0],
+        "sweep": _by_threshold(rows, block),
+        "generation": rows,
+        "samples": samples,
+        "model": str(folder),
+        "data": str(data),
+        "tokenizer_sha256": found,
+        "sequences": len(sequences),
+        "settings": asdict(settings),
+        "machine": machine(),
+        "device": str(model.context_tower.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "seconds": time.perf_counter() - started,
+    }
 
 
 def _by_threshold(rows: Sequence[dict[str, Any]], block: int) -> list[dict[str, Any]]:
@@ -234,18 +283,31 @@ def _position_tables(found: Mapping[str, Any]) -> list[Table]:
 
 
 def _sweep_table(found: Mapping[str, Any]) -> Table:
-    headings = ("S", "steps", "threshold", "tokens/pass", "tokens/s", "x AR", "nats/token", "agree %", "as AR %",
-                "distinct-2 %", "repeated-4 %")  # fmt: skip
+    headings = (
+        "S",
+        "steps",
+        "threshold",
+        "tokens/pass",
+        "tokens/s",
+        "x AR",
+        "nats/token",
+        "agree %",
+        "as AR %",
+        "distinct-2 %",
+        "repeated-4 %",
+    )
     rows = [
         [
             "AR" if row["block_size"] is None else str(row["block_size"]),
             *("-" if row[key] is None else f"{row[key]:g}" for key in ("steps_per_block", "confidence_threshold")),
-            number(row["tokens_per_pass"]), number(row["tokens_per_second"], 1), number(row["speedup"]),
+            number(row["tokens_per_pass"]),
+            number(row["tokens_per_second"], 1),
+            number(row["speedup"]),
             with_error(row["nats_per_token"], row["nats_per_token_stderr"]),
             *(number(100 * row[key], 1) for key in ("agreement", "same_as_ar", "distinct_2", "repeated_4")),
         ]
         for row in found["generation"]
-    ]  # fmt: skip
+    ]
     settings = found["settings"]
     title = f"mask diffusion against cached AR, {settings['prompts']} prompts x {settings['new_tokens']} tokens"
     return plain_table(title, headings, rows)
@@ -257,8 +319,11 @@ def wide_console() -> Console:
 
 
 def print_figures(found: Mapping[str, Any], console: Console) -> None:
-    lines = {"AR, context tower": "ar_loss", "AR, tokens of the bound": "ar_loss_on_bound_tokens",
-             "diffusion bound": "diffusion_bound"}  # fmt: skip
+    lines = {
+        "AR, context tower": "ar_loss",
+        "AR, tokens of the bound": "ar_loss_on_bound_tokens",
+        "diffusion bound": "diffusion_bound",
+    }
     rows = [
         (name, with_error(found[key], found[f"{key}_stderr"]), f"{found[f'{key}_tokens']:,}")
         for name, key in lines.items()
@@ -299,16 +364,15 @@ def pareto_picture(found: Mapping[str, Any]) -> bytes:
     ]
     families = [
         pictures.Family(name, [(label(row), row) for row in some], joined)
-        for name, some, label, joined in kinds if some
-    ]  # fmt: skip
+        for name, some, label, joined in kinds
+        if some
+    ]
     best = front(rows, "agreement")
     return pictures.pareto(families, found["ar_generation"], best, theme=pictures.LIGHT)
 
 
 # name behind that of the JSON file, and how to draw it
-PICTURES: dict[str, Callable[[Mapping[str, Any]], bytes]] = {
-    "positions": positions_picture, "pareto": pareto_picture,
-}  # fmt: skip
+PICTURES: dict[str, Callable[[Mapping[str, Any]], bytes]] = {"positions": positions_picture, "pareto": pareto_picture}
 
 
 # --- the command --------------------------------------------------------------------------------------------------

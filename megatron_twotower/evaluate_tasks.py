@@ -20,27 +20,47 @@ def results_table(found: Mapping[str, Any]) -> Table:
     own = found["settings"]
     mode = own["mode"]
     with_card = any(row["card"] for row in found["tasks"])
-    headings = ["task", "shots", "metric", "%", *(["card, AR", "card, two towers"] if with_card else []), "documents",
-                "tokens/pass", "tokens/s", "seconds"]  # fmt: skip
+    headings = [
+        "task",
+        "shots",
+        "metric",
+        "%",
+        *(["card, AR", "card, two towers"] if with_card else []),
+        "documents",
+        "tokens/pass",
+        "tokens/s",
+        "seconds",
+    ]
     rows = [
         [
-            row["name"], "own" if row["shots"] is None else str(row["shots"]), row["metric"],
+            row["name"],
+            "own" if row["shots"] is None else str(row["shots"]),
+            row["metric"],
             with_error(100 * row["value"], None if row["stderr"] is None else 100 * row["stderr"]),
             *([number(row["card"].get(key)) for key in ("ar", "mask_diffusion")] if with_card else []),
-            f"{row['documents']:,}", number(row["tokens_per_pass"]), number(row["tokens_per_second"], 1),
+            f"{row['documents']:,}",
+            number(row["tokens_per_pass"]),
+            number(row["tokens_per_second"], 1),
             number(row["seconds"], 1),
         ]
         for row in found["tasks"]
-    ]  # fmt: skip
+    ]
     part = "" if found["limit"] is None else f", the first {found['limit']} documents of each"
     return plain_table(f"{found['model']}: writing by {mode}, scoring by {own['scoring']}{part}", headings, rows)
 
 
 def run(
-    folder: str | Path, *, chosen: Sequence[str], output: str | Path, settings: Mapping[str, Any] | None = None,
-    shots: int | None = None, limit: int | None = None, task_files: Path | None = None,
-    allow_code_execution: bool = False, console: Console | None = None,
-) -> None:  # fmt: skip
+    folder: str | Path,
+    *,
+    chosen: Sequence[str],
+    output: str | Path,
+    settings: Mapping[str, Any] | None = None,
+    shots: int | None = None,
+    limit: int | None = None,
+    task_files: Path | None = None,
+    allow_code_execution: bool = False,
+    console: Console | None = None,
+) -> None:
     """Run the tasks, print their table and write `output`.
 
     Args:
@@ -55,9 +75,13 @@ def run(
     from megatron_twotower import harness
 
     found = harness.run_tasks(
-        folder, tasks, settings=harness.HarnessSettings(**(settings or {})), limit=limit, include_path=task_files,
+        folder,
+        tasks,
+        settings=harness.HarnessSettings(**(settings or {})),
+        limit=limit,
+        include_path=task_files,
         allow_code_execution=allow_code_execution,
-    )  # fmt: skip
+    )
     write_file(Path(output), (json.dumps(found, indent=1) + "\n").encode())
     console = console or wide_console()
     console.print(results_table(found))

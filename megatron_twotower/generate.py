@@ -141,9 +141,16 @@ def mask_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def write(
-    model: NemotronHTwoTowerForCausalLM, ids: Tensor, *, mode: str, settings: GenerationSettings, mask_id: int,
-    eos_id: int | None, attention_mask: Tensor | None = None, watch: Watch = UNWATCHED,
-) -> tuple[Tensor, GenerationStats]:  # fmt: skip
+    model: NemotronHTwoTowerForCausalLM,
+    ids: Tensor,
+    *,
+    mode: str,
+    settings: GenerationSettings,
+    mask_id: int,
+    eos_id: int | None,
+    attention_mask: Tensor | None = None,
+    watch: Watch = UNWATCHED,
+) -> tuple[Tensor, GenerationStats]:
     """Continue prompts.
 
     Args:
@@ -192,41 +199,73 @@ def _generator(device: torch.device, settings: GenerationSettings) -> torch.Gene
 
 def _mask_diffusion(model: NemotronHTwoTowerForCausalLM, what: Request, settings: GenerationSettings) -> Tensor:
     return model.generate_mask_diffusion(
-        what.ids, settings.max_new_tokens, settings.block_size, settings.steps_per_block, what.mask_id,
-        settings.temperature, settings.top_k, settings.confidence_threshold, what.eos_id,
-        attention_mask=what.attention_mask, top_p=settings.top_p,
-        generator=_generator(model.denoiser_tower.device, settings), on_step=what.watch.on_step,
-    )  # fmt: skip
+        what.ids,
+        settings.max_new_tokens,
+        settings.block_size,
+        settings.steps_per_block,
+        what.mask_id,
+        settings.temperature,
+        settings.top_k,
+        settings.confidence_threshold,
+        what.eos_id,
+        attention_mask=what.attention_mask,
+        top_p=settings.top_p,
+        generator=_generator(model.denoiser_tower.device, settings),
+        on_step=what.watch.on_step,
+    )
 
 
 def _mock_ar(model: NemotronHTwoTowerForCausalLM, what: Request, settings: GenerationSettings) -> Tensor:
     return model.generate_mock_ar(
-        what.ids, settings.max_new_tokens, settings.temperature, settings.top_k, what.eos_id,
-        attention_mask=what.attention_mask, top_p=settings.top_p,
-        generator=_generator(model.denoiser_tower.device, settings), on_tokens=what.watch.on_tokens,
-    )  # fmt: skip
+        what.ids,
+        settings.max_new_tokens,
+        settings.temperature,
+        settings.top_k,
+        what.eos_id,
+        attention_mask=what.attention_mask,
+        top_p=settings.top_p,
+        generator=_generator(model.denoiser_tower.device, settings),
+        on_tokens=what.watch.on_tokens,
+    )
 
 
 def _ar(model: NemotronHTwoTowerForCausalLM, what: Request, settings: GenerationSettings) -> Tensor:
     return model.generate_ar(
-        what.ids, settings.max_new_tokens, settings.temperature, settings.top_k, what.eos_id,
-        attention_mask=what.attention_mask, top_p=settings.top_p,
-        generator=_generator(model.context_tower.device, settings), on_tokens=what.watch.on_tokens,
-    )  # fmt: skip
+        what.ids,
+        settings.max_new_tokens,
+        settings.temperature,
+        settings.top_k,
+        what.eos_id,
+        attention_mask=what.attention_mask,
+        top_p=settings.top_p,
+        generator=_generator(model.context_tower.device, settings),
+        on_tokens=what.watch.on_tokens,
+    )
 
 
 def _speculative(model: NemotronHTwoTowerForCausalLM, what: Request, settings: GenerationSettings) -> Tensor:
     return model.generate_speculative(
-        what.ids, settings.max_new_tokens, settings.block_size, settings.draft_steps, what.mask_id,
-        settings.temperature, settings.top_k, what.eos_id,
-        attention_mask=what.attention_mask, top_p=settings.top_p,
-        generator=_generator(model.context_tower.device, settings), on_tokens=what.watch.on_tokens,
-    )  # fmt: skip
+        what.ids,
+        settings.max_new_tokens,
+        settings.block_size,
+        settings.draft_steps,
+        what.mask_id,
+        settings.temperature,
+        settings.top_k,
+        what.eos_id,
+        attention_mask=what.attention_mask,
+        top_p=settings.top_p,
+        generator=_generator(model.context_tower.device, settings),
+        on_tokens=what.watch.on_tokens,
+    )
 
 
 MODES: Mapping[str, Mode] = {
-    "mask_diffusion": _mask_diffusion, "mock_ar": _mock_ar, "ar": _ar, "speculative": _speculative,
-}  # fmt: skip
+    "mask_diffusion": _mask_diffusion,
+    "mock_ar": _mock_ar,
+    "ar": _ar,
+    "speculative": _speculative,
+}
 DECIDED_BY = {name: "context tower" if name in ("ar", "speculative") else "denoiser" for name in MODES}
 
 
@@ -237,9 +276,14 @@ def decode(tokenizer: PreTrainedTokenizerFast, new: Tensor) -> str:
 
 
 def generate(
-    model: NemotronHTwoTowerForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, *,
-    mode: str = "mask_diffusion", settings: GenerationSettings = GenerationSettings(), watch: Watch = UNWATCHED,
-) -> Generation:  # fmt: skip
+    model: NemotronHTwoTowerForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompt: str,
+    *,
+    mode: str = "mask_diffusion",
+    settings: GenerationSettings = GenerationSettings(),
+    watch: Watch = UNWATCHED,
+) -> Generation:
     """Continue a prompt, up to the tokenizer's end-of-text token.
 
     Raises:
@@ -250,9 +294,14 @@ def generate(
         raise UserError("prompt: found no text, expected at least one token")
     inputs = torch.tensor([ids], device=model.context_tower.device)
     output, stats = write(
-        model, inputs, mode=mode, settings=settings, mask_id=mask_token_id(tokenizer), eos_id=tokenizer.eos_token_id,
+        model,
+        inputs,
+        mode=mode,
+        settings=settings,
+        mask_id=mask_token_id(tokenizer),
+        eos_id=tokenizer.eos_token_id,
         watch=watch,
-    )  # fmt: skip
+    )
     written = output[0].cpu()
     text = decode(tokenizer, written[len(ids) :])
     accepted = stats.accepted if mode == "speculative" else None

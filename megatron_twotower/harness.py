@@ -149,18 +149,39 @@ class TwoTower(TemplateLM):
     """
 
     def __init__(
-        self, pretrained: str | Path, *, mode: str = "mask_diffusion", scoring: str = "ar", batch_size: int = 8,
-        max_length: int | None = None, max_gen_toks: int = 256, block_size: int = 16, steps_per_block: int = 16,
-        confidence_threshold: float = 0.8, draft_steps: int = 1, bound_draws: int = 16, seed: int = 1234,
-        device: str | None = None, max_batch_size: int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        pretrained: str | Path,
+        *,
+        mode: str = "mask_diffusion",
+        scoring: str = "ar",
+        batch_size: int = 8,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        block_size: int = 16,
+        steps_per_block: int = 16,
+        confidence_threshold: float = 0.8,
+        draft_steps: int = 1,
+        bound_draws: int = 16,
+        seed: int = 1234,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+    ) -> None:
         super().__init__()
         if max_batch_size is not None or str(batch_size).startswith("auto"):
             raise UserError("batch_size: found auto or a max_batch_size, expected a number")
         self.settings = HarnessSettings(
-            mode, scoring, int(batch_size), max_length, int(max_gen_toks), int(block_size), int(steps_per_block),
-            float(confidence_threshold), int(draft_steps), int(bound_draws), int(seed),
-        )  # fmt: skip
+            mode,
+            scoring,
+            int(batch_size),
+            max_length,
+            int(max_gen_toks),
+            int(block_size),
+            int(steps_per_block),
+            float(confidence_threshold),
+            int(draft_steps),
+            int(bound_draws),
+            int(seed),
+        )
         self._device = torch.device(device or default_devices()[0])
         self.model, self.tokenizer = load(pretrained, device=self._device)
         self._encode = text_encoder(self.tokenizer)
@@ -205,9 +226,11 @@ class TwoTower(TemplateLM):
         pairs, owner = [], []
         for number, request in enumerate(requests):
             windows = get_rolling_token_windows(
-                self.tok_encode(request.args[0]), prefix_token=self.prefix_token_id, max_seq_len=self.max_length,
+                self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
                 context_len=1,
-            )  # fmt: skip
+            )
             for window in windows:
                 pairs.append(make_disjoint_window(window))
                 owner.append(number)
@@ -292,13 +315,25 @@ class TwoTower(TemplateLM):
         ids, mask = _pad_left(rows, self.model.context_tower.device)
         own = self.settings
         settings = GenerationSettings(
-            count, own.block_size, own.steps_per_block, own.confidence_threshold, kind.temperature, kind.top_k,
-            own.seed + turn, kind.top_p, own.draft_steps,
-        )  # fmt: skip
+            count,
+            own.block_size,
+            own.steps_per_block,
+            own.confidence_threshold,
+            kind.temperature,
+            kind.top_k,
+            own.seed + turn,
+            kind.top_p,
+            own.draft_steps,
+        )
         written, stats = write(
-            self.model, ids, mode=own.mode, settings=settings, mask_id=self.mask_id,
-            eos_id=self.tokenizer.eos_token_id, attention_mask=mask,
-        )  # fmt: skip
+            self.model,
+            ids,
+            mode=own.mode,
+            settings=settings,
+            mask_id=self.mask_id,
+            eos_id=self.tokenizer.eos_token_id,
+            attention_mask=mask,
+        )
         self.passes, self.new_tokens = self.passes + stats.row_passes, self.new_tokens + stats.new_tokens
         self.seconds += stats.seconds
         return written[:, ids.shape[1] :].tolist()
@@ -338,9 +373,15 @@ def _by_bound(lm: TwoTower, pairs: Sequence[Pair]) -> Scored:
         cache = lm.model.prefill(*_pad_left([context for context, _ in some], lm.model.context_tower.device))
         ids, lengths = _pad_right([answer for _, answer in some])
         found = bound_scores(
-            lm.model, cache, ids, lengths, block_size=own.block_size, draws=own.bound_draws, seed=own.seed,
+            lm.model,
+            cache,
+            ids,
+            lengths,
+            block_size=own.block_size,
+            draws=own.bound_draws,
+            seed=own.seed,
             mask_id=lm.mask_id,
-        )  # fmt: skip
+        )
         return [(float(value), False) for value in found]
 
     return _in_batches(lm, pairs, score)
@@ -358,8 +399,10 @@ def _by_mock_ar(lm: TwoTower, pairs: Sequence[Pair]) -> Scored:
 
 
 SCORINGS: dict[str, Callable[[TwoTower, Sequence[Pair]], Scored]] = {
-    "ar": _by_context_tower, "bound": _by_bound, "mock_ar": _by_mock_ar,
-}  # fmt: skip
+    "ar": _by_context_tower,
+    "bound": _by_bound,
+    "mock_ar": _by_mock_ar,
+}
 
 
 # --- tasks --------------------------------------------------------------------------------------------------------
@@ -385,17 +428,23 @@ def _outcome(results: Mapping[str, Any], task: HarnessTask) -> dict[str, Any]:
     known = [error for error in errors if isinstance(error, float)]
     whole = len(known) == len(names)
     return {
-        "metric": metric, "value": _mean([tables[name][metric] for name in names]),
+        "metric": metric,
+        "value": _mean([tables[name][metric] for name in names]),
         "stderr": sum(error**2 for error in known) ** 0.5 / len(names) if whole else None,
         "documents": sum(count["effective"] for count in results["n-samples"].values()),
         "versions": {name: results["versions"].get(name) for name in names},
-    }  # fmt: skip
+    }
 
 
 def run_tasks(
-    folder: str | Path, tasks: Sequence[HarnessTask], *, settings: HarnessSettings = HarnessSettings(),
-    limit: int | None = None, include_path: str | Path | None = None, allow_code_execution: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    folder: str | Path,
+    tasks: Sequence[HarnessTask],
+    *,
+    settings: HarnessSettings = HarnessSettings(),
+    limit: int | None = None,
+    include_path: str | Path | None = None,
+    allow_code_execution: bool = False,
+) -> dict[str, Any]:
     """Run tasks of lm-evaluation-harness. The result is ready for JSON.
 
     Args:
@@ -409,37 +458,65 @@ def run_tasks(
     started = time.perf_counter()
     manager = task_manager(tasks, include_path)
     lm = TwoTower(
-        folder, mode=settings.mode, scoring=settings.scoring, batch_size=settings.batch_size,
-        max_length=settings.max_length_tokens, max_gen_toks=settings.max_new_tokens, block_size=settings.block_size,
-        steps_per_block=settings.steps_per_block, confidence_threshold=settings.confidence_threshold,
-        draft_steps=settings.draft_steps, bound_draws=settings.bound_draws, seed=settings.seed,
-    )  # fmt: skip
+        folder,
+        mode=settings.mode,
+        scoring=settings.scoring,
+        batch_size=settings.batch_size,
+        max_length=settings.max_length_tokens,
+        max_gen_toks=settings.max_new_tokens,
+        block_size=settings.block_size,
+        steps_per_block=settings.steps_per_block,
+        confidence_threshold=settings.confidence_threshold,
+        draft_steps=settings.draft_steps,
+        bound_draws=settings.bound_draws,
+        seed=settings.seed,
+    )
     rows = []
     for task in tasks:
         lm.passes, lm.new_tokens, lm.seconds, began = 0, 0, 0.0, time.perf_counter()
         try:
             results = simple_evaluate(
-                lm, tasks=load_tasks(task, manager), num_fewshot=task.shots, limit=limit, task_manager=manager,
-                log_samples=False, confirm_run_unsafe_code=allow_code_execution,
-                random_seed=settings.seed, numpy_random_seed=settings.seed, torch_random_seed=settings.seed,
+                lm,
+                tasks=load_tasks(task, manager),
+                num_fewshot=task.shots,
+                limit=limit,
+                task_manager=manager,
+                log_samples=False,
+                confirm_run_unsafe_code=allow_code_execution,
+                random_seed=settings.seed,
+                numpy_random_seed=settings.seed,
+                torch_random_seed=settings.seed,
                 fewshot_random_seed=settings.seed,
-            )  # fmt: skip
+            )
         except (OSError, ValueError, ConnectionError, ImportError) as error:
             if isinstance(error, UserError):
                 raise
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"task {', '.join(task.tasks)}: cannot be run ({reason})") from error
-        rows.append({
-            "name": task.name, "tasks": list(task.tasks), "shots": task.shots, "note": task.note,
-            "card": dict(task.card), **_outcome(results, task), "seconds": time.perf_counter() - began,
-            "new_tokens": lm.new_tokens, "tokens_per_pass": lm.new_tokens / lm.passes if lm.passes else None,
-            "tokens_per_second": lm.new_tokens / lm.seconds if lm.passes else None,
-        })  # fmt: skip
+        rows.append(
+            {
+                "name": task.name,
+                "tasks": list(task.tasks),
+                "shots": task.shots,
+                "note": task.note,
+                "card": dict(task.card),
+                **_outcome(results, task),
+                "seconds": time.perf_counter() - began,
+                "new_tokens": lm.new_tokens,
+                "tokens_per_pass": lm.new_tokens / lm.passes if lm.passes else None,
+                "tokens_per_second": lm.new_tokens / lm.seconds if lm.passes else None,
+            }
+        )
     return {
-        "tasks": rows, "settings": asdict(settings), "limit": limit, "model": str(folder),
-        "weights_sample_sha256": weights_sample(Path(folder)), "lm_eval": metadata.version("lm_eval"),
-        "machine": machine(), "seconds": time.perf_counter() - started,
-    }  # fmt: skip
+        "tasks": rows,
+        "settings": asdict(settings),
+        "limit": limit,
+        "model": str(folder),
+        "weights_sample_sha256": weights_sample(Path(folder)),
+        "lm_eval": metadata.version("lm_eval"),
+        "machine": machine(),
+        "seconds": time.perf_counter() - started,
+    }
 
 
 def task_manager(tasks: Sequence[HarnessTask], include_path: str | Path | None = None) -> TaskManager:

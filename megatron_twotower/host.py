@@ -53,10 +53,7 @@ HOST = torch.device("cpu")
 _DEVICE = (r"""device=(['"])cuda\1""", "device=torch.cuda.current_device()")
 _TYPE = (r"""torch\.cuda\.(Float|Half|BFloat16)Tensor(?=['"])""", r"torch.\1Tensor")
 # Megatron takes fused optimizers wherever their package imports, as on the login node of a cluster.
-_FUSED = (
-    r"from (transformer_engine\.pytorch\.optimizers|apex\.\w+) import",
-    r"raise ImportError; from \1 import",
-)
+_FUSED = (r"from (transformer_engine\.pytorch\.optimizers|apex\.\w+) import", r"raise ImportError; from \1 import")
 
 # Some small functions are compiled where they are defined. None that a step calls is worth a compiler on a CPU, whose
 # import alone takes a second of every process.

@@ -83,10 +83,13 @@ def inspect(
     total = sum(corpus.documents for corpus in corpora.values())
     picture.write_bytes(
         pictures.length_histogram(
-            histograms, edges=edges, title="Document lengths", subtitle=f"{total:,} documents of {data}, {split}",
+            histograms,
+            edges=edges,
+            title="Document lengths",
+            subtitle=f"{total:,} documents of {data}, {split}",
             theme=pictures.LIGHT,
         )
-    )  # fmt: skip
+    )
     console.print(f"{picture}: the lengths as a picture", markup=False, soft_wrap=True)
 
 

@@ -91,23 +91,31 @@ class Keeper:
     """The checkpoints of a run under way: `save` and `saved` are the loop's hooks."""
 
     def __init__(
-        self, run: Path, parts: trainer.Trainer, pieces: Pieces, *,
-        fingerprint: str | None, metrics: Metrics,
-    ) -> None:  # fmt: skip
+        self, run: Path, parts: trainer.Trainer, pieces: Pieces, *, fingerprint: str | None, metrics: Metrics
+    ) -> None:
         settings = parts.config.train
         self._parts, self._fingerprint, self._metrics = parts, fingerprint, metrics
         self._saver = Saver(
-            run, pieces, background=settings.checkpoint_async, keep=settings.keep_checkpoints,
+            run,
+            pieces,
+            background=settings.checkpoint_async,
+            keep=settings.keep_checkpoints,
             keep_every=settings.keep_every_steps,
-        )  # fmt: skip
+        )
 
     def save(self, progress: trainer.Progress) -> None:
         config = self._parts.config
         state = checkpoint.CheckpointState(
-            step=progress.step, cursor=progress.cursor, updates=progress.updates, objective=config.objective,
-            backbone=config.init.backbone, fingerprint=self._fingerprint, model=dataclasses.asdict(config.model),
-            window=trainer.window(progress, self._parts.groups), configuration=dataclasses.asdict(config),
-        )  # fmt: skip
+            step=progress.step,
+            cursor=progress.cursor,
+            updates=progress.updates,
+            objective=config.objective,
+            backbone=config.init.backbone,
+            fingerprint=self._fingerprint,
+            model=dataclasses.asdict(config.model),
+            window=trainer.window(progress, self._parts.groups),
+            configuration=dataclasses.asdict(config),
+        )
         self._record(self._saver.begin(state, self._parts.schedule.state_dict()), progress)
         progress.since = time.perf_counter()
 
@@ -116,10 +124,16 @@ class Keeper:
 
     def _record(self, saved: Sequence[Saved], progress: trainer.Progress) -> None:
         for each in saved:
-            self._metrics.log({
-                "kind": "checkpoint", "step": progress.step, "saved_step": each.step, "gib": each.size / 2**30,
-                "stall_seconds": each.stall_seconds, "write_seconds": each.write_seconds,
-            })  # fmt: skip
+            self._metrics.log(
+                {
+                    "kind": "checkpoint",
+                    "step": progress.step,
+                    "saved_step": each.step,
+                    "gib": each.size / 2**30,
+                    "stall_seconds": each.stall_seconds,
+                    "write_seconds": each.write_seconds,
+                }
+            )
 
     def close(self) -> None:
         self._saver.close()

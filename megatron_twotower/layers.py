@@ -45,16 +45,30 @@ def _column(config: TransformerConfig, inputs: int, outputs: int, groups: Proces
     """The first projection of a mixer of `MODULATED_BEFORE_NORM`, with its norm where the spec has the two in one."""
     modules = spec.of(config)
     return (modules.norm_column or modules.column)(
-        inputs, outputs, config=config, init_method=config.init_method, bias=False, gather_output=False,
-        skip_bias_add=False, is_expert=False, tp_group=groups.tp,
-    )  # fmt: skip
+        inputs,
+        outputs,
+        config=config,
+        init_method=config.init_method,
+        bias=False,
+        gather_output=False,
+        skip_bias_add=False,
+        is_expert=False,
+        tp_group=groups.tp,
+    )
 
 
 def _row(config: TransformerConfig, inputs: int, outputs: int, groups: ProcessGroupCollection) -> nn.Module:
     return spec.of(config).row(
-        inputs, outputs, config=config, init_method=config.init_method, bias=False, input_is_parallel=True,
-        skip_bias_add=False, is_expert=False, tp_group=groups.tp,
-    )  # fmt: skip
+        inputs,
+        outputs,
+        config=config,
+        init_method=config.init_method,
+        bias=False,
+        input_is_parallel=True,
+        skip_bias_add=False,
+        is_expert=False,
+        tp_group=groups.tp,
+    )
 
 
 def _norm(kind: str, config: TransformerConfig) -> nn.Module:
@@ -123,9 +137,14 @@ class SelfAttention(Mixer):
         outs = []
         for query, key, value in _draws(self._project(hidden), len(handoff.key)):
             out = block_attention(
-                query, key, value, clean_key=handoff.key, clean_value=handoff.value, block=blocks.size,
+                query,
+                key,
+                value,
+                clean_key=handoff.key,
+                clean_value=handoff.value,
+                block=blocks.size,
                 documents=blocks.documents,
-            )  # fmt: skip
+            )
             outs.append(out)
         return self._output(_joined(outs))
 
@@ -149,9 +168,13 @@ class MambaMixer(Mixer):
         self.out_proj = _row(config, model.mamba_inner, model.hidden_size, groups)
         channels = self.inner + 2 * self.bc
         shapes = {
-            "conv1d_weight": (channels, model.conv_kernel), "conv1d_bias": (channels,), "A_log": (self.heads,),
-            "D": (self.heads,), "dt_bias": (self.heads,), "norm_weight": (self.inner,),
-        }  # fmt: skip
+            "conv1d_weight": (channels, model.conv_kernel),
+            "conv1d_bias": (channels,),
+            "A_log": (self.heads,),
+            "D": (self.heads,),
+            "dt_bias": (self.heads,),
+            "norm_weight": (self.inner,),
+        }
         for name, shape in shapes.items():
             parameter = nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device()))
             parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
@@ -224,9 +247,21 @@ class MambaMixer(Mixer):
             )
             x, B, C = self._split(seeded)
             y = two_stream_scan(
-                x, own_dt, A, B, C, self.D, clean_x=handoff.x, clean_dt=handoff.dt, clean_A=handoff.A,
-                clean_B=handoff.B, states=handoff.states, block=blocks.size, chunk=chunk, documents=blocks.documents,
-            )  # fmt: skip
+                x,
+                own_dt,
+                A,
+                B,
+                C,
+                self.D,
+                clean_x=handoff.x,
+                clean_dt=handoff.dt,
+                clean_A=handoff.A,
+                clean_B=handoff.B,
+                states=handoff.states,
+                block=blocks.size,
+                chunk=chunk,
+                documents=blocks.documents,
+            )
             ys.append(y)
         return self._output(_joined(ys), z)
 
@@ -291,12 +326,7 @@ class MixtureOfExperts(_Pointwise):
         return self.moe(hidden, padding_mask=padding)[0]
 
 
-MIXERS: dict[str, type[MegatronModule]] = {
-    "M": MambaMixer,
-    "*": SelfAttention,
-    "E": MixtureOfExperts,
-    "-": DenseMLP,
-}
+MIXERS: dict[str, type[MegatronModule]] = {"M": MambaMixer, "*": SelfAttention, "E": MixtureOfExperts, "-": DenseMLP}
 
 
 class Layer(MegatronModule):
@@ -304,7 +334,7 @@ class Layer(MegatronModule):
 
     def __init__(
         self, kind: str, number: int, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(config)
         self.kind, self.number = kind, number
         self.norm = _norm(kind, config)
@@ -327,7 +357,7 @@ class DenoiserLayer(Layer):
 
     def __init__(
         self, kind: str, number: int, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(kind, number, model, config, groups)
         table = torch.empty(3, config.hidden_size, dtype=config.params_dtype, device=device())
         self.scale_shift_table = nn.Parameter(table)

@@ -35,8 +35,11 @@ def open_ledger(run: Path, *, rank: int) -> IO[str]:
 
 def entry(batches: Sequence[Batch], *, start: int, step: int) -> str:
     """The line of one step."""
-    samples = [[epoch, sample] for batch in batches for epoch, sample in zip(
-        batch.epochs.tolist(), batch.samples.tolist(), strict=True)]  # fmt: skip
+    samples = [
+        [epoch, sample]
+        for batch in batches
+        for epoch, sample in zip(batch.epochs.tolist(), batch.samples.tolist(), strict=True)
+    ]
     return json.dumps({"start": start, "step": step, "samples": samples}) + "\n"
 
 
@@ -64,9 +67,11 @@ def audit(run: Path, due: Iterable[tuple[int, int]], *, last_step: int) -> Audit
     for found in entries:
         last[found["step"]] = max(found["start"], last.get(found["step"], 0))
     taken = Counter(
-        (epoch, sample) for found in entries if found["start"] == last[found["step"]]
+        (epoch, sample)
+        for found in entries
+        if found["start"] == last[found["step"]]
         for epoch, sample in found["samples"]
-    )  # fmt: skip
+    )
     lost = {(found["step"], found["start"]) for found in entries if found["start"] != last[found["step"]]}
     expected = Counter(due)
     return Audit(len(last), len(lost), (taken - expected).total(), (expected - taken).total())

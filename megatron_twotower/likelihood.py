@@ -113,9 +113,15 @@ def _masked_nats(model: Model, clean: Tensor, masked: Tensor, t: Tensor, cache: 
 
 @torch.no_grad()
 def masked_loss_by_noise(
-    model: Model, sequences: Tensor, *, block_size: int, levels: Sequence[float] = LEVELS, seed: int, mask_id: int,
+    model: Model,
+    sequences: Tensor,
+    *,
+    block_size: int,
+    levels: Sequence[float] = LEVELS,
+    seed: int,
+    mask_id: int,
     progress: OnProgress = silent,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """The denoiser's cross-entropy at masked positions, every block beside its clean past, at fixed noise levels.
 
     The uniform numbers are the same for all levels, so that a level masks what every lower one does, and more.
@@ -142,10 +148,13 @@ def masked_loss_by_noise(
         return dict(zip(("loss", "stderr", "count"), ratio(total, count), strict=True))
 
     return [
-        {"t": level, **cell(total.sum(-1), count.sum(-1)),
-         "by_position": [cell(total[:, j], count[:, j]) for j in range(block_size)]}
+        {
+            "t": level,
+            **cell(total.sum(-1), count.sum(-1)),
+            "by_position": [cell(total[:, j], count[:, j]) for j in range(block_size)],
+        }
         for level, total, count in zip(levels, sums, counts, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def masks_by_count(u: Tensor, noise: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,15 +184,23 @@ def _masks_by_time(u: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 # u (b,) float64 and noise (b, s), uniform -> masked (b, s) bool, noise levels (b,), weights (b,)
 BOUND_NOISE: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]] = {
-    "count": masks_by_count, "time": _masks_by_time,
-}  # fmt: skip
+    "count": masks_by_count,
+    "time": _masks_by_time,
+}
 
 
 @torch.no_grad()
 def bound_nats(
-    model: Model, sequences: Tensor, *, block_size: int, draws: int, seed: int, mask_id: int, noise: str = "count",
+    model: Model,
+    sequences: Tensor,
+    *,
+    block_size: int,
+    draws: int,
+    seed: int,
+    mask_id: int,
+    noise: str = "count",
     progress: OnProgress = silent,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """An upper bound on the denoiser's negative log-likelihood of every block after the first, by Monte Carlo.
 
     Per block E[weight x sum of the cross-entropies at masked positions], noise drawn as `BOUND_NOISE` says, in
@@ -229,9 +246,16 @@ def ar_scores(model: Model, cache: ContextCache, ids: Tensor) -> tuple[Tensor, T
 
 @torch.no_grad()
 def bound_scores(
-    model: Model, cache: ContextCache, ids: Tensor, lengths: Tensor, *, block_size: int, draws: int, seed: int,
+    model: Model,
+    cache: ContextCache,
+    ids: Tensor,
+    lengths: Tensor,
+    *,
+    block_size: int,
+    draws: int,
+    seed: int,
     mask_id: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """A lower bound (b,) on the log-probability of continuations under the denoiser, by Monte Carlo.
 
     Blocks begin behind the cached text. All rows meet the same noise, so that what is compared differs by its text

@@ -132,9 +132,15 @@ def print_comparison(generations: Sequence[Generation], console: Console) -> Non
     for each in generations:
         accepted = "" if each.accepted is None else f"{each.accepted / each.passes:.2f}"
         table.add_row(
-            each.mode, f"{each.new_tokens}", f"{each.passes}", f"{each.tokens_per_pass:.2f}", accepted,
-            f"{each.seconds:.2f}", f"{each.tokens_per_second:.0f}", f"{each.tokens_per_second / speeds['ar']:.2f}",
-        )  # fmt: skip
+            each.mode,
+            f"{each.new_tokens}",
+            f"{each.passes}",
+            f"{each.tokens_per_pass:.2f}",
+            accepted,
+            f"{each.seconds:.2f}",
+            f"{each.tokens_per_second:.0f}",
+            f"{each.tokens_per_second / speeds['ar']:.2f}",
+        )
     console.print(table)
 
 
@@ -147,9 +153,15 @@ def check_page(page: Path, mode: str) -> None:
 
 
 def run(
-    folder: str | Path, *, prompt: str, mode: str, settings: GenerationSettings, page: Path | None = None,
-    devices: Sequence[str] = (), console: Console | None = None,
-) -> int:  # fmt: skip
+    folder: str | Path,
+    *,
+    prompt: str,
+    mode: str,
+    settings: GenerationSettings,
+    page: Path | None = None,
+    devices: Sequence[str] = (),
+    console: Console | None = None,
+) -> int:
     """Load, write, print; mode `all` writes in every mode and compares them. Returns the exit status.
 
     Args:

@@ -36,10 +36,13 @@ def machine() -> dict[str, Any]:
     """Where figures were measured: for JSON, and for the line under a table."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "processor": _processor(), "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1), "torch": torch.__version__,
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "torch": torch.__version__,
         "commit": commit(),
-    }  # fmt: skip
+    }
 
 
 def machine_line(facts: Mapping[str, Any]) -> str:

@@ -227,10 +227,15 @@ def _wandb_sink(
     identity = id_file.read_text().strip() if resume_step and id_file.is_file() else secrets.token_hex(4)
     try:
         run = wandb.init(
-            dir=output, id=identity, mode=cast(Any, settings.mode), project=settings.project, name=settings.name,
-            config=config, resume="allow" if settings.mode == "online" else None,
+            dir=output,
+            id=identity,
+            mode=cast(Any, settings.mode),
+            project=settings.project,
+            name=settings.name,
+            config=config,
+            resume="allow" if settings.mode == "online" else None,
             settings=wandb.Settings(silent=True, console="off"),
-        )  # fmt: skip
+        )
     except wandb.Error as error:
         raise UserError(f"logging.wandb: found {settings.mode!r}, but W&B did not start: {error}") from error
     id_file.write_text(identity + "\n")
@@ -331,9 +336,13 @@ def _console_sink(title: str, *, total_steps: int, resume_step: int, resources: 
     progress = None
     if console.is_terminal:
         columns = (
-            SpinnerColumn(), TextColumn(f"[bold]{title}"), BarColumn(bar_width=None),
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"), TextColumn("loss {task.fields[loss]}"),
-            TextColumn("{task.fields[speed]} tokens/s"), TextColumn("{task.fields[left]} left"),
-        )  # fmt: skip
+            SpinnerColumn(),
+            TextColumn(f"[bold]{title}"),
+            BarColumn(bar_width=None),
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[speed]} tokens/s"),
+            TextColumn("{task.fields[left]} left"),
+        )
         progress = resources.enter_context(Progress(*columns, console=console, expand=True))
     return _ConsoleSink(console, progress, total_steps=total_steps, resume_step=resume_step)

@@ -152,9 +152,10 @@ def denoiser_entries(model: ModelConfig, frequencies: int) -> list[Entry]:
     denoiser = tower_entries(model, prefix="denoiser_tower.", head="lm_head.weight")
     entries = [_under("tower.", "", entry) for entry in denoiser]
     shapes = {
-        "t_embedder.mlp.0": (hidden, frequencies), "t_embedder.mlp.2": (hidden, hidden),
+        "t_embedder.mlp.0": (hidden, frequencies),
+        "t_embedder.mlp.2": (hidden, hidden),
         "t_block.1": (3 * hidden, hidden),
-    }  # fmt: skip
+    }
     for name, shape in shapes.items():
         entries.append(Entry(f"conditioning.{name}.weight", (f"{name}.weight",), shape))
         entries.append(Entry(f"conditioning.{name}.bias", (f"{name}.bias",), shape[:1]))

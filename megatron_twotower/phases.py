@@ -45,8 +45,19 @@ def plan(config: RunConfig) -> tuple[Phase, ...]:
     batch = config.data.global_batch_size
     if not config.phases:
         steps = config.train.steps
-        whole = Phase("", "", 0, steps, 0, steps * batch, config.noise, optimizer.learning_rate,
-                      schedule.minimum_learning_rate, schedule.warmup_steps, schedule.decay_steps)  # fmt: skip
+        whole = Phase(
+            "",
+            "",
+            0,
+            steps,
+            0,
+            steps * batch,
+            config.noise,
+            optimizer.learning_rate,
+            schedule.minimum_learning_rate,
+            schedule.warmup_steps,
+            schedule.decay_steps,
+        )
         return (whole,)
     phases: list[Phase] = []
     for number, given in enumerate(config.phases):
@@ -80,9 +91,10 @@ def _filled_in(config: RunConfig, given: PhaseConfig, *, number: int, first_step
     warmup, decay = (
         steps_of(tokens, data) if tokens is not None else default
         for tokens, default in (
-            (given.warmup_tokens, config.schedule.warmup_steps), (given.decay_tokens, config.schedule.decay_steps),
+            (given.warmup_tokens, config.schedule.warmup_steps),
+            (given.decay_tokens, config.schedule.decay_steps),
         )
-    )  # fmt: skip
+    )
     if min(warmup, decay) < 0 or warmup + decay > steps or warmup >= steps:
         raise UserError(
             f"{key}: found {warmup} steps of warm-up and {decay} of decay, expected at most its {steps} together, "
@@ -94,8 +106,19 @@ def _filled_in(config: RunConfig, given: PhaseConfig, *, number: int, first_step
         raise UserError(f"{key}.minimum_learning_rate: found {lowest}, expected between 0 and the highest, {highest}")
     noise = dataclasses.replace(config.noise, block_size_tokens=size)
     batch = data.global_batch_size
-    return Phase(given.name, given.mixture or given.name, first_step, steps, first_step * batch, steps * batch, noise,
-                 highest, lowest, warmup, decay)  # fmt: skip
+    return Phase(
+        given.name,
+        given.mixture or given.name,
+        first_step,
+        steps,
+        first_step * batch,
+        steps * batch,
+        noise,
+        highest,
+        lowest,
+        warmup,
+        decay,
+    )
 
 
 def _or(value: Any, default: Any) -> Any:

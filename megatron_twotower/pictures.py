@@ -63,9 +63,16 @@ def _label(axes: Axes, theme: Theme, *, x: str, y: str) -> None:
 def _legend(axes: Axes, theme: Theme) -> None:
     """One line, at the right of the title."""
     axes.figure.legend(
-        *axes.get_legend_handles_labels(), frameon=False, fontsize=9, labelcolor=theme.text, loc="center right",
-        bbox_to_anchor=(0.99, 0.945), ncols=4, handlelength=1.4, columnspacing=1.4,
-    )  # fmt: skip
+        *axes.get_legend_handles_labels(),
+        frameon=False,
+        fontsize=9,
+        labelcolor=theme.text,
+        loc="center right",
+        bbox_to_anchor=(0.99, 0.945),
+        ncols=4,
+        handlelength=1.4,
+        columnspacing=1.4,
+    )
 
 
 def _from_zero(axes: Axes, values: Sequence[float | None]) -> None:
@@ -78,9 +85,14 @@ def _mark(axes: Axes, points: Curve, *, color: str, below: bool = False) -> None
     for x, y in points:
         if y is not None:
             axes.annotate(
-                f"{y:.2f}", (x, y), xytext=(0, -14 if below else 8), textcoords="offset points", ha="center",
-                fontsize=8.5, color=color,
-            )  # fmt: skip
+                f"{y:.2f}",
+                (x, y),
+                xytext=(0, -14 if below else 8),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8.5,
+                color=color,
+            )
 
 
 def _png(figure: Figure) -> bytes:
@@ -102,9 +114,15 @@ def _steps(axes: Axes) -> None:
 
 def _curve(axes: Axes, theme: Theme, points: Curve, *, color: str, label: str | None = None) -> None:
     axes.plot(
-        *_split(points), color=color, label=label, linewidth=1.8, marker="o", markersize=5.5,
-        markeredgecolor=theme.background, markeredgewidth=1,
-    )  # fmt: skip
+        *_split(points),
+        color=color,
+        label=label,
+        linewidth=1.8,
+        marker="o",
+        markersize=5.5,
+        markeredgecolor=theme.background,
+        markeredgewidth=1,
+    )
 
 
 def loss_curve(train: Curve, validation: Curve, *, title: str, subtitle: str, unit: str, theme: Theme) -> bytes:
@@ -169,9 +187,15 @@ def threshold_sweep(
         if ar is not None:
             axes.axhline(ar, color=theme.muted, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
             axes.annotate(
-                "AR", (1, ar), xycoords=("axes fraction", "data"), xytext=(3, 0), textcoords="offset points",
-                fontsize=8, color=theme.muted, va="center",
-            )  # fmt: skip
+                "AR",
+                (1, ar),
+                xycoords=("axes fraction", "data"),
+                xytext=(3, 0),
+                textcoords="offset points",
+                fontsize=8,
+                color=theme.muted,
+                va="center",
+            )
         _from_zero(axes, [ar, *(y for _, y in points)])
         axes.margins(x=0.1)
         axes.set_title(title, color=theme.text, fontsize=9.5, loc="left", pad=6)
@@ -216,8 +240,9 @@ def bulk_speed(rows: Sequence[Mapping[str, Any]], *, subtitle: str, theme: Theme
     figure, (axes,) = _open(theme, "Bulk text", subtitle, width=7.2)
     sizes = sorted({row["batch_size"] for row in rows})
     for index, name in enumerate(dict.fromkeys(row["case"] for row in rows)):
-        points = [(float(sizes.index(row["batch_size"])), row["tokens_per_second"])
-                  for row in rows if row["case"] == name]  # fmt: skip
+        points = [
+            (float(sizes.index(row["batch_size"])), row["tokens_per_second"]) for row in rows if row["case"] == name
+        ]
         _curve(axes, theme, points, color=theme.series[index % len(theme.series)], label=name)
     axes.set_xticks(range(len(sizes)), [f"{size}" for size in sizes])
     _from_zero(axes, [row["tokens_per_second"] for row in rows])
@@ -238,9 +263,14 @@ def _bars(
         for place, value in zip(places, values, strict=True):
             if value is not None:
                 axes.annotate(
-                    write.format(value), (value, place), xytext=(4, 0), textcoords="offset points", va="center",
-                    fontsize=8, color=theme.text,
-                )  # fmt: skip
+                    write.format(value),
+                    (value, place),
+                    xytext=(4, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=8,
+                    color=theme.text,
+                )
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
@@ -280,9 +310,12 @@ def steps(figures: Mapping[str, Any], *, theme: Theme) -> bytes:
     figures: `steps` and `draws` of `bench.step`.
     """
     figure, (left, right) = _open(
-        theme, "Training step", "forward + backward, in steps of the `ar` objective on the same backbone and tokens",
-        panels=2, width=11.0,
-    )  # fmt: skip
+        theme,
+        "Training step",
+        "forward + backward, in steps of the `ar` objective on the same backbone and tokens",
+        panels=2,
+        width=11.0,
+    )
     lengths = sorted({row["length"] for row in figures["steps"]})
     curves = sorted({(row["pattern"], row["case"]) for row in figures["steps"] if row["case"] != "ar"})
     for index, (pattern, case) in enumerate(curves):
@@ -296,8 +329,11 @@ def steps(figures: Mapping[str, Any], *, theme: Theme) -> bytes:
     _from_zero(left, [4 / 3, *(row["ratio"] for row in figures["steps"])])
     _label(left, theme, x="sequence length in tokens (dashed: the limit, 4/3)", y="times the AR step")
     left.legend(frameon=False, fontsize=8, labelcolor=theme.text, loc="lower left")
-    keys = (("relative_cost_per_copy", "cost per noisy copy"), ("cost_x_noise", "cost x variance of noise"),
-            ("cost_x_total", "cost x variance of noise and data"))  # fmt: skip
+    keys = (
+        ("relative_cost_per_copy", "cost per noisy copy"),
+        ("cost_x_noise", "cost x variance of noise"),
+        ("cost_x_total", "cost x variance of noise and data"),
+    )
     for color, (key, name) in zip(theme.series, keys, strict=False):
         points = [(float(row["draws"]), row[key]) for row in figures["draws"]]
         _curve(right, theme, points, color=color, label=name)
@@ -310,8 +346,10 @@ def steps(figures: Mapping[str, Any], *, theme: Theme) -> bytes:
 
 def positions(
     losses: Mapping[str, Sequence[tuple[float | None, float | None]]],
-    references: Mapping[str, Sequence[tuple[float | None, float | None]]], *, theme: Theme,
-) -> bytes:  # fmt: skip
+    references: Mapping[str, Sequence[tuple[float | None, float | None]]],
+    *,
+    theme: Theme,
+) -> bytes:
     """Nats per token by position in the block: what the denoiser loses at several noise levels, lighter to darker, and
     references (dashed). Values are (mean, standard error) for each position; the band is one error to either side."""
     figure, (axes,) = _open(
@@ -328,16 +366,25 @@ def positions(
     axes.set_xticks([1, *range(max(2, size // 4), size + 1, max(1, size // 4))])
     _label(axes, theme, x="position in the block", y="nats per token")
     axes.legend(
-        frameon=False, fontsize=8, labelcolor=theme.text, loc="upper left", bbox_to_anchor=(1.01, 1.02),
+        frameon=False,
+        fontsize=8,
+        labelcolor=theme.text,
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1.02),
         handlelength=1.6,
-    )  # fmt: skip
+    )
     return _png(figure)
 
 
 def _band(
-    axes: Axes, values: Sequence[tuple[float | None, float | None]], *, color: str, alpha: float, label: str,
+    axes: Axes,
+    values: Sequence[tuple[float | None, float | None]],
+    *,
+    color: str,
+    alpha: float,
+    label: str,
     dashed: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     x = range(1, len(values) + 1)
     mean, error = ([math.nan if value is None else value for value in column] for column in zip(*values, strict=True))
     axes.plot(x, mean, color=color, alpha=alpha, label=label, linewidth=1.8, linestyle=(0, (4, 2)) if dashed else "-")
@@ -382,23 +429,38 @@ def pareto(
     front: the rows that none beats in speed and in the first panel's measure at once, ringed in all panels.
     """
     figure, panels = _open(
-        theme, "Speed and quality of mask diffusion", "against cached AR in the same run; ringed: none is faster and "
-        "closer to AR at once", panels=3, width=12.5,
-    )  # fmt: skip
+        theme,
+        "Speed and quality of mask diffusion",
+        "against cached AR in the same run; ringed: none is faster and closer to AR at once",
+        panels=3,
+        width=12.5,
+    )
     markers, axes = ("o", "s", "^"), panels[0]
     for axes, (key, factor, title, unit, less) in zip(panels, _PARETO_PANELS, strict=True):
         labels: list[tuple[str, tuple[float, float], str]] = []
         for family, color, marker in zip(families, theme.series, markers, strict=False):
             xy = [(row["speedup"], factor * row[key]) for _, row in family.points]
             axes.plot(
-                *_split(xy), color=color, marker=marker, markersize=5.5, linewidth=1.3 if family.joined else 0,
-                markeredgecolor=theme.background, markeredgewidth=0.8, label=family.name,
-            )  # fmt: skip
+                *_split(xy),
+                color=color,
+                marker=marker,
+                markersize=5.5,
+                linewidth=1.3 if family.joined else 0,
+                markeredgecolor=theme.background,
+                markeredgewidth=0.8,
+                label=family.name,
+            )
             labels += [(label, point, color) for (label, _), point in zip(family.points, xy, strict=True)]
         axes.plot(
-            [row["speedup"] for row in front], [factor * row[key] for row in front], linewidth=0, marker="o",
-            markersize=10, markerfacecolor="none", markeredgecolor=theme.muted, markeredgewidth=0.9,
-        )  # fmt: skip
+            [row["speedup"] for row in front],
+            [factor * row[key] for row in front],
+            linewidth=0,
+            marker="o",
+            markersize=10,
+            markerfacecolor="none",
+            markeredgecolor=theme.muted,
+            markeredgewidth=0.9,
+        )
         axes.plot([1], [factor * ar[key]], marker="*", markersize=11, color=theme.text, linewidth=0, label="AR, cached")
         axes.axvline(1, color=theme.muted, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
         axes.margins(x=0.12, y=0.12)

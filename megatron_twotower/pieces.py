@@ -42,9 +42,15 @@ def boxes(shape: Sequence[int], first: int, last: int) -> list[Box]:
 
 
 def sharded(
-    key: str, data: Tensor, entry: Entry, groups: ProcessGroupCollection, *, shape: Sequence[int], first: int = 0,
+    key: str,
+    data: Tensor,
+    entry: Entry,
+    groups: ProcessGroupCollection,
+    *,
+    shape: Sequence[int],
+    first: int = 0,
     replicated: bool = True,
-) -> Iterator[ShardedTensor]:  # fmt: skip
+) -> Iterator[ShardedTensor]:
     """What this rank holds of one tensor, as views of `data` that can be read and written in place.
 
     Parts of a parameter that are each split by themselves are stored each by itself, so that any other number of
@@ -102,9 +108,12 @@ def weight_pieces(
 
 
 def optimizer_pieces(
-    module: nn.Module, entries: Sequence[Entry], model: ModelConfig, groups: ProcessGroupCollection,
+    module: nn.Module,
+    entries: Sequence[Entry],
+    model: ModelConfig,
+    groups: ProcessGroupCollection,
     held: dict[Tensor, Held],
-) -> Iterator[ShardedTensor]:  # fmt: skip
+) -> Iterator[ShardedTensor]:
     """What the optimizer keeps for each parameter, named and cut like the parameter.
 
     Args:
@@ -116,6 +125,11 @@ def optimizer_pieces(
         state = held[tensor]
         for name, data in state.tensors.items():
             yield from sharded(
-                f"{OF_OPTIMIZER}{name}.{entry.megatron}", data, entry, groups, shape=tensor.shape, first=state.first,
+                f"{OF_OPTIMIZER}{name}.{entry.megatron}",
+                data,
+                entry,
+                groups,
+                shape=tensor.shape,
+                first=state.first,
                 replicated=not state.distributed,
-            )  # fmt: skip
+            )

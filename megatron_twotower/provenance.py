@@ -15,10 +15,15 @@ _PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "webdataset
 def provenance(config: RunConfig, *, fingerprint: str | None) -> dict[str, Any]:
     """The facts of a run, for its `provenance.json`. fingerprint: of the backbone."""
     return {
-        "megatron_twotower": __version__, "commit": _commit(), "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in _PACKAGES}, "seed": config.seed,
-        "ranks": parallel.world_size(), "backbone": config.init.backbone, "backbone_sha256": fingerprint,
-    }  # fmt: skip
+        "megatron_twotower": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "seed": config.seed,
+        "ranks": parallel.world_size(),
+        "backbone": config.init.backbone,
+        "backbone_sha256": fingerprint,
+    }
 
 
 def _commit() -> str | None:

@@ -27,10 +27,20 @@ from megatron_twotower.records import UserError
 
 # What evaluation.json must hold.
 EVALUATION_KEYS = (
-    "ar_loss", "ar_loss_per_byte", "ar_loss_on_bound_tokens", "masked_loss_by_noise", "diffusion_bound",
-    "diffusion_bound_stderr", "sweep", "ar_generation", "samples", "settings", "device", "dtype",
+    "ar_loss",
+    "ar_loss_per_byte",
+    "ar_loss_on_bound_tokens",
+    "masked_loss_by_noise",
+    "diffusion_bound",
+    "diffusion_bound_stderr",
+    "sweep",
+    "ar_generation",
+    "samples",
+    "settings",
+    "device",
+    "dtype",
     "threads",
-)  # fmt: skip
+)
 RUNS = ("ar", "twotower")
 REPLAY = "generation.html"
 
@@ -169,26 +179,37 @@ def draw(findings: Findings) -> dict[str, Callable[[Theme], bytes]]:
     first, last = towers.validation[0]["loss_by_noise"], towers.validation[-1]["loss_by_noise"]
     drawings: dict[str, Callable[[Theme], bytes]] = {
         "ar_loss": lambda theme: pictures.loss_curve(
-            findings.ar.curve("train"), findings.ar.curve("validation"), title="Backbone: next-token loss",
-            subtitle="objective ar; validation on held-out files", unit="nats per token", theme=theme,
+            findings.ar.curve("train"),
+            findings.ar.curve("validation"),
+            title="Backbone: next-token loss",
+            subtitle="objective ar; validation on held-out files",
+            unit="nats per token",
+            theme=theme,
         ),
         "twotower_loss": lambda theme: pictures.loss_curve(
-            towers.curve("train"), towers.curve("validation"), title="Denoiser: masked loss",
+            towers.curve("train"),
+            towers.curve("validation"),
+            title="Denoiser: masked loss",
             subtitle="objective two_tower, context tower frozen; validation on held-out files",
-            unit="nats per masked token", theme=theme,
+            unit="nats per masked token",
+            theme=theme,
         ),
         "noise_levels": lambda theme: pictures.noise_levels(first, last, theme=theme),
         "threshold_sweep": lambda theme: pictures.threshold_sweep(
-            _threshold_rows(evaluation), ar_nats_per_token=evaluation["ar_generation"].get("nats_per_token"),
+            _threshold_rows(evaluation),
+            ar_nats_per_token=evaluation["ar_generation"].get("nats_per_token"),
             theme=theme,
         ),
-    }  # fmt: skip
+    }
     if findings.conditioning:
         curves = {name: series.curve("validation") for name, series in findings.conditioning.items()}
         drawings["conditioning"] = lambda theme: pictures.comparison(
-            curves, title="Starts of the time conditioning", subtitle="the same recipe, seed and data; held-out files",
-            unit="nats per masked token", theme=theme,
-        )  # fmt: skip
+            curves,
+            title="Starts of the time conditioning",
+            subtitle="the same recipe, seed and data; held-out files",
+            unit="nats per masked token",
+            theme=theme,
+        )
     return drawings
 
 
@@ -267,16 +288,36 @@ def _cards(findings: Findings) -> str:
 
 
 def _sweep_table(evaluation: Mapping[str, Any]) -> str:
-    headings = ("confidence threshold", "tokens per pass", "passes", "tokens per second", "speed against AR",
-                "nats per token of the text")  # fmt: skip
+    headings = (
+        "confidence threshold",
+        "tokens per pass",
+        "passes",
+        "tokens per second",
+        "speed against AR",
+        "nats per token of the text",
+    )
     rows = [
-        (f"{row['confidence_threshold']:g}", _number(row["tokens_per_pass"]), _number(row["passes"], 0),
-         _number(row["tokens_per_second"], 1), f"{_number(row['speedup'])} x", _number(row["nats_per_token"]))
+        (
+            f"{row['confidence_threshold']:g}",
+            _number(row["tokens_per_pass"]),
+            _number(row["passes"], 0),
+            _number(row["tokens_per_second"], 1),
+            f"{_number(row['speedup'])} x",
+            _number(row["nats_per_token"]),
+        )
         for row in _threshold_rows(evaluation)
-    ]  # fmt: skip
+    ]
     ar = evaluation["ar_generation"]
-    rows.append(("AR, cached", "1.00", "-", _number(ar.get("tokens_per_second"), 1), "1.00 x",
-                 _number(ar.get("nats_per_token"))))  # fmt: skip
+    rows.append(
+        (
+            "AR, cached",
+            "1.00",
+            "-",
+            _number(ar.get("tokens_per_second"), 1),
+            "1.00 x",
+            _number(ar.get("nats_per_token")),
+        )
+    )
     return _table(headings, rows)
 
 

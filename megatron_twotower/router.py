@@ -27,9 +27,14 @@ class Router(TopKRouter):
         return (weights.float() if self.config.moe_grouped_gemm else weights), chosen
 
     def _apply_seq_aux_loss(
-        self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, seq_length: int, bsz: int,
+        self,
+        probs: Tensor,
+        scores_for_aux_loss: Tensor,
+        routing_map: Tensor,
+        seq_length: int,
+        bsz: int,
         with_padding_mask: bool = False,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Add `coefficient * sum_b counted_b * E * sum_e f_be P_be` to the summed loss, through `probs`.
 
         f_be is the share of expert e in the choices of sequence b, P_be its mean score there (DeepSeek-V3, equations

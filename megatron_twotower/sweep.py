@@ -46,8 +46,9 @@ def judge(model: Model, ids: Tensor, prompt_tokens: int, ar_text: Tensor) -> dic
         "nats_per_token": float(token_nats(logits, new).double().mean()),
         "agreement": float((logits.argmax(-1) == new.to(logits.device)).double().mean()),
         "same_as_ar": float((new[0].cpu() == ar_text.cpu()).double().mean()),
-        "distinct_2": distinct(written, 2), "repeated_4": 1 - distinct(written, 4),
-    }  # fmt: skip
+        "distinct_2": distinct(written, 2),
+        "repeated_4": 1 - distinct(written, 4),
+    }
 
 
 # --- the sweep ----------------------------------------------------------------------------------------------------
@@ -63,22 +64,30 @@ class Point:
 
     def settings(self, new_tokens: int) -> GenerationSettings:
         return GenerationSettings(
-            max_new_tokens=new_tokens, block_size=self.block_size, steps_per_block=self.steps or self.block_size,
+            max_new_tokens=new_tokens,
+            block_size=self.block_size,
+            steps_per_block=self.steps or self.block_size,
             confidence_threshold=self.threshold,
-        )  # fmt: skip
+        )
 
 
 def points(
-    *, thresholds: Sequence[float], block_sizes: Sequence[int], steps: Sequence[int], trained_block: int,
-    threshold: float, every: bool = False,
-) -> list[Point]:  # fmt: skip
+    *,
+    thresholds: Sequence[float],
+    block_sizes: Sequence[int],
+    steps: Sequence[int],
+    trained_block: int,
+    threshold: float,
+    every: bool = False,
+) -> list[Point]:
     """What to try: each list alone, the others as `trained_block`, one step per token and `threshold` say; or, with
     `every`, all combinations. Steps beyond the block's size change nothing and are left out."""
     if every:
         return [
-            Point(*chosen) for chosen in itertools.product(thresholds, block_sizes, (None, *steps))
+            Point(*chosen)
+            for chosen in itertools.product(thresholds, block_sizes, (None, *steps))
             if chosen[2] is None or chosen[2] < chosen[1]
-        ]  # fmt: skip
+        ]
     star = [Point(each, trained_block) for each in thresholds]
     star += [Point(threshold, size) for size in block_sizes if size != trained_block]
     star += [Point(threshold, trained_block, count) for count in steps if count < trained_block]
@@ -107,10 +116,14 @@ class _Tally:
             "confidence_threshold": None if point is None else point.threshold,
             "block_size": None if point is None else point.block_size,
             "steps_per_block": None if point is None else point.steps or point.block_size,
-            "tokens_per_pass": self.new_tokens / self.passes, "passes": self.passes, "new_tokens": self.new_tokens,
-            "seconds": self.seconds, "tokens_per_second": rate, "speedup": rate / ar_rate,
+            "tokens_per_pass": self.new_tokens / self.passes,
+            "passes": self.passes,
+            "new_tokens": self.new_tokens,
+            "seconds": self.seconds,
+            "tokens_per_second": rate,
+            "speedup": rate / ar_rate,
             "prompts": len(self.judged),
-        }  # fmt: skip
+        }
         for key in self.judged[0]:
             values = torch.tensor([each[key] for each in self.judged], dtype=torch.float64)
             row[key] = float(values.mean())
@@ -119,9 +132,14 @@ class _Tally:
 
 
 def sweep(
-    model: Model, prompts: Tensor, *, points: Sequence[Point], max_new_tokens: int, mask_id: int,
+    model: Model,
+    prompts: Tensor,
+    *,
+    points: Sequence[Point],
+    max_new_tokens: int,
+    mask_id: int,
     progress: OnProgress = silent,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """Speed and quality of mask diffusion at each point, against cached AR generation in the same run.
 
     Greedy, one prompt at a time, always `max_new_tokens` long (no EOS, so that all write the same amount); for every

@@ -132,9 +132,14 @@ class Tower(MegatronModule):
     """
 
     def __init__(
-        self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection, *,
-        layer: Callable[..., Layer] = Layer, stage: Stage | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: ModelConfig,
+        config: TransformerConfig,
+        groups: ProcessGroupCollection,
+        *,
+        layer: Callable[..., Layer] = Layer,
+        stage: Stage | None = None,
+    ) -> None:
         super().__init__(config)
         self.groups, self.stage = groups, stage or whole(model)
         if self.stage.first:
@@ -146,9 +151,14 @@ class Tower(MegatronModule):
         if self.stage.last:
             self.final_norm = spec.of(config).norm(config)
             self.output_layer = Head(
-                model.hidden_size, model.vocab_size, config=spec.unfused(config), init_method=config.init_method,
-                bias=False, gather_output=False, tp_group=groups.tp,
-            )  # fmt: skip
+                model.hidden_size,
+                model.vocab_size,
+                config=spec.unfused(config),
+                init_method=config.init_method,
+                bias=False,
+                gather_output=False,
+                tp_group=groups.tp,
+            )
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens (b, l) -> (l, b, h), this rank's part of l under sequence parallelism."""
@@ -203,9 +213,8 @@ class BackboneModel(PipelineModel):
     """A single backbone, or a stage of one, for the `ar` objective."""
 
     def __init__(
-        self, config: RunConfig, megatron: TransformerConfig, groups: ProcessGroupCollection,
-        stage: Stage | None = None,
-    ) -> None:  # fmt: skip
+        self, config: RunConfig, megatron: TransformerConfig, groups: ProcessGroupCollection, stage: Stage | None = None
+    ) -> None:
         stage = stage or whole(config.model)
         super().__init__(megatron, stage)
         self.tower = Tower(config.model, megatron, groups, stage=stage)
@@ -281,9 +290,7 @@ class TwoTower(PipelineModel):
             conditioning.reshape(*batch.times.shape, -1),
         )
 
-    def _denoise(
-        self, number: int, noisy: Tensor, conditioning: Tensor, handoff: Handoff, blocks: Blocks
-    ) -> Tensor:  # fmt: skip
+    def _denoise(self, number: int, noisy: Tensor, conditioning: Tensor, handoff: Handoff, blocks: Blocks) -> Tensor:
         layer, context = self.tower.layers[str(number)], self.context.layers[str(number)]
         assert isinstance(layer, DenoiserLayer) and isinstance(context, Layer)
         if layer.kind not in self.recompute or not torch.is_grad_enabled():

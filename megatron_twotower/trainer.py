@@ -72,9 +72,11 @@ def window(progress: Progress, groups: ProcessGroupCollection) -> dict[str, Any]
     return {
         "sums": None if sums is None else parallel.sum_over_stages(sums.double(), groups).tolist(),
         "expert_tokens": None if tokens is None else parallel.sum_over_ranks(tokens.double()).tolist(),
-        "sequences": progress.sequences, "skipped": skipped_by_all(progress, groups),
-        "nonfinite": progress.nonfinite, "in_a_row": progress.in_a_row,
-    }  # fmt: skip
+        "sequences": progress.sequences,
+        "skipped": skipped_by_all(progress, groups),
+        "nonfinite": progress.nonfinite,
+        "in_a_row": progress.in_a_row,
+    }
 
 
 def skipped_by_all(progress: Progress, groups: ProcessGroupCollection) -> int:
@@ -96,9 +98,16 @@ def resumed(step: int, cursor: int, updates: int, saved: dict[str, Any], groups:
     tokens = part(saved["expert_tokens"], here=parallel.is_main())
     skipped = saved["skipped"] if groups.dp_cp.rank() == 0 else 0
     return Progress(
-        step, cursor, updates, saved["nonfinite"], saved["in_a_row"], sums, tokens, sequences=saved["sequences"],
+        step,
+        cursor,
+        updates,
+        saved["nonfinite"],
+        saved["in_a_row"],
+        sums,
+        tokens,
+        sequences=saved["sequences"],
         skipped=skipped,
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -173,9 +182,11 @@ def forward_backward(trainer: Trainer, batches: Sequence[tuple[Batch, Tensor | N
 
     first, times = batches[0]
     rows = rows_between_stages(
-        config, sequences=len(first.tokens), times=times,
+        config,
+        sequences=len(first.tokens),
+        times=times,
         ranks=trainer.groups.tp.size() if megatron.sequence_parallel else 1,
-    )  # fmt: skip
+    )
     reports = parallel.run_schedule(
         step, batches, trainer.model, rows=rows, groups=trainer.groups, forward_only=forward_only
     )
@@ -273,11 +284,17 @@ def _record(trainer: Trainer, progress: Progress, norm: float, started: float) -
     length = config.data.sequence_length_tokens
     rate = progress.sequences * length / (now - progress.since)
     return {
-        "kind": "train", "step": progress.step, **figures,
-        "learning_rate": trainer.optimizer.param_groups[0]["lr"], "grad_norm": norm,
-        "tokens": progress.cursor * length, "tokens_per_second": rate, "expert_load": load,
-        "memory_gib": peak_memory_gib(), "seconds": now - started,
-    }  # fmt: skip
+        "kind": "train",
+        "step": progress.step,
+        **figures,
+        "learning_rate": trainer.optimizer.param_groups[0]["lr"],
+        "grad_norm": norm,
+        "tokens": progress.cursor * length,
+        "tokens_per_second": rate,
+        "expert_load": load,
+        "memory_gib": peak_memory_gib(),
+        "seconds": now - started,
+    }
 
 
 def _advance(trainer: Trainer, progress: Progress, batches: list[Batch], cursor: int, step: Step) -> None:
@@ -310,9 +327,12 @@ def _check_finite(progress: Progress, step: Step, batches: list[Batch], limit: i
 
 
 def train(
-    trainer: Trainer, progress: Progress, stream: Iterator[tuple[list[Batch], int]], validation: list[Batch],
+    trainer: Trainer,
+    progress: Progress,
+    stream: Iterator[tuple[list[Batch], int]],
+    validation: list[Batch],
     hooks: Hooks,
-) -> bool:  # fmt: skip
+) -> bool:
     """Train from where `progress` stands to the configured number of steps.
 
     Args:

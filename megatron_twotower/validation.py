@@ -290,7 +290,7 @@ def _fp8_sides(config: RunConfig) -> Iterator[tuple[str, int]]:
             "model.moe_shared_expert_intermediate_size": (model.moe_shared_expert_intermediate_size, tensor),
         },
         "-": {"model.intermediate_size": (model.intermediate_size, tensor)},
-    }  # fmt: skip
+    }
     yield f"model.hidden_size {model.hidden_size}", model.hidden_size
     for kind, named in widths.items():
         if kind in model.hybrid_override_pattern:

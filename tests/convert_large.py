@@ -21,9 +21,15 @@ MIB = 2**20
 ALLOWED = 48 * MIB
 # Eight MoE layers of twenty experts, 3 MiB for each of their two matrices, and 8 for embedding and head.
 MODEL = dataclasses.replace(
-    hf_folders.MODEL, hybrid_override_pattern="MEEEE*EEEE-", hidden_size=1024, vocab_size=4096, n_routed_experts=20,
-    moe_intermediate_size=1536, moe_shared_expert_intermediate_size=1536, intermediate_size=2048,
-)  # fmt: skip
+    hf_folders.MODEL,
+    hybrid_override_pattern="MEEEE*EEEE-",
+    hidden_size=1024,
+    vocab_size=4096,
+    n_routed_experts=20,
+    moe_intermediate_size=1536,
+    moe_shared_expert_intermediate_size=1536,
+    intermediate_size=2048,
+)
 
 
 def main(folder: Path) -> None:

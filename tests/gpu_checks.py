@@ -84,9 +84,7 @@ class Operation:
 
 def _stream(size: Widths, seed: int) -> tuple[Tensor, ...]:
     """x, dt, A, B, C, D of one stream."""
-    m, p, g, d = (
-        size.model.mamba_num_heads, size.model.mamba_head_dim, size.model.n_groups, size.model.ssm_state_size
-    )  # fmt: skip
+    m, p, g, d = (size.model.mamba_num_heads, size.model.mamba_head_dim, size.model.n_groups, size.model.ssm_state_size)
     x, B, C = (draw(1, size.length, *each, seed=seed + i) for i, each in enumerate(((m, p), (g, d), (g, d))))
     dt, A = 0.1 * F.softplus(draw(1, size.length, m, seed=seed + 3)), -draw(m, seed=seed + 4).exp()
     return x, dt, A, B, C, draw(m, seed=seed + 5)
@@ -103,9 +101,11 @@ def _two_stream_scan(size: Widths) -> Operation:
 
     def clean(x: Tensor, dt: Tensor) -> dict[str, Tensor]:
         return {
-            "clean_x": _rounded(clean_x, x), "clean_dt": _rounded(clean_dt, dt), "clean_A": _rounded(clean_A, dt),
+            "clean_x": _rounded(clean_x, x),
+            "clean_dt": _rounded(clean_dt, dt),
+            "clean_A": _rounded(clean_A, dt),
             "clean_B": _rounded(clean_B, x),
-        }  # fmt: skip
+        }
 
     def fast(x: Tensor, dt: Tensor, *others: Tensor) -> Tensor:
         of = clean(x, dt)
@@ -180,9 +180,10 @@ def _causal_convolution(size: Widths) -> Operation:
 def _norm(size: Widths) -> Operation:
     h = size.model.hidden_size
     return Operation(
-        lambda *own: rms_norm(*own, 1e-5), lambda *own: rms_norm_ref(*own, 1e-5),
+        lambda *own: rms_norm(*own, 1e-5),
+        lambda *own: rms_norm_ref(*own, 1e-5),
         (draw(size.length, 1, h, seed=0), 1 + 0.3 * draw(h, seed=1)),
-    )  # fmt: skip
+    )
 
 
 def _gated_norm(size: Widths) -> Operation:
@@ -190,8 +191,9 @@ def _gated_norm(size: Widths) -> Operation:
     tensors = (draw(1, size.length, inner, seed=0), draw(1, size.length, inner, seed=1), draw(inner, seed=2))
     return Operation(
         lambda y, z, weight: gated_rms_norm(y, z, weight.view(groups, -1), 1e-5),
-        lambda y, z, weight: gated_rms_norm_ref(y, z, weight.view(groups, -1), 1e-5), tensors,
-    )  # fmt: skip
+        lambda y, z, weight: gated_rms_norm_ref(y, z, weight.view(groups, -1), 1e-5),
+        tensors,
+    )
 
 
 def _head(size: Widths) -> Operation:
@@ -203,16 +205,23 @@ def _head(size: Widths) -> Operation:
         return lambda hidden, head: operation(hidden, head, targets.to(hidden.device), weights.to(hidden.device))[0]
 
     return Operation(
-        both(linear_cross_entropy), both(linear_cross_entropy_ref),
+        both(linear_cross_entropy),
+        both(linear_cross_entropy_ref),
         (draw(size.length, size.model.hidden_size, seed=0), weight),
-    )  # fmt: skip
+    )
 
 
 OPERATIONS: dict[str, Callable[[Widths], Operation]] = {
-    "two-stream scan": _two_stream_scan, "scan of one stream": _stream_scan, "block attention": _block_attention,
-    "causal attention": _causal_attention, "seeded convolution": _seeded_convolution,
-    "causal convolution": _causal_convolution, "norm": _norm, "gated norm": _gated_norm, "head and loss": _head,
-}  # fmt: skip
+    "two-stream scan": _two_stream_scan,
+    "scan of one stream": _stream_scan,
+    "block attention": _block_attention,
+    "causal attention": _causal_attention,
+    "seeded convolution": _seeded_convolution,
+    "causal convolution": _causal_convolution,
+    "norm": _norm,
+    "gated norm": _gated_norm,
+    "head and loss": _head,
+}
 
 
 def operation_errors(name: str, *, device: str, precision: str) -> dict[str, float]:
@@ -227,7 +236,7 @@ def operation_errors(name: str, *, device: str, precision: str) -> dict[str, flo
     upstream = draw(*want.shape, seed=99).to(device, got.dtype)
     pairs = zip(
         torch.autograd.grad(got, own, upstream), torch.autograd.grad(want, exact, upstream.double()), strict=True
-    )  # fmt: skip
+    )
     return {"value": relative(got, want)} | {f"gradient {i}": relative(a, b) for i, (a, b) in enumerate(pairs)}
 
 
@@ -249,7 +258,7 @@ def clean_state_errors(*, device: str, precision: str) -> dict[str, float]:
 
 def initial_state_errors(
     scan: Callable[..., tuple[Tensor, Tensor]], *, device: str, precision: str, chunk: int, tokens: int = 16
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Many short sequences, each from a state of its own, against the float64 recurrence: y, and the state at the end.
 
     Args:

@@ -28,11 +28,23 @@ from megatron_twotower.validation import validate
 
 STEPS, SEQUENCES, LENGTH, VOCABULARY = 5, 8, 32, 64
 MODEL = ModelConfig(
-    hybrid_override_pattern="ME*-M*EM", vocab_size=VOCABULARY, hidden_size=16, num_attention_heads=4,
-    num_key_value_heads=4, head_dim=4, mamba_num_heads=4, mamba_head_dim=4, ssm_state_size=4, n_groups=4, chunk_size=8,
-    intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+    hybrid_override_pattern="ME*-M*EM",
+    vocab_size=VOCABULARY,
+    hidden_size=16,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=4,
+    mamba_num_heads=4,
+    mamba_head_dim=4,
+    ssm_state_size=4,
+    n_groups=4,
+    chunk_size=8,
+    intermediate_size=32,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
     moe_shared_expert_intermediate_size=16,
-)  # fmt: skip
+)
 TOKENS = SEQUENCES * LENGTH
 
 # What is trained, each with a run on one rank to be compared with. `hard` has everything that could tell layouts apart.
@@ -55,14 +67,17 @@ SEED = 7
 
 def base(backbone):
     return RunConfig(
-        seed=SEED, model=MODEL, init=InitConfig(str(backbone)), conditioning=ConditioningConfig("released", 16),
+        seed=SEED,
+        model=MODEL,
+        init=InitConfig(str(backbone)),
+        conditioning=ConditioningConfig("released", 16),
         noise=NoiseConfig(block_size_tokens=8),
         data=DataConfig(sequence_length_tokens=LENGTH, micro_batch_size=2, global_batch_size=SEQUENCES),
         # At this rate five steps amplify no rounding; with this epsilon noise of 1e-9 in a gradient is no step.
         optimizer=OptimizerConfig(learning_rate=1e-3, epsilon=1e-5, clip_gradient_norm=1.0),
         schedule=ScheduleConfig(warmup_steps=0),
         train=TrainConfig(steps=STEPS, router_bias_update_rate=1e-2, validation_sequences=SEQUENCES),
-    )  # fmt: skip
+    )
 
 
 def changed(config, changes):
@@ -87,9 +102,12 @@ def write_backbone(folder):
         return tensor
 
     convert.write_folder(
-        folder, convert.lazy_tensors(source, entries, MODEL, dtype=torch.float32),
-        config=convert.backbone_config_json(MODEL, dtype=torch.float32), files={}, copies=[],
-    )  # fmt: skip
+        folder,
+        convert.lazy_tensors(source, entries, MODEL, dtype=torch.float32),
+        config=convert.backbone_config_json(MODEL, dtype=torch.float32),
+        files={},
+        copies=[],
+    )
     return folder
 
 
@@ -181,9 +199,14 @@ def run(config):
     validation = [] if config.objective == "ar" else [trainer.validate(parts, micro_batches(config, groups, 0))["loss"]]
     same = all(torch.equal(*pair) for pair in zip(frozen, frozen_state(model), strict=True))
     return {
-        "losses": losses + validation, "norms": norms, "loads": torch.stack(loads), "shares": shares, "start": start,
-        "parameters": whole_parameters(model, config, groups), "frozen": same,
-    }  # fmt: skip
+        "losses": losses + validation,
+        "norms": norms,
+        "loads": torch.stack(loads),
+        "shares": shares,
+        "start": start,
+        "parameters": whole_parameters(model, config, groups),
+        "frozen": same,
+    }
 
 
 def main():

@@ -97,9 +97,10 @@ def mend_bfloat16(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(interpreter, "_convert_float", rounded)
     patch.setattr(
-        interpreter.InterpreterBuilder, "create_dot",
+        interpreter.InterpreterBuilder,
+        "create_dot",
         lambda self, a, b, *others: multiply(self, widened(a), widened(b), *others),
-    )  # fmt: skip
+    )
 
 
 def multiply_in_tf32(patch: pytest.MonkeyPatch) -> None:
@@ -115,6 +116,7 @@ def multiply_in_tf32(patch: pytest.MonkeyPatch) -> None:
         return interpreter.TensorHandle((bits & numpy.uint32(0xFFFFE000)).view(numpy.float32), handle.dtype)
 
     patch.setattr(
-        interpreter.InterpreterBuilder, "create_dot",
+        interpreter.InterpreterBuilder,
+        "create_dot",
         lambda self, a, b, *others: multiply(self, narrowed(a), narrowed(b), *others),
-    )  # fmt: skip
+    )

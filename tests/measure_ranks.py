@@ -108,9 +108,11 @@ def alive():
 def kept_bytes(parts, modules, batch):
     """What lives on between the forward pass of a micro-batch and its backward pass, in the graph and in closures."""
     rows = towers.rows_between_stages(
-        parts.config, sequences=len(batch.tokens), times=None,
+        parts.config,
+        sequences=len(batch.tokens),
+        times=None,
         ranks=parts.groups.tp.size() if parts.config.parallel.sequence else 1,
-    )  # fmt: skip
+    )
     hidden, dtype = parts.config.model.hidden_size, modules[0].config.params_dtype
 
     def forward(module):
@@ -152,14 +154,27 @@ def measured(changes):
     config = models.planned_config(changes)
     groups = parallel.initialise(config)
     NAMES.clear()
-    NAMES.update({groups.tp: "tensor", groups.ep: "expert", groups.expt_tp: "expert tensor", groups.dp_cp: "data",
-                  groups.tp_ep: "tensor x expert", groups.expt_dp: "expert data", groups.pp: "pipeline"})  # fmt: skip
+    NAMES.update(
+        {
+            groups.tp: "tensor",
+            groups.ep: "expert",
+            groups.expt_tp: "expert tensor",
+            groups.dp_cp: "data",
+            groups.tp_ep: "tensor x expert",
+            groups.expt_dp: "expert data",
+            groups.pp: "pipeline",
+        }
+    )
     modules, wrapped = built(config, groups)
     adam = optimizer.build_optimizer(config, wrapped, groups)
     parts = trainer.Trainer(
-        config=config, model=wrapped, optimizer=adam, schedule=optimizer.build_schedule(config, adam),
-        groups=groups, phases=plan(config),
-    )  # fmt: skip
+        config=config,
+        model=wrapped,
+        optimizer=adam,
+        schedule=optimizer.build_schedule(config, adam),
+        groups=groups,
+        phases=plan(config),
+    )
     count = config.data.global_batch_size // groups.dp_cp.size()
     shape = (count, config.data.sequence_length_tokens)
     draw = torch.Generator().manual_seed(groups.dp_cp.rank())
@@ -193,9 +208,13 @@ def measured(changes):
         "parameters": nbytes(own),
         "gradients": nbytes(storages(b.grad_data for b in buffers)),
         "optimizer": sum(t.nbytes for t in state),
-        "kept": kept, "kept_scored": kept_scored, "sent": sent, "scored": sum(scored) / max(len(scored), 1),
-        "places": [groups.dp_cp.rank(), groups.expt_dp.rank()], "pipeline_rank": groups.pp.rank(),
-    }  # fmt: skip
+        "kept": kept,
+        "kept_scored": kept_scored,
+        "sent": sent,
+        "scored": sum(scored) / max(len(scored), 1),
+        "places": [groups.dp_cp.rank(), groups.expt_dp.rank()],
+        "pipeline_rank": groups.pp.rank(),
+    }
     trainer.masked_diffusion_loss = plain_loss
     parallel_state.destroy_model_parallel()
     return record

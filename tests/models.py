@@ -8,10 +8,23 @@ from megatron_twotower import convert, names, towers
 from megatron_twotower.config import ConditioningConfig, DataConfig, ModelConfig, NoiseConfig, RunConfig, TrainConfig
 
 TINY = ModelConfig(
-    hybrid_override_pattern="ME*-", vocab_size=48, hidden_size=24, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=6, mamba_num_heads=4, mamba_head_dim=6, ssm_state_size=5, n_groups=2, chunk_size=8, intermediate_size=32,
-    n_routed_experts=6, num_experts_per_tok=2, moe_intermediate_size=12, moe_shared_expert_intermediate_size=16,
-)  # fmt: skip
+    hybrid_override_pattern="ME*-",
+    vocab_size=48,
+    hidden_size=24,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    mamba_num_heads=4,
+    mamba_head_dim=6,
+    ssm_state_size=5,
+    n_groups=2,
+    chunk_size=8,
+    intermediate_size=32,
+    n_routed_experts=6,
+    num_experts_per_tok=2,
+    moe_intermediate_size=12,
+    moe_shared_expert_intermediate_size=16,
+)
 
 
 def tiny_config(
@@ -84,10 +97,19 @@ def random_noisy_batch(config: RunConfig, *, batch: int = 2, per_block: bool = T
 def planned_config(changes: dict[str, object]) -> RunConfig:
     """All kinds of layers, large enough that sizes show, on a layout: {"parallel.expert": 2, ...}."""
     model = dataclasses.replace(
-        TINY, hybrid_override_pattern="ME*-ME", vocab_size=64, hidden_size=64, head_dim=16, mamba_head_dim=16,
-        ssm_state_size=16, chunk_size=32, intermediate_size=96, n_routed_experts=4, moe_intermediate_size=24,
+        TINY,
+        hybrid_override_pattern="ME*-ME",
+        vocab_size=64,
+        hidden_size=64,
+        head_dim=16,
+        mamba_head_dim=16,
+        ssm_state_size=16,
+        chunk_size=32,
+        intermediate_size=96,
+        n_routed_experts=4,
+        moe_intermediate_size=24,
         moe_shared_expert_intermediate_size=48,
-    )  # fmt: skip
+    )
     data = DataConfig(sequence_length_tokens=64, micro_batch_size=2, global_batch_size=8)
     config = RunConfig(
         model=model, conditioning=ConditioningConfig(frequencies=16), data=data, noise=NoiseConfig(block_size_tokens=8)

@@ -159,10 +159,17 @@ def _asker() -> tuple[str, str]:
 
 # The values that these operations look at on the device decide about a shape or about what the host does next.
 WAITING = {
-    "_local_scalar_dense": "a number", "nonzero": "nonzero", "nonzero_static": "nonzero", "masked_select": "nonzero",
-    "_unique2": "nonzero", "unique_dim": "nonzero", "unique_consecutive": "nonzero", "bincount": "nonzero",
-    "equal": "a number", "is_nonzero": "a number",
-}  # fmt: skip
+    "_local_scalar_dense": "a number",
+    "nonzero": "nonzero",
+    "nonzero_static": "nonzero",
+    "masked_select": "nonzero",
+    "_unique2": "nonzero",
+    "unique_dim": "nonzero",
+    "unique_consecutive": "nonzero",
+    "bincount": "nonzero",
+    "equal": "a number",
+    "is_nonzero": "a number",
+}
 # What takes one number of the host where a tensor of the device would stand, as all pointwise operations do.
 NUMBERS_ALLOWED = {"fill_", "fill", "masked_fill", "masked_fill_", "index_put_", "index_put", "_index_put_impl_"}
 # Whose indices may be on the host: they are copied over.
@@ -377,9 +384,10 @@ def pretended_cuda() -> Iterator[Waits]:
         patch.setattr(torch.distributed.distributed_c10d, "_get_object_coll_device", lambda *_: str(CUDA))
         # A module that moves puts new parameters in the place of those that cannot turn into the others.
         patch.setattr(
-            torch, "_has_compatible_shallow_copy_type",
+            torch,
+            "_has_compatible_shallow_copy_type",
             lambda a, b: isinstance(a, Pretended) == isinstance(b, Pretended) and compatible(a, b),
-        )  # fmt: skip
+        )
         yield mode.waits
 
 

@@ -120,8 +120,13 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     configuration.write_text(CONFIGURATION.format(host=host, ports=ports, folder=folder))
     path = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
     environment = os.environ | {"SLURM_CONF": str(configuration), "PATH": path}
-    places = {"key-file": key, "socket": folder / "munge.socket", "pid-file": folder / "munged.pid",
-              "log-file": folder / "munged.log", "seed-file": folder / "seed"}  # fmt: skip
+    places = {
+        "key-file": key,
+        "socket": folder / "munge.socket",
+        "pid-file": folder / "munged.pid",
+        "log-file": folder / "munged.log",
+        "seed-file": folder / "seed",
+    }
     munged = ["munged", "--foreground", "--force", *(f"--{name}={path}" for name, path in places.items())]
     commands = [munged, ["slurmctld", "-D", "-c"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]]
     with contextlib.ExitStack() as stack:
@@ -140,9 +145,12 @@ def cluster(folder: Path) -> Iterator[Cluster]:
 
 def _idle(found: Cluster) -> int:
     result = subprocess.run(
-        ["sinfo", "--noheader", "--Node", "--partition=low", "--format=%T"], capture_output=True, text=True,
-        env=found.environment, timeout=30,
-    )  # fmt: skip
+        ["sinfo", "--noheader", "--Node", "--partition=low", "--format=%T"],
+        capture_output=True,
+        text=True,
+        env=found.environment,
+        timeout=30,
+    )
     return result.stdout.split().count("idle")
 
 

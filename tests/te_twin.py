@@ -35,9 +35,20 @@ class _Grouped(nn.Module):
     split: int
 
     def __init__(
-        self, num_gemms, input_size, output_size, *, config, init_method, bias, skip_bias_add, is_expert,
-        tp_comm_buffer_name=None, pg_collection=None, name=None,
-    ):  # fmt: skip
+        self,
+        num_gemms,
+        input_size,
+        output_size,
+        *,
+        config,
+        init_method,
+        bias,
+        skip_bias_add,
+        is_expert,
+        tp_comm_buffer_name=None,
+        pg_collection=None,
+        name=None,
+    ):
         super().__init__()
         assert is_expert and not bias
         shape = [output_size, input_size]

@@ -49,8 +49,9 @@ def test_padded_rows_are_written_as_if_alone(mode, eos):
     settings = {"max_new_tokens": 21, "eos_token_id": eos}
     together = getattr(model, mode)(ids, attention_mask=mask, **settings)
     assert torch.equal(together[:, : ids.shape[1]], ids)
-    assert torch.equal(getattr(model, mode)(ids.masked_fill(mask == 0, 11), attention_mask=mask, **settings)[:, 21:],
-                       together[:, 21:])  # fmt: skip
+    assert torch.equal(
+        getattr(model, mode)(ids.masked_fill(mask == 0, 11), attention_mask=mask, **settings)[:, 21:], together[:, 21:]
+    )
     longest = 0
     for row, length in enumerate(LENGTHS):
         alone = getattr(model, mode)(ids[row : row + 1, -length:], **settings)[0, length:]
@@ -60,8 +61,10 @@ def test_padded_rows_are_written_as_if_alone(mode, eos):
         assert set(found[len(alone) :].tolist()) <= {eos or model.config.eos_token_id}
     assert together.shape == (4, 21 + longest)
     unpadded = ids[-1:].repeat(2, 1)
-    assert torch.equal(getattr(model, mode)(unpadded, attention_mask=torch.ones_like(unpadded), **settings),
-                       getattr(model, mode)(unpadded, **settings))  # fmt: skip
+    assert torch.equal(
+        getattr(model, mode)(unpadded, attention_mask=torch.ones_like(unpadded), **settings),
+        getattr(model, mode)(unpadded, **settings),
+    )
 
 
 @pytest.mark.parametrize("mode", ["generate_ar", "generate_mock_ar", "generate_speculative", "generate"])
@@ -117,15 +120,18 @@ def test_top_p_keeps_the_fewest_that_sum_to_it(top_p, kept):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"attention_mask": torch.ones(1, 3)}, r"attention_mask: found shape \(1, 3\), expected that of input_ids"),
-    ({"attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])}, "attention_mask: found padding on the right"),
-    ({"attention_mask": torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]])}, "attention_mask: found padding within text"),
-    ({"attention_mask": torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]])}, "attention_mask: found a row without text"),
-    ({"eos_token_id": VOCABULARY}, f"eos_token_id: found {VOCABULARY}, expected 0 to {VOCABULARY - 1}"),
-    ({"top_p": 0.0}, "top_p: found 0.0, expected above 0, at most 1"),
-    ({"max_new_tokens": 0}, "max_new_tokens: found 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_mask": torch.ones(1, 3)}, r"attention_mask: found shape \(1, 3\), expected that of input_ids"),
+        ({"attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])}, "attention_mask: found padding on the right"),
+        ({"attention_mask": torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]])}, "attention_mask: found padding within text"),
+        ({"attention_mask": torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]])}, "attention_mask: found a row without text"),
+        ({"eos_token_id": VOCABULARY}, f"eos_token_id: found {VOCABULARY}, expected 0 to {VOCABULARY - 1}"),
+        ({"top_p": 0.0}, "top_p: found 0.0, expected above 0, at most 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens: found 0"),
+    ],
+)
 def test_arguments_that_no_mode_can_work_with_are_named(mode, changes, message):
     with pytest.raises(ArgumentError, match=message):
         getattr(tiny_model(), mode)(random_ids(2, 4), **changes)

@@ -21,9 +21,14 @@ def test_it_measures_every_case_and_writes_what_it_prints(two_tower_folder, tmp_
     bench.run(tmp_path, model=two_tower_folder, wanted=QUICK, threads=1, console=console)
     figures = json.loads((tmp_path / "generate.json").read_text())
     assert [(row["case"], row["batch_size"]) for row in figures["rows"]] == [
-        ("mask_diffusion", 1), ("mask_diffusion", 4), ("mask_diffusion, unsorted", 4), ("ar", 1), ("ar", 4),
-        ("speculative", 1), ("speculative", 4),
-    ]  # fmt: skip
+        ("mask_diffusion", 1),
+        ("mask_diffusion", 4),
+        ("mask_diffusion, unsorted", 4),
+        ("ar", 1),
+        ("ar", 4),
+        ("speculative", 1),
+        ("speculative", 4),
+    ]
     text = console.file.getvalue()
     for row in figures["rows"]:
         assert row["new_tokens"] == 4 * 8
@@ -62,10 +67,14 @@ def test_busy_rows_are_those_that_had_something_left():
     assert (row["busy"], row["new_tokens"], row["tokens_per_second"]) == (19 / 24, 36, 12.0)
 
 
-@pytest.mark.parametrize(("wanted", "message"), [
-    (Settings(modes=("ara",)), "mode: found 'ara'"), (Settings(batch_sizes=(4, 0)), "--batch-sizes: found 0, expected"),
-    (Settings(prompts=0), "--prompts: found 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (Settings(modes=("ara",)), "mode: found 'ara'"),
+        (Settings(batch_sizes=(4, 0)), "--batch-sizes: found 0, expected"),
+        (Settings(prompts=0), "--prompts: found 0"),
+    ],
+)
 def test_what_cannot_be_measured(wanted, message):
     with pytest.raises(UserError, match=message):
         bench.check(wanted)

@@ -50,34 +50,60 @@ def test_layers_that_are_asked_for():
         fitting(config, layers=0, memory_bytes=8 * 2**30)
 
 
-@pytest.mark.parametrize(("name", "known"), [
-    ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-80GB", "a100"),
-    ("NVIDIA B200", "b200"), ("NVIDIA H100 PCIe", None), ("NVIDIA H100 NVL", None), ("NVIDIA GH200 480GB", None),
-    ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None), ("NVIDIA L40S", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
+        ("NVIDIA L40S", None),
+    ],
+)
 def test_a_peak_is_that_of_the_very_card(name, known):
     assert card_named(name) == (known and CARDS[known])
 
 
 NAMES = {
-    "scan": ["_chunk_scan_fwd_kernel", "_chunk_state_fwd_kernel", "_state_passing_fwd_kernel", "_bmm_chunk_fwd_kernel",
-             "_chunk_cumsum_fwd_kernel", "_TwoStreamScanBackward"],
+    "scan": [
+        "_chunk_scan_fwd_kernel",
+        "_chunk_state_fwd_kernel",
+        "_state_passing_fwd_kernel",
+        "_bmm_chunk_fwd_kernel",
+        "_chunk_cumsum_fwd_kernel",
+        "_TwoStreamScanBackward",
+    ],
     "convolution": ["void causal_conv1d_channellast_fwd_kernel<...>", "causal_conv1d_bwd_kernel"],
-    "attention": ["triton_tem_fused_flex_attention_0", "triton_tem_fused_flex_attention_backward_1",
-                  "triton_tem_fused_0",
-                  "void pytorch_flash::flash_fwd_kernel<...>", "cudnn_generated_fort_native_sdpa_sm90_flash_fprop",
-                  "void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnFwdSm90<...>>>"],
-    "GEMM": ["nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NTN", "sm90_xmma_gemm_bf16bf16_bf16f32", "aten::bmm",
-             "void gemvNSP_kernel<...>",
-             "void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<...>>"],
+    "attention": [
+        "triton_tem_fused_flex_attention_0",
+        "triton_tem_fused_flex_attention_backward_1",
+        "triton_tem_fused_0",
+        "void pytorch_flash::flash_fwd_kernel<...>",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_fprop",
+        "void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnFwdSm90<...>>>",
+    ],
+    "GEMM": [
+        "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NTN",
+        "sm90_xmma_gemm_bf16bf16_bf16f32",
+        "aten::bmm",
+        "void gemvNSP_kernel<...>",
+        "void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<...>>",
+    ],
     "communication": ["ncclDevKernel_AllReduce_Sum_f32_RING_LL", "ncclDevKernel_ReduceScatter_Sum_f32"],
     "copies": ["Memcpy DtoD (Device -> Device)", "Memset (Device)", "aten::copy_"],
-    "norm and elementwise": ["void at::native::vectorized_elementwise_kernel<4, ...>", "triton_poi_fused_silu_0",
-                             "void transformer_engine::normalization::rmsnorm_fwd_tuned_kernel"],
+    "norm and elementwise": [
+        "void at::native::vectorized_elementwise_kernel<4, ...>",
+        "triton_poi_fused_silu_0",
+        "void transformer_engine::normalization::rmsnorm_fwd_tuned_kernel",
+    ],
     "optimizer": ["void multi_tensor_apply_kernel<TensorListMetadata<4>, AdamFunctor>", "aten::_fused_adamw_"],
     "routing": ["_permute_kernel", "_unpermute_bwd_with_merging_probs_kernel", "void at::native::sbtopk::gatherTopK"],
     "other": ["a_kernel_of_tomorrow"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in NAMES.items() for name in names])
@@ -86,10 +112,12 @@ def test_kernels_have_their_class(kind, name):
 
 
 OUR_KERNELS = {
-    "scan_triton_kernels": ("scan", 5), "convolution_triton": ("convolution", 2),
-    "norm_triton": ("norm and elementwise", 2), "cross_entropy_triton": ("norm and elementwise", 1),
+    "scan_triton_kernels": ("scan", 5),
+    "convolution_triton": ("convolution", 2),
+    "norm_triton": ("norm and elementwise", 2),
+    "cross_entropy_triton": ("norm and elementwise", 1),
     "modulation_triton": ("norm and elementwise", 2),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("module", OUR_KERNELS)
@@ -103,9 +131,12 @@ def test_every_kernel_of_this_project_has_its_class(module):
 
 def event(key, *, device=None, cpu=0.0, cuda=False, annotation=False):
     return SimpleNamespace(
-        key=key, self_device_time_total=device, self_cpu_time_total=cpu, is_user_annotation=annotation,
+        key=key,
+        self_device_time_total=device,
+        self_cpu_time_total=cpu,
+        is_user_annotation=annotation,
         device_type=DeviceType.CUDA if cuda else DeviceType.CPU,
-    )  # fmt: skip
+    )
 
 
 def test_on_a_device_only_kernels_count_and_each_once():
@@ -118,8 +149,10 @@ def test_on_a_device_only_kernels_count_and_each_once():
     ]
     found = split(events, elapsed=20.0, on_device=True)
     assert {name: value for name, value in found.seconds.items() if value} == {
-        "GEMM": 7.0, "communication": 1.0, "other": 2.0,
-    }  # fmt: skip
+        "GEMM": 7.0,
+        "communication": 1.0,
+        "other": 2.0,
+    }
     assert found.unnamed == {"mystery": 2.0} and found.busy == 0.5
     assert split(events, elapsed=20.0, on_device=False).seconds["GEMM"] == 1.0
 
@@ -294,8 +327,9 @@ def test_nothing_of_a_measured_side_stays(groups, monkeypatch):
 
 def test_the_command_says_what_is_wrong(capsys, tmp_path):
     for arguments, said in (
-        (["--layers", "53"], "--layers: found 53"), (["--quick", "--layers", "6"], "--layers: found 6"),
+        (["--layers", "53"], "--layers: found 53"),
+        (["--quick", "--layers", "6"], "--layers: found 6"),
         (["--rungs", "rooter"], "--rungs: found"),
-    ):  # fmt: skip
+    ):
         assert main(["bench", "gpu", *arguments, "--output", str(tmp_path)]) == 2
         assert said in capsys.readouterr().err

@@ -32,8 +32,11 @@ def test_defaults_and_flags_say_what_is_measured(tiny):
     assert {(shape.length, shape.block) for shape in found if shape.operation == "scan"} >= {(1024, 4), (8192, 16)}
     given = wanted(tiny, operations=["attention", "head"], lengths=[64, 128], blocks=[16])
     assert [(shape.operation, shape.length, shape.block) for shape in given] == [
-        ("attention", 64, 16), ("attention", 128, 16), ("head", 64, 0), ("head", 128, 0),
-    ]  # fmt: skip
+        ("attention", 64, 16),
+        ("attention", 128, 16),
+        ("head", 64, 0),
+        ("head", 128, 0),
+    ]
     with pytest.raises(UserError, match="found 100, expected a multiple of --block 16"):
         wanted(tiny, lengths=[100], blocks=[16])
 
@@ -91,9 +94,15 @@ def test_ratios_are_the_rivals_over_ours():
 def test_a_quick_run_prints_a_table_and_writes_json_and_a_picture(tmp_path):
     console = Console(file=io.StringIO(), width=160)
     bench_ops.run(
-        tmp_path, operations=["attention"], blocks=[8], repeats=2, budget_seconds=1.0, threads=1, quick=True,
+        tmp_path,
+        operations=["attention"],
+        blocks=[8],
+        repeats=2,
+        budget_seconds=1.0,
+        threads=1,
+        quick=True,
         console=console,
-    )  # fmt: skip
+    )
     assert "dense mask" in console.file.getvalue() and "ops.json" in console.file.getvalue()
     found = json.loads((tmp_path / "ops.json").read_text())
     assert found["model"] == "tiny" and found["machine"]["threads"] == 1

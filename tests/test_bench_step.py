@@ -68,8 +68,12 @@ def test_a_quick_run_prints_tables_and_writes_json_and_a_picture(tmp_path):
     cases = [(row["pattern"], row["case"]) for row in found["steps"]]
     mixed, attention = "ME*-M", "*E*-*"
     assert cases == [
-        (mixed, AR), (mixed, TWO_TOWER), (attention, AR), (attention, TWO_TOWER), (attention, CONCATENATED),
-    ]  # fmt: skip
+        (mixed, AR),
+        (mixed, TWO_TOWER),
+        (attention, AR),
+        (attention, TWO_TOWER),
+        (attention, CONCATENATED),
+    ]
     assert found["parts"].keys() == {AR, TWO_TOWER}
     assert [row["draws"] for row in found["draws"]] == [1, 2]
     assert found["recipe"] == "bench_step" and found["machine"]["threads"] == 1

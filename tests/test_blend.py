@@ -43,10 +43,14 @@ def blended(*, documents="ignore", shuffle=None, damaged=None, seed=7):
         if damaged and number == 0:
             corpus = dataclasses.replace(corpus, damaged=damaged)
         datasets[name] = SequenceDataset(
-            corpus, sequence_length=LENGTH, seed=seed, number=number, shuffle=shuffle or Shuffle(),
+            corpus,
+            sequence_length=LENGTH,
+            seed=seed,
+            number=number,
+            shuffle=shuffle or Shuffle(),
             packing=Packing.of(corpus.starts, alignment=16) if documents == "respect" else None,
             skip_damaged=damaged is not None,
-        )  # fmt: skip
+        )
     phases = (phase("one", 0, 10, block=16), phase("two", 10, 25, block=16), phase("three", 35, 30))
     weights = ({"web": 3, "code": 1}, {"web": 0.5, "code": 0.3, "math": 0.2}, {"code": 1, "math": 2})
     return BlendedDataset(datasets, phases, weights)
@@ -130,8 +134,16 @@ def step_over(source, *, cursor, world, workers=1, depth=1, micro=1):
     """A whole global batch, put together from what every rank reads."""
     parts, after = [], set()
     for rank in range(world):
-        stream = batches(source, cursor=cursor, global_batch_size=1000 if world == 1000 else BATCH,
-                         micro_batch_size=micro, rank=rank, world=world, workers=workers, depth=depth)  # fmt: skip
+        stream = batches(
+            source,
+            cursor=cursor,
+            global_batch_size=1000 if world == 1000 else BATCH,
+            micro_batch_size=micro,
+            rank=rank,
+            world=world,
+            workers=workers,
+            depth=depth,
+        )
         micro_batches, end = next(stream)
         stream.close()
         parts += micro_batches
@@ -164,8 +176,16 @@ def test_a_thousand_ranks_read_what_one_does():
 @pytest.mark.parametrize(("workers", "depth"), [(1, 1), (1, 4), (4, 2), (3, 9)])
 def test_workers_change_nothing(workers, depth):
     source = blended(documents="respect", shuffle=Shuffle("windowed", 10, 3))
-    stream = batches(source, cursor=8 * BATCH, global_batch_size=BATCH, micro_batch_size=20, rank=0, world=1,
-                     workers=workers, depth=depth)  # fmt: skip
+    stream = batches(
+        source,
+        cursor=8 * BATCH,
+        global_batch_size=BATCH,
+        micro_batch_size=20,
+        rank=0,
+        world=1,
+        workers=workers,
+        depth=depth,
+    )
     for number in range(8, 40):
         micro, after = next(stream)
         assert after == (number + 1) * BATCH
@@ -214,8 +234,9 @@ def test_skipping_keeps_the_order_of_everything_else(documents, caplog):
         assert lost == bool(shards & {3, 5})
     assert skipped_sequences(want) == 0
     assert sorted(caplog.messages) == [
-        "shard 3: truncated; its sequences are skipped", "shard 5: gone; its sequences are skipped",
-    ], "each damaged shard is named once"  # fmt: skip
+        "shard 3: truncated; its sequences are skipped",
+        "shard 5: gone; its sequences are skipped",
+    ], "each damaged shard is named once"
 
 
 @pytest.mark.parametrize("world", [2, 8])
@@ -229,9 +250,9 @@ def test_skipping_is_the_same_on_every_number_of_ranks(world):
 
 def test_a_damaged_shard_stops_where_it_is_not_to_be_skipped():
     source = blended(damaged={3: "truncated"})
-    strict = dataclasses.replace(source, datasets={
-        name: dataclasses.replace(one, skip_damaged=False) for name, one in source.datasets.items()
-    })  # fmt: skip
+    strict = dataclasses.replace(
+        source, datasets={name: dataclasses.replace(one, skip_damaged=False) for name, one in source.datasets.items()}
+    )
     with pytest.raises(UserError, match="shard 3: truncated"):
         global_batch(strict, first=0, count=20 * BATCH)
 
@@ -272,17 +293,20 @@ def test_a_blend_file_is_read(tmp_path):
         blend.mixture("")
 
 
-@pytest.mark.parametrize(("old", "new", "message"), [
-    ("mixtures:", "mixture:", "mixtures: found None, expected names"),
-    ("corpora:", "- corpora", "not YAML"),
-    ("web: 90", "web: -1", "breadth: web: found the weight -1, expected a number above 0"),
-    ("web: 90", "web: true", "breadth: web: found the weight True"),
-    ("web: 90", "wep: 90", "breadth: found the corpus wep, expected one of web, math, far"),
-    ("math: 10.5", "math: 0.00001", "breadth: math: found the weight 1e-05, expected at least 1 in 65536 of all"),
-    ("folder: web", "folders: web", r"corpora.web: found .*, expected a folder"),
-    ("public: true", "pubic: true", "corpora.web: found the key pubic, expected folder, source, public"),
-    ("mixtures:", "extra: 1\nmixtures:", "found the key extra, expected corpora and mixtures"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("mixtures:", "mixture:", "mixtures: found None, expected names"),
+        ("corpora:", "- corpora", "not YAML"),
+        ("web: 90", "web: -1", "breadth: web: found the weight -1, expected a number above 0"),
+        ("web: 90", "web: true", "breadth: web: found the weight True"),
+        ("web: 90", "wep: 90", "breadth: found the corpus wep, expected one of web, math, far"),
+        ("math: 10.5", "math: 0.00001", "breadth: math: found the weight 1e-05, expected at least 1 in 65536 of all"),
+        ("folder: web", "folders: web", r"corpora.web: found .*, expected a folder"),
+        ("public: true", "pubic: true", "corpora.web: found the key pubic, expected folder, source, public"),
+        ("mixtures:", "extra: 1\nmixtures:", "found the key extra, expected corpora and mixtures"),
+    ],
+)
 def test_a_bad_blend_file_is_named_in_one_line(tmp_path, old, new, message):
     with pytest.raises(UserError, match=message) as error:
         Blend.open(write(tmp_path, GOOD.replace(old, new, 1)))

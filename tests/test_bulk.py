@@ -51,9 +51,13 @@ def test_rows_are_those_of_each_prompt_alone_in_the_order_of_the_file(loaded, tw
     for number, row in enumerate(rows):
         alone = generate.generate(*loaded, prompt(number), mode=mode, settings=SETTINGS)
         assert row == {
-            "id": number, "prompt": prompt(number), "tags": ["ä"], "text": alone.text, "new_tokens": alone.new_tokens,
+            "id": number,
+            "prompt": prompt(number),
+            "tags": ["ä"],
+            "text": alone.text,
+            "new_tokens": alone.new_tokens,
             "finish_reason": "length" if alone.ids[-1] != loaded[1].eos_token_id else "stop",
-        }  # fmt: skip
+        }
     assert sorted(path.name for path in prompts.parent.iterdir()) == ["out.jsonl", "prompts.jsonl"]
 
 
@@ -170,7 +174,7 @@ MISTAKES = {
     "a field of ours": (b'{"prompt": "a", "text": 1}\n', "prompts.jsonl:1: found a field 'text', which the output"),
     "not text": (b'{"prompt": "\xff"}\n', "prompts.jsonl: cannot be read (not UTF-8)"),
     "empty": (b"", "prompts.jsonl: found no prompt"),
-}  # fmt: skip
+}
 
 
 def arguments(folder, path, *more):
@@ -190,12 +194,15 @@ def test_a_prompt_that_cannot_be_used_is_named_by_file_and_line(mistake, two_tow
     assert not list(tmp_path.glob("out.jsonl*"))
 
 
-@pytest.mark.parametrize(("more", "expected"), [
-    (["--mode", "all"], "mode: found 'all', expected one of mask_diffusion, mock_ar, ar, speculative"),
-    (["--batch-size", "0"], "batch_size: found 0, expected at least 1"),
-    (["--block-size", "0"], "block_size: found 0, expected at least 1"),
-    (["--model", "/no/such"], "/no/such/config.json: not found"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--mode", "all"], "mode: found 'all', expected one of mask_diffusion, mock_ar, ar, speculative"),
+        (["--batch-size", "0"], "batch_size: found 0, expected at least 1"),
+        (["--block-size", "0"], "block_size: found 0, expected at least 1"),
+        (["--model", "/no/such"], "/no/such/config.json: not found"),
+    ],
+)
 def test_a_mistake_leaves_nothing_behind(more, expected, two_tower_folder, prompts, capsys):
     assert cli.main(arguments(two_tower_folder, prompts, *more)) == 2
     error = capsys.readouterr().err

@@ -12,8 +12,13 @@ from megatron_twotower.bench import ranks
 from megatron_twotower.cli import main
 
 # No schedule that knows the end of a run, so that a run may be continued.
-PLAIN = ["schedule.kind=constant", "schedule.warmup_steps=0", "optimizer.learning_rate=1e-3",
-         "train.validate_every_steps=0", "train.checkpoint_every_steps=0"]  # fmt: skip
+PLAIN = [
+    "schedule.kind=constant",
+    "schedule.warmup_steps=0",
+    "optimizer.learning_rate=1e-3",
+    "train.validate_every_steps=0",
+    "train.checkpoint_every_steps=0",
+]
 
 
 def train(count, arguments, logs):
@@ -59,14 +64,17 @@ def test_any_layout_goes_on_from_any_other(tmp_path, tiny_data, tiny_backbone, w
 
 
 FOUR = {
-    "pipeline, tensor": ["parallel.pipeline=2", "parallel.pipeline_layers=[3,2]", "parallel.tensor=2",
-                         "parallel.sequence=true"],
-    "tensor, expert": ["parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2",
-                       "parallel.expert_tensor=1"],
+    "pipeline, tensor": [
+        "parallel.pipeline=2",
+        "parallel.pipeline_layers=[3,2]",
+        "parallel.tensor=2",
+        "parallel.sequence=true",
+    ],
+    "tensor, expert": ["parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2", "parallel.expert_tensor=1"],
     "tensor, distributed": ["parallel.tensor=2", "parallel.sequence=true", "optimizer.distributed=true"],
     "expert, distributed": ["parallel.expert=4", "optimizer.distributed=true", "data.micro_batch_size=1"],
     "data, distributed": ["optimizer.distributed=true", "data.micro_batch_size=1"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow
@@ -95,8 +103,13 @@ def test_bf16_goes_on_to_the_last_bit(layout, tmp_path, tiny_data, tiny_backbone
 
 def test_the_newest_stay_and_those_of_every_so_many_steps(tmp_path, tiny_data, tiny_backbone):
     run = tmp_path / "run"
-    extra = ["train.steps=7", "train.checkpoint_every_steps=1", "train.keep_every_steps=3", "train.keep_checkpoints=2",
-             "train.validate_every_steps=0"]  # fmt: skip
+    extra = [
+        "train.steps=7",
+        "train.checkpoint_every_steps=1",
+        "train.keep_every_steps=3",
+        "train.keep_checkpoints=2",
+        "train.validate_every_steps=0",
+    ]
     assert main(settings(tiny_data, run, tiny_backbone, *extra)) == 0
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [f"step-{step:08d}" for step in (3, 6, 7)]
     assert [checkpoint.damaged(path) for path in checkpoint.find_checkpoints(run)] == [None] * 3
@@ -185,8 +198,9 @@ def test_killed_in_the_middle_of_every_part_of_a_save(tmp_path, whole_run, tiny_
     run = tmp_path / "run"
     extra = [*PLAIN, "train.steps=14", "train.checkpoint_every_steps=2"]
     for number, place in enumerate(KILLED_AT):
-        process = ranks.context().Process(target=train_killed_at, args=(place, settings(
-            tiny_data, run, tiny_backbone, *extra)))  # fmt: skip
+        process = ranks.context().Process(
+            target=train_killed_at, args=(place, settings(tiny_data, run, tiny_backbone, *extra))
+        )
         process.start()
         process.join(300)
         assert process.exitcode == -signal.SIGKILL, place
@@ -233,9 +247,13 @@ def test_a_full_disk_ends_in_one_line_and_leaves_what_is_there(tmp_path, whole_r
     before = checkpoint.find_checkpoints(run)
     for mode in ("true", "false"):
         process = ranks.context().Process(
-            target=train_with_files_of, args=(100_000, tmp_path / "said", settings(
-                tiny_data, run, tiny_backbone, *extra, f"train.checkpoint_async={mode}")),
-        )  # fmt: skip
+            target=train_with_files_of,
+            args=(
+                100_000,
+                tmp_path / "said",
+                settings(tiny_data, run, tiny_backbone, *extra, f"train.checkpoint_async={mode}"),
+            ),
+        )
         process.start()
         process.join(300)
         said = (tmp_path / "said").read_text()

@@ -48,7 +48,7 @@ MISTAKES = {
     "batch does not divide": (["recipe=tiny_ar", "data.micro_batch_size=3"], "expected a multiple of 3"),
     "schedule too long": (["recipe=tiny_ar", "schedule.warmup_steps=99"], "expected at most train.steps 30"),
     "missing data": (["recipe=tiny_ar", "data.folder=/no/such"], "/no/such"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -99,8 +99,15 @@ def test_a_truncated_shard(tiny_data, tmp_path, capsys):
 def test_data_of_another_tokenizer_is_refused(tiny_data, tiny_backbone, tmp_path, capsys):
     backbone = tmp_path / "backbone"
     shutil.copytree(tiny_backbone, backbone)
-    arguments = ["train", "recipe=tiny", f"init.backbone={backbone}", f"data.folder={tiny_data}", "train.steps=6",
-                 "train.validate_every_steps=0", f"output={tmp_path / 'run'}"]  # fmt: skip
+    arguments = [
+        "train",
+        "recipe=tiny",
+        f"init.backbone={backbone}",
+        f"data.folder={tiny_data}",
+        "train.steps=6",
+        "train.validate_every_steps=0",
+        f"output={tmp_path / 'run'}",
+    ]
     tokenizer = (tiny_data / "tokenizer" / "tokenizer.json").read_text()
     (backbone / "tokenizer.json").write_text(tokenizer + " ")
     assert cli.main(arguments) == 2
@@ -113,8 +120,14 @@ def test_data_of_another_tokenizer_is_refused(tiny_data, tiny_backbone, tmp_path
 
 def test_a_checkpoint_of_another_shape_is_refused_and_export_needs_one(tiny_data, tmp_path, capsys):
     run = tmp_path / "run"
-    base = ["train", "recipe=tiny_ar", f"data.folder={tiny_data}", f"output={run}", "train.steps=6",
-            "train.validate_every_steps=0"]  # fmt: skip
+    base = [
+        "train",
+        "recipe=tiny_ar",
+        f"data.folder={tiny_data}",
+        f"output={run}",
+        "train.steps=6",
+        "train.validate_every_steps=0",
+    ]
     assert cli.main(["convert", "export", "--from", str(run), "--to", str(tmp_path / "hf")]) == 2
     assert "no checkpoint found" in capsys.readouterr().err
     assert cli.main(base) == 0
@@ -171,10 +184,24 @@ def test_doctor_runs(capsys):
 
 
 def test_every_command_shows_an_example(capsys):
-    commands = [["train"], ["data", "tokenizer"], ["data", "prepare"], ["data", "inspect"],
-                ["data", "verify"], ["bench", "ops"], ["bench", "step"], ["bench", "data"], ["bench", "generate"],
-                ["bench", "convert"], ["convert", "export"], ["convert", "import"], ["generate"], ["evaluate"],
-                ["report"], ["doctor"]]  # fmt: skip
+    commands = [
+        ["train"],
+        ["data", "tokenizer"],
+        ["data", "prepare"],
+        ["data", "inspect"],
+        ["data", "verify"],
+        ["bench", "ops"],
+        ["bench", "step"],
+        ["bench", "data"],
+        ["bench", "generate"],
+        ["bench", "convert"],
+        ["convert", "export"],
+        ["convert", "import"],
+        ["generate"],
+        ["evaluate"],
+        ["report"],
+        ["doctor"],
+    ]
     for command in commands:
         with pytest.raises(SystemExit) as done:
             cli.main([*command, "--help"])

@@ -21,9 +21,10 @@ def test_its_attention_and_all_its_gradients(monkeypatch, queries):
     torch.testing.assert_close(ours, expected)
     grad = torch.randn_like(ours)
     for a, b in zip(
-        torch.autograd.grad(expected, (query, *keys), grad), torch.autograd.grad(ours, (query, *keys), grad),
+        torch.autograd.grad(expected, (query, *keys), grad),
+        torch.autograd.grad(ours, (query, *keys), grad),
         strict=True,
-    ):  # fmt: skip
+    ):
         torch.testing.assert_close(b, a)
 
 

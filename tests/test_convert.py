@@ -140,11 +140,14 @@ def test_a_missing_or_misshapen_tensor_is_named(groups, tmp_path):
         convert.HfFolder.open(tmp_path / "model")
 
 
-@pytest.mark.parametrize(("key", "value", "message"), [
-    ("model_type", "llama", "found model_type 'llama', expected 'nemotron_h'"),
-    ("attention_bias", True, "attention_bias: found True, expected False"),
-    ("hybrid_override_pattern", "MX", "hybrid_override_pattern: found 'MX'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model_type", "llama", "found model_type 'llama', expected 'nemotron_h'"),
+        ("attention_bias", True, "attention_bias: found True, expected False"),
+        ("hybrid_override_pattern", "MX", "hybrid_override_pattern: found 'MX'"),
+    ],
+)
 def test_another_models_configuration_is_refused(key, value, message):
     fields = convert.backbone_config_json(TINY, dtype=torch.float32) | {key: value}
     with pytest.raises(UserError, match=message):

@@ -36,10 +36,15 @@ def errors(x, clean, weight, bias, *, block, documents=None, causal=False):
     max_examples=10, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
 )
 @given(
-    data=st.data(), block=st.sampled_from([1, 2, 3, 5, 16, 24]), taps=st.sampled_from([2, 3, 4]),
-    channels=st.sampled_from([1, 12, 130]), dtype=st.sampled_from(list(TOLERANCES)), batch=st.integers(1, 2),
-    packed=st.booleans(), seed=st.integers(0, 99),
-)  # fmt: skip
+    data=st.data(),
+    block=st.sampled_from([1, 2, 3, 5, 16, 24]),
+    taps=st.sampled_from([2, 3, 4]),
+    channels=st.sampled_from([1, 12, 130]),
+    dtype=st.sampled_from(list(TOLERANCES)),
+    batch=st.integers(1, 2),
+    packed=st.booleans(),
+    seed=st.integers(0, 99),
+)
 def test_value_and_all_gradients(data, block, taps, channels, dtype, batch, packed, seed):
     length = block * data.draw(st.integers(1, max(1, 32 // block)), label="blocks")
     generator = torch.Generator().manual_seed(seed)

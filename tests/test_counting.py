@@ -17,9 +17,10 @@ from megatron_twotower.phases import Phase
 BLOCK = 4
 
 shuffles = st.one_of(
-    st.just(Shuffle()), st.just(Shuffle("none")),
+    st.just(Shuffle()),
+    st.just(Shuffle("none")),
     st.builds(Shuffle, st.just("windowed"), st.integers(1, 20), st.integers(1, 6)),
-)  # fmt: skip
+)
 weights = st.one_of(st.integers(1, 100), st.floats(0.1, 100, allow_nan=False))
 
 
@@ -31,9 +32,13 @@ def corpora(draw, number=0):
     packing = Packing.of(corpus.starts, alignment=BLOCK) if draw(st.booleans()) else None
     length = BLOCK * draw(st.integers(1, 8))
     return SequenceDataset(
-        corpus, sequence_length=length, seed=draw(st.integers(0, 2**40)), number=number, shuffle=draw(shuffles),
+        corpus,
+        sequence_length=length,
+        seed=draw(st.integers(0, 2**40)),
+        number=number,
+        shuffle=draw(shuffles),
         packing=packing,
-    )  # fmt: skip
+    )
 
 
 @st.composite
@@ -46,9 +51,13 @@ def runs(draw):
         corpus = draw(corpora(number)).corpus
         packing = None if first.packing is None else Packing.of(corpus.starts, alignment=BLOCK)
         datasets[str(number)] = SequenceDataset(
-            corpus, sequence_length=first.sequence_length, seed=first.seed, number=number, shuffle=first.shuffle,
+            corpus,
+            sequence_length=first.sequence_length,
+            seed=first.seed,
+            number=number,
+            shuffle=first.shuffle,
             packing=packing,
-        )  # fmt: skip
+        )
     batch = draw(st.sampled_from([1, 6, 12, 24]))
     phases, shares, step = [], [], 0
     for number in range(draw(st.integers(1, 3))):
@@ -104,8 +113,9 @@ def test_a_run_over_any_ranks_and_resumes_reads_each_sequence_once_an_epoch(run,
             first, count = rank_slice(cursor, batch, rank=rank, world=world)
             read.append(global_batch(source, first=first, count=count))
         cursor += batch
-    samples, epochs, of = (np.concatenate([getattr(part, name).numpy() for part in read])
-                           for name in ("samples", "epochs", "corpora"))  # fmt: skip
+    samples, epochs, of = (
+        np.concatenate([getattr(part, name).numpy() for part in read]) for name in ("samples", "epochs", "corpora")
+    )
     assert len(set(zip(samples.tolist(), epochs.tolist(), strict=True))) == len(samples) == cursor, "none twice"
     assert list(source.sequences_before(cursor).values()) == np.bincount(of, minlength=len(source.datasets)).tolist()
     for dataset in source.datasets.values():

@@ -42,16 +42,18 @@ def drawn(rows, columns, dtype, scale, seed):
     max_examples=15, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
 )
 @given(
-    rows=st.integers(1, 6), columns=st.sampled_from([2, 15, 16, 100, 4096, 9000]), seed=st.integers(0, 99),
-    dtype=st.sampled_from(list(TOLERANCES)), scale=st.sampled_from([0.1, 1.0, 30.0]), gradient=st.booleans(),
-)  # fmt: skip
+    rows=st.integers(1, 6),
+    columns=st.sampled_from([2, 15, 16, 100, 4096, 9000]),
+    seed=st.integers(0, 99),
+    dtype=st.sampled_from(list(TOLERANCES)),
+    scale=st.sampled_from([0.1, 1.0, 30.0]),
+    gradient=st.booleans(),
+)
 def test_losses_and_gradient(rows, columns, dtype, scale, seed, gradient):
     logits, targets, weights = drawn(rows, columns, dtype, scale, seed)
     wanted = wanted_rows(logits, targets, weights)
     ours = on_device(logits)
-    losses, found = rows_triton(
-        ours, on_device(targets), on_device(weights), group=None, first=0, gradient=gradient
-    )  # fmt: skip
+    losses, found = rows_triton(ours, on_device(targets), on_device(weights), group=None, first=0, gradient=gradient)
     assert losses.dtype == torch.float32 and found.dtype == dtype
     assert found.data_ptr() == ours.data_ptr()
     if not gradient:

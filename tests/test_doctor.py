@@ -16,9 +16,21 @@ from megatron_twotower.config import RunConfig, TrainConfig
 from megatron_twotower.doctor import Role, diagnose, environment, one_line_summary, print_doctor
 
 ROLES = [
-    "denoiser attention", "denoiser scan", "context scan", "denoiser conv", "context conv", "gated norm",
-    "modulation", "cross-entropy", "norm", "projections", "grouped GEMM", "token permutation", "router", "optimizer",
-]  # fmt: skip
+    "denoiser attention",
+    "denoiser scan",
+    "context scan",
+    "denoiser conv",
+    "context conv",
+    "gated norm",
+    "modulation",
+    "cross-entropy",
+    "norm",
+    "projections",
+    "grouped GEMM",
+    "token permutation",
+    "router",
+    "optimizer",
+]
 
 
 def pretend_installed(monkeypatch, versions):

@@ -15,14 +15,44 @@ from megatron_twotower.records import UserError
 
 VOCABULARY = 512
 SMALL = EvaluationSettings(
-    sequences=3, sequence_length_tokens=48, block_size_tokens=8, levels=(0.25, 1.0), bound_draws=2,
-    thresholds=(0.2, 0.9), block_sizes=(4,), steps=(2,), prompts=2, prompt_tokens=12, new_tokens=16, samples=1,
-)  # fmt: skip
+    sequences=3,
+    sequence_length_tokens=48,
+    block_size_tokens=8,
+    levels=(0.25, 1.0),
+    bound_draws=2,
+    thresholds=(0.2, 0.9),
+    block_sizes=(4,),
+    steps=(2,),
+    prompts=2,
+    prompt_tokens=12,
+    new_tokens=16,
+    samples=1,
+)
 ARGUMENTS = [
-    "--sequences", "3", "--length", "48", "--block-size", "8", "--draws", "2", "--thresholds", "0.2", "0.9",
-    "--block-sizes", "4", "--steps", "2", "--prompts", "2", "--prompt-tokens", "12", "--new-tokens", "16",
-    "--samples", "1",
-]  # fmt: skip
+    "--sequences",
+    "3",
+    "--length",
+    "48",
+    "--block-size",
+    "8",
+    "--draws",
+    "2",
+    "--thresholds",
+    "0.2",
+    "0.9",
+    "--block-sizes",
+    "4",
+    "--steps",
+    "2",
+    "--prompts",
+    "2",
+    "--prompt-tokens",
+    "12",
+    "--new-tokens",
+    "16",
+    "--samples",
+    "1",
+]
 
 
 @pytest.fixture(scope="module")

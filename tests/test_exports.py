@@ -52,8 +52,10 @@ def test_a_denoiser_is_half_the_bytes_and_is_completed_to_the_same(run, tiny_bac
     source = hf_folders.write(tmp_path / "source", "two_tower")
     convert.export(source, tmp_path / "denoiser", choices=choose("denoiser"))
     convert.export(source, tmp_path / "context", choices=choose("context"))
-    sizes = {name: sum(map(len, (data for *_, data in contents(tmp_path / name).values())))
-             for name in ("source", "denoiser", "context")}  # fmt: skip
+    sizes = {
+        name: sum(map(len, (data for *_, data in contents(tmp_path / name).values())))
+        for name in ("source", "denoiser", "context")
+    }
     assert sizes["denoiser"] + sizes["context"] == sizes["source"]
     convert.export(tmp_path / "denoiser", tmp_path / "again")
     assert contents(tmp_path / "again") == contents(source)
@@ -157,8 +159,12 @@ def test_what_stands_beside_the_weights(run, tiny_data, tiny_backbone, tmp_path,
     convert.export(run, tmp_path / "model")
     card = (tmp_path / "model" / "README.md").read_text()
     facts = json.loads((run / "provenance.json").read_text())
-    for fact in ("| steps | 6 |", "| tokens | 1,536 |", f"| commit | {facts['commit']} |",
-                 f"| backbone_sha256 | {convert.fingerprint(tiny_backbone)} |"):  # fmt: skip
+    for fact in (
+        "| steps | 6 |",
+        "| tokens | 1,536 |",
+        f"| commit | {facts['commit']} |",
+        f"| backbone_sha256 | {convert.fingerprint(tiny_backbone)} |",
+    ):
         assert fact in card
     assert (tmp_path / "model" / "training.yaml").read_text() == (run / "config.yaml").read_text()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")

@@ -18,9 +18,7 @@ from megatron_twotower.config import load_recipe
 
 
 def soaked(output, data, backbone, *, kills, counts, seed):
-    found = soak.soak(
-        output, data=data, backbone=backbone, counts=counts, seed=seed, over=lambda done: done >= kills
-    )  # fmt: skip
+    found = soak.soak(output, data=data, backbone=backbone, counts=counts, seed=seed, over=lambda done: done >= kills)
     assert not found.unexpected, found.unexpected
     assert sum(found.kills.values()) == kills and found.resumes > 0
     assert found.samples_repeated == found.samples_skipped == 0
@@ -53,21 +51,34 @@ def test_torchrun_goes_on_with_the_ranks_that_are_left(tmp_path, tiny_data, tiny
     """Two agents of one rank each; the second is killed with its rank, and the first starts anew, alone."""
     run, whole = tmp_path / "run", tmp_path / "whole"
     # A low rate, and an epsilon that is not: rounding, which differs with the number of ranks, is not to grow.
-    extra = [*SHORT, "train.steps=40", "train.checkpoint_every_steps=2", "optimizer.learning_rate=1e-4",
-             "optimizer.epsilon=1e-5"]  # fmt: skip
+    extra = [
+        *SHORT,
+        "train.steps=40",
+        "train.checkpoint_every_steps=2",
+        "optimizer.learning_rate=1e-4",
+        "optimizer.epsilon=1e-5",
+    ]
     assert main(settings(tiny_data, whole, tiny_backbone, *extra)) == 0
     rendezvous = [
-        "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=test",
-        "--rdzv-endpoint=localhost:29713", "--rdzv-conf=last_call_timeout=3",
-    ]  # fmt: skip
+        "--nnodes=1:2",
+        "--nproc-per-node=1",
+        "--max-restarts=3",
+        "--rdzv-backend=c10d",
+        "--rdzv-id=test",
+        "--rdzv-endpoint=localhost:29713",
+        "--rdzv-conf=last_call_timeout=3",
+    ]
     command = [sys.executable, "-m", "torch.distributed.run", *rendezvous, "-m", "megatron_twotower"]
     agents = [
         subprocess.Popen(
-            [*command, *settings(tiny_data, run, tiny_backbone, *extra)], stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            [*command, *settings(tiny_data, run, tiny_backbone, *extra)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         )
         for _ in range(2)
-    ]  # fmt: skip
+    ]
     try:
         assert until(lambda: progress_of(run) >= 6, 300)
         # The one that does not keep the rendezvous, with the rank that it started.
@@ -141,8 +152,12 @@ def trained_parameters(monkeypatch):
     return kept
 
 
-SHORT = ["train.validate_every_steps=0", "train.checkpoint_every_steps=0", "schedule.warmup_steps=0",
-         "schedule.kind=constant"]  # fmt: skip
+SHORT = [
+    "train.validate_every_steps=0",
+    "train.checkpoint_every_steps=0",
+    "schedule.warmup_steps=0",
+    "schedule.kind=constant",
+]
 
 
 def run_in_process(arguments):
@@ -161,8 +176,13 @@ def test_a_step_that_is_not_finite_changes_nothing(loss, layout, tmp_path, tiny_
 
     def train_step(parts, batches):
         step = original(parts, batches)
-        states.append({name: tensor.clone() for name, tensor in kept["module"].state_dict().items()
-                       if isinstance(tensor, torch.Tensor) and "local_tokens" not in name})  # fmt: skip
+        states.append(
+            {
+                name: tensor.clone()
+                for name, tensor in kept["module"].state_dict().items()
+                if isinstance(tensor, torch.Tensor) and "local_tokens" not in name
+            }
+        )
         return step
 
     monkeypatch.setattr(trainer, "train_step", train_step)

@@ -64,18 +64,24 @@ def truncate(folder):
     path.write_bytes(path.read_bytes()[:1000])
 
 
-@pytest.mark.parametrize(("spoil", "message"), [
-    (lambda f: shutil.rmtree(f), "config.json: not found"),
-    (lambda f: change_config(f, architectures=["NemotronHForCausalLM"]), "found .'NemotronHForCausalLM'., expected"),
-    (lambda f: change_config(f, hybrid_override_pattern="MEMME"), "cannot be loaded|missing keys|unexpected keys"),
-    (lambda f: change_config(f, hidden_size=64), "cannot be loaded|mismatched keys"),
-    (lambda f: change_config(f, moe_latent_size=8), "moe_latent_size: found 8, expected None"),
-    (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json"),
-    (lambda f: (f / "model.safetensors").unlink(), "cannot be loaded"),
-    (truncate, "cannot be loaded"),
-    (drop_tensor, r"missing keys: found 1 \(denoiser_tower.layers.0.mixer.A_log\), expected none"),
-    (add_tensor, r"unexpected keys: found 1 \(extra.weight\), expected none"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: shutil.rmtree(f), "config.json: not found"),
+        (
+            lambda f: change_config(f, architectures=["NemotronHForCausalLM"]),
+            "found .'NemotronHForCausalLM'., expected",
+        ),
+        (lambda f: change_config(f, hybrid_override_pattern="MEMME"), "cannot be loaded|missing keys|unexpected keys"),
+        (lambda f: change_config(f, hidden_size=64), "cannot be loaded|mismatched keys"),
+        (lambda f: change_config(f, moe_latent_size=8), "moe_latent_size: found 8, expected None"),
+        (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json"),
+        (lambda f: (f / "model.safetensors").unlink(), "cannot be loaded"),
+        (truncate, "cannot be loaded"),
+        (drop_tensor, r"missing keys: found 1 \(denoiser_tower.layers.0.mixer.A_log\), expected none"),
+        (add_tensor, r"unexpected keys: found 1 \(extra.weight\), expected none"),
+    ],
+)
 def test_a_folder_that_is_not_whole_is_refused_in_one_line(copy, spoil, message):
     spoil(copy)
     with pytest.raises(UserError, match=message) as caught:
@@ -123,13 +129,21 @@ def test_settings_reach_the_model(loaded):
         assert written(mode, temperature=1.0, top_k=1).ids.tolist() == written(mode).ids.tolist()
 
 
-@pytest.mark.parametrize(("prompt", "mode", "settings", "message"), [
-    ("", "ar", {}, "prompt: found no text"),
-    (PROMPT, "speculation", {}, "mode: found 'speculation', expected one of mask_diffusion, mock_ar, ar, speculative"),
-    (PROMPT, "ar", {"max_new_tokens": 0}, "max_new_tokens: found 0"),
-    (PROMPT, "mask_diffusion", {"block_size": -1}, "block_size: found -1"),
-    (PROMPT, "mock_ar", {"temperature": -0.5}, "temperature: found -0.5"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("prompt", "mode", "settings", "message"),
+    [
+        ("", "ar", {}, "prompt: found no text"),
+        (
+            PROMPT,
+            "speculation",
+            {},
+            "mode: found 'speculation', expected one of mask_diffusion, mock_ar, ar, speculative",
+        ),
+        (PROMPT, "ar", {"max_new_tokens": 0}, "max_new_tokens: found 0"),
+        (PROMPT, "mask_diffusion", {"block_size": -1}, "block_size: found -1"),
+        (PROMPT, "mock_ar", {"temperature": -0.5}, "temperature: found -0.5"),
+    ],
+)
 def test_mistakes_are_named(loaded, prompt, mode, settings, message):
     with pytest.raises(UserError, match=message):
         generate.generate(*loaded, prompt, mode=mode, settings=GenerationSettings(**settings))

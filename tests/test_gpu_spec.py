@@ -19,10 +19,19 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(host.is_host(), reason="needs 
 
 # Every side of every matrix is a multiple of 16: FP8 takes it.
 MODEL = dataclasses.replace(
-    TINY, vocab_size=512, hidden_size=64, head_dim=16, mamba_num_heads=16, mamba_head_dim=16, ssm_state_size=16,
-    chunk_size=32, intermediate_size=128, n_routed_experts=8, moe_intermediate_size=32,
+    TINY,
+    vocab_size=512,
+    hidden_size=64,
+    head_dim=16,
+    mamba_num_heads=16,
+    mamba_head_dim=16,
+    ssm_state_size=16,
+    chunk_size=32,
+    intermediate_size=128,
+    n_routed_experts=8,
+    moe_intermediate_size=32,
     moe_shared_expert_intermediate_size=64,
-)  # fmt: skip
+)
 FP8 = ["fp8_delayed", "fp8_current", "fp8_blockwise"]
 UNFUSED = FusionConfig(gradient_accumulation=False)  # there is no buffer to sum into without Megatron's DDP
 
@@ -69,9 +78,10 @@ def test_both_specs_compute_the_same(groups, pattern, recompute, precision, dtyp
         config_of(pattern, served="local", precision=precision, recompute_layers=recompute), groups, dtype=dtype
     )
     got, got_grads = computed(
-        config_of(pattern, served="transformer_engine", precision=precision, recompute_layers=recompute), groups,
+        config_of(pattern, served="transformer_engine", precision=precision, recompute_layers=recompute),
+        groups,
         dtype=dtype,
-    )  # fmt: skip
+    )
     assert error(got, want) < tolerance
     assert got_grads.keys() == want_grads.keys()
     for name, grad in want_grads.items():
@@ -139,8 +149,12 @@ def backbone(tmp_path_factory):
     return write_backbone(tmp_path_factory.mktemp("backbone") / "hf", model)
 
 
-PLAIN = ["schedule.kind=constant", "schedule.warmup_steps=0", "train.validate_every_steps=0",
-         "train.checkpoint_every_steps=0"]  # fmt: skip
+PLAIN = [
+    "schedule.kind=constant",
+    "schedule.warmup_steps=0",
+    "train.validate_every_steps=0",
+    "train.checkpoint_every_steps=0",
+]
 
 
 def go(data, run, backbone, steps, *extra):

@@ -63,8 +63,18 @@ def test_stopped_and_resumed_goes_on_as_if_it_had_not(here, tmp_path, tiny_data,
     for name, ends in (("whole", [12]), ("resumed", [5, 12])):
         for steps in ends:
             # The schedule is that of the whole run: a rate that stays after the warm-up.
-            train("tiny", *settings(tiny_data, tmp_path / name, tiny_backbone, *PLAIN, f"train.steps={steps}",
-                                    "schedule.kind=constant", "schedule.warmup_steps=2"))  # fmt: skip
+            train(
+                "tiny",
+                *settings(
+                    tiny_data,
+                    tmp_path / name,
+                    tiny_backbone,
+                    *PLAIN,
+                    f"train.steps={steps}",
+                    "schedule.kind=constant",
+                    "schedule.warmup_steps=2",
+                ),
+            )
     whole, resumed = (losses(records_of(tmp_path / name)) for name in ("whole", "resumed"))
     gpu_checks.report("resumed after 5 of 12 steps", deviations=deviations(resumed, whole))
     # Where sums have no fixed order, as of tokens sent back from experts, not to the last bit.
@@ -82,11 +92,12 @@ def test_an_exported_run_scores_alike_everywhere_and_writes(here, tmp_path, tiny
         scores[where] = model.score(ids.to(where)).cpu()
         texts[where] = model.generate_mask_diffusion(
             ids[:, :8].to(where), max_new_tokens=16, block_size=8, steps_per_block=4
-        ).cpu()  # fmt: skip
+        ).cpu()
     torch.testing.assert_close(scores[here], scores["cpu"], rtol=1e-4, atol=1e-4)
     for text in texts.values():
         assert text.shape == (2, 24) and torch.equal(text[:, :8], ids[:, :8]) and not (text[:, 8:] == 3).any()
     gpu_checks.report(
-        "exported run", largest_difference_of_scores=(scores[here] - scores["cpu"]).abs().max().item(),
+        "exported run",
+        largest_difference_of_scores=(scores[here] - scores["cpu"]).abs().max().item(),
         same_tokens=(texts[here] == texts["cpu"]).float().mean().item(),
-    )  # fmt: skip
+    )

@@ -43,8 +43,13 @@ def asked(kind, *arguments):
     return [Instance(kind, {}, each, i) for i, each in enumerate(arguments)]
 
 
-PAIRS = [("def alpha(", "beta):"), ("def alpha(", "gamma + count"), ("x", " ="), ("if value > index: return", " name"),
-         ("", "total = 3")]  # fmt: skip
+PAIRS = [
+    ("def alpha(", "beta):"),
+    ("def alpha(", "gamma + count"),
+    ("x", " ="),
+    ("if value > index: return", " name"),
+    ("", "total = 3"),
+]
 
 
 def ids_of(lm, pair):
@@ -242,10 +247,14 @@ def task_files(folder, tmp_path, monkeypatch):
         best = max(range(3), key=lambda i: scores[i][0])
         text = lm.generate_until(asked("generate_until", (prompt, {"until": "\n\n", "max_gen_toks": 12})), True)[0]
         right = number < 3
-        lines.append({
-            "question": prompt, "choices": [choice.strip() for choice in choices],
-            "answer": best if right else (best + 1) % 3, "written": text if right else text + "x",
-        })  # fmt: skip
+        lines.append(
+            {
+                "question": prompt,
+                "choices": [choice.strip() for choice in choices],
+                "answer": best if right else (best + 1) % 3,
+                "written": text if right else text + "x",
+            }
+        )
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     tasks = tmp_path / "tasks"
@@ -261,8 +270,22 @@ def test_the_command_runs_local_tasks_from_end_to_end(folder, task_files, tmp_pa
     recipe.write_text(
         "tasks:\n- {name: Choice, tasks: tiny_choice, shots: 0, metric: 'acc,none', card: {ar: 50.0}, note: ours}\n"
     )
-    arguments = ["--model", str(folder), "--task-files", str(task_files), "--output", str(output), "--mode", "ar",
-                 "--batch-size", "3", "--block-size", "4", "--steps-per-block", "4"]  # fmt: skip
+    arguments = [
+        "--model",
+        str(folder),
+        "--task-files",
+        str(task_files),
+        "--output",
+        str(output),
+        "--mode",
+        "ar",
+        "--batch-size",
+        "3",
+        "--block-size",
+        "4",
+        "--steps-per-block",
+        "4",
+    ]
     assert cli.main(["evaluate", *arguments, "--tasks", str(recipe), "tiny_write"]) == 0
     found = json.loads(output.read_text())
     choice, write = found["tasks"]
@@ -282,9 +305,12 @@ def test_shots_and_limit_and_every_scoring_reach_the_harness(folder, task_files)
     for scoring, shots in (("ar", 2), ("bound", 0), ("mock_ar", 0)):
         settings = harness.HarnessSettings(scoring=scoring, bound_draws=2, block_size=4, steps_per_block=4)
         found = harness.run_tasks(
-            folder, [HarnessTask("choice", ("tiny_choice",), shots)], settings=settings, limit=2,
+            folder,
+            [HarnessTask("choice", ("tiny_choice",), shots)],
+            settings=settings,
+            limit=2,
             include_path=task_files,
-        )  # fmt: skip
+        )
         assert found["tasks"][0]["documents"] == 2
         assert found["tasks"][0]["metric"] == "acc,none"
         assert found["limit"] == 2
@@ -319,8 +345,19 @@ def manager():
 
 def test_the_card_s_eleven_tasks_are_there(manager):
     tasks = read_task_recipe(CARD)
-    names = ["MMLU", "MMLU-Pro", "ARC-C", "WinoGrande", "RACE", "HumanEval", "MBPP-sanitized", "GSM8K", "MATH-500",
-             "MMLU-Global-Lite", "MGSM"]  # fmt: skip
+    names = [
+        "MMLU",
+        "MMLU-Pro",
+        "ARC-C",
+        "WinoGrande",
+        "RACE",
+        "HumanEval",
+        "MBPP-sanitized",
+        "GSM8K",
+        "MATH-500",
+        "MMLU-Global-Lite",
+        "MGSM",
+    ]
     assert [task.name for task in tasks] == names
     assert {name for task in tasks for name in task.tasks} <= set(manager.all_tasks)
     assert all(set(task.card) == {"ar", "mask_diffusion"} and task.shots is not None for task in tasks)
@@ -369,9 +406,11 @@ def test_names_of_recipes_tasks_and_files_are_told_apart(tmp_path):
     assert chosen_tasks(["gsm8k", "card"], shots=1)[0] == HarnessTask("gsm8k", ("gsm8k",), 1)
     assert {task.shots for task in chosen_tasks(["card"], shots=1)} == {1}
     for text, message in (
-        ("[]", "expected a list `tasks`"), ("tasks: [{name: a}]", r"tasks\[0\]: expected the keys name and tasks"),
-        ("tasks: [{name: a, tasks: b, shot: 5}]", "shot: unknown key"), ("tasks: [", "cannot be read"),
-    ):  # fmt: skip
+        ("[]", "expected a list `tasks`"),
+        ("tasks: [{name: a}]", r"tasks\[0\]: expected the keys name and tasks"),
+        ("tasks: [{name: a, tasks: b, shot: 5}]", "shot: unknown key"),
+        ("tasks: [", "cannot be read"),
+    ):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(UserError, match=message):
             read_task_recipe(tmp_path / "bad.yaml")

@@ -48,13 +48,30 @@ VOCABULARY, MASK, HIDDEN = 48, 3, 32
 
 def tiny_fields(pattern=PATTERN, **changes):
     return {
-        "model_type": "nemotron_h", "hybrid_override_pattern": pattern, "vocab_size": VOCABULARY,
-        "hidden_size": HIDDEN, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-        "intermediate_size": 40, "mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 2,
-        "conv_kernel": 4, "chunk_size": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
-        "moe_intermediate_size": 24, "moe_shared_expert_intermediate_size": 20, "routed_scaling_factor": 2.5,
-        "layer_norm_epsilon": 1e-5, "time_step_min": 1e-30, "initializer_range": 0.02, "torch_dtype": "float32",
-    } | changes  # fmt: skip
+        "model_type": "nemotron_h",
+        "hybrid_override_pattern": pattern,
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 40,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 8,
+        "n_groups": 2,
+        "conv_kernel": 4,
+        "chunk_size": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "moe_shared_expert_intermediate_size": 20,
+        "routed_scaling_factor": 2.5,
+        "layer_norm_epsilon": 1e-5,
+        "time_step_min": 1e-30,
+        "initializer_range": 0.02,
+        "torch_dtype": "float32",
+    } | changes
 
 
 def tiny_config(pattern=PATTERN, **changes):
@@ -454,12 +471,20 @@ def test_sampling_is_seeded_and_top_1_is_greedy():
     assert torch.equal(write(1, temperature=1.0, top_k=1), write(2))
 
 
-@pytest.mark.parametrize("changes", [
-    {"max_new_tokens": 0}, {"block_size": 0}, {"steps_per_block": 0}, {"mask_token_id": VOCABULARY},
-    {"temperature": -1.0}, {"top_k": 0}, {"confidence_threshold": 1.5},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_new_tokens": 0},
+        {"block_size": 0},
+        {"steps_per_block": 0},
+        {"mask_token_id": VOCABULARY},
+        {"temperature": -1.0},
+        {"top_k": 0},
+        {"confidence_threshold": 1.5},
+    ],
+)
 def test_arguments_out_of_range_are_named(changes):
-    (name, value), = changes.items()  # fmt: skip
+    ((name, value),) = changes.items()
     with pytest.raises(ArgumentError, match=f"{name}: found {value}, expected"):
         tiny_model().generate_mask_diffusion(random_ids(1, 4), **changes)
 

@@ -61,17 +61,27 @@ FAULTS = {
         lambda tensors: without(tensors, "layers.1.mixer.experts."),
         r"12 missing \(backbone.layers.1.mixer.experts.0.up_proj.weight, .* and 9 more\)",
     ),
-    "unknown": (lambda tensors: tensors | {"backbone.rope": zeros((3,))},
-                r"1 without a place in the model \(backbone.rope\)"),
-    "misshapen": (lambda tensors: tensors | {NORM: zeros((25,))},
-                  r"1 of another shape \(backbone.layers.0.norm.weight \(25,\) for \(24,\)\)"),
-    "another dtype": (lambda tensors: tensors | {NORM: zeros((24,), torch.int32)},
-                      r"1 of another dtype \(backbone.layers.0.norm.weight int32\)"),
-    "all at once": (lambda tensors: without(tensors, "norm_f") | {NORM: zeros((2,)), "x": zeros((1,))},
-                    "1 missing .*; 1 of another shape .*; 1 without a place"),
-    "mixed": (lambda tensors: tensors | {"backbone.layers.2.mixer.k_proj.weight": zeros((12, 24), torch.float16)},
-              "1 of mixed dtypes in one layer .*q_proj.weight bfloat16, .*k_proj.weight float16"),
-}  # fmt: skip
+    "unknown": (
+        lambda tensors: tensors | {"backbone.rope": zeros((3,))},
+        r"1 without a place in the model \(backbone.rope\)",
+    ),
+    "misshapen": (
+        lambda tensors: tensors | {NORM: zeros((25,))},
+        r"1 of another shape \(backbone.layers.0.norm.weight \(25,\) for \(24,\)\)",
+    ),
+    "another dtype": (
+        lambda tensors: tensors | {NORM: zeros((24,), torch.int32)},
+        r"1 of another dtype \(backbone.layers.0.norm.weight int32\)",
+    ),
+    "all at once": (
+        lambda tensors: without(tensors, "norm_f") | {NORM: zeros((2,)), "x": zeros((1,))},
+        "1 missing .*; 1 of another shape .*; 1 without a place",
+    ),
+    "mixed": (
+        lambda tensors: tensors | {"backbone.layers.2.mixer.k_proj.weight": zeros((12, 24), torch.float16)},
+        "1 of mixed dtypes in one layer .*q_proj.weight bfloat16, .*k_proj.weight float16",
+    ),
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -132,25 +142,46 @@ def test_an_import_goes_on_as_a_run_that_reads_the_folder_does(tmp_path, tiny_da
 def test_the_recipe_of_an_import_trains_by_itself(tmp_path, tiny_data, tiny_backbone, records_of):
     convert.import_folder(tiny_backbone, tmp_path / "run")
     recipe = str(tmp_path / "run" / "config.yaml")
-    assert train(recipe, f"data.folder={tiny_data}", "train.steps=2", "schedule.warmup_steps=1",
-                 "data.sequence_length_tokens=32", "train.log_every_steps=1", "logging.wandb=disabled",
-                 "logging.console=false")  # fmt: skip
+    assert train(
+        recipe,
+        f"data.folder={tiny_data}",
+        "train.steps=2",
+        "schedule.warmup_steps=1",
+        "data.sequence_length_tokens=32",
+        "train.log_every_steps=1",
+        "logging.wandb=disabled",
+        "logging.console=false",
+    )
     assert sorted(records_of(tmp_path / "run")) == [1, 2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [
-    ["parallel.tensor=2", "parallel.sequence=true"],
-    ["parallel.expert=2", "optimizer.distributed=true"],
-    ["parallel.pipeline=2", "parallel.pipeline_layers=[3,2]"],
-    ["parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2", "parallel.expert_tensor=1"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["parallel.tensor=2", "parallel.sequence=true"],
+        ["parallel.expert=2", "optimizer.distributed=true"],
+        ["parallel.pipeline=2", "parallel.pipeline_layers=[3,2]"],
+        ["parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2", "parallel.expert_tensor=1"],
+    ],
+)
 def test_a_checkpoint_of_any_layout_is_exported_to_the_bit(tmp_path, tiny_data, trained, layout):
     """Two ranks load the import, take a step of no length, and save: the weights must come out as they went in."""
     convert.import_folder(trained / "model", tmp_path / "run")
-    launch(2, "tiny", f"data.folder={tiny_data}", f"init.backbone={trained / 'model'}", f"output={tmp_path / 'run'}",
-           "optimizer.learning_rate=0", "schedule.minimum_learning_rate=0", "train.router_bias_update_rate=0",
-           "train.steps=1", "schedule.warmup_steps=0", "train.validate_every_steps=0", *layout)  # fmt: skip
+    launch(
+        2,
+        "tiny",
+        f"data.folder={tiny_data}",
+        f"init.backbone={trained / 'model'}",
+        f"output={tmp_path / 'run'}",
+        "optimizer.learning_rate=0",
+        "schedule.minimum_learning_rate=0",
+        "train.router_bias_update_rate=0",
+        "train.steps=1",
+        "schedule.warmup_steps=0",
+        "train.validate_every_steps=0",
+        *layout,
+    )
     saved = convert.exports.SavedWeights.open(checkpoint.checkpoint_folder(tmp_path / "run", 1))
     chunks = saved.stored["tower.layers.0.mixer.out_proj.weight"].chunks
     assert len(chunks) == (2 if "parallel.tensor=2" in layout else 1)

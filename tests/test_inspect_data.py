@@ -22,8 +22,14 @@ def whole(tmp_path_factory):
     make_tokenizer(folder / "tokenizer", texts())
     for number, name in enumerate(("one", "two")):
         write_records(folder / f"{name}.jsonl", texts(200, start=300 * number))
-        prepare([str(folder / f"{name}.jsonl")], tokenizer=folder / "tokenizer", output=folder / name,
-                holdout_fraction=0.2, shard_tokens=2000, bos="document")  # fmt: skip
+        prepare(
+            [str(folder / f"{name}.jsonl")],
+            tokenizer=folder / "tokenizer",
+            output=folder / name,
+            holdout_fraction=0.2,
+            shard_tokens=2000,
+            bos="document",
+        )
     (folder / "blend.yaml").write_text(
         "corpora:\n  first: {folder: one}\n  second: {folder: two}\n"
         "mixtures:\n  breadth: {first: 3, second: 1}\n  quality: {second: 1}\n"
@@ -46,8 +52,15 @@ def test_inspect_shows_counts_lengths_samples_and_draws(whole, tmp_path, capsys,
     inspect(str(whole / "one"), split="train", samples=2, block_size=8, picture=picture)
     shown = capsys.readouterr().out
     corpus = Corpus.open(whole / "one" / "train")
-    for text in (f"{corpus.documents:,}", f"{corpus.total_tokens:,}", "BOS 1, EOS 2", corpus.tokenizer_fingerprint[:12],
-                 "blocks of 8 tokens: ", "document 0: one.jsonl:", f"{picture}: the lengths as a picture"):  # fmt: skip
+    for text in (
+        f"{corpus.documents:,}",
+        f"{corpus.total_tokens:,}",
+        "BOS 1, EOS 2",
+        corpus.tokenizer_fingerprint[:12],
+        "blocks of 8 tokens: ",
+        "document 0: one.jsonl:",
+        f"{picture}: the lengths as a picture",
+    ):
         assert text in shown
     assert shown.count("\ndocument ") == 2 and "|" in shown and "█" in shown
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -237,15 +250,21 @@ DAMAGE = {
     "array": (lambda data: flip(data / "one/train/offsets.npy", -9), "offsets.npy: found sha256"),
     "index against tar": (other_index, "shard-00000.tar: found (document, offset, (tokens, dtype)) ('000000002', "),
     "no tar": (no_tar, "shard-00001.tar: not a tar of token arrays"),
-    "too large an id": (lambda data: rewrite(data / "one/train", with_id(2, 320)),
-                        "shard-00000.tar: found id 320 in document 3, expected less than 320"),
-    "no EOS": (lambda data: rewrite(data / "one/train", with_id(-1, 7)),
-               "shard-00000.tar: found id 7 where document 3 has its EOS, expected 2"),
-    "no BOS": (lambda data: rewrite(data / "one/train", with_id(0, 7)),
-               "shard-00000.tar: found id 7 where document 3 has its BOS, expected 1"),
+    "too large an id": (
+        lambda data: rewrite(data / "one/train", with_id(2, 320)),
+        "shard-00000.tar: found id 320 in document 3, expected less than 320",
+    ),
+    "no EOS": (
+        lambda data: rewrite(data / "one/train", with_id(-1, 7)),
+        "shard-00000.tar: found id 7 where document 3 has its EOS, expected 2",
+    ),
+    "no BOS": (
+        lambda data: rewrite(data / "one/train", with_id(0, 7)),
+        "shard-00000.tar: found id 7 where document 3 has its BOS, expected 1",
+    ),
     "own tokenizer": (spaced_tokenizer, "train: found tokens of tokenizer "),
     "no tokenizer": (lambda data: shutil.rmtree(data / "one/tokenizer"), "one/tokenizer: no such folder"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -54,9 +54,7 @@ def _chunk_state_fwd(B, x, dt, dA_cumsum, seq_idx=None, states=None, states_in_f
     return torch.einsum("bmcq,bcqmp,bcqmd->bcmpd", weights, xs, Bs)
 
 
-def _state_passing_fwd(
-    states, dA_chunk_cumsum, initial_states=None, seq_idx=None, chunk_size=None, out_dtype=None
-):  # fmt: skip
+def _state_passing_fwd(states, dA_chunk_cumsum, initial_states=None, seq_idx=None, chunk_size=None, out_dtype=None):
     assert states.dim() == 4 and out_dtype == torch.float32
     state, out, before = torch.zeros_like(states[:, 0]), [], torch.zeros(len(states))
     for c in range(states.shape[1]):
@@ -91,17 +89,37 @@ def _chunk_scan_fwd(cb, x, dt, dA_cumsum, C, states, D=None, z=None, seq_idx=Non
 
 
 def mamba_chunk_scan_combined(
-    x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None, cu_seqlens=None,
-    dt_softplus=False, dt_limit=(0.0, float("inf")), return_final_states=False, return_varlen_states=False,
-):  # fmt: skip
+    x,
+    dt,
+    A,
+    B,
+    C,
+    chunk_size,
+    D=None,
+    z=None,
+    dt_bias=None,
+    initial_states=None,
+    seq_idx=None,
+    cu_seqlens=None,
+    dt_softplus=False,
+    dt_limit=(0.0, float("inf")),
+    return_final_states=False,
+    return_varlen_states=False,
+):
     assert z is None and dt_bias is None and not dt_softplus and not return_final_states
     return scan_ref(x, dt, A, B, C, D, documents=seq_idx)[0]
 
 
 def causal_conv1d_fn(
-    x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False, final_states_out=None,
+    x,
+    weight,
+    bias=None,
+    seq_idx=None,
+    initial_states=None,
+    return_final_states=False,
+    final_states_out=None,
     activation=None,
-):  # fmt: skip
+):
     """Stand-in for causal-conv1d 1.5 and 1.7, with its checks of layout."""
     batch, channels, length = x.shape
     assert x.stride(1) == 1 and x.stride(2) > 1 and channels % 8 == 0

@@ -23,16 +23,27 @@ def environment(**values):
 
 def test_two_nodes_meet_and_train_as_one(tmp_path, tiny_data, tiny_backbone, records_of):
     run, port = tmp_path / "run", str(random.randrange(20000, 30000))
-    arguments = [f"data.folder={tiny_data}", f"init.backbone={tiny_backbone}", f"output={run}", "train.steps=4",
-                 "schedule.warmup_steps=1", "train.validate_every_steps=0"]  # fmt: skip
+    arguments = [
+        f"data.folder={tiny_data}",
+        f"init.backbone={tiny_backbone}",
+        f"output={run}",
+        "train.steps=4",
+        "schedule.warmup_steps=1",
+        "train.validate_every_steps=0",
+    ]
     nodes = [
         subprocess.Popen(
-            [str(LAUNCH / "torchrun.sh"), "recipe=tiny", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, cwd=tmp_path, env=environment(NODES="2", RANKS_PER_NODE="1", MASTER_PORT=port, JOB_ID="job",
-                                                     LOGS=str(tmp_path / f"logs-{number}")),
+            [str(LAUNCH / "torchrun.sh"), "recipe=tiny", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=tmp_path,
+            env=environment(
+                NODES="2", RANKS_PER_NODE="1", MASTER_PORT=port, JOB_ID="job", LOGS=str(tmp_path / f"logs-{number}")
+            ),
         )
         for number in range(2)
-    ]  # fmt: skip
+    ]
     said = [node.communicate(timeout=300)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
     assert json.loads((run / "provenance.json").read_text())["ranks"] == 2
@@ -47,9 +58,12 @@ def test_two_nodes_meet_and_train_as_one(tmp_path, tiny_data, tiny_backbone, rec
 def test_what_is_set_already_stays_and_a_cluster_has_its_file(tmp_path):
     (tmp_path / "cluster.sh").write_text("export NCCL_SOCKET_IFNAME=ib0\n")
     shown = subprocess.run(
-        ["bash", "-euc", f"source {LAUNCH}/env.sh; env"], capture_output=True, text=True, check=True,
+        ["bash", "-euc", f"source {LAUNCH}/env.sh; env"],
+        capture_output=True,
+        text=True,
+        check=True,
         env=environment(NCCL_DEBUG="INFO", TWOTOWER_ENV=str(tmp_path / "cluster.sh")),
-    )  # fmt: skip
+    )
     found = dict(line.split("=", 1) for line in shown.stdout.splitlines() if "=" in line)
     assert (found["NCCL_DEBUG"], found["NCCL_SOCKET_IFNAME"]) == ("INFO", "ib0")
     assert found["WANDB_MODE"] == "offline" and found["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "1"
@@ -71,8 +85,15 @@ def test_the_container_has_the_versions_that_setup_asks_for_and_copies_what_is_t
     steps = dockerfile()
     assert [instruction for instruction, _ in steps[:2]] == ["ARG", "FROM"]
     assert {instruction for instruction, _ in steps} <= {
-        "ARG", "FROM", "ENV", "RUN", "WORKDIR", "COPY", "ENTRYPOINT", "CMD",
-    }  # fmt: skip
+        "ARG",
+        "FROM",
+        "ENV",
+        "RUN",
+        "WORKDIR",
+        "COPY",
+        "ENTRYPOINT",
+        "CMD",
+    }
     versions = dict(value.split("=") for instruction, value in steps if instruction == "ARG" and "=" in value)
     setup = ast.parse((LAUNCH.parent / "setup.py").read_text())
     wanted = {
@@ -98,9 +119,12 @@ def test_the_container_has_the_versions_that_setup_asks_for_and_copies_what_is_t
 
 def test_settings_of_h100_nodes_stay_behind_what_is_set_and_before_what_is_general():
     shown = subprocess.run(
-        ["bash", "-euc", f"source {LAUNCH}/env.sh; env"], capture_output=True, text=True, check=True,
+        ["bash", "-euc", f"source {LAUNCH}/env.sh; env"],
+        capture_output=True,
+        text=True,
+        check=True,
         env=environment(TWOTOWER_ENV=str(LAUNCH / "h100.env"), NCCL_IB_TIMEOUT="19", USER="someone"),
-    )  # fmt: skip
+    )
     found = dict(line.split("=", 1) for line in shown.stdout.splitlines() if "=" in line)
     names = ("NCCL_IB_TIMEOUT", "NCCL_NVLS_ENABLE", "CUDA_DEVICE_MAX_CONNECTIONS")
     assert tuple(found[name] for name in names) == ("19", "2", "1")
@@ -113,17 +137,22 @@ def test_settings_of_h100_nodes_stay_behind_what_is_set_and_before_what_is_gener
 def test_a_container_is_asked_for_by_its_name(tmp_path):
     """slurm.sbatch with stand-ins for Slurm's commands: what it hands to srun."""
     for name, body in {
-        "scontrol": f'echo " Command={LAUNCH}/slurm.sbatch NodeAddr=n1 "', "srun": 'printf "%s\\n" "$@"',
-    }.items():  # fmt: skip
+        "scontrol": f'echo " Command={LAUNCH}/slurm.sbatch NodeAddr=n1 "',
+        "srun": 'printf "%s\\n" "$@"',
+    }.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     common = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_NTASKS": "8", "SLURM_JOB_NAME": "twotower"}
     common["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
     for wanted in ({}, {"CONTAINER": "image.sqsh", "MOUNTS": "/a:/b"}):
         done = subprocess.run(
-            ["bash", str(LAUNCH / "slurm.sbatch"), "recipe=tiny"], capture_output=True, text=True, check=True,
-            cwd=tmp_path, env=os.environ | common | wanted,
-        )  # fmt: skip
+            ["bash", str(LAUNCH / "slurm.sbatch"), "recipe=tiny"],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=tmp_path,
+            env=os.environ | common | wanted,
+        )
         handed = done.stdout.splitlines()
         assert ("--container-image=image.sqsh" in handed) == bool(wanted)
         assert (f"--container-mounts={tmp_path}:{tmp_path},/a:/b" in handed) == bool(wanted)
@@ -144,7 +173,10 @@ def test_nvcc_for_one_architecture(tmp_path):
     compiler.chmod(0o755)
     named = ["-O3", "-gencode", "arch=compute_75,code=sm_75", "-gencode=arch=compute_80,code=sm_80", "a file.cu"]
     said = subprocess.run(
-        [LAUNCH / "nvcc.sh", *named], env={**os.environ, "CUDA_HOME": str(tmp_path), "ARCH": "90"}, capture_output=True,
-        text=True, check=True,
-    ).stdout  # fmt: skip
+        [LAUNCH / "nvcc.sh", *named],
+        env={**os.environ, "CUDA_HOME": str(tmp_path), "ARCH": "90"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert said.splitlines() == ["-O3", "a file.cu", "-gencode", "arch=compute_90,code=sm_90"]

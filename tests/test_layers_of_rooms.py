@@ -20,12 +20,26 @@ LEVELS = (
     ("pieces", "scaling", "checkpoint", "saving", "keeping"),
     ("hf", "convert"),
     (
-        "generate", "bulk", "replay", "live", "likelihood", "sweep", "pictures", "evaluate", "distil", "task_recipes",
-        "harness", "evaluate_tasks", "inspect_data", "report", "doctor", "plan",
+        "generate",
+        "bulk",
+        "replay",
+        "live",
+        "likelihood",
+        "sweep",
+        "pictures",
+        "evaluate",
+        "distil",
+        "task_recipes",
+        "harness",
+        "evaluate_tasks",
+        "inspect_data",
+        "report",
+        "doctor",
+        "plan",
     ),
     ("build", "bench", "multirun", "cli"),
     ("__main__",),
-)  # fmt: skip
+)
 ORDER = {room: place for place, room in enumerate(room for level in LEVELS for room in level)}
 
 # Packages that one or two rooms alone may import.

@@ -85,7 +85,7 @@ def test_the_loss_is_the_sum_over_chunks(monkeypatch, serving):
     targets, weights = torch.arange(11), torch.rand(11, generator=generator)
     (got, losses), (want, each) = (
         of(*own, targets, weights) for of in (linear_cross_entropy, linear_cross_entropy_ref)
-    )  # fmt: skip
+    )
     assert rows.launches == 3
     torch.testing.assert_close((got, losses), (want, each), rtol=1e-5, atol=1e-5)
     gradients = (torch.autograd.grad(total, own) for total in (got, want))

@@ -57,14 +57,17 @@ LAYOUTS = {
         "tensor x pipeline x data": ("hard", {**TENSOR, **ONE_CHUNK, **OVERLAP}, DISTRIBUTED),
         "tensor x pipeline x expert, interleaved": ("hard", {**TENSOR, **TWO_CHUNKS, "expert": 2}, DISTRIBUTED),
         "pipeline of four, interleaved, x expert": (
-            "hard", {"pipeline": 4, "pipeline_chunks": 2, "expert": 2, **ALL_GATHER},
+            "hard",
+            {"pipeline": 4, "pipeline_chunks": 2, "expert": 2, **ALL_GATHER},
             {"data": {"micro_batch_size": 1}},
         ),
         "tensor of four x data, whole experts": (
-            "hard", {"tensor": 4, "sequence": True, "expert": 4, "expert_tensor": 1}, DISTRIBUTED,
+            "hard",
+            {"tensor": 4, "sequence": True, "expert": 4, "expert_tensor": 1},
+            DISTRIBUTED,
         ),
     },
-}  # fmt: skip
+}
 
 
 def config_of(backbone, run, layout=None, other=None):
@@ -85,11 +88,15 @@ def run_layouts(ranks, configs, folder):
     command = [sys.executable, "-c", WORKER, str(folder / "configs.pt"), str(folder / "results.pt")]
     processes = [
         subprocess.Popen(
-            command, env={**os.environ, **address, "RANK": str(rank)}, cwd=Path(__file__).parent,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            command,
+            env={**os.environ, **address, "RANK": str(rank)},
+            cwd=Path(__file__).parent,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for rank in range(ranks)
-    ]  # fmt: skip
+    ]
     try:
         outputs = [process.communicate(timeout=600)[0] for process in processes]
     finally:
@@ -175,18 +182,23 @@ def test_a_layout_gives_the_numbers_of_one_rank(ranks, name, one_rank, results_o
 # layout of a model of 8 layers on a number of ranks: what its one line must say
 MISTAKES = {
     "tensor x pipeline": (
-        6, {"tensor": 2, "sequence": True, "pipeline": 2},
+        6,
+        {"tensor": 2, "sequence": True, "pipeline": 2},
         "parallel.tensor 2 x parallel.pipeline 2: does not divide 6 ranks",
     ),
     "experts": (
-        4, {"expert": 8}, "parallel.expert 8 x parallel.expert_tensor 1 x parallel.pipeline 1: does not divide 4 ranks",
+        4,
+        {"expert": 8},
+        "parallel.expert 8 x parallel.expert_tensor 1 x parallel.pipeline 1: does not divide 4 ranks",
     ),
     "layers": (
-        3, {"pipeline": 3},
+        3,
+        {"pipeline": 3},
         "8 layers do not divide into 3 stretches (parallel.pipeline 3 x parallel.pipeline_chunks 1)",
     ),
     "layers of chunks": (
-        2, {"pipeline": 2, "pipeline_chunks": 3},
+        2,
+        {"pipeline": 2, "pipeline_chunks": 3},
         "8 layers do not divide into 6 stretches (parallel.pipeline 2 x parallel.pipeline_chunks 3)",
     ),
     "too few lengths": (2, {"pipeline": 2, "pipeline_layers": [8]}, "found [8], expected a number of layers for each"),
@@ -197,13 +209,14 @@ MISTAKES = {
     "expert count": (8, {"expert": 8}, "model.n_routed_experts 4: does not divide over 8 ranks"),
     "data": (16, {}, "data.global_batch_size 8: expected a multiple of 32 (data.micro_batch_size 2 x 16 data-parallel"),
     "rounds": (
-        8, {"pipeline": 4, "pipeline_chunks": 2},
+        8,
+        {"pipeline": 4, "pipeline_chunks": 2},
         "data.global_batch_size 8: expected a multiple of 16 (data.micro_batch_size 2 x 2 data-parallel ranks x 4 sta",
     ),
     "context": (2, {"context": 2}, "parallel.context: found 2, expected 1 (context parallelism is not built"),
     "sequence alone": (2, {"sequence": True}, "found true with parallel.tensor 1"),
     "gather without": (1, {"overlap_param_gather": True}, "found true with optimizer.distributed false"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

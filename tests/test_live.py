@@ -165,7 +165,7 @@ MISTAKES = {
     "output of one prompt": (["--prompt", "x", "--output", "a.jsonl"], "--output: found a.jsonl, expected it with"),
     "page of many prompts": (["--prompts", "x", "--html", "a.html"], "--html: found a.html, expected it with --prompt"),
     "prompts without output": (["--prompts", "x"], "--output: found none"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -91,9 +91,20 @@ def test_no_operation_of_a_step_asks_for_a_value():
         A, D, clean = fake(4), fake(4), [fake(*t.shape).detach() for t in (x, dt, B, C)]
         _, states, _ = chunk_scan(clean[0], clean[1], A.detach(), clean[2], clean[3], D.detach(), chunk=8)
         y = two_stream_scan(
-            x, dt, A, B, C, D, clean_x=clean[0], clean_dt=clean[1], clean_A=A.detach(), clean_B=clean[2],
-            states=states, block=4, chunk=8,
-        )  # fmt: skip
+            x,
+            dt,
+            A,
+            B,
+            C,
+            D,
+            clean_x=clean[0],
+            clean_dt=clean[1],
+            clean_A=A.detach(),
+            clean_B=clean[2],
+            states=states,
+            block=4,
+            chunk=8,
+        )
         y.sum().backward()
         query, key = fake(3, 4, 16, 4), fake(3, 2, 16, 4)
         clean = {"clean_key": key.detach(), "clean_value": key.detach()}

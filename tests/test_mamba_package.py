@@ -129,9 +129,17 @@ def test_short_sequences_from_initial_states(host, number, length, chunk, apart,
     x, dt, A, B, C, D, start = own
     with block_sizes(number):
         got = scan_module().mamba_chunk_scan_combined(
-            x, dt, A, B, C, chunk, D=D, initial_states=start, seq_idx=None if rows is None else fenced(rows),
+            x,
+            dt,
+            A,
+            B,
+            C,
+            chunk,
+            D=D,
+            initial_states=start,
+            seq_idx=None if rows is None else fenced(rows),
             return_final_states=True,
-        )  # fmt: skip
+        )
         found = torch.autograd.grad(got, own, [fenced(t) for t in upstream])
     errors = {"y": relative(got[0], want[0]), "final": relative(got[1], want[1])}
     errors |= {name: relative(a, b) for name, a, b in zip((*NAMES, "initial"), found, gradients, strict=True)}
@@ -145,9 +153,14 @@ def states_of_packed(lengths, *, chunk, initial):
     start = initial_states(1) if initial else None
     with block_sizes(len(lengths)):
         y, states = scan_module().mamba_chunk_scan_combined(
-            *tensors[:5], chunk, D=tensors[5], initial_states=start, seq_idx=rows,
-            cu_seqlens=torch.tensor(bounds, dtype=torch.int32), return_varlen_states=True,
-        )  # fmt: skip
+            *tensors[:5],
+            chunk,
+            D=tensors[5],
+            initial_states=start,
+            seq_idx=rows,
+            cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+            return_varlen_states=True,
+        )
     exact, errors = [t.double() for t in tensors], []
     for i, (first, last) in enumerate(itertools.pairwise(bounds)):
         own = [t[:, first:last] if t.dim() > 1 else t for t in exact]
@@ -183,7 +196,7 @@ def test_an_initial_state_belongs_to_document_zero(host):
     with block_sizes(0):
         y = scan_module().mamba_chunk_scan_combined(
             x, dt, A, B, C, 16, D=D, initial_states=initial, seq_idx=documents(17, first=1)
-        )  # fmt: skip
+        )
     expected = scan_ref(*(t.double() for t in tensors), documents=documents(17))[0]
     assert relative(y, expected) < TOLERANCES[torch.float32]
 
@@ -215,14 +228,23 @@ def test_float32_is_multiplied_in_tf32_on_a_gpu(host):
 # --- through the compiler -------------------------------------------------------------------------------------------
 
 FORWARD = (
-    "_chunk_cumsum_fwd_kernel", "_chunk_state_fwd_kernel", "_state_passing_fwd_kernel", "_bmm_chunk_fwd_kernel",
+    "_chunk_cumsum_fwd_kernel",
+    "_chunk_state_fwd_kernel",
+    "_state_passing_fwd_kernel",
+    "_bmm_chunk_fwd_kernel",
     "_chunk_scan_fwd_kernel",
-)  # fmt: skip
+)
 BACKWARD = (
-    "_chunk_scan_bwd_dstates_kernel", "_state_passing_bwd_kernel", "_chunk_scan_chunk_state_bwd_dx_kernel",
-    "_chunk_state_bwd_db_kernel", "_chunk_scan_bwd_dc_kernel", "_chunk_scan_bwd_dcb_kernel", "_bmm_chunk_bwd_kernel",
-    "_chunk_scan_bwd_ddAcs_stable_kernel", "_chunk_cumsum_bwd_kernel",
-)  # fmt: skip
+    "_chunk_scan_bwd_dstates_kernel",
+    "_state_passing_bwd_kernel",
+    "_chunk_scan_chunk_state_bwd_dx_kernel",
+    "_chunk_state_bwd_db_kernel",
+    "_chunk_scan_bwd_dc_kernel",
+    "_chunk_scan_bwd_dcb_kernel",
+    "_bmm_chunk_bwd_kernel",
+    "_chunk_scan_bwd_ddAcs_stable_kernel",
+    "_chunk_cumsum_bwd_kernel",
+)
 SHARED_MEMORY = 227 * 1024  # bytes a program may have at compute capability 9.0
 
 
@@ -238,14 +260,29 @@ def compiled(name, dtype, *, number):
     config = kernel.configs[number % len(kernel.configs)]
     narrow = dtype == torch.bfloat16
     constants = {
-        "DT_SOFTPLUS": False, "HAS_DT_BIAS": False, "HAS_SEQ_IDX": False, "HAS_INITSTATES": True, "HAS_Z": False,
-        "HAS_DFINAL_STATES": False, "HAS_DINITSTATES": True, "CONVERT_STATES": narrow, "HAS_D": True,
-        "D_HAS_HDIM": False, "HAS_DDA_CS": name != "_chunk_scan_bwd_dcb_kernel", "HAS_RESIDUAL": True,
-        "IS_CAUSAL": name == "_chunk_scan_fwd_kernel", "IS_TRITON_22": True, "DETERMINISTIC_REDUCTION": False,
-        "BLOCK_SIZE_CHUNK": 128, "BLOCK_SIZE_DSTATE": 128, "BLOCK_SIZE_K": 64, "BLOCK_SIZE_N": 64,
-        "dot_dtype": tl.bfloat16 if narrow else tl.float32, **config.kwargs,
+        "DT_SOFTPLUS": False,
+        "HAS_DT_BIAS": False,
+        "HAS_SEQ_IDX": False,
+        "HAS_INITSTATES": True,
+        "HAS_Z": False,
+        "HAS_DFINAL_STATES": False,
+        "HAS_DINITSTATES": True,
+        "CONVERT_STATES": narrow,
+        "HAS_D": True,
+        "D_HAS_HDIM": False,
+        "HAS_DDA_CS": name != "_chunk_scan_bwd_dcb_kernel",
+        "HAS_RESIDUAL": True,
+        "IS_CAUSAL": name == "_chunk_scan_fwd_kernel",
+        "IS_TRITON_22": True,
+        "DETERMINISTIC_REDUCTION": False,
+        "BLOCK_SIZE_CHUNK": 128,
+        "BLOCK_SIZE_DSTATE": 128,
+        "BLOCK_SIZE_K": 64,
+        "BLOCK_SIZE_N": 64,
+        "dot_dtype": tl.bfloat16 if narrow else tl.float32,
+        **config.kwargs,
         **dict.fromkeys(("seq_idx_ptr", "z_ptr", "out_x_ptr", "dt_bias_ptr", "ddt_bias_ptr", "dfinal_states_ptr")),
-    }  # fmt: skip
+    }
     like_x = {"x_ptr", "b_ptr", "c_ptr", "C_ptr", "a_ptr", "dout_ptr", "dx_ptr", "db_ptr"}
     like_x |= {"out_ptr"} if name == "_chunk_scan_fwd_kernel" else set()
     signature, fixed, aligned = {}, {}, {}

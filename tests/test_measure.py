@@ -46,8 +46,11 @@ def test_what_the_allocator_keeps_of_earlier_cases_can_be_filled(monkeypatch):
 def test_figures_of_times():
     figures = Times({"first": [1.0, 3.0, 2.0], "second": [0.5, 0.5, 4.0]}).figures()
     assert figures == {
-        "median_seconds": 3.5, "minimum_seconds": 1.5, "stage_seconds": {"first": 2.0, "second": 0.5}, "rounds": 3,
-    }  # fmt: skip
+        "median_seconds": 3.5,
+        "minimum_seconds": 1.5,
+        "stage_seconds": {"first": 2.0, "second": 0.5},
+        "rounds": 3,
+    }
 
 
 def filled(mebibytes):

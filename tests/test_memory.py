@@ -12,9 +12,17 @@ from megatron_twotower.memory import StepSize, layer_parts, step_bytes
 from megatron_twotower.records import Blocks
 
 MODEL = dataclasses.replace(
-    TINY, vocab_size=64, hidden_size=64, head_dim=16, mamba_head_dim=16, ssm_state_size=16, chunk_size=32,
-    intermediate_size=96, moe_intermediate_size=24, moe_shared_expert_intermediate_size=48,
-)  # fmt: skip
+    TINY,
+    vocab_size=64,
+    hidden_size=64,
+    head_dim=16,
+    mamba_head_dim=16,
+    ssm_state_size=16,
+    chunk_size=32,
+    intermediate_size=96,
+    moe_intermediate_size=24,
+    moe_shared_expert_intermediate_size=48,
+)
 
 
 def config_of(kind, *, block, length, recompute=""):

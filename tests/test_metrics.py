@@ -20,10 +20,19 @@ DISABLED = WandbSettings(mode="disabled")
 
 def train_record(step, **changes):
     record = {
-        "kind": "train", "step": step, "loss": 8.0 - step / 10, "loss_by_noise": {"0.0-0.5": 3.0, "0.5-1.0": 5.0},
-        "learning_rate": 1e-3, "grad_norm": 1.5, "tokens": 1000 * step, "tokens_per_second": 5123.0,
-        "scored_tokens": 500, "expert_load": {"max_over_mean": 1.25}, "memory_gib": 0.5, "seconds": 61.0 * step,
-    }  # fmt: skip
+        "kind": "train",
+        "step": step,
+        "loss": 8.0 - step / 10,
+        "loss_by_noise": {"0.0-0.5": 3.0, "0.5-1.0": 5.0},
+        "learning_rate": 1e-3,
+        "grad_norm": 1.5,
+        "tokens": 1000 * step,
+        "tokens_per_second": 5123.0,
+        "scored_tokens": 500,
+        "expert_load": {"max_over_mean": 1.25},
+        "memory_gib": 0.5,
+        "seconds": 61.0 * step,
+    }
     return record | changes
 
 

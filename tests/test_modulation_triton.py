@@ -25,10 +25,14 @@ FUNCTIONS = {
     max_examples=20, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
 )
 @given(
-    name=st.sampled_from(list(FUNCTIONS)), stretches=st.integers(1, 3), length=st.sampled_from([1, 5, 16, 20, 130]),
-    batch=st.integers(1, 2), width=st.sampled_from([8, 100, 300]), dtype=st.sampled_from(list(TOLERANCES)),
+    name=st.sampled_from(list(FUNCTIONS)),
+    stretches=st.integers(1, 3),
+    length=st.sampled_from([1, 5, 16, 20, 130]),
+    batch=st.integers(1, 2),
+    width=st.sampled_from([8, 100, 300]),
+    dtype=st.sampled_from(list(TOLERANCES)),
     seed=st.integers(0, 99),
-)  # fmt: skip
+)
 def test_value_and_all_gradients(name, stretches, length, batch, width, dtype, seed):
     ours, in_torch, by_stretch = FUNCTIONS[name]
     generator = torch.Generator().manual_seed(seed)

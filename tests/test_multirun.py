@@ -10,8 +10,13 @@ from megatron_twotower.config import load_recipe
 def sweep(tmp_path_factory, tiny_data):
     """The folder of a sweep of two seeds, its arguments, and their status."""
     output = tmp_path_factory.mktemp("sweep") / "out"
-    arguments = ["recipe=tiny_ar", f"data.folder={tiny_data}", f"output={output}", "train.steps=6",
-                 "train.validate_every_steps=0"]  # fmt: skip
+    arguments = [
+        "recipe=tiny_ar",
+        f"data.folder={tiny_data}",
+        f"output={output}",
+        "train.steps=6",
+        "train.validate_every_steps=0",
+    ]
     return output, arguments, cli.main(["train", "--multirun", *arguments, "seed=1,2"])
 
 

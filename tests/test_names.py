@@ -37,10 +37,13 @@ def test_time_conditioning_has_the_published_shapes(nano):
     entries = [e for e in names.denoiser_entries(nano, 256) if e.hf[0].startswith(("t_", "scale_shift"))]
     assert parameters(entries) == 30_022_272
     assert {e.hf[0]: e.shape for e in entries if not e.hf[0].startswith("scale")} == {
-        "t_embedder.mlp.0.weight": (2688, 256), "t_embedder.mlp.0.bias": (2688,),
-        "t_embedder.mlp.2.weight": (2688, 2688), "t_embedder.mlp.2.bias": (2688,),
-        "t_block.1.weight": (8064, 2688), "t_block.1.bias": (8064,),
-    }  # fmt: skip
+        "t_embedder.mlp.0.weight": (2688, 256),
+        "t_embedder.mlp.0.bias": (2688,),
+        "t_embedder.mlp.2.weight": (2688, 2688),
+        "t_embedder.mlp.2.bias": (2688,),
+        "t_block.1.weight": (8064, 2688),
+        "t_block.1.bias": (8064,),
+    }
 
 
 def test_query_key_value_rows_go_there_and_back():

@@ -34,9 +34,13 @@ def errors(y, z, weight):
     max_examples=10, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
 )
 @given(
-    rows=st.sampled_from([1, 3, 64, 130]), groups=st.integers(1, 3), width=st.sampled_from([1, 8, 24, 512]),
-    dtype=st.sampled_from(list(TOLERANCES)), scale=st.sampled_from([0.01, 1.0, 100.0]), seed=st.integers(0, 99),
-)  # fmt: skip
+    rows=st.sampled_from([1, 3, 64, 130]),
+    groups=st.integers(1, 3),
+    width=st.sampled_from([1, 8, 24, 512]),
+    dtype=st.sampled_from(list(TOLERANCES)),
+    scale=st.sampled_from([0.01, 1.0, 100.0]),
+    seed=st.integers(0, 99),
+)
 def test_value_and_all_gradients(rows, groups, width, dtype, scale, seed):
     generator = torch.Generator().manual_seed(seed)
     y, z = (scale * torch.randn(rows, groups * width, generator=generator) for _ in range(2))

@@ -7,12 +7,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
 from megatron_twotower.ops import attention, convolution, cross_entropy
-from megatron_twotower.ops.attention import (
-    block_attention,
-    block_attention_ref,
-    causal_attention,
-    flex_block_attention,
-)
+from megatron_twotower.ops.attention import block_attention, block_attention_ref, causal_attention, flex_block_attention
 from megatron_twotower.ops.convolution import block_history, causal_conv, seeded_block_conv, seeded_block_conv_ref
 from megatron_twotower.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from megatron_twotower.ops.norm import gated_rms_norm, gated_rms_norm_ref, rms_norm, rms_norm_ref
@@ -53,9 +48,13 @@ def random_documents(length, seed):
 
 
 @given(
-    block=st.sampled_from([1, 2, 3, 4, 12]), blocks=st.integers(1, 5), taps=st.integers(2, 5), packed=st.booleans(),
-    cached=st.sampled_from([16, 1 << 20]), channels=st.sampled_from([5, 40]),
-)  # fmt: skip
+    block=st.sampled_from([1, 2, 3, 4, 12]),
+    blocks=st.integers(1, 5),
+    taps=st.integers(2, 5),
+    packed=st.booleans(),
+    cached=st.sampled_from([16, 1 << 20]),
+    channels=st.sampled_from([5, 40]),
+)
 @settings(max_examples=50, deadline=None)
 def test_seeded_convolution(block, blocks, taps, packed, cached, channels):
     length = block * blocks
@@ -80,9 +79,13 @@ def test_causal_convolution_is_one_large_block(packed):
 
 
 @given(
-    block=st.sampled_from([1, 2, 3, 4, 12]), blocks=st.integers(1, 6), rows=st.sampled_from([2, 6, 20, 512]),
-    packed=st.booleans(), shared=st.sampled_from([1, 2, 4]), seed=st.integers(0, 10**6),
-)  # fmt: skip
+    block=st.sampled_from([1, 2, 3, 4, 12]),
+    blocks=st.integers(1, 6),
+    rows=st.sampled_from([2, 6, 20, 512]),
+    packed=st.booleans(),
+    shared=st.sampled_from([1, 2, 4]),
+    seed=st.integers(0, 10**6),
+)
 @settings(max_examples=50, deadline=None)
 def test_block_attention(block, blocks, rows, packed, shared, seed):
     length = block * blocks
@@ -98,9 +101,12 @@ def test_block_attention(block, blocks, rows, packed, shared, seed):
 
 
 @given(
-    dtype=st.sampled_from(list(TOLERANCES)), block=st.sampled_from([1, 3, 8]), blocks=st.integers(1, 4),
-    packed=st.booleans(), seed=st.integers(0, 10**6),
-)  # fmt: skip
+    dtype=st.sampled_from(list(TOLERANCES)),
+    block=st.sampled_from([1, 3, 8]),
+    blocks=st.integers(1, 4),
+    packed=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
 @settings(max_examples=40, deadline=None)
 def test_narrow_dtypes(dtype, block, blocks, packed, seed):
     length = block * blocks
@@ -114,20 +120,20 @@ def test_narrow_dtypes(dtype, block, blocks, packed, seed):
         lambda *own: block_attention_ref(
             *own, **dict(zip(names, (clean_key.double(), clean_value.double()), strict=True)), **shape
         ),
-        attended, dtype,
-    )  # fmt: skip
+        attended,
+        dtype,
+    )
     filtered = [draw(2, length, 5, seed=seed), draw(5, 4, seed=seed + 1), draw(5, seed=seed + 2)]
     clean = draw(2, length, 5, seed=seed + 3, grad=False).to(dtype)
     history = block_history(clean, taps=4, block=block)
     assert_follows(
         lambda x, *own: seeded_block_conv(x, history, *own, documents=documents),
         lambda x, *own: seeded_block_conv_ref(x, clean.double(), *own, block=block, documents=documents),
-        filtered, dtype,
-    )  # fmt: skip
+        filtered,
+        dtype,
+    )
     normed = [draw(3, length, 8, seed=seed), draw(3, length, 8, seed=seed + 1), draw(2, 4, seed=seed + 2)]
-    assert_follows(
-        lambda *own: gated_rms_norm(*own, 1e-5), lambda *own: gated_rms_norm_ref(*own, 1e-5), normed, dtype
-    )  # fmt: skip
+    assert_follows(lambda *own: gated_rms_norm(*own, 1e-5), lambda *own: gated_rms_norm_ref(*own, 1e-5), normed, dtype)
 
 
 @pytest.mark.parametrize("packed", [False, True])

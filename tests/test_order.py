@@ -102,8 +102,10 @@ def windowed(n, *, run, runs, seed=0, epoch=0):
     return shuffled(np.arange(n), n=n, seed=seed, epoch=epoch, shuffle=Shuffle("windowed", run, runs))
 
 
-@pytest.mark.parametrize(("n", "run", "runs"), [(1, 1, 1), (10, 3, 2), (100, 7, 3), (997, 10, 1000), (50, 80, 4),
-                                                (1000, 10, 100), (4096, 16, 8)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("n", "run", "runs"),
+    [(1, 1, 1), (10, 3, 2), (100, 7, 3), (997, 10, 1000), (50, 80, 4), (1000, 10, 100), (4096, 16, 8)],
+)
 def test_windows_are_a_bijection(n, run, runs):
     for seed, epoch in ((0, 0), (7, 0), (0, 1), (2**40, 10**6)):
         whole = windowed(n, run=run, runs=runs, seed=seed, epoch=epoch)

@@ -90,10 +90,7 @@ def test_a_shard_is_written_from_spans_of_parts(folder, tokenizer):
     first_id = int(part_array(folder, 0, ".records", dtype=RECORD)["tokens"][:5].sum())
     np.full(10, KEEP["train"], np.uint8).tofile(part_path(folder, 0, ".keep"))
     np.array([KEEP["train"], KEEP["validation"]] * 10, np.uint8).tofile(part_path(folder, 1, ".keep"))
-    spans = (
-        Span(0, 5, 10, first_id, tuple(file.name for file in files), None),
-        Span(1, 0, 19, 0, ("a.jsonl",), 1000),
-    )
+    spans = (Span(0, 5, 10, first_id, tuple(file.name for file in files), None), Span(1, 0, 19, 0, ("a.jsonl",), 1000))
     task = ShardTask(PlannedShard("train", 2, 500, spans), folder, "uint16", bos=1, eos=2)
     assert read_planned_shard(task) is None
     shard = write_planned_shard(task)

@@ -117,8 +117,11 @@ def test_a_run_goes_on_with_the_data_it_has_read_or_not_at_all(tmp_path, two_cor
 
 
 def test_another_batch_size_cannot_go_on_in_a_run_with_phases(tmp_path, two_corpora, tiny_backbone):
-    short = ["phases=[{name: breadth, tokens: 512, warmup_tokens: 0}]", "schedule.warmup_steps=0",
-             "train.validate_every_steps=0"]  # fmt: skip
+    short = [
+        "phases=[{name: breadth, tokens: 512, warmup_tokens: 0}]",
+        "schedule.warmup_steps=0",
+        "train.validate_every_steps=0",
+    ]
     arguments = settings(two_corpora, tmp_path / "run", tiny_backbone, *short)
     assert train(*arguments)
     with pytest.raises(UserError, match=r"data.global_batch_size: found 4, expected the one of the checkpoint, 8"):

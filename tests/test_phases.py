@@ -62,16 +62,19 @@ def test_documents_begin_the_largest_block_of_the_run():
     assert document_alignment(dataclasses.replace(RunConfig(), objective="ar")) == 1
 
 
-@pytest.mark.parametrize(("phase", "message"), [
-    (PhaseConfig("", STEP), r"phases.1.name: found nothing"),
-    (PhaseConfig("b", 10), r"phases.1.tokens: found 10, expected at least one global batch, 2048 tokens"),
-    (PhaseConfig("b", 30 * STEP, block_size_tokens=24), r"phases.1.block_size_tokens: found 24, .* divisor .* 256"),
-    (PhaseConfig("b", 30 * STEP, block_size_tokens=0), r"phases.1.block_size_tokens: found 0"),
-    (PhaseConfig("b", 10 * STEP), r"phases.1: found 20 steps of warm-up and 0 of decay, expected at most its 10"),
-    (PhaseConfig("b", 30 * STEP, decay_tokens=11 * STEP), r"phases.1: found 20 steps of warm-up and 11 of decay"),
-    (PhaseConfig("b", 30 * STEP, minimum_learning_rate=2e-3), r"phases.1.minimum_learning_rate: found 0.002"),
-    (PhaseConfig("a", 30 * STEP), r"phases: found the names a, a, expected each once"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("phase", "message"),
+    [
+        (PhaseConfig("", STEP), r"phases.1.name: found nothing"),
+        (PhaseConfig("b", 10), r"phases.1.tokens: found 10, expected at least one global batch, 2048 tokens"),
+        (PhaseConfig("b", 30 * STEP, block_size_tokens=24), r"phases.1.block_size_tokens: found 24, .* divisor .* 256"),
+        (PhaseConfig("b", 30 * STEP, block_size_tokens=0), r"phases.1.block_size_tokens: found 0"),
+        (PhaseConfig("b", 10 * STEP), r"phases.1: found 20 steps of warm-up and 0 of decay, expected at most its 10"),
+        (PhaseConfig("b", 30 * STEP, decay_tokens=11 * STEP), r"phases.1: found 20 steps of warm-up and 11 of decay"),
+        (PhaseConfig("b", 30 * STEP, minimum_learning_rate=2e-3), r"phases.1.minimum_learning_rate: found 0.002"),
+        (PhaseConfig("a", 30 * STEP), r"phases: found the names a, a, expected each once"),
+    ],
+)
 def test_misfits_are_named(phase, message):
     with pytest.raises(UserError, match=message):
         plan(run(PhaseConfig("a", 30 * STEP), phase))

@@ -36,8 +36,11 @@ def test_pieces_are_views_that_cover_the_tensors_once(groups):
             piece.data.add_(1)
     after = model.state_dict()
     held = dict(model.named_parameters()) | dict(model.named_buffers())
-    trained = {name for name in before if name in held and any(p is held[name] for _, p in pieces.local_tensors(
-        model, entries, config.model, groups))}  # fmt: skip
+    trained = {
+        name
+        for name in before
+        if name in held and any(p is held[name] for _, p in pieces.local_tensors(model, entries, config.model, groups))
+    }
     assert trained and all(torch.equal(after[name], before[name] + 1) for name in trained)
 
 
@@ -62,6 +65,9 @@ def test_a_stretch_of_a_split_parameter_lies_where_it_belongs(groups):
             found[piece.key, where] = int(piece.data[place])
     # Of each part, this rank has rows 2 and 3; its own rows 0, 1 are of the first part, 2, 3 of the second.
     assert found == {
-        ("key.part0", (3, 1)): 3, ("key.part1", (2, 0)): 4, ("key.part1", (2, 1)): 5,
-        ("key.part1", (3, 0)): 6, ("key.part1", (3, 1)): 7,
-    }  # fmt: skip
+        ("key.part0", (3, 1)): 3,
+        ("key.part1", (2, 0)): 4,
+        ("key.part1", (2, 1)): 5,
+        ("key.part1", (3, 0)): 6,
+        ("key.part1", (3, 1)): 7,
+    }

@@ -53,9 +53,12 @@ def measured(request, tmp_path_factory):
     here = Path(__file__).parent
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     result = subprocess.run(
-        [*torchrun, str(here / "measure_ranks.py"), json.dumps(LAYOUTS[ranks]), str(output)], cwd=here,
-        capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
+        [*torchrun, str(here / "measure_ranks.py"), json.dumps(LAYOUTS[ranks]), str(output)],
+        cwd=here,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     records = [json.loads((output / f"{rank}.json").read_text()) for rank in range(ranks)]
     return ranks, list(zip(*records, strict=True))

@@ -37,10 +37,12 @@ def told(capsys, *arguments):
         ([], {"data", "expert data"}),
         (["parallel.expert=16"], {"expert", "data", "expert data"}),
         (["parallel.tensor=4", "parallel.sequence=true", "parallel.expert=4"], {"expert", "data", "expert data"}),
-        (["parallel.expert=4", "parallel.expert_tensor=1", "parallel.tensor=2", "parallel.sequence=true"],
-         {"data", "expert data"}),
+        (
+            ["parallel.expert=4", "parallel.expert_tensor=1", "parallel.tensor=2", "parallel.sequence=true"],
+            {"data", "expert data"},
+        ),
     ],
-)  # fmt: skip
+)
 def test_which_groups_reach_beyond_a_node(overrides, far):
     layout, card = layout_of(nano(*overrides), ranks=64), CARDS["h100"]
     kinds = ("tensor", "expert", "expert tensor", "data", "expert data", "pipeline")

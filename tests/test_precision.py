@@ -56,8 +56,13 @@ REFUSED = {
         "data.sequence_length_tokens x data.micro_batch_size 8200: expected a multiple of 16",
     ),
     "tokens of a rank": (
-        {"train.precision": "fp8_blockwise", "parallel.tensor": 2, "parallel.expert_tensor": 1,
-         "data.sequence_length_tokens": 8192 + 64} | TENSOR,
+        {
+            "train.precision": "fp8_blockwise",
+            "parallel.tensor": 2,
+            "parallel.expert_tensor": 1,
+            "data.sequence_length_tokens": 8192 + 64,
+        }
+        | TENSOR,
         "over 2 ranks is 4128: expected a multiple of 128 with fp8_blockwise and parallel.sequence",
     ),
     "local modules": (
@@ -85,7 +90,7 @@ REFUSED = {
         "parallel.moe_dispatcher: found deepep with experts on one rank, expected alltoall, or parallel.expert above 1",
     ),
     "unknown": ({"train.precision": "fp8"}, "train.precision: found 'fp8', expected one of fp32, bf16, fp8_delayed"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -191,8 +191,12 @@ def test_what_is_held_out_does_not_depend_on_how_records_are_cut_in_files(tokeni
     found = []
     for name in ("whole", "cut"):
         prepare([str(tmp_path / name)], tokenizer=tokenizer, output=tmp_path / f"{name}-out", **SMALL)
-        found.append({split: list(texts_of(tmp_path / f"{name}-out" / split, tokenizer).values())
-                      for split in ("train", "validation")})  # fmt: skip
+        found.append(
+            {
+                split: list(texts_of(tmp_path / f"{name}-out" / split, tokenizer).values())
+                for split in ("train", "validation")
+            }
+        )
     assert found[0] == found[1]
     assert 30 < len(found[0]["validation"]) < 90
 
@@ -214,8 +218,9 @@ def test_documents_can_be_kept_twice_and_filtered_by_length(tokenizer, tmp_path)
     }
 
 
-@pytest.mark.parametrize(("bos", "eos"), [("none", "document"), ("document", "document"), ("document", "none"),
-                                          ("none", "none")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("bos", "eos"), [("none", "document"), ("document", "document"), ("document", "none"), ("none", "none")]
+)
 def test_documents_begin_and_end_as_was_said(bos, eos, tokenizer, tmp_path):
     write_records(tmp_path / "a.jsonl", texts(60))
     summary = prepare(
@@ -356,10 +361,14 @@ def test_finished_units_are_not_read_again(stage, calls, mixed, tokenizer, expec
     shards = {path.name for path in (partial / "shards").glob("*.json")}
     assert not (tmp_path / "out").exists()
     begun, written = [], []
-    monkeypatch.setattr("megatron_twotower.data.prepare.write_part", lambda task: (begun.append(f"{task.number:06d}"),
-                                                                              parts.write_part(task))[1])  # fmt: skip
-    monkeypatch.setattr("megatron_twotower.data.prepare.write_planned_shard", lambda task: (
-        written.append(f"{task.base.name}.json"), parts.write_planned_shard(task))[1])  # fmt: skip
+    monkeypatch.setattr(
+        "megatron_twotower.data.prepare.write_part",
+        lambda task: (begun.append(f"{task.number:06d}"), parts.write_part(task))[1],
+    )
+    monkeypatch.setattr(
+        "megatron_twotower.data.prepare.write_planned_shard",
+        lambda task: (written.append(f"{task.base.name}.json"), parts.write_planned_shard(task))[1],
+    )
     calls = []
     summary = prepare(**arguments, progress=calls.append)
     assert finished.isdisjoint(begun) and shards.isdisjoint(written)
@@ -493,8 +502,14 @@ def test_an_interrupted_run_spares_the_earlier_output(tree, tokenizer, tmp_path)
     prepare([str(tree)], tokenizer=tokenizer, output=tmp_path / "out")
     before = content(tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
-        prepare([str(tree)], tokenizer=tokenizer, output=tmp_path / "out", overwrite=True, bos="document",
-                progress=stop_after("writing", 3))  # fmt: skip
+        prepare(
+            [str(tree)],
+            tokenizer=tokenizer,
+            output=tmp_path / "out",
+            overwrite=True,
+            bos="document",
+            progress=stop_after("writing", 3),
+        )
     assert content(tmp_path / "out") == before
     prepare([str(tree)], tokenizer=tokenizer, output=tmp_path / "out", overwrite=True)
     assert content(tmp_path / "out") == before
@@ -561,19 +576,29 @@ def test_malformed_records_are_counted_named_and_limited(workers, tokenizer, tmp
         lines[line] = b"{broken\n"
     lines.insert(50, b"\n")
     (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
-    arguments = {"inputs": [str(tmp_path / "a.jsonl")], "tokenizer": tokenizer, "output": tmp_path / "out",
-                 "workers": workers, **SMALL}  # fmt: skip
+    arguments = {
+        "inputs": [str(tmp_path / "a.jsonl")],
+        "tokenizer": tokenizer,
+        "output": tmp_path / "out",
+        "workers": workers,
+        **SMALL,
+    }
     for limit in (0, 0.001, 2, 0.007):
-        with pytest.raises(UserError, match=r"a\.jsonl:10: not JSON \(.*\): first of [123] malformed records in \d+, "
-                                            rf"expected at most {limit:g} \(max_malformed\)$"):  # fmt: skip
+        with pytest.raises(
+            UserError,
+            match=r"a\.jsonl:10: not JSON \(.*\): first of [123] malformed records in \d+, "
+            rf"expected at most {limit:g} \(max_malformed\)$",
+        ):
             prepare(**arguments, max_malformed=limit)
         assert not (tmp_path / "out").exists()
     for limit in (0.008, 3):
         summary = prepare(**arguments, max_malformed=limit, overwrite=True)  # goes on from what was tokenised
         assert summary["splits"]["train"]["left_out"]["malformed"] == 3
         assert [fault.partition(" (")[0].rpartition("/")[2] for fault in summary["malformed"]] == [
-            "a.jsonl:10: not JSON", "a.jsonl:122: not JSON", "a.jsonl:303: not JSON",
-        ]  # fmt: skip
+            "a.jsonl:10: not JSON",
+            "a.jsonl:122: not JSON",
+            "a.jsonl:303: not JSON",
+        ]
     assert sum(totals["documents"] for totals in summary["splits"].values()) == 397
 
 

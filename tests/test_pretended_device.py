@@ -275,8 +275,9 @@ def test_checkpoints_hold_there_what_they_hold_on_the_host(backbone, precision, 
         assert_same(kept(parts, model), want)
     # For state.json; the tensors themselves are Megatron's to copy, all at once.
     assert {place.partition(": ")[2] for place in saving.counted("ours")} == {
-        "trainer.window", "trainer.skipped_by_all",
-    }  # fmt: skip
+        "trainer.window",
+        "trainer.skipped_by_all",
+    }
     with training(config) as (parts, model):
         restored(tmp_path, parts, model)
         assert_same(kept(parts, model), want)
@@ -284,9 +285,12 @@ def test_checkpoints_hold_there_what_they_hold_on_the_host(backbone, precision, 
 
 def save(run, parts, model, progress):
     keeper = keeping.Keeper(
-        run, parts, lambda: model.pieces(parts.config, parts.groups, parts.optimizer), fingerprint=model.fingerprint,
+        run,
+        parts,
+        lambda: model.pieces(parts.config, parts.groups, parts.optimizer),
+        fingerprint=model.fingerprint,
         metrics=Metrics((), contextlib.ExitStack()),
-    )  # fmt: skip
+    )
     keeper.save(progress)
     keeper.saved(progress, wait=True)
     keeper.close()

@@ -63,7 +63,7 @@ MODES = {
             NUMBER.format("generate_speculative"): stats.passes + 3,
         },
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("eos", [None, EOS])
@@ -170,7 +170,7 @@ WAITED = {
         }
         for name, denoised in (("by noise", 6), ("bound", 4))
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MEASURES)
@@ -187,9 +187,19 @@ def test_likelihoods_are_those_of_the_host(name):
 
 
 SMALL = EvaluationSettings(
-    sequences=2, sequence_length_tokens=16, block_size_tokens=8, levels=(0.25, 1.0), bound_draws=1, thresholds=(0.2,),
-    block_sizes=(), steps=(), prompts=1, prompt_tokens=8, new_tokens=8, samples=1,
-)  # fmt: skip
+    sequences=2,
+    sequence_length_tokens=16,
+    block_size_tokens=8,
+    levels=(0.25, 1.0),
+    bound_draws=1,
+    thresholds=(0.2,),
+    block_sizes=(),
+    steps=(),
+    prompts=1,
+    prompt_tokens=8,
+    new_tokens=8,
+    samples=1,
+)
 
 
 def plain(figures):
@@ -222,9 +232,11 @@ def test_text_for_a_denoiser_is_written_where_the_device_is(two_tower_folder, ti
     assert (tmp_path / "there").read_text() == (tmp_path / "host").read_text()
     # Two batches: prompts over and text back, and nothing for a token but in its layer of experts.
     assert waits.counted("ours") == {
-        "a copy from the host: distil.distil": 2, "a copy to the host: distil.distil": 2,
-        NUMBER.format("_one_by_one"): 2, EXPERTS.format("routed_experts"): 2 * 6,
-    }  # fmt: skip
+        "a copy from the host: distil.distil": 2,
+        "a copy to the host: distil.distil": 2,
+        NUMBER.format("_one_by_one"): 2,
+        EXPERTS.format("routed_experts"): 2 * 6,
+    }
 
 
 @pytest.mark.parametrize("scoring", ["ar", "bound", "mock_ar"])
@@ -237,9 +249,14 @@ def test_the_harness_scores_and_writes_there(scoring, two_tower_folder):
 
     def all_of(device):
         lm = TwoTower(
-            two_tower_folder, device=device, scoring=scoring, block_size=4, steps_per_block=4, batch_size=2,
+            two_tower_folder,
+            device=device,
+            scoring=scoring,
+            block_size=4,
+            steps_per_block=4,
+            batch_size=2,
             bound_draws=2,
-        )  # fmt: skip
+        )
         return lm.score(pairs, quiet=True), lm.write(prompts, wanted), lm.passes
 
     with as_there():

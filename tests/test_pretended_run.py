@@ -4,8 +4,13 @@ import pytest
 from pretended_device import as_there, pretended_cuda
 from test_trainer import settings, train
 
-EVERY_TWO = ["train.log_every_steps=2", "train.validate_every_steps=2", "train.checkpoint_every_steps=2",
-             "schedule.warmup_steps=1", "schedule.kind=constant"]  # fmt: skip
+EVERY_TWO = [
+    "train.log_every_steps=2",
+    "train.validate_every_steps=2",
+    "train.checkpoint_every_steps=2",
+    "schedule.warmup_steps=1",
+    "schedule.kind=constant",
+]
 FIGURES = ("loss", "loss_by_noise", "grad_norm", "learning_rate", "scored_tokens", "expert_load", "tokens")
 # Of four steps with two records, three validations and two checkpoints.
 WAITS = {
@@ -22,9 +27,7 @@ def run(tmp_path, tiny_data, tiny_backbone, records_of):
     def once(name, steps):
         train("tiny", *settings(tiny_data, tmp_path / name, tiny_backbone, *EVERY_TWO, f"train.steps={steps}"))
         records = [records_of(tmp_path / name, kind) for kind in ("train", "validation")]
-        return [
-            {step: {key: record.get(key) for key in FIGURES} for step, record in kind.items()} for kind in records
-        ]  # fmt: skip
+        return [{step: {key: record.get(key) for key in FIGURES} for step, record in kind.items()} for kind in records]
 
     return once
 

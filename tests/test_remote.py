@@ -83,8 +83,10 @@ def test_a_remote_corpus_reads_as_the_local_one(kind, prepared, served, tmp_path
     assert far.folder == url and far.starts.tolist() == local.starts.tolist()
     assert [far.check_shard(number) for number in range(len(far.shards))] == [None] * len(far.shards)
     if kind == "http":
-        assert served[1] == [f"/train/{name}" for name in ("index.json", "starts.npy", "offsets.npy",
-                                                           *(shard.file for shard in local.shards))]  # fmt: skip
+        assert served[1] == [
+            f"/train/{name}"
+            for name in ("index.json", "starts.npy", "offsets.npy", *(shard.file for shard in local.shards))
+        ]
         Corpus.open(url, cache=tmp_path).tokens(0, 100)
         assert served[1][len(local.shards) + 3 :] == ["/train/index.json"]  # the rest is in the cache
 

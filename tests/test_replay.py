@@ -107,10 +107,20 @@ def in_browser(path, profile, *, script="", fragment=""):
     if script:
         path.write_text(path.read_text().replace("</body>", f"<script>{script}</script></body>"))
     command = [
-        found, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", f"--user-data-dir={profile}", "--enable-logging=stderr",
-        "--virtual-time-budget=20000", "--dump-dom", f"file://{path}{fragment}",
-    ]  # fmt: skip
+        found,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={profile}",
+        "--enable-logging=stderr",
+        "--virtual-time-budget=20000",
+        "--dump-dom",
+        f"file://{path}{fragment}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "CONSOLE" not in done.stderr, done.stderr
     return done.stdout

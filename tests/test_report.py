@@ -36,24 +36,40 @@ def records(steps=400, *, start=8.35, end=4.0, by_noise=True):
 
 def sweep_row(threshold, tokens_per_pass, speedup, nats):
     return {
-        "confidence_threshold": threshold, "tokens_per_pass": tokens_per_pass, "passes": 310, "speedup": speedup,
-        "tokens_per_second": 210.0 * speedup, "nats_per_token": nats,
-    }  # fmt: skip
+        "confidence_threshold": threshold,
+        "tokens_per_pass": tokens_per_pass,
+        "passes": 310,
+        "speedup": speedup,
+        "tokens_per_second": 210.0 * speedup,
+        "nats_per_token": nats,
+    }
 
 
 EVALUATION = {
-    "settings": {"prompt_tokens": 61}, "device": "cpu", "dtype": "float32", "threads": 2,
-    "ar_loss": 3.921, "ar_loss_per_byte": 1.2345,
-    "ar_loss_on_bound_tokens": 3.77, "diffusion_bound": 4.61, "diffusion_bound_stderr": 0.04,
+    "settings": {"prompt_tokens": 61},
+    "device": "cpu",
+    "dtype": "float32",
+    "threads": 2,
+    "ar_loss": 3.921,
+    "ar_loss_per_byte": 1.2345,
+    "ar_loss_on_bound_tokens": 3.77,
+    "diffusion_bound": 4.61,
+    "diffusion_bound_stderr": 0.04,
     "masked_loss_by_noise": [{"t": t / 10, "loss": 1.8 + 0.35 * t, "count": 1000 * t} for t in range(1, 11)],
     "sweep": [sweep_row(0.5, 3.12, 2.05, 3.4), sweep_row(0.8, 1.73, 1.21, 2.9), sweep_row(0.9, 1.41, 0.98, 2.75)],
     "ar_generation": {"tokens_per_second": 210.0, "nats_per_token": 1.9},
     "samples": [
-        {"mode": "mask_diffusion", "prompt": "def main():", "text": "\n    if x < 3 & y:\n        '<b>'",
-         "passes": 20, "new_tokens": 64, "seconds": 1.25},
+        {
+            "mode": "mask_diffusion",
+            "prompt": "def main():",
+            "text": "\n    if x < 3 & y:\n        '<b>'",
+            "passes": 20,
+            "new_tokens": 64,
+            "seconds": 1.25,
+        },
         {"mode": "ar", "prompt": "def main():", "text": "\n    pass", "passes": 64, "new_tokens": 64, "seconds": 2.5},
     ],
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -195,13 +211,24 @@ def test_conditioning_runs_are_compared_where_there_are_any(run):
 
 
 RECORDING = {
-    "version": replay.VERSION, "model": "runs/model", "settings": {"block_size": 2, "steps_per_block": 2,
-    "confidence_threshold": 0.8, "temperature": 0.3}, "mode": "mask_diffusion", "prompt": "def </script>",
-    "text": "a b", "new_tokens": 2, "passes": 2, "seconds": 0.5, "summary": "2 tokens in 2 passes",
+    "version": replay.VERSION,
+    "model": "runs/model",
+    "settings": {"block_size": 2, "steps_per_block": 2, "confidence_threshold": 0.8, "temperature": 0.3},
+    "mode": "mask_diffusion",
+    "prompt": "def </script>",
+    "text": "a b",
+    "new_tokens": 2,
+    "passes": 2,
+    "seconds": 0.5,
+    "summary": "2 tokens in 2 passes",
     "pieces": {"5": "a", "6": " b"},
-    "blocks": [[{"t": 1.0, "predicted": [5, 6], "confidence": [0.4, 0.6], "committed": [1]},
-                {"t": 0.5, "predicted": [5, 6], "confidence": [0.7, 0.0], "committed": [0]}]],
-}  # fmt: skip
+    "blocks": [
+        [
+            {"t": 1.0, "predicted": [5, 6], "confidence": [0.4, 0.6], "committed": [1]},
+            {"t": 0.5, "predicted": [5, 6], "confidence": [0.7, 0.0], "committed": [0]},
+        ]
+    ],
+}
 
 
 def test_a_replay_stands_in_the_page_where_one_was_recorded(run):

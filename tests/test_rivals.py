@@ -30,9 +30,11 @@ def assert_same(ours, rival, inputs):
     grad = torch.randn_like(ours)
     torch.testing.assert_close(rival, ours)
     for name, a, b in zip(
-        range(len(inputs)), torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(rival, inputs, grad),
+        range(len(inputs)),
+        torch.autograd.grad(ours, inputs, grad),
+        torch.autograd.grad(rival, inputs, grad),
         strict=True,
-    ):  # fmt: skip
+    ):
         torch.testing.assert_close(b, a, msg=lambda text, name=name: f"gradient {name}: {text}")
 
 

@@ -126,9 +126,15 @@ def test_only_the_state_of_each_chunk_is_kept():
         seen = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, seen=seen: seen.append(t.numel()) or t, lambda t: t):
             two_stream_scan(
-                *noisy, clean_x=clean[0], clean_dt=clean[1], clean_A=clean[2], clean_B=clean[3], states=states,
-                block=block, chunk=32,
-            )  # fmt: skip
+                *noisy,
+                clean_x=clean[0],
+                clean_dt=clean[1],
+                clean_A=clean[2],
+                clean_B=clean[3],
+                states=states,
+                block=block,
+                chunk=32,
+            )
         kept[block] = sum(seen)
     assert kept[2] == kept[32]
 

@@ -83,9 +83,12 @@ def check(noisy, clean, **settings):
     max_examples=10, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
 )
 @given(
-    data=st.data(), block=st.sampled_from([1, 2, 3, 4, 8, 16, 20]), chunk_blocks=st.integers(1, 5),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]), batch=st.integers(1, 2),
-)  # fmt: skip
+    data=st.data(),
+    block=st.sampled_from([1, 2, 3, 4, 8, 16, 20]),
+    chunk_blocks=st.integers(1, 5),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    batch=st.integers(1, 2),
+)
 def test_output_and_all_gradients_equal_the_recurrence(data, block, chunk_blocks, dtype, batch):
     length = block * data.draw(st.integers(1, max(1, 32 // block)), label="blocks")
     groups, share = data.draw(st.sampled_from([(1, 1), (1, 3), (2, 2)]), label="groups and heads of each")

@@ -10,8 +10,14 @@ from megatron_twotower.data.documents import Document, Unit
 from megatron_twotower.data.parts import KEEP, RECORD, part_path
 from megatron_twotower.data.selection import lines_before, select
 
-OPTIONS = {"holdout_fraction": 0.0, "deduplicate": True, "min_tokens": 1, "max_tokens": None, "shard_tokens": 100,
-           "marks": 1}  # fmt: skip
+OPTIONS = {
+    "holdout_fraction": 0.0,
+    "deduplicate": True,
+    "min_tokens": 1,
+    "max_tokens": None,
+    "shard_tokens": 100,
+    "marks": 1,
+}
 
 
 def make_parts(folder, counts, *, seed=0, different=10**6):

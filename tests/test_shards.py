@@ -121,8 +121,16 @@ def test_a_split_without_a_readable_document_opens_empty(prepared, tmp_path):
     assert (corpus.total_tokens, corpus.documents, len(corpus.tokens(0, 0))) == (0, 0, 0)
 
 
-HEADER = {"version": 2, "vocab_size": 100, "tokenizer_fingerprint": "0", "holdout_fraction": 0, "dtype": "uint32",
-          "bos_token_id": None, "eos_token_id": 2, "left_out": {}}  # fmt: skip
+HEADER = {
+    "version": 2,
+    "vocab_size": 100,
+    "tokenizer_fingerprint": "0",
+    "holdout_fraction": 0,
+    "dtype": "uint32",
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "left_out": {},
+}
 
 
 def simulate(folder, *, count, documents, tokens):

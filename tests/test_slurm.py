@@ -71,8 +71,9 @@ def wait_for_step(cluster, job, run, records_of, *, seconds=300):
 
 def test_a_recipe_and_its_overrides_finish_on_two_nodes(cluster, arguments, whole, tmp_path, records_of):
     run = tmp_path / "run"
-    job = submit(cluster, tmp_path, *CPU, str(ROOT / "launch" / "slurm.sbatch"), *arguments, f"output={run}",
-                 "train.steps=10")  # fmt: skip
+    job = submit(
+        cluster, tmp_path, *CPU, str(ROOT / "launch" / "slurm.sbatch"), *arguments, f"output={run}", "train.steps=10"
+    )
     assert cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT") == "COMPLETED", seen(tmp_path)
     want = losses(records_of(whole))
     assert losses(records_of(run)) == pytest.approx({step: want[step] for step in range(1, 11)}, rel=1e-5)
@@ -85,9 +86,14 @@ def test_a_recipe_and_its_overrides_finish_on_two_nodes(cluster, arguments, whol
 def test_a_job_that_is_cut_off_goes_on_to_the_same_losses(cut, cluster, arguments, whole, tmp_path, records_of):
     run = tmp_path / "run"
     job = submit(
-        cluster, tmp_path, *CPU, str(ROOT / "launch" / "slurm.sbatch"), *arguments, f"output={run}",
+        cluster,
+        tmp_path,
+        *CPU,
+        str(ROOT / "launch" / "slurm.sbatch"),
+        *arguments,
+        f"output={run}",
         "train.checkpoint_every_steps=0",
-    )  # fmt: skip
+    )
     wait_for_step(cluster, job, run, records_of)
     if cut == "signal":  # as Slurm sends it ahead of the time limit, to the tasks and not to the script
         cluster.run("scancel", "--signal=USR1", job)

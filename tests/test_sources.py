@@ -35,8 +35,14 @@ def test_one_corpus_is_read_as_it_ever_was(tiny_data):
 
 
 def test_a_blend_is_opened_with_the_choices_of_the_recipe(two_corpora, tiny_backbone):
-    config = recipe(two_corpora, tiny_backbone, "data.documents=respect", "data.shuffle=windowed",
-                    "data.shuffle_run_tokens=100", "data.damaged_shards=skip")  # fmt: skip
+    config = recipe(
+        two_corpora,
+        tiny_backbone,
+        "data.documents=respect",
+        "data.shuffle=windowed",
+        "data.shuffle_run_tokens=100",
+        "data.damaged_shards=skip",
+    )
     source = sources.open_training(config)
     assert list(source.datasets) == ["numbers", "calls"]
     calls = source.datasets["calls"]
@@ -76,8 +82,9 @@ def test_a_corpus_of_another_tokenizer_is_named(tmp_path, two_corpora, tiny_back
         f"corpora:\n  numbers: {{folder: {two_corpora / 'numbers'}}}\n  other: {{folder: other}}\n"
         "mixtures:\n  all: {numbers: 1, other: 1}\n"
     )
-    config = load_recipe("tiny_phases", [*settings(tmp_path, tmp_path / "run", tiny_backbone), "phases=[]",
-                                         "train.steps=30"])  # fmt: skip
+    config = load_recipe(
+        "tiny_phases", [*settings(tmp_path, tmp_path / "run", tiny_backbone), "phases=[]", "train.steps=30"]
+    )
     with pytest.raises(UserError, match=r"other/train: found tokens of tokenizer \w{12}, expected those of .*numbers"):
         sources.open_training(config)
 

@@ -71,8 +71,13 @@ def test_names_of_the_table_are_their_own():
 @pytest.mark.parametrize("road", [("local", "transformer_engine"), ("transformer_engine", "local")])
 def test_a_run_goes_on_with_the_other_spec(road, monkeypatch, tmp_path, tiny_data, tiny_backbone):
     te_twin.install(monkeypatch)
-    plain = ["schedule.kind=constant", "schedule.warmup_steps=0", "train.validate_every_steps=0",
-             "train.checkpoint_every_steps=0", *(f"fusion.{name}=false" for name in te_twin.UNFUSED)]  # fmt: skip
+    plain = [
+        "schedule.kind=constant",
+        "schedule.warmup_steps=0",
+        "train.validate_every_steps=0",
+        "train.checkpoint_every_steps=0",
+        *(f"fusion.{name}=false" for name in te_twin.UNFUSED),
+    ]
 
     def go(run, name, steps):
         extra = [*plain, f"train.transformer_impl={name}", f"train.steps={steps}"]
@@ -105,9 +110,12 @@ def test_every_rank_of_nano_holds_the_entries_of_the_table(layout, monkeypatch):
     config = load_recipe("nano_30b_a3b", planning=True)
     model = dataclasses.replace(config.model, hybrid_override_pattern="ME*")
     config = dataclasses.replace(
-        config, model=model, phases=[], fusion=UNFUSED,
+        config,
+        model=model,
+        phases=[],
+        fusion=UNFUSED,
         parallel=dataclasses.replace(config.parallel, ranks=0, **LAYOUTS[layout]),
-    )  # fmt: skip
+    )
     found = []
     for name in ("local", "transformer_engine"):
         with parallel.pretend(config, ranks=8, rank=5) as groups, FakeTensorMode():
@@ -115,10 +123,12 @@ def test_every_rank_of_nano_holds_the_entries_of_the_table(layout, monkeypatch):
             megatron.perform_initialization = False
             module = towers.BackboneModel(config, megatron, groups)
             held = names.held_tensors(module)
-            found.append({
-                key: (tuple(t.shape), getattr(t, "allreduce", True), getattr(t, "sequence_parallel", False))
-                for key, t in held.items()
-            })  # fmt: skip
+            found.append(
+                {
+                    key: (tuple(t.shape), getattr(t, "allreduce", True), getattr(t, "sequence_parallel", False))
+                    for key, t in held.items()
+                }
+            )
             local = [
                 names.local_expert_name(entry, experts=128, rank=groups.ep.rank(), ranks=groups.ep.size())
                 for entry in names.trained_backbone_entries(model)
@@ -135,10 +145,13 @@ def fields(**train):
 @pytest.mark.parametrize(
     ("precision", "recipe", "dtype"),
     [
-        ("fp32", None, torch.float32), ("bf16", None, torch.bfloat16), ("fp8_delayed", "delayed", torch.bfloat16),
-        ("fp8_current", "tensorwise", torch.bfloat16), ("fp8_blockwise", "blockwise", torch.bfloat16),
+        ("fp32", None, torch.float32),
+        ("bf16", None, torch.bfloat16),
+        ("fp8_delayed", "delayed", torch.bfloat16),
+        ("fp8_current", "tensorwise", torch.bfloat16),
+        ("fp8_blockwise", "blockwise", torch.bfloat16),
     ],
-)  # fmt: skip
+)
 def test_a_precision_is_megatrons_recipe(precision, recipe, dtype):
     found = fields(precision=precision)
     assert found["params_dtype"] is dtype and found["bf16"] == (dtype is torch.bfloat16)
@@ -153,10 +166,11 @@ def test_megatron_takes_the_fields(monkeypatch):
     monkeypatch.setattr(transformer_config, "is_te_min_version", lambda *_, **__: True)
     config = tiny_config("ME*-", precision="fp8_current", context_precision="fp8_blockwise")
     config = dataclasses.replace(
-        config, fusion=UNFUSED,
+        config,
+        fusion=UNFUSED,
         fp8=dataclasses.replace(config.fp8, first_layers_bf16=1, last_layers_bf16=2, router_padding=True),
         parallel=dataclasses.replace(config.parallel, expert=2, moe_dispatcher="hybridep"),
-    )  # fmt: skip
+    )
     megatron = towers.transformer_config(config, served="transformer_engine")
     assert (megatron.fp8, megatron.fp8_recipe, megatron.fp8_param) == ("hybrid", "tensorwise", False)
     assert megatron.moe_router_padding_for_quantization and megatron.moe_grouped_gemm
@@ -211,9 +225,13 @@ def test_what_is_not_there_is_said_in_one_line(asked, message, monkeypatch):
 
 @pytest.mark.parametrize(
     ("capability", "precision", "taken"),
-    [((8, 0), "fp8_current", False), ((8, 9), "fp8_current", True), ((8, 9), "fp8_blockwise", False),
-     ((9, 0), "fp8_blockwise", True)],
-)  # fmt: skip
+    [
+        ((8, 0), "fp8_current", False),
+        ((8, 9), "fp8_current", True),
+        ((8, 9), "fp8_blockwise", False),
+        ((9, 0), "fp8_blockwise", True),
+    ],
+)
 def test_fp8_needs_a_device_that_has_it(capability, precision, taken, monkeypatch):
     monkeypatch.setattr(spec, "unavailable", lambda package: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)

@@ -45,8 +45,9 @@ def test_drafts_that_are_often_right(pattern):
         return torch.where(wrong, (ids + 1) % 48, ids), torch.zeros(4, block_size - 1, 48)
 
     model._draft = draft
-    assert torch.equal(model.generate_speculative(ids, 48, 8, on_tokens=lambda _, new: accepted.update(
-        new.sum(-1).tolist())), expected)  # fmt: skip
+    assert torch.equal(
+        model.generate_speculative(ids, 48, 8, on_tokens=lambda _, new: accepted.update(new.sum(-1).tolist())), expected
+    )
     assert len(accepted) > 3
     assert model.last_generation.passes < 24
 
@@ -70,8 +71,9 @@ def test_settled_states_are_those_of_reading_no_more(pattern):
             ends = ends + torch.tensor(counts)
             found = model.denoise_block(block, t, cache)
             for row, end in enumerate(ends.tolist()):
-                alone = model.denoise_block(block[row : row + 1], t[row : row + 1],
-                                            model.prefill(ids[row : row + 1, :end]))  # fmt: skip
+                alone = model.denoise_block(
+                    block[row : row + 1], t[row : row + 1], model.prefill(ids[row : row + 1, :end])
+                )
                 torch.testing.assert_close(found[row], alone[0])
     assert ends.tolist() == [27, 27, 27]
     assert cache.ends is None
@@ -93,10 +95,15 @@ def total_variation(found, expected):
     return 0.5 * float((found - expected).abs().sum())
 
 
-@pytest.mark.parametrize("settings", [
-    {"temperature": 1.0}, {"temperature": 0.7, "draft_steps": 2}, {"temperature": 1.3, "top_k": 4},
-    {"temperature": 1.5, "top_p": 0.9},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.7, "draft_steps": 2},
+        {"temperature": 1.3, "top_k": 4},
+        {"temperature": 1.5, "top_p": 0.9},
+    ],
+)
 def test_sampled_text_is_distributed_as_that_of_ar(settings):
     """The first three tokens of 20,000 rows against the exact probabilities of all 6^3 texts."""
     rows, words = 20_000, 6
@@ -146,12 +153,15 @@ def test_a_draft_from_the_same_distribution_always_stays():
     assert (sampling.accept(sampling.choose(p), p, torch.cat([p, p], dim=1))[0] == 1).all()
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"block_size": 1}, "block_size: found 1, expected at least 2"),
-    ({"draft_steps": 0}, "draft_steps: found 0, expected 1 to block_size - 1, 15"),
-    ({"draft_steps": 16}, "draft_steps: found 16"),
-    ({"mask_token_id": -1}, "mask_token_id: found -1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_size": 1}, "block_size: found 1, expected at least 2"),
+        ({"draft_steps": 0}, "draft_steps: found 0, expected 1 to block_size - 1, 15"),
+        ({"draft_steps": 16}, "draft_steps: found 16"),
+        ({"mask_token_id": -1}, "mask_token_id: found -1"),
+    ],
+)
 def test_arguments_out_of_range_are_named(changes, message):
     with pytest.raises(ArgumentError, match=message):
         tiny_model().generate_speculative(random_ids(1, 4), **changes)

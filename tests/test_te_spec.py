@@ -73,11 +73,14 @@ def facts(module):
     """Of every parameter and router bias: shape, dtype, and the marks by which gradients are summed over ranks."""
     return {
         name: (
-            tuple(t.shape), t.dtype, getattr(t, "allreduce", True), getattr(t, "sequence_parallel", False),
+            tuple(t.shape),
+            t.dtype,
+            getattr(t, "allreduce", True),
+            getattr(t, "sequence_parallel", False),
             t.requires_grad,
         )
         for name, t in names.held_tensors(module).items()
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8_delayed"])
@@ -135,9 +138,12 @@ def test_fusions_are_megatrons_where_they_hold():
 
 @pytest.mark.parametrize(
     ("precision", "recipe"),
-    [("fp8_delayed", "TEDelayedScaling"), ("fp8_current", "Float8CurrentScaling"),
-     ("fp8_blockwise", "Float8BlockScaling")],
-)  # fmt: skip
+    [
+        ("fp8_delayed", "TEDelayedScaling"),
+        ("fp8_current", "Float8CurrentScaling"),
+        ("fp8_blockwise", "Float8BlockScaling"),
+    ],
+)
 def test_a_precision_is_the_recipe_of_transformer_engine(precision, recipe):
     from megatron.core.fp8_utils import get_fp8_recipe
 

@@ -22,9 +22,15 @@ def some():
     shapes = {"a": (3, 5), "b": (7,), "c": (2, 3, 4)}
     wide = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
     return {
-        **wide, "d": wide["b"].bfloat16(), "e": wide["a"].half(), "f": wide["c"].double(), "g": torch.tensor(2.5),
-        "h": torch.arange(5), "i": torch.zeros(0, 4), "j": wide["b"] > 0,
-    }  # fmt: skip
+        **wide,
+        "d": wide["b"].bfloat16(),
+        "e": wide["a"].half(),
+        "f": wide["c"].double(),
+        "g": torch.tensor(2.5),
+        "h": torch.arange(5),
+        "i": torch.zeros(0, 4),
+        "j": wide["b"] > 0,
+    }
 
 
 def test_the_library_reads_what_is_written_and_the_other_way_round(tmp_path, some):
@@ -69,16 +75,25 @@ def header(text):
     return struct.pack("<Q", len(text)) + text
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (b"", "too short"),
-    (b"\xff" * 40, "too short"),
-    (header(b"{not json}"), "property name"),
-    (header(json.dumps({"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}}).encode()), "header counts"),
-    (header(json.dumps({"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}).encode()) + b"8" * 8, "agree"),
-    (header(json.dumps({"x": {"dtype": "F4", "shape": [3], "data_offsets": [0, 12]}}).encode()), "unknown dtype F4"),
-    (header(b'{"x": {}}'), "data_offsets"),
-    (header(b"[]"), ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "too short"),
+        (b"\xff" * 40, "too short"),
+        (header(b"{not json}"), "property name"),
+        (header(json.dumps({"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}}).encode()), "header counts"),
+        (
+            header(json.dumps({"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}).encode()) + b"8" * 8,
+            "agree",
+        ),
+        (
+            header(json.dumps({"x": {"dtype": "F4", "shape": [3], "data_offsets": [0, 12]}}).encode()),
+            "unknown dtype F4",
+        ),
+        (header(b'{"x": {}}'), "data_offsets"),
+        (header(b"[]"), ""),
+    ],
+)
 def test_a_file_that_is_not_whole_is_one_line(tmp_path, content, message):
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(UserError, match=f"file: not a whole safetensors file .*{message}"):

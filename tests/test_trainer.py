@@ -35,9 +35,13 @@ def launch(ranks, recipe, *overrides, wait=True, threads=1):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
     start = [*torchrun, "megatron_twotower"] if ranks > 1 else CLI
     process = subprocess.Popen(
-        [*start, "train", f"recipe={recipe}", *overrides], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": f"{threads}"},
-    )  # fmt: skip
+        [*start, "train", f"recipe={recipe}", *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": f"{threads}"},
+    )
     if wait:
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output[-3000:]
@@ -116,11 +120,14 @@ def test_sigterm_saves_at_once_and_asks_to_be_started_again(tmp_path, tiny_data,
 # compared in test_layouts.
 LAYOUTS = {
     "distributed optimizer": (
-        [9], "data.micro_batch_size=1", "optimizer.distributed=true", "parallel.overlap_grad_reduce=true",
+        [9],
+        "data.micro_batch_size=1",
+        "optimizer.distributed=true",
+        "parallel.overlap_grad_reduce=true",
         "parallel.overlap_param_gather=true",
     ),
     "pipeline": ([6, 9], "parallel.pipeline=2", "parallel.pipeline_layers=[3,2]"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -147,8 +154,14 @@ def test_two_ranks_give_the_losses_of_one(layout, tmp_path, tiny_data, tiny_back
 def test_accumulation_does_not_change_the_losses(
     overrides, weighting, draws, tmp_path, tiny_data, tiny_backbone, records_of
 ):
-    common = [f"noise.weighting={weighting}", "noise.time_per=block", "noise.time_sampling=stratified",
-              f"noise.draws_per_context={draws}", "train.steps=6", "train.validate_every_steps=0"]  # fmt: skip
+    common = [
+        f"noise.weighting={weighting}",
+        "noise.time_per=block",
+        "noise.time_sampling=stratified",
+        f"noise.draws_per_context={draws}",
+        "train.steps=6",
+        "train.validate_every_steps=0",
+    ]
     for name, extra in (("plain", []), ("other", overrides)):
         train("tiny", *settings(tiny_data, tmp_path / name, tiny_backbone, *common, *extra))
     got, want = records_of(tmp_path / "other"), records_of(tmp_path / "plain")
@@ -212,8 +225,10 @@ def test_a_changed_backbone_is_refused(tmp_path, tiny_data, tiny_backbone):
     content[-1] ^= 1
     file.write_bytes(content)
     result = subprocess.run(
-        [*CLI, "train", "recipe=tiny", *settings(tiny_data, tmp_path / "run", copy)], capture_output=True, text=True,
+        [*CLI, "train", "recipe=tiny", *settings(tiny_data, tmp_path / "run", copy)],
+        capture_output=True,
+        text=True,
         env=os.environ,
-    )  # fmt: skip
+    )
     assert result.returncode == 2
     assert "fingerprint" in result.stderr and result.stderr.count("\n") == 1

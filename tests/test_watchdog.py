@@ -47,8 +47,14 @@ def test_a_loop_that_stands_still_ends_its_process_with_its_call(tmp_path, capfd
 
 def test_a_frozen_rank_is_named_and_the_job_ends(tmp_path, tiny_data, tiny_backbone):
     run = tmp_path / "run"
-    arguments = settings(tiny_data, run, tiny_backbone, "train.hang_timeout_seconds=8", "train.steps=1000",
-                         "train.checkpoint_every_steps=0")  # fmt: skip
+    arguments = settings(
+        tiny_data,
+        run,
+        tiny_backbone,
+        "train.hang_timeout_seconds=8",
+        "train.steps=1000",
+        "train.checkpoint_every_steps=0",
+    )
     job = ranks.start(2, arguments, logs=tmp_path / "logs")
     try:
         until(lambda: progress_of(run) >= 2 or not job.running())

@@ -49,9 +49,11 @@ def compiled(kernel, types, numbers, **options):
     signature = {argument: types.get(argument, "*fp32") for argument in kernel.arg_names}
     whole = ((k,) for k, kind in enumerate(signature.values()) if kind not in ("constexpr", "fp32"))
     source = ASTSource(
-        kernel, signature, constexprs=dict(zip(constants, numbers, strict=True)),
+        kernel,
+        signature,
+        constexprs=dict(zip(constants, numbers, strict=True)),
         attrs={place: [["tt.divisibility", 16]] for place in whole},
-    )  # fmt: skip
+    )
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={**options, "enable_fp_fusion": True})
 
 

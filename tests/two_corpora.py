@@ -10,8 +10,13 @@ def write_two_corpora(root, *, tokenizer):
         for file in range(12):
             lines = [word.format(file * line) for line in range(3 + 5 * file)]
             (root / "texts" / name / f"{file}.py").write_text("\n".join(lines))
-        prepare([str(root / "texts" / name)], tokenizer=tokenizer, output=root / name,
-                holdout_fraction=0.3, shard_tokens=400)  # fmt: skip
+        prepare(
+            [str(root / "texts" / name)],
+            tokenizer=tokenizer,
+            output=root / name,
+            holdout_fraction=0.3,
+            shard_tokens=400,
+        )
     (root / "blend.yaml").write_text(
         "corpora:\n  numbers: {folder: numbers}\n  calls: {folder: calls}\n"
         "mixtures:\n  breadth: {numbers: 3, calls: 1}\n  quality: {numbers: 1, calls: 4}\n"

@@ -65,7 +65,7 @@ class ConcatenatedLayer(Layer):
 
     def __init__(
         self, kind: str, number: int, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection
-    ) -> None:  # fmt: skip
+    ) -> None:
         assert kind != "M", "a concatenated stream would run the clean state on into the noisy half"
         super().__init__(kind, number, model, config, groups)
         if kind == "*":

@@ -38,10 +38,20 @@ from megatron_twotower.records import UserError
 MIB = 2**20
 # Nano's kinds of layers at a third of its width; how many there are follows from the size asked for.
 _SHAPE = ModelConfig(
-    vocab_size=16384, hidden_size=1024, num_attention_heads=16, num_key_value_heads=2, head_dim=64, mamba_num_heads=32,
-    mamba_head_dim=64, ssm_state_size=128, n_groups=8, n_routed_experts=32, num_experts_per_tok=6,
-    moe_intermediate_size=768, moe_shared_expert_intermediate_size=1536,
-)  # fmt: skip
+    vocab_size=16384,
+    hidden_size=1024,
+    num_attention_heads=16,
+    num_key_value_heads=2,
+    head_dim=64,
+    mamba_num_heads=32,
+    mamba_head_dim=64,
+    ssm_state_size=128,
+    n_groups=8,
+    n_routed_experts=32,
+    num_experts_per_tok=6,
+    moe_intermediate_size=768,
+    moe_shared_expert_intermediate_size=1536,
+)
 _UNIT = "MEM*E"
 
 
@@ -81,8 +91,9 @@ def measure(folder: Path, settings: Settings) -> dict[str, Any]:
     ways = _ways(source, folder / "run", folder / "out")
     times = in_turns(
         [Case(name, {"all": way}) for name, way in ways.items()],
-        repeats=settings.repeats, budget_seconds=settings.budget_seconds,
-    )  # fmt: skip
+        repeats=settings.repeats,
+        budget_seconds=settings.budget_seconds,
+    )
     rows: dict[str, dict[str, Any]] = {}
     for name, found in times.items():
         figures = found.figures()
@@ -155,7 +166,8 @@ def _print(figures: dict[str, Any], console: Console) -> None:
         table.add_column(name, justify="left" if name == "way" else "right")
     for name, row in figures["ways"].items():
         peak = "" if row["extra_peak_bytes"] is None else f"{row['extra_peak_bytes'] / MIB:,.0f}"
-        table.add_row(name, f"{row['median_seconds']:.2f}", f"{row['bytes_per_second'] / 1e9:.2f}",
-                      f"{row['times_cp']:.2f}", peak)  # fmt: skip
+        table.add_row(
+            name, f"{row['median_seconds']:.2f}", f"{row['bytes_per_second'] / 1e9:.2f}", f"{row['times_cp']:.2f}", peak
+        )
     console.print(table)
     console.print(f"medians; {machine_line(figures['machine'])}", highlight=False)

@@ -83,9 +83,13 @@ def measure(folder: Path, settings: Settings) -> dict[str, Any]:
     finally:
         parallel.shutdown()
     return {
-        "length": settings.length, "recipe": settings.recipe, "tokens": corpus.total_tokens,
-        "documents": corpus.documents, "tokens_per_second": rates, "start_up": start_up(folder / "large", settings),
-    }  # fmt: skip
+        "length": settings.length,
+        "recipe": settings.recipe,
+        "tokens": corpus.total_tokens,
+        "documents": corpus.documents,
+        "tokens_per_second": rates,
+        "start_up": start_up(folder / "large", settings),
+    }
 
 
 def random_corpus(folder: Path, *, tokens: int) -> Corpus:
@@ -120,10 +124,17 @@ def _random_samples(draw: np.random.Generator, *, first: int) -> list[Sample]:
 
 def _header(documents: int, tokens: int) -> dict[str, Any]:
     return {
-        "version": INDEX_VERSION, "vocab_size": VOCABULARY, "tokenizer_fingerprint": "none", "dtype": "uint32",
-        "documents": documents, "tokens": tokens, "bytes": 0, "characters": 0, "bos_token_id": None,
+        "version": INDEX_VERSION,
+        "vocab_size": VOCABULARY,
+        "tokenizer_fingerprint": "none",
+        "dtype": "uint32",
+        "documents": documents,
+        "tokens": tokens,
+        "bytes": 0,
+        "characters": 0,
+        "bos_token_id": None,
         "eos_token_id": _END,
-    }  # fmt: skip
+    }
 
 
 # --- the ways to read ---------------------------------------------------------------------------------------------
@@ -232,10 +243,16 @@ def _megatron_ways(corpus: Corpus, folder: Path, settings: Settings) -> dict[str
     indexed = IndexedDataset(str(folder / "text"), mmap=True)
     tokenizer = SimpleNamespace(vocab_size=VOCABULARY, eod=_END, pad=0, unique_identifiers={"ids": "random"})
     config = GPTDatasetConfig(
-        random_seed=_SEED, sequence_length=settings.length, path_to_cache=str(folder / "cache"), split="1",
-        tokenizer=tokenizer, reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False,
+        random_seed=_SEED,
+        sequence_length=settings.length,
+        path_to_cache=str(folder / "cache"),
+        split="1",
+        tokenizer=tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
         create_attention_mask=False,
-    )  # fmt: skip
+    )
     samples = (corpus.total_tokens - 1) // settings.length
     dataset = GPTDataset(
         indexed, str(folder / "text"), np.arange(corpus.documents, dtype=np.int32), samples, Split.train, config

@@ -116,12 +116,19 @@ def draws_rows(
     rows = []
     for count, (variance, error) in noise.items():
         cost = seconds[count] / seconds[first]
-        rows.append({
-            "draws": count, "seconds": seconds[count], "relative_cost": cost,
-            "relative_cost_per_copy": cost * first / count, "noise_variance": variance, "noise_variance_error": error,
-            "data_variance": data, "cost_x_noise": cost * variance / noise[first][0],
-            "cost_x_total": cost * (variance + data) / (noise[first][0] + data),
-        })  # fmt: skip
+        rows.append(
+            {
+                "draws": count,
+                "seconds": seconds[count],
+                "relative_cost": cost,
+                "relative_cost_per_copy": cost * first / count,
+                "noise_variance": variance,
+                "noise_variance_error": error,
+                "data_variance": data,
+                "cost_x_noise": cost * variance / noise[first][0],
+                "cost_x_total": cost * (variance + data) / (noise[first][0] + data),
+            }
+        )
     return rows
 
 

@@ -89,10 +89,13 @@ def compared(wide: Tensor, fp8: Tensor, targets: Tensor, counted: Tensor) -> Sum
     counted = counted.to(wide.device)
     logs, other = wide.double().log_softmax(-1), fp8.double().log_softmax(-1)
     each = {
-        "wide": token_nats(wide, targets), "fp8": token_nats(fp8, targets),
-        "kl": (logs.exp() * (logs - other)).sum(-1), "same": wide.argmax(-1) == fp8.argmax(-1),
-        "count": torch.ones_like(counted), "squares": wide.double().square().mean(-1),
-    }  # fmt: skip
+        "wide": token_nats(wide, targets),
+        "fp8": token_nats(fp8, targets),
+        "kl": (logs.exp() * (logs - other)).sum(-1),
+        "same": wide.argmax(-1) == fp8.argmax(-1),
+        "count": torch.ones_like(counted),
+        "squares": wide.double().square().mean(-1),
+    }
     sums = {name: (values.double() * counted).sum(-1).cpu() for name, values in each.items()}
     largest = (wide - fp8).abs().amax(-1).masked_fill(~counted, 0.0).max().item()
     return Sums(**sums, largest=largest)
@@ -191,9 +194,15 @@ def against_transformer_engine(tower: Tower, model: ModelConfig, name: str) -> d
 
 
 def measured(
-    model: Model, config: ModelConfig, sequences: Tensor, *, wanted: Settings, mask_id: int, denoiser: bool,
+    model: Model,
+    config: ModelConfig,
+    sequences: Tensor,
+    *,
+    wanted: Settings,
+    mask_id: int,
+    denoiser: bool,
     say: Callable[[str], None] = lambda line: None,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """A row for each way of scaling, with and without rounded inputs, and each tower, on (n, l) sequences."""
     uniform = torch.rand(sequences.shape, generator=torch.Generator().manual_seed(wanted.seed))
     device, rows = model.context_tower.device, []
@@ -205,10 +214,17 @@ def measured(
                 some, noise = (each[first : first + ROWS].to(device) for each in (sequences, uniform))
                 found[NEXT].append(next_token(model, held.tower, some))
                 if denoiser:
-                    found[MASKED].append(masked_tokens(
-                        model, held.tower, some, noise, block=wanted.block_size_tokens, levels=wanted.levels,
-                        mask_id=mask_id,
-                    ))  # fmt: skip
+                    found[MASKED].append(
+                        masked_tokens(
+                            model,
+                            held.tower,
+                            some,
+                            noise,
+                            block=wanted.block_size_tokens,
+                            levels=wanted.levels,
+                            mask_id=mask_id,
+                        )
+                    )
             rows += [row(name, held, inputs, what, joined(parts)) for what, parts in found.items()]
             say(f"{name}, {'weights and inputs' if inputs else 'weights'}: {time.perf_counter() - started:.0f} s")
     return rows
@@ -216,29 +232,54 @@ def measured(
 
 def row(name: str, held: Held, inputs: bool, what: str, sums: Sums) -> dict[str, Any]:
     return {
-        "precision": name, "inputs": inputs, "of": what, **figures(sums), "elements_in_fp8": held.elements,
-        "elements_of_the_tower": held.total, "weight_error": held.error,
-    }  # fmt: skip
+        "precision": name,
+        "inputs": inputs,
+        "of": what,
+        **figures(sums),
+        "elements_in_fp8": held.elements,
+        "elements_of_the_tower": held.total,
+        "weight_error": held.error,
+    }
 
 
 def table(rows: Sequence[dict[str, Any]], *, title: str) -> Table:
     made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("context tower in", "rounded", "nats per token of", "wide", "FP8", "difference", "KL",
-                    "same choice", "largest logit error"):  # fmt: skip
+    for heading in (
+        "context tower in",
+        "rounded",
+        "nats per token of",
+        "wide",
+        "FP8",
+        "difference",
+        "KL",
+        "same choice",
+        "largest logit error",
+    ):
         made.add_column(heading, justify="left" if len(made.columns) < 3 else "right")
     for each in rows:
         made.add_row(
-            each["precision"], "weights, inputs" if each["inputs"] else "weights", each["of"], f"{each['wide']:.4f}",
-            f"{each['fp8']:.4f}", f"{each['difference']:+.4f} ± {each['difference_stderr']:.4f}", f"{each['kl']:.5f}",
-            f"{each['same_choice']:.2%}", f"{each['largest_logit_error']:.2f} of {each['logit_rms']:.1f}",
-        )  # fmt: skip
+            each["precision"],
+            "weights, inputs" if each["inputs"] else "weights",
+            each["of"],
+            f"{each['wide']:.4f}",
+            f"{each['fp8']:.4f}",
+            f"{each['difference']:+.4f} ± {each['difference_stderr']:.4f}",
+            f"{each['kl']:.5f}",
+            f"{each['same_choice']:.2%}",
+            f"{each['largest_logit_error']:.2f} of {each['logit_rms']:.1f}",
+        )
     return made
 
 
 def run(
-    output: Path, *, model: Path, data: Path, wanted: Settings = Settings(), threads: int | None = None,
+    output: Path,
+    *,
+    model: Path,
+    data: Path,
+    wanted: Settings = Settings(),
+    threads: int | None = None,
     console: Console | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """The command `bench fp8`: print the table, write `fp8.json`.
 
     Raises:
@@ -256,9 +297,14 @@ def run(
     config, console = model_from_hf(read_hf_config(model), source=str(model)), console or measure.wide_console()
     with measure.torch_threads(threads or torch.get_num_threads()):
         rows = measured(
-            opened, config, sequences, wanted=wanted, mask_id=mask_token_id(tokenizer), denoiser=denoiser,
+            opened,
+            config,
+            sequences,
+            wanted=wanted,
+            mask_id=mask_token_id(tokenizer),
+            denoiser=denoiser,
             say=lambda line: console.print(line, highlight=False, style="dim"),
-        )  # fmt: skip
+        )
     title = f"emulated FP8: {len(sequences)} held-out sequences of {wanted.length_tokens} tokens, {model}"
     console.print(table(rows, title=title))
     errors = {each["precision"]: each["weight_error"] for each in rows}
@@ -267,13 +313,27 @@ def run(
     console.print(f"{share:.0%} of the tower's elements are held in FP8; weights are off by {said}", highlight=False)
     checks = {name: against_transformer_engine(opened.context_tower, config, name) for name in ROUNDINGS}
     for name, check in checks.items():
-        line = f"not compared ({check['not_run']})" if "not_run" in check else (
-            f"{check['differing_elements']} of {check['elements']} elements differ"
-        )  # fmt: skip
+        line = (
+            f"not compared ({check['not_run']})"
+            if "not_run" in check
+            else (f"{check['differing_elements']} of {check['elements']} elements differ")
+        )
         console.print(f"{name}, Transformer Engine's own rounding: {line}", highlight=False)
     facts = measure.machine()
     console.print(measure.machine_line(facts), highlight=False)
-    measure.write_files(output, "fp8", {
-        "emulated": True, "rows": rows, "transformer_engine": checks, "model": str(model), "data": str(data),
-        "sequences": len(sequences), "length_tokens": wanted.length_tokens, "levels": wanted.levels, "machine": facts,
-    }, None)  # fmt: skip
+    measure.write_files(
+        output,
+        "fp8",
+        {
+            "emulated": True,
+            "rows": rows,
+            "transformer_engine": checks,
+            "model": str(model),
+            "data": str(data),
+            "sequences": len(sequences),
+            "length_tokens": wanted.length_tokens,
+            "levels": wanted.levels,
+            "machine": facts,
+        },
+        None,
+    )

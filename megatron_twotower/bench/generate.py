@@ -65,8 +65,11 @@ def check(wanted: Settings) -> None:
     """
     for mode in wanted.modes:
         check_mode(mode)
-    for name, values in (("prompts", [wanted.prompts]), ("new-tokens", [wanted.new_tokens]),
-                         ("batch-sizes", wanted.batch_sizes)):  # fmt: skip
+    for name, values in (
+        ("prompts", [wanted.prompts]),
+        ("new-tokens", [wanted.new_tokens]),
+        ("batch-sizes", wanted.batch_sizes),
+    ):
         for value in values:
             if value < 1:
                 raise UserError(f"--{name}: found {value}, expected at least 1")
@@ -128,10 +131,16 @@ class Bulk:
         passed = sum(s.passes * len(ids) for s, (ids, _) in zip(self.stats, self.batches, strict=True))
         own = sum(stats.row_passes for stats in self.stats)
         return {
-            "case": self.name, "mode": self.mode, "batch_size": self.size, "new_tokens": tokens,
-            "tokens_per_second": tokens / figures["median_seconds"], "tokens_per_pass": tokens / own,
-            "padding": padding(self.batches), "busy": own / passed, **figures,
-        }  # fmt: skip
+            "case": self.name,
+            "mode": self.mode,
+            "batch_size": self.size,
+            "new_tokens": tokens,
+            "tokens_per_second": tokens / figures["median_seconds"],
+            "tokens_per_pass": tokens / own,
+            "padding": padding(self.batches),
+            "busy": own / passed,
+            **figures,
+        }
 
 
 def cases(prompts: Sequence[list[int]], wanted: Settings, move: Callable[[Tensor], Tensor]) -> list[Bulk]:
@@ -152,9 +161,14 @@ def cases(prompts: Sequence[list[int]], wanted: Settings, move: Callable[[Tensor
 
 
 def run(
-    output: Path, *, model: Path, wanted: Settings = Settings(), devices: Sequence[str] = (), threads: int,
+    output: Path,
+    *,
+    model: Path,
+    wanted: Settings = Settings(),
+    devices: Sequence[str] = (),
+    threads: int,
     console: Console | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Measure, print a table, and write `generate.json` and `generate.png` to `output`.
 
     Raises:
@@ -166,17 +180,16 @@ def run(
     console = console or measure.wide_console()
     towers, tokenizer = load(model)
     place(towers, devices or default_devices())
-    settings = GenerationSettings(
-        max_new_tokens=wanted.new_tokens, confidence_threshold=wanted.confidence_threshold
-    )  # fmt: skip
+    settings = GenerationSettings(max_new_tokens=wanted.new_tokens, confidence_threshold=wanted.confidence_threshold)
     device = towers.context_tower.device
     bulks = cases(source_prompts(tokenizer, wanted), wanted, lambda tensor: tensor.to(device))
     mask_id = mask_token_id(tokenizer)
     with measure.torch_threads(threads), torch.no_grad():
         times = measure.in_turns(
-            [bulk.case(towers, settings, mask_id) for bulk in bulks], repeats=wanted.repeats,
+            [bulk.case(towers, settings, mask_id) for bulk in bulks],
+            repeats=wanted.repeats,
             budget_seconds=wanted.budget_seconds,
-        )  # fmt: skip
+        )
         facts = measure.machine()
     rows = [bulk.row(times[f"{bulk.name}, {bulk.size}"]) for bulk in bulks]
     title = (
@@ -198,10 +211,14 @@ def table(rows: Sequence[dict[str, Any]], *, title: str) -> Table:
     for row in rows:
         least = min((each for each in rows if each["case"] == row["case"]), key=lambda each: each["batch_size"])
         made.add_row(
-            row["case"] if row is least else "", f"{row['batch_size']}", f"{row['tokens_per_second']:,.0f}",
-            f"{row['tokens_per_second'] / least['tokens_per_second']:.2f} x", f"{row['tokens_per_pass']:.2f}",
-            f"{row['padding']:.0%}", f"{row['busy']:.0%}",
-        )  # fmt: skip
+            row["case"] if row is least else "",
+            f"{row['batch_size']}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['tokens_per_second'] / least['tokens_per_second']:.2f} x",
+            f"{row['tokens_per_pass']:.2f}",
+            f"{row['padding']:.0%}",
+            f"{row['busy']:.0%}",
+        )
     return made
 
 

@@ -169,7 +169,7 @@ def free() -> None:
 
 def look_at(
     config: RunConfig, name: str, groups: ProcessGroupCollection, look: Callable[[Trainer, Batch, int], dict[str, Any]]
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """What `look` finds of an objective's trainer, warmed up, its micro-batch, and the peak of memory from nothing to a
     whole step. Nothing of the trainer stays."""
     config = dataclasses.replace(config, objective=OBJECTIVES[name])
@@ -205,8 +205,12 @@ def step_row(config: RunConfig, name: str, batch: Batch, times: measure.Times, p
     seconds, known = found["stage_seconds"][step.FORWARD_BACKWARD], card()
     memory = planned(config)
     return {
-        "case": name, "tokens": tokens, "seconds": seconds, "update_seconds": found["stage_seconds"][step.UPDATE],
-        "rounds": found["rounds"], "tokens_per_second": tokens / seconds,
+        "case": name,
+        "tokens": tokens,
+        "seconds": seconds,
+        "update_seconds": found["stage_seconds"][step.UPDATE],
+        "rounds": found["rounds"],
+        "tokens_per_second": tokens / seconds,
         "tokens_per_second_with_update": tokens / found["median_seconds"],
         "flops_per_token": {"model": flops.model, "executed": flops.executed},
         "model_tflops": flops.model * tokens / seconds / 1e12,
@@ -214,7 +218,7 @@ def step_row(config: RunConfig, name: str, batch: Batch, times: measure.Times, p
         "utilisation": None if known is None else flops.executed * tokens / seconds / known.bf16_flops,
         "peak_bytes": peak,
         "planned_bytes": memory.total - memory.reserve if objective == "two_tower" else None,
-    }  # fmt: skip
+    }
 
 
 def measure_side(config: RunConfig, name: str, wanted: Settings, groups: ProcessGroupCollection) -> dict[str, Any]:
@@ -289,9 +293,15 @@ def rungs_of(wanted: Settings) -> list[Rung]:
 
 
 def measure_all(
-    config: RunConfig, wanted: Settings, groups: ProcessGroupCollection, *, recipe: str, overrides: Sequence[str],
-    advance: Callable[[str], Any], keep: Callable[[dict[str, Any]], Any],
-) -> dict[str, Any]:  # fmt: skip
+    config: RunConfig,
+    wanted: Settings,
+    groups: ProcessGroupCollection,
+    *,
+    recipe: str,
+    overrides: Sequence[str],
+    advance: Callable[[str], Any],
+    keep: Callable[[dict[str, Any]], Any],
+) -> dict[str, Any]:
     """`steps`, `scan` where there is one, and `ladder`. `advance` is told what comes next, and `keep` is given all that
     was found so far, first when both steps were measured: a ladder takes long, and may be ended."""
     figures: dict[str, Any] = {"steps": [], "scan": None, "ladder": []}
@@ -320,20 +330,31 @@ def facts_of(config: RunConfig, wanted: Settings, *, recipe: str, overrides: Seq
     """What stands beside the figures. rungs: of the ladder, to be measured."""
     known = card()
     return {
-        "machine": measure.machine(), "on_a_gpu": not host.is_host(), "recipe": recipe, "overrides": list(overrides),
-        "pattern": config.model.hybrid_override_pattern, "precision": config.train.precision,
-        "length": config.data.sequence_length_tokens, "block": config.noise.block_size_tokens,
-        "experts": config.model.n_routed_experts, "recompute": config.train.recompute_layers,
+        "machine": measure.machine(),
+        "on_a_gpu": not host.is_host(),
+        "recipe": recipe,
+        "overrides": list(overrides),
+        "pattern": config.model.hybrid_override_pattern,
+        "precision": config.train.precision,
+        "length": config.data.sequence_length_tokens,
+        "block": config.noise.block_size_tokens,
+        "experts": config.model.n_routed_experts,
+        "recompute": config.train.recompute_layers,
         "peak_flops": None if known is None else known.bf16_flops,
         "packages": {name: kernels.unavailable(name) or "serves" for name in kernels.MODULES},
         "rungs": [rung.name for rung in rungs_of(wanted)],
-    }  # fmt: skip
+    }
 
 
 def run(
-    output: Path, *, recipe: str = "bench_gpu", overrides: Sequence[str] = (), wanted: Settings = Settings(),
-    quick: bool = False, console: Console | None = None,
-) -> bool:  # fmt: skip
+    output: Path,
+    *,
+    recipe: str = "bench_gpu",
+    overrides: Sequence[str] = (),
+    wanted: Settings = Settings(),
+    quick: bool = False,
+    console: Console | None = None,
+) -> bool:
     """Measure, print tables, and write `gpu.json` to `output`, anew after every rung. Whether no rung failed."""
     console = console or measure.wide_console()
     if quick:
@@ -348,10 +369,14 @@ def run(
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task("", total=None)
             figures = measure_all(
-                config, wanted, groups, recipe=recipe, overrides=overrides,
+                config,
+                wanted,
+                groups,
+                recipe=recipe,
+                overrides=overrides,
                 advance=lambda what: progress.update(task, description=what),
                 keep=lambda found: measure.write_files(output, "gpu", facts | found, None),
-            )  # fmt: skip
+            )
     finally:
         parallel.shutdown()
     for made in gpu_tables.tables(facts | figures):

@@ -80,7 +80,12 @@ def measure_scan(config: RunConfig, *, repeats: int, budget_seconds: float) -> d
     )
     speed = copy_bytes_per_second(COPIED_BYTES[host.is_host()])
     return {
-        "length": length, "block": block, "seconds": times.figures()["median_seconds"] / TOGETHER,
-        "kernel_seconds": in_kernels, "traffic_bytes": traffic, "copy_bytes_per_second": speed,
-        "bound_seconds": traffic / speed, "times_bound": in_kernels / (traffic / speed) if in_kernels else None,
-    }  # fmt: skip
+        "length": length,
+        "block": block,
+        "seconds": times.figures()["median_seconds"] / TOGETHER,
+        "kernel_seconds": in_kernels,
+        "traffic_bytes": traffic,
+        "copy_bytes_per_second": speed,
+        "bound_seconds": traffic / speed,
+        "times_bound": in_kernels / (traffic / speed) if in_kernels else None,
+    }

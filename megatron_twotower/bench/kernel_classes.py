@@ -21,8 +21,11 @@ OTHER = "other"
 # FlashAttention, TorchInductor and Transformer Engine.
 PATTERNS = (
     ("communication", r"nccl|all_?reduce|all_?gather|reduce_?scatter|all_?to_?all|gloo|c10d|broadcast_"),
-    ("scan", r"^(decay|decay_backward|forward|backward_left|backward_own)_kernel|TwoStream|ChunkScan|"
-             r"_chunk_(cumsum|state|scan)|_state_passing|_bmm_chunk|cumsum|_scan_"),
+    (
+        "scan",
+        r"^(decay|decay_backward|forward|backward_left|backward_own)_kernel|TwoStream|ChunkScan|"
+        r"_chunk_(cumsum|state|scan)|_state_passing|_bmm_chunk|cumsum|_scan_",
+    ),
     ("convolution", r"causal_conv1d|conv1d|block_conv|BlockConv|SeededConv"),
     # triton_tem_: TorchInductor's templates, of which FlexAttention alone is compiled here.
     ("attention", r"flex_attention|triton_tem_|fmha|flash|attention|sdpa|softmax"),
@@ -30,9 +33,12 @@ PATTERNS = (
     ("optimizer", r"adam|multi_tensor|l2norm|lamb_"),
     ("routing", r"permute|topk|sort|histc|scatter|gather|index|bitmap|row_map|bincount|fused_router"),
     ("copies", r"memcpy|memset|copy_|::clone|contiguous|::fill_|::zero_|CatArray|::cat$"),
-    ("norm and elementwise", r"norm|elementwise|reduce|triton_(poi|red|per)|vectorized|silu|relu|sigmoid|softplus|exp|"
-                             r"cross_entropy|modulation|::(add|mul|sub|div|square|pow|rsqrt|neg|sum|mean|where|clamp)|cast|quantize|amax"),
-)  # fmt: skip
+    (
+        "norm and elementwise",
+        r"norm|elementwise|reduce|triton_(poi|red|per)|vectorized|silu|relu|sigmoid|softplus|exp|"
+        r"cross_entropy|modulation|::(add|mul|sub|div|square|pow|rsqrt|neg|sum|mean|where|clamp)|cast|quantize|amax",
+    ),
+)
 CLASSES = (*(name for name, _ in PATTERNS), OTHER)
 _COMPILED = tuple((name, re.compile(pattern, re.IGNORECASE)) for name, pattern in PATTERNS)
 

@@ -81,10 +81,11 @@ class Times:
     def figures(self) -> dict[str, Any]:
         """For JSON: medians and minima in seconds."""
         return {
-            "median_seconds": statistics.median(self.totals), "minimum_seconds": min(self.totals),
+            "median_seconds": statistics.median(self.totals),
+            "minimum_seconds": min(self.totals),
             "stage_seconds": {name: statistics.median(found) for name, found in self.stages.items()},
             "rounds": len(self.totals),
-        }  # fmt: skip
+        }
 
 
 def in_turns(cases: Sequence[Case], *, repeats: int, budget_seconds: float) -> dict[str, Times]:

@@ -165,8 +165,11 @@ def convolution_cases(shape: Shape) -> Iterator[Case]:
 
 
 CASES: dict[str, Callable[[Shape], Iterator[Case]]] = {
-    "scan": scan_cases, "attention": attention_cases, "head": head_cases, "convolution": convolution_cases,
-}  # fmt: skip
+    "scan": scan_cases,
+    "attention": attention_cases,
+    "head": head_cases,
+    "convolution": convolution_cases,
+}
 
 
 def cases_of(shape: Shape) -> list[Case]:
@@ -239,16 +242,25 @@ def with_ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         stages = {name: value / ours["stage_seconds"][name] for name, value in row["stage_seconds"].items()}
         found.append(
-            row | {"time_ratio": row["median_seconds"] / ours["median_seconds"], "stage_ratios": stages,
-                   "memory_ratio": row["extra_peak_bytes"] / max(ours["extra_peak_bytes"], 1)}
-        )  # fmt: skip
+            row
+            | {
+                "time_ratio": row["median_seconds"] / ours["median_seconds"],
+                "stage_ratios": stages,
+                "memory_ratio": row["extra_peak_bytes"] / max(ours["extra_peak_bytes"], 1),
+            }
+        )
     return found
 
 
 def shapes(
-    *, operations: Sequence[str], lengths: Sequence[int], blocks: Sequence[int], dtype: str, model: ModelConfig,
+    *,
+    operations: Sequence[str],
+    lengths: Sequence[int],
+    blocks: Sequence[int],
+    dtype: str,
+    model: ModelConfig,
     quick: bool,
-) -> list[Shape]:  # fmt: skip
+) -> list[Shape]:
     """What to measure: the product of what is given, the defaults of each operation for what is not.
 
     Raises:
@@ -267,10 +279,18 @@ def shapes(
 
 
 def run(
-    output: Path, *, operations: Sequence[str] = (), lengths: Sequence[int] = (), blocks: Sequence[int] = (),
-    dtype: str = "fp32", repeats: int = 7, budget_seconds: float = 10.0, threads: int, quick: bool = False,
+    output: Path,
+    *,
+    operations: Sequence[str] = (),
+    lengths: Sequence[int] = (),
+    blocks: Sequence[int] = (),
+    dtype: str = "fp32",
+    repeats: int = 7,
+    budget_seconds: float = 10.0,
+    threads: int,
+    quick: bool = False,
     console: Console | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Measure, print a table, and write `ops.json` and `ops.png` to `output`."""
     from megatron_twotower import pictures
 
@@ -305,10 +325,15 @@ def table(rows: Sequence[dict[str, Any]], *, title: str) -> Table:
         stages, compared = row["stage_seconds"], "time_ratio" in row
         parts = row["stage_ratios"] if compared else {}
         made.add_row(
-            *where, row["case"], f"{row['median_seconds']:.3f}", f"{row['minimum_seconds']:.3f}", f"{row['rounds']}",
+            *where,
+            row["case"],
+            f"{row['median_seconds']:.3f}",
+            f"{row['minimum_seconds']:.3f}",
+            f"{row['rounds']}",
             f"{row['time_ratio']:.2f} x" if compared else "",
             " ".join(f"{name} {ratio:.2f} x" for name, ratio in parts.items()) if len(stages) > 1 else "",
-            f"{row['extra_peak_bytes'] / 2**20:,.0f}", f"{row['memory_ratio']:.2f} x" if compared else "",
+            f"{row['extra_peak_bytes'] / 2**20:,.0f}",
+            f"{row['memory_ratio']:.2f} x" if compared else "",
             end_section=False,
-        )  # fmt: skip
+        )
     return made

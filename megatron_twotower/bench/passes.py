@@ -126,9 +126,7 @@ def break_even(block_size: int, *, denoiser: float, step: float, read: float) ->
     return block_size * denoiser / left if left > 0 else None
 
 
-def measured(
-    model: Model, *, mask_id: int, block_size: int, prompt_tokens: int, rounds: int
-) -> dict[str, Any]:  # fmt: skip
+def measured(model: Model, *, mask_id: int, block_size: int, prompt_tokens: int, rounds: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(4, model.config.vocab_size, (1, prompt_tokens), generator=generator)
     prompt = prompt.to(model.context_tower.device)
@@ -137,19 +135,26 @@ def measured(
         seconds, layers = times(model, prompt, cases, rounds=rounds), by_layer(model, prompt, cases, rounds=rounds)
         rows: list[dict[str, Any]] = [
             {
-                "case": name, "minimum_seconds": min(found), "median_seconds": statistics.median(found),
-                "seconds_by_layer": layers[name], **operations(model, prompt, cases[name]),
+                "case": name,
+                "minimum_seconds": min(found),
+                "median_seconds": statistics.median(found),
+                "seconds_by_layer": layers[name],
+                **operations(model, prompt, cases[name]),
             }
             for name, found in seconds.items()
-        ]  # fmt: skip
+        ]
     # Minima: what else the machine does can only add to them.
     least = {row["case"]: row["minimum_seconds"] for row in rows}
     enough = break_even(block_size, denoiser=least[PASS], step=least[STEP], read=least[READ])
     return {
-        "cases": rows, "pass_in_steps": least[PASS] / least[STEP], "read_in_steps": least[READ] / least[STEP],
-        "break_even_tokens_per_pass": enough, "block_size": block_size, "prompt_tokens": prompt_tokens,
+        "cases": rows,
+        "pass_in_steps": least[PASS] / least[STEP],
+        "read_in_steps": least[READ] / least[STEP],
+        "break_even_tokens_per_pass": enough,
+        "block_size": block_size,
+        "prompt_tokens": prompt_tokens,
         "rounds": rounds,
-    }  # fmt: skip
+    }
 
 
 def table(figures: dict[str, Any]) -> Table:
@@ -164,16 +169,26 @@ def table(figures: dict[str, Any]) -> Table:
     for row in rows:
         by_kind = (f"{1e3 * row['seconds_by_layer'].get(kind, 0.0):.2f}" for kind in kinds)
         shown.add_row(
-            row["case"], f"{1e3 * row['minimum_seconds']:.2f}", f"{1e3 * row['median_seconds']:.2f}", *by_kind,
-            f"{row['operations']:.0f}", "" if row["matrix_products"] is None else f"{row['matrix_products']:.0%}",
-        )  # fmt: skip
+            row["case"],
+            f"{1e3 * row['minimum_seconds']:.2f}",
+            f"{1e3 * row['median_seconds']:.2f}",
+            *by_kind,
+            f"{row['operations']:.0f}",
+            "" if row["matrix_products"] is None else f"{row['matrix_products']:.0%}",
+        )
     return shown
 
 
 def run(
-    output: Path, *, model: Path, block_size: int = 16, prompt_tokens: int = 64, rounds: int = 100,
-    threads: int | None = None, console: Console | None = None,
-) -> None:  # fmt: skip
+    output: Path,
+    *,
+    model: Path,
+    block_size: int = 16,
+    prompt_tokens: int = 64,
+    rounds: int = 100,
+    threads: int | None = None,
+    console: Console | None = None,
+) -> None:
     """The command `bench passes`: print the table, write `passes.json`."""
     for name, value in (("--block", block_size), ("--prompt-tokens", prompt_tokens), ("--rounds", rounds)):
         if value < 1:
@@ -182,7 +197,7 @@ def run(
     with measure.torch_threads(threads or torch.get_num_threads()):
         figures = measured(
             opened, mask_id=mask_token_id(tokenizer), block_size=block_size, prompt_tokens=prompt_tokens, rounds=rounds
-        )  # fmt: skip
+        )
         figures |= {"model": str(model), "machine": machine()}
     console = console or measure.wide_console()
     console.print(table(figures))
@@ -190,7 +205,8 @@ def run(
     verdict = "no number of tokens per pass is" if enough is None else f"{enough:.2f} tokens per pass are"
     console.print(
         f"a denoiser pass costs {figures['pass_in_steps']:.2f} AR steps, reading a block "
-        f"{figures['read_in_steps']:.2f}: {verdict} as fast as AR", highlight=False,
-    )  # fmt: skip
+        f"{figures['read_in_steps']:.2f}: {verdict} as fast as AR",
+        highlight=False,
+    )
     console.print(machine_line(figures["machine"]), highlight=False)
     measure.write_files(output, "passes", figures, None)

@@ -33,8 +33,13 @@ from megatron_twotower.tokenizer import train_tokenizer
 
 # A constant rate: the schedule must not know when the run will end. A low one, and an epsilon that is not: rounding,
 # which differs between layouts, is not to grow.
-OVERRIDES = ("schedule.kind=constant", "optimizer.learning_rate=1e-4", "optimizer.epsilon=1e-5",
-             "train.validate_every_steps=0", "train.ledger=true")  # fmt: skip
+OVERRIDES = (
+    "schedule.kind=constant",
+    "optimizer.learning_rate=1e-4",
+    "optimizer.epsilon=1e-5",
+    "train.validate_every_steps=0",
+    "train.ledger=true",
+)
 PATIENCE_SECONDS = 600.0
 
 
@@ -157,9 +162,14 @@ def _wait(job: ranks.Job, condition: Callable[[], bool]) -> bool:
 
 
 def torment(
-    run: Path, arguments: Sequence[str], *, counts: Sequence[int], seed: int, over: Callable[[int], bool],
+    run: Path,
+    arguments: Sequence[str],
+    *,
+    counts: Sequence[int],
+    seed: int,
+    over: Callable[[int], bool],
     tell: Callable[[str], Any] = lambda _: None,
-) -> tuple[Counter[str], int, list[str]]:  # fmt: skip
+) -> tuple[Counter[str], int, list[str]]:
     """Start, end, and start again, until `over(number of endings)`; the last time it is asked to stop.
 
     Returns:
@@ -198,9 +208,16 @@ def torment(
 
 
 def account(
-    run: Path, reference: Path, arguments: Sequence[str], *, kills: Counter[str], resumes: int,
-    unexpected: Sequence[str], minutes: float, counts: Sequence[int],
-) -> Account:  # fmt: skip
+    run: Path,
+    reference: Path,
+    arguments: Sequence[str],
+    *,
+    kills: Counter[str],
+    resumes: int,
+    unexpected: Sequence[str],
+    minutes: float,
+    counts: Sequence[int],
+) -> Account:
     """Compare the books and the losses of a run with what was due and with the uninterrupted run."""
     state = checkpoint.read_state(checkpoint.find_checkpoints(run)[-1])
     config = load_recipe("tiny", [item for item in arguments if "=" in item and not item.startswith("recipe=")])
@@ -212,20 +229,32 @@ def account(
     differences = [abs(found[step] / expected[step] - 1) for step in expected if step in found]
     saves = _records(run, "checkpoint")
     return Account(
-        minutes=minutes, ranks=counts, kills=dict(kills), resumes=resumes, steps=books.steps,
-        steps_lost=books.lost_steps, samples_repeated=books.repeated, samples_skipped=books.skipped,
+        minutes=minutes,
+        ranks=counts,
+        kills=dict(kills),
+        resumes=resumes,
+        steps=books.steps,
+        steps_lost=books.lost_steps,
+        samples_repeated=books.repeated,
+        samples_skipped=books.skipped,
         checkpoints=len(saves),
         stall_seconds=statistics.median(each["stall_seconds"] for each in saves) if saves else 0.0,
         write_seconds=statistics.median(each["write_seconds"] for each in saves) if saves else 0.0,
         largest_difference=max(differences, default=0.0),
         unexpected=[*unexpected, *(f"steps without a loss: {missing[:5]}" for _ in missing[:1])],
-    )  # fmt: skip
+    )
 
 
 def soak(
-    output: Path, *, data: Path, backbone: Path, counts: Sequence[int], seed: int, over: Callable[[int], bool],
+    output: Path,
+    *,
+    data: Path,
+    backbone: Path,
+    counts: Sequence[int],
+    seed: int,
+    over: Callable[[int], bool],
     tell: Callable[[str], Any] = lambda _: None,
-) -> Account:  # fmt: skip
+) -> Account:
     """Torment a run in `output`, let another one go through uninterrupted, and compare.
 
     Raises:
@@ -243,17 +272,23 @@ def soak(
     last = max([int(found[-1].name.removeprefix("step-")) + 1, *(r["step"] for r in _records(run, "train"))])
     tell(f"to step {last}, and the same without interruption")
     for folder in (run, reference):
-        job = ranks.start(
-            counts[0], [*base, f"output={folder}", f"train.steps={last}"], logs=output / "logs"
-        )  # fmt: skip
+        job = ranks.start(counts[0], [*base, f"output={folder}", f"train.steps={last}"], logs=output / "logs")
         try:
             status = job.wait(PATIENCE_SECONDS * 6)
             if set(status) != {0}:
                 unexpected.append(f"{folder.name}: ended with {status}: {job.output()[-500:]}")
         finally:
             job.kill()
-    return account(run, reference, arguments, kills=kills, resumes=resumes + 1, unexpected=unexpected,
-                   minutes=minutes, counts=counts)  # fmt: skip
+    return account(
+        run,
+        reference,
+        arguments,
+        kills=kills,
+        resumes=resumes + 1,
+        unexpected=unexpected,
+        minutes=minutes,
+        counts=counts,
+    )
 
 
 def run(
@@ -270,9 +305,14 @@ def run(
     data, backbone = material(output)
     end = time.monotonic() + 60 * minutes
     found = soak(
-        output, data=data, backbone=backbone, counts=counts, seed=seed, over=lambda _: time.monotonic() > end,
+        output,
+        data=data,
+        backbone=backbone,
+        counts=counts,
+        seed=seed,
+        over=lambda _: time.monotonic() > end,
         tell=lambda text: console.print(text, highlight=False),
-    )  # fmt: skip
+    )
     console.print(table(found))
     for text in found.unexpected:
         console.print(f"not as it should be: {text}", highlight=False, markup=False)
@@ -289,13 +329,17 @@ def table(found: Account) -> Table:
     made.add_column("")
     made.add_column("", justify="right")
     rows = {
-        "kills and stops": sum(found.kills.values()), **{f"  {name}": count for name, count in found.kills.items()},
-        "resumes": found.resumes, "steps": found.steps, "steps lost, taken again": found.steps_lost,
-        "samples repeated": found.samples_repeated, "samples skipped": found.samples_skipped,
+        "kills and stops": sum(found.kills.values()),
+        **{f"  {name}": count for name, count in found.kills.items()},
+        "resumes": found.resumes,
+        "steps": found.steps,
+        "steps lost, taken again": found.steps_lost,
+        "samples repeated": found.samples_repeated,
+        "samples skipped": found.samples_skipped,
         "largest difference of a loss": f"{found.largest_difference:.1e}",
         "checkpoint: training waits": f"{1000 * found.stall_seconds:.0f} ms",
         "checkpoint: writing beside it": f"{1000 * found.write_seconds:.0f} ms",
-    }  # fmt: skip
+    }
     for name, value in rows.items():
         made.add_row(name, str(value))
     return made

@@ -62,9 +62,12 @@ QUICK_OVERRIDES = ("model=tiny", "data.sequence_length_tokens=64")
 
 
 def trainer_of(
-    config: RunConfig, groups: ProcessGroupCollection, *, concatenated: bool = False,
+    config: RunConfig,
+    groups: ProcessGroupCollection,
+    *,
+    concatenated: bool = False,
     backbone_source: convert.TensorSource | None = None,
-) -> Trainer:  # fmt: skip
+) -> Trainer:
     """A trainer of the objective, or of the concatenated rival, with its starting weights and a rate of zero.
 
     Args:
@@ -87,8 +90,9 @@ def trainers_of(config: RunConfig, groups: ProcessGroupCollection) -> dict[str, 
     two_tower = dataclasses.replace(config, objective="two_tower")
     validate(two_tower, world_size=parallel.world_size())
     found = {
-        AR: trainer_of(dataclasses.replace(config, objective="ar"), groups), TWO_TOWER: trainer_of(two_tower, groups)
-    }  # fmt: skip
+        AR: trainer_of(dataclasses.replace(config, objective="ar"), groups),
+        TWO_TOWER: trainer_of(two_tower, groups),
+    }
     if "M" not in config.model.hybrid_override_pattern:
         found[CONCATENATED] = trainer_of(two_tower, groups, concatenated=True)
     return found
@@ -159,9 +163,12 @@ def two_tower_parts(parts: Trainer, batch: Batch) -> Case:
         held["loss"] = report.total
 
     stages: dict[str, Callable[[], Any]] = {
-        "noise": noise, "context alone": context, "forward": forward, "head + loss": head,
+        "noise": noise,
+        "context alone": context,
+        "forward": forward,
+        "head + loss": head,
         "backward": lambda: held.pop("loss").backward(),
-    }  # fmt: skip
+    }
     return Case(TWO_TOWER, stages)
 
 
@@ -204,9 +211,11 @@ def _draws_trainer(config: RunConfig, wanted: Settings, groups: ProcessGroupColl
     folder = recipes_folder() / "backbones" / "small"
     model = settings.model_from_hf(settings.read_hf_config(folder), source=str(folder))
     data = dataclasses.replace(
-        config.data, sequence_length_tokens=wanted.length_tokens, micro_batch_size=wanted.sequences,
+        config.data,
+        sequence_length_tokens=wanted.length_tokens,
+        micro_batch_size=wanted.sequences,
         global_batch_size=wanted.sequences,
-    )  # fmt: skip
+    )
     small = dataclasses.replace(
         config, objective="two_tower", model=model, data=data, init=settings.InitConfig(backbone=str(folder))
     )
@@ -260,9 +269,15 @@ def measure_draws(
 
 
 def run(
-    output: Path, *, recipe: str = "bench_step", overrides: Sequence[str] = (), wanted: Settings = Settings(),
-    threads: int, quick: bool = False, console: Console | None = None,
-) -> None:  # fmt: skip
+    output: Path,
+    *,
+    recipe: str = "bench_step",
+    overrides: Sequence[str] = (),
+    wanted: Settings = Settings(),
+    threads: int,
+    quick: bool = False,
+    console: Console | None = None,
+) -> None:
     """Measure, print tables, and write `step.json` and `step.png` to `output`."""
     wanted, console = QUICK if quick else wanted, console or measure.wide_console()
     config = load_recipe(recipe, [*overrides, *(QUICK_OVERRIDES if quick else ())])
@@ -300,15 +315,33 @@ def table(title: str, *headings: str) -> Table:
 
 def tables(figures: dict[str, Any], *, block: int) -> Iterator[Table]:
     steps = table(
-        f"training steps by turns, S {block}", "case", "pattern", "L", "sequences", "seconds", "fastest", "rounds",
-        "update", "forward + backward, of AR", "with update", "tokens/s",
-    )  # fmt: skip
+        f"training steps by turns, S {block}",
+        "case",
+        "pattern",
+        "L",
+        "sequences",
+        "seconds",
+        "fastest",
+        "rounds",
+        "update",
+        "forward + backward, of AR",
+        "with update",
+        "tokens/s",
+    )
     for row in figures["steps"]:
         steps.add_row(
-            row["case"], row["pattern"], f"{row['length']}", f"{row['sequences']}", f"{row['median_seconds']:.3f}",
-            f"{row['minimum_seconds']:.3f}", f"{row['rounds']}", f"{row['stage_seconds'][UPDATE]:.3f}",
-            f"{row['ratio']:.3f} x", f"{row['ratio_with_update']:.3f} x", f"{row['tokens_per_second']:,.0f}",
-        )  # fmt: skip
+            row["case"],
+            row["pattern"],
+            f"{row['length']}",
+            f"{row['sequences']}",
+            f"{row['median_seconds']:.3f}",
+            f"{row['minimum_seconds']:.3f}",
+            f"{row['rounds']}",
+            f"{row['stage_seconds'][UPDATE]:.3f}",
+            f"{row['ratio']:.3f} x",
+            f"{row['ratio_with_update']:.3f} x",
+            f"{row['tokens_per_second']:,.0f}",
+        )
     yield steps
     parts = table("by part, seconds", "case", "noise", "context alone", "forward", "head + loss", "backward")
     for name, stages in figures["parts"].items():
@@ -322,13 +355,23 @@ def tables(figures: dict[str, Any], *, block: int) -> Iterator[Table]:
         cost.add_row(row["case"], f"{row['median_seconds']:.3f}", f"{ratio:.2f} x", f"{ratio / copies:.2f} x")
     yield cost
     draws = table(
-        "variance of the gradient, shipped backbone, held-out text", "draws", "seconds", "per copy, of one",
-        "variance, noise", "variance, data", "cost x noise", "cost x (noise + data)",
-    )  # fmt: skip
+        "variance of the gradient, shipped backbone, held-out text",
+        "draws",
+        "seconds",
+        "per copy, of one",
+        "variance, noise",
+        "variance, data",
+        "cost x noise",
+        "cost x (noise + data)",
+    )
     for row in figures["draws"]:
         draws.add_row(
-            f"{row['draws']}", f"{row['seconds']:.3f}", f"{row['relative_cost_per_copy']:.2f} x",
-            f"{row['noise_variance']:.4g} ± {row['noise_variance_error']:.2g}", f"{row['data_variance']:.4g}",
-            f"{row['cost_x_noise']:.2f}", f"{row['cost_x_total']:.2f}",
-        )  # fmt: skip
+            f"{row['draws']}",
+            f"{row['seconds']:.3f}",
+            f"{row['relative_cost_per_copy']:.2f} x",
+            f"{row['noise_variance']:.4g} ± {row['noise_variance_error']:.2g}",
+            f"{row['data_variance']:.4g}",
+            f"{row['cost_x_noise']:.2f}",
+            f"{row['cost_x_total']:.2f}",
+        )
     yield draws

@@ -16,7 +16,18 @@ from megatron_twotower.convert.tensors import TensorSource
 from megatron_twotower.convert.weights import load_weights
 
 __all__ = [
-    "Choices", "HfFolder", "TensorSource", "backbone_config_json", "backbone_source", "denoiser_source", "export",
-    "fingerprint", "fresh_conditioning", "import_folder", "lazy_tensors", "load_weights", "random_backbone",
+    "Choices",
+    "HfFolder",
+    "TensorSource",
+    "backbone_config_json",
+    "backbone_source",
+    "denoiser_source",
+    "export",
+    "fingerprint",
+    "fresh_conditioning",
+    "import_folder",
+    "lazy_tensors",
+    "load_weights",
+    "random_backbone",
     "write_folder",
-]  # fmt: skip
+]

@@ -15,9 +15,15 @@ from megatron_twotower.hf import twotower_config_json
 
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
 # transformers >= 5.3 clamps the time step at `time_step_min` in one of its two paths; training does not. It takes its
 # logarithm, so that next to zero is as close as one gets.
 _NO_CLAMP = 1e-30
@@ -28,14 +34,30 @@ def backbone_config_json(model: ModelConfig, *, dtype: torch.dtype) -> dict[str,
     fields = dataclasses.asdict(model)
     clamp = fields.pop("time_step_clamp")
     return fields | {
-        "model_type": "nemotron_h", "architectures": ["NemotronHForCausalLM"], "time_step_min": max(clamp, _NO_CLAMP),
-        "num_hidden_layers": model.num_layers, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
-        "norm_topk_prob": True, "mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "use_conv_bias": True,
-        "use_bias": False, "mlp_bias": False, "attention_bias": False, "mamba_proj_bias": False, "expand": 2,
-        "tie_word_embeddings": False, "residual_in_fp32": False, "rescale_prenorm_residual": True,
-        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "model_type": "nemotron_h",
+        "architectures": ["NemotronHForCausalLM"],
+        "time_step_min": max(clamp, _NO_CLAMP),
+        "num_hidden_layers": model.num_layers,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "mlp_hidden_act": "relu2",
+        "mamba_hidden_act": "silu",
+        "use_conv_bias": True,
+        "use_bias": False,
+        "mlp_bias": False,
+        "attention_bias": False,
+        "mamba_proj_bias": False,
+        "expand": 2,
+        "tie_word_embeddings": False,
+        "residual_in_fp32": False,
+        "rescale_prenorm_residual": True,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
         "torch_dtype": short(dtype),
-    }  # fmt: skip
+    }
 
 
 def plain_config(found: Mapping[str, Any], *, dtype: torch.dtype) -> dict[str, Any]:
@@ -99,9 +121,14 @@ class Card:
         tags = ", ".join(("nemotron_h", *_TAGS[self.what]))
         parts = [
             f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [{tags}]\n---",
-            f"# {title}", about, "## Usage", f"```python\n{usage}```", "## Provenance",
-            "Written by `megatron_twotower`.", "\n".join(["| | |", "|---|---|", *rows]),
-        ]  # fmt: skip
+            f"# {title}",
+            about,
+            "## Usage",
+            f"```python\n{usage}```",
+            "## Provenance",
+            "Written by `megatron_twotower`.",
+            "\n".join(["| | |", "|---|---|", *rows]),
+        ]
         if self.recipe:
             parts.append("`training.yaml` is the whole recipe of the run: `twotower train recipe=training.yaml`.")
         return "\n\n".join(parts) + "\n"

@@ -19,13 +19,7 @@ from megatron_twotower.convert.start import check_pointer
 from megatron_twotower.convert.tensors import LazyTensor, Watch, unwatched
 from megatron_twotower.data.sources import tokenizer_folder
 from megatron_twotower.hf import MODELING_FILE
-from megatron_twotower.names import (
-    SPELLINGS,
-    Spelling,
-    context_name,
-    denoiser_entries,
-    trained_backbone_entries,
-)
+from megatron_twotower.names import SPELLINGS, Spelling, context_name, denoiser_entries, trained_backbone_entries
 from megatron_twotower.records import UserError
 
 Tensors = Mapping[str, LazyTensor]

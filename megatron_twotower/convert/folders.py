@@ -179,9 +179,15 @@ def lazy_tensors(
 
 
 def write_folder(
-    output: Path, tensors: Mapping[str, LazyTensor], *, config: Mapping[str, Any], files: Mapping[str, str],
-    copies: Sequence[Path], shard_bytes: int = SHARD_BYTES, watch: Watch = unwatched,
-) -> None:  # fmt: skip
+    output: Path,
+    tensors: Mapping[str, LazyTensor],
+    *,
+    config: Mapping[str, Any],
+    files: Mapping[str, str],
+    copies: Sequence[Path],
+    shard_bytes: int = SHARD_BYTES,
+    watch: Watch = unwatched,
+) -> None:
     """Write a Hugging Face folder: safetensors shards with an index, `config.json` and what goes with them.
 
     All of it is written beside `output` first and renamed at the end: a folder is whole or not there.

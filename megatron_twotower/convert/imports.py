@@ -19,9 +19,7 @@ from megatron_twotower.provenance import provenance
 from megatron_twotower.records import UserError
 
 # Nothing was logged yet; see `trainer.window`.
-_EMPTY_WINDOW = {
-    "sums": None, "expert_tokens": None, "sequences": 0, "skipped": 0, "nonfinite": 0, "in_a_row": 0,
-}  # fmt: skip
+_EMPTY_WINDOW = {"sums": None, "expert_tokens": None, "sequences": 0, "skipped": 0, "nonfinite": 0, "in_a_row": 0}
 
 
 def import_folder(source: Path, run: Path, *, backbone: Path | None = None, watch: Watch = unwatched) -> RunConfig:
@@ -59,9 +57,16 @@ def import_folder(source: Path, run: Path, *, backbone: Path | None = None, watc
     stored = stored_weights(tensors, entries, model)
     size = sum(tensor.nbytes for tensor in stored.values())
     state = checkpoint.CheckpointState(
-        step=0, cursor=0, updates=0, objective=config.objective, backbone=home, fingerprint=origin,
-        model=dataclasses.asdict(model), window=_EMPTY_WINDOW, configuration=dataclasses.asdict(config),
-    )  # fmt: skip
+        step=0,
+        cursor=0,
+        updates=0,
+        objective=config.objective,
+        backbone=home,
+        fingerprint=origin,
+        model=dataclasses.asdict(model),
+        window=_EMPTY_WINDOW,
+        configuration=dataclasses.asdict(config),
+    )
     with written(run, size=size) as partial:
         start = checkpoint.checkpoint_folder(partial, 0)
         start.mkdir(parents=True)

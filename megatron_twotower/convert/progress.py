@@ -13,9 +13,12 @@ from megatron_twotower.convert.tensors import Report, Watch
 def bar(what: str) -> Iterator[Watch]:
     """A function that is told the bytes to come, and gives the report that moves a bar on standard error."""
     columns = (
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
         TimeRemainingColumn(),
-    )  # fmt: skip
+    )
     shown = Progress(*columns, console=Console(stderr=True))
 
     def begin(total: int) -> Report:

@@ -33,9 +33,11 @@ from megatron_twotower.records import UserError
 _WEIGHTS_FILE = "__0_0.distcp"
 # What Megatron writes beside the tensors: which format they are in, and what is not a tensor (nothing, of weights).
 _FORMAT = {
-    "sharded_backend": "torch_dist", "sharded_backend_version": 1,
-    "common_backend": "torch", "common_backend_version": 1,
-}  # fmt: skip
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 
 
 class _Reader(FileSystemReader):

@@ -14,9 +14,13 @@ from megatron_twotower.records import UserError
 
 @torch.no_grad()
 def load_weights(
-    module: nn.Module, entries: Sequence[Entry], source: TensorSource, *, model: ModelConfig,
+    module: nn.Module,
+    entries: Sequence[Entry],
+    source: TensorSource,
+    *,
+    model: ModelConfig,
     groups: ProcessGroupCollection,
-) -> None:  # fmt: skip
+) -> None:
     """Fill every parameter of a module from named tensors, each rank its own part.
 
     Raises:

@@ -129,9 +129,13 @@ def _tell_once(message: str) -> None:
 
 
 def stacked(
-    rows: Sequence[Row], *, samples: np.ndarray, epochs: np.ndarray, positions: np.ndarray,
+    rows: Sequence[Row],
+    *,
+    samples: np.ndarray,
+    epochs: np.ndarray,
+    positions: np.ndarray,
     corpora: np.ndarray | None = None,
-) -> Batch:  # fmt: skip
+) -> Batch:
     """Rows and what identifies them, (b,) int64 each, as a batch."""
     tokens = np.stack([row.tokens for row in rows])
     documents = padding = None
@@ -184,9 +188,16 @@ def rank_slice(first: int, count: int, *, rank: int, world: int) -> tuple[int, i
 
 
 def batches(
-    source: Source, *, cursor: int, global_batch_size: int, micro_batch_size: int, rank: int, world: int,
-    workers: int = 1, depth: int = 2,
-) -> Iterator[tuple[list[Batch], int]]:  # fmt: skip
+    source: Source,
+    *,
+    cursor: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    rank: int,
+    world: int,
+    workers: int = 1,
+    depth: int = 2,
+) -> Iterator[tuple[list[Batch], int]]:
     """Endless steps: (this rank's micro-batches, cursor after the step). A cursor counts the sequences of all ranks.
 
     workers, depth: threads that read ahead, and steps they are ahead; they change nothing about what is read.

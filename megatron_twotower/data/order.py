@@ -189,11 +189,19 @@ def _chairmen(counts: Sequence[int]) -> list[int]:
     period, spread = sum(counts), max(2 * len(counts) - 2, 1)
     # Turn j of a corpus may come when its share of the places so far reaches j + 1 / spread, and must have come when
     # that share passes j + 1 - 1 / spread.
-    turns = sorted(
-        (-(-period * (turn * spread + 1) // (spread * count)), period * ((turn + 1) * spread - 1) // (spread * count),
-         corpus)
-        for corpus, count in enumerate(counts) for turn in range(count)
-    ) if len(counts) > 1 else [(1, period, 0)] * period  # fmt: skip
+    turns = (
+        sorted(
+            (
+                -(-period * (turn * spread + 1) // (spread * count)),
+                period * ((turn + 1) * spread - 1) // (spread * count),
+                corpus,
+            )
+            for corpus, count in enumerate(counts)
+            for turn in range(count)
+        )
+        if len(counts) > 1
+        else [(1, period, 0)] * period
+    )
     ready: list[tuple[int, int]] = []
     table, taken = [], 0
     for place in range(1, period + 1):

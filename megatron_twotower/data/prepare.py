@@ -108,27 +108,37 @@ def prepare(
     """
     output = Path(output)
     settings = Settings(
-        holdout_fraction=holdout_fraction, shard_tokens=shard_tokens, text_field=text_field, min_tokens=min_tokens,
-        max_tokens=max_tokens, deduplicate=deduplicate, bos=bos, eos=eos, suffixes=tuple(suffixes),
+        holdout_fraction=holdout_fraction,
+        shard_tokens=shard_tokens,
+        text_field=text_field,
+        min_tokens=min_tokens,
+        max_tokens=max_tokens,
+        deduplicate=deduplicate,
+        bos=bos,
+        eos=eos,
+        suffixes=tuple(suffixes),
         unit_bytes=unit_bytes,
-    )  # fmt: skip
+    )
     _check_settings(settings, workers=workers, max_malformed=max_malformed)
     workspace.check_output(output, mark=f"{TRAIN}/{INDEX_FILE}", overwrite=overwrite)
     vocabulary = _vocabulary(Path(tokenizer), settings)
     documents = find_documents(inputs, suffixes=suffixes)
-    units = cut_units(
-        documents,
-        holdout_fraction=holdout_fraction, text_field=text_field, unit_bytes=unit_bytes,
-    )  # fmt: skip
+    units = cut_units(documents, holdout_fraction=holdout_fraction, text_field=text_field, unit_bytes=unit_bytes)
     asked = _identity(inputs, units, settings, vocabulary)
     with workspace.resuming(output, plan=asked, overwrite=overwrite) as partial:
         job = _Job(partial, units, Path(tokenizer), settings, vocabulary, workers, progress or (lambda _: None))
         abouts = _write_parts(job, max_malformed=max_malformed)
         plan = select(
-            partial, units, abouts, holdout_fraction=holdout_fraction, deduplicate=deduplicate, min_tokens=min_tokens,
-            max_tokens=max_tokens, shard_tokens=shard_tokens,
+            partial,
+            units,
+            abouts,
+            holdout_fraction=holdout_fraction,
+            deduplicate=deduplicate,
+            min_tokens=min_tokens,
+            max_tokens=max_tokens,
+            shard_tokens=shard_tokens,
             marks=(vocabulary.bos_token_id is not None) + (vocabulary.eos_token_id is not None),
-        )  # fmt: skip
+        )
         if not plan.totals[TRAIN]["documents"]:
             workspace.drop(partial)
             found = f"{_what_was_found(plan)} in {len(documents)} files"
@@ -225,11 +235,16 @@ def _write_parts(job: _Job, *, max_malformed: float) -> list[dict[str, Any]]:
     missing = [number for number, about in enumerate(abouts) if about is None]
     tasks = (
         UnitTask(
-            number, job.units[number], job.folder, job.tokenizer, job.vocabulary.tokenizer_fingerprint,
-            job.settings.text_field, job.vocabulary.dtype,
+            number,
+            job.units[number],
+            job.folder,
+            job.tokenizer,
+            job.vocabulary.tokenizer_fingerprint,
+            job.settings.text_field,
+            job.vocabulary.dtype,
         )
         for number in missing
-    )  # fmt: skip
+    )
     total = sum(unit.size for unit in job.units)
     finished = [about for about in abouts if about is not None]
     before = (

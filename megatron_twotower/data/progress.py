@@ -30,9 +30,12 @@ Report = Callable[[Stage], None]
 def bar() -> Iterator[Report]:
     """A bar on standard error with documents, tokens and tokens per second; one line for each stage."""
     columns = (
-        TextColumn("{task.description:<10}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[text]}"), TimeRemainingColumn(),
-    )  # fmt: skip
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[text]}"),
+        TimeRemainingColumn(),
+    )
     tasks: dict[str, TaskID] = {}
     starts: dict[str, tuple[float, int]] = {}
     shown = Progress(*columns, console=Console(stderr=True))

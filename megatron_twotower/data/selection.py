@@ -72,9 +72,11 @@ def select(
             kept = records[rows]
             cutters[split].add(rows, kept["tokens"] + marks, span_of)
             totals[split].update(
-                documents=len(rows), tokens=int(kept["tokens"].sum()) + marks * len(rows),
-                bytes=int(kept["bytes"].sum()), characters=int(kept["characters"].sum()),
-            )  # fmt: skip
+                documents=len(rows),
+                tokens=int(kept["tokens"].sum()) + marks * len(rows),
+                bytes=int(kept["bytes"].sum()),
+                characters=int(kept["characters"].sum()),
+            )
         first += len(records)
     shards = [shard for split in SPLITS for shard in cutters[split].finished()]
     split_files = {unit.split for unit in units}

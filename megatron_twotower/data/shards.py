@@ -102,11 +102,7 @@ def checksum(path: Path) -> str:
 
 
 def write_index(
-    folder: Path,
-    *,
-    header: dict[str, Any],
-    shards: Sequence[Shard],
-    arrays: Iterable[tuple[np.ndarray, np.ndarray]],
+    folder: Path, *, header: dict[str, Any], shards: Sequence[Shard], arrays: Iterable[tuple[np.ndarray, np.ndarray]]
 ) -> None:
     """Write the index of a split folder. header: what `Corpus` needs beside the shards; arrays: (offsets, lengths) of
     the documents of each shard, in order, of which one pair is held at a time."""

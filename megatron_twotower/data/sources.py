@@ -134,8 +134,12 @@ def data_summary(config: RunConfig, source: SequenceDataset | BlendedDataset) ->
     order: settings; corpora: by name, "" for the only one; phases: where each begins and its weights, of a blend.
     """
     data = config.data
-    order = {"seed": config.seed, "sequence_length_tokens": data.sequence_length_tokens, "documents": data.documents,
-             "shuffle": data.shuffle}  # fmt: skip
+    order = {
+        "seed": config.seed,
+        "sequence_length_tokens": data.sequence_length_tokens,
+        "documents": data.documents,
+        "shuffle": data.shuffle,
+    }
     if data.documents == "respect":
         order["alignment"] = document_alignment(config)
     if data.shuffle == "windowed":

@@ -49,11 +49,7 @@ def count(*amounts: int) -> None:
 
 
 def unordered(
-    function: Callable[[Task], Result],
-    tasks: Iterable[Task],
-    *,
-    workers: int,
-    on_count: Callable[[list[int]], None],
+    function: Callable[[Task], Result], tasks: Iterable[Task], *, workers: int, on_count: Callable[[list[int]], None]
 ) -> Iterator[tuple[Task, Result]]:
     """(task, result) of every task as they come; tasks are begun in order, and few are taken before they can be begun.
 
@@ -79,11 +75,7 @@ def _alone(
 
 
 def _together(
-    function: Callable[[Task], Result],
-    tasks: Iterable[Task],
-    *,
-    workers: int,
-    on_count: Callable[[list[int]], None],
+    function: Callable[[Task], Result], tasks: Iterable[Task], *, workers: int, on_count: Callable[[list[int]], None]
 ) -> Iterator[tuple[Task, Result]]:
     # Not fork: this process has threads (the progress bar, the tokenizer's). The server imports what workers need once.
     context = multiprocessing.get_context("forkserver")

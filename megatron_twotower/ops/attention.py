@@ -42,9 +42,15 @@ def _same(documents: Tensor, rows: slice, columns: slice) -> Tensor:
 
 
 def block_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, clean_key: Tensor, clean_value: Tensor, block: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    clean_key: Tensor,
+    clean_value: Tensor,
+    block: int,
     documents: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Attention of the denoiser, all blocks in one pass.
 
     A query of block b sees the clean keys of every earlier block and the noisy keys of block b, in both directions.
@@ -150,9 +156,15 @@ def _wide(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, clean_key: Tensor, clean_value: Tensor, block: int,
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        clean_key: Tensor,
+        clean_value: Tensor,
+        block: int,
         documents: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         ctx.save_for_backward(query, key, value, clean_key, clean_value, documents)
         ctx.block = block
         tensors, out = _wide((query, key, value, clean_key, clean_value)), torch.empty_like(query)
@@ -217,8 +229,9 @@ def _tiles(queries: _Span, keys: _Span, *, clean: bool) -> tuple[Tensor, Tensor]
         some, every = (k_low <= q_high) & (q_low <= k_high), (k_low == q_high) & (q_low == k_high)
     if queries.documents is not None and keys.documents is not None:
         (q_low, q_high), (k_low, k_high) = (
-            (t.unsqueeze(-1) for t in queries.documents), (t.unsqueeze(-2) for t in keys.documents)
-        )  # fmt: skip
+            (t.unsqueeze(-1) for t in queries.documents),
+            (t.unsqueeze(-2) for t in keys.documents),
+        )
         some = some & (k_low <= q_high) & (q_low <= k_high)
         every = every & (k_low == q_high) & (q_low == k_high)
     return some & keys.some, every | ~keys.some
@@ -285,9 +298,15 @@ def _flex(compiled: bool) -> Any:
 
 
 def flex_block_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, clean_key: Tensor, clean_value: Tensor, block: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    clean_key: Tensor,
+    clean_value: Tensor,
+    block: int,
     documents: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """`block_attention` through FlexAttention: compiled on CUDA, and in its plain form, for tests, elsewhere."""
     mask = _mask_of(documents, query.shape[2], block, query.device)
     keys, values = torch.cat([clean_key, key], dim=2), torch.cat([clean_value, value], dim=2)
@@ -298,9 +317,15 @@ def flex_block_attention(
 
 
 def block_attention_ref(
-    query: Tensor, key: Tensor, value: Tensor, *, clean_key: Tensor, clean_value: Tensor, block: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    clean_key: Tensor,
+    clean_value: Tensor,
+    block: int,
     documents: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The same with one dense l x 2l mask and an explicit softmax."""
     heads, length, size = query.shape[1:]
     keys, values = torch.cat([clean_key, key], dim=2), torch.cat([clean_value, value], dim=2)

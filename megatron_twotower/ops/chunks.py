@@ -191,9 +191,18 @@ def read_from(
 
 
 def read_from_backward(
-    grad: Tensor, u: Tensor, B: Tensor, C: Tensor, before: Tensor, reach: Reach, part: slice, heads: slice,
-    grad_C: Tensor, grad_u: Tensor | None = None, grad_B: Tensor | None = None,
-) -> None:  # fmt: skip
+    grad: Tensor,
+    u: Tensor,
+    B: Tensor,
+    C: Tensor,
+    before: Tensor,
+    reach: Reach,
+    part: slice,
+    heads: slice,
+    grad_C: Tensor,
+    grad_u: Tensor | None = None,
+    grad_B: Tensor | None = None,
+) -> None:
     """Add the gradients of `read_from` into those of C and, where wanted, of u and B; grad (c, q, r, p)."""
     grad_C.baddbmm_((grad * reach.read[part, :, heads].unsqueeze(-1)).flatten(2), before)
     for h, first, second in reach.of(part, heads):

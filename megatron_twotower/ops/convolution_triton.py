@@ -30,9 +30,22 @@ POSITIONS = 256
 
 @triton.jit
 def _tap(
-    x, history, documents, i, j: tl.constexpr, cols, ok, blocks, x_l, docs_l,
-    BLOCK: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, SEEDED: tl.constexpr, DOCUMENTS: tl.constexpr,
-):  # fmt: skip
+    x,
+    history,
+    documents,
+    i,
+    j: tl.constexpr,
+    cols,
+    ok,
+    blocks,
+    x_l,
+    docs_l,
+    BLOCK: tl.constexpr,
+    TAPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SEEDED: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+):
     """What tap j of positions i reads (i, cols), in float32; `ok` where position and channel are there."""
     back: tl.constexpr = TAPS - 1
     read, start = i - back + j, i // BLOCK * BLOCK
@@ -52,9 +65,23 @@ def _tap(
 
 @triton.jit
 def _before_activation(
-    x, history, documents, weight, bias_, i, cols, ok, blocks, x_l, docs_l,
-    BLOCK: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, SEEDED: tl.constexpr, DOCUMENTS: tl.constexpr,
-):  # fmt: skip
+    x,
+    history,
+    documents,
+    weight,
+    bias_,
+    i,
+    cols,
+    ok,
+    blocks,
+    x_l,
+    docs_l,
+    BLOCK: tl.constexpr,
+    TAPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SEEDED: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+):
     total = tl.zeros([i.shape[0], cols.shape[0]], tl.float32) + bias_[None, :]
     for j in tl.static_range(TAPS):
         w = tl.load(weight + cols * TAPS + j, mask=cols < WIDTH, other=0.0).to(tl.float32)
@@ -66,19 +93,49 @@ def _before_activation(
 
 @triton.jit
 def block_conv_forward_kernel(
-    x, history, documents, weight, bias, out, blocks, x_b, x_l, docs_b, docs_l,
-    BLOCK: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
-    SEEDED: tl.constexpr, DOCUMENTS: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
+    x,
+    history,
+    documents,
+    weight,
+    bias,
+    out,
+    blocks,
+    x_b,
+    x_l,
+    docs_b,
+    docs_l,
+    BLOCK: tl.constexpr,
+    TAPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SEEDED: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
     """A tile of positions and channels. out (b, l, c) contiguous."""
     batch, length = tl.program_id(2).to(tl.int64), blocks * BLOCK
     i, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLS + tl.arange(0, COLS)
     ok = (i < length)[:, None] & (cols < WIDTH)[None, :]
     bias_ = tl.load(bias + cols, mask=cols < WIDTH, other=0.0).to(tl.float32)
     before = _before_activation(
-        x + batch * x_b, history + batch * blocks * (TAPS - 1) * WIDTH, documents + batch * docs_b, weight, bias_, i,
-        cols, ok, blocks, x_l, docs_l, BLOCK, TAPS, WIDTH, SEEDED, DOCUMENTS,
-    )  # fmt: skip
+        x + batch * x_b,
+        history + batch * blocks * (TAPS - 1) * WIDTH,
+        documents + batch * docs_b,
+        weight,
+        bias_,
+        i,
+        cols,
+        ok,
+        blocks,
+        x_l,
+        docs_l,
+        BLOCK,
+        TAPS,
+        WIDTH,
+        SEEDED,
+        DOCUMENTS,
+    )
     place = (batch * length + i)[:, None] * WIDTH + cols[None, :]
     value = before / (1.0 + tl.exp(-before))
     tl.store(out + place, narrow(value, out.dtype.element_ty, INTERPRETED), mask=ok)
@@ -86,11 +143,31 @@ def block_conv_forward_kernel(
 
 @triton.jit
 def block_conv_backward_kernel(
-    grad, x, history, documents, weight, bias, grad_x, grad_weight, grad_bias, blocks, x_b, x_l, docs_b, docs_l,
-    BLOCK: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
-    SEEDED: tl.constexpr, DOCUMENTS: tl.constexpr, INTERPRETED: tl.constexpr, ALL_ROWS: tl.constexpr,
+    grad,
+    x,
+    history,
+    documents,
+    weight,
+    bias,
+    grad_x,
+    grad_weight,
+    grad_bias,
+    blocks,
+    x_b,
+    x_l,
+    docs_b,
+    docs_l,
+    BLOCK: tl.constexpr,
+    TAPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SEEDED: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    ALL_ROWS: tl.constexpr,
     TAPS_PADDED: tl.constexpr,
-):  # fmt: skip
+):
     """ALL_ROWS positions of some channels, tile by tile. grad, grad_x (b, l, c) contiguous; grad_weight (b, programs,
     k, c) and grad_bias (b, programs, c) float32, parts of the sums."""
     batch, part, length = tl.program_id(2).to(tl.int64), tl.program_id(0), blocks * BLOCK
@@ -111,9 +188,23 @@ def block_conv_backward_kernel(
             at = i + TAPS - 1 - behind
             ok = ((at < length) & (at // BLOCK == i // BLOCK))[:, None] & there[None, :]
             before = _before_activation(
-                own_x, own_history, own_documents, weight, bias_, at, cols, ok, blocks, x_l, docs_l,
-                BLOCK, TAPS, WIDTH, SEEDED, DOCUMENTS,
-            )  # fmt: skip
+                own_x,
+                own_history,
+                own_documents,
+                weight,
+                bias_,
+                at,
+                cols,
+                ok,
+                blocks,
+                x_l,
+                docs_l,
+                BLOCK,
+                TAPS,
+                WIDTH,
+                SEEDED,
+                DOCUMENTS,
+            )
             open_ = 1.0 / (1.0 + tl.exp(-before))
             g = tl.load(own_grad + at.to(tl.int64)[:, None] * WIDTH + cols[None, :], mask=ok, other=0.0).to(tl.float32)
             upstream = g * open_ * (1.0 + before * (1.0 - open_))
@@ -128,9 +219,22 @@ def block_conv_backward_kernel(
         into_bias += tl.sum(upstream, 0)
         for j in tl.static_range(TAPS):
             value = _tap(
-                own_x, own_history, own_documents, i, j, cols, inside, blocks, x_l, docs_l,
-                BLOCK, TAPS, WIDTH, SEEDED, DOCUMENTS,
-            )  # fmt: skip
+                own_x,
+                own_history,
+                own_documents,
+                i,
+                j,
+                cols,
+                inside,
+                blocks,
+                x_l,
+                docs_l,
+                BLOCK,
+                TAPS,
+                WIDTH,
+                SEEDED,
+                DOCUMENTS,
+            )
             into_weight += tl.where((taps == j)[:, None], tl.sum(upstream * value, 0)[None, :], 0.0)
         place = (batch * length + i)[:, None] * WIDTH + cols[None, :]
         tl.store(grad_x + place, narrow(into, grad_x.dtype.element_ty, INTERPRETED), mask=inside)
@@ -144,7 +248,7 @@ class _BlockConv(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor, documents: Tensor | None, block: int
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         ctx.save_for_backward(x, history, weight, bias, documents)
         ctx.block = block
         (b, l, c), out = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -167,16 +271,23 @@ class _BlockConv(torch.autograd.Function):
         tensors, strides, numbers = _arguments(x, history, weight, bias, documents, ctx.block)
         with torch.cuda.device_of(x):
             block_conv_backward_kernel[(parts, triton.cdiv(c, CHANNELS), b)](
-                grad.contiguous(), *tensors, grad_x, grad_weight, grad_bias, *strides, *numbers, positions,
+                grad.contiguous(),
+                *tensors,
+                grad_x,
+                grad_weight,
+                grad_bias,
+                *strides,
+                *numbers,
+                positions,
                 1 << (taps - 1).bit_length(),
-            )  # fmt: skip
+            )
         sums = grad_weight.sum(0).t().to(weight.dtype), grad_bias.sum(0).to(bias.dtype)
         return grad_x, None, *sums, None, None
 
 
 def _arguments(
     x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor, documents: Tensor | None, block: int
-) -> tuple[list[Tensor], tuple[int, ...], tuple[int | bool, ...]]:  # fmt: skip
+) -> tuple[list[Tensor], tuple[int, ...], tuple[int | bool, ...]]:
     """What both kernels read, the numbers of blocks and of steps, and the compile-time numbers."""
     # What is not there is not read.
     tensors = [x, x if history is None else history, x if documents is None else documents, weight, bias]

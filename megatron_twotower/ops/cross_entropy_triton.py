@@ -23,9 +23,17 @@ LONGEST = 4096
 
 @triton.jit
 def cross_entropy_kernel(
-    logits, targets, weights, found, first,
-    COLUMNS: tl.constexpr, STEP: tl.constexpr, SUM: tl.constexpr, GRADIENT: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
+    logits,
+    targets,
+    weights,
+    found,
+    first,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    SUM: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
     """A row of this rank's logits (rows, COLUMNS). found (3, rows): largest logit, sum of exponentials less that one,
     and the target's logit, 0 where another rank has it; written with SUM, else read. GRADIENT: over the logits."""
     row, rows = tl.program_id(0), tl.num_programs(0)

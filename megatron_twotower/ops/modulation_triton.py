@@ -45,10 +45,23 @@ def _row(base, stretch, batch, cols, by_stretch, by_batch, WIDTH: tl.constexpr):
 
 @triton.jit
 def modulation_forward_kernel(
-    x, factor, base, out, stretch_length, batches, factor_k, factor_b, base_k, base_b,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, MORE: tl.constexpr, BY_POSITION: tl.constexpr,
+    x,
+    factor,
+    base,
+    out,
+    stretch_length,
+    batches,
+    factor_k,
+    factor_b,
+    base_k,
+    base_b,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    MORE: tl.constexpr,
+    BY_POSITION: tl.constexpr,
     INTERPRETED: tl.constexpr,
-):  # fmt: skip
+):
     """MORE is added to the factor. BY_POSITION: base is (l, b, h)."""
     stretch, batch, cols, place, ok, positions = _places(stretch_length, batches, WIDTH, ROWS, COLS)
     value = tl.load(x + place, mask=ok, other=0.0).to(tl.float32)
@@ -63,10 +76,22 @@ def modulation_forward_kernel(
 
 @triton.jit
 def modulation_backward_kernel(
-    grad, x, factor, grad_x, sums, stretch_length, batches, factor_k, factor_b,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, MORE: tl.constexpr, BY_POSITION: tl.constexpr,
+    grad,
+    x,
+    factor,
+    grad_x,
+    sums,
+    stretch_length,
+    batches,
+    factor_k,
+    factor_b,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    MORE: tl.constexpr,
+    BY_POSITION: tl.constexpr,
     INTERPRETED: tl.constexpr,
-):  # fmt: skip
+):
     """sums (1 or 2, k, chunks of a stretch, b, h) float32: of grad * x, and of grad where base is by stretch."""
     stretch, batch, cols, place, ok, _ = _places(stretch_length, batches, WIDTH, ROWS, COLS)
     g = tl.load(grad + place, mask=ok, other=0.0).to(tl.float32)
@@ -82,15 +107,13 @@ def modulation_backward_kernel(
 
 def _arguments(
     x: Tensor, factor: Tensor, more: float, by_position: bool
-) -> tuple[tuple[int, int, int], int, tuple[int | float | bool, ...]]:  # fmt: skip
+) -> tuple[tuple[int, int, int], int, tuple[int | float | bool, ...]]:
     """The grid, chunks of a stretch, and the compile-time numbers."""
     l, b, h = x.shape
     length = l // len(factor)
     rows = min(padded(length), POSITIONS)
     cols, chunks = TILE // rows, triton.cdiv(length, rows)
-    return (
-        (len(factor) * chunks, triton.cdiv(h, cols), b), chunks, (h, rows, cols, more, by_position, not x.is_cuda)
-    )  # fmt: skip
+    return ((len(factor) * chunks, triton.cdiv(h, cols), b), chunks, (h, rows, cols, more, by_position, not x.is_cuda))
 
 
 class _Scaled(torch.autograd.Function):

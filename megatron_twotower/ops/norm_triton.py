@@ -42,9 +42,21 @@ def _places(row, group, cols, length, z_b, z_l, GROUPS: tl.constexpr, WIDTH: tl.
 
 @triton.jit
 def gated_norm_forward_kernel(
-    y, z, weight, out, rows, epsilon, length, z_b, z_l,
-    GROUPS: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr, TILE_ROWS: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
+    y,
+    z,
+    weight,
+    out,
+    rows,
+    epsilon,
+    length,
+    z_b,
+    z_l,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
     """A tile of rows of one group. y, out (rows, groups, width) and weight (groups, width) are contiguous; z has
     `length` rows, z_l elements apart, for each step of z_b."""
     group, cols = tl.program_id(1), tl.arange(0, COLS)
@@ -61,10 +73,25 @@ def gated_norm_forward_kernel(
 
 @triton.jit
 def gated_norm_backward_kernel(
-    grad, y, z, weight, grad_y, grad_z, grad_weight, rows, epsilon, length, z_b, z_l,
-    GROUPS: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr, TILE_ROWS: tl.constexpr, INTERPRETED: tl.constexpr,
+    grad,
+    y,
+    z,
+    weight,
+    grad_y,
+    grad_z,
+    grad_weight,
+    rows,
+    epsilon,
+    length,
+    z_b,
+    z_l,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     ALL_ROWS: tl.constexpr,
-):  # fmt: skip
+):
     """ALL_ROWS rows of one group, tile by tile. grad_weight (programs, groups, width) float32, a part of the sum."""
     part, group, cols = tl.program_id(0), tl.program_id(1), tl.arange(0, COLS)
     w = tl.load(weight + group * WIDTH + cols, mask=cols < WIDTH, other=0.0).to(tl.float32)

@@ -116,9 +116,17 @@ def _pass_back(grads: Tensor, states: Tensor, final: Tensor, keep: Tensor) -> Te
 class _ChunkScan(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, chunk: int,
-        initial: Tensor | None, documents: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        chunk: int,
+        initial: Tensor | None,
+        documents: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         dtype, (b, l, m, p), (g, d) = working_dtype(x), x.shape, B.shape[2:]
         xs, dts, Bs, Cs = (in_chunks(t, chunk) for t in (x, dt.to(dtype), B, C))
         stream, tile, skip = _stream(dts, A.to(dtype), documents, b), tile_length(chunk), D.to(dtype).unsqueeze(-1)
@@ -171,7 +179,7 @@ class _ChunkScan(torch.autograd.Function):
             B_.baddbmm_((u * write).flatten(2), into)
             read_from_backward(
                 g_i, u, B_i, C_i, before[part, heads].flatten(1, 2), stream.reach, part, heads, C_, u_, B_
-            )  # fmt: skip
+            )
             grad_B[part, :, i], grad_C[part, :, i] = B_, C_
             decay[part, :, heads], by_u[part, :, heads], by_skip[part, :, heads] = grad_into_x(
                 x_i, dt_i, skip[heads], ys[part, :, heads], g_i, u_, out=grad_x[part, :, heads]
@@ -192,9 +200,17 @@ def _mamba_ssm_serves(x: Tensor) -> bool:
 
 
 def chunk_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, chunk: int, initial: Tensor | None = None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    *,
+    chunk: int,
+    initial: Tensor | None = None,
     documents: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """The scan of one stream, chunk by chunk; on CUDA in half precision, where no gradient is wanted, by mamba-ssm.
 
     Args:
@@ -238,9 +254,22 @@ def _seeded(
 class _TwoStreamScan(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, clean_x: Tensor, clean_dt: Tensor,
-        clean_A: Tensor, clean_B: Tensor, states: Tensor, block: int, chunk: int, documents: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        clean_x: Tensor,
+        clean_dt: Tensor,
+        clean_A: Tensor,
+        clean_B: Tensor,
+        states: Tensor,
+        block: int,
+        chunk: int,
+        documents: Tensor | None,
+    ) -> Tensor:
         dtype, (b, l, m, p) = working_dtype(x), x.shape
         xs, dts, Bs, Cs, clean_xs, clean_dts, clean_Bs = (
             in_chunks(t, chunk) for t in (x, dt.to(dtype), B, C, clean_x, clean_dt.to(dtype), clean_B)
@@ -295,10 +324,22 @@ class _TwoStreamScan(torch.autograd.Function):
 
 
 def two_stream_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *,
-    clean_x: Tensor, clean_dt: Tensor, clean_A: Tensor, clean_B: Tensor, states: Tensor, block: int, chunk: int,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    *,
+    clean_x: Tensor,
+    clean_dt: Tensor,
+    clean_A: Tensor,
+    clean_B: Tensor,
+    states: Tensor,
+    block: int,
+    chunk: int,
     documents: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The scan of every block of the noisy stream, each started from the clean stream, in one pass.
 
     Three sums per position: the clean state at the chunk's start, the clean positions between it and the block, and
@@ -316,9 +357,21 @@ def two_stream_scan(
     if triton_scans(x, B, block=block, chunk=chunk):
         from megatron_twotower.ops.scan_triton import two_stream_scan_triton as scan
     return scan(
-        x, dt, A, B, C, D, clean_x=clean_x, clean_dt=clean_dt, clean_A=clean_A, clean_B=clean_B, states=states,
-        block=block, chunk=chunk, documents=documents,
-    )  # fmt: skip
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        clean_x=clean_x,
+        clean_dt=clean_dt,
+        clean_A=clean_A,
+        clean_B=clean_B,
+        states=states,
+        block=block,
+        chunk=chunk,
+        documents=documents,
+    )
 
 
 def triton_scans(x: Tensor, B: Tensor, *, block: int, chunk: int) -> bool:
@@ -331,10 +384,22 @@ def triton_scans(x: Tensor, B: Tensor, *, block: int, chunk: int) -> bool:
 
 
 def two_stream_scan_torch(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *,
-    clean_x: Tensor, clean_dt: Tensor, clean_A: Tensor, clean_B: Tensor, states: Tensor, block: int, chunk: int,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    *,
+    clean_x: Tensor,
+    clean_dt: Tensor,
+    clean_A: Tensor,
+    clean_B: Tensor,
+    states: Tensor,
+    block: int,
+    chunk: int,
     documents: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """`two_stream_scan` in torch, on any device."""
     l = x.shape[1]
     assert l % block == 0, (l, block)
@@ -352,7 +417,7 @@ def two_stream_scan_torch(
     xs, dts, Bs, Cs = own
     y, _, _ = chunk_scan(
         xs, dts, A, Bs, Cs, D, chunk=chunk, initial=initial.detach().flatten(0, 1), documents=documents
-    )  # fmt: skip
+    )
     return y.view_as(x)
 
 
@@ -360,9 +425,16 @@ def two_stream_scan_torch(
 
 
 def scan_ref(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *,
-    initial: Tensor | None = None, documents: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    *,
+    initial: Tensor | None = None,
+    documents: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """The recurrence, one position at a time: y (b, l, m, p) and the final state (b, m, p, d)."""
     b, l, m, p = x.shape
     B, C = (t.repeat_interleave(m // t.shape[2], dim=2) for t in (B, C))
@@ -378,9 +450,20 @@ def scan_ref(
 
 
 def two_stream_scan_ref(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *,
-    clean_x: Tensor, clean_dt: Tensor, clean_A: Tensor, clean_B: Tensor, block: int, documents: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    *,
+    clean_x: Tensor,
+    clean_dt: Tensor,
+    clean_A: Tensor,
+    clean_B: Tensor,
+    block: int,
+    documents: Tensor | None = None,
+) -> Tensor:
     """Every block by itself: the clean recurrence up to the block, then the noisy one through it."""
     ys = []
     for start in range(0, x.shape[1], block):

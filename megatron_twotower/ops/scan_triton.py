@@ -113,10 +113,21 @@ def plan(
     if padded(tile) > launch.tile:
         launch = launch._replace(warps=8)
     numbers = Plan(
-        heads=m, share=m // g, head_size=p, state=d, block=block, chunk=chunk, tile=tile, tiles=-(-chunk // tile),
-        rows_padded=padded(tile), keys=min(padded(chunk), MAX_CHUNK // 2), head_size_padded=padded(p),
-        state_padded=padded(d), documents=documents, interpreted=interpreted,
-    )  # fmt: skip
+        heads=m,
+        share=m // g,
+        head_size=p,
+        state=d,
+        block=block,
+        chunk=chunk,
+        tile=tile,
+        tiles=-(-chunk // tile),
+        rows_padded=padded(tile),
+        keys=min(padded(chunk), MAX_CHUNK // 2),
+        head_size_padded=padded(p),
+        state_padded=padded(d),
+        documents=documents,
+        interpreted=interpreted,
+    )
     return numbers, launch
 
 
@@ -170,9 +181,22 @@ def _by_head(dt: Tensor, chunk: int) -> Tensor:
 class _TwoStreamScan(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, clean_x: Tensor, clean_dt: Tensor,
-        clean_A: Tensor, clean_B: Tensor, states: Tensor, block: int, chunk: int, documents: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        clean_x: Tensor,
+        clean_dt: Tensor,
+        clean_A: Tensor,
+        clean_B: Tensor,
+        states: Tensor,
+        block: int,
+        chunk: int,
+        documents: Tensor | None,
+    ) -> Tensor:
         ctx.save_for_backward(x, dt, A, B, C, D, clean_x, clean_dt, clean_A, clean_B, states, documents)
         ctx.block, ctx.chunk = block, chunk
         rows = dt[..., 0] if documents is None else documents  # not read without documents
@@ -183,9 +207,11 @@ class _TwoStreamScan(torch.autograd.Function):
         with torch.cuda.device_of(x):
             decays = _decays(dt, A, clean_dt, clean_A, block, chunk)
             _run_tiles(
-                "forward", planned, [x, dt, B, C, D, clean_x, clean_dt, clean_B, states, *decays, rows, y],
+                "forward",
+                planned,
+                [x, dt, B, C, D, clean_x, clean_dt, clean_B, states, *decays, rows, y],
                 strided=[x, dt, B, C, clean_x, clean_dt, clean_B, states, y, rows],
-            )  # fmt: skip
+            )
         return y
 
     @staticmethod
@@ -205,28 +231,46 @@ class _TwoStreamScan(torch.autograd.Function):
         with torch.cuda.device_of(x):
             decays = _decays(dt, A, clean_dt, clean_A, block, chunk)
             _run_tiles(
-                "backward_left", left,
+                "backward_left",
+                left,
                 [grad, C, clean_x, clean_dt, clean_B, states, *decays[1:], rows, grad_C, into_since],
                 strided=[grad, C, clean_x, clean_dt, clean_B, states, rows],
-            )  # fmt: skip
+            )
             _run_tiles(
-                "backward_own", own,
+                "backward_own",
+                own,
                 [grad, x, dt, B, C, D, decays[0], rows, grad_x, grad_B, grad_C, grad_D, into_dt, into_own],
                 strided=[grad, x, dt, B, C, rows],
-            )  # fmt: skip
+            )
             _run_by_head(
-                kernels.decay_backward_kernel, [dt, A, into_dt, into_own, into_since, grad_dt, grad_A],
-                like=dt, strided=[dt], block=block, chunk=chunk,
-            )  # fmt: skip
+                kernels.decay_backward_kernel,
+                [dt, A, into_dt, into_own, into_since, grad_dt, grad_A],
+                like=dt,
+                strided=[dt],
+                block=block,
+                chunk=chunk,
+            )
         sums = grad_A.sum(0).to(A.dtype), grad_D.sum(0).to(D.dtype)
         return grad_x, grad_dt, sums[0], grad_B, grad_C, sums[1], *[None] * 8
 
 
 def two_stream_scan_triton(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *,
-    clean_x: Tensor, clean_dt: Tensor, clean_A: Tensor, clean_B: Tensor, states: Tensor, block: int, chunk: int,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    *,
+    clean_x: Tensor,
+    clean_dt: Tensor,
+    clean_A: Tensor,
+    clean_B: Tensor,
+    states: Tensor,
+    block: int,
+    chunk: int,
     documents: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """`ops.scan.two_stream_scan` for what `supported` takes, in one kernel forward and two backward.
 
     Args:

@@ -112,9 +112,22 @@ def _add_left(
 
 @triton.jit
 def _add_left_backward(
-    into_C, g_i, B_j, pairs, since_i, clean, dt, dt_l, x, x_l, j, p, length, HEAD_SIZE: tl.constexpr,
+    into_C,
+    g_i,
+    B_j,
+    pairs,
+    since_i,
+    clean,
+    dt,
+    dt_l,
+    x,
+    x_l,
+    j,
+    p,
+    length,
+    HEAD_SIZE: tl.constexpr,
     INTERPRETED: tl.constexpr,
-):  # fmt: skip
+):
     """into_C (i, d) of one head and what clean positions j give it."""
     clean_j, dt_j = _clean_factors(clean, dt, dt_l, j, length)
     x_j = _matrix(x, j, x_l, p, j < length, HEAD_SIZE)
@@ -128,10 +141,26 @@ def _add_left_backward(
 
 @triton.jit
 def decay_kernel(
-    dt, A, clean_dt, clean_A, own, since, clean,
-    dt_b, dt_l, dt_m, cdt_b, cdt_l, cdt_m, length,
-    HEADS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, Q: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
+    dt,
+    A,
+    clean_dt,
+    clean_A,
+    own,
+    since,
+    clean,
+    dt_b,
+    dt_l,
+    dt_m,
+    cdt_b,
+    cdt_l,
+    cdt_m,
+    length,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    Q: tl.constexpr,
+    STEP: tl.constexpr,
+):
     """One chunk of one head: the three log decays. Grid (b m chunks,)."""
     batch, head, _, first, at = _head_and_chunk(length, HEADS, CHUNK)
     a, clean_a = tl.load(A + head).to(tl.float32), tl.load(clean_A + head).to(tl.float32)
@@ -157,9 +186,23 @@ def decay_kernel(
 
 @triton.jit
 def decay_backward_kernel(
-    dt, A, into_dt, into_own, into_since, grad_dt, grad_A, dt_b, dt_l, dt_m, length,
-    HEADS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, Q: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
+    dt,
+    A,
+    into_dt,
+    into_own,
+    into_since,
+    grad_dt,
+    grad_A,
+    dt_b,
+    dt_l,
+    dt_m,
+    length,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    Q: tl.constexpr,
+    STEP: tl.constexpr,
+):
     """One chunk of one head: gradients of dt (b, l, m), and each chunk's part of A's (b chunks, m). Grid as above."""
     batch, head, chunk, first, at = _head_and_chunk(length, HEADS, CHUNK)
     j = tl.arange(0, Q)
@@ -181,13 +224,66 @@ def decay_backward_kernel(
 
 @triton.jit
 def forward_kernel(
-    x, dt, B, C, D, clean_x, clean_dt, clean_B, states, own, since, clean, documents, y,
-    x_b, x_l, x_m, dt_b, dt_l, dt_m, B_b, B_l, B_g, C_b, C_l, C_g,
-    cx_b, cx_l, cx_m, cdt_b, cdt_l, cdt_m, cB_b, cB_l, cB_g, h_b, h_c, h_m, h_p, y_b, y_l, y_m, docs_b, docs_l, length,
-    HEADS: tl.constexpr, SHARE: tl.constexpr, HEAD_SIZE: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr, KEYS: tl.constexpr, P: tl.constexpr,
-    N: tl.constexpr, DOCUMENTS: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
+    x,
+    dt,
+    B,
+    C,
+    D,
+    clean_x,
+    clean_dt,
+    clean_B,
+    states,
+    own,
+    since,
+    clean,
+    documents,
+    y,
+    x_b,
+    x_l,
+    x_m,
+    dt_b,
+    dt_l,
+    dt_m,
+    B_b,
+    B_l,
+    B_g,
+    C_b,
+    C_l,
+    C_g,
+    cx_b,
+    cx_l,
+    cx_m,
+    cdt_b,
+    cdt_l,
+    cdt_m,
+    cB_b,
+    cB_l,
+    cB_g,
+    h_b,
+    h_c,
+    h_m,
+    h_p,
+    y_b,
+    y_l,
+    y_m,
+    docs_b,
+    docs_l,
+    length,
+    HEADS: tl.constexpr,
+    SHARE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    STATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+    R: tl.constexpr,
+    KEYS: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
     """One tile of positions, all heads of one group. Grid (b chunks TILES, g)."""
     batch, chunk, i, row_ok = _positions(length, CHUNK, TILE, TILES, R)
     group, batch, first = tl.program_id(1), batch.to(tl.int64), chunk.to(tl.int64) * CHUNK
@@ -234,9 +330,20 @@ def forward_kernel(
             )
         if CHUNK > KEYS:
             out = _add_left(
-                out, later_scores, since_i, clean + at, to_dt, cdt_l, to_x, cx_l, later_j, p, here, HEAD_SIZE,
+                out,
+                later_scores,
+                since_i,
+                clean + at,
+                to_dt,
+                cdt_l,
+                to_x,
+                cx_l,
+                later_j,
+                p,
+                here,
+                HEAD_SIZE,
                 INTERPRETED,
-            )  # fmt: skip
+            )
         weights = own_scores * _decayed(own_i, own_i) * dt_i[None, :]
         out = _dot(narrow(weights, x_i.dtype, INTERPRETED), x_i, out, INTERPRETED)
         out += tl.load(D + head).to(tl.float32) * x_i.to(tl.float32)
@@ -246,13 +353,54 @@ def forward_kernel(
 
 @triton.jit
 def backward_left_kernel(
-    grad, C, clean_x, clean_dt, clean_B, states, since, clean, documents, grad_C, into_since,
-    g_b, g_l, g_m, C_b, C_l, C_g, cx_b, cx_l, cx_m, cdt_b, cdt_l, cdt_m, cB_b, cB_l, cB_g, h_b, h_c, h_m, h_p,
-    docs_b, docs_l, length,
-    HEADS: tl.constexpr, SHARE: tl.constexpr, HEAD_SIZE: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr, KEYS: tl.constexpr, P: tl.constexpr,
-    N: tl.constexpr, DOCUMENTS: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
+    grad,
+    C,
+    clean_x,
+    clean_dt,
+    clean_B,
+    states,
+    since,
+    clean,
+    documents,
+    grad_C,
+    into_since,
+    g_b,
+    g_l,
+    g_m,
+    C_b,
+    C_l,
+    C_g,
+    cx_b,
+    cx_l,
+    cx_m,
+    cdt_b,
+    cdt_l,
+    cdt_m,
+    cB_b,
+    cB_l,
+    cB_g,
+    h_b,
+    h_c,
+    h_m,
+    h_p,
+    docs_b,
+    docs_l,
+    length,
+    HEADS: tl.constexpr,
+    SHARE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    STATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+    R: tl.constexpr,
+    KEYS: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
     """What is left of the block: its part of C's gradient, and with C that of the log decays since (b, m, l').
 
     One tile of positions, all heads of one group. Grid (b chunks TILES, g). grad_C is contiguous.
@@ -290,14 +438,40 @@ def backward_left_kernel(
         to_dt, to_x = clean_dt + head * cdt_m, clean_x + head * cx_m
         if CHUNK > BLOCK:
             of_head = _add_left_backward(
-                of_head, g_i, B_j, left, since_i, clean + at, to_dt, cdt_l, to_x, cx_l, j, p, here, HEAD_SIZE,
+                of_head,
+                g_i,
+                B_j,
+                left,
+                since_i,
+                clean + at,
+                to_dt,
+                cdt_l,
+                to_x,
+                cx_l,
+                j,
+                p,
+                here,
+                HEAD_SIZE,
                 INTERPRETED,
-            )  # fmt: skip
+            )
         if CHUNK > KEYS:
             of_head = _add_left_backward(
-                of_head, g_i, later_B_j, later_left, since_i, clean + at, to_dt, cdt_l, to_x, cx_l, later_j, p, here,
-                HEAD_SIZE, INTERPRETED,
-            )  # fmt: skip
+                of_head,
+                g_i,
+                later_B_j,
+                later_left,
+                since_i,
+                clean + at,
+                to_dt,
+                cdt_l,
+                to_x,
+                cx_l,
+                later_j,
+                p,
+                here,
+                HEAD_SIZE,
+                INTERPRETED,
+            )
         into_C += of_head
         tl.store(into_since + at + i, tl.sum(of_head * C_i.to(tl.float32), 1), mask=row_ok)
     to = (((batch * length + first + i) * (HEADS // SHARE) + group) * STATE)[:, None] + n[None, :]
@@ -307,12 +481,53 @@ def backward_left_kernel(
 
 @triton.jit
 def backward_own_kernel(
-    grad, x, dt, B, C, D, own, documents, grad_x, grad_B, grad_C, grad_D, into_dt, into_own,
-    g_b, g_l, g_m, x_b, x_l, x_m, dt_b, dt_l, dt_m, B_b, B_l, B_g, C_b, C_l, C_g, docs_b, docs_l, length,
-    HEADS: tl.constexpr, SHARE: tl.constexpr, HEAD_SIZE: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr, KEYS: tl.constexpr, P: tl.constexpr,
-    N: tl.constexpr, DOCUMENTS: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
+    grad,
+    x,
+    dt,
+    B,
+    C,
+    D,
+    own,
+    documents,
+    grad_x,
+    grad_B,
+    grad_C,
+    grad_D,
+    into_dt,
+    into_own,
+    g_b,
+    g_l,
+    g_m,
+    x_b,
+    x_l,
+    x_m,
+    dt_b,
+    dt_l,
+    dt_m,
+    B_b,
+    B_l,
+    B_g,
+    C_b,
+    C_l,
+    C_g,
+    docs_b,
+    docs_l,
+    length,
+    HEADS: tl.constexpr,
+    SHARE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    STATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+    R: tl.constexpr,
+    KEYS: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
     """The blocks themselves: gradients of x and B, what is missing of C's, each tile's part of D's (tiles, m); and, for
     `decay_backward_kernel`, of dt as a factor of x, and of the log decays own, both (b, m, l').
 

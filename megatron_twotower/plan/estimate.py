@@ -96,7 +96,7 @@ def _own(parts: list[Part]) -> int:
 
 def kept_bytes(
     config: RunConfig, *, block: int, own: Sequence[Stage] | None = None, scored: int | None = None
-) -> tuple[int, int]:  # fmt: skip
+) -> tuple[int, int]:
     """What one micro-batch keeps between forward and backward on a rank: the denoiser's own, and what is handed over.
 
     Args:
@@ -168,36 +168,47 @@ def _compute_seconds(config: RunConfig, layout: Layout, card: Card, taken: Assum
 
 def _phase_cost(
     config: RunConfig, phase: Phase, *, layout: Layout, card: Card, taken: Assumptions, transfer: float
-) -> PhaseCost:  # fmt: skip
+) -> PhaseCost:
     block, length = phase.noise.block_size_tokens, config.data.sequence_length_tokens
     compute = _compute_seconds(config, layout, card, taken, block=block)
     step = compute + transfer
     return PhaseCost(
-        name=phase.name, block=block, tokens=phase.sequences * length, steps=phase.steps,
-        flops=step_flops(config, block=block), ar=step_flops(config, objective="ar"), compute_seconds=compute,
-        transfer_seconds=transfer, step_seconds=step, seconds=phase.steps * step,
-    )  # fmt: skip
+        name=phase.name,
+        block=block,
+        tokens=phase.sequences * length,
+        steps=phase.steps,
+        flops=step_flops(config, block=block),
+        ar=step_flops(config, objective="ar"),
+        compute_seconds=compute,
+        transfer_seconds=transfer,
+        step_seconds=step,
+        seconds=phase.steps * step,
+    )
 
 
 def _memory(
-    config: RunConfig, layout: Layout, weights: WeightBytes, *, pipeline_rank: int, blocks: Sequence[int],
-    reserve: int,
-) -> Memory:  # fmt: skip
+    config: RunConfig, layout: Layout, weights: WeightBytes, *, pipeline_rank: int, blocks: Sequence[int], reserve: int
+) -> Memory:
     """Of one pipeline rank, with the block size that takes most."""
     own = stages_of_rank(config.model, config.parallel, pipeline_rank)
     times = in_flight(layout, pipeline_rank=pipeline_rank, micro_batches=micro_batches(config, layout))
     kept, handoff = max((kept_bytes(config, block=block, own=own) for block in blocks), key=sum)
     working = max(_working_bytes(config, step_size(config, block=block)) for block in blocks)
     return Memory(
-        context=weights.context, parameters=weights.parameters, gradients=weights.gradients,
-        optimizer=weights.optimizer, kept=round(kept * times), handoff=round(handoff * times), working=working,
+        context=weights.context,
+        parameters=weights.parameters,
+        gradients=weights.gradients,
+        optimizer=weights.optimizer,
+        kept=round(kept * times),
+        handoff=round(handoff * times),
+        working=working,
         reserve=reserve,
-    )  # fmt: skip
+    )
 
 
 def estimate(
     config: RunConfig, *, ranks: int, assumptions: Assumptions | None = None, of: Sequence[Held] | None = None
-) -> Estimate:  # fmt: skip
+) -> Estimate:
     """What a validated configuration needs on so many ranks, each phase with its block size; memory, and bytes sent, of
     the pipeline ranks that need and send most.
 

@@ -78,7 +78,7 @@ def context_layers(model: ModelConfig) -> str:
 
 def step_flops(
     config: RunConfig, *, objective: str | None = None, block: int | None = None, own: Sequence[Stage] | None = None
-) -> StepFlops:  # fmt: skip
+) -> StepFlops:
     """What a training step costs for each token, for its objective or the other, its block size or another.
 
     Args:

@@ -62,9 +62,14 @@ def layout_of(config: RunConfig, *, ranks: int) -> Layout:
     parallel = config.parallel
     sequence = parallel.tensor if parallel.sequence else 1
     return Layout(
-        ranks, parallel.tensor, sequence, parallel.expert, parallel.expert_tensor_ranks, parallel.pipeline,
+        ranks,
+        parallel.tensor,
+        sequence,
+        parallel.expert,
+        parallel.expert_tensor_ranks,
+        parallel.pipeline,
         parallel.pipeline_chunks,
-    )  # fmt: skip
+    )
 
 
 def micro_batches(config: RunConfig, layout: Layout) -> int:

@@ -76,8 +76,10 @@ def assumed(config: RunConfig, taken: Assumptions, source: Measured | None) -> I
     )
     hidden = "gradients behind the backward pass" if config.parallel.overlap_grad_reduce else "nothing"
     yield f"Collectives as rings, one after the other, without latency or contention; hidden: {hidden}."
-    yield (f"The global batch stays {data.global_batch_size:,} sequences of {data.sequence_length_tokens:,} tokens, so "
-           "more cards have fewer micro-batches each.")  # fmt: skip
+    yield (
+        f"The global batch stays {data.global_batch_size:,} sequences of {data.sequence_length_tokens:,} tokens, so "
+        "more cards have fewer micro-batches each."
+    )
     yield "Experts equally busy; no slow card, no failure, no time for data, checkpoints or validation."
 
 
@@ -88,19 +90,38 @@ def _row(found: Estimate, config: RunConfig, best: float) -> list[str]:
     far = [group for group in found.sent if crosses_nodes(group, layout, found.card)]
     near = [group for group in found.sent if group not in far]
     return [
-        gib(found.memory.total), f"{micro_batches(found.config, layout)}", f"{phase.compute_seconds:,.2f}",
-        f"{phase.transfer_seconds:,.2f}", f"{rate:,.0f}", f"{rate * layout.ranks:,.0f}", f"{rate / best:.2f}",
-        duration(found.seconds), ", ".join(near) or "-", ", ".join(far) or "-",
+        gib(found.memory.total),
+        f"{micro_batches(found.config, layout)}",
+        f"{phase.compute_seconds:,.2f}",
+        f"{phase.transfer_seconds:,.2f}",
+        f"{rate:,.0f}",
+        f"{rate * layout.ranks:,.0f}",
+        f"{rate / best:.2f}",
+        duration(found.seconds),
+        ", ".join(near) or "-",
+        ", ".join(far) or "-",
         spelled([each for each in overrides(config, found.config) if not each.startswith("parallel.ranks=")]),
-    ]  # fmt: skip
+    ]
 
 
 def table(rows: Sequence[tuple[int, Estimate | None]], config: RunConfig, *, title: str) -> Table:
     """One row a number of cards; efficiency is over the smallest that fits."""
     made = Table(
-        "cards", "memory", "micro-batches", "computing, s", "sending, s", "tokens/s a card", "tokens/s", "efficiency",
-        "in all", "within a node", "between nodes", "layout", title=title, box=SIMPLE_HEAD,
-    )  # fmt: skip
+        "cards",
+        "memory",
+        "micro-batches",
+        "computing, s",
+        "sending, s",
+        "tokens/s a card",
+        "tokens/s",
+        "efficiency",
+        "in all",
+        "within a node",
+        "between nodes",
+        "layout",
+        title=title,
+        box=SIMPLE_HEAD,
+    )
     for column in made.columns[:9]:
         column.justify = "right"
     fitting = [found for _, found in rows if found is not None]
@@ -114,9 +135,14 @@ def table(rows: Sequence[tuple[int, Estimate | None]], config: RunConfig, *, tit
 
 
 def run(
-    config: RunConfig, *, recipe: str, counts: Sequence[int], assumptions: Assumptions, measured: Measured | None,
+    config: RunConfig,
+    *,
+    recipe: str,
+    counts: Sequence[int],
+    assumptions: Assumptions,
+    measured: Measured | None,
     as_text: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Print the estimates.
 
     Raises:

@@ -40,9 +40,16 @@ def candidates(config: RunConfig, *, ranks: int) -> Iterator[RunConfig]:
             continue
         each = 1 if narrow and tensor > 1 else 0
         changed = _changed(
-            config, "parallel", tensor=tensor, sequence=tensor > 1, expert=expert, expert_tensor=each,
-            pipeline=pipeline, pipeline_chunks=1, pipeline_layers=_stretches(config.model.num_layers, pipeline),
-        )  # fmt: skip
+            config,
+            "parallel",
+            tensor=tensor,
+            sequence=tensor > 1,
+            expert=expert,
+            expert_tensor=each,
+            pipeline=pipeline,
+            pipeline_chunks=1,
+            pipeline_layers=_stretches(config.model.num_layers, pipeline),
+        )
         changed = _changed(changed, "data", micro_batch_size=batch)
         changed = _changed(changed, "train", recompute_layers=recompute)
         changed = _changed(changed, "optimizer", distributed=True)

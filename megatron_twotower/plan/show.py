@@ -18,11 +18,15 @@ from megatron_twotower.records import UserError
 from megatron_twotower.validation import validate
 
 _MEMORY = {
-    "context": "context tower, frozen", "parameters": "denoiser: parameters", "gradients": "denoiser: gradients",
-    "optimizer": "denoiser: optimizer state", "kept": "activations", "handoff": "hand-off between towers",
+    "context": "context tower, frozen",
+    "parameters": "denoiser: parameters",
+    "gradients": "denoiser: gradients",
+    "optimizer": "denoiser: optimizer state",
+    "kept": "activations",
+    "handoff": "hand-off between towers",
     "working": "a layer at work, or loss",
     "reserve": "CUDA, NCCL (assumed)",
-}  # fmt: skip
+}
 DAY = 24 * 3600
 
 
@@ -75,30 +79,38 @@ def _memory_rows(found: Estimate) -> list[tuple[str, str, str]]:
 def _step_rows(found: Estimate) -> list[tuple[str, str, str]]:
     first = found.phases[0]
     rows = [
-        ("FLOPs a token", f"{first.flops.model / 1e9:,.2f} G",
-         f"{first.flops.executed / 1e9:,.2f} G with recompute"),
+        ("FLOPs a token", f"{first.flops.model / 1e9:,.2f} G", f"{first.flops.executed / 1e9:,.2f} G with recompute"),
         ("… of an AR step", f"{first.ar.model / 1e9:,.2f} G", f"two towers: {first.flops.model / first.ar.model:.2f}"),
-    ]  # fmt: skip
+    ]
     for group, count in found.sent.items():
         where = "between nodes" if crosses_nodes(group, found.layout, found.card) else "within a node"
         rows.append((f"sent in {group} groups", _gb(count), f"a rank, {where}"))
     taken = found.assumptions
     return [
         *rows,
-        ("step, computing", f"{first.compute_seconds:,.2f} s",
-         f"at {taken.utilisation:.0%} of {found.card.bf16_flops / 1e12:,.0f} TFLOP/s (assumed)"),
-        ("step, communicating", f"{first.transfer_seconds:,.2f} s",
-         f"at {taken.link_share:.0%} of the links' speed (assumed)"),
+        (
+            "step, computing",
+            f"{first.compute_seconds:,.2f} s",
+            f"at {taken.utilisation:.0%} of {found.card.bf16_flops / 1e12:,.0f} TFLOP/s (assumed)",
+        ),
+        (
+            "step, communicating",
+            f"{first.transfer_seconds:,.2f} s",
+            f"at {taken.link_share:.0%} of the links' speed (assumed)",
+        ),
         ("checkpoint", _gb(found.checkpoint), "in all, on disk"),
-    ]  # fmt: skip
+    ]
 
 
 def _time_rows(found: Estimate) -> list[tuple[str, str, str]]:
     rows = [
-        (f"phase {phase.name}".strip(), duration(phase.seconds),
-         f"{phase.tokens / 1e9:,.0f} G tokens, S = {phase.block}, {phase.steps:,} steps")
+        (
+            f"phase {phase.name}".strip(),
+            duration(phase.seconds),
+            f"{phase.tokens / 1e9:,.0f} G tokens, S = {phase.block}, {phase.steps:,} steps",
+        )
         for phase in found.phases
-    ]  # fmt: skip
+    ]
     tokens = sum(phase.tokens for phase in found.phases)
     rate = tokens / found.seconds / found.layout.ranks
     return [*rows, ("in all", duration(found.seconds), f"{tokens / 1e12:,.2f} T tokens, {rate:,.0f} tokens/s a card")]
@@ -133,9 +145,8 @@ def as_json(found: Estimate) -> dict[str, Any]:
     tower = parameters(context)
     return {
         "parameters": {"tower": tower, "time_conditioning": parameters(trained) - tower},
-        "layout": dataclasses.asdict(found.layout) | {
-            "data": found.layout.data, "expert_data": found.layout.expert_data,
-        },
+        "layout": dataclasses.asdict(found.layout)
+        | {"data": found.layout.data, "expert_data": found.layout.expert_data},
         "card": dataclasses.asdict(found.card),
         "assumptions": dataclasses.asdict(found.assumptions),
         "memory_bytes": dataclasses.asdict(found.memory) | {"total": found.memory.total},
@@ -144,7 +155,7 @@ def as_json(found: Estimate) -> dict[str, Any]:
         "sent_bytes_per_step": found.sent,
         "phases": [dataclasses.asdict(phase) for phase in found.phases],
         "seconds": found.seconds,
-    }  # fmt: skip
+    }
 
 
 def _checked(config: RunConfig, ranks: int) -> list[Held]:
@@ -170,9 +181,15 @@ def _checked(config: RunConfig, ranks: int) -> list[Held]:
 
 
 def run(
-    config: RunConfig, *, recipe: str, ranks: int | None, assumptions: Assumptions, searching: bool, rows: int,
+    config: RunConfig,
+    *,
+    recipe: str,
+    ranks: int | None,
+    assumptions: Assumptions,
+    searching: bool,
+    rows: int,
     as_text: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Print the plan of a configuration.
 
     Args:

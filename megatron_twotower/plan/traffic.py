@@ -51,10 +51,14 @@ class Transfer:
 
 def group_sizes(layout: Layout) -> dict[str, int]:
     return {
-        "tensor": layout.tensor, "expert": layout.expert, "expert tensor": layout.expert_tensor,
-        "tensor x expert": layout.expert * layout.expert_tensor, "data": layout.data,
-        "expert data": layout.expert_data, "pipeline": layout.pipeline,
-    }  # fmt: skip
+        "tensor": layout.tensor,
+        "expert": layout.expert,
+        "expert tensor": layout.expert_tensor,
+        "tensor x expert": layout.expert * layout.expert_tensor,
+        "data": layout.data,
+        "expert data": layout.expert_data,
+        "pipeline": layout.pipeline,
+    }
 
 
 def crosses_nodes(group: str, layout: Layout, card: Card) -> bool:
@@ -81,9 +85,7 @@ def _mixer(config: RunConfig, positions: int, *, forward: int, backward: int) ->
     yield Transfer("tensor", "mixers", "reduce_scatter", whole, forward + backward)
 
 
-def _routed(
-    config: RunConfig, size: StepSize, positions: int, *, forward: int, backward: int
-) -> Iterator[Transfer]:  # fmt: skip
+def _routed(config: RunConfig, size: StepSize, positions: int, *, forward: int, backward: int) -> Iterator[Transfer]:
     """What routed experts exchange, in so many passes."""
     model, layout = config.model, config.parallel
     row, k = model.hidden_size * size.activation_bytes, model.num_experts_per_tok
@@ -111,9 +113,7 @@ def _routed(
     yield Transfer("expert tensor", "routes", "reduce_scatter", gathered * wide, backward)
 
 
-def _tower(
-    config: RunConfig, size: StepSize, pattern: str, positions: int, *, trained: bool
-) -> Iterator[Transfer]:  # fmt: skip
+def _tower(config: RunConfig, size: StepSize, pattern: str, positions: int, *, trained: bool) -> Iterator[Transfer]:
     for kind in pattern:
         forward, backward = (_passes(config, kind), 1) if trained else (1, 0)
         yield from _mixer(config, positions, forward=forward, backward=backward)
@@ -164,9 +164,13 @@ def _step(config: RunConfig, weights: WeightBytes, own: Sequence[Stage]) -> Iter
 
 
 def transfers(
-    config: RunConfig, layout: Layout, weights: WeightBytes, *, own: Sequence[Stage] | None = None,
+    config: RunConfig,
+    layout: Layout,
+    weights: WeightBytes,
+    *,
+    own: Sequence[Stage] | None = None,
     scored: float | None = None,
-) -> list[Transfer]:  # fmt: skip
+) -> list[Transfer]:
     """All that a rank exchanges in a step.
 
     Args:

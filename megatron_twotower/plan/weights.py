@@ -130,9 +130,7 @@ def _up(number: int, divisor: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def buffer(
-    sizes: tuple[int, ...], *, ranks: int, distributed: bool, bucket_elements: int | None = None
-) -> Buffer:  # fmt: skip
+def buffer(sizes: tuple[int, ...], *, ranks: int, distributed: bool, bucket_elements: int | None = None) -> Buffer:
     """Lay parameters of these sizes out as Megatron does.
 
     Args:
@@ -194,7 +192,7 @@ class WeightBytes:
 
 def weight_bytes(
     config: RunConfig, layout: Layout, of: Held, *, pipeline_rank: int = 0, places: tuple[int, int] | None = None
-) -> WeightBytes:  # fmt: skip
+) -> WeightBytes:
     """Bytes of weights and what hangs on them.
 
     Args:
@@ -215,9 +213,13 @@ def weight_bytes(
             owned += max(laid.owned) if places is None else laid.owned[places[number]]
     total = sum(buffers)
     return WeightBytes(
-        context=of.context * width - _in_fp8(config, of) * (width - 1), parameters=total * width,
-        gradients=total * FP32, optimizer=owned * state, dense=buffers[0], expert=buffers[1],
-    )  # fmt: skip
+        context=of.context * width - _in_fp8(config, of) * (width - 1),
+        parameters=total * width,
+        gradients=total * FP32,
+        optimizer=owned * state,
+        dense=buffers[0],
+        expert=buffers[1],
+    )
 
 
 def checkpoint_bytes(config: RunConfig) -> int:

@@ -35,12 +35,14 @@ class Recorder:
             self.blocks.append([])
         committed = seen.committed[self.row].nonzero().flatten().tolist()
         if committed:  # else the row had ended, and the pass was for others
-            self.blocks[seen.block].append({
-                "t": round(float(seen.t[self.row]), 4),
-                "predicted": seen.predicted[self.row].tolist(),
-                "confidence": [round(value, 4) for value in seen.confidence[self.row].tolist()],
-                "committed": committed,
-            })  # fmt: skip
+            self.blocks[seen.block].append(
+                {
+                    "t": round(float(seen.t[self.row]), 4),
+                    "predicted": seen.predicted[self.row].tolist(),
+                    "confidence": [round(value, 4) for value in seen.confidence[self.row].tolist()],
+                    "committed": committed,
+                }
+            )
 
     def recording(
         self, generation: Generation, tokenizer: PreTrainedTokenizerFast, *, model: str, settings: GenerationSettings
@@ -49,11 +51,19 @@ class Recorder:
         blocks = [steps for steps in self.blocks if steps]
         ids = {token for steps in blocks for step in steps for token in step["predicted"]}
         return {
-            "version": VERSION, "model": model, "settings": asdict(settings), "mode": generation.mode,
-            "prompt": generation.prompt, "text": generation.text, "new_tokens": generation.new_tokens,
-            "passes": generation.passes, "seconds": round(generation.seconds, 3), "summary": _summary(generation),
-            "blocks": blocks, "pieces": {str(token): tokenizer.decode([token]) for token in sorted(ids)},
-        }  # fmt: skip
+            "version": VERSION,
+            "model": model,
+            "settings": asdict(settings),
+            "mode": generation.mode,
+            "prompt": generation.prompt,
+            "text": generation.text,
+            "new_tokens": generation.new_tokens,
+            "passes": generation.passes,
+            "seconds": round(generation.seconds, 3),
+            "summary": _summary(generation),
+            "blocks": blocks,
+            "pieces": {str(token): tokenizer.decode([token]) for token in sorted(ids)},
+        }
 
 
 def _summary(generation: Generation) -> str:

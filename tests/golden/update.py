@@ -23,8 +23,10 @@ if __name__ == "__main__":
     backbone = conftest.tiny_backbone.__wrapped__(Folders())
     read = conftest.records_of.__wrapped__()
     for name, recipe, start, extra in (
-        ("tiny_ar", "tiny_ar", None, ()), ("tiny", "tiny", backbone, ()), ("tiny_100", "tiny", backbone, LONG)
-    ):  # fmt: skip
+        ("tiny_ar", "tiny_ar", None, ()),
+        ("tiny", "tiny", backbone, ()),
+        ("tiny_100", "tiny", backbone, LONG),
+    ):
         run = Folders().mktemp(name) / "run"
         train(recipe, *settings(data, run, start, *extra))
         (HERE / f"{name}.json").write_text(json.dumps([round(x, 7) for x in losses(read(run))], indent=0) + "\n")
