@@ -129,7 +129,7 @@ soak: $(VENV)/.installed ## kill a small training again and again, and account f
 
 # Development ----------------------------------------------------------------------------------------------------
 
-test: $(VENV)/.installed-dev ## run the tests (PYTEST_ARGS='tests/test_ops.py -k scan')
+test: $(VENV)/.installed-dev ## run the tests (PYTEST_ARGS='tests/ops -k scan')
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-dev ## run the slow tests
@@ -164,7 +164,7 @@ test-transformers: $(VENV)/.installed-dev ## test the shipped model file with an
 	  > "$$($(OTHER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_base.pth"
 	@$(OTHER)/bin/python -m pip install -qq transformers==$(TRANSFORMERS)
 	$(OTHER)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
-	$(OTHER)/bin/python -m pytest tests/test_hf.py tests/test_batches.py tests/test_speculative.py $(PYTEST_ARGS)
+	$(OTHER)/bin/python -m pytest tests/hf $(PYTEST_ARGS)
 
 # Another Python, and with it another Megatron Core: 0.16.1 is the last for 3.11, from 3.12 on there is 0.19. The whole suite
 # there: make test PYTHON=python3.12 VENV=.venv-other

@@ -16,9 +16,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megatron_twotower import __version__, host
-from megatron_twotower.config import RunConfig, TrainConfig
-from megatron_twotower.ops import kernels
+from megatron_twotower import __version__
+from megatron_twotower.common import device
+from megatron_twotower.config.schema import RunConfig, TrainConfig
+from megatron_twotower.mcore.modules import implementation
+from megatron_twotower.ops import dispatch
 
 GPU_EXTRA = "a CUDA build of torch and nvcc, then: pip install --no-build-isolation 'megatron-twotower[gpu]'"
 APEX = "build Apex from source against that torch, with APEX_CPP_EXT=1 APEX_CUDA_EXT=1"
@@ -73,19 +75,19 @@ class _OfSpec:
 SPEC_ROLES = (
     _OfSpec(
         "norm",
-        "megatron_twotower.spec.RMSNorm",
+        "megatron_twotower.mcore.modules.RMSNorm",
         "torch RMSNorm",
         "Transformer Engine, fused with the projection in M and *",
     ),
     _OfSpec(
         "projections",
-        "megatron_twotower.spec.ColumnParallelLinear",
+        "megatron_twotower.mcore.modules.ColumnParallelLinear",
         "torch, Megatron's parallel linears",
         "Transformer Engine linears",
     ),
     _OfSpec(
         "grouped GEMM",
-        "megatron_twotower.spec.SequentialMLP",
+        "megatron_twotower.mcore.modules.SequentialMLP",
         "Megatron SequentialMLP, expert by expert",
         "Transformer Engine grouped linear",
     ),
@@ -98,7 +100,7 @@ SPEC_ROLES = (
     ),
     _OfSpec(
         "router",
-        "megatron_twotower.router.Router",
+        "megatron_twotower.mcore.router.Router",
         "torch",
         "Transformer Engine, fused (train.router_dtype=fp32)",
         lambda config: config.fusion.router and config.train.router_dtype == "fp32",
@@ -160,7 +162,9 @@ KERNEL_ROLES = (
     _Kernels(
         "gated norm", "megatron_twotower.ops.norm.gated_rms_norm", "this project's Triton kernels", "torch", "triton"
     ),
-    _Kernels("modulation", "megatron_twotower.adaln.modulate", "this project's Triton kernels", "torch", "triton"),
+    _Kernels(
+        "modulation", "megatron_twotower.ops.modulation.modulate", "this project's Triton kernels", "torch", "triton"
+    ),
     _Kernels(
         "cross-entropy",
         "megatron_twotower.ops.cross_entropy.linear_cross_entropy",
@@ -197,14 +201,13 @@ def _package_line(package: _Package) -> str:
 
 
 def _device_line() -> str:
-    if host.is_host():
+    if device.is_host():
         return "none, running on the CPU with Gloo"
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return f"{torch.cuda.device_count()} x {properties.name}, {properties.total_memory / 2**30:.0f} GiB each"
 
 
 def _environment() -> Iterator[tuple[str, str]]:
-    host.install()
     memory = psutil.virtual_memory()
     yield "megatron-twotower", __version__
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
@@ -223,31 +226,30 @@ def environment() -> dict[str, str]:
 
 
 def _kernel_role(by: _Kernels) -> Role:
-    reason = kernels.unavailable(by.package)
+    reason = dispatch.unavailable(by.package)
     if reason is None:
         return Role(by.role, f"{by.kernels} ({by.package} {_installed(_BY_NAME[by.package])})", "nothing", "-")
-    how = "needs a CUDA device" if host.is_host() else f"{reason}: {GPU_EXTRA}"
+    how = "needs a CUDA device" if device.is_host() else f"{reason}: {GPU_EXTRA}"
     return Role(by.role, by.otherwise, by.kernels, how)
 
 
 def _spec_role(by: _OfSpec, config: RunConfig, served: str) -> Role:
-    reason, found = kernels.unavailable("transformer-engine"), _installed(_BY_NAME["transformer-engine"])
+    reason, found = dispatch.unavailable("transformer-engine"), _installed(_BY_NAME["transformer-engine"])
     if served == "transformer_engine" and by.asked(config):
         return Role(by.role, f"{by.transformer_engine} (transformer-engine {found})", "nothing", "-")
     if reason is None:
         return Role(by.role, by.own, by.transformer_engine, "switched off by the configuration")
-    how = "needs a CUDA device" if host.is_host() else f"{reason}: {GPU_EXTRA}"
+    how = "needs a CUDA device" if device.is_host() else f"{reason}: {GPU_EXTRA}"
     return Role(by.role, by.own, by.transformer_engine, how)
 
 
 def _optimizer_role() -> Role:
     """Megatron picks the Adam itself while it is imported: ask it what it picked."""
-    host.install()
     from megatron.core import optimizer as megatron_optimizer
 
     if megatron_optimizer.USING_PYTORCH_OPTIMIZER:
         serves = "torch AdamW, fused"
-        how = "needs a CUDA device" if host.is_host() else f"{GPU_EXTRA}; or {APEX}"
+        how = "needs a CUDA device" if device.is_host() else f"{GPU_EXTRA}; or {APEX}"
         return Role("optimizer", serves, "FusedAdam of Transformer Engine or Apex", how)
     source = megatron_optimizer.Adam.__module__.partition(".")[0]
     return Role("optimizer", f"FusedAdam of {source}", "nothing", "-")
@@ -259,8 +261,6 @@ _ANY_RUN = RunConfig(train=TrainConfig(precision="bf16"))
 
 def diagnose(config: RunConfig = _ANY_RUN) -> list[Role]:
     """Every role of a training step and who serves it in a run of this configuration."""
-    host.install()
-    from megatron_twotower.spec import implementation
 
     served = implementation(config)
     of_spec = [_spec_role(role, config, served) for role in SPEC_ROLES]
@@ -269,7 +269,7 @@ def diagnose(config: RunConfig = _ANY_RUN) -> list[Role]:
 
 def one_line_summary(config: RunConfig = _ANY_RUN) -> str:
     """Device, versions and serving implementations in one line, for the log of a starting run."""
-    where = "CPU and Gloo" if host.is_host() else f"{torch.cuda.get_device_name()} and NCCL"
+    where = "CPU and Gloo" if device.is_host() else f"{torch.cuda.get_device_name()} and NCCL"
     megatron = _installed(_BY_NAME["megatron-core"])
     roles = "; ".join(f"{role.role}: {role.serves}" for role in diagnose(config))
     return f"{where}, torch {torch.__version__}, megatron-core {megatron}; {roles}"

@@ -20,10 +20,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megatron_twotower import pictures, replay
-from megatron_twotower.metrics import FILE_NAME, read_metrics
-from megatron_twotower.pictures import Curve, Theme
-from megatron_twotower.records import UserError
+from megatron_twotower.common import plots
+from megatron_twotower.common.errors import UserError
+from megatron_twotower.common.plots import Curve, Theme
+from megatron_twotower.common.run_folder import CONFIG_FILE, METRICS_FILE, PROVENANCE_FILE, read_metrics
+from megatron_twotower.generate import replay
 
 # What evaluation.json must hold.
 EVALUATION_KEYS = (
@@ -104,9 +105,9 @@ def read_findings(run: Path) -> Findings:
     Raises:
         UserError: a file is missing or cannot be read; the message names it.
     """
-    files = [run / name / file for name in RUNS for file in ("config.yaml", "provenance.json")]
-    compared = sorted((run / "conditioning").glob(f"*/{FILE_NAME}"))
-    ar, twotower = (_read_series(run / name / FILE_NAME) for name in RUNS)
+    files = [run / name / file for name in RUNS for file in (CONFIG_FILE, PROVENANCE_FILE)]
+    compared = sorted((run / "conditioning").glob(f"*/{METRICS_FILE}"))
+    ar, twotower = (_read_series(run / name / METRICS_FILE) for name in RUNS)
     evaluation = _read_evaluation(run / "evaluation.json")
     texts = {str(path.relative_to(run)): path.read_text() for path in files if path.is_file()}
     return Findings(
@@ -178,7 +179,7 @@ def draw(findings: Findings) -> dict[str, Callable[[Theme], bytes]]:
     towers, evaluation = findings.twotower, findings.evaluation
     first, last = towers.validation[0]["loss_by_noise"], towers.validation[-1]["loss_by_noise"]
     drawings: dict[str, Callable[[Theme], bytes]] = {
-        "ar_loss": lambda theme: pictures.loss_curve(
+        "ar_loss": lambda theme: plots.loss_curve(
             findings.ar.curve("train"),
             findings.ar.curve("validation"),
             title="Backbone: next-token loss",
@@ -186,7 +187,7 @@ def draw(findings: Findings) -> dict[str, Callable[[Theme], bytes]]:
             unit="nats per token",
             theme=theme,
         ),
-        "twotower_loss": lambda theme: pictures.loss_curve(
+        "twotower_loss": lambda theme: plots.loss_curve(
             towers.curve("train"),
             towers.curve("validation"),
             title="Denoiser: masked loss",
@@ -194,8 +195,8 @@ def draw(findings: Findings) -> dict[str, Callable[[Theme], bytes]]:
             unit="nats per masked token",
             theme=theme,
         ),
-        "noise_levels": lambda theme: pictures.noise_levels(first, last, theme=theme),
-        "threshold_sweep": lambda theme: pictures.threshold_sweep(
+        "noise_levels": lambda theme: plots.noise_levels(first, last, theme=theme),
+        "threshold_sweep": lambda theme: plots.threshold_sweep(
             _threshold_rows(evaluation),
             ar_nats_per_token=evaluation["ar_generation"].get("nats_per_token"),
             theme=theme,
@@ -203,7 +204,7 @@ def draw(findings: Findings) -> dict[str, Callable[[Theme], bytes]]:
     }
     if findings.conditioning:
         curves = {name: series.curve("validation") for name, series in findings.conditioning.items()}
-        drawings["conditioning"] = lambda theme: pictures.comparison(
+        drawings["conditioning"] = lambda theme: plots.comparison(
             curves,
             title="Starts of the time conditioning",
             subtitle="the same recipe, seed and data; held-out files",
@@ -414,7 +415,7 @@ def write_report(run: Path, *, console: Console | None = None) -> Path:
     findings = read_findings(run)
     images = {}
     for name, drawing in draw(findings).items():
-        images[f"{name}.png"], images[f"{name}-dark.png"] = (drawing(theme) for theme in pictures.THEMES)
+        images[f"{name}.png"], images[f"{name}-dark.png"] = (drawing(theme) for theme in plots.THEMES)
     partial, folder = run / "report.partial", run / "report"
     for leftover in (partial, run / "report.old"):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -13,9 +13,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 
-from megatron_twotower import host
+import megatron_twotower.mcore  # noqa: F401
 
-host.install()
 torch.set_num_threads(1)
 
 
@@ -45,8 +44,8 @@ def device(request):
 @pytest.fixture
 def groups():
     """Process groups of one rank."""
-    from megatron_twotower import parallel
-    from megatron_twotower.config import RunConfig
+    from megatron_twotower.config.schema import RunConfig
+    from megatron_twotower.mcore import parallel
 
     yield parallel.initialise(RunConfig())
     parallel.shutdown()
@@ -56,7 +55,7 @@ def groups():
 def tiny_data(tmp_path_factory):
     """A prepared data folder: forty short files of generated text, a tokenizer of 512 entries, two splits."""
     from megatron_twotower.data.prepare import prepare
-    from megatron_twotower.tokenizer import train_tokenizer
+    from megatron_twotower.data.tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "texts").mkdir()
@@ -79,9 +78,8 @@ def tiny_data(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_backbone(tmp_path_factory):
     """A NemotronH folder with random weights, of the shape of `recipes/model/tiny.yaml`."""
-    from models import write_backbone
-
-    from megatron_twotower.config import load_recipe
+    from helpers.models import write_backbone
+    from megatron_twotower.config.recipes import load_recipe
 
     model = load_recipe("tiny_ar").model
     return write_backbone(tmp_path_factory.mktemp("backbone") / "hf", model)
@@ -90,7 +88,7 @@ def tiny_backbone(tmp_path_factory):
 @pytest.fixture(scope="session")
 def two_tower_folder(tiny_data, tmp_path_factory):
     """An exported two-tower folder with random weights, and the tokenizer of `tiny_data`."""
-    from test_hf import save, tiny_model
+    from helpers.modeling import save, tiny_model
 
     folder = tmp_path_factory.mktemp("two_tower") / "model"
     save(folder, tiny_model(dtype=torch.float32, vocab_size=512), vocab_size=512)
@@ -108,3 +106,15 @@ def records_of():
         return {line["step"]: line for line in lines if line["kind"] == kind}
 
     return read
+
+
+@pytest.fixture(scope="session")
+def identity_folder(tiny_data, tmp_path_factory):
+    """An exported two-tower folder whose denoiser is a copy of its context tower, and the tokenizer of `tiny_data`."""
+    from helpers.modeling import become_backbone, save, tiny_model
+
+    folder = tmp_path_factory.mktemp("identity") / "model"
+    save(folder, become_backbone(tiny_model(dtype=torch.float32, vocab_size=512)), vocab_size=512)
+    for file in (tiny_data / "tokenizer").iterdir():
+        shutil.copyfile(file, folder / file.name)
+    return folder

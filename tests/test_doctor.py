@@ -11,9 +11,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from megatron_twotower import doctor, host, spec
-from megatron_twotower.config import RunConfig, TrainConfig
+from megatron_twotower import doctor
+from megatron_twotower.common import device
+from megatron_twotower.config.schema import RunConfig, TrainConfig
 from megatron_twotower.doctor import Role, diagnose, environment, one_line_summary, print_doctor
+from megatron_twotower.mcore import modules
 
 ROLES = [
     "denoiser attention",
@@ -53,14 +55,13 @@ def test_every_role_is_told():
 
 @pytest.mark.parametrize("role", [*doctor.KERNEL_ROLES, *doctor.SPEC_ROLES], ids=lambda role: role.role)
 def test_the_code_that_serves_a_role_exists(role):
-    host.install()
     module, _, name = role.code.rpartition(".")
     assert callable(getattr(importlib.import_module(module), name))
 
 
 def with_transformer_engine(monkeypatch):
     pretend_installed(monkeypatch, {"transformer-engine": "2.11.0"})
-    for module in (doctor.kernels, spec):
+    for module in (doctor.kernels, modules):
         monkeypatch.setattr(module, "unavailable", lambda package: None)
 
 
@@ -89,7 +90,7 @@ def test_a_run_that_wants_none_of_it_is_told_so(monkeypatch):
 
 def test_what_stands_in_for_transformer_engine_is_what_the_spec_builds(monkeypatch):
     """The words of the table are those of the classes."""
-    parts = spec.SPECS["local"]()
+    parts = modules.SPECS["local"]()
     own = {role.role: role.code.rpartition(".")[2] for role in doctor.SPEC_ROLES}
     assert own["norm"] == parts.norm.__name__
     assert own["projections"] == parts.column.__name__
@@ -100,7 +101,7 @@ def test_kernels_serve_where_their_package_does(monkeypatch):
     pretend_installed(monkeypatch, {"triton": "3.9.0", "mamba-ssm": "2.3.1", "causal-conv1d": None})
     missing = {"triton": None, "mamba-ssm": None, "causal-conv1d": "causal_conv1d is not installed"}
     monkeypatch.setattr(doctor.kernels, "unavailable", missing.get)
-    monkeypatch.setattr(host, "is_host", lambda: False)
+    monkeypatch.setattr(device, "is_host", lambda: False)
     denoiser, context, seeded, convolution = diagnose()[1:5]
     assert denoiser == Role("denoiser scan", "this project's Triton kernels (triton 3.9.0)", "nothing", "-")
     assert context == Role("context scan", "mamba-ssm kernels, in bfloat16 (mamba-ssm 2.3.1)", "nothing", "-")
@@ -111,14 +112,13 @@ def test_kernels_serve_where_their_package_does(monkeypatch):
 
 def test_kernels_do_not_serve_without_a_device(monkeypatch):
     monkeypatch.setattr(doctor.kernels, "unavailable", lambda package: "no CUDA device")
-    monkeypatch.setattr(host, "is_host", lambda: True)
+    monkeypatch.setattr(device, "is_host", lambda: True)
     assert diagnose()[1] == Role(
         "denoiser scan", "torch, chunked two-stream scan", "this project's Triton kernels", "needs a CUDA device"
     )
 
 
 def test_the_optimizer_is_the_one_that_megatron_picked(monkeypatch):
-    host.install()
     from megatron.core import optimizer as megatron_optimizer
 
     class FusedAdam:
@@ -134,8 +134,7 @@ def test_the_optimizer_is_the_one_that_megatron_picked(monkeypatch):
 
 FUSED_ADAM = "class FusedAdam: ...\nclass FusedSGD: ...\n"
 ASK = """
-from megatron_twotower import host
-host.install()
+import megatron_twotower.mcore
 from megatron.core import optimizer
 from megatron.core.optimizer import distrib_optimizer
 from megatron_twotower.doctor import diagnose
@@ -145,7 +144,7 @@ assert diagnose()[-1].serves == "torch AdamW, fused"
 """
 
 
-@pytest.mark.skipif(not host.is_host(), reason="with a CUDA device the fused one is right")
+@pytest.mark.skipif(not device.is_host(), reason="with a CUDA device the fused one is right")
 def test_an_optimizer_for_cuda_is_not_picked_without_a_device(tmp_path):
     """As on the login node of a cluster, where its package is installed and imports."""
     (tmp_path / "apex").mkdir()

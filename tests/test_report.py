@@ -9,11 +9,12 @@ import shutil
 
 import pytest
 from rich.console import Console
-from test_replay import in_browser, tiles
 
-from megatron_twotower import pictures, replay
-from megatron_twotower.metrics import FILE_NAME
-from megatron_twotower.records import UserError
+from helpers.browser import in_browser, tiles
+from megatron_twotower.common import plots
+from megatron_twotower.common.errors import UserError
+from megatron_twotower.common.run_folder import METRICS_FILE
+from megatron_twotower.generate import replay
 from megatron_twotower.report import read_findings, summary_rows, write_report
 
 BUCKETS = ("0.0-0.2", "0.2-0.4", "0.4-0.6", "0.6-0.8", "0.8-1.0")
@@ -75,7 +76,7 @@ EVALUATION = {
 @pytest.fixture(scope="module", autouse=True)
 def small_pictures():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pictures, "PIXELS_PER_INCH", 40)
+        patch.setattr(plots, "PIXELS_PER_INCH", 40)
         yield
 
 
@@ -104,7 +105,7 @@ def written(tmp_path_factory):
 
 def write_records(folder, items):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / FILE_NAME).write_text("".join(json.dumps(item) + "\n" for item in items))
+    (folder / METRICS_FILE).write_text("".join(json.dumps(item) + "\n" for item in items))
 
 
 def write_evaluation(run, evaluation):
@@ -266,11 +267,11 @@ def test_files_that_cannot_be_used_are_named(run):
 
 def test_equal_figures_draw_equal_bytes():
     curve = [(0, 8.0), (10, 5.0), (20, None), (30, 4.0)]
-    draw = {"title": "t", "subtitle": "s", "unit": "nats", "theme": pictures.LIGHT}
-    image = pictures.loss_curve(curve, curve, **draw)
+    draw = {"title": "t", "subtitle": "s", "unit": "nats", "theme": plots.LIGHT}
+    image = plots.loss_curve(curve, curve, **draw)
     assert image.startswith(PNG)
-    assert image == pictures.loss_curve(curve, curve, **draw)
-    assert image != pictures.loss_curve([(0, 7.0), (20, 5.0)], curve, **draw)
+    assert image == plots.loss_curve(curve, curve, **draw)
+    assert image != plots.loss_curve([(0, 7.0), (20, 5.0)], curve, **draw)
 
 
 @pytest.mark.slow

@@ -6,17 +6,15 @@ It costs two autoregressive steps, because both halves go forward and backward t
 
 import torch
 import torch.nn.functional as F
-from megatron.core.enums import ModelType
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_twotower.config import ModelConfig, RunConfig
-from megatron_twotower.layers import Layer, SelfAttention
+from megatron_twotower.config.pipeline_stages import whole
+from megatron_twotower.config.schema import ModelConfig, RunConfig
+from megatron_twotower.mcore.parallel import ProcessGroupCollection, TransformerConfig
+from megatron_twotower.model.layers import Layer, SelfAttention
+from megatron_twotower.model.towers import PipelineModel, Tower
 from megatron_twotower.ops.attention import causal_attention, flex_block_attention
-from megatron_twotower.records import Blocks, NoisyBatch
-from megatron_twotower.towers import Tower
+from megatron_twotower.types import Blocks, NoisyBatch
 
 # Queries per call of its attention on a CPU.
 QUERIES = 256
@@ -72,19 +70,15 @@ class ConcatenatedLayer(Layer):
             self.mixer = ConcatenatedAttention(model, config, groups)
 
 
-class ConcatenatedModel(MegatronModule):
+class ConcatenatedModel(PipelineModel):
     """One trained network over clean and noisy positions together, as block diffusion trains without two towers.
 
     Without time conditioning, which costs the denoiser a little.
     """
 
     def __init__(self, config: RunConfig, megatron: TransformerConfig, groups: ProcessGroupCollection) -> None:
-        super().__init__(megatron)
-        self.model_type = ModelType.encoder_or_decoder
+        super().__init__(megatron, whole(config.model))
         self.tower = Tower(config.model, megatron, groups, layer=ConcatenatedLayer)
-
-    def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
-        """Pipeline stages receive hidden states here; with one stage there is nothing to receive."""
 
     def forward(self, batch: NoisyBatch) -> Tensor:
         """Final hidden states (l, b, h) of the noisy positions."""

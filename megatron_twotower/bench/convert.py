@@ -20,20 +20,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from megatron_twotower import convert
-from megatron_twotower.bench.measure import (
-    Case,
-    extra_peak_bytes,
-    in_turns,
-    machine,
-    machine_line,
-    wide_console,
-    write_files,
-)
-from megatron_twotower.config import ModelConfig
+from megatron_twotower.bench.measure import Case, extra_peak_bytes, in_turns, write_files
+from megatron_twotower.common.errors import UserError
+from megatron_twotower.common.machine import machine, machine_line
+from megatron_twotower.common.tables import wide_console
+from megatron_twotower.config.schema import ModelConfig
+from megatron_twotower.convert import export, hf_folder, import_run, model_card
 from megatron_twotower.convert.tensors import PIECE_BYTES, LazyTensor
-from megatron_twotower.names import backbone_entries, hf_shapes
-from megatron_twotower.records import UserError
+from megatron_twotower.model.parameter_map import backbone_entries, hf_shapes
 
 MIB = 2**20
 # Nano's kinds of layers at a third of its width; how many there are follows from the size asked for.
@@ -86,7 +80,7 @@ def measure(folder: Path, settings: Settings) -> dict[str, Any]:
         raise UserError(f"{folder}: found {free / 2**30:.1f} GiB free, expected {needed / 2**30:.1f} for the benchmark")
     source = folder / "source"
     write_random(source, model)
-    convert.import_folder(source, folder / "run")
+    import_run.import_folder(source, folder / "run")
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     ways = _ways(source, folder / "run", folder / "out")
     times = in_turns(
@@ -131,8 +125,8 @@ def write_random(folder: Path, model: ModelConfig) -> None:
         return LazyTensor(torch.bfloat16, shape, pieces)
 
     tensors = {name: lazy(shape) for name, shape in hf_shapes(backbone_entries(model), model).items()}
-    config = convert.backbone_config_json(model, dtype=torch.bfloat16)
-    convert.write_folder(folder, tensors, config=config, files={}, copies=[])
+    config = model_card.backbone_config_json(model, dtype=torch.bfloat16)
+    hf_folder.write_folder(folder, tensors, config=config, files={}, copies=[])
 
 
 def _ways(source: Path, run: Path, out: Path) -> dict[str, Callable[[], Any]]:
@@ -149,14 +143,14 @@ def _ways(source: Path, run: Path, out: Path) -> dict[str, Callable[[], Any]]:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
 
-    stacked, wide = convert.Choices(style="transformers"), convert.Choices(dtype=torch.float16)
+    stacked, wide = export.Choices(style="transformers"), export.Choices(dtype=torch.float16)
     return {
         "cp": fresh(cp),
-        "fingerprint alone": lambda: convert.fingerprint(source),
-        "import": fresh(lambda: convert.import_folder(source, out)),
-        "export a run": fresh(lambda: convert.export(run, out)),
-        "hub to transformers": fresh(lambda: convert.export(source, out, choices=stacked)),
-        "bf16 to fp16": fresh(lambda: convert.export(source, out, choices=wide)),
+        "fingerprint alone": lambda: hf_folder.fingerprint(source),
+        "import": fresh(lambda: import_run.import_folder(source, out)),
+        "export a run": fresh(lambda: export.export(run, out)),
+        "hub to transformers": fresh(lambda: export.export(source, out, choices=stacked)),
+        "bf16 to fp16": fresh(lambda: export.export(source, out, choices=wide)),
     }
 
 

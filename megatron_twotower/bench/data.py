@@ -22,16 +22,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_twotower import parallel
 from megatron_twotower.bench import step as bench_step
 from megatron_twotower.bench.measure import torch_threads
-from megatron_twotower.config import NoiseConfig, load_recipe, recipes_folder
-from megatron_twotower.corruption import corrupt
+from megatron_twotower.config.recipes import load_recipe, recipes_folder
+from megatron_twotower.config.schema import NoiseConfig
 from megatron_twotower.data.dataset import SequenceDataset, global_batch
 from megatron_twotower.data.order import Shuffle
 from megatron_twotower.data.packing import Packing
 from megatron_twotower.data.shards import INDEX_VERSION, Corpus, Sample, Shard, write_index, write_shard
-from megatron_twotower.records import Batch
+from megatron_twotower.mcore import parallel
+from megatron_twotower.train.noise import corrupt
+from megatron_twotower.types import Batch
 
 VOCABULARY = 131_072
 _END, _SEED = 2, 0

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from megatron_twotower.bench import measure
-from megatron_twotower.config import RunConfig
+from megatron_twotower.common.errors import UserError
+from megatron_twotower.config.schema import RunConfig
 from megatron_twotower.data.documents import VALIDATION, find_documents, read_text, split_documents
-from megatron_twotower.records import Batch, UserError
-from megatron_twotower.tokenizer import load_tokenizer, text_encoder
-from megatron_twotower.trainer import Trainer, forward_backward
+from megatron_twotower.data.tokenizer import load_tokenizer, text_encoder
+from megatron_twotower.train.loop import Trainer, forward_backward
+from megatron_twotower.types import Batch
 
 # The share of files that the shipped backbone was not trained on.
 HOLDOUT = 0.05

@@ -21,17 +21,19 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_twotower.bench import measure
 from megatron_twotower.bench.fp8_rounding import ROUNDINGS, Held, held_in_fp8, rounded
-from megatron_twotower.config import ModelConfig, model_from_hf, read_hf_config
+from megatron_twotower.common import machine, tables
+from megatron_twotower.common.errors import UserError
+from megatron_twotower.config.hf_config import model_from_hf, read_hf_config
+from megatron_twotower.config.schema import ModelConfig
+from megatron_twotower.data.dataset import stretches
 from megatron_twotower.data.shards import VALIDATION, Corpus
-from megatron_twotower.evaluate import stretches
-from megatron_twotower.generate import default_devices, load, mask_token_id
+from megatron_twotower.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from megatron_twotower.evaluate.likelihood import check_sequences, ratio, token_nats
+from megatron_twotower.generate.engine import default_devices, load, mask_token_id
 from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as Model
 from megatron_twotower.hf.modeling_nemotron_h_twotower import Tower, context_tensors
-from megatron_twotower.likelihood import check_sequences, ratio, token_nats
-from megatron_twotower.names import LAYOUTS, context_entries, layer_of_projection
-from megatron_twotower.ops.kernels import unavailable
-from megatron_twotower.records import UserError
-from megatron_twotower.tokenizer import load_tokenizer, tokenizer_fingerprint
+from megatron_twotower.model.parameter_map import LAYOUTS, context_entries, layer_of_projection
+from megatron_twotower.ops.dispatch import unavailable
 
 BACKBONE = "NemotronHForCausalLM"
 NEXT, MASKED = "context tower, next token", "denoiser, masked tokens"
@@ -179,7 +181,7 @@ def against_transformer_engine(tower: Tower, model: ModelConfig, name: str) -> d
     """How many elements of the rounded weights differ from Transformer Engine's; or why that is not known here."""
     if reason := unavailable("transformer-engine"):
         return {"not_run": reason}
-    from megatron_twotower.spec import rounded_by_transformer_engine
+    from megatron_twotower.mcore.modules import rounded_by_transformer_engine
 
     rounding, differing, elements = ROUNDINGS[name], 0, 0
     for entry in context_entries(model):
@@ -294,7 +296,7 @@ def run(
     sequences = stretches(corpus, count=wanted.sequences, length=wanted.length_tokens)
     if denoiser:
         check_sequences(sequences, wanted.block_size_tokens)
-    config, console = model_from_hf(read_hf_config(model), source=str(model)), console or measure.wide_console()
+    config, console = model_from_hf(read_hf_config(model), source=str(model)), console or tables.wide_console()
     with measure.torch_threads(threads or torch.get_num_threads()):
         rows = measured(
             opened,
@@ -319,8 +321,8 @@ def run(
             else (f"{check['differing_elements']} of {check['elements']} elements differ")
         )
         console.print(f"{name}, Transformer Engine's own rounding: {line}", highlight=False)
-    facts = measure.machine()
-    console.print(measure.machine_line(facts), highlight=False)
+    facts = machine.machine()
+    console.print(machine.machine_line(facts), highlight=False)
     measure.write_files(
         output,
         "fp8",

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_twotower.config import ModelConfig
+from megatron_twotower.config.schema import ModelConfig
 from megatron_twotower.hf.modeling_nemotron_h_twotower import Tower
-from megatron_twotower.names import LAYOUTS, context_entries, layer_of_projection
+from megatron_twotower.model.parameter_map import LAYOUTS, context_entries, layer_of_projection
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max

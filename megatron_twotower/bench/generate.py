@@ -19,9 +19,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from megatron_twotower.bench import measure
-from megatron_twotower.bulk import padded
+from megatron_twotower.common import machine, tables
+from megatron_twotower.common.errors import UserError
 from megatron_twotower.data.documents import find_documents, training_texts
-from megatron_twotower.generate import (
+from megatron_twotower.data.tokenizer import text_encoder
+from megatron_twotower.generate.engine import (
     GenerationSettings,
     check_mode,
     default_devices,
@@ -30,10 +32,9 @@ from megatron_twotower.generate import (
     place,
     write,
 )
+from megatron_twotower.generate.prompt_file import padded
 from megatron_twotower.hf.modeling_nemotron_h_twotower import GenerationStats
 from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as Model
-from megatron_twotower.records import UserError
-from megatron_twotower.tokenizer import text_encoder
 
 AS_THEY_COME = ", unsorted"
 _SEED = 0
@@ -174,10 +175,10 @@ def run(
     Raises:
         UserError: see `check`; a folder that is no two-tower model.
     """
-    from megatron_twotower import pictures
+    from megatron_twotower.common import plots
 
     check(wanted)
-    console = console or measure.wide_console()
+    console = console or tables.wide_console()
     towers, tokenizer = load(model)
     place(towers, devices or default_devices())
     settings = GenerationSettings(max_new_tokens=wanted.new_tokens, confidence_threshold=wanted.confidence_threshold)
@@ -190,16 +191,16 @@ def run(
             repeats=wanted.repeats,
             budget_seconds=wanted.budget_seconds,
         )
-        facts = measure.machine()
+        facts = machine.machine()
     rows = [bulk.row(times[f"{bulk.name}, {bulk.size}"]) for bulk in bulks]
     title = (
         f"{wanted.prompts} prompts of {wanted.shortest} to {wanted.longest} tokens, {wanted.new_tokens} new tokens "
         f"each, threshold {wanted.confidence_threshold:g}"
     )
     console.print(table(rows, title=title))
-    console.print(measure.machine_line(facts), highlight=False)
+    console.print(machine.machine_line(facts), highlight=False)
     figures = {"machine": facts, "model": str(model), "prompts": wanted.prompts, "rows": rows}
-    measure.write_files(output, "generate", figures, pictures.bulk_speed(rows, subtitle=title, theme=pictures.LIGHT))
+    measure.write_files(output, "generate", figures, plots.bulk_speed(rows, subtitle=title, theme=plots.LIGHT))
     console.print(f"{output / 'generate.json'}, {output / 'generate.png'}", highlight=False)
 
 

@@ -23,24 +23,28 @@ from typing import Any
 
 import psutil
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from megatron_twotower import convert, host, parallel
 from megatron_twotower.bench import gpu_tables, measure, step
 from megatron_twotower.bench.gpu_scan import measure_scan
 from megatron_twotower.bench.kernel_classes import time_by_class
-from megatron_twotower.config import ModelConfig, RunConfig, flatten, load_recipe
-from megatron_twotower.names import backbone_entries, hf_shapes
-from megatron_twotower.ops import kernels
+from megatron_twotower.common import device, machine, tables
+from megatron_twotower.common.errors import UserError
+from megatron_twotower.config.recipes import load_recipe
+from megatron_twotower.config.schema import ModelConfig, RunConfig, flatten
+from megatron_twotower.config.validation import validate
+from megatron_twotower.convert import initial_weights, tensors
+from megatron_twotower.mcore import parallel
+from megatron_twotower.mcore.parallel import ProcessGroupCollection
+from megatron_twotower.model.parameter_map import backbone_entries, hf_shapes
+from megatron_twotower.ops import dispatch
 from megatron_twotower.plan.estimate import Memory, estimate
 from megatron_twotower.plan.flops import step_flops
 from megatron_twotower.plan.layout import CARDS, GIB, Card
-from megatron_twotower.records import Batch, UserError
-from megatron_twotower.trainer import Trainer
-from megatron_twotower.validation import validate
+from megatron_twotower.train.loop import Trainer
+from megatron_twotower.types import Batch
 
 OBJECTIVES = {step.AR: "ar", step.TWO_TOWER: "two_tower"}
 # Steps before any is counted: the optimizer makes its state at the end of the first.
@@ -99,17 +103,17 @@ LADDER = (
 # --- what is measured ---------------------------------------------------------------------------------------------
 
 
-def random_on_device(model: ModelConfig, *, seed: int) -> convert.TensorSource:
+def random_on_device(model: ModelConfig, *, seed: int) -> tensors.TensorSource:
     """A fresh NemotronH whose matrices are drawn where they are needed, each keyed by its name: billions of numbers in
     no time. They are not those of `convert.random_backbone`, which are the same on every device."""
-    shapes, small = hf_shapes(backbone_entries(model), model), convert.random_backbone(model, seed=seed)
+    shapes, small = hf_shapes(backbone_entries(model), model), initial_weights.random_backbone(model, seed=seed)
 
     def source(name: str) -> Tensor:
         shape = shapes[name]
         if len(shape) != 2:
             return small(name)
-        generator = torch.Generator(host.device()).manual_seed(seed + zlib.crc32(name.encode()))
-        return model.initializer_range * torch.randn(shape, generator=generator, device=host.device())
+        generator = torch.Generator(device.device()).manual_seed(seed + zlib.crc32(name.encode()))
+        return model.initializer_range * torch.randn(shape, generator=generator, device=device.device())
 
     return source
 
@@ -120,7 +124,7 @@ def planned(config: RunConfig) -> Memory:
 
 
 def device_bytes() -> int:
-    return psutil.virtual_memory().available if host.is_host() else torch.cuda.mem_get_info()[1]
+    return psutil.virtual_memory().available if device.is_host() else torch.cuda.mem_get_info()[1]
 
 
 def cut(config: RunConfig, layers: int) -> RunConfig:
@@ -158,7 +162,7 @@ def card_named(name: str) -> Card | None:
 
 
 def card() -> Card | None:
-    return None if host.is_host() else card_named(torch.cuda.get_device_name())
+    return None if device.is_host() else card_named(torch.cuda.get_device_name())
 
 
 def free() -> None:
@@ -239,8 +243,8 @@ def measure_rung(config: RunConfig, rung: Rung, wanted: Settings, groups: Proces
     it `failed`, which is no reason to lose what the others bring."""
     row: dict[str, Any] = {"rung": rung.name, "overrides": list(rung.overrides), "without": list(rung.without)}
     row["failed"] = None
-    needed = ("triton" if name in kernels.OWN else name for name in rung.without)
-    missing = {package: reason for package in needed if (reason := kernels.unavailable(package))}
+    needed = ("triton" if name in dispatch.OWN else name for name in rung.without)
+    missing = {package: reason for package in needed if (reason := dispatch.unavailable(package))}
     if len(missing) == len(rung.without) > 0:
         return row | {"skipped": "; ".join(f"{package}: {reason}" for package, reason in missing.items())}
 
@@ -253,7 +257,7 @@ def measure_rung(config: RunConfig, rung: Rung, wanted: Settings, groups: Proces
     cases: dict[str, Any] = dict.fromkeys(OBJECTIVES)
     for name in OBJECTIVES:
         try:
-            with kernels.without(*rung.without), contextlib.suppress(torch.OutOfMemoryError):
+            with dispatch.without(*rung.without), contextlib.suppress(torch.OutOfMemoryError):
                 cases[name] = look_at(config, name, groups, look)
         except UserError as error:  # what only shows when a model is built
             return row | {"skipped": str(error)}
@@ -330,8 +334,8 @@ def facts_of(config: RunConfig, wanted: Settings, *, recipe: str, overrides: Seq
     """What stands beside the figures. rungs: of the ladder, to be measured."""
     known = card()
     return {
-        "machine": measure.machine(),
-        "on_a_gpu": not host.is_host(),
+        "machine": machine.machine(),
+        "on_a_gpu": not device.is_host(),
         "recipe": recipe,
         "overrides": list(overrides),
         "pattern": config.model.hybrid_override_pattern,
@@ -341,7 +345,7 @@ def facts_of(config: RunConfig, wanted: Settings, *, recipe: str, overrides: Seq
         "experts": config.model.n_routed_experts,
         "recompute": config.train.recompute_layers,
         "peak_flops": None if known is None else known.bf16_flops,
-        "packages": {name: kernels.unavailable(name) or "serves" for name in kernels.MODULES},
+        "packages": {name: dispatch.unavailable(name) or "serves" for name in dispatch.MODULES},
         "rungs": [rung.name for rung in rungs_of(wanted)],
     }
 
@@ -356,7 +360,7 @@ def run(
     console: Console | None = None,
 ) -> bool:
     """Measure, print tables, and write `gpu.json` to `output`, anew after every rung. Whether no rung failed."""
-    console = console or measure.wide_console()
+    console = console or tables.wide_console()
     if quick:
         wanted = dataclasses.replace(QUICK, layers=wanted.layers, ladder=wanted.ladder, rungs=wanted.rungs)
         overrides = [*QUICK_OVERRIDES, *overrides]
@@ -381,6 +385,6 @@ def run(
         parallel.shutdown()
     for made in gpu_tables.tables(facts | figures):
         console.print(made)
-    console.print(measure.machine_line(facts["machine"]), highlight=False)
+    console.print(machine.machine_line(facts["machine"]), highlight=False)
     console.print(f"{output / 'gpu.json'}", highlight=False)
     return not any(rung["failed"] for rung in figures["ladder"])

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from megatron_twotower import host
 from megatron_twotower.bench import measure, ops
 from megatron_twotower.bench.kernel_classes import time_by_class
-from megatron_twotower.config import ModelConfig, RunConfig
+from megatron_twotower.common import device
+from megatron_twotower.config.schema import ModelConfig, RunConfig
 from megatron_twotower.ops.scan import chunk_length, chunk_scan, two_stream_scan
 from megatron_twotower.plan.layout import GIB
 
@@ -31,7 +31,7 @@ def scan_traffic(model: ModelConfig, *, length: int, block: int, element_bytes: 
 
 def copy_bytes_per_second(size: int) -> float:
     """What memory gives to a plain copy, reading and writing counted."""
-    source = torch.ones(size, dtype=torch.uint8, device=host.device())
+    source = torch.ones(size, dtype=torch.uint8, device=device.device())
     target = torch.empty_like(source)
 
     def some() -> None:
@@ -78,7 +78,7 @@ def measure_scan(config: RunConfig, *, repeats: int, budget_seconds: float) -> d
     traffic = scan_traffic(
         config.model, length=length, block=block, element_bytes=4 if config.train.precision == "fp32" else 2
     )
-    speed = copy_bytes_per_second(COPIED_BYTES[host.is_host()])
+    speed = copy_bytes_per_second(COPIED_BYTES[device.is_host()])
     return {
         "length": length,
         "block": block,

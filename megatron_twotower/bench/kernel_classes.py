@@ -12,8 +12,8 @@ from typing import Any
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_twotower import host
 from megatron_twotower.bench import measure
+from megatron_twotower.common import device
 
 OTHER = "other"
 # The first pattern that is found in a name, upper or lower case, gives its class. Kernels of this project are named as
@@ -82,7 +82,7 @@ def split(events: Iterable[Any], *, elapsed: float, on_device: bool) -> Split:
 
 def time_by_class(work: Callable[[], Any]) -> Split:
     """Run the work once under the profiler."""
-    on_device = not host.is_host()
+    on_device = not device.is_host()
     # On a device the kernels alone: to note operators too would slow down the host, which then holds up the kernels.
     activity = ProfilerActivity.CUDA if on_device else ProfilerActivity.CPU
     with profile(activities=[activity]) as found:

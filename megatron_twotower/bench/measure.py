@@ -9,7 +9,6 @@ import gc
 import json
 import multiprocessing
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,12 +17,9 @@ from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
 
-from megatron_twotower import host
-from megatron_twotower.machine import machine as machine
-from megatron_twotower.machine import machine_line as machine_line
-from megatron_twotower.records import UserError
+from megatron_twotower.common import device
+from megatron_twotower.common.errors import UserError
 
 # Rounds that are counted at least, however long one takes.
 FEWEST_ROUNDS = 3
@@ -56,7 +52,7 @@ def torch_threads(count: int) -> Iterator[None]:
 
 def synchronize() -> None:
     """Wait for the device, so that a clock read next means something."""
-    if not host.is_host():
+    if not device.is_host():
         torch.cuda.synchronize()
 
 
@@ -131,7 +127,7 @@ def _forget_the_past() -> None:
 
 def extra_peak_bytes(work: Callable[[], Any]) -> int:
     """How much memory the work needs at its peak, beyond what is held before it. On the host: resident memory."""
-    if host.is_host():
+    if device.is_host():
         _forget_the_past()
         before = _own_memory("VmRSS")
         work()
@@ -147,7 +143,7 @@ def extra_peak_bytes(work: Callable[[], Any]) -> int:
 
 def fillable_bytes() -> int:
     """Memory that a case may be expected to fill."""
-    if host.is_host():
+    if device.is_host():
         return int(FILLABLE * psutil.virtual_memory().available)
     # What torch's allocator keeps of earlier cases is free for this one.
     cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -163,7 +159,7 @@ def apart(function: Callable[..., int], *arguments: Any, preload: str) -> int:
     Raises:
         UserError: the process was ended before it was done, as the kernel does where memory runs out.
     """
-    if not host.is_host():
+    if not device.is_host():
         return function(*arguments)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
@@ -187,11 +183,6 @@ def _send(sender: Any, function: Callable[..., int], arguments: tuple[Any, ...])
 
 
 # --- files --------------------------------------------------------------------------------------------------------
-
-
-def wide_console() -> Console:
-    """The terminal as it is; into a file or a pipe, wide enough for whole tables."""
-    return Console() if sys.stdout.isatty() else Console(width=150)
 
 
 def write_files(folder: Path, name: str, figures: Mapping[str, Any], picture: bytes | None) -> None:

@@ -16,15 +16,17 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from megatron_twotower import host
-from megatron_twotower.bench import measure, rivals
+from megatron_twotower.bench import baselines, measure
 from megatron_twotower.bench.measure import Case
-from megatron_twotower.config import ModelConfig, load_recipe
+from megatron_twotower.common import device as common_device
+from megatron_twotower.common import machine, tables
+from megatron_twotower.common.errors import UserError
+from megatron_twotower.config.recipes import load_recipe
+from megatron_twotower.config.schema import ModelConfig
 from megatron_twotower.ops.attention import block_attention
 from megatron_twotower.ops.convolution import block_history, seeded_block_conv
 from megatron_twotower.ops.cross_entropy import linear_cross_entropy
 from megatron_twotower.ops.scan import chunk_length, chunk_scan, triton_scans, two_stream_scan, two_stream_scan_torch
-from megatron_twotower.records import UserError
 
 OURS = "ours"
 MODEL, QUICK_MODEL = "nemotron_3_nano_30b_a3b", "tiny"
@@ -51,7 +53,7 @@ class Shape:
 
 
 def _normal(*size: int, dtype: torch.dtype, trained: bool = False) -> Tensor:
-    return torch.randn(*size, device=host.device()).to(dtype).requires_grad_(trained)
+    return torch.randn(*size, device=common_device.device()).to(dtype).requires_grad_(trained)
 
 
 # --- the cases of each operation ----------------------------------------------------------------------------------
@@ -59,7 +61,7 @@ def _normal(*size: int, dtype: torch.dtype, trained: bool = False) -> Tensor:
 
 def scan_inputs(shape: Shape, *, trained: bool) -> tuple[Tensor, ...]:
     """x, dt, A, B, C, D of one stream, in the range of a backbone's."""
-    l, dtype, model, device = shape.length, DTYPES[shape.dtype], shape.model, host.device()
+    l, dtype, model, device = shape.length, DTYPES[shape.dtype], shape.model, common_device.device()
     m, p, g, d = model.mamba_num_heads, model.mamba_head_dim, model.n_groups, model.ssm_state_size
     x, B, C = (_normal(1, l, *size, dtype=dtype) for size in ((m, p), (g, d), (g, d)))
     dt, A = torch.rand(1, l, m, device=device) * 0.1, -torch.rand(m, device=device) - 0.1
@@ -98,10 +100,10 @@ def scan_cases(shape: Shape) -> Iterator[Case]:
         in_torch = two_streams(two_stream_scan_torch)
         yield Case("ours in torch", {"clean": lambda: hand_on(chunk_scan, chunk), "noisy": in_torch})
     for name, scan in (
-        ("state per block", rivals.scan_of_sequences),
-        ("state per block, lean", rivals.scan_of_sequences_lean),
+        ("state per block", baselines.scan_of_sequences),
+        ("state per block, lean", baselines.scan_of_sequences_lean),
     ):
-        yield Case(name, {"clean": lambda: hand_on(rivals.chunked_scan, block), "noisy": materialised(scan)})
+        yield Case(name, {"clean": lambda: hand_on(baselines.chunked_scan, block), "noisy": materialised(scan)})
 
 
 def attention_cases(shape: Shape) -> Iterator[Case]:
@@ -113,14 +115,14 @@ def attention_cases(shape: Shape) -> Iterator[Case]:
         for trained in (True, True, False, False)
     )
     grad, clean = torch.randn_like(query), {"clean_key": clean_key, "clean_value": clean_value}
-    mask = rivals.dense_mask(l, shape.block, device=query.device)
+    mask = baselines.dense_mask(l, shape.block, device=query.device)
 
     def ours() -> None:
         out = block_attention(query, key, value, **clean, block=shape.block)
         torch.autograd.grad(out, (query, key, value), grad)
 
     def dense() -> None:
-        out = rivals.dense_mask_attention(query, key, value, **clean, mask=mask)
+        out = baselines.dense_mask_attention(query, key, value, **clean, mask=mask)
         torch.autograd.grad(out, (query, key, value), grad)
 
     yield Case(OURS, {"all": ours})
@@ -129,7 +131,7 @@ def attention_cases(shape: Shape) -> Iterator[Case]:
 
 def head_cases(shape: Shape) -> Iterator[Case]:
     """Half of the positions are masked."""
-    l, dtype, model, device = shape.length, DTYPES[shape.dtype], shape.model, host.device()
+    l, dtype, model, device = shape.length, DTYPES[shape.dtype], shape.model, common_device.device()
     hidden = _normal(l, model.hidden_size, dtype=dtype, trained=True)
     weight = (torch.randn(model.vocab_size, model.hidden_size, device=device) * model.initializer_range).to(dtype)
     weight.requires_grad_()
@@ -138,8 +140,8 @@ def head_cases(shape: Shape) -> Iterator[Case]:
     weights = torch.zeros(l, device=device).index_fill(0, places, 1.0)
     losses: dict[str, Callable[[], Tensor]] = {
         OURS: lambda: linear_cross_entropy(hidden[places], weight, targets[places], weights[places])[0],
-        "all logits": lambda: rivals.full_logits_loss(hidden, weight, targets, weights),
-        "logits of masked": lambda: rivals.gathered_logits_loss(hidden, weight, targets, places),
+        "all logits": lambda: baselines.full_logits_loss(hidden, weight, targets, weights),
+        "logits of masked": lambda: baselines.gathered_logits_loss(hidden, weight, targets, places),
     }
 
     def both_ways(loss: Callable[[], Tensor]) -> Callable[[], Any]:
@@ -161,7 +163,7 @@ def convolution_cases(shape: Shape) -> Iterator[Case]:
         return lambda: torch.autograd.grad(conv(x, history, weight, bias), (x, weight, bias), grad)
 
     yield Case(OURS, {"all": both_ways(seeded_block_conv)})
-    yield Case("shifted copies", {"all": both_ways(rivals.shifted_block_conv)})
+    yield Case("shifted copies", {"all": both_ways(baselines.shifted_block_conv)})
 
 
 CASES: dict[str, Callable[[Shape], Iterator[Case]]] = {
@@ -187,7 +189,7 @@ def needed_bytes(shape: Shape, name: str) -> int:
         return kept + (0 if name.startswith(OURS) else 4 * (l // shape.block) * state)
     if shape.operation == "attention":
         # On a CPU torch keeps the mask as numbers, and no scores; elsewhere it may keep the scores of every head.
-        scores = l * 2 * l * size * (1 if host.is_host() else 4 * model.num_attention_heads)
+        scores = l * 2 * l * size * (1 if common_device.is_host() else 4 * model.num_attention_heads)
         return 2 * scores if name == "dense mask" else 16 * model.num_attention_heads * l * model.head_dim
     if shape.operation == "head":
         rows = {OURS: 512, "all logits": l}.get(name, l // 2)
@@ -292,9 +294,9 @@ def run(
     console: Console | None = None,
 ) -> None:
     """Measure, print a table, and write `ops.json` and `ops.png` to `output`."""
-    from megatron_twotower import pictures
+    from megatron_twotower.common import plots
 
-    console = console or measure.wide_console()
+    console = console or tables.wide_console()
     widths = QUICK_MODEL if quick else MODEL
     model = load_recipe("bench_step", [f"model={widths}"]).model
     wanted = shapes(operations=operations, lengths=lengths, blocks=blocks, dtype=dtype, model=model, quick=quick)
@@ -302,11 +304,11 @@ def run(
     with measure.torch_threads(threads):
         for shape in track(wanted, description="measuring", console=console, transient=True):
             rows += with_ratios(rows_of(shape, repeats=repeats, budget_seconds=budget_seconds, threads=threads))
-        facts = measure.machine()
+        facts = machine.machine()
     title = f"two-stream operations, forward + backward, {dtype}, widths of {widths}"
     console.print(table(rows, title=title))
-    console.print(measure.machine_line(facts), highlight=False)
-    picture = pictures.operations(rows, theme=pictures.LIGHT)
+    console.print(machine.machine_line(facts), highlight=False)
+    picture = plots.operations(rows, theme=plots.LIGHT)
     measure.write_files(output, "ops", {"machine": facts, "model": widths, "rows": rows}, picture)
     console.print(f"{output / 'ops.json'}, {output / 'ops.png'}", highlight=False)
 

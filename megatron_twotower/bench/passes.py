@@ -17,14 +17,15 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_twotower import host
 from megatron_twotower.bench import measure
 from megatron_twotower.bench.kernel_classes import time_by_class
-from megatron_twotower.generate import default_devices, load, mask_token_id
+from megatron_twotower.common import device as common_device
+from megatron_twotower.common import tables
+from megatron_twotower.common.errors import UserError
+from megatron_twotower.common.machine import machine, machine_line
+from megatron_twotower.generate.engine import default_devices, load, mask_token_id
 from megatron_twotower.hf.modeling_nemotron_h_twotower import ContextCache
 from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as Model
-from megatron_twotower.machine import machine, machine_line
-from megatron_twotower.records import UserError
 
 PASS, STEP, READ = "denoiser pass", "AR step", "read of a block"
 MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
@@ -108,7 +109,7 @@ def operations(model: Model, prompt: torch.Tensor, work: Work) -> dict[str, floa
     outer = [event for event in events if event.cpu_parent is None]
     total = sum(event.cpu_time_total for event in outer)
     count = len(outer) / PROFILED
-    if not host.is_host():  # there these are the times that it takes to start kernels
+    if not common_device.is_host():  # there these are the times that it takes to start kernels
         cache = model.prefill(prompt)
         kernels = time_by_class(lambda: work(cache)).seconds
         busy = sum(kernels.values())
@@ -199,7 +200,7 @@ def run(
             opened, mask_id=mask_token_id(tokenizer), block_size=block_size, prompt_tokens=prompt_tokens, rounds=rounds
         )
         figures |= {"model": str(model), "machine": machine()}
-    console = console or measure.wide_console()
+    console = console or tables.wide_console()
     console.print(table(figures))
     enough = figures["break_even_tokens_per_pass"]
     verdict = "no number of tokens per pass is" if enough is None else f"{enough:.2f} tokens per pass are"

@@ -13,12 +13,8 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from megatron_twotower import host
-
 # This module is what the server imports, and with it all that training needs.
-host.install()
-
-from megatron_twotower import build  # noqa: E402, F401
+from megatron_twotower.train import run  # noqa: F401
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_twotower import checkpoint, convert, ledger, names
 from megatron_twotower.bench import measure, ranks
-from megatron_twotower.config import load_recipe
+from megatron_twotower.checkpoint import files
+from megatron_twotower.common import machine
+from megatron_twotower.common.errors import STOPPED_EARLY, UserError
+from megatron_twotower.common.run_folder import CHECKPOINTS_FOLDER, LEDGER_FOLDER, METRICS_FILE
+from megatron_twotower.config.recipes import load_recipe
+from megatron_twotower.convert import hf_folder, initial_weights, model_card
 from megatron_twotower.data.prepare import prepare
 from megatron_twotower.data.sources import open_training
-from megatron_twotower.metrics import FILE_NAME
-from megatron_twotower.records import STOPPED_EARLY, UserError
-from megatron_twotower.tokenizer import train_tokenizer
+from megatron_twotower.data.tokenizer import train_tokenizer
+from megatron_twotower.model import parameter_map
+from megatron_twotower.train import ledger
 
 # A constant rate: the schedule must not know when the run will end. A low one, and an epsilon that is not: rounding,
 # which differs between layouts, is not to grow.
@@ -123,11 +127,11 @@ def material(folder: Path) -> tuple[Path, Path]:
         contents = [path.read_text() for path in sorted(texts.iterdir())]
         train_tokenizer(contents, vocab_size=model.vocab_size, output=folder / "tokenizer")
         prepare([str(texts)], tokenizer=folder / "tokenizer", output=folder / "data", holdout_fraction=0.1)
-        source, entries = convert.random_backbone(model, seed=1), names.backbone_entries(model)
-        convert.write_folder(
+        source, entries = initial_weights.random_backbone(model, seed=1), parameter_map.backbone_entries(model)
+        hf_folder.write_folder(
             folder / "backbone",
-            convert.lazy_tensors(source, entries, model, dtype=torch.float32),
-            config=convert.backbone_config_json(model, dtype=torch.float32),
+            hf_folder.lazy_tensors(source, entries, model, dtype=torch.float32),
+            config=model_card.backbone_config_json(model, dtype=torch.float32),
             files={},
             copies=[],
         )
@@ -136,7 +140,7 @@ def material(folder: Path) -> tuple[Path, Path]:
 
 def _records(run: Path, kind: str) -> list[dict[str, Any]]:
     """The records of a run that may be writing one."""
-    file = run / FILE_NAME
+    file = run / METRICS_FILE
     lines = file.read_text().split("\n")[:-1] if file.is_file() else []
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
@@ -177,12 +181,12 @@ def torment(
     """
     draw, kills, resumes, unexpected = random.Random(seed), Counter[str](), 0, []
     while not over(kills.total()):
-        found = checkpoint.find_checkpoints(run)
+        found = files.find_checkpoints(run)
         first = int(found[-1].name.removeprefix("step-")) if found else 0
         resumes += bool(found)
         name = draw.choice(list(ENDINGS))
         ending, goal = ENDINGS[name], first + draw.randint(1, 12)
-        book = run / ledger.FOLDER / "rank-00000.jsonl"
+        book = run / LEDGER_FOLDER / "rank-00000.jsonl"
         written = book.stat().st_size if book.is_file() else 0
         job = ranks.start(draw.choice(counts), arguments, logs=run.parent / "logs")
         tell(f"start {kills.total() + 1}, from step {first}, {len(job.processes)} ranks: {name} after step {goal}")
@@ -190,7 +194,7 @@ def torment(
             # At whatever point of the step that comes then.
             reached = _wait(job, functools.partial(_has_come_to, book, written, goal))
             if reached and ending.saving:
-                reached = _wait(job, lambda: any((run / "checkpoints").glob("*.partial")))
+                reached = _wait(job, lambda: any((run / CHECKPOINTS_FOLDER).glob("*.partial")))
             if not reached:
                 unexpected.append(f"ended before it was made to, with {job.wait(0)}: {job.output()[-500:]}")
                 continue
@@ -219,7 +223,7 @@ def account(
     counts: Sequence[int],
 ) -> Account:
     """Compare the books and the losses of a run with what was due and with the uninterrupted run."""
-    state = checkpoint.read_state(checkpoint.find_checkpoints(run)[-1])
+    state = files.read_state(files.find_checkpoints(run)[-1])
     config = load_recipe("tiny", [item for item in arguments if "=" in item and not item.startswith("recipe=")])
     due = open_training(config).batch(np.arange(state.cursor, dtype=np.int64))
     pairs = zip(due.epochs.tolist(), due.samples.tolist(), strict=True)
@@ -265,7 +269,7 @@ def soak(
     arguments = [*base, f"output={run}", "train.steps=1000000", "train.checkpoint_every_steps=4"]
     kills, resumes, unexpected = torment(run, arguments, counts=counts, seed=seed, over=over, tell=tell)
     minutes = (time.monotonic() - started) / 60
-    found = checkpoint.find_checkpoints(run)
+    found = files.find_checkpoints(run)
     if not found:
         raise UserError(f"{run}: no checkpoint found, expected a longer soak ({'; '.join(unexpected) or 'no faults'})")
     # What was taken after the newest checkpoint is lost: the last start takes it again, and stops there.
@@ -316,7 +320,7 @@ def run(
     console.print(table(found))
     for text in found.unexpected:
         console.print(f"not as it should be: {text}", highlight=False, markup=False)
-    facts = {"machine": measure.machine(), "clean": found.clean} | found.__dict__
+    facts = {"machine": machine.machine(), "clean": found.clean} | found.__dict__
     measure.write_files(output, "soak", facts, None)
     console.print(f"{output / 'soak.json'}", highlight=False)
     return found.clean

@@ -13,28 +13,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from megatron_twotower import build, convert, names, parallel, pictures, trainer
-from megatron_twotower import config as settings
 from megatron_twotower.bench import draws as bench_draws
 from megatron_twotower.bench import measure
 from megatron_twotower.bench.concatenated import ConcatenatedModel
 from megatron_twotower.bench.measure import Case
-from megatron_twotower.config import RunConfig, load_recipe, recipes_folder
-from megatron_twotower.corruption import corrupt
-from megatron_twotower.host import device
-from megatron_twotower.loss import autoregressive_loss, masked_diffusion_loss
-from megatron_twotower.optimizer import build_optimizer, build_schedule
-from megatron_twotower.phases import plan
-from megatron_twotower.records import Batch, Blocks, UserError
-from megatron_twotower.towers import transformer_config
-from megatron_twotower.trainer import Trainer
-from megatron_twotower.validation import validate
+from megatron_twotower.common import machine as common_machine
+from megatron_twotower.common import plots
+from megatron_twotower.common import tables as common_tables
+from megatron_twotower.common.device import device
+from megatron_twotower.common.errors import UserError
+from megatron_twotower.config import hf_config, schema
+from megatron_twotower.config.phases import plan
+from megatron_twotower.config.recipes import load_recipe, recipes_folder
+from megatron_twotower.config.schema import RunConfig
+from megatron_twotower.config.validation import validate
+from megatron_twotower.convert import initial_weights, load, tensors
+from megatron_twotower.mcore import parallel
+from megatron_twotower.mcore.parallel import ProcessGroupCollection
+from megatron_twotower.mcore.transformer_config import transformer_config
+from megatron_twotower.model import parameter_map
+from megatron_twotower.train import loop
+from megatron_twotower.train import run as train_run
+from megatron_twotower.train.loop import Trainer
+from megatron_twotower.train.losses import autoregressive_loss, masked_diffusion_loss
+from megatron_twotower.train.noise import corrupt
+from megatron_twotower.train.optimizer import build_optimizer, build_schedule
+from megatron_twotower.types import Batch, Blocks
 
 AR, TWO_TOWER, CONCATENATED = "ar", "two towers", "concatenated"
 FORWARD_BACKWARD, UPDATE = "forward + backward", "update"
@@ -66,7 +75,7 @@ def trainer_of(
     groups: ProcessGroupCollection,
     *,
     concatenated: bool = False,
-    backbone_source: convert.TensorSource | None = None,
+    backbone_source: tensors.TensorSource | None = None,
 ) -> Trainer:
     """A trainer of the objective, or of the concatenated rival, with its starting weights and a rate of zero.
 
@@ -75,10 +84,13 @@ def trainer_of(
     """
     if concatenated:
         module: Any = ConcatenatedModel(config, transformer_config(config), groups)
-        entries, source = names.trained_backbone_entries(config.model), convert.random_backbone(config.model, seed=0)
-        convert.load_weights(module, entries, source, model=config.model, groups=groups)
+        entries, source = (
+            parameter_map.trained_backbone_entries(config.model),
+            initial_weights.random_backbone(config.model, seed=0),
+        )
+        load.load_weights(module, entries, source, model=config.model, groups=groups)
     else:
-        module = build.build_model(config, groups, backbone_source=backbone_source).module
+        module = train_run.build_model(config, groups, backbone_source=backbone_source).module
     wrapped = parallel.wrap([module], config, groups)
     optimizer = build_optimizer(config, wrapped, groups)
     wrapped.train()
@@ -117,10 +129,7 @@ def step_case(name: str, parts: Trainer, batch: Batch) -> Case:
 
     return Case(
         name,
-        {
-            FORWARD_BACKWARD: lambda: trainer.forward_backward(parts, [(batch, None)], forward_only=False),
-            UPDATE: update,
-        },
+        {FORWARD_BACKWARD: lambda: loop.forward_backward(parts, [(batch, None)], forward_only=False), UPDATE: update},
     )
 
 
@@ -209,7 +218,7 @@ def _attention_only(config: RunConfig) -> RunConfig:
 def _draws_trainer(config: RunConfig, wanted: Settings, groups: ProcessGroupCollection) -> tuple[Trainer, Path]:
     """Two towers from the shipped backbone, and its folder."""
     folder = recipes_folder() / "backbones" / "small"
-    model = settings.model_from_hf(settings.read_hf_config(folder), source=str(folder))
+    model = hf_config.model_from_hf(hf_config.read_hf_config(folder), source=str(folder))
     data = dataclasses.replace(
         config.data,
         sequence_length_tokens=wanted.length_tokens,
@@ -217,7 +226,7 @@ def _draws_trainer(config: RunConfig, wanted: Settings, groups: ProcessGroupColl
         global_batch_size=wanted.sequences,
     )
     small = dataclasses.replace(
-        config, objective="two_tower", model=model, data=data, init=settings.InitConfig(backbone=str(folder))
+        config, objective="two_tower", model=model, data=data, init=schema.InitConfig(backbone=str(folder))
     )
     validate(small, world_size=parallel.world_size())
     return trainer_of(bench_draws.still(small), groups), folder
@@ -279,7 +288,7 @@ def run(
     console: Console | None = None,
 ) -> None:
     """Measure, print tables, and write `step.json` and `step.png` to `output`."""
-    wanted, console = QUICK if quick else wanted, console or measure.wide_console()
+    wanted, console = QUICK if quick else wanted, console or common_tables.wide_console()
     config = load_recipe(recipe, [*overrides, *(QUICK_OVERRIDES if quick else ())])
     check(config, wanted)
     config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, threads_per_rank=threads))
@@ -296,13 +305,13 @@ def run(
                 figures["draws"] = measure_draws(config, wanted, groups, advance=advance)
         finally:
             parallel.shutdown()
-        machine = measure.machine()
+        machine = common_machine.machine()
     facts: dict[str, Any] = {"machine": machine, "recipe": recipe, "overrides": list(overrides)}
     facts |= {"precision": config.train.precision, "block": config.noise.block_size_tokens}
     for made in tables(figures, block=config.noise.block_size_tokens):
         console.print(made)
-    console.print(measure.machine_line(facts["machine"]), highlight=False)
-    measure.write_files(output, "step", facts | figures, pictures.steps(figures, theme=pictures.LIGHT))
+    console.print(common_machine.machine_line(facts["machine"]), highlight=False)
+    measure.write_files(output, "step", facts | figures, plots.steps(figures, theme=plots.LIGHT))
     console.print(f"{output / 'step.json'}, {output / 'step.png'}", highlight=False)
 
 

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from megatron_twotower.records import UserError
+from megatron_twotower.common.errors import UserError
 
 # The allocator gives blocks of this size back and forth without asking the system; larger ones it maps each time.
 PIECE_BYTES = 8 * 2**20

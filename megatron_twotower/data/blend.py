@@ -22,11 +22,12 @@ from typing import Any
 
 import numpy as np
 
+from megatron_twotower.common.errors import UserError
+from megatron_twotower.config.phases import Phase, phase_number
 from megatron_twotower.data import remote
 from megatron_twotower.data.dataset import SequenceDataset, stacked
 from megatron_twotower.data.order import LONGEST_PERIOD, Mixture, whole_shares
-from megatron_twotower.phases import Phase, phase_number
-from megatron_twotower.records import Batch, UserError
+from megatron_twotower.types import Batch
 
 
 @dataclass(frozen=True)

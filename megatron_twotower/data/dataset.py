@@ -15,11 +15,13 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from megatron_twotower.common.errors import UserError
 from megatron_twotower.data.order import Shuffle, corpus_seed, shuffled
 from megatron_twotower.data.packing import Packing
 from megatron_twotower.data.shards import Corpus
-from megatron_twotower.records import Batch, UserError
+from megatron_twotower.types import Batch
 
 T = TypeVar("T")
 
@@ -238,3 +240,12 @@ def read_ahead(make: Callable[[int], T], *, workers: int, depth: int) -> Generat
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def stretches(corpus: Corpus, *, count: int, length: int) -> Tensor:
+    """(count, length) int64 tokens, evenly spread over the corpus; fewer where it is short."""
+    count = min(count, corpus.total_tokens // length)
+    if count < 2:
+        raise UserError(f"{corpus.folder}: found {corpus.total_tokens} tokens, expected at least 2 x {length}")
+    starts = [i * (corpus.total_tokens - length) // (count - 1) for i in range(count)]
+    return torch.stack([torch.from_numpy(corpus.tokens(start, length)) for start in starts])

@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from megatron_twotower.common.files import written
 from megatron_twotower.data import workers
 from megatron_twotower.data.documents import TRAIN, VALIDATION, Fault, Unit, read_unit
 from megatron_twotower.data.shards import Sample, Shard, write_shard
-from megatron_twotower.data.workspace import written
-from megatron_twotower.tokenizer import load_tokenizer, text_encoder
+from megatron_twotower.data.tokenizer import load_tokenizer, text_encoder
 
 # digest: of the text; place: line, row or file within the unit; bytes, characters: of the text.
 RECORD = np.dtype([("digest", "<u8", 2), ("place", "<i8"), ("tokens", "<i8"), ("bytes", "<i8"), ("characters", "<i8")])

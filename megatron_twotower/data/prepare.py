@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_twotower import __version__
+from megatron_twotower.common.errors import UserError
+from megatron_twotower.common.progress import Report, Stage
 from megatron_twotower.data import workers, workspace
 from megatron_twotower.data.documents import SUFFIXES, TRAIN, VALIDATION, Unit, cut_units, find_documents
 from megatron_twotower.data.parts import (
@@ -34,11 +36,9 @@ from megatron_twotower.data.parts import (
     write_part,
     write_planned_shard,
 )
-from megatron_twotower.data.progress import Report, Stage
 from megatron_twotower.data.selection import Plan, lines_before, select
 from megatron_twotower.data.shards import INDEX_FILE, INDEX_VERSION, Shard, write_index
-from megatron_twotower.records import UserError
-from megatron_twotower.tokenizer import TOKENIZER_FILE, load_tokenizer, tokenizer_fingerprint
+from megatron_twotower.data.tokenizer import TOKENIZER_FILE, load_tokenizer, tokenizer_fingerprint
 
 _TOKENIZER_FILES = (
     TOKENIZER_FILE,

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from webdataset.gopen import Pipe, gopen
 
-from megatron_twotower.records import UserError
+from megatron_twotower.common.errors import UserError
 
 ATTEMPTS = 3
 FILE_PLACE = "{file}"

@@ -29,9 +29,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import webdataset
 
+from megatron_twotower.common.errors import UserError
 from megatron_twotower.data import remote
 from megatron_twotower.data.documents import TRAIN, VALIDATION
-from megatron_twotower.records import UserError
 
 __all__ = ["INDEX_FILE", "TRAIN", "VALIDATION", "Corpus", "Sample", "Shard", "write_index", "write_shard"]
 

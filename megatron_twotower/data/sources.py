@@ -6,15 +6,15 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_twotower.config import RunConfig
+from megatron_twotower.common.errors import UserError
+from megatron_twotower.config.phases import Phase, document_alignment, plan
+from megatron_twotower.config.schema import RunConfig
 from megatron_twotower.data.blend import Blend, BlendedDataset, BlendPhase, split_folder
 from megatron_twotower.data.dataset import SequenceDataset
 from megatron_twotower.data.order import LONGEST_PERIOD, Shuffle
 from megatron_twotower.data.packing import Packing
 from megatron_twotower.data.shards import Corpus
-from megatron_twotower.phases import Phase, document_alignment, plan
-from megatron_twotower.records import UserError
-from megatron_twotower.tokenizer import tokenizer_fingerprint
+from megatron_twotower.data.tokenizer import tokenizer_fingerprint
 
 
 def open_training(config: RunConfig) -> SequenceDataset | BlendedDataset:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, TypeVar
 
-from megatron_twotower.records import UserError
+from megatron_twotower.common.errors import UserError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")

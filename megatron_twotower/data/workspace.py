@@ -8,30 +8,15 @@ data/       what becomes OUTPUT, in one step         lock      held by the run a
 import contextlib
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_twotower.records import UserError
+from megatron_twotower.common.errors import UserError
+from megatron_twotower.common.files import written
 
 PLAN_FILE = "plan.json"
-
-
-@contextlib.contextmanager
-def written(path: Path) -> Iterator[Path]:
-    """What is written to the file that this gives takes the place of `path` at the end, or vanishes on an error."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        with open(partial, "rb+") as stream:
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def partial_of(output: Path) -> Path:

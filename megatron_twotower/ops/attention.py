@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_twotower.ops import kernels
+from megatron_twotower.ops import dispatch
 
 # Rows of a matrix of scores on a CPU, the queries of all heads that share a kv head: enough for a full matrix product.
 ROWS = 256
@@ -62,7 +62,7 @@ def block_attention(
         (b, heads, l, e).
     """
     assert query.shape[2] % block == 0, (query.shape, block)
-    if query.is_cuda and kernels.unavailable("triton") is None:
+    if query.is_cuda and dispatch.unavailable("triton") is None:
         return flex_block_attention(
             query, key, value, clean_key=clean_key, clean_value=clean_value, block=block, documents=documents
         )

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_twotower.ops import kernels
+from megatron_twotower.ops import dispatch
 
 # Inputs worked on at a time on a CPU: what passes between operations takes no more memory than this.
 CACHED = 1 << 20
@@ -84,10 +84,10 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, *, documents: Tensor | 
     On CUDA by causal-conv1d, if it is installed and takes such shapes, else by the kernels of `convolution_triton`.
     """
     narrow = x.is_cuda and x.dtype != torch.float64
-    if narrow and kernels.unavailable("causal-conv1d") is None and kernels.conv_unsupported(*weight.shape) is None:
-        return kernels.causal_conv_kernel(x, weight, bias, documents=documents)
-    if kernels.triton_serves(x, "convolution"):
-        from megatron_twotower.ops.convolution_triton import block_conv_triton
+    if narrow and dispatch.unavailable("causal-conv1d") is None and dispatch.conv_unsupported(*weight.shape) is None:
+        return dispatch.causal_conv_kernel(x, weight, bias, documents=documents)
+    if dispatch.triton_serves(x, "convolution"):
+        from megatron_twotower.ops.triton.convolution import block_conv_triton
 
         return block_conv_triton(x, None, weight, bias, block=x.shape[1], documents=documents)
     before = weight.shape[1] - 1
@@ -117,8 +117,8 @@ def seeded_block_conv(
         (b, l, c).
     """
     (b, l, c), n, before = x.shape, history.shape[1], history.shape[2]
-    if kernels.triton_serves(x, "convolution"):
-        from megatron_twotower.ops.convolution_triton import block_conv_triton
+    if dispatch.triton_serves(x, "convolution"):
+        from megatron_twotower.ops.triton.convolution import block_conv_triton
 
         return block_conv_triton(x, history, weight, bias, block=l // n, documents=documents)
     blocks = torch.cat([history, x.view(b, n, -1, c)], dim=2).flatten(0, 1)

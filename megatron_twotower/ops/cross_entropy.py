@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_twotower.ops import kernels
+from megatron_twotower.ops import dispatch
 
 # Positions per chunk in torch: 512 x 131072 logits in fp32 are 256 MiB.
 POSITION_CHUNK = 512
@@ -69,8 +69,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, group: Any, first: int
     ) -> tuple[Tensor, Tensor]:
         rows, chunk = rows_torch, POSITION_CHUNK
-        if kernels.triton_serves(hidden, "cross-entropy"):
-            from megatron_twotower.ops.cross_entropy_triton import rows_triton as rows
+        if dispatch.triton_serves(hidden, "cross-entropy"):
+            from megatron_twotower.ops.triton.cross_entropy import rows_triton as rows
 
             chunk = KERNEL_CHUNK
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)

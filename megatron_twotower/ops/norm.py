@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_twotower.ops import kernels
+from megatron_twotower.ops import dispatch
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -76,8 +76,8 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, epsilon: float) -> Tens
 
     On CUDA, with triton, by the kernels of `norm_triton`.
     """
-    if kernels.triton_serves(y, "gated norm"):
-        from megatron_twotower.ops.norm_triton import gated_rms_norm_triton
+    if dispatch.triton_serves(y, "gated norm"):
+        from megatron_twotower.ops.triton.norm import gated_rms_norm_triton
 
         return gated_rms_norm_triton(y, z, weight, epsilon)
     return _GatedRMSNorm.apply(y, z, weight, epsilon)

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_twotower.ops import kernels
-from megatron_twotower.ops.chunks import (
+from megatron_twotower.ops import dispatch
+from megatron_twotower.ops.scan_chunks import (
     Reach,
     add_within,
     document_before,
@@ -196,7 +196,7 @@ class _ChunkScan(torch.autograd.Function):
 def _mamba_ssm_serves(x: Tensor) -> bool:
     # In float32 its products are TF32's (no input_precision in mamba-ssm 2.2.4 and 2.3.2, ops/triton/ssd_*.py), which
     # leaves a thousandth of error where this module computes in float32.
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and kernels.unavailable("mamba-ssm") is None
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and dispatch.unavailable("mamba-ssm") is None
 
 
 def chunk_scan(
@@ -224,7 +224,7 @@ def chunk_scan(
     assert initial is None or not initial.requires_grad
     # Its states come from the forward pass alone.
     if initial is None and not torch.is_grad_enabled() and _mamba_ssm_serves(x):
-        return kernels.chunk_scan_kernel(x, dt, A, B, C, D, chunk=chunk, documents=documents)
+        return dispatch.chunk_scan_kernel(x, dt, A, B, C, D, chunk=chunk, documents=documents)
     return _ChunkScan.apply(x, dt, A, B, C, D, chunk, initial, documents)
 
 
@@ -233,7 +233,7 @@ def stream_scan(
 ) -> Tensor:
     """y of `chunk_scan` alone, with gradients, for next-token training; on CUDA in half precision by mamba-ssm."""
     if _mamba_ssm_serves(x):
-        return kernels.scan_kernel(x, dt, A, B, C, D, chunk=chunk, documents=documents)
+        return dispatch.scan_kernel(x, dt, A, B, C, D, chunk=chunk, documents=documents)
     return chunk_scan(x, dt, A, B, C, D, chunk=chunk, documents=documents)[0]
 
 
@@ -355,7 +355,7 @@ def two_stream_scan(
     """
     scan = two_stream_scan_torch
     if triton_scans(x, B, block=block, chunk=chunk):
-        from megatron_twotower.ops.scan_triton import two_stream_scan_triton as scan
+        from megatron_twotower.ops.triton.scan import two_stream_scan_triton as scan
     return scan(
         x,
         dt,
@@ -376,9 +376,9 @@ def two_stream_scan(
 
 def triton_scans(x: Tensor, B: Tensor, *, block: int, chunk: int) -> bool:
     """True where `two_stream_scan` is the Triton one: on CUDA, with triton, for shapes that its kernels take."""
-    if not kernels.triton_serves(x, "scan"):
+    if not dispatch.triton_serves(x, "scan"):
         return False
-    from megatron_twotower.ops.scan_triton import supported
+    from megatron_twotower.ops.triton.scan import supported
 
     return supported(x, B, block=block, chunk=chunk) is None
 

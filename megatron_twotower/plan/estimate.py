@@ -4,15 +4,15 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_twotower.config import RunConfig
-from megatron_twotower.memory import Part, StepSize, head_parts, layer_parts, step_size
+from megatron_twotower.config.phases import Phase, plan
+from megatron_twotower.config.pipeline_stages import Stage, stages_of_rank, whole
+from megatron_twotower.config.schema import RunConfig
 from megatron_twotower.ops.cross_entropy import KERNEL_CHUNK
-from megatron_twotower.phases import Phase, plan
+from megatron_twotower.plan.activations import Part, StepSize, head_parts, layer_parts, step_size
 from megatron_twotower.plan.flops import StepFlops, step_flops
 from megatron_twotower.plan.layout import CARDS, GIB, Card, Layout, layout_of, micro_batches
 from megatron_twotower.plan.traffic import Transfer, crosses_nodes, group_sizes, sent_by_group, transfers
 from megatron_twotower.plan.weights import Held, WeightBytes, checkpoint_bytes, held, weight_bytes
-from megatron_twotower.stages import Stage, stages_of_rank, whole
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ Norms, activations and the optimizer are not matrix products and left out.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_twotower.config import ModelConfig, RunConfig
+from megatron_twotower.config.pipeline_stages import Stage, whole
+from megatron_twotower.config.schema import ModelConfig, RunConfig
 from megatron_twotower.ops.scan import chunk_length
-from megatron_twotower.stages import Stage, whole
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_twotower.config import RunConfig
+from megatron_twotower.config.schema import RunConfig
 
 GIB = 2**30
 

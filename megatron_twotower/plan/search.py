@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
-from megatron_twotower.config import RunConfig, flatten
+from megatron_twotower.common.errors import UserError
+from megatron_twotower.config.schema import RunConfig, flatten
+from megatron_twotower.config.validation import validate
 from megatron_twotower.plan.estimate import Assumptions, Estimate, estimate
-from megatron_twotower.records import UserError
-from megatron_twotower.validation import validate
 
 # What is tried. Sizes that do not divide are left out by validation.
 TENSOR = (1, 2, 4, 8)

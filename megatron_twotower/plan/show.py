@@ -8,14 +8,14 @@ from rich.box import SIMPLE, SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from megatron_twotower.config import RunConfig
+from megatron_twotower.common.errors import UserError
+from megatron_twotower.config.schema import RunConfig
+from megatron_twotower.config.validation import validate
 from megatron_twotower.plan.estimate import Assumptions, Estimate, estimate
 from megatron_twotower.plan.layout import CARDS, GIB, layout_of, micro_batches
 from megatron_twotower.plan.search import overrides, remedies, search
 from megatron_twotower.plan.traffic import crosses_nodes
 from megatron_twotower.plan.weights import Held, held, parameters, tables
-from megatron_twotower.records import UserError
-from megatron_twotower.validation import validate
 
 _MEMORY = {
     "context": "context tower, frozen",
@@ -164,7 +164,7 @@ def _checked(config: RunConfig, ranks: int) -> list[Held]:
     Raises:
         AssertionError: they differ.
     """
-    from megatron_twotower.plan.built import build
+    from megatron_twotower.plan.meta_build import build
 
     layout, found = layout_of(config, ranks=ranks), []
 

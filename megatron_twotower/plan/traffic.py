@@ -19,14 +19,14 @@ What a pass sends, with T positions of h values of w bytes (of the noisy stream,
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_twotower.config import RunConfig
-from megatron_twotower.memory import StepSize, step_size
-from megatron_twotower.names import entries_of_stage
+from megatron_twotower.config.pipeline_stages import Stage, whole
+from megatron_twotower.config.precision import PRECISIONS
+from megatron_twotower.config.schema import RunConfig
+from megatron_twotower.model.parameter_map import entries_of_stage
+from megatron_twotower.plan.activations import StepSize, step_size
 from megatron_twotower.plan.flops import context_layers
 from megatron_twotower.plan.layout import Card, Layout, micro_batches
 from megatron_twotower.plan.weights import FP32, WeightBytes, parameters, tables
-from megatron_twotower.precision import PRECISIONS
-from megatron_twotower.stages import Stage, whole
 
 # Of a ring: what a rank sends of n bytes over g ranks is so many times n (g - 1) / g.
 FACTORS = {"all_gather": 1, "reduce_scatter": 1, "all_to_all": 1, "all_reduce": 2}

@@ -15,8 +15,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_twotower.config import ModelConfig, RunConfig
-from megatron_twotower.names import (
+from megatron_twotower.config.pipeline_stages import Stage, stages_of_rank
+from megatron_twotower.config.precision import CONTEXT_PRECISIONS, PRECISIONS
+from megatron_twotower.config.schema import ModelConfig, RunConfig
+from megatron_twotower.model.parameter_map import (
     Entry,
     context_entries,
     denoiser_entries,
@@ -25,8 +27,6 @@ from megatron_twotower.names import (
     trained_backbone_entries,
 )
 from megatron_twotower.plan.layout import Layout
-from megatron_twotower.precision import CONTEXT_PRECISIONS, PRECISIONS
-from megatron_twotower.stages import Stage, stages_of_rank
 
 FP32 = 4
 # Router biases are buffers: they are neither trained by gradient nor counted among parameters.

@@ -6,12 +6,12 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
 if __name__ == "__main__":
     import conftest
-    from test_gpu_training import LONG
-    from test_trainer import losses, settings, train
+
+    from helpers.runs import LONG, losses, settings, train
 
     class Folders:
         """What pytest's factory of temporary folders does, for the fixtures called by hand."""

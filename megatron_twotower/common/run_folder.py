@@ -1,0 +1,89 @@
+"""The files of a run folder: their names, how they are read, and how they are written.
+
+config.yaml                  the resolved configuration, itself a recipe
+provenance.json              versions, commit, seed, fingerprints of backbone and data
+metrics.jsonl                one JSON object per line: training, validation and checkpoint records
+checkpoints/step-00000100/   training state after that many optimizer steps
+ledger/rank-00000.jsonl      which samples each step consumed, if asked for
+nonfinite/                   batches of steps whose loss or gradients were not finite
+"""
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from megatron_twotower.common import machine
+from megatron_twotower.common.errors import UserError
+
+CONFIG_FILE = "config.yaml"
+PROVENANCE_FILE = "provenance.json"
+METRICS_FILE = "metrics.jsonl"
+CHECKPOINTS_FOLDER = "checkpoints"
+LEDGER_FOLDER = "ledger"
+NONFINITE_FOLDER = "nonfinite"
+_PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "webdataset", "numpy")
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """The folder of the checkpoint after `step` optimizer steps."""
+    return run / CHECKPOINTS_FOLDER / f"step-{step:08d}"
+
+
+def provenance(version: str, *, seed: int, ranks: int, backbone: str | None, fingerprint: str | None) -> dict[str, Any]:
+    """What is needed to repeat a run.
+
+    Args:
+        version: of this package.
+        fingerprint: SHA-256 of the backbone.
+    """
+    return {
+        "megatron_twotower": version,
+        "commit": machine.commit(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "seed": seed,
+        "ranks": ranks,
+        "backbone": backbone,
+        "backbone_sha256": fingerprint,
+    }
+
+
+def read_provenance(run: Path) -> dict[str, Any]:
+    """The facts in a run's `provenance.json`; empty if the run has not written it yet."""
+    file = run / PROVENANCE_FILE
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def write_start(run: Path, *, config: str, facts: Mapping[str, Any]) -> None:
+    """Write what is known when a run starts: `config.yaml` and `provenance.json`.
+
+    Args:
+        config: YAML text.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    (run / CONFIG_FILE).write_text(config)
+    (run / PROVENANCE_FILE).write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`, in the order written. A last line cut off by a crash is left out.
+
+    Raises:
+        UserError: the file is missing, or a line is not a JSON object with a `step`.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: not found, expected the {METRICS_FILE} of a training run")
+    lines = path.read_text().split("\n")
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            record = None
+        if not isinstance(record, dict) or "step" not in record:
+            raise UserError(f"{path}:{number}: found {line[:60]!r}, expected a JSON object with a step")
+        records.append(record)
+    return records

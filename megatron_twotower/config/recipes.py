@@ -1,0 +1,143 @@
+"""From a Hydra recipe and overrides to a resolved `RunConfig`, and back to YAML."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_twotower.common.errors import UserError, require
+from megatron_twotower.config.hf_config import model_from_hf, read_hf_config, read_pointer
+from megatron_twotower.config.phases import steps_of
+from megatron_twotower.config.schema import InitConfig, RunConfig, flatten
+
+
+def _with_backbone(init: InitConfig) -> InitConfig:
+    """`init.backbone` filled in from where the denoiser's context tower is."""
+    if init.denoiser is None:
+        return init
+    pointer = read_pointer(init.denoiser)
+    own = pointer["backbone"] if pointer else init.denoiser
+    require(
+        pointer is not None or init.backbone in (None, own),
+        f"init.backbone: found {init.backbone}, expected null: init.denoiser {init.denoiser} has its own context tower",
+    )
+    return dataclasses.replace(init, backbone=init.backbone or own)
+
+
+def resolve(config: RunConfig, *, planning: bool = False) -> RunConfig:
+    """Fill in `model` from the backbone's folder where the recipe leaves it out, and the steps of all phases.
+
+    Args:
+        planning: the recipe's model will do where the backbone's folder is not there (yet).
+
+    Raises:
+        UserError: neither is given, or both are and they differ.
+    """
+    if config.phases and config.train.steps == 0:
+        total = sum(steps_of(phase.tokens, config.data) for phase in config.phases)
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=total))
+    shaped = config.model.hybrid_override_pattern != ""
+    if planning and shaped and not (config.init.backbone and Path(config.init.backbone).is_dir()):
+        return config
+    config = dataclasses.replace(config, init=_with_backbone(config.init))
+    if config.init.backbone is None:
+        require(
+            shaped,
+            "model.hybrid_override_pattern: found nothing, expected layer letters or init.backbone to take them from",
+        )
+        require(
+            config.objective == "ar",
+            "init.backbone: found null, expected a NemotronH folder (both towers start from it)",
+        )
+        return config
+    source = f"{config.init.backbone}/config.json"
+    found = model_from_hf(read_hf_config(config.init.backbone), source=source)
+    if config.model.hybrid_override_pattern:
+        for key, value in flatten(config.model):
+            other = getattr(found, key)
+            require(other == value, f"model.{key}: found {value!r}, but {source} has {other!r}")
+    return dataclasses.replace(config, model=found)
+
+
+def recipes_folder() -> Path:
+    """Where recipes live: inside the installed package, or beside it in a source tree."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "recipes", package.parent / "recipes"):
+        if folder.is_dir():
+            return folder
+    raise UserError(f"{package / 'recipes'}: not found, expected the recipes folder of the package")
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
+
+
+def hydra_source(recipe: str, overrides: Sequence[str]) -> tuple[Path, list[str]]:
+    """The file of a recipe, and what Hydra needs besides the overrides to read it. Tells Hydra of `RunConfig`.
+
+    Raises:
+        UserError: unknown recipe, or an override that adds or removes a key.
+    """
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else recipes_folder() / f"{recipe}.yaml"
+    if not path.is_file():
+        raise UserError(f"recipe {recipe!r}: not found, expected a YAML file or one of {', '.join(recipe_names())}")
+    added = [item for item in overrides if item.startswith(("+", "~"))]
+    require(not added, f"override {''.join(added[:1])!r}: keys cannot be added or removed, only set")
+    ConfigStore.instance().store(name="run_config", node=_writable(OmegaConf.structured(RunConfig)))
+    return path.resolve(), [f"hydra.searchpath=[file://{recipes_folder()}]"]
+
+
+def load_recipe(recipe: str, overrides: Sequence[str] = (), *, planning: bool = False) -> RunConfig:
+    """Compose a recipe, by name or by path of a YAML file, with Hydra overrides, and resolve it.
+
+    Args:
+        planning: as for `resolve`.
+
+    Raises:
+        UserError: unknown recipe, unknown key, wrong type, or a backbone that cannot be read.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    path, search = hydra_source(recipe, overrides)
+    try:
+        with initialize_config_dir(str(path.parent), version_base="1.3"):
+            composed = compose(path.stem, overrides=[*search, *overrides])
+        config = OmegaConf.to_object(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"recipe {recipe}: {_first_cause(error)}") from error
+    assert isinstance(config, RunConfig)
+    return resolve(config, planning=planning)
+
+
+def _writable(node: Any) -> Any:
+    """OmegaConf marks frozen dataclasses read-only, all the way down, and then cannot merge a recipe into them."""
+    from omegaconf import DictConfig, OmegaConf
+
+    OmegaConf.set_readonly(node, None)
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig):
+            _writable(child)
+    return node
+
+
+def _first_cause(error: BaseException) -> str:
+    """Hydra wraps the telling error; the innermost one names the key and the value."""
+    cause = error.__cause__
+    text = f"{error}\n{cause}" if cause is not None else str(error)
+    noise = ("object_type", "reference_type", "To append")
+    lines = [line.strip() for line in text.splitlines()]
+    return "; ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration as YAML that `twotower train recipe=PATH` reads again."""
+    from omegaconf import OmegaConf
+
+    return "defaults:\n  - run_config\n  - _self_\n\n" + OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))

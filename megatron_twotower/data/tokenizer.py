@@ -1,0 +1,136 @@
+"""Hugging Face tokenizers: train one, open one, and encode documents with it.
+
+Ids 0 to 3 of a tokenizer trained here are `<unk>` (padding too), `<s>`, `</s>` and `<mask>`; 4 to 259 are the 256
+bytes, so that no text ever needs `<unk>`.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from megatron_twotower.common.errors import UserError
+
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<mask>")
+SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
+TOKENIZER_FILE = "tokenizer.json"
+
+# Merges never cross these pieces. Source code decides them: line breaks keep the indentation after them, so that a new
+# level is one token; a word takes the space or dot before it and its underscores; digits go in threes, marks in runs.
+_PIECES = "|".join(
+    (
+        r"(?:\r?\n[ \t]*)+",
+        r"[ .]?[\p{L}_]+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}_]+",
+        r"[ \t]+(?=[ \t])",  # a run of spaces leaves its last one to the word after it
+        r"\s",
+    )
+)
+# A ruler of eighty `=` is not worth an entry; 24 bytes hold a line break and five levels of indentation.
+_LONGEST_TOKEN_BYTES = 24
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int, output: Path) -> None:
+    """Train byte-level BPE on `texts` and save it in Hugging Face form in the folder `output`.
+
+    The same texts in the same order give the same bytes. Text too short for `vocab_size` entries gives fewer.
+    `encode` adds no special token; `decode(encode(text))` is `text` for any Unicode text.
+
+    Errors: `UserError` when `vocab_size` cannot hold the special tokens and the bytes, or `output` is a file.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(
+            f"vocab_size {vocab_size}: expected at least {SMALLEST_VOCABULARY} (4 special tokens and 256 bytes)"
+        )
+    output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output}: found a file, expected a folder to save a tokenizer in")
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=_LONGEST_TOKEN_BYTES,
+        show_progress=False,
+    )
+    model.train_from_iterator(texts, trainer=trainer)
+    unk, bos, eos, mask = SPECIAL_TOKENS
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=model,
+        unk_token=unk,
+        pad_token=unk,
+        bos_token=bos,
+        eos_token=eos,
+        mask_token=mask,
+        clean_up_tokenization_spaces=False,
+    )
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        tokenizer.save_pretrained(partial)
+        output.mkdir(parents=True, exist_ok=True)
+        # tokenizer.json, which makes the folder a tokenizer, comes last.
+        for file in sorted(partial.iterdir(), key=lambda file: file.name == TOKENIZER_FILE):
+            file.replace(output / file.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _tokenizer_file(folder: Path) -> Path:
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder, expected a Hugging Face tokenizer")
+    file = folder / TOKENIZER_FILE
+    if not file.is_file():
+        raise UserError(f"{folder}: no {TOKENIZER_FILE} there, expected a Hugging Face tokenizer")
+    return file
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Open the tokenizer saved in `folder`, from local files only.
+
+    Errors: `UserError` when the folder or its tokenizer.json is missing or cannot be read as a tokenizer.
+    """
+    file = _tokenizer_file(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), local_files_only=True)
+    except Exception as error:  # the Rust parser raises bare Exception
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file}: cannot be read as a Hugging Face tokenizer ({reason})") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"{folder}: found a {type(tokenizer).__name__}, expected a fast tokenizer (tokenizer.json)")
+    return tokenizer
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+    """SHA-256, in hex, of the tokenizer.json in `folder`: equal for tokenizers that give equal ids."""
+    return hashlib.sha256(_tokenizer_file(folder).read_bytes()).hexdigest()
+
+
+def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[Sequence[str]], list[list[int]]]:
+    """A function from texts to the token ids of each, with nothing added, cut or padded.
+
+    A special token spelled out in the text ("<mask>" in a source file) is encoded as the characters it is written with:
+    clean text must never hold the mask token or end early.
+    """
+    # A copy: the switches below would change what the caller's tokenizer does.
+    plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    plain.no_truncation()
+    plain.no_padding()
+    plain.encode_special_tokens = True
+
+    def encode(texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    return encode

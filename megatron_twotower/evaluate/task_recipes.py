@@ -1,0 +1,76 @@
+"""Which tasks of lm-evaluation-harness to run: recipes in `recipes/evaluation/`, or names on the command line."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from megatron_twotower.common.errors import UserError
+from megatron_twotower.config.recipes import recipes_folder
+
+
+@dataclass(frozen=True)
+class HarnessTask:
+    """One line of the table.
+
+    tasks: names of tasks, groups or tags of the harness; of several, the plain mean counts. shots: examples before a
+    question; None for the task's own. metric: as the harness names it, "acc,none"; None for the first one. card: what
+    the released model's card reports, in percent, by mode. overrides: of the tasks' own settings. note: for the
+    reader.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    shots: int | None = None
+    metric: str | None = None
+    card: Mapping[str, float] = field(default_factory=dict)
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+def task_recipe_names() -> list[str]:
+    return sorted(path.stem for path in (recipes_folder() / "evaluation").glob("*.yaml"))
+
+
+def read_task_recipe(path: Path) -> list[HarnessTask]:
+    """The tasks of a recipe file.
+
+    Raises:
+        UserError: not such a file; the message names the entry.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
+    entries = content.get("tasks") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path}: expected a list `tasks`")
+    known, found = set(HarnessTask.__dataclass_fields__), []
+    for number, entry in enumerate(entries):
+        where = f"{path}: tasks[{number}]"
+        if not isinstance(entry, dict) or not {"name", "tasks"} <= entry.keys():
+            raise UserError(f"{where}: expected the keys name and tasks")
+        if unknown := sorted(entry.keys() - known):
+            raise UserError(f"{where}: {unknown[0]}: unknown key, expected of {', '.join(sorted(known))}")
+        tasks = entry["tasks"]
+        names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
+        found.append(HarnessTask(**{**entry, "tasks": names}))
+    return found
+
+
+def chosen_tasks(chosen: Sequence[str], *, shots: int | None = None) -> list[HarnessTask]:
+    """From the command line: names of recipes, paths of recipe files, and names of the harness's own tasks.
+
+    shots: in place of what recipes and tasks say.
+    """
+    found: list[HarnessTask] = []
+    for name in chosen:
+        if name.endswith((".yaml", ".yml")):
+            found += read_task_recipe(Path(name))
+        elif name in task_recipe_names():
+            found += read_task_recipe(recipes_folder() / "evaluation" / f"{name}.yaml")
+        else:
+            found.append(HarnessTask(name, (name,)))
+    return found if shots is None else [replace(task, shots=shots) for task in found]

@@ -1,0 +1,1 @@
+"""Text from an exported two-tower folder."""

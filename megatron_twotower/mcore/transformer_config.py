@@ -1,0 +1,93 @@
+"""Megatron's `TransformerConfig` of a run."""
+
+import torch.nn.functional as F
+from megatron.core import activations
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_twotower.common.device import is_host
+from megatron_twotower.config.pipeline_stages import stages
+from megatron_twotower.config.schema import ModelConfig, ParallelConfig, RunConfig
+from megatron_twotower.mcore import modules
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+def leave_uninitialised(tensor: Tensor) -> Tensor:
+    """Megatron's init_method: weights always come from named tensors, loaded later and counted."""
+    return tensor
+
+
+def transformer_config(config: RunConfig, *, served: str | None = None) -> TransformerConfig:
+    """The configuration that Megatron's layers, optimizer and schedules read.
+
+    Args:
+        served: a row of `spec.SPECS`, where it is not to be chosen by what is here.
+
+    Raises:
+        UserError: the configuration asks for modules or kernels that are not here.
+    """
+    model, parallel, train = config.model, config.parallel, config.train
+    of_spec = modules.megatron_fields(config, served=served or modules.implementation(config))
+    pipeline: dict[str, object] = {}
+    if parallel.pipeline > 1:
+        # In one batch, Megatron's default, what two interleaved stages send each other forward and backward would mix.
+        interleaved = parallel.pipeline_chunks > 1
+        pipeline = {
+            "pipeline_model_parallel_size": parallel.pipeline,
+            "pipeline_model_parallel_layout": _megatron_layout(model, parallel),
+            "pipeline_dtype": of_spec["params_dtype"],
+            # Gloo still reads what an overlapped send has not finished with; NCCL holds on to it by itself.
+            "deallocate_pipeline_outputs": not (interleaved and is_host()),
+            "overlap_p2p_comm": interleaved,
+            "batch_p2p_comm": not interleaved,
+        }
+    experts: dict[str, object] = {}
+    if "E" in model.hybrid_override_pattern:
+        experts = {
+            "num_moe_experts": model.n_routed_experts,
+            "moe_router_topk": model.num_experts_per_tok,
+            "moe_ffn_hidden_size": model.moe_intermediate_size,
+            "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
+            "moe_router_score_function": "sigmoid",
+            "moe_router_enable_expert_bias": True,
+            "moe_router_bias_update_rate": train.router_bias_update_rate,
+            "moe_router_topk_scaling_factor": model.routed_scaling_factor,
+            "moe_router_dtype": train.router_dtype,
+            "moe_router_load_balancing_type": "seq_aux_loss" if train.sequence_aux_loss else "none",
+            "moe_aux_loss_coeff": train.sequence_aux_loss,
+        }
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_key_value_heads,
+        kv_channels=model.head_dim,
+        ffn_hidden_size=model.intermediate_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.layer_norm_epsilon,
+        # Megatron knows by its own function what it can fuse.
+        activation_func=activations.squared_relu if of_spec.get("use_fused_weighted_squared_relu") else squared_relu,
+        add_bias_linear=False,
+        bias_activation_fusion=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method=leave_uninitialised,
+        output_layer_init_method=leave_uninitialised,
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor_ranks,
+        calculate_per_token_loss=True,
+        **of_spec,
+        **pipeline,
+        **experts,
+    )
+
+
+def _megatron_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[str]]:
+    """Our stretches as Megatron spells them, so that its configuration accepts stages of any length."""
+    layout = [["decoder"] * len(stage.layers) for stage in stages(model, parallel)]
+    return [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]]

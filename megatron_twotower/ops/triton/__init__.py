@@ -1,0 +1,1 @@
+"""The operations of `ops` in Triton. Importing a module of this folder imports triton."""

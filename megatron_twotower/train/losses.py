@@ -1,0 +1,67 @@
+"""The objectives: sums and counts of a forward pass, ready to be added up and divided once by a global count."""
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron_twotower.config.schema import NoiseConfig
+from megatron_twotower.model.towers import Tower
+from megatron_twotower.ops.cross_entropy import linear_cross_entropy
+from megatron_twotower.types import Batch, LossReport, NoisyBatch
+
+
+def _head(
+    tower: Tower, hidden: Tensor, targets: Tensor, weights: Tensor, groups: ProcessGroupCollection
+) -> tuple[Tensor, Tensor]:
+    return linear_cross_entropy(
+        hidden, tower.output_layer(), targets, weights, group=groups.tp, first=tower.vocabulary_start()
+    )
+
+
+def autoregressive_loss(tower: Tower, hidden: Tensor, batch: Batch, groups: ProcessGroupCollection) -> LossReport:
+    """Next-token cross-entropy of every position but the last, within documents where their boundaries count.
+
+    Args:
+        hidden: final hidden states (l, b, h).
+    """
+    weights = torch.ones_like(batch.tokens[:, 1:], dtype=torch.float32)
+    if batch.documents is not None:
+        weights = weights * (batch.documents[:, 1:] == batch.documents[:, :-1])
+    if batch.padding is not None:
+        weights = weights * ~batch.padding[:, 1:]
+    weights = weights.t().flatten()
+    total, losses = _head(tower, hidden[:-1].flatten(0, 1), batch.tokens.t()[1:].flatten(), weights, groups)
+    count = weights.sum()
+    return LossReport(total, count.to(torch.int32), (losses * weights).sum().view(1), count.view(1))
+
+
+def noise_buckets(times: Tensor, buckets: int) -> Tensor:
+    """Which of the equal parts of (0, 1] each noise level falls in; the first is (0, 1 / buckets]."""
+    return (times * buckets).ceil().long().clamp(1, buckets) - 1
+
+
+def masked_diffusion_loss(
+    tower: Tower, hidden: Tensor, batch: NoisyBatch, noise: NoiseConfig, groups: ProcessGroupCollection
+) -> LossReport:
+    """Cross-entropy of the clean tokens at masked positions.
+
+    `masked_mean` divides by the number of masked positions (the published trainer's objective, but global).
+    `elbo` weights each by 1 / t and divides by the number of all tokens that are not padding: the likelihood bound
+    of absorbing diffusion with a linear schedule (MDLM, Sahoo et al. 2024, equation 10; BD3-LM section 3).
+
+    Args:
+        hidden: final hidden states (l, r b, h) of the noisy stream.
+    """
+    length = batch.noisy.shape[1]
+    times = batch.times.repeat_interleave(length // batch.times.shape[1], dim=1)
+    levels = times.flatten()[batch.scored]
+    scored = (torch.arange(len(levels), device=levels.device) < batch.count).to(levels.dtype)
+    elbo = noise.weighting == "elbo"
+    weights = scored / levels if elbo else scored
+    rows = hidden.transpose(0, 1).flatten(0, 1)[batch.scored]
+    targets = batch.tokens.flatten()[batch.scored % batch.tokens.numel()]
+    total, losses = _head(tower, rows, targets, weights, groups)
+    index = noise_buckets(levels, noise.report_buckets)
+    zeros = torch.zeros(noise.report_buckets, device=levels.device)
+    count = batch.real if elbo else batch.count
+    return LossReport(total, count, zeros.index_add(0, index, losses * scored), zeros.index_add(0, index, scored))

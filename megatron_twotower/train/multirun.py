@@ -1,0 +1,91 @@
+"""Several runs from one command: Hydra's multi-run over a recipe, each job in a folder of its own.
+
+`twotower train --multirun recipe=tiny seed=1,2` trains twice, into OUTPUT/seed=1 and OUTPUT/seed=2. Hydra's launchers
+(`hydra/launcher=...`) decide where the jobs run; without one, here and one after the other.
+"""
+
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_twotower.common.errors import UserError
+from megatron_twotower.config.recipes import hydra_source, load_recipe, resolve
+from megatron_twotower.config.schema import RunConfig
+
+
+class StoppedEarly(Exception):
+    """A signal ended a job, its state saved; the same sweep goes on from there."""
+
+
+def _job(composed: Any) -> None:
+    """One run of a sweep. At the top of its module, so that a launcher can send it elsewhere."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    from megatron_twotower.mcore import parallel
+    from megatron_twotower.train import run as train_run
+
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, RunConfig)
+    config = dataclasses.replace(resolve(config), output=HydraConfig.get().runtime.output_dir)
+    try:
+        if not train_run.run_training(config):
+            raise StoppedEarly
+    finally:
+        parallel.shutdown()
+
+
+def _swept(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Keys with several values, and overrides with one, without Hydra's own."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides=list(overrides))
+    except HydraException as error:
+        raise UserError(f"override: {str(error).splitlines()[0]}") from error
+    keys = [each.key_or_group for each in parsed if each.is_sweep_override()]
+    single = [text for text, each in zip(overrides, parsed, strict=True) if not each.is_sweep_override()]
+    return keys, [text for text in single if not text.startswith("hydra")]
+
+
+def run(recipe: str, overrides: Sequence[str]) -> None:
+    """Train once for each combination of values. A run that is whole already is passed over.
+
+    Raises:
+        UserError: no key has several values, or what a single run would raise.
+        StoppedEarly: a signal ended the sweep.
+    """
+    import hydra
+
+    path, search = hydra_source(recipe, overrides)
+    keys, single = _swept(overrides)
+    if not keys:
+        raise UserError("--multirun: found no key with several values, expected one such as seed=1,2")
+    if "output" in keys:
+        raise UserError("output: found several values, expected one, below which each job has a folder")
+    output = load_recipe(recipe, single).output
+    named_otherwise = [text.partition("=")[0] for text in [*search, *overrides] if text.partition("=")[0] not in keys]
+    own = [
+        f"hydra.sweep.dir='{output}'",
+        "hydra.sweep.subdir=${hydra.job.override_dirname}",
+        f"hydra.job.config.override_dirname.exclude_keys=[{','.join(named_otherwise)}]",
+        "hydra/job_logging=disabled",
+    ]
+    before, variable = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    # Hydra reads the command line, keeps exceptions to itself unless this is set, and takes the root logger over.
+    sys.argv = ["twotower", "--multirun", *search, *own, *overrides]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        hydra.main(config_path=str(path.parent), config_name=path.stem, version_base="1.3")(_job)()
+    finally:
+        sys.argv, root.handlers[:] = before, handlers
+        root.setLevel(level)
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if variable is not None:
+            os.environ["HYDRA_FULL_ERROR"] = variable

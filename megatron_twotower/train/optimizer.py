@@ -1,0 +1,127 @@
+"""Parameter groups, AdamW and learning-rate schedule: Megatron's, configured; its step, and what it keeps."""
+
+import bisect
+import dataclasses
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import ParamKey, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron_twotower.checkpoint.optimizer_state import working
+from megatron_twotower.config.phases import Phase, plan
+from megatron_twotower.config.schema import RunConfig
+from megatron_twotower.mcore.parallel import Chunks
+
+# Matrices in shape only: decay would pull gates to zero and shorten filters.
+NO_WEIGHT_DECAY = ("*scale_shift_table", "*conv1d_weight")
+
+
+def build_optimizer(config: RunConfig, model: Chunks, groups: ProcessGroupCollection) -> MegatronOptimizer:
+    """AdamW over the trained parameters, fp32 main weights, clipped by the global gradient norm."""
+    ours = config.optimizer
+    settings = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=ours.learning_rate,
+        min_lr=config.schedule.minimum_learning_rate,
+        weight_decay=ours.weight_decay,
+        adam_beta1=ours.beta1,
+        adam_beta2=ours.beta2,
+        adam_eps=ours.epsilon,
+        clip_grad=ours.clip_gradient_norm,
+        bf16=model.config.bf16,
+        params_dtype=model.config.params_dtype,
+        use_distributed_optimizer=ours.distributed,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+    )
+    overrides = get_standard_config_overrides(settings)
+    overrides[ParamKey(name=NO_WEIGHT_DECAY)] = ParamGroupOverride(wd_mult=0.0)
+    optimizer = get_megatron_optimizer(
+        settings, model.parts, config_overrides=overrides, use_gloo_process_groups=False, pg_collection=groups
+    )
+    for inner in optimizer.chained_optimizers:
+        if isinstance(inner.optimizer, torch.optim.AdamW):
+            # Megatron 0.16.1 builds torch's AdamW unfused; fused took 0.4 of its time on a CPU.
+            for group in inner.optimizer.param_groups:
+                group["fused"], group["foreach"] = True, False
+    return optimizer
+
+
+@torch.no_grad()
+def guarded_step(optimizer: MegatronOptimizer, *, unusable: Tensor) -> tuple[bool, float]:
+    """One step of the optimizer, or none where the gradients are not finite: then nothing at all has changed.
+
+    Megatron's own step, with a look at the norm, which is the same on every rank, before anything is scaled by it.
+
+    Args:
+        unusable: () bool, True to take no step in any case; the same on every rank. Looked at after the norm, which
+            the host waits for anyway.
+
+    Returns:
+        whether a step was taken, and the global gradient norm before clipping.
+    """
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm() or 0.0)
+    if not math.isfinite(norm) or unusable.item():
+        return False, norm
+    for inner in working(optimizer):
+        parameters = inner.get_parameters()
+        if parameters and inner.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=inner.config.clip_grad, total_norm=norm)
+    optimizer.step_with_ready_grads()
+    return True, norm
+
+
+def build_schedule(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Warm-up, then `wsd`, `cosine` or `constant`, anew in every phase; one scheduler step per optimizer step."""
+    phases = plan(config)
+    if not config.phases:
+        return OptimizerParamScheduler(optimizer, **_rates(config, phases[0]))
+    return PhasedScheduler(optimizer, config, phases)
+
+
+class PhasedScheduler(OptimizerParamScheduler):
+    """Megatron's schedule of each phase, one after the other. Its state is that of a schedule of the whole run."""
+
+    def __init__(self, optimizer: MegatronOptimizer, config: RunConfig, phases: Sequence[Phase]) -> None:
+        nothing = SimpleNamespace(param_groups=[])  # the parts only say what the rate is
+        self._starts = [phase.first_step for phase in phases]
+        self._parts = [OptimizerParamScheduler(nothing, **_rates(config, phase)) for phase in phases]
+        super().__init__(optimizer, **_rates(config, plan(dataclasses.replace(config, phases=[]))[0]))
+
+    def get_lr(self, param_group: dict[str, Any]) -> float:
+        """The rate at `num_steps`: of the phase whose first step has come. Groups have no rates of their own here."""
+        number = bisect.bisect_right(self._starts, self.num_steps) - 1
+        self._parts[number].num_steps = self.num_steps - self._starts[number]
+        return self._parts[number].get_lr({})
+
+
+def _rates(config: RunConfig, phase: Phase) -> dict[str, Any]:
+    schedule, steps = config.schedule, phase.steps
+    styles = {"wsd": "WSD", "cosine": "cosine", "constant": "constant"}
+    decay = config.optimizer.weight_decay
+    return {
+        "init_lr": 0.0,
+        "max_lr": phase.learning_rate,
+        "min_lr": phase.minimum_learning_rate,
+        "lr_warmup_steps": phase.warmup_steps,
+        "lr_decay_steps": steps,
+        "lr_decay_style": styles[schedule.kind],
+        "start_wd": decay,
+        "end_wd": decay,
+        "wd_incr_steps": steps,
+        "wd_incr_style": "constant",
+        "wsd_decay_steps": phase.decay_steps,
+        "lr_wsd_decay_style": schedule.decay_shape,
+        # A run that goes on follows its recipe; only the step comes from the checkpoint.
+        "use_checkpoint_opt_param_scheduler": False,
+        "override_opt_param_scheduler": True,
+    }

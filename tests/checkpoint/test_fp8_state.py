@@ -1,0 +1,110 @@
+"""Scales of delayed FP8 in checkpoints. A module that keeps a history stands for Transformer Engine's."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch import nn
+
+from helpers.models import tiny_config
+from megatron_twotower.checkpoint import files, fp8_state
+from megatron_twotower.checkpoint.writer import Saver
+from megatron_twotower.common.run_folder import checkpoint_folder
+
+DELAYED = tiny_config("M", precision="fp8_delayed")
+
+
+class Remembering(nn.Linear):
+    """Keeps the largest value of every pass, as many as there were: the size of its state is not known beforehand."""
+
+    def __init__(self):
+        super().__init__(2, 2)
+        self.history = []
+
+    def forward(self, x):
+        self.history.append(float(x.detach().abs().max()))
+        return super().forward(x)
+
+    def get_extra_state(self):
+        return torch.tensor(self.history, dtype=torch.float64).view(torch.uint8)
+
+    def set_extra_state(self, state):
+        self.history = state.view(torch.float64).tolist()
+
+
+def model(passes=0):
+    module = nn.Sequential(Remembering(), nn.ReLU(), Remembering())
+    for number in range(passes):
+        module(torch.full((1, 2), number + 1.0))
+    return module
+
+
+def pieces(module, config, groups):
+    """As of a run: tensors, and what the modules remember."""
+    rows = (
+        ShardedTensor.from_rank_offsets(name, tensor.detach(), replica_id=(0, 0, 0))
+        for name, tensor in module.named_parameters()
+    )
+    return itertools.chain(rows, fp8_state.scaling_pieces(module, config, groups))
+
+
+def saved(folder, module, config, groups, *, background):
+    state = files.CheckpointState(1, 1, 1, "ar", None, None, {}, {}, dataclasses.asdict(config))
+    saver = Saver(folder, lambda: pieces(module, config, groups), background=background, keep=1, keep_every=0)
+    saver.begin(state, {"lr": 1.0})
+    saver.finish()
+    saver.close()
+    return checkpoint_folder(folder, 1)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_what_modules_remember_comes_back(groups, tmp_path, background):
+    before = model(passes=3)
+    folder = saved(tmp_path, before, DELAYED, groups, background=background)
+    after = model(passes=1)
+    loaded = files.load(folder, lambda: pieces(after, DELAYED, groups))
+    fp8_state.restore_scaling([after], loaded)
+    assert [part.history for part in (after[0], after[2])] == [before[0].history, before[2].history]
+    assert before[0].history == [1.0, 2.0, 3.0]
+    assert all(torch.equal(a, b) for a, b in zip(after.parameters(), before.parameters(), strict=True))
+    assert loaded["schedule"] == {"lr": 1.0}
+
+
+def test_other_precisions_neither_write_nor_read_it(groups, tmp_path):
+    bf16 = tiny_config("M", precision="bf16")
+    folder = saved(tmp_path / "delayed", model(passes=2), DELAYED, groups, background=False)
+    after = model()
+    loaded = files.load(folder, lambda: pieces(after, bf16, groups))
+    fp8_state.restore_scaling([after], loaded)
+    assert after[0].history == [] and loaded.keys() >= {"schedule"}
+    tensors = dist_checkpointing.load_tensors_metadata(str(folder))
+    assert sorted(tensors) == ["0.bias", "0.weight", "2.bias", "2.weight"], "what other programs list"
+    assert list(fp8_state.scaling_pieces(model(passes=2), bf16, groups)) == []
+
+
+def changed(section, **values):
+    return dataclasses.replace(DELAYED, **{section: dataclasses.replace(getattr(DELAYED, section), **values)})
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (DELAYED, True),
+        (changed("parallel", pipeline=2, threads_per_rank=2), True),
+        (changed("optimizer", distributed=True), True),
+        (changed("parallel", expert=2), False),
+        (changed("parallel", tensor=2, sequence=True), False),
+        (changed("train", precision="fp8_current"), False),
+        (changed("train", precision="bf16"), False),
+    ],
+)
+def test_scales_go_on_where_precision_and_layout_are_those_of_before(config, expected):
+    assert fp8_state.goes_on(dataclasses.asdict(DELAYED), config) is expected
+    assert fp8_state.goes_on(dataclasses.asdict(config), DELAYED) is expected
+
+
+def test_a_checkpoint_from_before_there_were_precisions_has_none():
+    assert not fp8_state.goes_on({}, DELAYED)

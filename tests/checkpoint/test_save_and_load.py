@@ -1,0 +1,277 @@
+"""Checkpoints: any layout reads any other's; damage is named; a half-written one is never taken for a whole one."""
+
+import os
+import shutil
+import signal
+
+import pytest
+
+from helpers.faults import losses, records, settings
+from megatron_twotower.bench import ranks
+from megatron_twotower.checkpoint import files
+from megatron_twotower.cli.main import main
+
+# No schedule that knows the end of a run, so that a run may be continued.
+PLAIN = [
+    "schedule.kind=constant",
+    "schedule.warmup_steps=0",
+    "optimizer.learning_rate=1e-3",
+    "train.validate_every_steps=0",
+    "train.checkpoint_every_steps=0",
+]
+
+
+def train(count, arguments, logs):
+    job = ranks.start(count, arguments, logs=logs)
+    try:
+        assert set(job.wait(400)) == {0}, job.output()
+    finally:
+        job.kill()
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, tiny_data, tiny_backbone):
+    """Fourteen steps on one rank that nothing interrupts, a checkpoint every two, all kept."""
+    folder = tmp_path_factory.mktemp("whole")
+    extra = [*PLAIN, "train.steps=14", "train.checkpoint_every_steps=2", "train.keep_checkpoints=99"]
+    train(1, settings(tiny_data, folder / "run", tiny_backbone, *extra), folder / "logs")
+    return folder / "run"
+
+
+# Each goes on for two steps from what the one before it left.
+ROAD = (
+    (1, []),
+    (2, ["optimizer.distributed=true"]),
+    (2, ["parallel.tensor=2", "parallel.sequence=true"]),
+    (2, ["parallel.pipeline=2", "parallel.pipeline_layers=[2,3]", "optimizer.distributed=true"]),
+    (2, ["parallel.expert=2", "optimizer.distributed=true"]),
+    (2, ["parallel.tensor=2", "parallel.sequence=true", "optimizer.distributed=true", "train.checkpoint_async=false"]),
+    (1, ["optimizer.distributed=true"]),
+)
+
+
+def test_any_layout_goes_on_from_any_other(tmp_path, tiny_data, tiny_backbone, whole_run):
+    run = tmp_path / "run"
+    for number, (count, layout) in enumerate(ROAD, start=1):
+        extra = [*PLAIN, *layout, f"train.steps={2 * number}", "train.ledger=true"]
+        train(count, settings(tiny_data, run, tiny_backbone, *extra), tmp_path / "logs")
+    got, want = records(run), records(whole_run)
+    assert sorted(got) == sorted(want) == list(range(1, 15))
+    for step, record in want.items():
+        for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4)):
+            assert got[step][key] == pytest.approx(record[key], rel=tolerance), (step, key)
+        assert got[step]["scored_tokens"] == record["scored_tokens"], "the same samples and noise"
+
+
+FOUR = {
+    "pipeline, tensor": [
+        "parallel.pipeline=2",
+        "parallel.pipeline_layers=[3,2]",
+        "parallel.tensor=2",
+        "parallel.sequence=true",
+    ],
+    "tensor, expert": ["parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2", "parallel.expert_tensor=1"],
+    "tensor, distributed": ["parallel.tensor=2", "parallel.sequence=true", "optimizer.distributed=true"],
+    "expert, distributed": ["parallel.expert=4", "optimizer.distributed=true", "data.micro_batch_size=1"],
+    "data, distributed": ["optimizer.distributed=true", "data.micro_batch_size=1"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", FOUR)
+@pytest.mark.parametrize("second", FOUR)
+def test_four_ranks_go_on_from_four_others(first, second, tmp_path, tiny_data, tiny_backbone, whole_run):
+    run = tmp_path / "run"
+    for steps, layout in ((3, first), (8, second)):
+        extra = [*PLAIN, *FOUR[layout], f"train.steps={steps}"]
+        train(4, settings(tiny_data, run, tiny_backbone, *extra), tmp_path / "logs")
+    got, want = losses(run), losses(whole_run)
+    assert sorted(got) == list(range(1, 9))
+    assert all(got[step] == pytest.approx(want[step], rel=1e-5) for step in got)
+
+
+@pytest.mark.parametrize("layout", [[], ["optimizer.distributed=true", "train.checkpoint_async=false"]])
+def test_bf16_goes_on_to_the_last_bit(layout, tmp_path, tiny_data, tiny_backbone):
+    """The weights that Adam updates are fp32, and not those of the model: they too must come back."""
+    extra = [*PLAIN, *layout, "train.precision=bf16", "train.steps=6"]
+    for name, stops in (("whole", (6,)), ("parts", (3, 6))):
+        for steps in stops:
+            arguments = settings(tiny_data, tmp_path / name, tiny_backbone, *extra, f"train.steps={steps}")
+            train(2, arguments, tmp_path / "logs")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_the_newest_stay_and_those_of_every_so_many_steps(tmp_path, tiny_data, tiny_backbone):
+    run = tmp_path / "run"
+    extra = [
+        "train.steps=7",
+        "train.checkpoint_every_steps=1",
+        "train.keep_every_steps=3",
+        "train.keep_checkpoints=2",
+        "train.validate_every_steps=0",
+    ]
+    assert main(settings(tiny_data, run, tiny_backbone, *extra)) == 0
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [f"step-{step:08d}" for step in (3, 6, 7)]
+    assert [files.damaged(path) for path in files.find_checkpoints(run)] == [None] * 3
+    saved = records(run, "checkpoint")
+    assert all(0 < each["stall_seconds"] < 60 and 0 < each["write_seconds"] < 60 for each in saved.values())
+    assert saved[7]["saved_step"] == 7 and saved[7]["gib"] > 0
+
+
+@pytest.fixture
+def copied(tmp_path, whole_run):
+    """A run with a few checkpoints, to damage."""
+    shutil.copytree(whole_run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(file):
+    os.truncate(file, file.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "told"),
+    [
+        ("__0_0.distcp", flip, "found the checksum"),
+        ("__0_0.distcp", truncate, "bytes, expected"),
+        ("__0_0.distcp", os.remove, "missing"),
+        (".metadata", flip, "found the checksum"),
+        ("common.pt", flip, "found the checksum"),
+        ("state.json", truncate, "not a checkpoint"),
+    ],
+)
+def test_a_damaged_file_is_named(name, damage, told, copied, tmp_path, tiny_data, tiny_backbone, capsys):
+    newest = files.find_checkpoints(copied)[-1]
+    damage(newest / name)
+    assert main(settings(tiny_data, copied, tiny_backbone, *PLAIN, "train.steps=16")) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"{newest / name}: " in said and told in said
+    assert "train.on_damaged_checkpoint=previous" in said
+
+
+def test_a_changed_figure_in_the_state_is_noticed(copied):
+    newest = files.find_checkpoints(copied)[-1]
+    file = newest / "state.json"
+    file.write_text(file.read_text().replace('"cursor": 112', '"cursor": 104'))
+    assert "damaged" in files.damaged(newest)
+
+
+def test_the_previous_one_is_taken_on_request(copied, whole_run, tiny_data, tiny_backbone):
+    newest = files.find_checkpoints(copied)[-1]
+    flip(newest / "__0_0.distcp")
+    extra = [*PLAIN, "train.steps=14", "train.on_damaged_checkpoint=previous"]
+    assert main(settings(tiny_data, copied, tiny_backbone, *extra)) == 0
+    assert losses(copied) == losses(whole_run)
+    assert files.damaged(newest) is None, "written anew"
+    assert newest.with_name(f"{newest.name}.damaged").is_dir(), "kept for inspection"
+
+
+def test_what_was_half_written_is_passed_over_and_cleared(copied, whole_run, tiny_data, tiny_backbone):
+    folder = copied / "checkpoints"
+    whole = files.find_checkpoints(copied)[-1]
+    shutil.copytree(whole, folder / "step-00000015.partial")
+    os.remove(folder / "step-00000015.partial" / "state.json")
+    shutil.copytree(whole, folder / "step-00000016.removed")
+    os.makedirs(folder / "step-00000099")
+    assert files.find_checkpoints(copied)[-1] == whole
+    assert main(settings(tiny_data, copied, tiny_backbone, *PLAIN, "train.steps=16")) == 0
+    assert not list(folder.glob("*.*"))
+    assert sorted(losses(copied)) == list(range(1, 17))
+
+
+def test_the_state_tells_the_run(whole_run, tiny_backbone):
+    state = files.read_state(files.find_checkpoints(whole_run)[-1])
+    assert (state.step, state.cursor, state.updates) == (14, 112, 14)
+    assert state.backbone == str(tiny_backbone) and len(state.fingerprint) == 64
+    assert state.configuration["train"]["steps"] == 14
+    assert set(state.files) == {".metadata", "metadata.json", "common.pt", "__0_0.distcp"}
+
+
+def test_killed_in_the_middle_of_every_part_of_a_save(tmp_path, whole_run, tiny_data, tiny_backbone):
+    """A process that kills itself where a save is about to do the next thing, once for each."""
+    run = tmp_path / "run"
+    extra = [*PLAIN, "train.steps=14", "train.checkpoint_every_steps=2"]
+    for number, place in enumerate(KILLED_AT):
+        process = ranks.context().Process(
+            target=train_killed_at, args=(place, settings(tiny_data, run, tiny_backbone, *extra))
+        )
+        process.start()
+        process.join(300)
+        assert process.exitcode == -signal.SIGKILL, place
+        found = files.find_checkpoints(run)
+        assert all(files.damaged(path) is None for path in found)
+        assert number == 0 or found, "there was one before"
+    assert main(settings(tiny_data, run, tiny_backbone, *extra)) == 0
+    assert losses(run) == losses(whole_run)
+
+
+# Calls before which the process is killed, and at which of them: the run has come further each time.
+KILLED_AT = (
+    ("megatron_twotower.checkpoint.writer.FileSystemWriterAsync.write_preloaded_data", 2),
+    ("megatron_twotower.checkpoint.files.checksum", 7),
+    ("megatron_twotower.checkpoint.files.write_state", 2),
+    ("megatron_twotower.checkpoint.files.os.replace", 2),
+    ("megatron_twotower.checkpoint.files.shutil.rmtree", 4),
+)
+
+
+def train_killed_at(place, arguments):
+    import importlib
+
+    name, nth = place
+    module, *path = name.removeprefix("megatron_twotower.").split(".")
+    holder = importlib.import_module(f"megatron_twotower.{module}")
+    for part in path[:-1]:
+        holder = getattr(holder, part)
+    original, calls = getattr(holder, path[-1]), iter(range(1, nth))
+
+    def killed(*given, **named):
+        if next(calls, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*given, **named)
+
+    setattr(holder, path[-1], staticmethod(killed) if isinstance(holder, type) else killed)
+    main(arguments)
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_what_is_there(tmp_path, whole_run, tiny_data, tiny_backbone):
+    run = tmp_path / "run"
+    extra = [*PLAIN, "train.checkpoint_every_steps=2", "train.steps=14"]
+    train(1, settings(tiny_data, run, tiny_backbone, *extra, "train.steps=4"), tmp_path / "logs")
+    before = files.find_checkpoints(run)
+    for mode in ("true", "false"):
+        process = ranks.context().Process(
+            target=train_with_files_of,
+            args=(
+                100_000,
+                tmp_path / "said",
+                settings(tiny_data, run, tiny_backbone, *extra, f"train.checkpoint_async={mode}"),
+            ),
+        )
+        process.start()
+        process.join(300)
+        said = (tmp_path / "said").read_text()
+        assert process.exitcode == 2, said
+        assert said.count("\n") == 1 and "step-00000006: cannot be written" in said, said
+        assert "older checkpoints are whole" in said
+        assert files.find_checkpoints(run) == before
+        assert [files.damaged(path) for path in before] == [None] * len(before)
+        assert not list((run / "checkpoints").glob("*.partial")), "its space is given back"
+    train(1, settings(tiny_data, run, tiny_backbone, *extra), tmp_path / "logs")
+    assert losses(run) == losses(whole_run)
+
+
+def train_with_files_of(limit, said, arguments):
+    """Train where no file may have more bytes than `limit`; the first write that goes beyond fails."""
+    import resource
+    import sys
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    sys.stderr = open(said, "w")  # noqa: SIM115
+    sys.exit(main(arguments))

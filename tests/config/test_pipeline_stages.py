@@ -1,0 +1,56 @@
+"""Where layers are cut, and that every parameter stands on one stage."""
+
+import dataclasses
+
+import pytest
+
+from helpers.models import TINY
+from megatron_twotower.config.pipeline_stages import stages, stages_of_rank, whole
+from megatron_twotower.config.schema import ParallelConfig
+from megatron_twotower.model import parameter_map
+
+MODEL = dataclasses.replace(TINY, hybrid_override_pattern="ME*-M*EM")
+LAYOUTS = {
+    "one": ParallelConfig(),
+    "two": ParallelConfig(pipeline=2),
+    "uneven": ParallelConfig(pipeline=3, pipeline_layers=[1, 5, 2]),
+    "interleaved": ParallelConfig(pipeline=2, pipeline_chunks=2),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_stages_hold_all_layers_in_order(layout):
+    cut = stages(MODEL, LAYOUTS[layout])
+    assert [i for stage in cut for i in stage.layers] == list(range(8))
+    assert [stage.first for stage in cut] == [True, *[False] * (len(cut) - 1)]
+    assert [stage.last for stage in cut] == [*[False] * (len(cut) - 1), True]
+
+
+def test_lengths_are_those_of_the_recipe_or_equal():
+    assert [len(stage.layers) for stage in stages(MODEL, LAYOUTS["uneven"])] == [1, 5, 2]
+    assert [len(stage.layers) for stage in stages(MODEL, LAYOUTS["interleaved"])] == [2, 2, 2, 2]
+    assert stages(MODEL, LAYOUTS["one"]) == (whole(MODEL),)
+
+
+def test_interleaved_stages_take_their_stretches_in_turn():
+    ranks = [stages_of_rank(MODEL, LAYOUTS["interleaved"], rank) for rank in (0, 1)]
+    assert [[list(stage.layers) for stage in own] for own in ranks] == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "entries",
+    [
+        parameter_map.denoiser_entries(MODEL, 16),
+        parameter_map.context_entries(MODEL),
+        parameter_map.trained_backbone_entries(MODEL),
+    ],
+    ids=["denoiser", "context", "backbone"],
+)
+def test_every_parameter_is_on_one_stage(layout, entries):
+    cut = stages(MODEL, LAYOUTS[layout])
+    held = [parameter_map.entries_of_stage(entries, stage) for stage in cut]
+    assert sorted(e.megatron for own in held for e in own) == sorted(entry.megatron for entry in entries)
+    first, last = ({entry.megatron.removeprefix("tower.") for entry in held[i]} for i in (0, -1))
+    assert "embedding.weight" in first and {"final_norm.weight", "output_layer.weight"} <= last
+    assert all(name in first for name in first | last if name.startswith("conditioning"))

@@ -1,0 +1,58 @@
+"""The recipes of the real model: every phase on every layout is valid at its number of ranks, and is what is public."""
+
+import pytest
+
+from megatron_twotower.config.phases import plan
+from megatron_twotower.config.recipes import load_recipe, recipes_folder
+from megatron_twotower.config.validation import validate
+
+PHASES = ["nano_30b_a3b", "nano_30b_a3b_phase1", "nano_30b_a3b_phase2", "nano_30b_a3b_phase3"]
+LAYOUTS = sorted(path.stem for path in (recipes_folder() / "parallel").glob("*.yaml"))
+
+
+def nano(recipe, layout="h100x64"):
+    return load_recipe(recipe, [f"parallel={layout}"], planning=True)
+
+
+def test_there_are_layouts_for_the_sizes_that_are_asked_for():
+    assert {"h100x8", "h100x64", "h100x256", "h100x1024"} <= set(LAYOUTS)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("recipe", PHASES)
+def test_every_phase_is_valid_on_every_layout_at_its_ranks(recipe, layout):
+    config = nano(recipe, layout)
+    card, _, ranks = layout.partition("x")
+    assert (config.parallel.card, config.parallel.ranks) == (card, int(ranks))
+    validate(config, world_size=int(ranks))
+    assert config.train.validation_sequences % (config.data.micro_batch_size * int(ranks)) == 0, "whole batches"
+
+
+def test_a_layout_changes_the_hardware_and_nothing_of_the_objective():
+    configs = [nano(PHASES[0], layout) for layout in LAYOUTS]
+    for section in ("model", "noise", "schedule", "conditioning", "phases", "init"):
+        assert all(getattr(config, section) == getattr(configs[0], section) for config in configs)
+    assert len({(config.data.global_batch_size, config.data.sequence_length_tokens) for config in configs}) == 1
+
+
+def test_the_curriculum_is_that_of_the_paper():
+    config = nano(PHASES[0])
+    phases = plan(config)
+    assert [phase.noise.block_size_tokens for phase in phases] == [32, 32, 16]
+    assert [phase.mixture for phase in phases] == ["breadth", "quality", "quality"]
+    tokens = sum(phase.sequences for phase in phases) * config.data.sequence_length_tokens
+    assert tokens == pytest.approx(2.1e12, rel=1e-4)
+    assert {phase.learning_rate for phase in phases} == {1e-4}
+    assert {phase.minimum_learning_rate for phase in phases} == {1e-6}
+    assert all(phase.warmup_steps and phase.decay_steps for phase in phases)
+    assert config.train.precision == "bf16" and config.noise.time_per == "sequence"
+
+
+def test_a_later_phase_goes_on_from_the_one_before():
+    """Each recipe is the whole training up to the end of its phase, in one output folder."""
+    whole = nano(PHASES[0])
+    for number, recipe in enumerate(PHASES[1:], start=1):
+        config = nano(recipe)
+        assert config.phases == whole.phases[:number]
+        assert config.output == whole.output and config.init == whole.init
+    assert nano(PHASES[3]) == whole

@@ -1,0 +1,54 @@
+"""Text of the context tower as training data."""
+
+import json
+
+import pytest
+import torch
+
+from megatron_twotower.cli import main
+from megatron_twotower.common.errors import UserError
+from megatron_twotower.data.dataset import stretches
+from megatron_twotower.data.shards import Corpus
+from megatron_twotower.generate import engine
+from megatron_twotower.generate.distil import distil
+
+SMALL = {"sequences": 5, "prompt_tokens": 8, "new_tokens": 6, "batch_size": 2}
+
+
+def test_every_line_is_training_text_and_what_the_context_tower_writes_behind_it(two_tower_folder, tiny_data, tmp_path):
+    output = tmp_path / "texts.jsonl"
+    assert distil(two_tower_folder, tiny_data, output, **SMALL) == 5
+    model, tokenizer = engine.load(two_tower_folder)
+    prompts = stretches(Corpus.open(tiny_data / "train"), count=5, length=8)
+    assert len(torch.unique(prompts, dim=0)) > 1
+    expected = [tokenizer.decode(model.generate_ar(row.unsqueeze(0), 6)[0].tolist()) for row in prompts]
+    assert [json.loads(line) for line in output.read_text().splitlines()] == [{"text": text} for text in expected]
+    assert [path.name for path in tmp_path.iterdir()] == ["texts.jsonl"]
+
+
+def test_what_it_writes_is_prepared_like_any_text(two_tower_folder, tiny_data, tmp_path, capsys):
+    output = tmp_path / "texts.jsonl"
+    words = ["--sequences", "30", "--prompt-tokens", "16", "--new-tokens", "16"]
+    arguments = ["--model", str(two_tower_folder), "--data", str(tiny_data), "--output", str(output)]
+    assert main.main(["distil", *arguments, *words]) == 0
+    assert "30 texts of 16 + 16 tokens" in capsys.readouterr().out
+    prepare = ["data", "prepare", "--input", str(output), "--tokenizer", str(two_tower_folder)]
+    assert main.main([*prepare, "--output", str(tmp_path / "data"), "--holdout", "0.2"]) == 0
+    assert Corpus.open(tmp_path / "data" / "train").total_tokens > 0
+
+
+def test_mistakes_leave_nothing(two_tower_folder, tiny_data, tmp_path, monkeypatch):
+    output = tmp_path / "texts.jsonl"
+    with pytest.raises(UserError, match="--new-tokens: found 0, expected at least 1"):
+        distil(two_tower_folder, tiny_data, output, **SMALL | {"new_tokens": 0})
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        distil(two_tower_folder, tiny_data, output, **SMALL, progress=interrupted)
+    assert not list(tmp_path.iterdir())
+    output.write_text("kept\n")
+    with pytest.raises(UserError, match="exists, expected a file that is not there yet"):
+        distil(two_tower_folder, tiny_data, output, **SMALL)
+    assert output.read_text() == "kept\n"

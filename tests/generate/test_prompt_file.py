@@ -1,0 +1,245 @@
+"""Prompts from a file: what is read, in which batches it is written, how a killed run goes on, what comes out."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from rich.console import Console
+
+from megatron_twotower.cli import main
+from megatron_twotower.common.errors import UserError
+from megatron_twotower.data.tokenizer import text_encoder
+from megatron_twotower.generate import engine, prompt_file
+from megatron_twotower.generate.engine import GenerationSettings
+from megatron_twotower.generate.prompt_file import BulkSettings, batches, padded, read_prompts
+
+SETTINGS = GenerationSettings(max_new_tokens=6, block_size=4)
+SMALL = BulkSettings(batch_size=3, window_batches=2)
+WORDS = ("alpha", "beta", "gamma", "delta", "count")
+
+
+@pytest.fixture(scope="module")
+def loaded(two_tower_folder):
+    return engine.load(two_tower_folder)
+
+
+def prompt(number):
+    """Prompts of many lengths, in no order."""
+    return " ".join(WORDS[(number + i) % 5] for i in range(1 + (7 * number) % 11))
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"id": i, "prompt": prompt(i), "tags": ["ä"]}) + "\n" for i in range(20)))
+    return path
+
+
+def run(folder, prompts, output, *, mode="mask_diffusion", settings=SETTINGS, sizes=SMALL):
+    quiet = Console(quiet=True)
+    prompt_file.run(folder, prompts=prompts, output=output, mode=mode, settings=settings, bulk=sizes, console=quiet)
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("mode", ["mask_diffusion", "speculative"])
+def test_rows_are_those_of_each_prompt_alone_in_the_order_of_the_file(loaded, two_tower_folder, prompts, mode):
+    rows = run(two_tower_folder, prompts, prompts.with_name("out.jsonl"), mode=mode)
+    assert [row["id"] for row in rows] == list(range(20))
+    for number, row in enumerate(rows):
+        alone = engine.generate(*loaded, prompt(number), mode=mode, settings=SETTINGS)
+        assert row == {
+            "id": number,
+            "prompt": prompt(number),
+            "tags": ["ä"],
+            "text": alone.text,
+            "new_tokens": alone.new_tokens,
+            "finish_reason": "length" if alone.ids[-1] != loaded[1].eos_token_id else "stop",
+        }
+    assert sorted(path.name for path in prompts.parent.iterdir()) == ["out.jsonl", "prompts.jsonl"]
+
+
+def test_rows_that_end_say_so(loaded, tmp_path, monkeypatch):
+    model, tokenizer = loaded
+    ids = [text_encoder(tokenizer)([prompt(i)])[0] for i in range(4)]
+    batch = prompt_file.Batch(0, [0, 1, 2, 3], [{"prompt": prompt(i)} for i in range(4)], ids)
+    whole = prompt_file.write_batch(model, tokenizer, batch, mode="ar", settings=SETTINGS)
+    assert {row["finish_reason"] for row in whole} == {"length"}
+    new = engine.generate(model, tokenizer, prompt(0), mode="ar", settings=SETTINGS).ids[len(ids[0]) :]
+    monkeypatch.setattr(type(tokenizer), "eos_token_id", int(new[2]), raising=False)
+    first = int((new == new[2]).nonzero()[0])
+    row = prompt_file.write_batch(model, tokenizer, batch, mode="ar", settings=SETTINGS)[0]
+    assert (row["finish_reason"], row["new_tokens"]) == ("stop", first + 1)
+    assert row["text"] == tokenizer.decode(new[:first].tolist())
+
+
+def test_batches_are_of_like_lengths_within_a_window(loaded, prompts):
+    encode = text_encoder(loaded[1])
+    made = list(batches(prompts, encode, SMALL))
+    assert [batch.number for batch in made] == list(range(7))
+    assert [len(batch.ids) for batch in made] == [3] * 6 + [2]  # windows of 6, 6, 6 and 2 prompts
+    for first in range(0, len(made), 2):
+        window = made[first : first + 2]
+        places = [place for batch in window for place in batch.places]
+        assert sorted(places) == list(range(first * 3, first * 3 + len(places)))
+        lengths = [len(ids) for batch in window for ids in batch.ids]
+        assert lengths == sorted(lengths, reverse=True)
+    for batch in made:
+        assert batch.ids == encode([prompt(place) for place in batch.places])
+
+
+def test_padding_stands_on_the_left_and_only_where_needed():
+    ids, mask = padded([[5, 6, 7], [8]])
+    assert ids.tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert padded([[5, 6], [7, 8]])[1] is None
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3, 6])
+def test_a_killed_run_goes_on_where_it_stopped(two_tower_folder, prompts, monkeypatch, stop):
+    """Sampled text too: the rows are those of a run that was never stopped, and no batch is written twice."""
+    settings = GenerationSettings(max_new_tokens=6, block_size=4, temperature=1.0, seed=5)
+    expected = run(two_tower_folder, prompts, prompts.with_name("whole.jsonl"), settings=settings)
+    written, write_batch = [], prompt_file.write_batch
+
+    def failing(*arguments, **settings):
+        if len(written) == stop:
+            raise MemoryError
+        written.append(arguments[2].number)
+        return write_batch(*arguments, **settings)
+
+    output = prompts.with_name("out.jsonl")
+    monkeypatch.setattr(prompt_file, "write_batch", failing)
+    with pytest.raises(MemoryError):
+        run(two_tower_folder, prompts, output, settings=settings)
+    assert not output.exists()
+    partial = prompts.with_name("out.jsonl.partial")
+    with open(partial, "ab") as stream:
+        stream.write(b'{"batch": 99, "rows": [[0, {"prompt": "torn')
+    monkeypatch.setattr(prompt_file, "write_batch", lambda *a, **s: written.append(a[2].number) or write_batch(*a, **s))
+    assert run(two_tower_folder, prompts, output, settings=settings) == expected
+    assert written == list(range(7))
+    assert not partial.exists()
+    assert len({row["text"] for row in expected}) > 10
+
+
+def test_what_goes_on_must_be_the_same_run(two_tower_folder, prompts, monkeypatch):
+    output = prompts.with_name("out.jsonl")
+    monkeypatch.setattr(prompt_file, "write_batch", lambda *a, **s: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        run(two_tower_folder, prompts, output)
+    with pytest.raises(UserError, match="found an interrupted run with max_new_tokens 6, expected 7"):
+        run(two_tower_folder, prompts, output, settings=GenerationSettings(max_new_tokens=7, block_size=4))
+    prompts.write_text(prompts.read_text().replace("alpha", "gamma"))
+    with pytest.raises(UserError, match="found an interrupted run with prompts_sha256"):
+        run(two_tower_folder, prompts, output)
+
+
+def test_two_runs_do_not_write_one_output(two_tower_folder, prompts):
+    output = prompts.with_name("out.jsonl")
+    with (
+        prompt_file.journal(prompts.with_name("out.jsonl.partial"), {}),
+        pytest.raises(UserError, match="in use, expected"),
+    ):
+        run(two_tower_folder, prompts, output)
+
+
+def test_text_files_have_a_prompt_on_each_line(two_tower_folder, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b'def alpha(\r\n {"prompt": 1} \nbeta')
+    expected = ["def alpha(", ' {"prompt": 1} ', "beta"]
+    for rows in (read_prompts(path), run(two_tower_folder, path, tmp_path / "out.jsonl")):
+        assert [row["prompt"] for row in rows] == expected
+
+
+def test_a_model_is_known_by_its_weights(two_tower_folder, tmp_path):
+    before = prompt_file.model_mark(two_tower_folder)
+    assert prompt_file.model_mark(two_tower_folder) == before
+    for name in ("config.json", "model.safetensors"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for path in two_tower_folder.iterdir():
+            content = path.read_bytes()
+            (folder / path.name).write_bytes(content[:-1] + b" " if path.name == name else content)
+        assert prompt_file.model_mark(folder) != before
+
+
+MISTAKES = {
+    "no file": (None, "prompts.jsonl: cannot be read (No such file or directory)"),
+    "not JSON": (b'{"prompt": "a"}\n{"prompt": }\n', "prompts.jsonl:2: not valid JSON (Expecting value, column 12)"),
+    "a blank line": (b'{"prompt": "a"}\n\n', "prompts.jsonl:2: not valid JSON"),
+    "no object": (b'"a"\n', "prompts.jsonl:1: found '\"a\"', expected a JSON object with a text field"),
+    "no prompt": (b'{"prompt": "a"}\n{"text": "b"}\n', "prompts.jsonl:2: found"),
+    "a number": (b'{"prompt": 5}\n', "prompts.jsonl:1: found '{\"prompt\": 5}', expected a JSON object"),
+    "an empty prompt": (b'{"prompt": "a"}\n{"prompt": ""}\n', "prompts.jsonl:2: found an empty prompt"),
+    "a field of ours": (b'{"prompt": "a", "text": 1}\n', "prompts.jsonl:1: found a field 'text', which the output"),
+    "not text": (b'{"prompt": "\xff"}\n', "prompts.jsonl: cannot be read (not UTF-8)"),
+    "empty": (b"", "prompts.jsonl: found no prompt"),
+}
+
+
+def arguments(folder, path, *more):
+    output = path.with_name("out.jsonl")
+    return ["generate", "--model", str(folder), "--prompts", str(path), "--output", str(output), *more]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_prompt_that_cannot_be_used_is_named_by_file_and_line(mistake, two_tower_folder, tmp_path, capsys):
+    content, expected = MISTAKES[mistake]
+    path = tmp_path / "prompts.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    assert main.main(arguments(two_tower_folder, path)) == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.startswith(f"twotower: {path}") and error.count("\n") == 1
+    assert not list(tmp_path.glob("out.jsonl*"))
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--mode", "all"], "mode: found 'all', expected one of mask_diffusion, mock_ar, ar, speculative"),
+        (["--batch-size", "0"], "batch_size: found 0, expected at least 1"),
+        (["--block-size", "0"], "block_size: found 0, expected at least 1"),
+        (["--model", "/no/such"], "/no/such/config.json: not found"),
+    ],
+)
+def test_a_mistake_leaves_nothing_behind(more, expected, two_tower_folder, prompts, capsys):
+    assert main.main(arguments(two_tower_folder, prompts, *more)) == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.startswith("twotower: ") and error.count("\n") == 1
+    assert not list(prompts.parent.glob("out.jsonl*"))
+
+
+def test_an_output_that_exists_is_kept(two_tower_folder, prompts, capsys):
+    prompts.with_name("out.jsonl").write_text("precious")
+    assert main.main(arguments(two_tower_folder, prompts)) == 2
+    assert "out.jsonl: exists already" in capsys.readouterr().err
+    assert prompts.with_name("out.jsonl").read_text() == "precious"
+
+
+@pytest.mark.slow
+def test_a_process_that_was_killed_goes_on(two_tower_folder, tmp_path):
+    """SIGKILL in the middle, through the command."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(prompt(i) + "\n" for i in range(120)))
+    more = ["--batch-size", "2", "--max-new-tokens", "24", "--temperature", "1"]
+    command = [sys.executable, "-m", "megatron_twotower", *arguments(two_tower_folder, path, *more)]
+    partial, output = tmp_path / "out.jsonl.partial", tmp_path / "out.jsonl"
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while not (partial.exists() and partial.read_bytes().count(b"\n") > 10):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = partial.read_bytes().count(b"\n") - 1
+    assert 10 <= done < 60 and not output.exists()
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == [prompt(i) for i in range(120)]
+    output.rename(tmp_path / "resumed.jsonl")
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert output.read_bytes() == (tmp_path / "resumed.jsonl").read_bytes()

@@ -1,0 +1,229 @@
+"""Five steps of training on a layout, with everything about them that must not depend on it. For `test_layouts`."""
+
+import dataclasses
+import random
+import sys
+
+import torch
+import torch.distributed as dist
+
+from megatron_twotower.config.phases import plan
+from megatron_twotower.config.schema import (
+    ConditioningConfig,
+    DataConfig,
+    InitConfig,
+    ModelConfig,
+    NoiseConfig,
+    OptimizerConfig,
+    PhaseConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from megatron_twotower.config.validation import validate
+from megatron_twotower.convert import hf_folder, initial_weights, model_card
+from megatron_twotower.data.dataset import rank_slice, split_batch
+from megatron_twotower.mcore import parallel
+from megatron_twotower.model import parameter_map
+from megatron_twotower.train import loop
+from megatron_twotower.train import run as train_run
+from megatron_twotower.train.optimizer import build_optimizer, build_schedule
+from megatron_twotower.types import Batch
+
+STEPS, SEQUENCES, LENGTH, VOCABULARY = 5, 8, 32, 64
+MODEL = ModelConfig(
+    hybrid_override_pattern="ME*-M*EM",
+    vocab_size=VOCABULARY,
+    hidden_size=16,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=4,
+    mamba_num_heads=4,
+    mamba_head_dim=4,
+    ssm_state_size=4,
+    n_groups=4,
+    chunk_size=8,
+    intermediate_size=32,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    moe_shared_expert_intermediate_size=16,
+)
+TOKENS = SEQUENCES * LENGTH
+
+# What is trained, each with a run on one rank to be compared with. `hard` has everything that could tell layouts apart.
+RUNS = {
+    "plain": {},
+    "hard": {
+        "noise": {"time_per": "block", "time_sampling": "stratified", "weighting": "elbo", "draws_per_context": 2},
+        "train": {"recompute_layers": "ME", "sequence_aux_loss": 0.1},
+        "phases": [PhaseConfig("first", 3 * TOKENS), PhaseConfig("second", 2 * TOKENS, block_size_tokens=4)],
+    },
+    "ar": {"objective": "ar", "train": {"sequence_aux_loss": 0.1}},
+    # A rate at which five steps of bf16 change every parameter.
+    "bf16": {"train": {"precision": "bf16"}, "optimizer": {"learning_rate": 1e-2}},
+}
+
+
+# With this seed the choice of no token's experts is closer than 1e-5: rounding on another layout cannot turn one over.
+SEED = 7
+
+
+def base(backbone):
+    return RunConfig(
+        seed=SEED,
+        model=MODEL,
+        init=InitConfig(str(backbone)),
+        conditioning=ConditioningConfig("released", 16),
+        noise=NoiseConfig(block_size_tokens=8),
+        data=DataConfig(sequence_length_tokens=LENGTH, micro_batch_size=2, global_batch_size=SEQUENCES),
+        # At this rate five steps amplify no rounding; with this epsilon noise of 1e-9 in a gradient is no step.
+        optimizer=OptimizerConfig(learning_rate=1e-3, epsilon=1e-5, clip_gradient_norm=1.0),
+        schedule=ScheduleConfig(warmup_steps=0),
+        train=TrainConfig(steps=STEPS, router_bias_update_rate=1e-2, validation_sequences=SEQUENCES),
+    )
+
+
+def changed(config, changes):
+    """A configuration with fields of sections replaced: {"section": {"field": value}} or {"field": value}."""
+    for key, value in changes.items():
+        old = getattr(config, key)
+        new = dataclasses.replace(old, **value) if dataclasses.is_dataclass(old) else value
+        config = dataclasses.replace(config, **{key: new})
+    return config
+
+
+def write_backbone(folder):
+    """A backbone with every tensor random, selection biases too."""
+    entries = parameter_map.backbone_entries(MODEL)
+    random_start = initial_weights.random_backbone(dataclasses.replace(MODEL, initializer_range=0.2), seed=3)
+
+    def source(name):
+        tensor = random_start(name)
+        if name.endswith(("norm.weight", "norm_f.weight", "correction_bias", ".D")):
+            generator = torch.Generator().manual_seed(sum(map(ord, name)))
+            tensor = tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
+        return tensor
+
+    hf_folder.write_folder(
+        folder,
+        hf_folder.lazy_tensors(source, entries, MODEL, dtype=torch.float32),
+        config=model_card.backbone_config_json(MODEL, dtype=torch.float32),
+        files={},
+        copies=[],
+    )
+    return folder
+
+
+def global_batch(step, *, documents):
+    """The sequences of a step; with documents, two of which end before the sequence does and leave padding."""
+    generator = torch.Generator().manual_seed(100 + step)
+    tokens = torch.randint(4, VOCABULARY, (SEQUENCES, LENGTH), generator=generator)
+    numbers = torch.arange(step * SEQUENCES, (step + 1) * SEQUENCES)
+    if not documents:
+        return Batch(tokens, numbers, torch.zeros_like(numbers), numbers)
+    starts = torch.zeros(SEQUENCES, LENGTH, dtype=torch.int32)
+    padding = torch.zeros(SEQUENCES, LENGTH, dtype=torch.bool)
+    draw = random.Random(step)
+    for row in range(SEQUENCES):
+        for place in draw.sample([8, 16, 24], row % 3):
+            starts[row, place] = 1
+        padding[row, LENGTH - draw.choice([0, 2, 5, 13]) :] = True
+    return Batch(tokens, numbers, torch.zeros_like(numbers), numbers, starts.cumsum(1, dtype=torch.int32), padding)
+
+
+def micro_batches(config, groups, step):
+    whole = global_batch(step, documents=config.objective == "ar" or bool(config.phases))
+    first, share = rank_slice(0, SEQUENCES, rank=groups.dp_cp.rank(), world=groups.dp_cp.size())
+    (mine,) = split_batch(Batch(*(None if t is None else t[first : first + share] for t in fields(whole))), share)
+    return split_batch(mine, config.data.micro_batch_size)
+
+
+def fields(record):
+    return [getattr(record, field.name) for field in dataclasses.fields(record)]
+
+
+def whole_parameters(model, config, groups):
+    """Every parameter and selection bias by its name in the table, put together from all ranks, on rank 0.
+
+    Replicas must be the same to the last bit.
+    """
+    held = {}
+    for chunk in model.chunks:
+        held |= {name: tensor.detach() for name, tensor in chunk.named_parameters()}
+        held |= {name: tensor for name, tensor in chunk.named_buffers() if name.endswith("expert_bias")}
+    mine = {}
+    for entry in model.entries:
+        ep = groups.ep
+        local = parameter_map.local_expert_name(entry, experts=MODEL.n_routed_experts, rank=ep.rank(), ranks=ep.size())
+        if local in held:
+            group = groups.tp if entry.expert is None else groups.expt_tp
+            mine[entry.megatron] = (group.rank(), held[local].clone())
+    everywhere = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, mine)
+    whole = {}
+    for entry in model.entries:
+        copies = [rank[entry.megatron] for rank in everywhere if entry.megatron in rank]
+        parts = {}
+        for place, tensor in copies:
+            other = parts.setdefault(place if entry.split is not None else 0, tensor)
+            assert torch.equal(other, tensor), f"{entry.megatron}: replicas differ"
+        whole[entry.megatron] = parameter_map.joined([parts[place] for place in sorted(parts)], entry)
+        assert whole[entry.megatron].shape == entry.shape, entry.megatron
+    return whole
+
+
+def frozen_state(model):
+    chunks = [chunk.context.state_dict() for chunk in model.chunks if hasattr(chunk, "context")]
+    return [tensor.clone() for state in chunks for tensor in state.values() if isinstance(tensor, torch.Tensor)]
+
+
+def run(config):
+    """Train `STEPS` steps; what came of it, the same on every rank."""
+    validate(config, world_size=parallel.world_size())
+    groups = parallel.initialise(config)
+    model = train_run.build_model(config, groups)
+    frozen = frozen_state(model)
+    wrapped = parallel.wrap(model.chunks, config, groups)
+    optimizer = build_optimizer(config, wrapped, groups)
+    schedule = build_schedule(config, optimizer)
+    parts = loop.Trainer(config, wrapped, optimizer, schedule, groups, plan(config))
+    start, losses, norms, loads, shares = whole_parameters(model, config, groups), [], [], [], []
+    for step in range(STEPS):
+        done = loop.train_step(parts.at(step * SEQUENCES), micro_batches(config, groups, step))
+        sums, norm = done.sums, done.norm
+        total = parallel.sum_over_stages(sums, groups)
+        losses.append((total[0] / total[1]).item())
+        norms.append(norm)
+        loads.append(parallel.sum_over_ranks(wrapped.expert_tokens))
+        counts = [None] * dist.get_world_size()
+        dist.all_gather_object(counts, sums[1].item())
+        shares.append([count for count in counts if count])
+    wrapped.gather_parameters()
+    validation = [] if config.objective == "ar" else [loop.validate(parts, micro_batches(config, groups, 0))["loss"]]
+    same = all(torch.equal(*pair) for pair in zip(frozen, frozen_state(model), strict=True))
+    return {
+        "losses": losses + validation,
+        "norms": norms,
+        "loads": torch.stack(loads),
+        "shares": shares,
+        "start": start,
+        "parameters": whole_parameters(model, config, groups),
+        "frozen": same,
+    }
+
+
+def main():
+    """One rank of several: run the layouts of a file one after the other, since to import everything takes longest."""
+    torch.set_num_threads(1)
+    results = {}
+    for name, config in torch.load(sys.argv[1], weights_only=False).items():
+        try:
+            results[name] = run(config)
+        except BaseException as error:
+            error.add_note(f"layout: {name}")
+            raise
+    if dist.get_rank() == 0:
+        torch.save(results, sys.argv[2])
+    dist.barrier()
+    parallel.shutdown()

@@ -1,0 +1,108 @@
+"""`launch/slurm.sbatch` on a real Slurm of two nodes: a run finishes; one that is cut off is queued and goes on."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers import slurm_cluster
+from megatron_twotower.config.recipes import load_recipe
+from megatron_twotower.mcore import parallel
+from megatron_twotower.train import run as train_run
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(slurm_cluster.missing() is not None, reason=f"no Slurm: {slurm_cluster.missing()}"),
+]
+
+ROOT = Path(__file__).resolve().parents[2]
+# One task a node, each a CPU rank.
+CPU = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--time=10"]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with slurm_cluster.cluster(tmp_path_factory.mktemp("slurm") / "cluster") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def arguments(tiny_data, tiny_backbone):
+    return ["recipe=tiny", f"data.folder={tiny_data}", f"init.backbone={tiny_backbone}", "parallel.expert=2"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, arguments):
+    """The same run in one process, never cut off."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    try:
+        assert train_run.run_training(load_recipe("tiny", [*arguments[1:-1], f"output={run}"]))
+    finally:
+        parallel.shutdown()
+    return run
+
+
+def submit(cluster, folder, *options):
+    """Queue the shipped script from a folder of its own. `python` must be this interpreter on every node."""
+    path = f"{Path(sys.executable).parent}:{cluster.environment['PATH']}"
+    said = cluster.run("sbatch", "--parsable", *options, cwd=folder, PATH=path, PYTHONPATH=str(ROOT))
+    return said.strip().partition(";")[0]
+
+
+def seen(folder):
+    """All that the job and its ranks wrote."""
+    return "\n".join(f"--- {log}\n{log.read_text()[-2000:]}" for log in sorted(folder.rglob("*.log")))
+
+
+def losses(records):
+    return {step: record["loss"] for step, record in records.items()}
+
+
+def wait_for_step(cluster, job, run, records_of, *, seconds=300):
+    """Wait until a run has logged a step."""
+
+    def logged():
+        return (run / "metrics.jsonl").is_file() and bool(records_of(run))
+
+    slurm_cluster._wait_for(
+        lambda: logged() or cluster.state(job) not in ("PENDING", "RUNNING"), cluster.logs, seconds=seconds
+    )
+    assert logged(), seen(run.parent) + cluster.logs()
+
+
+def test_a_recipe_and_its_overrides_finish_on_two_nodes(cluster, arguments, whole, tmp_path, records_of):
+    run = tmp_path / "run"
+    job = submit(
+        cluster, tmp_path, *CPU, str(ROOT / "launch" / "slurm.sbatch"), *arguments, f"output={run}", "train.steps=10"
+    )
+    assert cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT") == "COMPLETED", seen(tmp_path)
+    want = losses(records_of(whole))
+    assert losses(records_of(run)) == pytest.approx({step: want[step] for step in range(1, 11)}, rel=1e-5)
+    logs = sorted(path.name for path in (tmp_path / "logs" / f"twotower-{job}").iterdir())
+    assert logs == ["rank-0.log", "rank-1.log"]
+    assert "2 ranks on n[1-2], start 1" in (tmp_path / f"twotower-{job}.log").read_text()
+
+
+@pytest.mark.parametrize("cut", ["signal", "preempted"])
+def test_a_job_that_is_cut_off_goes_on_to_the_same_losses(cut, cluster, arguments, whole, tmp_path, records_of):
+    run = tmp_path / "run"
+    job = submit(
+        cluster,
+        tmp_path,
+        *CPU,
+        str(ROOT / "launch" / "slurm.sbatch"),
+        *arguments,
+        f"output={run}",
+        "train.checkpoint_every_steps=0",
+    )
+    wait_for_step(cluster, job, run, records_of)
+    if cut == "signal":  # as Slurm sends it ahead of the time limit, to the tasks and not to the script
+        cluster.run("scancel", "--signal=USR1", job)
+    else:
+        other = submit(cluster, tmp_path, *CPU, "--partition=high", "--wrap=srun true", "--output=/dev/null")
+        cluster.wait(other, "COMPLETED")
+    assert cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT") == "COMPLETED", seen(tmp_path)
+    story = (tmp_path / f"twotower-{job}.log").read_text()
+    assert "start 1" in story and "start 2" in story, story
+    assert len(list((run / "checkpoints").iterdir())) == 2, "one of the signal, one of the end: it did not start anew"
+    assert losses(records_of(run)) == pytest.approx(losses(records_of(whole)), rel=1e-5)

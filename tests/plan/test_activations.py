@@ -1,0 +1,60 @@
+"""The formulas of what a step keeps, against the tensors that autograd keeps."""
+
+import dataclasses
+import gc
+
+import pytest
+import torch
+
+from helpers.kept_bytes import MODEL, config_of, kept_bytes
+from helpers.models import build_two_tower, random_noisy_batch
+from megatron_twotower.config.schema import NoiseConfig
+from megatron_twotower.plan.activations import StepSize, layer_parts, step_bytes
+
+
+@pytest.fixture(autouse=True)
+def new_objects_alone():
+    """What was there before a test is not looked through again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("block", "length"), [(8, 128), (4, 128), (16, 256)])
+@pytest.mark.parametrize("kind", "M*-E")
+def test_formulas_are_what_autograd_keeps(groups, kind, block, length, dtype):
+    config = config_of(kind, block=block, length=length)
+    model, _ = build_two_tower(config, groups, dtype=dtype)
+    size = StepSize(2, length, block, time_per_block=True, activation_bytes=dtype.itemsize)
+    predicted = sum(part.bytes for part in layer_parts(config.model, kind, size))
+    measured = kept_bytes(model.train(), random_noisy_batch(config), dtype)
+    # A scalar for each head beside the formulas; in experts, what the router keeps is approximate.
+    assert abs(measured - predicted) <= (0.05 if kind == "E" else 0.002) * measured, (measured, predicted)
+
+
+@pytest.mark.parametrize("kind", "M*-E")
+def test_recompute_keeps_the_input_and_a_hand_off_that_does_not_grow_with_the_number_of_blocks(groups, kind):
+    measured = {}
+    for block, length in ((8, 128), (32, 128), (8, 256)):
+        config = config_of(kind, block=block, length=length, recompute=kind)
+        model, _ = build_two_tower(config, groups, dtype=torch.float32)
+        size = StepSize(2, length, block, time_per_block=True)
+        predicted = sum(part.bytes for part in layer_parts(config.model, kind, size, recompute=True))
+        measured[block, length] = kept_bytes(model.train(), random_noisy_batch(config), torch.float32)
+        # Megatron's recompute keeps random states, and its dispatcher some of what the router made.
+        measured[block, length] -= 2 * torch.get_rng_state().nbytes
+        router = 2 * length * (12 * MODEL.n_routed_experts + 40 * MODEL.num_experts_per_tok) if kind == "E" else 0
+        assert -0.002 * predicted <= measured[block, length] - predicted <= 0.002 * predicted + router
+    assert measured[8, 256] == pytest.approx(2 * measured[8, 128], rel=1e-3), "linear in the length"
+    assert measured[8, 128] == measured[32, 128], "independent of the block size"
+
+
+def test_the_bytes_of_a_run(groups):
+    config = config_of("ME*-M*", block=8, length=128)
+    config = dataclasses.replace(config, noise=NoiseConfig(block_size_tokens=8, draws_per_context=3))
+    size = StepSize(8, 128, 8, draws=3)
+    assert step_bytes(config)["M"] == 2 * sum(part.bytes for part in layer_parts(config.model, "M", size))
+    assert list(step_bytes(config)) == ["M", "*", "-", "E"]
+    smaller = dataclasses.replace(config, train=dataclasses.replace(config.train, recompute_layers="M"))
+    assert step_bytes(smaller)["M"] < step_bytes(config)["M"] / 2
+    assert step_bytes(smaller)["E"] == step_bytes(config)["E"]

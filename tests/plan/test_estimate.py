@@ -1,0 +1,184 @@
+"""Plans: operations against torch's own counter, the real model's figures, searches, and the command."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from helpers.models import build_two_tower, planned_config, random_noisy_batch
+from megatron_twotower.cli import main
+from megatron_twotower.config.pipeline_stages import stages_of_rank
+from megatron_twotower.config.recipes import load_recipe
+from megatron_twotower.config.validation import validate
+from megatron_twotower.plan import search as searching
+from megatron_twotower.plan.estimate import Assumptions, estimate, in_flight
+from megatron_twotower.plan.flops import step_flops
+from megatron_twotower.plan.layout import CARDS, layout_of
+from megatron_twotower.plan.weights import buffer, parameters, tables
+from megatron_twotower.train.losses import masked_diffusion_loss
+
+NANO = "nano_30b_a3b_phase1"
+
+
+def nano(*overrides, recipe=NANO, ranks=64):
+    config = load_recipe(recipe, overrides, planning=True)
+    validate(config, world_size=ranks)
+    return config
+
+
+@pytest.mark.parametrize("recompute", ["", "ME"])
+def test_operations_are_those_that_torch_counts(groups, recompute):
+    config = planned_config({"train.recompute_layers": recompute, "data.sequence_length_tokens": 256})
+    model, _ = build_two_tower(config, groups, dtype=torch.float32)
+    batch = random_noisy_batch(config)
+    with FlopCounterMode(display=False) as counter:
+        report = masked_diffusion_loss(model.tower, model.train()(batch), batch, config.noise, groups)
+        report.total.backward()
+    share = len(batch.scored) / batch.tokens.numel()
+    levels = dataclasses.replace(config.noise, time_min=share, time_max=share)
+    told = step_flops(dataclasses.replace(config, noise=levels))
+    assert told.executed * batch.tokens.numel() == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def test_the_real_model_has_its_parameters():
+    context, trained = tables(nano())
+    assert parameters(context) == 31_577_937_344
+    assert parameters(trained) - parameters(context) == 30_022_272
+
+
+def test_a_two_tower_step_costs_less_than_four_thirds_of_an_ar_step():
+    config = nano()
+    two, ar = step_flops(config), step_flops(config, objective="ar")
+    # Half of the positions go through the denoiser's head, and the context tower has none.
+    assert 1.2 < two.model / ar.model < 4 / 3
+    assert two.executed > two.model
+    # 6 N of the active parameters, and attention, scan and convolution beside them.
+    assert 1.0 < ar.model / (6 * 3.2e9) < 1.2
+
+
+def test_padding_and_shares_of_a_distributed_buffer():
+    """By hand: parameters of 100, 30 and 70 elements, backwards, at multiples of 64; ends at multiples of 128."""
+    laid = buffer((70, 30, 100), ranks=2, distributed=True)
+    assert (laid.elements, laid.owned) == (384, (100 + 30, 70))
+    # 0-100 | 128-158 | 192-262: the second rank's share begins at 192
+    assert buffer((70, 30, 100), ranks=3, distributed=True).owned == (100, 30 + 64, 6)
+    assert buffer((70, 30, 100), ranks=2, distributed=False).owned == (200, 200)
+    bucketed = buffer((70, 30, 100), ranks=2, distributed=True, bucket_elements=90)
+    assert bucketed.elements == 128 + 256 and sum(bucketed.owned) == 200
+
+
+def test_memory_and_time_of_the_real_model():
+    config = nano()
+    found = estimate(config, ranks=64)
+    memory, layout = found.memory, layout_of(config, ranks=64)
+    assert (layout.data, layout.expert_data) == (64, 8)
+    assert found.fits and memory.total < found.card.memory_bytes
+    assert memory.gradients == pytest.approx(2 * memory.parameters, rel=1e-6), "fp32 beside bf16"
+    assert found.checkpoint == 14 * (31_577_937_344 + 30_022_272)
+    faster = estimate(config, ranks=64, assumptions=Assumptions(utilisation=0.5))
+    assert faster.phases[0].compute_seconds == pytest.approx(found.phases[0].compute_seconds / 2)
+    assert sum(phase.tokens for phase in found.phases) == pytest.approx(1.4e12, rel=1e-4)
+
+
+def test_what_an_override_does_to_memory_shows():
+    base = estimate(nano(), ranks=64).memory
+    kept = estimate(nano("train.recompute_layers=''"), ranks=64).memory
+    assert kept.kept > 2 * base.kept and kept.handoff == base.handoff
+    whole = estimate(nano("optimizer.distributed=false"), ranks=64).memory
+    assert whole.optimizer > 7 * base.optimizer
+    spread = estimate(nano("parallel.expert=16"), ranks=64).memory
+    assert spread.context < base.context and spread.gradients < base.gradients
+
+
+def test_a_context_tower_in_fp8_takes_a_byte_for_each_element_of_its_matrices():
+    bf16 = estimate(nano(), ranks=64).memory
+    fp8 = estimate(nano("train.context_precision=fp8_current"), ranks=64).memory
+    # A rank of 8 has 16 of 128 experts: 1 / 8 of their share of a layer, and all of the rest.
+    routed, shared = 2 * 1856 * 2688 * 16, 2 * 3712 * 2688
+    mamba, attention = 10304 * 2688 + 4096 * 2688, (36 + 32) * 128 * 2688
+    assert bf16.context - fp8.context == 23 * (routed + shared) + 23 * mamba + 6 * attention
+    ends = estimate(nano("train.context_precision=fp8_current", "fp8.last_layers_bf16=1"), ranks=64).memory
+    assert ends.context - fp8.context == routed + shared, "the last layer is one of experts"
+    assert {fp8.parameters, ends.parameters} == {bf16.parameters}
+
+
+def test_a_pipeline_shares_weights_and_keeps_several_micro_batches():
+    stages = ["parallel.pipeline=4", "parallel.expert=2"]
+    config = nano(*stages)
+    one, four = estimate(nano("parallel.expert=2"), ranks=64), estimate(config, ranks=64)
+    assert four.memory.parameters < one.memory.parameters / 3
+    assert four.layout.data == 16 and four.sent["pipeline"] > 0 and "pipeline" not in one.sent
+    assert [in_flight(four.layout, pipeline_rank=rank, micro_batches=64) for rank in range(4)] == [4, 3, 2, 1]
+    assert in_flight(four.layout, pipeline_rank=0, micro_batches=2) == 2
+    parts = [step_flops(config, own=stages_of_rank(config.model, config.parallel, rank)).executed for rank in range(4)]
+    assert sum(parts) == pytest.approx(step_flops(config).executed)
+    # The slowest stage sets the pace, and 3 of 64 + 3 turns are spent filling and emptying the pipeline.
+    pace = max(parts) / (sum(parts) / 4) * (1 + 3 / 64)
+    assert four.phases[0].compute_seconds == pytest.approx(one.phases[0].compute_seconds * pace)
+
+
+def test_a_search_ranks_valid_layouts_those_that_fit_first():
+    config = nano()
+    found = searching.search(config, ranks=64)
+    fits = [each.fits for each in found]
+    assert fits == sorted(fits, reverse=True) and True in fits and False in fits
+    times = [each.seconds for each in found if each.fits]
+    assert times == sorted(times)
+    changed = [tuple(searching.overrides(config, each.config)) for each in found]
+    assert len(set(changed)) == len(changed), "no layout twice"
+    for each in found[:5]:
+        again = nano(*searching.overrides(config, each.config))
+        assert estimate(again, ranks=64).memory == each.memory, "what is printed is what was reckoned"
+
+
+def plan(capsys, *arguments):
+    status = main.main(["plan", *arguments])
+    return status, capsys.readouterr()
+
+
+def test_the_command_prints_json_of_the_real_model(capsys):
+    status, said = plan(capsys, f"recipe={NANO}", "parallel=h100x64", "--json")
+    told = json.loads(said.out)
+    assert status == 0
+    assert told["parameters"] == {"tower": 31_577_937_344, "time_conditioning": 30_022_272}
+    assert told["fits"] and told["remedies"] == []
+    assert told["memory_bytes"]["total"] == sum(v for k, v in told["memory_bytes"].items() if k != "total")
+
+
+def test_the_command_says_what_would_fit(capsys):
+    status, said = plan(capsys, f"recipe={NANO}", "parallel=h100x64", "train.recompute_layers=''", "--json")
+    told = json.loads(said.out)
+    assert status == 0 and not told["fits"]
+    assert told["remedies"] and all(each["fits"] and each["overrides"] for each in told["remedies"])
+    assert told["remedies"][0]["overrides"] == min((each["overrides"] for each in told["remedies"]), key=len)
+
+
+def test_the_command_prints_one_table_and_names_the_card_that_would_do(capsys):
+    status, said = plan(capsys, f"recipe={NANO}", "parallel=h100x8")
+    assert status == 0
+    assert "does not fit" in said.out and "31,577,937,344" in said.out
+    assert "no layout of 8 cards was found that fits" in said.out and "h200" in said.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["recipe=tiny", "model=tiny"], "model"),
+        (["recipe=tiny_ar", "--ranks", "1"], "objective: found ar"),
+        ([f"recipe={NANO}", "parallel.ranks=0"], "parallel.ranks: found 0"),
+        ([f"recipe={NANO}", "--ranks", "48"], "data.global_batch_size"),
+        ([f"recipe={NANO}", "parallel.card=h1000"], "parallel.card: found 'h1000'"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, named, capsys):
+    status, said = plan(capsys, *arguments)
+    assert status == 2
+    assert named in said.err and said.err.count("\n") == 1
+
+
+def test_every_card_a_recipe_can_name_is_known():
+    from megatron_twotower.config.validation import CHOICES
+
+    assert set(CHOICES["parallel.card"]) == set(CARDS)

@@ -1,0 +1,116 @@
+"""Estimates for several numbers of cards: what they say, what they stand on, and that they never pass for measured."""
+
+import json
+
+import pytest
+
+from megatron_twotower.cli import main
+from megatron_twotower.common.errors import UserError
+from megatron_twotower.config.recipes import load_recipe
+from megatron_twotower.plan import scale_out, search
+from megatron_twotower.plan.estimate import Assumptions, estimate
+from megatron_twotower.plan.layout import CARDS, layout_of
+from megatron_twotower.plan.traffic import crosses_nodes
+
+NANO = ("recipe=nano_30b_a3b_phase1", "parallel=h100x64")
+
+
+@pytest.fixture(autouse=True)
+def few_candidates(monkeypatch):
+    """A search of all takes long."""
+    for name, values in (("TENSOR", (1,)), ("PIPELINE", (1,)), ("MICRO_BATCH", (1,))):
+        monkeypatch.setattr(search, name, values)
+
+
+def nano(*overrides):
+    return load_recipe("nano_30b_a3b_phase1", ["parallel=h100x64", *overrides], planning=True)
+
+
+def told(capsys, *arguments):
+    status = main.main(["plan", *NANO, *arguments])
+    return status, capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "far"),
+    [
+        ([], {"data", "expert data"}),
+        (["parallel.expert=16"], {"expert", "data", "expert data"}),
+        (["parallel.tensor=4", "parallel.sequence=true", "parallel.expert=4"], {"expert", "data", "expert data"}),
+        (
+            ["parallel.expert=4", "parallel.expert_tensor=1", "parallel.tensor=2", "parallel.sequence=true"],
+            {"data", "expert data"},
+        ),
+    ],
+)
+def test_which_groups_reach_beyond_a_node(overrides, far):
+    layout, card = layout_of(nano(*overrides), ranks=64), CARDS["h100"]
+    kinds = ("tensor", "expert", "expert tensor", "data", "expert data", "pipeline")
+    assert {kind for kind in kinds if crosses_nodes(kind, layout, card)} == far
+
+
+def test_a_plan_says_where_what_is_sent_goes(capsys):
+    status, said = told(capsys)
+    assert status == 0
+    lines = [" ".join(line.split()) for line in said.out.splitlines()]
+    where = {line.partition(" groups")[0]: line for line in lines if line.startswith("sent in")}
+    assert where["sent in expert"].endswith("a rank, within a node")
+    assert where["sent in data"].endswith("a rank, between nodes")
+
+
+def test_each_number_of_cards_is_the_plan_of_its_layout(capsys):
+    status, said = told(capsys, "--scaling", "256", "8", "64", "--json")
+    found = json.loads(said.out)
+    assert status == 0 and found["estimate"] is True
+    assert [row["cards"] for row in found["scaling"]] == [8, 64, 256]
+    none, own, large = found["scaling"]
+    assert none == {"cards": 8, "fits": False}
+    assert own["seconds"] == pytest.approx(estimate(nano(), ranks=64).seconds)
+    # The same work on four times the cards, and no less to send: gradients do not shrink.
+    assert large["phases"][0]["compute_seconds"] == pytest.approx(own["phases"][0]["compute_seconds"] / 4)
+    assert own["seconds"] / 4 < large["seconds"] < own["seconds"]
+
+
+def test_a_layout_that_does_not_fit_gives_way_to_one_that_does():
+    config = nano("train.recompute_layers=''")
+    assert not estimate(config, ranks=64).fits
+    found = scale_out.at(config, ranks=64, assumptions=Assumptions())
+    assert found.fits and found.layout.ranks == 64
+    assert search.overrides(config, found.config), "another layout"
+
+
+def test_the_table_says_what_it_is_and_what_it_stands_on(capsys):
+    status, said = told(capsys, "--scaling", "64", "256", "--utilisation", "0.3")
+    text = " ".join(said.out.split())
+    assert status == 0
+    assert "an estimate, nothing of it measured on a cluster" in text and "(taken, not measured)" in text
+    assert "30.0% of 989 TFLOP/s" in text and "70% of 450 GB/s" in text and "50 GB/s between nodes" in text
+    assert "0.8" in text and "data, expert data" in text
+
+
+def bench_json(path, **changes):
+    row = {"case": "two towers", "utilisation": 0.37}
+    machine = {"device": "NVIDIA H100 80GB HBM3", "commit": "abc"}
+    path.write_text(json.dumps({"steps": [row | changes], "machine": machine, "pattern": "MEMEM*"}))
+    return path
+
+
+def test_utilisation_can_be_that_of_a_measured_card(capsys, tmp_path):
+    path = bench_json(tmp_path / "gpu.json")
+    assert scale_out.measured(path).utilisation == 0.37
+    status, said = told(capsys, "--scaling", "64", "--measured", str(path), "--json")
+    found = json.loads(said.out)
+    assert status == 0 and found["scaling"][0]["assumptions"]["utilisation"] == 0.37
+    assert "measured: MEMEM* on one NVIDIA H100 80GB HBM3, commit abc" in found["assumptions"][0]
+    status, said = told(capsys, "--measured", str(path), "--json")
+    assert json.loads(said.out)["assumptions"]["utilisation"] == 0.37
+
+
+def test_figures_that_are_none(tmp_path, capsys):
+    with pytest.raises(UserError, match=r"expected those of a100|expected those of h100"):
+        scale_out.measured(bench_json(tmp_path / "gpu.json", utilisation=None))
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(UserError, match=r"expected gpu\.json"):
+        scale_out.measured(tmp_path / "other.json")
+    status, said = told(capsys, "--scaling", "0")
+    assert status == 2 and said.err == "twotower: --scaling: found 0, expected numbers of cards\n"

@@ -1,0 +1,233 @@
+"""The same numbers on every layout: losses, gradient norms, loads of experts, and every parameter, after five steps."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from helpers import TESTS, layouts
+from megatron_twotower.common.errors import UserError
+from megatron_twotower.config.validation import validate
+from megatron_twotower.mcore import parallel
+
+WORKER = "import megatron_twotower.mcore; from helpers import layouts; layouts.main()"
+
+TENSOR = {"tensor": 2, "sequence": True}
+ONE_CHUNK = {"pipeline": 2, "pipeline_layers": [3, 5]}
+TWO_CHUNKS = {"pipeline": 2, "pipeline_chunks": 2}
+ALL_GATHER = {"moe_dispatcher": "allgather"}
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_parameters": 500}
+DISTRIBUTED = {"optimizer": {"distributed": True}}
+
+# ranks: {layout: (run, settings of `parallel`, other settings)}
+LAYOUTS = {
+    1: {
+        "one sequence at a time": ("hard", {}, {"data": {"micro_batch_size": 1}}),
+        "all at once": ("hard", {}, {"data": {"micro_batch_size": 8}}),
+        "distributed optimizer, overlapped": ("plain", OVERLAP, DISTRIBUTED),
+    },
+    2: {
+        "data": ("hard", {}, {"data": {"micro_batch_size": 1}}),
+        "data, distributed optimizer": ("plain", {}, DISTRIBUTED),
+        "data, overlapped": ("hard", OVERLAP, DISTRIBUTED),
+        "tensor": ("hard", TENSOR, {}),
+        "tensor, next token": ("ar", TENSOR, {}),
+        "tensor, whole experts": ("plain", {**TENSOR, "expert_tensor": 1}, {}),
+        "expert, all-to-all": ("hard", {"expert": 2}, {}),
+        "expert, all-gather": ("plain", {"expert": 2, **ALL_GATHER}, {}),
+        "pipeline": ("hard", ONE_CHUNK, {}),
+        "pipeline, next token": ("ar", ONE_CHUNK, {}),
+        "pipeline, interleaved": ("hard", TWO_CHUNKS, {}),
+        "pipeline in bf16": ("bf16", ONE_CHUNK, {}),
+    },
+    4: {
+        "tensor x pipeline": ("hard", {**TENSOR, **ONE_CHUNK}, {}),
+        "tensor x data, distributed optimizer, overlapped": ("hard", {**TENSOR, **OVERLAP}, DISTRIBUTED),
+        "tensor x expert, whole experts": ("hard", {**TENSOR, "expert": 4, "expert_tensor": 1}, {}),
+        "tensor x expert, split experts": ("plain", {**TENSOR, "expert": 2}, {}),
+        "pipeline x expert, interleaved, overlapped": ("hard", {**TWO_CHUNKS, **OVERLAP, "expert": 2}, DISTRIBUTED),
+        "pipeline x data, distributed optimizer, overlapped": ("plain", {**ONE_CHUNK, **OVERLAP}, DISTRIBUTED),
+        "pipeline of four": ("plain", {"pipeline": 4, "pipeline_layers": [1, 3, 2, 2]}, {}),
+    },
+    8: {
+        "tensor x pipeline x data": ("hard", {**TENSOR, **ONE_CHUNK, **OVERLAP}, DISTRIBUTED),
+        "tensor x pipeline x expert, interleaved": ("hard", {**TENSOR, **TWO_CHUNKS, "expert": 2}, DISTRIBUTED),
+        "pipeline of four, interleaved, x expert": (
+            "hard",
+            {"pipeline": 4, "pipeline_chunks": 2, "expert": 2, **ALL_GATHER},
+            {"data": {"micro_batch_size": 1}},
+        ),
+        "tensor of four x data, whole experts": (
+            "hard",
+            {"tensor": 4, "sequence": True, "expert": 4, "expert_tensor": 1},
+            DISTRIBUTED,
+        ),
+    },
+}
+
+
+def config_of(backbone, run, layout=None, other=None):
+    config = layouts.changed(layouts.base(backbone), layouts.RUNS[run])
+    return layouts.changed(config, {"parallel": layout or {}, **(other or {})})
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def run_layouts(ranks, configs, folder):
+    """Run configurations one after the other on ranks in processes of their own. Returns what `layouts.run` gives."""
+    torch.save(configs, folder / "configs.pt")
+    address = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-c", WORKER, str(folder / "configs.pt"), str(folder / "results.pt")]
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **address, "RANK": str(rank)},
+            cwd=TESTS,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        outputs = [process.communicate(timeout=600)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    failed = [output[-3000:] for process, output in zip(processes, outputs, strict=True) if process.returncode]
+    assert not failed, "\n----\n".join(failed)
+    return torch.load(folder / "results.pt", weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    return layouts.write_backbone(tmp_path_factory.mktemp("layouts") / "backbone")
+
+
+@pytest.fixture(scope="module")
+def one_rank(backbone):
+    """Each run on one rank, in this process, on first use."""
+    known = {}
+
+    def of(run):
+        if run not in known:
+            known[run] = layouts.run(config_of(backbone, run))
+            parallel.shutdown()
+        return known[run]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def results_on(backbone, tmp_path_factory):
+    """All layouts of a number of ranks, on first use."""
+    known = {}
+
+    def of(ranks):
+        if ranks not in known:
+            configs = {name: config_of(backbone, *layout) for name, layout in LAYOUTS[ranks].items()}
+            known[ranks] = run_layouts(ranks, configs, tmp_path_factory.mktemp(f"ranks{ranks}"))
+        return known[ranks]
+
+    return of
+
+
+# How far parameters may be from those of one rank, as a part of themselves and as a part of how far they moved. A bf16
+# parameter is rounded to 4e-3 of itself in each step, and a few round the other way.
+TOLERANCES = {"fp32": (1e-5, 1e-3), "bf16": (1e-3, 1e-1)}
+
+
+def assert_same(got, want, precision):
+    """Losses and norms to 1e-5, counts exactly, every parameter, and nothing that is frozen has moved."""
+    of_itself, of_the_way = TOLERANCES[precision]
+    assert got["losses"] == pytest.approx(want["losses"], rel=1e-5)
+    assert got["norms"] == pytest.approx(want["norms"], rel=1e-5)
+    assert torch.equal(got["loads"], want["loads"]) and got["loads"].any()
+    assert got["frozen"]
+    assert got["parameters"].keys() == want["parameters"].keys()
+    for name, start in want["start"].items():
+        assert torch.equal(got["start"][name], start), name
+        moved, expected = got["parameters"][name], want["parameters"][name]
+        assert not torch.equal(expected, start), f"{name}: did not move"
+        error = (moved - expected).norm()
+        assert error <= of_itself * expected.norm(), (name, error / expected.norm())
+        assert error <= of_the_way * (expected - start).norm(), (name, error / (expected - start).norm())
+
+
+def cases(*ranks):
+    for count in ranks:
+        marks = [pytest.mark.slow] if count > 2 else []
+        for name in LAYOUTS[count]:
+            yield pytest.param(count, name, id=f"{count} ranks: {name}", marks=marks)
+
+
+@pytest.mark.parametrize(("ranks", "name"), list(cases(1, 2, 4, 8)))
+def test_a_layout_gives_the_numbers_of_one_rank(ranks, name, one_rank, results_on):
+    run, layout, _ = LAYOUTS[ranks][name]
+    got, want = results_on(ranks)[name], one_rank(run)
+    assert_same(got, want, "bf16" if run == "bf16" else "fp32")
+    data = ranks // (layout.get("tensor", 1) * layout.get("pipeline", 1))
+    if data > 1:
+        assert any(len(set(counts)) > 1 for counts in got["shares"]), "ranks must have different counts"
+
+
+# layout of a model of 8 layers on a number of ranks: what its one line must say
+MISTAKES = {
+    "tensor x pipeline": (
+        6,
+        {"tensor": 2, "sequence": True, "pipeline": 2},
+        "parallel.tensor 2 x parallel.pipeline 2: does not divide 6 ranks",
+    ),
+    "experts": (
+        4,
+        {"expert": 8},
+        "parallel.expert 8 x parallel.expert_tensor 1 x parallel.pipeline 1: does not divide 4 ranks",
+    ),
+    "layers": (
+        3,
+        {"pipeline": 3},
+        "8 layers do not divide into 3 stretches (parallel.pipeline 3 x parallel.pipeline_chunks 1)",
+    ),
+    "layers of chunks": (
+        2,
+        {"pipeline": 2, "pipeline_chunks": 3},
+        "8 layers do not divide into 6 stretches (parallel.pipeline 2 x parallel.pipeline_chunks 3)",
+    ),
+    "too few lengths": (2, {"pipeline": 2, "pipeline_layers": [8]}, "found [8], expected a number of layers for each"),
+    "an empty stage": (2, {"pipeline": 2, "pipeline_layers": [8, 0]}, "found [8, 0], expected a number of layers"),
+    "too many layers": (2, {"pipeline": 2, "pipeline_layers": [4, 5]}, "found 9 layers in all, expected the 8"),
+    "chunks of one stage": (1, {"pipeline_chunks": 2}, "found 2 with parallel.pipeline 1"),
+    "heads": (8, {"tensor": 8, "sequence": True}, "model.num_attention_heads 4: does not divide over 8 ranks"),
+    "expert count": (8, {"expert": 8}, "model.n_routed_experts 4: does not divide over 8 ranks"),
+    "data": (16, {}, "data.global_batch_size 8: expected a multiple of 32 (data.micro_batch_size 2 x 16 data-parallel"),
+    "rounds": (
+        8,
+        {"pipeline": 4, "pipeline_chunks": 2},
+        "data.global_batch_size 8: expected a multiple of 16 (data.micro_batch_size 2 x 2 data-parallel ranks x 4 sta",
+    ),
+    "context": (2, {"context": 2}, "parallel.context: found 2, expected 1 (context parallelism is not built"),
+    "sequence alone": (2, {"sequence": True}, "found true with parallel.tensor 1"),
+    "gather without": (1, {"overlap_param_gather": True}, "found true with optimizer.distributed false"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_layout_that_does_not_divide_is_refused_in_one_line(mistake, backbone):
+    ranks, layout, expected = MISTAKES[mistake]
+    with pytest.raises(UserError) as error:
+        validate(config_of(backbone, "plain", layout), world_size=ranks)
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_validation_goes_through_stages_in_whole_micro_batches(backbone):
+    train = {"validate_every_steps": 1, "validation_sequences": 7}
+    validate(config_of(backbone, "plain", {}, {"train": train}), world_size=1)
+    with pytest.raises(UserError, match=r"train\.validation_sequences 7: expected a multiple of 2"):
+        validate(config_of(backbone, "plain", ONE_CHUNK, {"train": train}), world_size=2)

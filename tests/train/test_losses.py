@@ -1,0 +1,116 @@
+"""The objectives: what is scored, what it is divided by, and that a step waits for no count."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from megatron_twotower.config.schema import NoiseConfig
+from megatron_twotower.ops import attention
+from megatron_twotower.ops.convolution import block_history, seeded_block_conv
+from megatron_twotower.ops.scan import chunk_scan, two_stream_scan
+from megatron_twotower.train.losses import autoregressive_loss, masked_diffusion_loss, noise_buckets
+from megatron_twotower.train.noise import corrupt
+from megatron_twotower.types import Batch
+
+GROUPS = SimpleNamespace(tp=None)
+NOISE = NoiseConfig(block_size_tokens=4, mask_token_id=3)
+
+
+def tower_of(weight):
+    return SimpleNamespace(output_layer=lambda: weight, vocabulary_start=lambda: 0)
+
+
+def batch_of(**more):
+    tokens = torch.randint(4, 20, (3, 16), generator=torch.Generator().manual_seed(0))
+    numbers = torch.arange(3)
+    return Batch(tokens, numbers, numbers, numbers, **more)
+
+
+def hidden_and_weight(draws=1):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(16, 3 * draws, 8, generator=generator), torch.randn(20, 8, generator=generator)
+
+
+@pytest.mark.parametrize("weighting", ["masked_mean", "elbo"])
+@pytest.mark.parametrize("draws", [1, 2])
+def test_masked_positions_that_are_not_padding_are_scored(weighting, draws):
+    padding = torch.zeros(3, 16, dtype=torch.bool)
+    padding[1, 10:] = True
+    noise = NoiseConfig(block_size_tokens=4, weighting=weighting, draws_per_context=draws, time_per="block")
+    noisy = corrupt(batch_of(padding=padding), noise, seed=5)
+    hidden, weight = hidden_and_weight(draws)
+    report = masked_diffusion_loss(tower_of(weight), hidden, noisy, noise, GROUPS)
+
+    targets, times = noisy.tokens.repeat(draws, 1), noisy.times.repeat_interleave(4, dim=1)
+    scored = (noisy.noisy == 3) & ~padding.repeat(draws, 1)
+    each = F.cross_entropy((hidden.transpose(0, 1) @ weight.t()).flatten(0, 1), targets.flatten(), reduction="none")
+    each = each.view_as(scored)
+    elbo = weighting == "elbo"
+    torch.testing.assert_close(report.total, ((each / times if elbo else each) * scored).sum())
+    assert report.count == (int((~padding).sum()) * draws if elbo else scored.sum())
+    for bucket in range(noise.report_buckets):
+        inside = scored & (noise_buckets(times, noise.report_buckets) == bucket)
+        torch.testing.assert_close(report.bucket_sums[bucket], each[inside].sum())
+        assert report.bucket_counts[bucket] == inside.sum()
+
+
+def test_next_tokens_are_scored_within_their_document():
+    documents = torch.zeros(3, 16, dtype=torch.int32)
+    documents[0, 8:] = 1
+    padding = torch.zeros(3, 16, dtype=torch.bool)
+    padding[0, 6:8] = True
+    hidden, weight = hidden_and_weight()
+    batch = batch_of(documents=documents, padding=padding)
+    report = autoregressive_loss(tower_of(weight), hidden, batch, GROUPS)
+    logits = hidden.transpose(0, 1)[:, :-1] @ weight.t()
+    each = F.cross_entropy(logits.flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="none").view(3, 15)
+    scored = torch.ones(3, 15, dtype=torch.bool)
+    scored[0, 5:8] = False  # the two that fill up, and the first of the next document
+    torch.testing.assert_close(report.total, each[scored].sum())
+    assert report.count == scored.sum() == report.bucket_counts.sum()
+
+
+def test_no_operation_of_a_step_asks_for_a_value():
+    """On tensors without values, a count, a comparison or a list of places would have to stop and wait."""
+    noisy = corrupt(batch_of(), NOISE, seed=5)
+    attention._hidden.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        with pytest.raises(DataDependentOutputException):
+            torch.ones(3).sum().item()
+        batch = type(noisy)(**{k: mode.from_tensor(v) if torch.is_tensor(v) else v for k, v in vars(noisy).items()})
+
+        def fake(*shape):
+            return torch.randn(*shape, requires_grad=True)
+
+        weight, hidden = fake(20, 8), fake(16, 3, 8)
+        masked_diffusion_loss(tower_of(weight), hidden, batch, NOISE, GROUPS).total.backward()
+        x, dt, B, C = fake(3, 16, 4, 4), fake(3, 16, 4), fake(3, 16, 2, 4), fake(3, 16, 2, 4)
+        A, D, clean = fake(4), fake(4), [fake(*t.shape).detach() for t in (x, dt, B, C)]
+        _, states, _ = chunk_scan(clean[0], clean[1], A.detach(), clean[2], clean[3], D.detach(), chunk=8)
+        y = two_stream_scan(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            D,
+            clean_x=clean[0],
+            clean_dt=clean[1],
+            clean_A=A.detach(),
+            clean_B=clean[2],
+            states=states,
+            block=4,
+            chunk=8,
+        )
+        y.sum().backward()
+        query, key = fake(3, 4, 16, 4), fake(3, 2, 16, 4)
+        clean = {"clean_key": key.detach(), "clean_value": key.detach()}
+        attention.block_attention(query, key, key, **clean, block=4).sum().backward()
+        inputs, filters, bias = fake(3, 16, 6), fake(6, 4), fake(6)
+        history = block_history(inputs.detach(), taps=4, block=4)
+        seeded_block_conv(inputs, history, filters, bias).sum().backward()
+        assert all(t.grad is not None for t in (weight, hidden, x, dt, A, B, C, D, query, key, inputs, filters, bias))
+    attention._hidden.cache_clear()

@@ -1,0 +1,68 @@
+"""Multi-run sweeps: a run for each value, each the run that the value alone gives, and mistakes in one line."""
+
+import pytest
+
+from megatron_twotower.cli import main
+from megatron_twotower.config.recipes import load_recipe
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory, tiny_data):
+    """The folder of a sweep of two seeds, its arguments, and their status."""
+    output = tmp_path_factory.mktemp("sweep") / "out"
+    arguments = [
+        "recipe=tiny_ar",
+        f"data.folder={tiny_data}",
+        f"output={output}",
+        "train.steps=6",
+        "train.validate_every_steps=0",
+    ]
+    return output, arguments, main.main(["train", "--multirun", *arguments, "seed=1,2"])
+
+
+def losses(records):
+    return [records[step]["loss"] for step in sorted(records)]
+
+
+def test_a_sweep_of_two_values_is_two_runs(sweep, records_of):
+    output, _, status = sweep
+    assert status == 0
+    runs = {path.name: path for path in output.iterdir() if path.is_dir()}
+    assert set(runs) == {"seed=1", "seed=2"}
+    for seed, path in ((1, runs["seed=1"]), (2, runs["seed=2"])):
+        config = load_recipe(str(path / "config.yaml"))
+        assert (config.seed, config.output) == (seed, str(path))
+        assert len(records_of(path)) == 6
+    assert losses(records_of(runs["seed=1"])) != losses(records_of(runs["seed=2"]))
+
+
+def test_each_run_is_what_its_value_alone_gives(sweep, tmp_path, records_of):
+    output, arguments, _ = sweep
+    assert main.main(["train", *arguments, f"output={tmp_path}/alone", "seed=2"]) == 0
+    assert losses(records_of(tmp_path / "alone")) == losses(records_of(output / "seed=2"))
+
+
+def test_the_same_sweep_again_takes_no_step(sweep, records_of):
+    output, arguments, _ = sweep
+    before = {path: (path / "metrics.jsonl").read_text() for path in output.glob("seed=*")}
+    assert main.main(["train", "--multirun", *arguments, "seed=1,2"]) == 0
+    after = {path: (path / "metrics.jsonl").read_text() for path in before}
+    assert after == before and before
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        (["seed=1"], "no key with several values"),
+        (["output=a,b"], "output: found several values"),
+        (["seed=1,2", "train.steeps=3"], "steeps"),
+        (["train.steps=0,-1"], "train.steps: found 0"),
+        (["seed=1,2", "+more=1"], "cannot be added"),
+    ],
+)
+def test_a_mistake_is_one_line_after_hydras_own_that_names_the_job(values, named, sweep, capsys):
+    _, arguments, _ = sweep
+    assert main.main(["train", "--multirun", *arguments[:2], *values]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert named in said[-1] and said[-1].startswith("twotower: ")
+    assert all(line.startswith("Error executing job with overrides") for line in said[:-1])
