@@ -201,7 +201,7 @@ def _package_line(package: _Package) -> str:
 
 
 def _device_line() -> str:
-    if device.is_host():
+    if device.is_cpu():
         return "none, running on the CPU with Gloo"
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return f"{torch.cuda.device_count()} x {properties.name}, {properties.total_memory / 2**30:.0f} GiB each"
@@ -229,7 +229,7 @@ def _kernel_role(by: _Kernels) -> Role:
     reason = dispatch.unavailable(by.package)
     if reason is None:
         return Role(by.role, f"{by.kernels} ({by.package} {_installed(_BY_NAME[by.package])})", "nothing", "-")
-    how = "needs a CUDA device" if device.is_host() else f"{reason}: {GPU_EXTRA}"
+    how = "needs a CUDA device" if device.is_cpu() else f"{reason}: {GPU_EXTRA}"
     return Role(by.role, by.otherwise, by.kernels, how)
 
 
@@ -239,7 +239,7 @@ def _spec_role(by: _OfSpec, config: RunConfig, served: str) -> Role:
         return Role(by.role, f"{by.transformer_engine} (transformer-engine {found})", "nothing", "-")
     if reason is None:
         return Role(by.role, by.own, by.transformer_engine, "switched off by the configuration")
-    how = "needs a CUDA device" if device.is_host() else f"{reason}: {GPU_EXTRA}"
+    how = "needs a CUDA device" if device.is_cpu() else f"{reason}: {GPU_EXTRA}"
     return Role(by.role, by.own, by.transformer_engine, how)
 
 
@@ -249,7 +249,7 @@ def _optimizer_role() -> Role:
 
     if megatron_optimizer.USING_PYTORCH_OPTIMIZER:
         serves = "torch AdamW, fused"
-        how = "needs a CUDA device" if device.is_host() else f"{GPU_EXTRA}; or {APEX}"
+        how = "needs a CUDA device" if device.is_cpu() else f"{GPU_EXTRA}; or {APEX}"
         return Role("optimizer", serves, "FusedAdam of Transformer Engine or Apex", how)
     source = megatron_optimizer.Adam.__module__.partition(".")[0]
     return Role("optimizer", f"FusedAdam of {source}", "nothing", "-")
@@ -269,7 +269,7 @@ def diagnose(config: RunConfig = _ANY_RUN) -> list[Role]:
 
 def one_line_summary(config: RunConfig = _ANY_RUN) -> str:
     """Device, versions and serving implementations in one line, for the log of a starting run."""
-    where = "CPU and Gloo" if device.is_host() else f"{torch.cuda.get_device_name()} and NCCL"
+    where = "CPU and Gloo" if device.is_cpu() else f"{torch.cuda.get_device_name()} and NCCL"
     megatron = _installed(_BY_NAME["megatron-core"])
     roles = "; ".join(f"{role.role}: {role.serves}" for role in diagnose(config))
     return f"{where}, torch {torch.__version__}, megatron-core {megatron}; {roles}"

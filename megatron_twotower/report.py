@@ -1,8 +1,9 @@
 """The report of a run: one HTML page with its pictures, and one table on the console.
 
-A run folder holds `ar/` and `twotower/` (each with `metrics.jsonl`, `config.yaml`, `provenance.json`),
-`evaluation.json`, and, where starts of the time conditioning were compared, `conditioning/NAME/metrics.jsonl`; and
-`generation.html` of `twotower generate --html`, if its replay is to stand in the report.
+A run folder holds `ar/` and `twotower/` (each with `metrics.jsonl`, `config.yaml`,
+`provenance.json`), `evaluation.json`, and, where starts of the time conditioning were compared,
+`conditioning/NAME/metrics.jsonl`; and `generation.html` of `twotower generate --html`, if its
+replay is to stand in the report.
 """
 
 import base64
@@ -132,7 +133,8 @@ def _conditioning_runs(compared: Sequence[Path], main: Series, configuration: st
     return dict(sorted(runs.items()))
 
 
-# Figures ------------------------------------------------------------------------------------------------------------
+# Figures
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _number(value: float | None, digits: int = 2) -> str:
@@ -214,7 +216,8 @@ def draw(findings: Findings) -> dict[str, Callable[[Theme], bytes]]:
     return drawings
 
 
-# Page ---------------------------------------------------------------------------------------------------------------
+# Page
+# ---------------------------------------------------------------------------------------------------------------
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1d2129; --muted: #6b7280; --line: #e3e6ea; --back: #f5f6f8; --card: #fff;
@@ -406,8 +409,8 @@ of held-out files unless a curve says training.</p>
 def write_report(run: Path, *, console: Console | None = None) -> Path:
     """Write `report/` into the run folder, replacing an older one, and print the summary.
 
-    Returns:
-        `report/index.html`: one page that needs no other file. The pictures lie beside it as PNG, light and dark.
+    Returns: `report/index.html`: one page that needs no other file. The pictures lie beside it as
+        PNG, light and dark.
 
     Raises:
         UserError: a file of the run is missing or cannot be read; the message names it.

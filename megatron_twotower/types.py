@@ -25,8 +25,10 @@ class Batch:
     samples: (b,) int64 index of each sequence within its corpus, the same in every epoch.
     epochs: (b,) int64 how often the corpus had been read before.
     positions: (b,) int64 place of each sequence in the global order of the run.
-    documents: (b, l) int32 number of each position's document, growing along l; None to see across boundaries.
-    padding: (b, l) bool, positions that fill up a block and are never scored; None where there are none.
+    documents: (b, l) int32 number of each position's document, growing along l; None to see across
+    boundaries.
+    padding: (b, l) bool, positions that fill up a block and are never scored; None where there are
+    none.
     corpora: (b,) int64 number of the corpus each sequence is from; None with one corpus.
     """
 
@@ -49,25 +51,27 @@ class NoisyBatch:
     tokens: (b, l) int64 clean token ids, the targets.
     noisy: (r b, l) int64, masked positions replaced by the mask token.
     times: (r b, n) float32 noise level of each block, or (r b, 1) where a sequence has one for all.
-    scored: (m,) int64 places in the flattened (r b, l) that are masked and not padding, the first `count`, and any
-        places behind them. Made on the host with the noise, so that no step waits for a count; rounded up, so that
-        shapes are few.
-    count: () int32, how many places are scored. real: () int32, how many of all r b l are not padding.
+    scored_positions: (m,) int64 places in the flattened (r b, l) that are masked and not padding,
+        the first `num_scored`, and any places behind them. Made on the host with the noise, so that
+        no step waits for a count; rounded up, so that shapes are few.
+    num_scored: () int32, how many positions are scored. num_tokens: () int32, how many of all r b l
+    are not padding.
     block: block size s.
     documents, padding: (b, l) as in `Batch`.
-    counted: (r b,) float32, what each copy adds to the count that the loss is divided by; None for its real positions.
+    sequence_weights: (r b,) float32, what each copy adds to the count that the loss is divided by;
+    None for its real positions.
     """
 
     tokens: Tensor
     noisy: Tensor
     times: Tensor
-    scored: Tensor
-    count: Tensor
-    real: Tensor
+    scored_positions: Tensor
+    num_scored: Tensor
+    num_tokens: Tensor
     block: int
     documents: Tensor | None = None
     padding: Tensor | None = None
-    counted: Tensor | None = None
+    sequence_weights: Tensor | None = None
 
     def to(self, device: torch.device) -> "NoisyBatch":
         return _moved(self, device)
@@ -87,14 +91,14 @@ def _moved(record: Any, device: torch.device) -> Any:
 class Blocks:
     """How a stream is cut, and what of it counts.
 
-    size: block size s, None where nothing is handed on. documents, padding: (b, l) as in `Batch`. counted: (r b,) as
-    in `NoisyBatch`.
+    size: block size s, None where nothing is handed on. documents, padding: (b, l) as in `Batch`.
+    sequence_weights: (r b,) as in `NoisyBatch`.
     """
 
     size: int | None = None
     documents: Tensor | None = None
     padding: Tensor | None = None
-    counted: Tensor | None = None
+    sequence_weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -109,9 +113,10 @@ class AttentionHandoff:
 class MambaHandoff:
     """What a context Mamba layer gives its denoiser twin.
 
-    history: (b, n, w, c) the inputs of the convolution just before each block. x (b, l, heads, head size), dt
-    (b, l, heads) and B (b, l, groups, state size): inputs of the scan; A (heads,). states: (b, chunks, heads, head
-    size, state size), the state at the start of each chunk. conv_input: (b, l, c), what history, x and B come from.
+    history: (b, n, w, c) the inputs of the convolution just before each block. x (b, l, heads, head
+    size), dt (b, l, heads) and B (b, l, groups, state size): inputs of the scan; A (heads,).
+    states: (b, chunks, heads, head size, state size), the state at the start of each chunk.
+    conv_input: (b, l, c), what history, x and B come from.
     """
 
     conv_input: Tensor
@@ -130,9 +135,10 @@ Handoff = AttentionHandoff | MambaHandoff | None
 class LossReport:
     """Sums and counts of one forward pass, never means: they add up over micro-batches and ranks.
 
-    total: () float32, the weighted sum that is trained on, in nats. count: () int32, what its global sum is divided
-    by. bucket_sums (k,) float32 and bucket_counts (k,) float32: unweighted cross-entropy and scored positions by
-    noise level, in k equal buckets of (0, 1]; one bucket for the `ar` objective.
+    total: () float32, the weighted sum that is trained on, in nats. count: () int32, what its
+    global sum is divided by. bucket_sums (k,) float32 and bucket_counts (k,) float32: unweighted
+    cross-entropy and scored positions by noise level, in k equal buckets of (0, 1]; one bucket for
+    the `ar` objective.
     """
 
     total: Tensor

@@ -101,7 +101,7 @@ def test_kernels_serve_where_their_package_does(monkeypatch):
     pretend_installed(monkeypatch, {"triton": "3.9.0", "mamba-ssm": "2.3.1", "causal-conv1d": None})
     missing = {"triton": None, "mamba-ssm": None, "causal-conv1d": "causal_conv1d is not installed"}
     monkeypatch.setattr(doctor.kernels, "unavailable", missing.get)
-    monkeypatch.setattr(device, "is_host", lambda: False)
+    monkeypatch.setattr(device, "is_cpu", lambda: False)
     denoiser, context, seeded, convolution = diagnose()[1:5]
     assert denoiser == Role("denoiser scan", "this project's Triton kernels (triton 3.9.0)", "nothing", "-")
     assert context == Role("context scan", "mamba-ssm kernels, in bfloat16 (mamba-ssm 2.3.1)", "nothing", "-")
@@ -112,7 +112,7 @@ def test_kernels_serve_where_their_package_does(monkeypatch):
 
 def test_kernels_do_not_serve_without_a_device(monkeypatch):
     monkeypatch.setattr(doctor.kernels, "unavailable", lambda package: "no CUDA device")
-    monkeypatch.setattr(device, "is_host", lambda: True)
+    monkeypatch.setattr(device, "is_cpu", lambda: True)
     assert diagnose()[1] == Role(
         "denoiser scan", "torch, chunked two-stream scan", "this project's Triton kernels", "needs a CUDA device"
     )
@@ -144,7 +144,7 @@ assert diagnose()[-1].serves == "torch AdamW, fused"
 """
 
 
-@pytest.mark.skipif(not device.is_host(), reason="with a CUDA device the fused one is right")
+@pytest.mark.skipif(not device.is_cpu(), reason="with a CUDA device the fused one is right")
 def test_an_optimizer_for_cuda_is_not_picked_without_a_device(tmp_path):
     """As on the login node of a cluster, where its package is installed and imports."""
     (tmp_path / "apex").mkdir()

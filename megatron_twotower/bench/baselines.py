@@ -1,7 +1,7 @@
 """What the benchmarks compare with: the same results by the means that published trainers use, in plain torch.
 
-Shapes are those of `ops`; each is written as well as its idea allows, and tests hold each against the operation that
-it rivals, gradients included. Nothing here is used in training.
+Shapes are those of `ops`; each is written as well as its idea allows, and tests hold each against
+the operation that it rivals, gradients included. Nothing here is used in training.
 """
 
 import torch

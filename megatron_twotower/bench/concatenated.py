@@ -1,14 +1,14 @@
 """The rival of two towers: one network over clean and noisy positions together, as block diffusion is usually trained.
 
-It costs two autoregressive steps, because both halves go forward and backward through the trained network. Used by
-`bench.step` alone.
+It costs two autoregressive steps, because both halves go forward and backward through the trained
+network. Used by `bench.step` alone.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_twotower.config.pipeline_stages import whole
+from megatron_twotower.config.pipeline_stages import whole_model
 from megatron_twotower.config.schema import ModelConfig, RunConfig
 from megatron_twotower.mcore.parallel import ProcessGroupCollection, TransformerConfig
 from megatron_twotower.model.layers import Layer, SelfAttention
@@ -77,7 +77,7 @@ class ConcatenatedModel(PipelineModel):
     """
 
     def __init__(self, config: RunConfig, megatron: TransformerConfig, groups: ProcessGroupCollection) -> None:
-        super().__init__(megatron, whole(config.model))
+        super().__init__(megatron, whole_model(config.model))
         self.tower = Tower(config.model, megatron, groups, layer=ConcatenatedLayer)
 
     def forward(self, batch: NoisyBatch) -> Tensor:

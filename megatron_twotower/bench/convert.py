@@ -1,8 +1,9 @@
 """How fast weights are converted, against `cp` of the same bytes in the same run.
 
-A NemotronH of random numbers is written to a temporary folder; every way then reads and writes the same tensors, in
-turns, from a warm page cache, and ends with the bytes on the disk (`cp` too is followed by an fsync of its files). What
-is measured is the program and the disk under the folder, not a model.
+A NemotronH of random numbers is written to a temporary folder; every way then reads and writes the
+same tensors, in turns, from a warm page cache, and ends with the bytes on the disk (`cp` too is
+followed by an fsync of its files). What is measured is the program and the disk under the folder,
+not a model.
 """
 
 import dataclasses
@@ -30,7 +31,8 @@ from megatron_twotower.convert.tensors import PIECE_BYTES, LazyTensor
 from megatron_twotower.model.parameter_map import backbone_entries, hf_shapes
 
 MIB = 2**20
-# Nano's kinds of layers at a third of its width; how many there are follows from the size asked for.
+# Nano's kinds of layers at a third of its width; how many there are follows from the size asked
+# for.
 _SHAPE = ModelConfig(
     vocab_size=16384,
     hidden_size=1024,
@@ -143,7 +145,7 @@ def _ways(source: Path, run: Path, out: Path) -> dict[str, Callable[[], Any]]:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
 
-    stacked, wide = export.Choices(style="transformers"), export.Choices(dtype=torch.float16)
+    stacked, wide = export.ExportOptions(style="transformers"), export.ExportOptions(dtype=torch.float16)
     return {
         "cp": fresh(cp),
         "fingerprint alone": lambda: hf_folder.fingerprint(source),

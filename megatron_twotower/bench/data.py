@@ -1,9 +1,10 @@
 """What the data side costs: reading, packing and noise against training, webdataset and Megatron's datasets; start-up.
 
-All ways read the same tokens in one process of one thread, in turns, from a warm page cache, and each figure is the
-median of its turns: tokens of sequences of `length` per second. Beside them, in the same turns, the steps of a small
-recipe on that one core, random tokens in its own shape. Corpora of random ids are made for it in a temporary folder;
-nothing of it says anything about a model.
+All ways read the same tokens in one process of one thread, in turns, from a warm page cache, and
+each figure is the median of its turns: tokens of sequences of `length` per second. Beside them, in
+the same turns, the steps of a small recipe on that one core, random tokens in its own shape.
+Corpora of random ids are made for it in a temporary folder; nothing of it says anything about a
+model.
 """
 
 import json
@@ -47,8 +48,9 @@ Turn = Callable[[], int]
 class Settings:
     """tokens: of the corpus. length: of a sequence. batch: sequences read at a time. block: for boundaries and noise.
 
-    seconds: of a turn, about. turns: of each way. shards, documents: of the corpus whose index alone is opened, the
-    documents per shard. recipe, backbone: what is trained, from which folder; the backbone that is shipped if None.
+    seconds: of a turn, about. turns: of each way. shards, documents: of the corpus whose index
+    alone is opened, the documents per shard. recipe, backbone: what is trained, from which folder;
+    the backbone that is shipped if None.
     """
 
     tokens: int = 32_000_000

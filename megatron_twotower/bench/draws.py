@@ -1,8 +1,8 @@
 """What several noise draws per context pass cost and bring: time of a step, and variance of its gradient.
 
-The gradient is what the optimizer would see, divided by the count of scored positions; its variance is the sum over all
-parameters. `noise`: over fresh noise for fixed sequences, which more draws lower. `data`: over fresh sequences, which
-they do not.
+The gradient is what the optimizer would see, divided by the count of scored positions; its variance
+is the sum over all parameters. `noise`: over fresh noise for fixed sequences, which more draws
+lower. `data`: over fresh sequences, which they do not.
 """
 
 import dataclasses
@@ -110,8 +110,8 @@ def draws_rows(
 ) -> list[dict[str, Any]]:
     """Figures against the first number of draws. Variances of noise with standard errors, seconds of a step.
 
-    cost_x_noise, cost_x_total: relative cost times relative variance, of the noise alone and with that of the data:
-    below 1 where the draws pay.
+    cost_x_noise, cost_x_total: relative cost times relative variance, of the noise alone and with
+    that of the data: below 1 where the draws pay.
     """
     first = next(iter(noise))
     rows = []

@@ -1,8 +1,9 @@
 """What FP8 weights of the context tower do to its predictions, and to those of the denoiser that reads its states.
 
-On any device, by the rounding alone (`fp8_rounding.py`): an emulation. Both towers see the same text twice, once with
-the context tower as it is, once with its projections and experts in FP8; everything else stays float32, the denoiser
-all of it. Where Transformer Engine and a GPU are there, each rounded matrix is compared with its own.
+On any device, by the rounding alone (`fp8_rounding.py`): an emulation. Both towers see the same
+text twice, once with the context tower as it is, once with its projections and experts in FP8;
+everything else stays float32, the denoiser all of it. Where Transformer Engine and a GPU are there,
+each rounded matrix is compared with its own.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from megatron_twotower.bench import measure
-from megatron_twotower.bench.fp8_rounding import ROUNDINGS, Held, held_in_fp8, rounded
+from megatron_twotower.bench.fp8_rounding import ROUNDINGS, RoundedTower, rounded, rounded_tower
 from megatron_twotower.common import machine, tables
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.hf_config import model_from_hf, read_hf_config
@@ -210,7 +211,7 @@ def measured(
     device, rows = model.context_tower.device, []
     for name, rounding in ROUNDINGS.items():
         for inputs in (False, True):
-            started, held = time.perf_counter(), held_in_fp8(model.context_tower, config, rounding, inputs=inputs)
+            started, held = time.perf_counter(), rounded_tower(model.context_tower, config, rounding, inputs=inputs)
             found: dict[str, list[Sums]] = {NEXT: [], **({MASKED: []} if denoiser else {})}
             for first in range(0, len(sequences), ROWS):
                 some, noise = (each[first : first + ROWS].to(device) for each in (sequences, uniform))
@@ -232,7 +233,7 @@ def measured(
     return rows
 
 
-def row(name: str, held: Held, inputs: bool, what: str, sums: Sums) -> dict[str, Any]:
+def row(name: str, held: RoundedTower, inputs: bool, what: str, sums: Sums) -> dict[str, Any]:
     return {
         "precision": name,
         "inputs": inputs,

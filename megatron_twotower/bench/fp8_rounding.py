@@ -1,9 +1,10 @@
 """What Transformer Engine's FP8 rounds, done on any device: the arithmetic of weights and inputs, not its kernels.
 
 As transformer-engine 2.11 scales for Hopper: E4M3 for what goes forward (common/recipe/__init__.py,
-Float8CurrentScaling and Float8BlockScaling with their defaults), the scale from the largest absolute value of what
-shares it (pytorch/custom_recipes/quantization_current_scaling.py, _scale_from_amax_tensor: `pytest -m te` compares).
-Not emulated: how tensor cores sum the products, and bfloat16 between the layers.
+Float8CurrentScaling and Float8BlockScaling with their defaults), the scale from the largest
+absolute value of what shares it (pytorch/custom_recipes/quantization_current_scaling.py,
+_scale_from_amax_tensor: `pytest -m te` compares). Not emulated: how tensor cores sum the products,
+and bfloat16 between the layers.
 """
 
 import copy
@@ -83,11 +84,11 @@ class RoundedLinear(nn.Linear):
 
 
 @dataclass(frozen=True)
-class Held:
+class RoundedTower:
     """A tower with its projections and experts in FP8, everything else shared with the one it was made from.
 
-    elements: that are held in FP8, of `total` in the tower. error: root mean square of the rounding over that of the
-    weights.
+    elements: that are held in FP8, of `total` in the tower. error: root mean square of the rounding
+    over that of the weights.
     """
 
     tower: Tower
@@ -96,7 +97,7 @@ class Held:
     error: float
 
 
-def held_in_fp8(tower: Tower, model: ModelConfig, rounding: Rounding, *, inputs: bool) -> Held:
+def rounded_tower(tower: Tower, model: ModelConfig, rounding: Rounding, *, inputs: bool) -> RoundedTower:
     """The tower as `train.context_precision` would hold it on one rank: matrices as Megatron has them, q, k and v one.
 
     Args:
@@ -123,4 +124,4 @@ def held_in_fp8(tower: Tower, model: ModelConfig, rounding: Rounding, *, inputs:
             made.get_submodule(parent).register_module(
                 attribute, RoundedLinear(linear, own, rounding=rounding if inputs else None)
             )
-    return Held(made, elements, sum(p.numel() for p in tower.parameters()), (off / squares) ** 0.5)
+    return RoundedTower(made, elements, sum(p.numel() for p in tower.parameters()), (off / squares) ** 0.5)

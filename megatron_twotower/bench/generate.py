@@ -1,7 +1,8 @@
 """How fast an exported model writes bulk text: tokens per second against batch size, mode by mode.
 
-The prompts are stretches of source text of many lengths. Every case continues all of them by the same number of tokens,
-in batches as `twotower generate --prompts` makes them, so that cases differ in nothing but how they go about it.
+The prompts are stretches of source text of many lengths. Every case continues all of them by the
+same number of tokens, in batches as `twotower generate --prompts` makes them, so that cases differ
+in nothing but how they go about it.
 """
 
 import math

@@ -1,12 +1,14 @@
 """A training step at full width on one GPU: next-token and two towers of the same backbone, in one run.
 
-The first layers of the recipe's pattern that fit, by the plan, and everything the trainer's own: Megatron's schedule,
-DDP and optimizer, real modules, random weights and tokens, noise drawn in the step, a rate of zero. One objective after
-the other, because both do not fit at a time. Beside the times: operations per second by the formulas of
-`plan/flops.py`, peak memory against the plan's, time by class of kernel, the two-stream scan against the memory traffic
-that it cannot do without, and, as a ladder, what each setting and each kernel brings.
+The first layers of the recipe's pattern that fit, by the plan, and everything the trainer's own:
+Megatron's schedule, DDP and optimizer, real modules, random weights and tokens, noise drawn in the
+step, a rate of zero. One objective after the other, because both do not fit at a time. Beside the
+times: operations per second by the formulas of `plan/flops.py`, peak memory against the plan's,
+time by class of kernel, the two-stream scan against the memory traffic that it cannot do without,
+and, as a ladder, what each setting and each kernel brings.
 
-Without CUDA the same runs on the CPU, at tiny sizes, and says so: such figures show that the command works.
+Without CUDA the same runs on the CPU, at tiny sizes, and says so: such figures show that the
+command works.
 """
 
 import contextlib
@@ -124,7 +126,7 @@ def planned(config: RunConfig) -> Memory:
 
 
 def device_bytes() -> int:
-    return psutil.virtual_memory().available if device.is_host() else torch.cuda.mem_get_info()[1]
+    return psutil.virtual_memory().available if device.is_cpu() else torch.cuda.mem_get_info()[1]
 
 
 def cut(config: RunConfig, layers: int) -> RunConfig:
@@ -162,7 +164,7 @@ def card_named(name: str) -> Card | None:
 
 
 def card() -> Card | None:
-    return None if device.is_host() else card_named(torch.cuda.get_device_name())
+    return None if device.is_cpu() else card_named(torch.cuda.get_device_name())
 
 
 def free() -> None:
@@ -335,7 +337,7 @@ def facts_of(config: RunConfig, wanted: Settings, *, recipe: str, overrides: Seq
     known = card()
     return {
         "machine": machine.machine(),
-        "on_a_gpu": not device.is_host(),
+        "on_a_gpu": not device.is_cpu(),
         "recipe": recipe,
         "overrides": list(overrides),
         "pattern": config.model.hybrid_override_pattern,

@@ -19,8 +19,8 @@ COPIED_BYTES = {True: 64 * 2**20, False: GIB}
 
 def scan_traffic(model: ModelConfig, *, length: int, block: int, element_bytes: int) -> int:
     """Bytes that a two-stream scan, forward and backward, has to read and write at the least: every input, output and
-    gradient once in each pass that needs it, and one state a chunk. The sum of what stands in `ops/scan_triton.py`,
-    less what these kernels read twice."""
+    gradient once in each pass that needs it, and one state a chunk. The sum of what stands in
+    `ops/scan_triton.py`, less what these kernels read twice."""
     x, bc = model.mamba_inner * element_bytes, model.n_groups * model.ssm_state_size * element_bytes
     dt = 4 * model.mamba_num_heads
     state = 4 * model.mamba_inner * model.ssm_state_size // chunk_length(block, preferred=model.chunk_size)
@@ -78,7 +78,7 @@ def measure_scan(config: RunConfig, *, repeats: int, budget_seconds: float) -> d
     traffic = scan_traffic(
         config.model, length=length, block=block, element_bytes=4 if config.train.precision == "fp32" else 2
     )
-    speed = copy_bytes_per_second(COPIED_BYTES[device.is_host()])
+    speed = copy_bytes_per_second(COPIED_BYTES[device.is_cpu()])
     return {
         "length": length,
         "block": block,

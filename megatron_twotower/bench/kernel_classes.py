@@ -1,7 +1,7 @@
 """Where the time of a step goes, by class of kernel: torch's profiler, and a table of names.
 
-On CUDA the kernels themselves are counted. On a CPU it is operators, by their own time: a product inside a scan then
-counts as GEMM.
+On CUDA the kernels themselves are counted. On a CPU it is operators, by their own time: a product
+inside a scan then counts as GEMM.
 """
 
 import re
@@ -16,9 +16,9 @@ from megatron_twotower.bench import measure
 from megatron_twotower.common import device
 
 OTHER = "other"
-# The first pattern that is found in a name, upper or lower case, gives its class. Kernels of this project are named as
-# in ops/*_triton*.py; those of others as in mamba-ssm 2.3, causal-conv1d 1.7, NCCL, cuBLAS, cuDNN,
-# FlashAttention, TorchInductor and Transformer Engine.
+# The first pattern that is found in a name, upper or lower case, gives its class. Kernels of this
+# project are named as in ops/*_triton*.py; those of others as in mamba-ssm 2.3, causal-conv1d 1.7,
+# NCCL, cuBLAS, cuDNN, FlashAttention, TorchInductor and Transformer Engine.
 PATTERNS = (
     ("communication", r"nccl|all_?reduce|all_?gather|reduce_?scatter|all_?to_?all|gloo|c10d|broadcast_"),
     (
@@ -64,8 +64,8 @@ class Split:
 def split(events: Iterable[Any], *, elapsed: float, on_device: bool) -> Split:
     """Sum averaged events of torch's profiler by class.
 
-    Operators carry the time of the kernels that they start, which have events of their own, and so have ranges that a
-    program marks: on a device only kernels count.
+    Operators carry the time of the kernels that they start, which have events of their own, and so
+    have ranges that a program marks: on a device only kernels count.
     """
     seconds, unnamed = dict.fromkeys(CLASSES, 0.0), dict[str, float]()
     for event in events:
@@ -82,8 +82,9 @@ def split(events: Iterable[Any], *, elapsed: float, on_device: bool) -> Split:
 
 def time_by_class(work: Callable[[], Any]) -> Split:
     """Run the work once under the profiler."""
-    on_device = not device.is_host()
-    # On a device the kernels alone: to note operators too would slow down the host, which then holds up the kernels.
+    on_device = not device.is_cpu()
+    # On a device the kernels alone: to note operators too would slow down the host, which then
+    # holds up the kernels.
     activity = ProfilerActivity.CUDA if on_device else ProfilerActivity.CPU
     with profile(activities=[activity]) as found:
         elapsed = measure.seconds(work)

@@ -52,7 +52,7 @@ def torch_threads(count: int) -> Iterator[None]:
 
 def synchronize() -> None:
     """Wait for the device, so that a clock read next means something."""
-    if not device.is_host():
+    if not device.is_cpu():
         torch.cuda.synchronize()
 
 
@@ -88,9 +88,8 @@ def in_turns(cases: Sequence[Case], *, repeats: int, budget_seconds: float) -> d
     """Every case once per round, after a round that is not counted: it may compile kernels, and says nothing of the
     others.
 
-    Args:
-        repeats: rounds that count, or fewer where they would take longer than `budget_seconds`, but at least
-            `FEWEST_ROUNDS` (or `repeats`).
+    Args: repeats: rounds that count, or fewer where they would take longer than `budget_seconds`,
+        but at least `FEWEST_ROUNDS` (or `repeats`).
     """
     found: dict[str, dict[str, list[float]]] = {case.name: {stage: [] for stage in case.stages} for case in cases}
     rounds, done = repeats, -1
@@ -127,7 +126,7 @@ def _forget_the_past() -> None:
 
 def extra_peak_bytes(work: Callable[[], Any]) -> int:
     """How much memory the work needs at its peak, beyond what is held before it. On the host: resident memory."""
-    if device.is_host():
+    if device.is_cpu():
         _forget_the_past()
         before = _own_memory("VmRSS")
         work()
@@ -143,7 +142,7 @@ def extra_peak_bytes(work: Callable[[], Any]) -> int:
 
 def fillable_bytes() -> int:
     """Memory that a case may be expected to fill."""
-    if device.is_host():
+    if device.is_cpu():
         return int(FILLABLE * psutil.virtual_memory().available)
     # What torch's allocator keeps of earlier cases is free for this one.
     cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -156,10 +155,10 @@ def apart(function: Callable[..., int], *arguments: Any, preload: str) -> int:
     Args:
         preload: module that such processes have imported when they start.
 
-    Raises:
-        UserError: the process was ended before it was done, as the kernel does where memory runs out.
+    Raises: UserError: the process was ended before it was done, as the kernel does where memory
+        runs out.
     """
-    if not device.is_host():
+    if not device.is_cpu():
         return function(*arguments)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])

@@ -1,7 +1,8 @@
 """Each two-stream operation against its rivals, forward and backward: time by turns in one process, and peak memory.
 
-A shape is an operation at a length, a block size and the widths of a model; its cases share their inputs. Gradients go
-into what the denoiser trains. The first case of a shape is ours, and the others are compared with it.
+A shape is an operation at a length, a block size and the widths of a model; its cases share their
+inputs. Gradients go into what the denoiser trains. The first case of a shape is ours, and the
+others are compared with it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,8 @@ from megatron_twotower.ops.scan import chunk_length, chunk_scan, triton_scans, t
 OURS = "ours"
 MODEL, QUICK_MODEL = "nemotron_3_nano_30b_a3b", "tiny"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# What is measured where no flag says otherwise: (lengths, blocks) of each operation. A block of 0: it has none.
+# What is measured where no flag says otherwise: (lengths, blocks) of each operation. A block of 0:
+# it has none.
 DEFAULTS: dict[str, tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]] = {
     "scan": (((1024,), (4, 16, 32, 128)), ((4096, 8192), (4, 16, 128))),
     "attention": (((1024,), (4, 16, 32, 128)), ((4096,), (4, 16, 128)), ((8192,), (16,))),
@@ -188,8 +190,9 @@ def needed_bytes(shape: Shape, name: str) -> int:
         kept = 5 * l * 4 * (model.mamba_inner + model.n_groups * model.ssm_state_size)
         return kept + (0 if name.startswith(OURS) else 4 * (l // shape.block) * state)
     if shape.operation == "attention":
-        # On a CPU torch keeps the mask as numbers, and no scores; elsewhere it may keep the scores of every head.
-        scores = l * 2 * l * size * (1 if common_device.is_host() else 4 * model.num_attention_heads)
+        # On a CPU torch keeps the mask as numbers, and no scores; elsewhere it may keep the scores
+        # of every head.
+        scores = l * 2 * l * size * (1 if common_device.is_cpu() else 4 * model.num_attention_heads)
         return 2 * scores if name == "dense mask" else 16 * model.num_attention_heads * l * model.head_dim
     if shape.operation == "head":
         rows = {OURS: 512, "all logits": l}.get(name, l // 2)

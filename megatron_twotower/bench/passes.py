@@ -1,6 +1,7 @@
 """What a pass of the denoiser over a block costs against a cached step of the context tower, and where the time goes.
 
-Mask diffusion is faster than AR where it commits more tokens in a pass than a pass costs steps; this says how many.
+Mask diffusion is faster than AR where it commits more tokens in a pass than a pass costs steps;
+this says how many.
 """
 
 import statistics
@@ -37,7 +38,8 @@ Work = Callable[[ContextCache], Any]
 def works(model: Model, *, block_size: int, mask_id: int) -> dict[str, Work]:
     """What generation is made of, as functions of a cache, heads included where generation needs them.
 
-    The pass is that of a block of masks, whose head is the dearest; the read is what makes the next block possible.
+    The pass is that of a block of masks, whose head is the dearest; the read is what makes the next
+    block possible.
     """
     device = model.denoiser_tower.device
     block = torch.full((1, block_size), mask_id, device=device)
@@ -98,8 +100,8 @@ def by_layer(model: Model, prompt: torch.Tensor, cases: dict[str, Work], *, roun
 
 def operations(model: Model, prompt: torch.Tensor, work: Work) -> dict[str, float | None]:
     """Of one run, under the profiler: how many operations torch is called for, and the share of matrix products in
-    their time; on a device, in that of its kernels, None where the profiler saw none. On a CPU it slows small
-    operations down, so that the share is a lower bound."""
+    their time; on a device, in that of its kernels, None where the profiler saw none. On a CPU it
+    slows small operations down, so that the share is a lower bound."""
     caches = [model.prefill(prompt) for _ in range(PROFILED)]
     with profile(activities=[ProfilerActivity.CPU]) as record:
         for cache in caches:
@@ -109,7 +111,7 @@ def operations(model: Model, prompt: torch.Tensor, work: Work) -> dict[str, floa
     outer = [event for event in events if event.cpu_parent is None]
     total = sum(event.cpu_time_total for event in outer)
     count = len(outer) / PROFILED
-    if not common_device.is_host():  # there these are the times that it takes to start kernels
+    if not common_device.is_cpu():  # there these are the times that it takes to start kernels
         cache = model.prefill(prompt)
         kernels = time_by_class(lambda: work(cache)).seconds
         busy = sum(kernels.values())

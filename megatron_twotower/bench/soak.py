@@ -1,8 +1,9 @@
 """A small training that is killed again and again, and an account of it: nothing lost, nothing read twice.
 
-A run of the tiny recipe is started on a random number of ranks, and ended at a random step in a random way, some of
-them in the middle of a save, until the time is over. The books of what every step consumed (`ledger.py`) are compared
-with what was due, and the losses with those of a run that nothing interrupted.
+A run of the tiny recipe is started on a random number of ranks, and ended at a random step in a
+random way, some of them in the middle of a save, until the time is over. The books of what every
+step consumed (`ledger.py`) are compared with what was due, and the losses with those of a run that
+nothing interrupted.
 """
 
 import functools
@@ -35,8 +36,8 @@ from megatron_twotower.data.tokenizer import train_tokenizer
 from megatron_twotower.model import parameter_map
 from megatron_twotower.train import ledger
 
-# A constant rate: the schedule must not know when the run will end. A low one, and an epsilon that is not: rounding,
-# which differs between layouts, is not to grow.
+# A constant rate: the schedule must not know when the run will end. A low one, and an epsilon that
+# is not: rounding, which differs between layouts, is not to grow.
 OVERRIDES = (
     "schedule.kind=constant",
     "optimizer.learning_rate=1e-4",
@@ -88,8 +89,9 @@ ENDINGS = {
 class Account:
     """What came of a soak.
 
-    kills: by ending. resumes: starts that went on from a checkpoint. unexpected: jobs that ended in another way than
-    they were made to, with what they printed. largest_difference: of a loss from the uninterrupted run's, relative.
+    kills: by ending. resumes: starts that went on from a checkpoint. unexpected: jobs that ended in
+    another way than they were made to, with what they printed. largest_difference: of a loss from
+    the uninterrupted run's, relative.
     stall_seconds, write_seconds: medians over checkpoints, as `metrics.py` records them.
     """
 
@@ -272,7 +274,8 @@ def soak(
     found = files.find_checkpoints(run)
     if not found:
         raise UserError(f"{run}: no checkpoint found, expected a longer soak ({'; '.join(unexpected) or 'no faults'})")
-    # What was taken after the newest checkpoint is lost: the last start takes it again, and stops there.
+    # What was taken after the newest checkpoint is lost: the last start takes it again, and stops
+    # there.
     last = max([int(found[-1].name.removeprefix("step-")) + 1, *(r["step"] for r in _records(run, "train"))])
     tell(f"to step {last}, and the same without interruption")
     for folder in (run, reference):

@@ -1,9 +1,10 @@
 """A training step of two towers against the autoregressive step of the same backbone, and against its rival.
 
-Everything is the trainer's own: Megatron's schedule and DDP, real modules with random weights, random tokens, noise
-drawn in the step. Steps take turns in one process, on the same tokens. The learning rate is zero, so that every step is
-the first. Where the pattern has Mamba layers, which one concatenated network cannot have, that rival is timed on a
-pattern with attention in their place, beside an autoregressive and a two-tower step of that pattern.
+Everything is the trainer's own: Megatron's schedule and DDP, real modules with random weights,
+random tokens, noise drawn in the step. Steps take turns in one process, on the same tokens. The
+learning rate is zero, so that every step is the first. Where the pattern has Mamba layers, which
+one concatenated network cannot have, that rival is timed on a pattern with attention in their
+place, beside an autoregressive and a two-tower step of that pattern.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from megatron_twotower.common import tables as common_tables
 from megatron_twotower.common.device import device
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.config import hf_config, schema
-from megatron_twotower.config.phases import plan
+from megatron_twotower.config.phases import resolve_phases
 from megatron_twotower.config.recipes import load_recipe, recipes_folder
 from megatron_twotower.config.schema import RunConfig
 from megatron_twotower.config.validation import validate
@@ -94,7 +95,7 @@ def trainer_of(
     wrapped = parallel.wrap([module], config, groups)
     optimizer = build_optimizer(config, wrapped, groups)
     wrapped.train()
-    return Trainer(config, wrapped, optimizer, build_schedule(config, optimizer), groups, plan(config))
+    return Trainer(config, wrapped, optimizer, build_schedule(config, optimizer), groups, resolve_phases(config))
 
 
 def trainers_of(config: RunConfig, groups: ProcessGroupCollection) -> dict[str, Trainer]:

@@ -1,10 +1,11 @@
 """Training state on disk: Megatron distributed checkpoints of what trains, and a readable `state.json`.
 
-A run folder holds `checkpoints/step-00000100/`. A checkpoint is written beside its place and renamed when every rank
-has finished, with the checksum of each file in its `state.json`: a folder with that name is whole, and shows it. Its
-tensors have the shapes of one rank (`pieces.py`), so any layout reads it. No generator has a state to keep: noise and
-order are functions of the seed and the cursor. The frozen context tower is not stored, only where it came from and its
-fingerprint, which is verified on resume.
+A run folder holds `checkpoints/step-00000100/`. A checkpoint is written beside its place and
+renamed when every rank has finished, with the checksum of each file in its `state.json`: a folder
+with that name is whole, and shows it. Its tensors have the shapes of one rank (`pieces.py`), so any
+layout reads it. No generator has a state to keep: noise and order are functions of the seed and the
+cursor. The frozen context tower is not stored, only where it came from and its fingerprint, which
+is verified on resume.
 """
 
 import contextlib
@@ -28,8 +29,9 @@ from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.run_folder import CHECKPOINTS_FOLDER
 from megatron_twotower.mcore import parallel
 
-# Makes all pieces of tensors that a checkpoint holds, as views of the training state, and what is no tensor.
-Pieces = Callable[[], Iterable[ShardedTensor | ShardedObject]]
+# Makes all pieces of tensors that a checkpoint holds, as views of the training state, and what is
+# no tensor.
+ShardedState = Callable[[], Iterable[ShardedTensor | ShardedObject]]
 
 logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
 
@@ -46,9 +48,10 @@ class FileSum:
 class CheckpointState:
     """What a checkpoint says of itself, in `state.json`.
 
-    updates: steps that were not skipped. fingerprint: of the backbone both towers start from. window: sums since the
-    last logged record, over all ranks, so that the next record is the one an uninterrupted run writes. configuration:
-    of the run, resolved. files: of the checkpoint, by name.
+    updates: steps that were not skipped. fingerprint: of the backbone both towers start from.
+    window: sums since the last logged record, over all ranks, so that the next record is the one an
+    uninterrupted run writes. configuration: of the run, resolved. files: of the checkpoint, by
+    name.
     """
 
     step: int
@@ -111,12 +114,12 @@ def damaged(folder: Path) -> str | None:
 
     Every rank reads a share of the files, and all get the same answer.
     """
-    files, problem = parallel.from_main(_listed(folder) if parallel.is_main() else None)
+    files, problem = parallel.broadcast_from_main(_listed(folder) if parallel.is_main() else None)
     if problem is not None:
         return problem
     mine = files[parallel.rank() :: parallel.world_size()]
     wrong = [text for name, expected in mine if (text := _difference(folder / name, expected))]
-    return next((text for texts in parallel.gathered(wrong) for text in texts), None)
+    return next((text for texts in parallel.gather_objects(wrong) for text in texts), None)
 
 
 def _listed(folder: Path) -> tuple[list[tuple[str, FileSum]], str | None]:
@@ -139,17 +142,16 @@ def _difference(file: Path, expected: FileSum) -> str | None:
     return None
 
 
-def newest_whole(run: Path, *, verify: bool, on_damaged: str) -> Path | None:
+def newest_complete(run: Path, *, verify: bool, on_damaged: str) -> Path | None:
     """The checkpoint to go on from, agreed on by all ranks; None where there is none.
 
-    Args:
-        verify: compare every file with its checksum.
-        on_damaged: `stop`, or `previous` to pass over a damaged one. It gets another name and stays for inspection.
+    Args: verify: compare every file with its checksum. on_damaged: `stop`, or `previous` to pass
+        over a damaged one. It gets another name and stays for inspection.
 
     Raises:
         UserError: the newest one is damaged, and the previous one is not to be taken.
     """
-    found = [Path(name) for name in parallel.from_main([str(path) for path in find_checkpoints(run)])]
+    found = [Path(name) for name in parallel.broadcast_from_main([str(path) for path in find_checkpoints(run)])]
     for folder in reversed(found):
         problem = damaged(folder) if verify else None
         if problem is None:
@@ -204,7 +206,7 @@ def state_dict(pieces: Iterable[ShardedTensor | ShardedObject]) -> dict[str, Any
 
 
 @torch.no_grad()
-def load(folder: Path, pieces: Pieces) -> dict[str, Any]:
+def load(folder: Path, pieces: ShardedState) -> dict[str, Any]:
     """Read a checkpoint of any layout into the tensors that `pieces` are views of.
 
     Returns:

@@ -10,16 +10,17 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
 
-def working(optimizer: MegatronOptimizer) -> list[Any]:
+def nonempty_optimizers(optimizer: MegatronOptimizer) -> list[Any]:
     """The chained optimizers that have parameters on this rank."""
     return [inner for inner in optimizer.chained_optimizers if inner.optimizer is not None]
 
 
 @dataclass(frozen=True)
-class Held:
+class OptimizerShard:
     """What the optimizer keeps on this rank for one parameter, of its flattened elements from `first` on.
 
-    tensors: `exp_avg`, `exp_avg_sq`, and `main`, the fp32 weights, where the parameter itself is not fp32.
+    tensors: `exp_avg`, `exp_avg_sq`, and `main`, the fp32 weights, where the parameter itself is
+    not fp32.
     distributed: other data-parallel ranks keep the rest, and not the same.
     """
 
@@ -28,10 +29,10 @@ class Held:
     distributed: bool
 
 
-def held_state(optimizer: MegatronOptimizer, parameters: Sequence[Tensor]) -> dict[Tensor, Held]:
+def optimizer_shards(optimizer: MegatronOptimizer, parameters: Sequence[Tensor]) -> dict[Tensor, OptimizerShard]:
     """The state of every parameter that this rank's optimizer has some of. Zeros where it has taken no step yet."""
-    found: dict[Tensor, Held] = {}
-    for inner in working(optimizer):
+    found: dict[Tensor, OptimizerShard] = {}
+    for inner in nonempty_optimizers(optimizer):
         for parameter, main, first in _main_parameters(inner, parameters):
             state = inner.optimizer.state[main]
             if "exp_avg" not in state:
@@ -41,7 +42,7 @@ def held_state(optimizer: MegatronOptimizer, parameters: Sequence[Tensor]) -> di
             tensors = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
             if main.dtype != parameter.dtype:
                 tensors["main"] = main
-            found[parameter] = Held(first, tensors, isinstance(inner, DistributedOptimizer))
+            found[parameter] = OptimizerShard(first, tensors, isinstance(inner, DistributedOptimizer))
     return found
 
 
@@ -60,9 +61,9 @@ def _main_parameters(inner: Any, parameters: Sequence[Tensor]) -> Iterator[tuple
             yield parameter, main, 0
 
 
-def set_updates(optimizer: MegatronOptimizer, updates: int) -> None:
+def set_update_count(optimizer: MegatronOptimizer, updates: int) -> None:
     """Tell Adam how many steps its averages have seen: torch keeps it per parameter, Apex and TE per group."""
-    for inner in working(optimizer):
+    for inner in nonempty_optimizers(optimizer):
         for group in inner.optimizer.param_groups:
             if "step" in group or not isinstance(inner.optimizer, torch.optim.AdamW):
                 group["step"] = updates

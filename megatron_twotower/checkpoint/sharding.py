@@ -1,8 +1,9 @@
 """Where what one rank holds lies in the tensors of the whole model: how weights and optimizer state are cut.
 
-Every tensor in a checkpoint has the shape and the name it has on one rank. A rank describes what it holds of it as
-boxes (an offset and a size per axis), so a checkpoint of any layout can be read into any other: tensor, expert and
-data parallel, and a distributed optimizer, whose ranks hold a stretch of each flattened parameter, a few boxes each.
+Every tensor in a checkpoint has the shape and the name it has on one rank. A rank describes what it
+holds of it as boxes (an offset and a size per axis), so a checkpoint of any layout can be read into
+any other: tensor, expert and data parallel, and a distributed optimizer, whose ranks hold a stretch
+of each flattened parameter, a few boxes each.
 """
 
 import math
@@ -12,14 +13,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from megatron_twotower.checkpoint.optimizer_state import Held
+from megatron_twotower.checkpoint.optimizer_state import OptimizerShard
 from megatron_twotower.config.schema import ModelConfig
-from megatron_twotower.model.parameter_map import Entry, held_tensors, local_expert_name
+from megatron_twotower.model.parameter_map import Entry, canonical_tensors, local_expert_name
 
 # Per axis: the first element, and how many.
 Box = tuple[tuple[int, int], ...]
 # What the names of an optimizer's tensors begin with.
-OF_OPTIMIZER = "optimizer."
+OPTIMIZER_PREFIX = "optimizer."
 
 
 def boxes(shape: Sequence[int], first: int, last: int) -> list[Box]:
@@ -41,7 +42,7 @@ def boxes(shape: Sequence[int], first: int, last: int) -> list[Box]:
     return found + [((bottom, 1), *rest) for rest in boxes(shape[1:], 0, end)]
 
 
-def sharded(
+def sharded_tensors(
     key: str,
     data: Tensor,
     entry: Entry,
@@ -53,8 +54,8 @@ def sharded(
 ) -> Iterator[ShardedTensor]:
     """What this rank holds of one tensor, as views of `data` that can be read and written in place.
 
-    Parts of a parameter that are each split by themselves are stored each by itself, so that any other number of
-    ranks can cut them again.
+    Parts of a parameter that are each split by themselves are stored each by itself, so that any
+    other number of ranks can cut them again.
 
     Args:
         data: elements `first` and on of this rank's share, flattened.
@@ -66,7 +67,7 @@ def sharded(
     axis, split = entry.split or 0, entry.split is not None
     rank, ranks = (group.rank(), group.size()) if split else (0, 1)
     replica = (0, 0 if split else group.rank(), copies.rank() if replicated else 0)
-    sizes = [part // ranks for part in entry.parts] or [shape[axis]]
+    sizes = [part // ranks for part in entry.sections] or [shape[axis]]
     flat, at = data.detach().view(-1), 0
     for box in boxes(shape, first, first + flat.numel()):
         count = math.prod(size for _, size in box)
@@ -81,7 +82,7 @@ def sharded(
                 offset[axis] = rank * size + low - start
                 whole = list(shape)
                 whole[axis] = size * ranks
-                name = f"{key}.part{number}" if entry.parts else key
+                name = f"{key}.part{number}" if entry.sections else key
                 yield ShardedTensor(
                     name, part, part.dtype, tuple(part.shape), tuple(whole), tuple(offset), None, replica
                 )
@@ -92,27 +93,27 @@ def local_tensors(
     module: nn.Module, entries: Sequence[Entry], model: ModelConfig, groups: ProcessGroupCollection
 ) -> Iterator[tuple[Entry, Tensor]]:
     """The parameters and buffers of this rank, each with its entry."""
-    held = held_tensors(module)
+    held = canonical_tensors(module)
     for entry in entries:
         local = local_expert_name(entry, experts=model.n_routed_experts, rank=groups.ep.rank(), ranks=groups.ep.size())
         if local is not None:
             yield entry, held[local]
 
 
-def weight_pieces(
+def sharded_weights(
     module: nn.Module, entries: Sequence[Entry], model: ModelConfig, groups: ProcessGroupCollection
 ) -> Iterator[ShardedTensor]:
     """All that trains, under names that do not depend on the layout."""
     for entry, tensor in local_tensors(module, entries, model, groups):
-        yield from sharded(entry.megatron, tensor, entry, groups, shape=tensor.shape)
+        yield from sharded_tensors(entry.megatron, tensor, entry, groups, shape=tensor.shape)
 
 
-def optimizer_pieces(
+def sharded_optimizer(
     module: nn.Module,
     entries: Sequence[Entry],
     model: ModelConfig,
     groups: ProcessGroupCollection,
-    held: dict[Tensor, Held],
+    held: dict[Tensor, OptimizerShard],
 ) -> Iterator[ShardedTensor]:
     """What the optimizer keeps for each parameter, named and cut like the parameter.
 
@@ -124,8 +125,8 @@ def optimizer_pieces(
             continue  # a buffer, or none of a parameter that other ranks of a distributed optimizer hold
         state = held[tensor]
         for name, data in state.tensors.items():
-            yield from sharded(
-                f"{OF_OPTIMIZER}{name}.{entry.megatron}",
+            yield from sharded_tensors(
+                f"{OPTIMIZER_PREFIX}{name}.{entry.megatron}",
                 data,
                 entry,
                 groups,

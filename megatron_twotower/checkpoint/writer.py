@@ -1,8 +1,9 @@
 """Writing checkpoints while training goes on.
 
-A save has three parts. Beginning it, on every rank at the same step: agree on who writes what, and copy that to host
-memory; this is what training waits for. Writing, in a thread: this rank's file, and its checksum. Finishing, on every
-rank when all have written: the index, `state.json`, and the name. A failed save leaves the older checkpoints alone.
+A save has three parts. Beginning it, on every rank at the same step: agree on who writes what, and
+copy that to host memory; this is what training waits for. Writing, in a thread: this rank's file,
+and its checksum. Finishing, on every rank when all have written: the index, `state.json`, and the
+name. A failed save leaves the older checkpoints alone.
 """
 
 import contextlib
@@ -24,14 +25,14 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_twotower.checkpoint import files as checkpoint_files
-from megatron_twotower.checkpoint.files import CheckpointState, FileSum, Pieces
+from megatron_twotower.checkpoint.files import CheckpointState, FileSum, ShardedState
 from megatron_twotower.common import device
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.run_folder import checkpoint_folder
 from megatron_twotower.mcore import parallel, patches
 
-# What the first rank writes besides the tensors: Megatron, but for `COMMON`, which it writes up to 0.16 alone and reads
-# in every release.
+# What the first rank writes besides the tensors: Megatron, but for `COMMON`, which it writes up to
+# 0.16 alone and reads in every release.
 COMMON = "common.pt"
 INDEX_FILES = (".metadata", "metadata.json", COMMON)
 # Its own way of saving: 0.19 would else ask for nvidia-resiliency-ext.
@@ -39,7 +40,7 @@ _OWN_WAY = {} if patches.RELEASE == "0.16" else {"async_strategy": "mcore"}
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedCheckpoint:
     """A checkpoint that has its name. stall_seconds: that training waited. write_seconds: of the slowest rank."""
 
     step: int
@@ -57,19 +58,19 @@ class _Pending:
     stall_seconds: float
 
 
-class Saver:
+class CheckpointWriter:
     """Saves the checkpoints of a run, one at a time.
 
     background: write while training goes on. keep, keep_every: as in `checkpoint.retire`.
     """
 
-    def __init__(self, run: Path, pieces: Pieces, *, background: bool, keep: int, keep_every: int) -> None:
+    def __init__(self, run: Path, pieces: ShardedState, *, background: bool, keep: int, keep_every: int) -> None:
         self._run, self._pieces = run, pieces
         self._background, self._keep, self._keep_every = background, keep, keep_every
         self._pending: _Pending | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
-    def begin(self, state: CheckpointState, schedule: dict[str, Any]) -> list[Saved]:
+    def begin(self, state: CheckpointState, schedule: dict[str, Any]) -> list[SavedCheckpoint]:
         """Begin to save; where that is not done in the background, finish too. Called by all ranks.
 
         Returns:
@@ -106,11 +107,11 @@ class Saver:
     def _staged(self) -> Any:
         """The pieces, copied where training would otherwise go on changing what is being written."""
         for piece in self._pieces():
-            if self._background and device.is_host() and isinstance(piece, ShardedTensor):
+            if self._background and device.is_cpu() and isinstance(piece, ShardedTensor):
                 piece.data = piece.data.clone(memory_format=torch.contiguous_format)
             yield piece
 
-    def poll(self) -> list[Saved]:
+    def poll(self) -> list[SavedCheckpoint]:
         """Finish the save that all ranks have written, if there is one. Called by all ranks at the same step.
 
         Raises:
@@ -120,7 +121,7 @@ class Saver:
             return []
         return self.finish()
 
-    def finish(self) -> list[Saved]:
+    def finish(self) -> list[SavedCheckpoint]:
         """Wait for the save that is under way, if there is one, and give it its name. Called by all ranks.
 
         Raises:
@@ -132,7 +133,7 @@ class Saver:
         started = time.perf_counter()
         error = pending.written.exception()
         if parallel.any_rank(error is not None):
-            reasons = [text for text in parallel.gathered(error and _reason(error)) if text]
+            reasons = [text for text in parallel.gather_objects(error and _reason(error)) if text]
             if parallel.is_main():
                 shutil.rmtree(pending.partial, ignore_errors=True)
             raise UserError(_cannot_be_written(pending.partial, reasons[0]))
@@ -140,13 +141,13 @@ class Saver:
         with _one_line(pending.partial):
             for finalise in pending.request.finalize_fns:
                 finalise()
-        outcomes = parallel.gathered((sums, seconds))
+        outcomes = parallel.gather_objects((sums, seconds))
         size = sum(each.size for files, _ in outcomes for each in files.values())
         problem = self._publish(pending, [files for files, _ in outcomes]) if parallel.is_main() else None
-        if problem := parallel.from_main(problem):
+        if problem := parallel.broadcast_from_main(problem):
             raise UserError(problem)
         stall = pending.stall_seconds + time.perf_counter() - started
-        return [Saved(pending.state.step, size, stall, max(each for _, each in outcomes))]
+        return [SavedCheckpoint(pending.state.step, size, stall, max(each for _, each in outcomes))]
 
     def _publish(self, pending: _Pending, written: list[dict[str, FileSum]]) -> str | None:
         """Give the checkpoint its name. Returns what went wrong, for all ranks to raise."""
@@ -169,8 +170,8 @@ class Saver:
 def _write(request: AsyncRequest) -> tuple[dict[str, FileSum], float]:
     """Write this rank's file. Returns its checksum, by name, and seconds.
 
-    In this process: megatron-core 0.16.1 forks one to write, which outlives a training process that is killed and then
-    writes into the folder of the next.
+    In this process: megatron-core 0.16.1 forks one to write, which outlives a training process that
+    is killed and then writes into the folder of the next.
     """
     started = time.perf_counter()
     if request.async_fn is None:

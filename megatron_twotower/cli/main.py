@@ -93,10 +93,10 @@ def _tokenizer(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    from megatron_twotower.common import progress
+    from megatron_twotower.common.progress import corpus_bars
     from megatron_twotower.data.prepare import prepare
 
-    with progress.bar() as report:
+    with corpus_bars() as report:
         summary = prepare(
             arguments.input,
             tokenizer=arguments.tokenizer,
@@ -135,10 +135,10 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from megatron_twotower.common import progress
+    from megatron_twotower.common.progress import corpus_bars
     from megatron_twotower.data.inspect import verify
 
-    with progress.bar() as report:
+    with corpus_bars() as report:
         problems = verify(
             arguments.data,
             tokenizer=arguments.tokenizer,
@@ -175,10 +175,10 @@ def _export(arguments: argparse.Namespace) -> int:
     import torch
 
     from megatron_twotower.common.progress import bytes_bar
-    from megatron_twotower.convert.export import Choices, export
+    from megatron_twotower.convert.export import ExportOptions, export
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}
-    choices = Choices(
+    choices = ExportOptions(
         what=arguments.what,
         dtype=dtypes[arguments.dtype],
         style=arguments.style,

@@ -3,19 +3,19 @@
 import torch
 
 # Where tensors are without CUDA. Tests put a pretended device in its place.
-HOST = torch.device("cpu")
+CPU = torch.device("cpu")
 
 
-def is_host() -> bool:
+def is_cpu() -> bool:
     """True where training runs on the CPU: no CUDA device is present."""
     return not torch.cuda.is_available()
 
 
 def device() -> torch.device:
     """The device of this process: its current CUDA device, or the host."""
-    return HOST if is_host() else torch.device("cuda", torch.cuda.current_device())
+    return CPU if is_cpu() else torch.device("cuda", torch.cuda.current_device())
 
 
 def backend() -> str:
     """The `torch.distributed` backend that goes with `device()`."""
-    return "gloo" if is_host() else "nccl"
+    return "gloo" if is_cpu() else "nccl"

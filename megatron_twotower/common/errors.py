@@ -1,6 +1,7 @@
 """Errors that a user can correct, and the exit status of a run that stopped early."""
 
-# A run that a signal ended early, its state saved: the status that asks a scheduler to start it again (EX_TEMPFAIL).
+# A run that a signal ended early, its state saved: the status that asks a scheduler to start it
+# again (EX_TEMPFAIL).
 STOPPED_EARLY = 75
 
 

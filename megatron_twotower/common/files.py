@@ -1,24 +1,30 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are complete or not there: written beside their place, then renamed."""
 
 import contextlib
+import errno
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_twotower.common.errors import UserError
 
+# What a user can correct: no space, no permission, a broken disk.
+_USER_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO)
 
-def write_file(target: Path, content: bytes) -> None:
-    """Whole, or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, target)
+
+def partial_path(path: Path) -> Path:
+    """Where an output is written before it is complete: NAME.partial, beside it."""
+    return path.with_name(f"{path.name}.partial")
 
 
 @contextlib.contextmanager
-def written(path: Path) -> Iterator[Path]:
-    """What is written to the file that this gives takes the place of `path` at the end, or vanishes on an error."""
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yields a path to write to. On success that file replaces `path`; on an error it is removed.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield partial
@@ -29,3 +35,48 @@ def written(path: Path) -> Iterator[Path]:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Write a whole file through `atomic_file`, in a folder that is made if needed.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, *, size: int = 0, replace: bool = False) -> Iterator[Path]:
+    """Yields an empty folder. On success it takes the name `path`; on an error it is removed.
+
+    Args:
+        size: bytes that the folder will hold, roughly.
+        replace: replace an existing folder; the old one stays until the new one is complete.
+
+    Raises: UserError: `path` exists and is not to be replaced, the disk is too full, or the folder
+        cannot be written.
+    """
+    if path.exists() and not replace:
+        raise UserError(f"{path}: exists, expected a folder that is not there yet")
+    partial, old = partial_path(path), path.with_name(f"{path.name}.old")
+    for leftover in (partial, old):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        free = shutil.disk_usage(partial).free
+        if free < size:
+            raise UserError(f"{path}: found {free / 2**30:.1f} GiB free, expected room for {size / 2**30:.1f}")
+        yield partial
+        if path.exists():
+            os.replace(path, old)
+        os.replace(partial, path)
+    except OSError as error:
+        if error.errno not in _USER_ERRNOS:
+            raise
+        raise UserError(f"{path}: cannot be written ({error.strerror}), nothing is left of it") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

@@ -173,8 +173,8 @@ def threshold_sweep(
 ) -> bytes:
     """What the confidence threshold buys and costs: one panel per figure, threshold on every x axis.
 
-    rows: each with `confidence_threshold` and the keys of the panels. AR is the dashed line: one token per pass, speed
-    1, and `ar_nats_per_token` for its own text where that was measured.
+    rows: each with `confidence_threshold` and the keys of the panels. AR is the dashed line: one
+    token per pass, speed 1, and `ar_nats_per_token` for its own text where that was measured.
     """
     figure, panels = _open(
         theme, "Confidence threshold", "a lower threshold commits more tokens in each pass", panels=3, width=11.0
@@ -426,7 +426,8 @@ def pareto(
 ) -> bytes:
     """Quality against speed, further up and to the right is better: a panel for each measure of quality.
 
-    front: the rows that none beats in speed and in the first panel's measure at once, ringed in all panels.
+    front: the rows that none beats in speed and in the first panel's measure at once, ringed in all
+    panels.
     """
     figure, panels = _open(
         theme,

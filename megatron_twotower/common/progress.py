@@ -1,122 +1,115 @@
-"""Progress bars on standard error."""
+"""Progress bars on standard error. Functions that take long report to them through plain callables."""
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.filesize import decimal
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+# Called with: the stage, how much of it is done, how much there is.
+OnProgress = Callable[[str, int, int], None]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """The `OnProgress` that shows nothing."""
+
+
+class BarReport(Protocol):
+    """Moves the bar of a stage; `text` stands beside it."""
+
+    def __call__(self, stage: str, done: int, total: int, text: str = "") -> None: ...
+
+
+@contextlib.contextmanager
+def stage_bars() -> Iterator[BarReport]:
+    """Yields an `OnProgress` that draws one bar per stage."""
+    columns = (
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[text]}"),
+        TimeRemainingColumn(),
+    )
+    bars, tasks = Progress(*columns, console=Console(stderr=True)), dict[str, TaskID]()
+
+    def report(stage: str, done: int, total: int, text: str = "") -> None:
+        if stage not in tasks:
+            bars.start()  # not earlier: it prints a blank line, and an early error is to be one line
+            tasks[stage] = bars.add_task(stage, total=total, text=text)
+        bars.update(tasks[stage], completed=done, total=total, text=text)
+
+    try:
+        yield report
+    finally:
+        if tasks:
+            bars.stop()
+
+
+def per_second() -> Callable[[int], float]:
+    """A meter: called with a running total, it returns the amount per second since its first call."""
+    first: list[tuple[float, int]] = []
+
+    def rate(total: int) -> float:
+        now = time.monotonic()
+        if not first:
+            first.append((now, total))
+        began, before = first[0]
+        return (total - before) / max(now - began, 1e-9)
+
+    return rate
+
+
+@contextlib.contextmanager
+def bytes_bar(stage: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
+    """Yields a function of the total number of bytes; it returns the function to call with each number of new bytes."""
+    with stage_bars() as bars:
+
+        def begin(total: int) -> Callable[[int], None]:
+            rate, done = per_second(), 0
+
+            def advance(count: int) -> None:
+                nonlocal done
+                speed = rate(done)
+                done += count
+                bars(stage, done, total, f"{decimal(done)} of {decimal(total)}, {decimal(int(speed))}/s")
+
+            return advance
+
+        yield begin
 
 
 @dataclass(frozen=True)
-class Stage:
-    """name: "tokenising", where done and total are bytes of input; "writing" and "verifying", where they are tokens.
+class CorpusProgress:
+    """How far a stage of work on a corpus is.
 
-    documents, tokens: of the whole stage so far, what an interrupted run had done included.
+    stage: "tokenising", where done and total are bytes of input; "writing" or "verifying", where
+    they are tokens.
+    documents, tokens: of the whole stage so far, including what an interrupted run had done.
     """
 
-    name: str
+    stage: str
     done: int
     total: int
     documents: int
     tokens: int
 
 
-Report = Callable[[Stage], None]
+OnCorpusProgress = Callable[[CorpusProgress], None]
 
 
 @contextlib.contextmanager
-def bar() -> Iterator[Report]:
-    """A bar on standard error with documents, tokens and tokens per second; one line for each stage."""
-    columns = (
-        TextColumn("{task.description:<10}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[text]}"),
-        TimeRemainingColumn(),
-    )
-    tasks: dict[str, TaskID] = {}
-    starts: dict[str, tuple[float, int]] = {}
-    shown = Progress(*columns, console=Console(stderr=True))
+def corpus_bars() -> Iterator[OnCorpusProgress]:
+    """Yields an `OnCorpusProgress` that draws one bar per stage, with documents, tokens and tokens per second."""
+    rates: dict[str, Callable[[int], float]] = {}
+    with stage_bars() as bars:
 
-    def report(stage: Stage) -> None:
-        if stage.name not in tasks:
-            shown.start()  # not before: it leaves a blank line, and an error is to be one line
-            tasks[stage.name] = shown.add_task(stage.name, total=stage.total, text="")
-            starts[stage.name] = (time.monotonic(), stage.tokens)
-        began, before = starts[stage.name]
-        rate = (stage.tokens - before) / max(time.monotonic() - began, 1e-9)
-        text = f"{stage.documents:,} documents, {stage.tokens:,} tokens, {rate:,.0f} tokens/s"
-        shown.update(tasks[stage.name], completed=stage.done, total=stage.total, text=text)
+        def report(found: CorpusProgress) -> None:
+            rate = rates.setdefault(found.stage, per_second())(found.tokens)
+            text = f"{found.documents:,} documents, {found.tokens:,} tokens, {rate:,.0f} tokens/s"
+            bars(found.stage, found.done, found.total, text)
 
-    try:
         yield report
-    finally:
-        if tasks:
-            shown.stop()
-
-
-@contextlib.contextmanager
-def bytes_bar(what: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
-    """A function that is told the bytes to come, and gives the report that moves a bar on standard error."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    shown = Progress(*columns, console=Console(stderr=True))
-
-    def begin(total: int) -> Callable[[int], None]:
-        shown.start()  # not before: an error of what is checked first is to be one line
-        task = shown.add_task(what, total=total)
-        return lambda count: shown.advance(task, count)
-
-    try:
-        yield begin
-    finally:
-        if shown.tasks:
-            shown.stop()
-
-
-# Called with: what is being measured, how much of it is done, how much there is.
-OnProgress = Callable[[str, int, int], None]
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    pass
-
-
-@contextmanager
-def stage_bars() -> Iterator[OnProgress]:
-    """Yields an OnProgress that draws a bar for each stage."""
-    percent = TextColumn("{task.percentage:>3.0f}%")
-    tasks: dict[str, Any] = {}
-    shown = Progress(
-        TextColumn("{task.description:<16}"), BarColumn(), percent, TimeElapsedColumn(), console=Console(stderr=True)
-    )
-
-    def progress(stage: str, done: int, total: int) -> None:
-        if stage not in tasks:
-            shown.start()  # not before: it leaves a blank line, and an error is to be one line
-            tasks[stage] = shown.add_task(stage, total=total)
-        shown.update(tasks[stage], completed=done)
-
-    try:
-        yield progress
-    finally:
-        if tasks:
-            shown.stop()

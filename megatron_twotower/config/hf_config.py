@@ -19,8 +19,8 @@ POINTER_FILE = "context_tower.json"
 def model_from_hf(config: Mapping[str, Any], *, source: str) -> ModelConfig:
     """Read the shape of a backbone from the fields of its Hugging Face `config.json`.
 
-    Raises:
-        UserError: not a NemotronH configuration, a needed field is missing, or a feature is set that is not built.
+    Raises: UserError: not a NemotronH configuration, a needed field is missing, or a feature is set
+        that is not built.
     """
     require(
         config.get("model_type") == "nemotron_h",

@@ -1,7 +1,8 @@
 """The phases of a run: which stretch of it has which mixture, block size and learning rates. Pure functions.
 
-A run without phases is one phase that lasts as long as the run. A cursor counts the sequences that all ranks have
-consumed, and every question about a phase is answered from it and the configuration alone: a resume needs no more.
+A run without phases is one phase that lasts as long as the run. A cursor counts the sequences that
+all ranks have consumed, and every question about a phase is answered from it and the configuration
+alone: a resume needs no more.
 """
 
 import bisect
@@ -18,7 +19,8 @@ from megatron_twotower.config.schema import DataConfig, NoiseConfig, PhaseConfig
 class Phase:
     """A phase with everything filled in.
 
-    first_step, steps: optimizer steps. first, sequences: the same in sequences of all ranks, as a cursor counts.
+    first_step, steps: optimizer steps. first, sequences: the same in sequences of all ranks, as a
+    cursor counts.
     """
 
     name: str
@@ -34,12 +36,11 @@ class Phase:
     decay_steps: int
 
 
-def plan(config: RunConfig) -> tuple[Phase, ...]:
+def resolve_phases(config: RunConfig) -> tuple[Phase, ...]:
     """The phases of a run, in order; one without a name where the recipe has none.
 
-    Raises:
-        UserError: a phase without a name or of no step, a block size or a schedule that does not fit, or a number of
-            steps that is not the sum of the phases.
+    Raises: UserError: a phase without a name or of no step, a block size or a schedule that does
+        not fit, or a number of steps that is not the sum of the phases.
     """
     schedule, optimizer = config.schedule, config.optimizer
     batch = config.data.global_batch_size
@@ -132,17 +133,21 @@ def phase_number(phases: tuple[Phase, ...], cursor: int) -> int:
 
 def phase_of(config: RunConfig, cursor: int) -> Phase:
     """The phase that the sequence at `cursor` belongs to."""
-    phases = plan(config)
+    phases = resolve_phases(config)
     return phases[phase_number(phases, cursor)]
 
 
 def document_alignment(config: RunConfig) -> int:
     """Tokens that documents are padded to a multiple of, where boundaries are respected.
 
-    One number for the whole run, so that a sequence is the same in every phase: a multiple of every block size. The
-    `ar` objective has no blocks and needs no padding.
+    One number for the whole run, so that a sequence is the same in every phase: a multiple of every
+    block size. The `ar` objective has no blocks and needs no padding.
     """
-    return math.lcm(*(phase.noise.block_size_tokens for phase in plan(config))) if config.objective != "ar" else 1
+    return (
+        math.lcm(*(phase.noise.block_size_tokens for phase in resolve_phases(config)))
+        if config.objective != "ar"
+        else 1
+    )
 
 
 def steps_of(tokens: int, data: DataConfig) -> int:

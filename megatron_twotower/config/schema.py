@@ -1,8 +1,9 @@
 """Every name, unit, default and range of a run, and the way from a Hydra recipe to a checked `RunConfig`.
 
-The frozen dataclasses below are the only place where a setting is declared. A recipe (`recipes/NAME.yaml`) may set
-any of them and nothing else: an unknown key is an error. `ModelConfig` keeps the names of a Hugging Face NemotronH
-`config.json`, so that a backbone's configuration is read word for word.
+The frozen dataclasses below are the only place where a setting is declared. A recipe
+(`recipes/NAME.yaml`) may set any of them and nothing else: an unknown key is an error.
+`ModelConfig` keeps the names of a Hugging Face NemotronH `config.json`, so that a backbone's
+configuration is read word for word.
 """
 
 import dataclasses
@@ -45,8 +46,9 @@ class ModelConfig:
     time_step_min: float = 0.001
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
-    # Lower clamp of the discretised time step. NVIDIA trains without; transformers clamps its chunked scan (and not
-    # its step) at time_step_min, so exported configurations say time_step_min 0.
+    # Lower clamp of the discretised time step. NVIDIA trains without; transformers clamps its
+    # chunked scan (and not its step) at time_step_min, so exported configurations say time_step_min
+    # 0.
     time_step_clamp: float = 0.0
     max_position_embeddings: int = 262144
 
@@ -64,10 +66,11 @@ class ModelConfig:
 class InitConfig:
     """Where weights come from.
 
-    backbone: a Hugging Face folder with a NemotronH, or of two towers, and then it is their context tower; null for
-        random numbers keyed by seed and tensor name.
-    denoiser: a two-tower folder, or a denoiser exported alone, to go on from; the backbone is then the context tower
-        in that folder, or the one it points to. null: the denoiser starts as a copy of the backbone.
+    backbone: a Hugging Face folder with a NemotronH, or of two towers, and then it is their context
+        tower; null for random numbers keyed by seed and tensor name.
+    denoiser: a two-tower folder, or a denoiser exported alone, to go on from; the backbone is then
+        the context tower in that folder, or the one it points to. null: the denoiser starts as a
+        copy of the backbone.
     """
 
     backbone: str | None = None
@@ -107,15 +110,19 @@ class NoiseConfig:
 class DataConfig:
     """What is read, and in which order.
 
-    folder: a prepared folder; with a blend, the folder its corpora are in (empty for the one the blend file is in).
+    folder: a prepared folder; with a blend, the folder its corpora are in (empty for the one the
+    blend file is in).
     blend: a blend file (YAML), or empty for the one corpus in `folder`.
-    documents: `ignore` packs sequences across boundaries, as released; `respect` keeps documents apart, each padded to
-        whole blocks of the largest size any phase has.
-    shuffle: `full` reads from all over a corpus; `windowed` permutes runs of neighbouring sequences (about a shard) and
-        mixes `shuffle_window_runs` of them at a time; `none` reads a corpus as it stands.
-    damaged_shards: `stop`, or `skip`: a sequence that touches one keeps its place, unscored, and is counted.
-    verify_shards: compare each shard with its checksum when a process first reads it; without, only its size (but
-        `skip` always compares). Turn it off where shards were verified (`twotower data verify`) and are many.
+    documents: `ignore` packs sequences across boundaries, as released; `respect` keeps documents
+        apart, each padded to whole blocks of the largest size any phase has.
+    shuffle: `full` reads from all over a corpus; `windowed` permutes runs of neighbouring sequences
+        (about a shard) and mixes `shuffle_window_runs` of them at a time; `none` reads a corpus as
+        it stands.
+    damaged_shards: `stop`, or `skip`: a sequence that touches one keeps its place, unscored, and is
+    counted.
+    verify_shards: compare each shard with its checksum when a process first reads it; without, only
+        its size (but `skip` always compares). Turn it off where shards were verified (`twotower
+        data verify`) and are many.
     prefetch_batches: steps read ahead, by prefetch_workers threads.
     """
 
@@ -139,8 +146,8 @@ class DataConfig:
 class PhaseConfig:
     """A stretch of the run with a mixture, a block size and a learning-rate schedule of its own.
 
-    tokens: length, rounded to whole global batches. mixture: of the blend; empty for the one named as the phase.
-    null stands for what `noise`, `optimizer` and `schedule` say.
+    tokens: length, rounded to whole global batches. mixture: of the blend; empty for the one named
+    as the phase. null stands for what `noise`, `optimizer` and `schedule` say.
     """
 
     name: str = ""
@@ -182,15 +189,21 @@ class ParallelConfig:
     """How ranks share the work; what is left of the world is data parallel.
 
     expert_tensor: ranks that split each expert; 0 for as many as `tensor`.
-    pipeline: stages that the layers of both towers are cut into, at the same places. pipeline_chunks: stretches of
-        layers on each stage; above 1 the schedule is interleaved. pipeline_layers: layers of each of the pipeline x
-        pipeline_chunks stretches, in order; empty for equal ones.
+    pipeline: stages that the layers of both towers are cut into, at the same places.
+        pipeline_chunks: stretches of layers on each stage; above 1 the schedule is interleaved.
+        pipeline_layers: layers of each of the pipeline x pipeline_chunks stretches, in order; empty
+        for equal ones.
     context: ranks that split a sequence. Only 1 is built.
-    moe_dispatcher: how tokens travel to their experts; `deepep` and `hybridep` are kernels of the package deep_ep.
-    overlap_grad_reduce: reduce the gradients of a bucket while the backward pass makes the next ones.
-    overlap_param_gather: gather updated parameters while the next forward pass runs (distributed optimizer).
-    bucket_parameters: how many parameters are reduced or gathered at a time; 0 for Megatron's choice.
-    ranks: how many the layout is made for, 0 for any number. card: the accelerator that `twotower plan` reckons with.
+    moe_dispatcher: how tokens travel to their experts; `deepep` and `hybridep` are kernels of the
+    package deep_ep.
+    overlap_grad_reduce: reduce the gradients of a bucket while the backward pass makes the next
+    ones.
+    overlap_param_gather: gather updated parameters while the next forward pass runs (distributed
+    optimizer).
+    bucket_parameters: how many parameters are reduced or gathered at a time; 0 for Megatron's
+    choice.
+    ranks: how many the layout is made for, 0 for any number. card: the accelerator that `twotower
+    plan` reckons with.
     """
 
     tensor: int = 1
@@ -218,15 +231,20 @@ class ParallelConfig:
 class TrainConfig:
     """The loop. Counts of steps are optimizer steps. steps: 0 for the length of all phases.
 
-    transformer_impl: whose modules layers are made of: `local` for Megatron's own, `transformer_engine`, or `auto`: the
-        latter where it and a CUDA device are there and the precision is not fp32.
-    precision: of what trains. FP8 is what projections and experts multiply in; the rest is as in bf16.
-    context_precision: of the frozen tower: `wide` as its parameters, or FP8, and then its weights are held in it.
+    transformer_impl: whose modules layers are made of: `local` for Megatron's own,
+        `transformer_engine`, or `auto`: the latter where it and a CUDA device are there and the
+        precision is not fp32.
+    precision: of what trains. FP8 is what projections and experts multiply in; the rest is as in
+    bf16.
+    context_precision: of the frozen tower: `wide` as its parameters, or FP8, and then its weights
+    are held in it.
     checkpoint_async: write checkpoints while training goes on, from a copy in host memory.
-    keep_checkpoints: the newest so many stay; keep_every_steps: so do those of every so many steps (0: none).
+    keep_checkpoints: the newest so many stay; keep_every_steps: so do those of every so many steps
+    (0: none).
     verify_checkpoints: compare each file with its checksum before a run goes on from it.
     on_damaged_checkpoint: `stop`, or go on from the `previous` one.
-    stop_after_nonfinite: a step whose loss or gradients are not finite is skipped; so many in a row end the run.
+    stop_after_nonfinite: a step whose loss or gradients are not finite is skipped; so many in a row
+    end the run.
     hang_timeout_seconds: a rank that stands still so long ends the job, by name (0: never).
     ledger: write down which samples every step consumed (`ledger/` in the run folder).
     """
@@ -258,10 +276,12 @@ class Fp8Config:
     """How FP8 is scaled, where `train.precision` or `train.context_precision` asks for it.
 
     format: `hybrid` is e4m3, and e5m2 for gradients.
-    history_steps, margin: of fp8_delayed: a scale comes from the largest value of so many passes, lowered by
-        2 ** margin.
-    first_layers_bf16, last_layers_bf16: so many layers at each end of both towers stay out of it (not of fp8_delayed).
-    router_padding: the router itself gives every expert a multiple of 16 tokens; without, they are padded by a copy.
+    history_steps, margin: of fp8_delayed: a scale comes from the largest value of so many passes,
+        lowered by 2 ** margin.
+    first_layers_bf16, last_layers_bf16: so many layers at each end of both towers stay out of it
+    (not of fp8_delayed).
+    router_padding: the router itself gives every expert a multiple of 16 tokens; without, they are
+    padded by a copy.
     """
 
     format: str = "hybrid"
@@ -276,9 +296,10 @@ class Fp8Config:
 class FusionConfig:
     """Kernels of Transformer Engine that do several steps in one. Without it there are none.
 
-    permutation: of tokens to their experts and back. router: choice and weights of experts, where the router is fp32.
-    gradient_accumulation: weight gradients go straight into the fp32 sums. squared_relu: of routed experts, with the
-        weight of the token.
+    permutation: of tokens to their experts and back. router: choice and weights of experts, where
+    the router is fp32.
+    gradient_accumulation: weight gradients go straight into the fp32 sums. squared_relu: of routed
+        experts, with the weight of the token.
     """
 
     permutation: bool = True

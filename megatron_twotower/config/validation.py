@@ -216,7 +216,8 @@ def _validate_pipeline(model: ModelConfig, parallel: ParallelConfig) -> None:
 def _validate_micro_batches(config: RunConfig, data_parallel: int) -> None:
     """Whole micro-batches on every rank; where there are stages, in validation too, for one shape must pass through."""
     data, parallel, train = config.data, config.parallel, config.train
-    # The interleaved schedule deals micro-batches out to its chunks in rounds of one for each stage.
+    # The interleaved schedule deals micro-batches out to its chunks in rounds of one for each
+    # stage.
     rounds = parallel.pipeline if parallel.pipeline_chunks > 1 else 1
     step = data.micro_batch_size * data_parallel * rounds
     product = f"data.micro_batch_size {data.micro_batch_size} x {data_parallel} data-parallel ranks"

@@ -35,12 +35,13 @@ Tensors = Mapping[str, LazyTensor]
 
 
 @dataclass(frozen=True)
-class Choices:
+class ExportOptions:
     """What an export can be told.
 
     what: a key of `KINDS`; None for all there is.
     dtype: of the tensors (router biases stay float32); None for each as it is stored.
-    style: a key of `SPELLINGS`, for a plain NemotronH; None for that of the folder it comes from, or "hub".
+    style: a key of `SPELLINGS`, for a plain NemotronH; None for that of the folder it comes from,
+    or "hub".
     step: of the checkpoint; None for the newest.
     backbone: the folder that a denoiser alone goes with; None for the one it points to.
     """
@@ -54,7 +55,7 @@ class Choices:
 
 
 @dataclass(frozen=True)
-class Model:
+class ExportSource:
     """What can be exported. None of its tensors is read yet.
 
     backbone: the context tower, or the one tower of a plain NemotronH, by hub-style names.
@@ -75,7 +76,7 @@ class Model:
     recipe: str | None = None
 
 
-def export(source: Path, output: Path, *, choices: Choices = Choices(), watch: Watch = unwatched) -> str:
+def export(source: Path, output: Path, *, choices: ExportOptions = ExportOptions(), watch: Watch = unwatched) -> str:
     """Write a model as a Hugging Face folder.
 
     Args:
@@ -125,7 +126,7 @@ def _precise(name: str, tensor: LazyTensor, dtype: torch.dtype | None) -> LazyTe
 # --- what is exported ---------------------------------------------------------------------------------------------
 
 
-def from_run(run: Path, choices: Choices) -> Model:
+def from_run(run: Path, choices: ExportOptions) -> ExportSource:
     """A checkpoint of a run, and the backbone it was started from."""
     folder = _checkpoint(run, choices.step)
     state, config = checkpoint_files.read_state(folder), settings.load_recipe(str(run / run_folder.CONFIG_FILE))
@@ -146,7 +147,7 @@ def from_run(run: Path, choices: Choices) -> Model:
         described = model_card.backbone_config_json(model, dtype=trained["lm_head.weight"].dtype)
     data = tokenizer_folder(config) if config.data.folder or config.data.blend else None
     provenance = run_folder.read_provenance(run)
-    return Model(
+    return ExportSource(
         backbone=_backbone(source, config) if two and source else trained,
         denoiser=trained if two else {},
         config=model_card.trained_config(described, config) if state.step else described,
@@ -160,7 +161,7 @@ def from_run(run: Path, choices: Choices) -> Model:
     )
 
 
-def from_folder(path: Path, choices: Choices) -> Model:
+def from_folder(path: Path, choices: ExportOptions) -> ExportSource:
     """A Hugging Face folder; a denoiser alone together with the backbone it goes with."""
     folder, described = HfFolder.open(path), hf_config.read_hf_config(path)
     config = RunConfig(model=hf_config.model_from_hf(described, source=f"{path}/config.json"))
@@ -176,7 +177,7 @@ def from_folder(path: Path, choices: Choices) -> Model:
             sha256 = fingerprint(home.path)
             check_pointer(path, home.path, sha256)
             facts |= {"backbone": home.path.name, "backbone_sha256": sha256}
-    return Model(
+    return ExportSource(
         backbone=_backbone(home, config),
         denoiser=denoiser,
         config=described,
@@ -201,7 +202,7 @@ def _checkpoint(run: Path, step: int | None) -> Path:
     return wanted
 
 
-def _home(denoiser: Path, choices: Choices) -> Path:
+def _home(denoiser: Path, choices: ExportOptions) -> Path:
     """The folder of a denoiser's context tower."""
     pointer = hf_config.read_pointer(denoiser)
     if choices.backbone is None and pointer is None:
@@ -229,26 +230,26 @@ def _check_conditioning(found: ConditioningConfig) -> None:
 # --- as what ------------------------------------------------------------------------------------------------------
 
 
-def _context(model: Model, choices: Choices) -> Tensors:
+def _context(model: ExportSource, choices: ExportOptions) -> Tensors:
     return spell(model.backbone, SPELLINGS[choices.style] if choices.style else model.spelling)
 
 
-def _denoiser(model: Model, _: Choices) -> Tensors:
+def _denoiser(model: ExportSource, _: ExportOptions) -> Tensors:
     return model.denoiser
 
 
-def _two_tower(model: Model, _: Choices) -> Tensors:
+def _two_tower(model: ExportSource, _: ExportOptions) -> Tensors:
     return {context_name(name): tensor for name, tensor in model.backbone.items()} | dict(model.denoiser)
 
 
-def _pointer(model: Model, output: Path) -> dict[str, str]:
+def _pointer(model: ExportSource, output: Path) -> dict[str, str]:
     assert model.origin is not None
     folder, sha256 = model.origin
     pointer = {"backbone": os.path.relpath(folder.resolve(), output.resolve()), "sha256": sha256}
     return {POINTER_FILE: json.dumps(pointer, indent=2)}
 
 
-def _nothing(_: Model, __: Path) -> dict[str, str]:
+def _nothing(_: ExportSource, __: Path) -> dict[str, str]:
     return {}
 
 
@@ -256,9 +257,9 @@ def _nothing(_: Model, __: Path) -> dict[str, str]:
 class Kind:
     """One kind of folder: its tensors, its `config.json`, and what else stands in it."""
 
-    tensors: Callable[[Model, Choices], Tensors]
+    tensors: Callable[[ExportSource, ExportOptions], Tensors]
     config: Callable[..., dict[str, Any]]
-    files: Callable[[Model, Path], dict[str, str]]
+    files: Callable[[ExportSource, Path], dict[str, str]]
     code: tuple[Path, ...]
 
 

@@ -1,13 +1,10 @@
 """Hugging Face model folders: read by name, checked as a whole, and written in one step."""
 
-import contextlib
-import errno
 import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_twotower.common.errors import UserError
+from megatron_twotower.common.files import atomic_folder
 from megatron_twotower.config.schema import ModelConfig, RunConfig
 from megatron_twotower.convert.tensors import (
     LazyTensor,
@@ -51,10 +49,11 @@ _STACKED = re.compile(r"\.mixer\.experts\.(up_proj|down_proj)$")
 class HfFolder:
     """The tensors of a Hugging Face folder by the names of the table, read one at a time.
 
-    Reads hub-style NemotronH (`backbone.`, a tensor per expert), the style of `transformers` (`model.`, experts stacked
-    in one tensor), two-tower folders, and denoisers alone.
+    Reads hub-style NemotronH (`backbone.`, a tensor per expert), the style of `transformers`
+    (`model.`, experts stacked in one tensor), two-tower folders, and denoisers alone.
 
-    tensors: by the folder's own names. towers: which it has, of "backbone", "context" and "denoiser".
+    tensors: by the folder's own names. towers: which it has, of "backbone", "context" and
+    "denoiser".
     """
 
     path: Path
@@ -65,8 +64,8 @@ class HfFolder:
     @classmethod
     def open(cls, path: str | Path) -> "HfFolder":
         """
-        Raises:
-            UserError: no weights, an index that does not agree with its files, or a file that is not whole.
+        Raises: UserError: no weights, an index that does not agree with its files, or a file that
+            is not whole.
         """
         folder = Path(path)
         wanted = _indexed(folder)
@@ -121,8 +120,8 @@ class HfFolder:
     def check(self, config: RunConfig) -> None:
         """Compare all tensors with those of the towers that the folder has, in the shape that the run has.
 
-        Raises:
-            UserError: one that lists what is missing, of another shape or precision, or without a place in the model.
+        Raises: UserError: one that lists what is missing, of another shape or precision, or without
+            a place in the model.
         """
         model = config.model
         entries = folder_entries(self.towers or {"backbone"}, model, config.conditioning.frequencies)
@@ -190,7 +189,8 @@ def write_folder(
 ) -> None:
     """Write a Hugging Face folder: safetensors shards with an index, `config.json` and what goes with them.
 
-    All of it is written beside `output` first and renamed at the end: a folder is whole or not there.
+    All of it is written beside `output` first and renamed at the end: a folder is whole or not
+    there.
 
     Args:
         files: further text files by name.
@@ -201,7 +201,7 @@ def write_folder(
         UserError: `output` exists, or the disk is full.
     """
     size = sum(tensor.nbytes for tensor in tensors.values())
-    with written(output, size=size) as partial:
+    with atomic_folder(output, size=size) as partial:
         shards, report = _shards(tensors, shard_bytes), watch(size)
         weight_map: dict[str, str] = {}
         for i, names in enumerate(shards, start=1):
@@ -215,36 +215,6 @@ def write_folder(
         texts["config.json"] = json.dumps(config, indent=2, sort_keys=True)
         for name, text in texts.items():
             (partial / name).write_text(text if text.endswith("\n") else text + "\n")
-
-
-@contextlib.contextmanager
-def written(output: Path, *, size: int) -> Iterator[Path]:
-    """A new folder beside `output` that takes its place at the end, or vanishes on an error.
-
-    Args:
-        size: bytes that it will have, about.
-
-    Raises:
-        UserError: `output` exists, or there is no room for it.
-    """
-    if output.exists():
-        raise UserError(f"{output}: exists, expected a folder that is not there yet")
-    partial = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    try:
-        partial.mkdir(parents=True)
-        free = shutil.disk_usage(partial).free
-        if free < size:
-            raise UserError(f"{output}: found {free / 2**30:.1f} GiB free, expected room for {size / 2**30:.1f}")
-        yield partial
-        os.replace(partial, output)
-    except OSError as error:
-        known = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO)
-        if not known:
-            raise
-        raise UserError(f"{output}: cannot be written ({error.strerror}), nothing is left of it") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _shards(tensors: Mapping[str, LazyTensor], shard_bytes: int) -> list[list[str]]:

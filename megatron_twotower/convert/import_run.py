@@ -10,9 +10,10 @@ from megatron_twotower import __version__
 from megatron_twotower.checkpoint import files as checkpoint_files
 from megatron_twotower.common import run_folder
 from megatron_twotower.common.errors import UserError
+from megatron_twotower.common.files import atomic_folder
 from megatron_twotower.config import recipes as settings
 from megatron_twotower.config.schema import InitConfig, RunConfig, TrainConfig
-from megatron_twotower.convert.hf_folder import HfFolder, fingerprint, refuse, short, written
+from megatron_twotower.convert.hf_folder import HfFolder, fingerprint, refuse, short
 from megatron_twotower.convert.initial_weights import check_pointer
 from megatron_twotower.convert.mcore_checkpoint import stored_weights, write_weights
 from megatron_twotower.convert.tensors import LazyTensor, Watch, unwatched
@@ -25,9 +26,10 @@ _EMPTY_WINDOW = {"sums": None, "expert_tokens": None, "sequences": 0, "skipped":
 def import_folder(source: Path, run: Path, *, backbone: Path | None = None, watch: Watch = unwatched) -> RunConfig:
     """Write the output folder of a run that starts from the weights of a Hugging Face folder.
 
-    A plain NemotronH becomes a run of the objective `ar`; a two-tower folder, or a denoiser alone, one of `two_tower`,
-    whose context tower stays in its folder, as that of every run. Its `config.yaml` is a recipe to go on with; the
-    checkpoint of step 0 holds each tensor in its own precision, so that an export gives the same bytes back.
+    A plain NemotronH becomes a run of the objective `ar`; a two-tower folder, or a denoiser alone,
+    one of `two_tower`, whose context tower stays in its folder, as that of every run. Its
+    `config.yaml` is a recipe to go on with; the checkpoint of step 0 holds each tensor in its own
+    precision, so that an export gives the same bytes back.
 
     Args:
         backbone: the folder that a denoiser alone goes with; None for the one it points to.
@@ -67,7 +69,7 @@ def import_folder(source: Path, run: Path, *, backbone: Path | None = None, watc
         window=_EMPTY_WINDOW,
         configuration=dataclasses.asdict(config),
     )
-    with written(run, size=size) as partial:
+    with atomic_folder(run, size=size) as partial:
         start = run_folder.checkpoint_folder(partial, 0)
         start.mkdir(parents=True)
         write_weights(start, stored, report=watch(size))

@@ -20,8 +20,8 @@ from megatron_twotower.model.parameter_map import backbone_entries, denoiser_ent
 def random_backbone(model: ModelConfig, *, seed: int) -> TensorSource:
     """A fresh NemotronH: every tensor drawn by its own name, so that it is the same on every layout.
 
-    Matrices are normal with `initializer_range`, those that write to the residual stream divided by sqrt(layers);
-    Mamba starts as `transformers` starts it.
+    Matrices are normal with `initializer_range`, those that write to the residual stream divided by
+    sqrt(layers); Mamba starts as `transformers` starts it.
     """
     shapes = hf_shapes(backbone_entries(model), model)
 
@@ -79,8 +79,8 @@ def fresh_conditioning(model: ModelConfig, config: ConditioningConfig, *, seed: 
 def backbone_source(config: RunConfig) -> TensorSource:
     """The tensors of the backbone by hub-style names: of `init.backbone`, or random.
 
-    Raises:
-        UserError: the folder does not hold the model that its configuration describes, or no backbone.
+    Raises: UserError: the folder does not hold the model that its configuration describes, or no
+        backbone.
     """
     backbone, model = config.init.backbone, config.model
     if backbone is None:

@@ -9,7 +9,7 @@ from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.schema import ModelConfig
 from megatron_twotower.convert.tensors import TensorSource
 from megatron_twotower.mcore.parallel import ProcessGroupCollection
-from megatron_twotower.model.parameter_map import LAYOUTS, Entry, held_tensors, hf_shapes, local_expert_name, shard
+from megatron_twotower.model.parameter_map import LAYOUTS, Entry, canonical_tensors, hf_shapes, local_expert_name, shard
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def load_weights(
         UserError: a tensor is missing or has another shape.
         AssertionError: a parameter of the module is in no entry.
     """
-    targets = held_tensors(module)
+    targets = canonical_tensors(module)
     for entry in entries:
         ep = groups.ep
         name = local_expert_name(entry, experts=model.n_routed_experts, rank=ep.rank(), ranks=ep.size())

@@ -1,6 +1,7 @@
 """The weights of Megatron's distributed checkpoints, read and written tensor by tensor, without a model or ranks.
 
-A checkpoint of any layout has the same names, and says of each tensor where the pieces are that ranks have written.
+A checkpoint of any layout has the same names, and says of each tensor where the pieces are that
+ranks have written.
 """
 
 import functools
@@ -28,10 +29,11 @@ from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.schema import ModelConfig
 from megatron_twotower.convert.hf_folder import refuse
 from megatron_twotower.convert.tensors import LazyTensor, Report
-from megatron_twotower.model.parameter_map import LAYOUTS, Entry, hf_shapes, stored_parts
+from megatron_twotower.model.parameter_map import LAYOUTS, Entry, hf_shapes, stored_sections
 
 _WEIGHTS_FILE = "__0_0.distcp"
-# What Megatron writes beside the tensors: which format they are in, and what is not a tensor (nothing, of weights).
+# What Megatron writes beside the tensors: which format they are in, and what is not a tensor
+# (nothing, of weights).
 _FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -80,10 +82,10 @@ class SavedWeights:
     def check(self, entries: Sequence[Entry]) -> None:
         """Compare what is stored with what some entries are.
 
-        Raises:
-            UserError: one that lists what is missing, of another shape, or without a place in the model.
+        Raises: UserError: one that lists what is missing, of another shape, or without a place in
+            the model.
         """
-        expected = {name: shape for entry in entries for name, shape in stored_parts(entry)}
+        expected = {name: shape for entry in entries for name, shape in stored_sections(entry)}
         tops = {name.partition(".")[0] for name in expected}
         weights = {name: tuple(item.size) for name, item in self.stored.items() if name.partition(".")[0] in tops}
         shapes = [name for name, shape in expected.items() if weights.get(name, shape) != shape]
@@ -103,7 +105,7 @@ class SavedWeights:
         if self._last is not None and self._last[0] == entry.megatron:
             return self._last[1]
         self._last = None
-        parts = {name: torch.empty(shape, dtype=self._dtype(name)) for name, shape in stored_parts(entry)}
+        parts = {name: torch.empty(shape, dtype=self._dtype(name)) for name, shape in stored_sections(entry)}
         try:
             with warnings.catch_warnings():  # that there is one process
                 warnings.simplefilter("ignore", UserWarning)
@@ -119,7 +121,7 @@ class SavedWeights:
         """The Hugging Face tensors of some entries by their names of the table, none of them read."""
         tensors: dict[str, LazyTensor] = {}
         for entry in entries:
-            dtype = self._dtype(stored_parts(entry)[0][0])
+            dtype = self._dtype(stored_sections(entry)[0][0])
             for i, (name, shape) in enumerate(hf_shapes([entry], model).items()):
                 tensors[name] = LazyTensor(dtype, shape, self._pieces(entry, i, model))
         return tensors
@@ -146,8 +148,8 @@ def stored_weights(
 
     def part(entry: Entry, number: int) -> Callable[[], Iterator[Tensor]]:
         def pieces() -> Iterator[Tensor]:
-            if entry.parts:
-                yield kept(entry).split(list(entry.parts), dim=entry.split or 0)[number].reshape(-1)
+            if entry.sections:
+                yield kept(entry).split(list(entry.sections), dim=entry.split or 0)[number].reshape(-1)
             else:
                 yield parameter(entry).reshape(-1)
 
@@ -156,7 +158,7 @@ def stored_weights(
     stored: dict[str, LazyTensor] = {}
     for entry in entries:
         dtype = tensors[entry.hf[0]].dtype
-        for i, (name, shape) in enumerate(stored_parts(entry)):
+        for i, (name, shape) in enumerate(stored_sections(entry)):
             stored[name] = LazyTensor(dtype, shape, part(entry, i))
     return stored
 
@@ -164,9 +166,9 @@ def stored_weights(
 def write_weights(folder: Path, tensors: Mapping[str, LazyTensor], *, report: Report) -> None:
     """Write a distributed checkpoint of weights alone into an empty folder, one tensor at a time.
 
-    `torch.distributed.checkpoint.save` wants all of them in memory (and in torch 2.13 keeps each until its file is
-    closed), so the two files of the format are written here: every tensor as `torch.save` writes it, one behind
-    another, and where each begins.
+    `torch.distributed.checkpoint.save` wants all of them in memory (and in torch 2.13 keeps each
+    until its file is closed), so the two files of the format are written here: every tensor as
+    `torch.save` writes it, one behind another, and where each begins.
     """
     metadata = Metadata({}, storage_data={})
     with open(folder / _WEIGHTS_FILE, "wb") as file:

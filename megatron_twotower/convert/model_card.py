@@ -24,8 +24,8 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
-# transformers >= 5.3 clamps the time step at `time_step_min` in one of its two paths; training does not. It takes its
-# logarithm, so that next to zero is as close as one gets.
+# transformers >= 5.3 clamps the time step at `time_step_min` in one of its two paths; training does
+# not. It takes its logarithm, so that next to zero is as close as one gets.
 _NO_CLAMP = 1e-30
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from megatron_twotower.common.errors import UserError
 
-# The allocator gives blocks of this size back and forth without asking the system; larger ones it maps each time.
+# The allocator gives blocks of this size back and forth without asking the system; larger ones it
+# maps each time.
 PIECE_BYTES = 8 * 2**20
 # Longer headers are refused by the safetensors library, too.
 LONGEST_HEADER_BYTES = 100_000_000
@@ -43,7 +44,8 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 # The tensor of a name.
 TensorSource = Callable[[str], Tensor]
-# Called with a number of bytes whenever so many more are done; and with how many there will be, before the first.
+# Called with a number of bytes whenever so many more are done; and with how many there will be,
+# before the first.
 Report = Callable[[int], None]
 Watch = Callable[[int], Report]
 

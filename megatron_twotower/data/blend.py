@@ -9,9 +9,10 @@ A blend file:
       breadth: {web: 90, math: 10}           # weights on any scale
       quality: {web: 40, math: 60}
 
-Within a phase, position k reads from the corpus that `order.Mixture` lays there: after any number of positions, each
-corpus has come up within one sequence of its weight. Every corpus is read in its own shuffled epochs, and a later phase
-goes on where an earlier one left it, so that no sequence comes twice before all have come once.
+Within a phase, position k reads from the corpus that `order.Mixture` lays there: after any number
+of positions, each corpus has come up within one sequence of its weight. Every corpus is read in its
+own shuffled epochs, and a later phase goes on where an earlier one left it, so that no sequence
+comes twice before all have come once.
 """
 
 import dataclasses
@@ -34,8 +35,9 @@ from megatron_twotower.types import Batch
 class BlendCorpus:
     """A corpus of a mixture.
 
-    number: its place among the corpora of the file, part of the keys of order and noise. folder: as the file has it,
-    made absolute or relative to where the corpora are; a URL stays as it is. weight: as the file has it. source,
+    number: its place among the corpora of the file, part of the keys of order and noise. folder: as
+    the file has it, made absolute or relative to where the corpora are; a URL stays as it is.
+    weight: as the file has it. source,
     public: what the file says of its origin, for the reader.
     """
 
@@ -66,8 +68,8 @@ class Blend:
     def open(cls, path: str | Path, *, root: str | Path | None = None) -> "Blend":
         """Read a blend file. root: where its relative folders are; the folder of the file if left out.
 
-        Raises:
-            UserError: not there, not YAML, an unknown or missing key, a corpus that is not listed, or a bad weight.
+        Raises: UserError: not there, not YAML, an unknown or missing key, a corpus that is not
+            listed, or a bad weight.
         """
         path = Path(path)
         content = _read_yaml(path)
@@ -158,11 +160,11 @@ def split_folder(folder: str, split: str) -> Path | str:
 
 
 @dataclass(frozen=True)
-class _Stage:
+class _PhaseMixture:
     """A phase's mixture over the run's corpora.
 
-    corpora: (C,) int64 index of each corpus of the mixture among those of the run. taken: (C,) int64 sequences of each
-    that earlier phases consume.
+    corpora: (C,) int64 index of each corpus of the mixture among those of the run. taken: (C,)
+    int64 sequences of each that earlier phases consume.
     """
 
     mixture: Mixture
@@ -174,13 +176,14 @@ class _Stage:
 class BlendedDataset:
     """The sequences of a run, each from the corpus that its phase's mixture has at its position.
 
-    datasets: by name of the corpus. phases and weights: in parallel; the weights of a phase by name of the corpus.
+    datasets: by name of the corpus. phases and weights: in parallel; the weights of a phase by name
+    of the corpus.
     """
 
     datasets: dict[str, SequenceDataset]
     phases: tuple[Phase, ...]
     weights: Sequence[dict[str, float]]
-    _stages: tuple[_Stage, ...] = field(init=False, repr=False)
+    _stages: tuple[_PhaseMixture, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         assert len(self.phases) == len(self.weights) > 0, (self.phases, self.weights)
@@ -190,7 +193,7 @@ class BlendedDataset:
         for phase, weights in zip(self.phases, self.weights, strict=True):
             mixture = Mixture.of(list(weights.values()))
             corpora = np.array([index[name] for name in weights], dtype=np.int64)
-            stages.append(_Stage(mixture, corpora, total[corpora]))
+            stages.append(_PhaseMixture(mixture, corpora, total[corpora]))
             total[corpora] += mixture.before(phase.sequences)
         object.__setattr__(self, "_stages", tuple(stages))
 

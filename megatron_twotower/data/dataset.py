@@ -1,8 +1,9 @@
 """A corpus as fixed-length sequences in a shuffled order that any machine can compute from a position alone.
 
-The run reads positions 0, 1, 2, ... Position p is place p % n of epoch p // n, n the number of sequences, and `order`
-says which sequence stands there. So the cursor, one integer, is the whole state of the data: nothing else is saved, a
-resume costs nothing, and the order knows nothing of ranks, micro-batches or workers.
+The run reads positions 0, 1, 2, ... Position p is place p % n of epoch p // n, n the number of
+sequences, and `order` says which sequence stands there. So the cursor, one integer, is the whole
+state of the data: nothing else is saved, a resume costs nothing, and the order knows nothing of
+ranks, micro-batches or workers.
 """
 
 import functools
@@ -25,7 +26,8 @@ from megatron_twotower.types import Batch
 
 T = TypeVar("T")
 
-# The key of a sequence's noise: the number of its corpus stands above the sequence's number within it.
+# The key of a sequence's noise: the number of its corpus stands above the sequence's number within
+# it.
 SAMPLE_BITS = 43
 _FILLER = 0  # stands where a sequence could not be read; never scored
 
@@ -50,9 +52,9 @@ class Source(Protocol):
 class SequenceDataset:
     """A corpus cut into sequences of `sequence_length` tokens; the rest at its end is never read.
 
-    seed: keys the order of every epoch. number: of the corpus within its blend. packing: keeps documents apart; None to
-    cut across them. skip_damaged: what touches a damaged shard becomes padding, where else the run stops; the corpus
-    must have been opened with `verify_shards`.
+    seed: keys the order of every epoch. number: of the corpus within its blend. packing: keeps
+    documents apart; None to cut across them. skip_damaged: what touches a damaged shard becomes
+    padding, where else the run stops; the corpus must have been opened with `verify_shards`.
 
     Errors: `UserError` for a corpus shorter than one sequence.
     """
@@ -202,9 +204,11 @@ def batches(
 ) -> Iterator[tuple[list[Batch], int]]:
     """Endless steps: (this rank's micro-batches, cursor after the step). A cursor counts the sequences of all ranks.
 
-    workers, depth: threads that read ahead, and steps they are ahead; they change nothing about what is read.
+    workers, depth: threads that read ahead, and steps they are ahead; they change nothing about
+    what is read.
 
-    Errors: `UserError`, at the call, when the global batch does not divide into `world` times whole micro-batches.
+    Errors: `UserError`, at the call, when the global batch does not divide into `world` times whole
+    micro-batches.
     """
     _, share = rank_slice(cursor, global_batch_size, rank=rank, world=world)
     if micro_batch_size < 1 or share < 1 or share % micro_batch_size:
@@ -225,8 +229,8 @@ def batches(
 def read_ahead(make: Callable[[int], T], *, workers: int, depth: int) -> Generator[T, None, None]:
     """make(0), make(1), ... in order, up to `depth` of them made ahead by `workers` threads from the first `next` on.
 
-    `make` must be a function of its argument alone. An exception of it is raised here, after the items before it.
-    Closing the result (or dropping it) ends the threads.
+    `make` must be a function of its argument alone. An exception of it is raised here, after the
+    items before it. Closing the result (or dropping it) ends the threads.
     """
     assert workers > 0 and depth > 0, (workers, depth)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="read-ahead")

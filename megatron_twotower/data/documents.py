@@ -1,7 +1,7 @@
 """Where text comes from: text files, JSON lines (plain, gzip, zstd) and parquet, cut in units for worker processes.
 
-A unit is read from its start to its end by one worker. Units and their order follow from the inputs alone: files of
-text held out for validation, then files of records, then the other files of text.
+A unit is read from its start to its end by one worker. Units and their order follow from the inputs
+alone: files of text held out for validation, then files of records, then the other files of text.
 """
 
 import codecs
@@ -48,8 +48,10 @@ class Document:
 class Unit:
     """What one worker reads at a time.
 
-    files: whole files of text, all of `split`; or one file of records, whose split is decided text by text (None).
-    begin, end: the bytes of a plain JSON lines file in which its lines start, or the row groups of a parquet file.
+    files: whole files of text, all of `split`; or one file of records, whose split is decided text
+    by text (None).
+    begin, end: the bytes of a plain JSON lines file in which its lines start, or the row groups of
+    a parquet file.
     size: bytes of input.
     """
 
@@ -68,7 +70,8 @@ class Fault:
     malformed: bool = False
 
 
-# File within a unit of text files, else line or row within the unit; and the text, None for a blank line.
+# File within a unit of text files, else line or row within the unit; and the text, None for a blank
+# line.
 Item = tuple[int, str | Fault | None]
 
 
@@ -78,8 +81,9 @@ Item = tuple[int, str | Fault | None]
 def find_documents(inputs: Sequence[str], *, suffixes: Sequence[str] = SUFFIXES) -> list[Document]:
     """Files of each input: a file, a folder (its `suffixes` and files of records, at any depth), or `python-stdlib`.
 
-    `python-stdlib` is the library source (.py) of the running interpreter. Hidden folders, byte-code caches and
-    installed packages are passed over. Sorted by name within an input; a file reached twice counts once.
+    `python-stdlib` is the library source (.py) of the running interpreter. Hidden folders,
+    byte-code caches and installed packages are passed over. Sorted by name within an input; a file
+    reached twice counts once.
 
     Errors: `UserError` for an input that is not there or holds no such file.
     """
@@ -126,8 +130,9 @@ def read_text(document: Document) -> str | None:
 def split_documents(documents: Sequence[Document], *, holdout_fraction: float) -> dict[str, list[Document]]:
     """`documents` as {"train": ..., "validation": ...}, each in the order of the SHA-256 of the names.
 
-    That order mixes the packages. A name is held out when its hash, read as a fraction, is below `holdout_fraction`,
-    whatever other documents there are; of two names or more at least one is held out, and at least one is not.
+    That order mixes the packages. A name is held out when its hash, read as a fraction, is below
+    `holdout_fraction`, whatever other documents there are; of two names or more at least one is
+    held out, and at least one is not.
     """
     if not 0 <= holdout_fraction < 1:
         raise UserError(f"holdout_fraction {holdout_fraction}: expected at least 0 and less than 1")
@@ -157,11 +162,12 @@ def cut_units(
 ) -> list[Unit]:
     """The units of `documents`, in order: each about `unit_bytes` of input, or one larger file that cannot be cut.
 
-    Of a repeated text the first copy stays. Files of text held out come first, and records before the other files, so
-    that the copy that stays is always the held-out one (all copies among records are on one side: it is their text that
-    decides).
+    Of a repeated text the first copy stays. Files of text held out come first, and records before
+    the other files, so that the copy that stays is always the held-out one (all copies among
+    records are on one side: it is their text that decides).
 
-    Errors: `UserError` for a parquet file that cannot be read or has no column of strings named `text_field`.
+    Errors: `UserError` for a parquet file that cannot be read or has no column of strings named
+    `text_field`.
     """
     splits = split_documents(
         [document for document in documents if not document.is_records], holdout_fraction=holdout_fraction

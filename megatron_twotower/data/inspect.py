@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_twotower.common import plots
 from megatron_twotower.common.errors import UserError
-from megatron_twotower.common.progress import Report, Stage
+from megatron_twotower.common.progress import CorpusProgress, OnCorpusProgress
 from megatron_twotower.data import remote
 from megatron_twotower.data.blend import Blend, split_folder
 from megatron_twotower.data.shards import INDEX_FILE, TRAIN, VALIDATION, Corpus, checksum, token_members
@@ -32,7 +32,8 @@ _BAR_CHARACTERS = 40
 def roots(data: str, *, folder: str | None = None) -> dict[str, str]:
     """Name and prepared folder (path or URL) of each corpus of `data`, which is one itself, or a blend file.
 
-    folder: where the corpora of a blend are, as `data.folder` of a recipe; beside the blend file if left out.
+    folder: where the corpora of a blend are, as `data.folder` of a recipe; beside the blend file if
+    left out.
     """
     if Path(data).suffix in (".yaml", ".yml"):
         blend = Blend.open(data, root=folder)
@@ -59,8 +60,8 @@ def inspect(
 ) -> None:
     """Print counts, lengths, and documents with their block boundaries, of every corpus; draw the lengths.
 
-    tokenizer: to decode with; that of the prepared folder if left out, and without any, ids are shown. folder: as in
-    `roots`.
+    tokenizer: to decode with; that of the prepared folder if left out, and without any, ids are
+    shown. folder: as in `roots`.
     Errors: `UserError` for what cannot be opened.
     """
     if block_size < 1:
@@ -196,12 +197,13 @@ def verify(
     tokenizer: Path | None = None,
     folder: str | None = None,
     workers: int = 1,
-    progress: Report = lambda _: None,
+    progress: OnCorpusProgress = lambda _: None,
 ) -> list[str]:
     """Every fault of every corpus, one line each; prints how much was checked. folder: as in `roots`.
 
-    Checked: index and arrays, size and checksum of each shard, the index against the tar, ids against the vocabulary,
-    BOS and EOS, the totals, and that all data is of one tokenizer: that of its folder, and `tokenizer` if given.
+    Checked: index and arrays, size and checksum of each shard, the index against the tar, ids
+    against the vocabulary, BOS and EOS, the totals, and that all data is of one tokenizer: that of
+    its folder, and `tokenizer` if given.
     """
     problems: list[str] = []
     checks: list[_Check] = []
@@ -224,7 +226,7 @@ def verify(
 
     def on_count(counts: Sequence[int]) -> None:
         documents, _, tokens = counts
-        progress(Stage("verifying", tokens, total, documents, tokens))
+        progress(CorpusProgress("verifying", tokens, total, documents, tokens))
 
     faults = dict(unordered(shard_problems, checks, workers=workers, on_count=on_count))
     problems += [fault for check in checks for fault in faults[check]]

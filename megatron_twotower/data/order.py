@@ -1,7 +1,7 @@
 """In which order a run reads: shuffles and mixtures that any machine can compute from a position alone.
 
-Nothing here has a state. A shuffle is keyed by (seed, epoch), a mixture is a table of one period, and the entry at
-position 10^12 costs what the first one does.
+Nothing here has a state. A shuffle is keyed by (seed, epoch), a mixture is a table of one period,
+and the entry at position 10^12 costs what the first one does.
 """
 
 import heapq
@@ -22,12 +22,14 @@ LONGEST_PERIOD = 1 << 16
 class Permutation:
     """A shuffle of range(n), keyed by (seed, epoch), that computes any entry on its own: `permutation[indices]`.
 
-    A Feistel network. Numbers below rows * columns, a rectangle of about sqrt(n) a side that holds n, are written as
-    (row, column), and in turn each is shifted by a keyed hash of the other: every step can be undone, so the whole is
-    a bijection. A result of n or more (about one in sqrt(n)) goes through again until it falls below n, which keeps
-    it one (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002, sections 4 and 5).
+    A Feistel network. Numbers below rows * columns, a rectangle of about sqrt(n) a side that holds
+    n, are written as (row, column), and in turn each is shifted by a keyed hash of the other: every
+    step can be undone, so the whole is a bijection. A result of n or more (about one in sqrt(n))
+    goes through again until it falls below n, which keeps it one (Black and Rogaway, "Ciphers with
+    arbitrary finite domains", 2002, sections 4 and 5).
 
-    stream: numbers shuffles that are not to be alike under the same seed and epoch, from 1; 0 for the only one.
+    stream: numbers shuffles that are not to be alike under the same seed and epoch, from 1; 0 for
+    the only one.
     """
 
     n: int
@@ -76,9 +78,10 @@ def _hash(numbers: np.ndarray, key: np.uint64) -> np.ndarray:
 class Shuffle:
     """How an epoch of a corpus is ordered.
 
-    `full`: one permutation of all its sequences, read from everywhere at once. `windowed`: the corpus is cut into runs
-    of `run` neighbouring sequences (about a shard), the runs are permuted, and `runs` of them at a time are read
-    together, their sequences permuted: no more than `runs` runs are open at once. `none`: as they stand.
+    `full`: one permutation of all its sequences, read from everywhere at once. `windowed`: the
+    corpus is cut into runs of `run` neighbouring sequences (about a shard), the runs are permuted,
+    and `runs` of them at a time are read together, their sequences permuted: no more than `runs`
+    runs are open at once. `none`: as they stand.
     """
 
     kind: str = "full"
@@ -111,7 +114,8 @@ def _windowed(places: np.ndarray, *, n: int, seed: int, epoch: int, shuffle: Shu
         inner = Permutation(held, seed=seed, epoch=epoch, stream=number + 2)[places[chosen] - number * size]
         result[chosen] = inner + number * size
     slot, offset = np.divmod(result, run)
-    # The sequences after the last whole run stay in the last group; the rotation below moves them about.
+    # The sequences after the last whole run stay in the last group; the rotation below moves them
+    # about.
     moved = slot < whole
     slot[moved] = Permutation(whole, seed=seed, epoch=epoch, stream=1)[slot[moved]]
     turn = int(_keys(seed, epoch, 1, 1, count=1)[0] % n)
@@ -124,8 +128,8 @@ def _windowed(places: np.ndarray, *, n: int, seed: int, epoch: int, shuffle: Shu
 def whole_shares(weights: Sequence[float]) -> list[int]:
     """Weights as whole numbers of positions in a period of at most `LONGEST_PERIOD`.
 
-    Exact where the weights, as written in decimals, allow it; otherwise by largest remainder, off by less than one
-    position of the longest period.
+    Exact where the weights, as written in decimals, allow it; otherwise by largest remainder, off
+    by less than one position of the longest period.
     """
     written = [Fraction(str(weight)) for weight in weights]
     total = sum(written)
@@ -146,11 +150,13 @@ def whole_shares(weights: Sequence[float]) -> list[int]:
 class Mixture:
     """Which of C corpora each position reads from, and the how-manieth of that corpus it is.
 
-    One period of positions is laid out once and repeats for ever, and in every period corpus c comes up `counts[c]`
-    times. After any number k of positions it has come up within 1 - 1 / (2C - 2) of k * counts[c] / period times
-    (Tijdeman, "The chairman assignment problem", 1980; his schedule, found as earliest deadline first).
+    One period of positions is laid out once and repeats for ever, and in every period corpus c
+    comes up `counts[c]` times. After any number k of positions it has come up within 1 - 1 / (2C -
+    2) of k * counts[c] / period times (Tijdeman, "The chairman assignment problem", 1980; his
+    schedule, found as earliest deadline first).
 
-    table: (period,) uint16, the corpus at each place. ranks: (period,) int64, how often it came before in the period.
+    table: (period,) uint16, the corpus at each place. ranks: (period,) int64, how often it came
+    before in the period.
     """
 
     counts: np.ndarray
@@ -187,8 +193,8 @@ class Mixture:
 def _chairmen(counts: Sequence[int]) -> list[int]:
     """The corpus at each place of a period; all arithmetic in whole numbers, so that it is the same everywhere."""
     period, spread = sum(counts), max(2 * len(counts) - 2, 1)
-    # Turn j of a corpus may come when its share of the places so far reaches j + 1 / spread, and must have come when
-    # that share passes j + 1 - 1 / spread.
+    # Turn j of a corpus may come when its share of the places so far reaches j + 1 / spread, and
+    # must have come when that share passes j + 1 - 1 / spread.
     turns = (
         sorted(
             (

@@ -1,9 +1,10 @@
 """Documents laid end to end so that each begins a block: where any stretch of that stream comes from.
 
-With boundaries respected, a document is padded to a multiple of the block size, and the padded documents make one
-stream that is cut into sequences. What stands at a position is then found from prefix sums of the padded lengths, in
-O(log documents); nothing is packed ahead, and nothing is stored. A document that does not fit goes on in the next
-sequence, as a document of its own there. Padding is less than a block per document.
+With boundaries respected, a document is padded to a multiple of the block size, and the padded
+documents make one stream that is cut into sequences. What stands at a position is then found from
+prefix sums of the padded lengths, in O(log documents); nothing is packed ahead, and nothing is
+stored. A document that does not fit goes on in the next sequence, as a document of its own there.
+Padding is less than a block per document.
 """
 
 from dataclasses import dataclass, field
@@ -19,8 +20,9 @@ _GROUPS_AT_ONCE = 1 << 12
 class Stretch:
     """(count,) positions of the padded stream.
 
-    documents: int32, numbered from 0 and growing; sources: int64, growing, the position in the corpus's own stream
-    whose token stands there; padding: bool, true where that is the document's last token once more.
+    documents: int32, numbered from 0 and growing; sources: int64, growing, the position in the
+    corpus's own stream whose token stands there; padding: bool, true where that is the document's
+    last token once more.
     """
 
     documents: np.ndarray
@@ -32,7 +34,8 @@ class Stretch:
 class Packing:
     """The padded stream of a corpus's documents, each padded to a multiple of `alignment` tokens.
 
-    starts: (documents + 1,) int64 where each document begins in the corpus's own stream, memory-mapped or not.
+    starts: (documents + 1,) int64 where each document begins in the corpus's own stream,
+    memory-mapped or not.
     sums: (groups + 1,) int64 padded tokens before every group of documents.
     """
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_twotower.common.files import written
+from megatron_twotower.common.files import atomic_file
 from megatron_twotower.data import workers
 from megatron_twotower.data.documents import TRAIN, VALIDATION, Fault, Unit, read_unit
 from megatron_twotower.data.shards import Sample, Shard, write_shard
@@ -51,7 +51,8 @@ class Span:
     """Documents `begin` to `end` of part `part`, those that `.keep` gives to the split.
 
     first_id: place in `.ids` of the first id of document `begin`.
-    names: of the files of a unit of text; or the name of one file of records and how many lines it has before the unit.
+    names: of the files of a unit of text; or the name of one file of records and how many lines it
+    has before the unit.
     """
 
     part: int
@@ -94,13 +95,13 @@ def write_part(task: UnitTask) -> dict[str, Any]:
     """Tokenise a unit; return what its .json holds. Holds a megabyte of text (or one longer text) and its ids."""
     base = part_path(task.folder, task.number, "")
     with (
-        written(base.with_suffix(".ids")) as ids_path,
-        written(base.with_suffix(".records")) as records_path,
+        atomic_file(base.with_suffix(".ids")) as ids_path,
+        atomic_file(base.with_suffix(".records")) as records_path,
         open(ids_path, "wb") as ids,
         open(records_path, "wb") as records,
     ):
         about = _encode_unit(task, write_ids=ids.write, write_records=records.write)
-    with written(base.with_suffix(".json")) as path:
+    with atomic_file(base.with_suffix(".json")) as path:
         path.write_text(json.dumps(about))
     return about
 
@@ -149,7 +150,8 @@ def _encode_unit(
 class _Reader:
     """The texts of a unit in batches, and counts of what it read by the way.
 
-    lines: of a unit of records. left_out: by reason. faults: (line within the unit, reason), the first ones.
+    lines: of a unit of records. left_out: by reason. faults: (line within the unit, reason), the
+    first ones.
     """
 
     def __init__(self, task: UnitTask) -> None:
@@ -201,13 +203,13 @@ def _encoder(tokenizer: Path, fingerprint: str) -> Callable[[Sequence[str]], lis
 def write_planned_shard(task: ShardTask) -> Shard:
     """Write a shard, and beside the parts what the index will hold of it; holds one document's ids at a time."""
     file = f"shard-{task.shard.number:05d}.tar"
-    with written(task.folder / "data" / task.shard.split / file) as path:
+    with atomic_file(task.folder / "data" / task.shard.split / file) as path:
         sha256, offsets, lengths = write_shard(path, _samples(task), first=task.shard.first)
         size = path.stat().st_size
-    with written(task.base.with_suffix(".arrays")) as path:
+    with atomic_file(task.base.with_suffix(".arrays")) as path:
         path.write_bytes(np.stack([offsets, lengths]).tobytes())
     shard = Shard(file, size, sha256, len(lengths), int(lengths.sum()))
-    with written(task.base.with_suffix(".json")) as path:
+    with atomic_file(task.base.with_suffix(".json")) as path:
         path.write_text(json.dumps(shard._asdict()))
     return shard
 

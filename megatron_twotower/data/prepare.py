@@ -1,12 +1,14 @@
 """Text -> a prepared folder (see `shards`), by worker processes, in three stages that a killed run goes on from.
 
-1. Every unit of the input is tokenised to a part. 2. It is decided which documents stay, in which split and in which
-shard. 3. The shards are written from the parts; a part's ids are removed once the shards that need them are there.
+1. Every unit of the input is tokenised to a part. 2. It is decided which documents stay, in which
+split and in which shard. 3. The shards are written from the parts; a part's ids are removed once
+the shards that need them are there.
 
-Stage 2 sees the parts in the order of the units and nothing else, so the result does not depend on the number of
-workers, nor on how often the run was killed. Memory: stage 2 holds 18 bytes a document of all of the input (16 of them
-its digest; none without deduplication) and a table of the shards; a worker holds a megabyte of text, or the longest
-one, and its ids. Files of text are listed in memory, some hundred bytes each. Disk: parts are about as large as shards.
+Stage 2 sees the parts in the order of the units and nothing else, so the result does not depend on
+the number of workers, nor on how often the run was killed. Memory: stage 2 holds 18 bytes a
+document of all of the input (16 of them its digest; none without deduplication) and a table of the
+shards; a worker holds a megabyte of text, or the longest one, and its ids. Files of text are listed
+in memory, some hundred bytes each. Disk: parts are about as large as shards.
 """
 
 import dataclasses
@@ -22,7 +24,7 @@ from typing import Any
 
 from megatron_twotower import __version__
 from megatron_twotower.common.errors import UserError
-from megatron_twotower.common.progress import Report, Stage
+from megatron_twotower.common.progress import CorpusProgress, OnCorpusProgress
 from megatron_twotower.data import workers, workspace
 from megatron_twotower.data.documents import SUFFIXES, TRAIN, VALIDATION, Unit, cut_units, find_documents
 from megatron_twotower.data.parts import (
@@ -36,7 +38,7 @@ from megatron_twotower.data.parts import (
     write_part,
     write_planned_shard,
 )
-from megatron_twotower.data.selection import Plan, lines_before, select
+from megatron_twotower.data.selection import Selection, lines_before, select
 from megatron_twotower.data.shards import INDEX_FILE, INDEX_VERSION, Shard, write_index
 from megatron_twotower.data.tokenizer import TOKENIZER_FILE, load_tokenizer, tokenizer_fingerprint
 
@@ -85,26 +87,30 @@ def prepare(
     suffixes: Sequence[str] = SUFFIXES,
     workers: int = 1,
     unit_bytes: int = 8 << 20,
-    progress: Report | None = None,
+    progress: OnCorpusProgress | None = None,
 ) -> dict[str, Any]:
     """Tokenise `inputs` into the folder `output` (see `shards`) and return its summary.
 
-    inputs: files and folders of text or records, or `python-stdlib` (`documents.find_documents`). A record's text is
-    its field (column) `text_field`; one that breaks its format is counted, and more of them than `max_malformed` stop
-    the run: a share of all records below 1, a number of them from 1 on. With `bos` or `eos` "document" every document
-    begins or ends with the tokenizer's BOS or EOS id, with "none" not.
+    inputs: files and folders of text or records, or `python-stdlib` (`documents.find_documents`). A
+    record's text is its field (column) `text_field`; one that breaks its format is counted, and
+    more of them than `max_malformed` stop the run: a share of all records below 1, a number of them
+    from 1 on. With `bos` or `eos` "document" every document begins or ends with the tokenizer's BOS
+    or EOS id, with "none" not.
 
-    Left out and counted: a file that is not UTF-8; text that is empty, that repeats another (unless not `deduplicate`;
-    the held-out copy stays), or has fewer than `min_tokens` or more than `max_tokens` ids. Held out: a file of text by
-    its name (`documents.split_documents`), a record by its text: when the SHA-256, read as a fraction, is below
-    `holdout_fraction`, however the input is cut into files. A shard takes documents up to `shard_tokens` tokens, or one
-    longer document. The same inputs give the same bytes for any number of `workers` (1: this process).
+    Left out and counted: a file that is not UTF-8; text that is empty, that repeats another (unless
+    not `deduplicate`; the held-out copy stays), or has fewer than `min_tokens` or more than
+    `max_tokens` ids. Held out: a file of text by its name (`documents.split_documents`), a record
+    by its text: when the SHA-256, read as a fraction, is below `holdout_fraction`, however the
+    input is cut into files. A shard takes documents up to `shard_tokens` tokens, or one longer
+    document. The same inputs give the same bytes for any number of `workers` (1: this process).
 
-    An interrupted run leaves OUTPUT.partial, and goes on from there when it is called again with the same settings.
+    An interrupted run leaves OUTPUT.partial, and goes on from there when it is called again with
+    the same settings.
 
-    Errors: `UserError` for a missing input or tokenizer, input without text, a value out of range, too many malformed
-    records, a disk that is full, OUTPUT.partial of other settings, or an `output` that exists; with `overwrite` an
-    earlier prepared folder (and OUTPUT.partial) is replaced, and nothing else ever is. `output` is as it was then.
+    Errors: `UserError` for a missing input or tokenizer, input without text, a value out of range,
+    too many malformed records, a disk that is full, OUTPUT.partial of other settings, or an
+    `output` that exists; with `overwrite` an earlier prepared folder (and OUTPUT.partial) is
+    replaced, and nothing else ever is. `output` is as it was then.
     """
     output = Path(output)
     settings = Settings(
@@ -226,7 +232,7 @@ class _Job:
     settings: Settings
     vocabulary: _Vocabulary
     workers: int
-    report: Report
+    report: OnCorpusProgress
 
 
 def _write_parts(job: _Job, *, max_malformed: float) -> list[dict[str, Any]]:
@@ -255,7 +261,7 @@ def _write_parts(job: _Job, *, max_malformed: float) -> list[dict[str, Any]]:
 
     def on_count(counts: Sequence[int]) -> None:
         documents, done, tokens = (old + new for old, new in zip(before, counts, strict=True))
-        job.report(Stage("tokenising", min(done, total), total, documents, tokens))
+        job.report(CorpusProgress("tokenising", min(done, total), total, documents, tokens))
 
     on_count((0, 0, 0))
     limit = _MalformedLimit(max_malformed)
@@ -303,7 +309,7 @@ def _faults(units: Sequence[Unit], abouts: Sequence[dict[str, Any]]) -> list[str
 # --- writing ------------------------------------------------------------------------------------------------------
 
 
-def _write_data(job: _Job, plan: Plan, *, faults: Sequence[str]) -> dict[str, Any]:
+def _write_data(job: _Job, plan: Selection, *, faults: Sequence[str]) -> dict[str, Any]:
     """Write shards, indices, tokenizer and summary in `data`; return the summary."""
     data, vocabulary = job.folder / "data", job.vocabulary
     for split in plan.splits:
@@ -338,7 +344,7 @@ def _write_data(job: _Job, plan: Plan, *, faults: Sequence[str]) -> dict[str, An
     return summary
 
 
-def _write_shards(job: _Job, plan: Plan, tasks: Sequence[ShardTask]) -> list[Shard]:
+def _write_shards(job: _Job, plan: Selection, tasks: Sequence[ShardTask]) -> list[Shard]:
     """Write what is missing of the planned shards, and remove the ids of parts that no shard needs any more."""
     shards = [read_planned_shard(task) for task in tasks]
     total = sum(totals["tokens"] for totals in plan.totals.values())
@@ -346,7 +352,7 @@ def _write_shards(job: _Job, plan: Plan, tasks: Sequence[ShardTask]) -> list[Sha
 
     def on_count(counts: Sequence[int]) -> None:
         documents, _, tokens = (old + new for old, new in zip(before, counts, strict=True))
-        job.report(Stage("writing", tokens, total, documents, tokens))
+        job.report(CorpusProgress("writing", tokens, total, documents, tokens))
 
     places = {(task.shard.split, task.shard.number): place for place, task in enumerate(tasks)}
     missing = [task for task, shard in zip(tasks, shards, strict=True) if shard is None]
@@ -364,7 +370,7 @@ def _write_shards(job: _Job, plan: Plan, tasks: Sequence[ShardTask]) -> list[Sha
     return [shard for shard in shards if shard is not None]
 
 
-def _what_was_found(plan: Plan) -> str:
+def _what_was_found(plan: Selection) -> str:
     """Why there is nothing to train on: what was held out, and what was left out by reason."""
     found = plan.left_out[TRAIN] + plan.left_out[VALIDATION] + Counter(held_out=plan.totals[VALIDATION]["documents"])
     return ", ".join(f"{count} {reason}" for reason, count in sorted(found.items())) or "nothing"

@@ -62,9 +62,10 @@ def read(url: str) -> bytes:
 def fetch(url: str, *, sha256: str, folder: Path) -> Path:
     """A local copy of a URL, in `folder`, named by its checksum: fetched unless it is there already.
 
-    Threads, processes and machines may share `folder`: a copy appears there whole or not at all, and those who want the
-    same one at the same time wait for one of them to fetch it.
-    Errors: `UserError` naming the URL, what was found and what was expected, after `ATTEMPTS` attempts.
+    Threads, processes and machines may share `folder`: a copy appears there whole or not at all,
+    and those who want the same one at the same time wait for one of them to fetch it.
+    Errors: `UserError` naming the URL, what was found and what was expected, after `ATTEMPTS`
+    attempts.
     """
     target = folder / sha256
     if _asked_for(target):

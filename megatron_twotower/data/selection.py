@@ -17,7 +17,7 @@ _DOCUMENTS_SORTED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
-class Plan:
+class Selection:
     """splits: those to write, in order. totals, by split: documents, tokens (BOS, EOS included), bytes, characters."""
 
     splits: tuple[str, ...]
@@ -37,11 +37,12 @@ def select(
     max_tokens: int | None,
     shard_tokens: int,
     marks: int,
-) -> Plan:
+) -> Selection:
     """Decide over the parts of `units` (abouts: what `write_part` returned) and write their `.keep` files.
 
-    min_tokens, max_tokens: of the text alone; shard_tokens: with the `marks` ids (BOS, EOS) that each document gets.
-    Of a repeated text the first copy stays. A record left out before it had a text counts in `train`.
+    min_tokens, max_tokens: of the text alone; shard_tokens: with the `marks` ids (BOS, EOS) that
+    each document gets. Of a repeated text the first copy stays. A record left out before it had a
+    text counts in `train`.
     """
     repeated = _repeats(folder, [about["documents"] for about in abouts]) if deduplicate else None
     totals = {split: Counter(documents=0, tokens=0, bytes=0, characters=0) for split in SPLITS}
@@ -81,7 +82,7 @@ def select(
     shards = [shard for split in SPLITS for shard in cutters[split].finished()]
     split_files = {unit.split for unit in units}
     splits = tuple(split for split in SPLITS if split == TRAIN or split in split_files or totals[split]["documents"])
-    return Plan(splits, tuple(shards), totals, left_out)
+    return Selection(splits, tuple(shards), totals, left_out)
 
 
 def lines_before(units: Sequence[Unit], abouts: Sequence[dict[str, Any]]) -> list[int]:

@@ -11,8 +11,9 @@ A prepared folder:
     summary.json            what `prepare` returned
     provenance.json         what it was prepared from, and by which versions
 
-Plain `webdataset` streams the shards; `Corpus` reads any stretch of tokens without unpacking them. Opening one costs as
-much as reading the table of shards: the arrays are memory maps, so neither time nor memory grows with the documents.
+Plain `webdataset` streams the shards; `Corpus` reads any stretch of tokens without unpacking them.
+Opening one costs as much as reading the table of shards: the arrays are memory maps, so neither
+time nor memory grows with the documents.
 """
 
 import functools
@@ -108,7 +109,8 @@ def write_index(
     the documents of each shard, in order, of which one pair is held at a time."""
     documents = sum(shard.documents for shard in shards)
     files = {STARTS_FILE: documents + 1, OFFSETS_FILE: documents}
-    # Plain writes: through a memory map, a full disk is not an error but the end of the process (SIGBUS).
+    # Plain writes: through a memory map, a full disk is not an error but the end of the process
+    # (SIGBUS).
     with open(folder / STARTS_FILE, "wb") as starts, open(folder / OFFSETS_FILE, "wb") as offsets:
         for stream, size in zip((starts, offsets), files.values(), strict=True):
             header_1_0 = {"descr": "<i8", "fortran_order": False, "shape": (size,)}
@@ -133,10 +135,12 @@ def write_index(
 class Corpus:
     """An opened split: the ids of all its documents as one stream, in memory-mapped shards. Threads may share it.
 
-    folder: a path, or a URL (str). total_bytes, total_characters: of the text the ids came from (UTF-8), without BOS
-    and EOS. bos_token_id, eos_token_id: what each document begins and ends with, None where nothing was added.
-    offsets: (documents,) int64 bytes into its shard; starts: (documents + 1,) int64 position in the stream: both memory
-    maps. first_documents, first_tokens: (shards + 1,) int64, where each shard begins.
+    folder: a path, or a URL (str). total_bytes, total_characters: of the text the ids came from
+    (UTF-8), without BOS and EOS. bos_token_id, eos_token_id: what each document begins and ends
+    with, None where nothing was added.
+    offsets: (documents,) int64 bytes into its shard; starts: (documents + 1,) int64 position in the
+    stream: both memory maps. first_documents, first_tokens: (shards + 1,) int64, where each shard
+    begins.
     """
 
     folder: Path | str
@@ -175,10 +179,10 @@ class Corpus:
     ) -> "Corpus":
         """Open a split folder, or a URL of one (`remote.join` says how file names are put into it).
 
-        With `damaged="stop"` every local shard must be there in full, and with `verify` have the indexed checksum; with
-        "skip" no shard is looked at before it is read. With `verify_shards` the checksum of a local shard is compared
-        when it is first read. Remote shards are fetched into `cache` when they are first read, at most `CACHED_SHARDS`
-        of them, and always compared.
+        With `damaged="stop"` every local shard must be there in full, and with `verify` have the
+        indexed checksum; with "skip" no shard is looked at before it is read. With `verify_shards`
+        the checksum of a local shard is compared when it is first read. Remote shards are fetched
+        into `cache` when they are first read, at most `CACHED_SHARDS` of them, and always compared.
 
         Errors: `UserError` naming the index or the shard, what was found and what was expected.
         """

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_twotower.common.errors import UserError
-from megatron_twotower.config.phases import Phase, document_alignment, plan
+from megatron_twotower.config.phases import Phase, document_alignment, resolve_phases
 from megatron_twotower.config.schema import RunConfig
 from megatron_twotower.data.blend import Blend, BlendedDataset, BlendPhase, split_folder
 from megatron_twotower.data.dataset import SequenceDataset
@@ -20,10 +20,10 @@ from megatron_twotower.data.tokenizer import tokenizer_fingerprint
 def open_training(config: RunConfig) -> SequenceDataset | BlendedDataset:
     """What a run reads: the one corpus of `data.folder`, or the mixtures of `data.blend` by phase.
 
-    Raises:
-        UserError: a blend, corpus or phase that does not fit the run, or tokens of another tokenizer.
+    Raises: UserError: a blend, corpus or phase that does not fit the run, or tokens of another
+        tokenizer.
     """
-    phases = plan(config)
+    phases = resolve_phases(config)
     if not config.data.blend:
         return _open_corpus(config, config.data.folder, "train", number=0)
     mixtures = _mixtures(config, phases)
@@ -38,7 +38,7 @@ def open_validation(config: RunConfig, count: int) -> SequenceDataset | BlendedD
     Raises:
         UserError: as `open_training`, or fewer than `count` sequences are held out.
     """
-    phases, key = plan(config), f"train.validation_sequences: found {count}, expected at most the"
+    phases, key = resolve_phases(config), f"train.validation_sequences: found {count}, expected at most the"
     if not config.data.blend:
         alone = _open_corpus(config, config.data.folder, "validation", number=0)
         if count > len(alone):
@@ -125,13 +125,14 @@ def tokenizer_folder(config: RunConfig) -> Path:
     """Where the tokenizer of the run's tokens is: beside the splits of its (first) corpus."""
     if not config.data.blend:
         return Path(config.data.folder) / "tokenizer"
-    return Path(_mixtures(config, plan(config))[0].corpora[0].folder) / "tokenizer"
+    return Path(_mixtures(config, resolve_phases(config))[0].corpora[0].folder) / "tokenizer"
 
 
 def data_summary(config: RunConfig, source: SequenceDataset | BlendedDataset) -> dict[str, Any]:
     """What decides the order of a run, in plain values, and of every corpus the share of its positions that is padding.
 
-    order: settings; corpora: by name, "" for the only one; phases: where each begins and its weights, of a blend.
+    order: settings; corpora: by name, "" for the only one; phases: where each begins and its
+    weights, of a blend.
     """
     data = config.data
     order = {
@@ -172,9 +173,8 @@ def check_unchanged(found: dict[str, Any], expected: dict[str, Any], *, cursor: 
 
     found, expected: `data_summary` now, and when the run was last started.
 
-    Raises:
-        UserError: another order, a corpus with other text or at another place in the blend file, or a stretch of the
-            run that was read with another mixture.
+    Raises: UserError: another order, a corpus with other text or at another place in the blend
+        file, or a stretch of the run that was read with another mixture.
     """
     for key, value in expected["order"].items():
         if found["order"].get(key) != value:

@@ -1,7 +1,7 @@
 """Hugging Face tokenizers: train one, open one, and encode documents with it.
 
-Ids 0 to 3 of a tokenizer trained here are `<unk>` (padding too), `<s>`, `</s>` and `<mask>`; 4 to 259 are the 256
-bytes, so that no text ever needs `<unk>`.
+Ids 0 to 3 of a tokenizer trained here are `<unk>` (padding too), `<s>`, `</s>` and `<mask>`; 4 to
+259 are the 256 bytes, so that no text ever needs `<unk>`.
 """
 
 import hashlib
@@ -18,8 +18,9 @@ SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<mask>")
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
 TOKENIZER_FILE = "tokenizer.json"
 
-# Merges never cross these pieces. Source code decides them: line breaks keep the indentation after them, so that a new
-# level is one token; a word takes the space or dot before it and its underscores; digits go in threes, marks in runs.
+# Merges never cross these pieces. Source code decides them: line breaks keep the indentation after
+# them, so that a new level is one token; a word takes the space or dot before it and its
+# underscores; digits go in threes, marks in runs.
 _PIECES = "|".join(
     (
         r"(?:\r?\n[ \t]*)+",
@@ -30,17 +31,20 @@ _PIECES = "|".join(
         r"\s",
     )
 )
-# A ruler of eighty `=` is not worth an entry; 24 bytes hold a line break and five levels of indentation.
+# A ruler of eighty `=` is not worth an entry; 24 bytes hold a line break and five levels of
+# indentation.
 _LONGEST_TOKEN_BYTES = 24
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, output: Path) -> None:
     """Train byte-level BPE on `texts` and save it in Hugging Face form in the folder `output`.
 
-    The same texts in the same order give the same bytes. Text too short for `vocab_size` entries gives fewer.
-    `encode` adds no special token; `decode(encode(text))` is `text` for any Unicode text.
+    The same texts in the same order give the same bytes. Text too short for `vocab_size` entries
+    gives fewer. `encode` adds no special token; `decode(encode(text))` is `text` for any Unicode
+    text.
 
-    Errors: `UserError` when `vocab_size` cannot hold the special tokens and the bytes, or `output` is a file.
+    Errors: `UserError` when `vocab_size` cannot hold the special tokens and the bytes, or `output`
+    is a file.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise UserError(
@@ -100,7 +104,8 @@ def _tokenizer_file(folder: Path) -> Path:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Open the tokenizer saved in `folder`, from local files only.
 
-    Errors: `UserError` when the folder or its tokenizer.json is missing or cannot be read as a tokenizer.
+    Errors: `UserError` when the folder or its tokenizer.json is missing or cannot be read as a
+    tokenizer.
     """
     file = _tokenizer_file(folder)
     try:
@@ -121,8 +126,8 @@ def tokenizer_fingerprint(folder: Path) -> str:
 def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[Sequence[str]], list[list[int]]]:
     """A function from texts to the token ids of each, with nothing added, cut or padded.
 
-    A special token spelled out in the text ("<mask>" in a source file) is encoded as the characters it is written with:
-    clean text must never hold the mask token or end early.
+    A special token spelled out in the text ("<mask>" in a source file) is encoded as the characters
+    it is written with: clean text must never hold the mask token or end early.
     """
     # A copy: the switches below would change what the caller's tokenizer does.
     plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())

@@ -53,9 +53,11 @@ def unordered(
 ) -> Iterator[tuple[Task, Result]]:
     """(task, result) of every task as they come; tasks are begun in order, and few are taken before they can be begun.
 
-    `on_count` is given the sums that `count` was given in all workers. With one worker this process does the work.
+    `on_count` is given the sums that `count` was given in all workers. With one worker this process
+    does the work.
 
-    Errors: those of the function; `UserError` when a worker died. What is under way then is stopped first.
+    Errors: those of the function; `UserError` when a worker died. What is under way then is stopped
+    first.
     """
     if workers == 1:
         return _alone(function, tasks, on_count=on_count)
@@ -77,7 +79,8 @@ def _alone(
 def _together(
     function: Callable[[Task], Result], tasks: Iterable[Task], *, workers: int, on_count: Callable[[list[int]], None]
 ) -> Iterator[tuple[Task, Result]]:
-    # Not fork: this process has threads (the progress bar, the tokenizer's). The server imports what workers need once.
+    # Not fork: this process has threads (the progress bar, the tokenizer's). The server imports
+    # what workers need once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, function.__module__])
     counters, stopping = context.Array(ctypes.c_longlong, COUNTERS), context.Event()

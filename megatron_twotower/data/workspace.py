@@ -14,20 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_twotower.common.errors import UserError
-from megatron_twotower.common.files import written
+from megatron_twotower.common.files import atomic_file, partial_path
 
 PLAN_FILE = "plan.json"
-
-
-def partial_of(output: Path) -> Path:
-    return output.with_name(output.name + ".partial")
 
 
 def check_output(output: Path, *, mark: str, overwrite: bool) -> None:
     """Refuse an `output` that exists; with `overwrite`, only one that does not hold the file `mark`."""
     if not output.name:
         raise UserError(f"{output}: found no name, expected a folder to make beside others")
-    partial = partial_of(output)
+    partial = partial_path(output)
     if (output / mark).is_file() and partial.is_dir() and not (partial / "data").exists():
         shutil.rmtree(partial)  # of a run that was killed when all was done
         shutil.rmtree(_old(output), ignore_errors=True)
@@ -43,10 +39,11 @@ def check_output(output: Path, *, mark: str, overwrite: bool) -> None:
 def resuming(output: Path, *, plan: dict[str, Any], overwrite: bool) -> Iterator[Path]:
     """OUTPUT.partial with the finished work of an interrupted run of the same `plan`, or empty; locked.
 
-    Errors: `UserError` where the interrupted run had another plan (with `overwrite` its work is dropped), or one is at
-    work; and for an `OSError` within that names no file (a full disk), naming the folder.
+    Errors: `UserError` where the interrupted run had another plan (with `overwrite` its work is
+    dropped), or one is at work; and for an `OSError` within that names no file (a full disk),
+    naming the folder.
     """
-    partial = partial_of(output)
+    partial = partial_path(output)
     partial.mkdir(parents=True, exist_ok=True)
     wanted = json.loads(json.dumps(plan))
     with open(partial / "lock", "a") as lock:
@@ -66,7 +63,7 @@ def resuming(output: Path, *, plan: dict[str, Any], overwrite: bool) -> Iterator
             for name in ("parts", "shards", "data"):
                 shutil.rmtree(partial / name, ignore_errors=True)
                 (partial / name).mkdir()
-            with written(partial / PLAN_FILE) as path:
+            with atomic_file(partial / PLAN_FILE) as path:
                 path.write_text(json.dumps(wanted, indent=1) + "\n")
         for left in partial.rglob("*.partial"):  # what was being written
             left.unlink()
@@ -85,7 +82,7 @@ def drop(partial: Path) -> None:
 
 def replace(output: Path) -> None:
     """Put the finished data in the place of `output`. A kill in between is mended by the next run."""
-    partial, old = partial_of(output), _old(output)
+    partial, old = partial_path(output), _old(output)
     if output.exists():
         shutil.rmtree(old, ignore_errors=True)
         output.replace(old)

@@ -31,7 +31,8 @@ from megatron_twotower.evaluate.likelihood import ar_scores, bound_scores, mock_
 from megatron_twotower.evaluate.task_recipes import HarnessTask
 from megatron_twotower.generate.engine import MODES, GenerationSettings, default_devices, load, mask_token_id, write
 
-# What a context and a continuation of token ids come to: log-probability, and whether greedy writing gives it.
+# What a context and a continuation of token ids come to: log-probability, and whether greedy
+# writing gives it.
 Pair = tuple[list[int], list[int]]
 Score = tuple[float, bool]
 # Numbers of pairs, and the score of each.
@@ -42,9 +43,11 @@ Scored = Iterator[tuple[list[int], list[Score]]]
 class HarnessSettings:
     """How a model answers.
 
-    mode: how text is written. scoring: `ar`, by the context tower; `bound`, a lower bound on the denoiser's likelihood
-    from `bound_draws` draws of noise for each block; `mock_ar`, by the denoiser as a next-token model.
-    max_length_tokens: of context and answer together, what is longer loses its beginning; None for the model's own.
+    mode: how text is written. scoring: `ar`, by the context tower; `bound`, a lower bound on the
+    denoiser's likelihood from `bound_draws` draws of noise for each block; `mock_ar`, by the
+    denoiser as a next-token model.
+    max_length_tokens: of context and answer together, what is longer loses its beginning; None for
+    the model's own.
     max_new_tokens: of an answer, where the task does not say. The rest: see `GenerationSettings`.
     """
 
@@ -252,7 +255,8 @@ class TwoTower(TemplateLM):
         for _, answer in pairs:
             if len(answer) > self.max_length:
                 raise UserError(f"an answer of {len(answer)} tokens: expected at most max_length, {self.max_length}")
-        # A token of the context stays, whatever the length, and the last token of an answer is read by nobody.
+        # A token of the context stays, whatever the length, and the last token of an answer is read
+        # by nobody.
         kept = [(context[-max(1, self.max_length + 1 - len(answer)) :], answer) for context, answer in pairs]
         found: list[Score] = [(0.0, True)] * len(kept)
         group = SCORINGS[self.settings.scoring]
@@ -541,7 +545,8 @@ def task_manager(tasks: Sequence[HarnessTask], include_path: str | Path | None =
 def load_tasks(task: HarnessTask, manager: TaskManager) -> list[Any]:
     """What the harness is to run: names, or tasks with settings of ours in place of their own.
 
-    The harness merges settings where one task file includes another, so such a file is written, to be read at once.
+    The harness merges settings where one task file includes another, so such a file is written, to
+    be read at once.
     """
     if not task.overrides:
         return list(task.tasks)

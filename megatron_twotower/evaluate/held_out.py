@@ -35,10 +35,13 @@ from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerF
 class EvaluationSettings:
     """What to measure on, in the order of cost.
 
-    block_size_tokens: what the denoiser was trained with. bound_draws: noise draws per block of the likelihood bound.
-    prompts: how many stretches of held-out text of `prompt_tokens` each setting of the sweep continues by
-    `new_tokens`: the thresholds at that block size and a step per token, other block sizes and fewer steps at
-    `threshold`; or, with `every`, all combinations. samples: how many of the prompts to show in every mode.
+    block_size_tokens: what the denoiser was trained with. bound_draws: noise draws per block of the
+    likelihood bound.
+    prompts: how many stretches of held-out text of `prompt_tokens` each setting of the sweep
+    continues by
+    `new_tokens`: the thresholds at that block size and a step per token, other block sizes and
+    fewer steps at `threshold`; or, with `every`, all combinations. samples: how many of the prompts
+    to show in every mode.
     """
 
     sequences: int = 32

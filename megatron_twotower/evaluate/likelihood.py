@@ -1,7 +1,8 @@
 """How probable held-out text is: under the context tower, and under the denoiser by its variational bound.
 
-What is measured comes as nats per token and sequence; `estimate` and `by_position` make means of it, with standard
-errors over sequences. Dimensions: n sequences, l length, s block size, b rows of a batch.
+What is measured comes as nats per token and sequence; `estimate` and `by_position` make means of
+it, with standard errors over sequences. Dimensions: n sequences, l length, s block size, b rows of
+a batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +37,8 @@ class Estimate:
 def ratio(sums: Tensor, counts: Tensor) -> tuple[float | None, float | None, int]:
     """A mean over all tokens, its standard error and their count, from sums and counts (n,) of n sequences.
 
-    The error is that of a ratio of two sums, to first order: sequences, not tokens, are independent. None of nothing.
+    The error is that of a ratio of two sums, to first order: sequences, not tokens, are
+    independent. None of nothing.
     """
     total, n = int(counts.sum()), len(counts)
     if not total:
@@ -118,14 +120,15 @@ def masked_loss_by_noise(
 ) -> list[dict[str, Any]]:
     """The denoiser's cross-entropy at masked positions, every block beside its clean past, at fixed noise levels.
 
-    The uniform numbers are the same for all levels, so that a level masks what every lower one does, and more.
+    The uniform numbers are the same for all levels, so that a level masks what every lower one
+    does, and more.
 
     Args:
         sequences: (n, l) int64 on the CPU.
 
-    Returns:
-        For every level {"t": level, "loss": nats per masked token, "stderr", "count": of those, "by_position": the
-        same three for each position in the block}; None where nothing was masked.
+    Returns: For every level {"t": level, "loss": nats per masked token, "stderr", "count": of
+        those, "by_position": the same three for each position in the block}; None where nothing was
+        masked.
     """
     check_sequences(sequences, block_size)
     uniform = torch.rand(sequences.shape, generator=torch.Generator().manual_seed(seed))
@@ -154,12 +157,12 @@ def masked_loss_by_noise(
 def masks_by_count(u: Tensor, noise: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Exactly k tokens masked, k uniform on 1..s; conditioned on t = k / s, as at generation.
 
-    The integral of the bound over t, done exactly for every mask: int C(s, k) t^k (1 - t)^(s - k) dt / t = 1 / k
-    (LLaDA, Nie et al. 2025, equation 6, by block). It is the bound of writing a block one token at a time in a random
-    order, and no weight exceeds s, where 1 / t is unbounded.
+    The integral of the bound over t, done exactly for every mask: int C(s, k) t^k (1 - t)^(s - k)
+    dt / t = 1 / k (LLaDA, Nie et al. 2025, equation 6, by block). It is the bound of writing a
+    block one token at a time in a random order, and no weight exceeds s, where 1 / t is unbounded.
 
-    lengths: (b,) of blocks that hold less than s tokens of text. What stands behind those is masked always, as when
-    the text was written first: k is uniform on 1..length, and t counts all masks.
+    lengths: (b,) of blocks that hold less than s tokens of text. What stands behind those is masked
+    always, as when the text was written first: k is uniform on 1..length, and t counts all masks.
     """
     size = noise.shape[1]
     if lengths is None:
@@ -197,16 +200,16 @@ def bound_nats(
 ) -> Tensor:
     """An upper bound on the denoiser's negative log-likelihood of every block after the first, by Monte Carlo.
 
-    Per block E[weight x sum of the cross-entropies at masked positions], noise drawn as `BOUND_NOISE` says, in
-    `draws` strata. The first block is left out, so that `ar_nats(...)[:, s - 1:]` scores the very same tokens, with
-    text before them in both.
+    Per block E[weight x sum of the cross-entropies at masked positions], noise drawn as
+    `BOUND_NOISE` says, in `draws` strata. The first block is left out, so that `ar_nats(...)[:, s -
+    1:]` scores the very same tokens, with text before them in both.
 
     Args:
         sequences: (n, l) int64 on the CPU.
 
-    Returns:
-        (n, l - s) float64, what each token adds to the bound, so that a mean over tokens is the bound per token; a
-        standard error over sequences covers the choice of text and the noise.
+    Returns: (n, l - s) float64, what each token adds to the bound, so that a mean over tokens is
+        the bound per token; a standard error over sequences covers the choice of text and the
+        noise.
     """
     check_sequences(sequences, block_size)
     generator = torch.Generator().manual_seed(seed)
@@ -252,8 +255,9 @@ def bound_scores(
 ) -> Tensor:
     """A lower bound (b,) on the log-probability of continuations under the denoiser, by Monte Carlo.
 
-    Blocks begin behind the cached text. All rows meet the same noise, so that what is compared differs by its text
-    alone. One token behind the text is scored without noise, from a block of masks. The cache is extended.
+    Blocks begin behind the cached text. All rows meet the same noise, so that what is compared
+    differs by its text alone. One token behind the text is scored without noise, from a block of
+    masks. The cache is extended.
 
     Args:
         ids: (b, l); lengths: (b,) of each row's continuation, what stands behind it is ignored.

@@ -1,7 +1,7 @@
 """What generation costs and what it writes, over confidence threshold, block size and passes per block.
 
-Every setting continues the same prompts, and cached AR generation does in the same run: speed is quoted against it, and
-what was written is held against what it would have written.
+Every setting continues the same prompts, and cached AR generation does in the same run: speed is
+quoted against it, and what was written is held against what it would have written.
 """
 
 import itertools
@@ -36,10 +36,11 @@ def distinct(ids: Sequence[int], n: int) -> float:
 def judge(model: Model, ids: Tensor, prompt_tokens: int, ar_text: Tensor) -> dict[str, float]:
     """What one text (1, l) is worth behind its prompt; every figure a mean over its new tokens.
 
-    nats_per_token: under the context tower. agreement: of the tokens, the share that the context tower would have
-    chosen, greedily, behind the same text. same_as_ar: the share that stands where AR's text (n,) has the same token;
-    it falls to nothing behind the first that differs. distinct_2: of pairs of tokens, the share that are no
-    repetition; repeated_4: of runs of four, the share that are one.
+    nats_per_token: under the context tower. agreement: of the tokens, the share that the context
+    tower would have chosen, greedily, behind the same text. same_as_ar: the share that stands where
+    AR's text (n,) has the same token; it falls to nothing behind the first that differs.
+    distinct_2: of pairs of tokens, the share that are no repetition; repeated_4: of runs of four,
+    the share that are one.
     """
     logits, new = model(ids).logits[:, prompt_tokens - 1 : -1], ids[:, prompt_tokens:]
     written = new[0].tolist()
@@ -143,16 +144,17 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """Speed and quality of mask diffusion at each point, against cached AR generation in the same run.
 
-    Greedy, one prompt at a time, always `max_new_tokens` long (no EOS, so that all write the same amount); for every
-    prompt AR first and then all points, so that a drift of the machine meets all alike.
+    Greedy, one prompt at a time, always `max_new_tokens` long (no EOS, so that all write the same
+    amount); for every prompt AR first and then all points, so that a drift of the machine meets all
+    alike.
 
     Args:
         prompts: (n, l) int64.
 
-    Returns:
-        Rows, the first of which is AR's (confidence_threshold None, speedup 1): passes of the tower that predicts,
-        new tokens, seconds, tokens per pass and per second, speedup over AR, and what `judge` says, each as a mean over
-        prompts and its standard error (None of one prompt).
+    Returns: Rows, the first of which is AR's (confidence_threshold None, speedup 1): passes of the
+        tower that predicts, new tokens, seconds, tokens per pass and per second, speedup over AR,
+        and what `judge` says, each as a mean over prompts and its standard error (None of one
+        prompt).
     """
     base = GenerationSettings(max_new_tokens=max_new_tokens)
     kinds: list[Point | None] = [None, *points]

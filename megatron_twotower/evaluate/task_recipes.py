@@ -15,10 +15,10 @@ from megatron_twotower.config.recipes import recipes_folder
 class HarnessTask:
     """One line of the table.
 
-    tasks: names of tasks, groups or tags of the harness; of several, the plain mean counts. shots: examples before a
-    question; None for the task's own. metric: as the harness names it, "acc,none"; None for the first one. card: what
-    the released model's card reports, in percent, by mode. overrides: of the tasks' own settings. note: for the
-    reader.
+    tasks: names of tasks, groups or tags of the harness; of several, the plain mean counts. shots:
+    examples before a question; None for the task's own. metric: as the harness names it,
+    "acc,none"; None for the first one. card: what the released model's card reports, in percent, by
+    mode. overrides: of the tasks' own settings. note: for the reader.
     """
 
     name: str

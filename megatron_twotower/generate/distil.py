@@ -1,15 +1,16 @@
 """Text that a context tower writes, for its denoiser to train on: distillation by sequences (Kim and Rush 2016).
 
-Of real text, many continuations are likely, and a denoiser that fills many positions at once is unsure of each. Of what
-the context tower writes greedily there is one. A denoiser trained on that is sure of more tokens in a pass, and of
-those that the context tower would have written; it learns nothing that the tower does not know.
+Of real text, many continuations are likely, and a denoiser that fills many positions at once is
+unsure of each. Of what the context tower writes greedily there is one. A denoiser trained on that
+is sure of more tokens in a pass, and of those that the context tower would have written; it learns
+nothing that the tower does not know.
 """
 
 import json
 from pathlib import Path
 
 from megatron_twotower.common.errors import require
-from megatron_twotower.common.files import written
+from megatron_twotower.common.files import atomic_file
 from megatron_twotower.common.progress import OnProgress, silent, stage_bars
 from megatron_twotower.data.dataset import stretches
 from megatron_twotower.data.shards import TRAIN, Corpus
@@ -52,7 +53,7 @@ def distil(
     model, tokenizer = load(folder, device=default_devices()[0])
     output.parent.mkdir(parents=True, exist_ok=True)
     done = 0
-    with written(output) as partial, partial.open("w") as file:
+    with atomic_file(output) as partial, partial.open("w") as file:
         for rows in prompts.split(batch_size):
             for ids in model.generate_ar(rows.to(model.context_tower.device), new_tokens).tolist():
                 file.write(json.dumps({"text": tokenizer.decode(ids)}) + "\n")

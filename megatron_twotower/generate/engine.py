@@ -31,10 +31,11 @@ MASK_TOKEN_ID = 3
 class GenerationSettings:
     """How to write.
 
-    block_size: tokens that the denoiser sees at once. steps_per_block, confidence_threshold (more probable tokens are
-    committed at once): of mask diffusion alone. temperature: 0 is greedy. top_k, top_p: among how many tokens, and
-    among how much of their probability, to sample; None for all. seed: of the sampling. draft_steps: passes of the
-    denoiser to a draft, of speculative generation alone.
+    block_size: tokens that the denoiser sees at once. steps_per_block, confidence_threshold (more
+    probable tokens are committed at once): of mask diffusion alone. temperature: 0 is greedy.
+    top_k, top_p: among how many tokens, and among how much of their probability, to sample; None
+    for all. seed: of the sampling. draft_steps: passes of the denoiser to a draft, of speculative
+    generation alone.
     """
 
     max_new_tokens: int = 128
@@ -63,8 +64,9 @@ UNWATCHED = Watch()
 class Generation:
     """What was written. ids: (l + new,) int64 on the CPU, the prompt's first. text: of the new ids, up to EOS.
 
-    passes: of the denoiser, or, in modes `ar` and `speculative`, of the context tower. seconds: wall-clock, with the
-    prompt's prefill. accepted: of the drafted tokens, those that stayed, in mode `speculative`; else None.
+    passes: of the denoiser, or, in modes `ar` and `speculative`, of the context tower. seconds:
+    wall-clock, with the prompt's prefill. accepted: of the drafted tokens, those that stayed, in
+    mode `speculative`; else None.
     """
 
     mode: str
@@ -93,8 +95,8 @@ def load(
     Args:
         dtype: of the weights; None for that of `config.json`.
 
-    Raises:
-        UserError: not a two-tower folder, or its weights are not exactly those of its configuration.
+    Raises: UserError: not a two-tower folder, or its weights are not exactly those of its
+        configuration.
     """
     architectures = read_hf_config(folder).get("architectures")
     if architectures != [ARCHITECTURE]:
@@ -153,10 +155,8 @@ def write(
 ) -> tuple[Tensor, GenerationStats]:
     """Continue prompts.
 
-    Args:
-        ids: (b, l) int64.
-        attention_mask: (b, l), 0 for padding on the left of shorter prompts; None: all are of one length.
-        eos_id: ends a row; None always writes `max_new_tokens`.
+    Args: ids: (b, l) int64. attention_mask: (b, l), 0 for padding on the left of shorter prompts;
+        None: all are of one length. eos_id: ends a row; None always writes `max_new_tokens`.
 
     Returns:
         (b, l + new) ids and what they took.

@@ -1,9 +1,10 @@
 """Bulk text: the prompts of a file, continued in batches, as JSON lines in the same order.
 
-Prompts of like length go into one batch, chosen within a window of a few hundred neighbours, so that little padding is
-computed and no more than a window is held. Every finished batch is one line of OUTPUT.partial, on disk before the next
-one starts: a run that was killed goes on behind it, with the same text as if it had never stopped. At the end the rows
-take their places, and OUTPUT appears whole.
+Prompts of like length go into one batch, chosen within a window of a few hundred neighbours, so
+that little padding is computed and no more than a window is held. Every finished batch is one line
+of OUTPUT.partial, on disk before the next one starts: a run that was killed goes on behind it, with
+the same text as if it had never stopped. At the end the rows take their places, and OUTPUT appears
+whole.
 """
 
 import contextlib
@@ -20,14 +21,13 @@ from typing import IO, Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from megatron_twotower.common.errors import UserError
-from megatron_twotower.common.files import written
+from megatron_twotower.common.files import atomic_file, partial_path
+from megatron_twotower.common.progress import stage_bars
 from megatron_twotower.data.tokenizer import text_encoder
-from megatron_twotower.data.workspace import partial_of
 from megatron_twotower.generate.engine import (
     GenerationSettings,
     check_mode,
@@ -94,8 +94,8 @@ Report = Callable[[Tally], None]
 def read_prompts(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a prompts file, each with a `prompt`: lines of text, or JSON lines (by the file's suffix).
 
-    Raises:
-        UserError: with file and line: an empty prompt, a line that is no JSON object, a field that the output needs.
+    Raises: UserError: with file and line: an empty prompt, a line that is no JSON object, a field
+        that the output needs.
     """
     try:
         with open(path, encoding="utf-8", newline="\n") as stream:
@@ -134,7 +134,7 @@ def survey(path: Path) -> tuple[int, str]:
 
 
 @dataclass(frozen=True)
-class Batch:
+class PromptBatch:
     """Prompts written together. number: of the run. places: of the prompts in the file. ids: of each prompt."""
 
     number: int
@@ -143,7 +143,9 @@ class Batch:
     ids: list[list[int]]
 
 
-def batches(path: Path, encode: Callable[[Sequence[str]], list[list[int]]], bulk: BulkSettings) -> Iterator[Batch]:
+def batches(
+    path: Path, encode: Callable[[Sequence[str]], list[list[int]]], bulk: BulkSettings
+) -> Iterator[PromptBatch]:
     """All batches of a file, in their order. Longest first within a window: what does not fit fails at once."""
     prompts = enumerate(read_prompts(path))
     number = 0
@@ -155,7 +157,7 @@ def batches(path: Path, encode: Callable[[Sequence[str]], list[list[int]]], bulk
         order = sorted(range(len(window)), key=lambda i: -len(ids[i]))
         for start in range(0, len(order), bulk.batch_size):
             chosen = order[start : start + bulk.batch_size]
-            yield Batch(
+            yield PromptBatch(
                 number, [window[i][0] for i in chosen], [window[i][1] for i in chosen], [ids[i] for i in chosen]
             )
             number += 1
@@ -179,7 +181,7 @@ def _seed(seed: int, number: int) -> int:
 
 
 def write_batch(
-    model: Model, tokenizer: PreTrainedTokenizerFast, batch: Batch, *, mode: str, settings: GenerationSettings
+    model: Model, tokenizer: PreTrainedTokenizerFast, batch: PromptBatch, *, mode: str, settings: GenerationSettings
 ) -> list[dict[str, Any]]:
     """Rows of the output, in the batch's order."""
     ids, mask = padded(batch.ids)
@@ -281,31 +283,6 @@ def rows_in_order(stream: IO[bytes], window_batches: int) -> Iterator[dict[str, 
 # --- all of it ----------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def bar(total: int) -> Iterator[Report]:
-    """A bar on standard error, with new tokens per second."""
-    columns = (
-        TextColumn("{task.completed:,}/{task.total:,} prompts"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[text]}"),
-        TimeRemainingColumn(),
-    )
-    shown = Progress(*columns, console=Console(stderr=True))
-    task = shown.add_task("", total=total, text="")
-
-    def report(tally: Tally) -> None:
-        shown.start()  # not before: it leaves a blank line, and an error is to be one line
-        text = f"{tally.new_tokens:,} tokens, {tally.tokens_per_second:,.0f} tokens/s"
-        shown.update(task, completed=tally.done, text=text)
-
-    try:
-        yield report
-    finally:
-        if shown.live.is_started:
-            shown.stop()
-
-
 def write_all(
     model: Model,
     tokenizer: PreTrainedTokenizerFast,
@@ -320,11 +297,11 @@ def write_all(
 ) -> Tally:
     """Continue every prompt of a file. `plan` holds all that decides the text, and `prompts`, how many there are.
 
-    Raises:
-        UserError: an interrupted run of another plan, a setting out of range, an output that cannot be written.
+    Raises: UserError: an interrupted run of another plan, a setting out of range, an output that
+        cannot be written.
     """
     tally = Tally(0, plan["prompts"], 0, 0.0, 0, 0)
-    with journal(partial_of(output), plan) as (stream, finished):
+    with journal(partial_path(output), plan) as (stream, finished):
         for batch in batches(prompts, text_encoder(tokenizer), bulk):
             done = tally.done + len(batch.ids)
             if batch.number < finished:
@@ -343,10 +320,10 @@ def write_all(
                 tally.text + sum(lengths),
             )
             report(tally)
-        with written(output) as partial, open(partial, "w", encoding="utf-8") as target:
+        with atomic_file(output) as partial, open(partial, "w", encoding="utf-8") as target:
             for row in rows_in_order(stream, bulk.window_batches):
                 target.write(json.dumps(row, ensure_ascii=False) + "\n")
-        partial_of(output).unlink()
+        partial_path(output).unlink()
     return tally
 
 
@@ -363,14 +340,13 @@ def run(
 ) -> int:
     """The command `generate --prompts`: a bar while it writes, and a line of figures. Returns the exit status.
 
-    Raises:
-        UserError: before the model is loaded for an unknown mode, a prompt that cannot be used, or an output that
-            exists; see also `write_all`.
+    Raises: UserError: before the model is loaded for an unknown mode, a prompt that cannot be used,
+        or an output that exists; see also `write_all`.
     """
     check_mode(mode)
     if not output.parent.is_dir():
         raise UserError(f"{output}: cannot be written, expected a file in a folder that exists")
-    if output.exists() and not partial_of(output).exists():
+    if output.exists() and not partial_path(output).exists():
         raise UserError(f"{output}: exists already, expected a file that does not")
     count, sha256 = survey(prompts)
     model, tokenizer = load(folder)
@@ -384,7 +360,12 @@ def run(
         **asdict(settings),
         **asdict(bulk),
     }
-    with bar(count) as report:
+    with stage_bars() as bars:
+
+        def report(tally: Tally) -> None:
+            speed = f"{tally.tokens_per_second:,.0f} tokens/s"
+            bars("prompts", tally.done, tally.total, f"{tally.done:,} done, {tally.new_tokens:,} tokens, {speed}")
+
         tally = write_all(
             model, tokenizer, prompts, output, mode=mode, settings=settings, bulk=bulk, plan=plan, report=report
         )

@@ -46,7 +46,8 @@ class Canvas:
         self.prompt, self.tokenizer, self.mask_id = prompt, tokenizer, mask_token_id(tokenizer)
         self.pieces: dict[int, str] = {}
         self.block = 0
-        # Settled ids, those of the part at work, which of these are new: replaced at once, as another thread draws.
+        # Settled ids, those of the part at work, which of these are new: replaced at once, as
+        # another thread draws.
         self.state: tuple[list[int], list[int], list[bool]] = ([], [], [])
 
     def on_step(self, seen: DenoisingStep) -> None:
@@ -80,7 +81,8 @@ class Canvas:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         text = self.text()
-        # From the start of a line, so that nothing wraps anew; a long prompt would else be wrapped for every frame.
+        # From the start of a line, so that nothing wraps anew; a long prompt would else be wrapped
+        # for every frame.
         start = text.plain.rfind("\n", 0, max(0, len(text) - console.width * console.height)) + 1
         lines = console.render_lines(text[start:], options.update(height=None), pad=False)
         for line in lines[-max(console.height - 1, 1) :]:
@@ -168,8 +170,8 @@ def run(
         page: HTML file for a replay of the denoising.
         devices: one, or one for each tower; empty for what is here.
 
-    Raises:
-        UserError: an empty prompt, an unknown mode, a setting out of range, a folder that is no model.
+    Raises: UserError: an empty prompt, an unknown mode, a setting out of range, a folder that is no
+        model.
     """
     check_mode(mode, ALL)
     if page is not None:

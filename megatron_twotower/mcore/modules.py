@@ -1,7 +1,8 @@
 """Which class serves each part of a layer, and in which precision: Megatron's own modules, or Transformer Engine's.
 
-There is one set of layers (`layers.py`); what they are made of is a row of `SPECS`, chosen by Megatron's own setting
-`transformer_impl`. Both rows hold the same weights: `names.canonical_name` tells where. FP8 needs the second.
+There is one set of layers (`layers.py`); what they are made of is a row of `SPECS`, chosen by
+Megatron's own setting `transformer_impl`. Both rows hold the same weights: `names.canonical_name`
+tells where. FP8 needs the second.
 """
 
 import contextlib
@@ -45,7 +46,8 @@ class RMSNorm(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.hidden_size, dtype=config.params_dtype, device=device()))
-        # Megatron sums the gradients of parameters so marked over the ranks that hold parts of the sequence.
+        # Megatron sums the gradients of parameters so marked over the ranks that hold parts of the
+        # sequence.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.epsilon = config.layernorm_epsilon
 
@@ -57,7 +59,8 @@ class RMSNorm(nn.Module):
 class Spec:
     """The classes of the parts of a layer; their arguments are those of Megatron's modules.
 
-    norm_column: a norm and the column-parallel projection after it as one module; None where they are two.
+    norm_column: a norm and the column-parallel projection after it as one module; None where they
+    are two.
     wide: around a layer that is not in FP8, wherever it stands.
     """
 

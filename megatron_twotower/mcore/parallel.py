@@ -41,7 +41,7 @@ def initialise(config: RunConfig) -> ProcessGroupCollection:
     threads = config.parallel.threads_per_rank
     if threads:
         torch.set_num_threads(threads)
-    if not device.is_host():
+    if not device.is_cpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         if "WORLD_SIZE" in os.environ:
@@ -64,7 +64,7 @@ def initialise(config: RunConfig) -> ProcessGroupCollection:
 
 
 @contextlib.contextmanager
-def pretend(config: RunConfig, *, ranks: int, rank: int) -> Iterator[ProcessGroupCollection]:
+def pretend_rank(config: RunConfig, *, ranks: int, rank: int) -> Iterator[ProcessGroupCollection]:
     """Groups as one rank of a larger world sees them, in this one process: sizes and places, no communication.
 
     Raises:
@@ -94,58 +94,59 @@ def _interleaved(chunks: int) -> int | None:
 
 
 @dataclass
-class Chunks:
+class ModelChunks:
     """The model chunks of this rank, each wrapped by itself; more than one where stages are interleaved.
 
-    expert_tokens: (MoE layers of the whole model, experts), what this rank sent to each expert in the last step; zero
-    for the layers of other stages, None without MoE layers.
+    expert_tokens: (MoE layers of the whole model, experts), what this rank sent to each expert in
+    the last step; zero for the layers of other stages, None without MoE layers.
     """
 
-    parts: list[DistributedDataParallel]
+    chunks: list[DistributedDataParallel]
     expert_tokens: torch.Tensor | None = None
 
     @property
     def only(self) -> DistributedDataParallel:
         """The chunk of a rank that has one."""
-        (chunk,) = self.parts
+        (chunk,) = self.chunks
         return chunk
 
     @property
     def config(self) -> TransformerConfig:
-        return self.parts[0].config
+        return self.chunks[0].config
 
     def train(self) -> None:
-        for part in self.parts:
-            part.train()
+        for chunk in self.chunks:
+            chunk.train()
 
     def eval(self) -> None:
-        for part in self.parts:
-            part.eval()
+        for chunk in self.chunks:
+            chunk.eval()
 
     def zero_grad_buffer(self) -> None:
-        for part in self.parts:
-            part.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
 
     def release(self) -> None:
         """Let go of all that the wrappers hold, which else stays for the life of the process: they are empty then.
 
-        Nodes of autograd have hooks that hold the wrapper, and Python's collector does not see it: the nodes are held
-        by the wrapper itself, and by what token dispatchers keep of the last step's graph (megatron-core 0.16.1,
-        distributed_data_parallel.py, grad_accs; moe/token_dispatcher.py, probs).
+        Nodes of autograd have hooks that hold the wrapper, and Python's collector does not see it:
+        the nodes are held by the wrapper itself, and by what token dispatchers keep of the last
+        step's graph (megatron-core 0.16.1, distributed_data_parallel.py, grad_accs;
+        moe/token_dispatcher.py, probs).
         """
-        for part in self.parts:
-            vars(part).clear()
-        self.parts = []
+        for chunk in self.chunks:
+            vars(chunk).clear()
+        self.chunks = []
 
     def gather_parameters(self) -> None:
         """Wait for, or make, the gathering of updated parameters that would else run beside the next forward pass."""
-        for part in self.parts:
-            if part.ddp_config.overlap_param_gather:
-                part.disable_forward_pre_hook(param_sync=True)
-                part.enable_forward_pre_hook()
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.disable_forward_pre_hook(param_sync=True)
+                chunk.enable_forward_pre_hook()
 
 
-def wrap(modules: Sequence[MegatronModule], config: RunConfig, groups: ProcessGroupCollection) -> Chunks:
+def wrap(modules: Sequence[MegatronModule], config: RunConfig, groups: ProcessGroupCollection) -> ModelChunks:
     """Megatron's DDP around the trained modules, gradients in fp32. Unused gradients stay zero."""
     parallel, megatron = config.parallel, modules[0].config
     settings = DistributedDataParallelConfig(
@@ -155,7 +156,7 @@ def wrap(modules: Sequence[MegatronModule], config: RunConfig, groups: ProcessGr
         use_distributed_optimizer=config.optimizer.distributed,
         bucket_size=parallel.bucket_parameters or None,
     )
-    chunks = Chunks(
+    wrapped = ModelChunks(
         [
             # Megatron's own training loop cuts only the first chunk into buckets.
             DistributedDataParallel(megatron, settings, module, disable_bucketing=i > 0, pg_collection=groups)
@@ -164,16 +165,16 @@ def wrap(modules: Sequence[MegatronModule], config: RunConfig, groups: ProcessGr
     )
     moe_layers = [i for i, kind in enumerate(config.model.hybrid_override_pattern) if kind == "E"]
 
-    def finalise(parts: list[Any], *args: Any, **kwargs: Any) -> None:
+    def finalise(chunks: list[Any], *args: Any, **kwargs: Any) -> None:
         # Megatron forgets these counts once it has updated the selection biases with them.
-        chunks.expert_tokens = _expert_tokens(modules, moe_layers, config.model.n_routed_experts)
-        finalize_model_grads(parts, *args, **kwargs)
+        wrapped.expert_tokens = _expert_tokens(modules, moe_layers, config.model.n_routed_experts)
+        finalize_model_grads(chunks, *args, **kwargs)
 
     megatron.finalize_model_grads_func = finalise
     if parallel.overlap_grad_reduce:
-        no_sync = [part.no_sync for part in chunks.parts]
+        no_sync = [chunk.no_sync for chunk in wrapped.chunks]
         megatron.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-    return chunks
+    return wrapped
 
 
 def _expert_tokens(modules: Sequence[MegatronModule], moe_layers: list[int], experts: int) -> torch.Tensor | None:
@@ -191,7 +192,7 @@ def _expert_tokens(modules: Sequence[MegatronModule], moe_layers: list[int], exp
 def run_schedule(
     step: Callable[[Iterator[Any], Any], tuple[torch.Tensor, Callable[..., Any]]],
     micro_batches: Sequence[Any],
-    model: Chunks,
+    model: ModelChunks,
     *,
     rows: int,
     groups: ProcessGroupCollection,
@@ -203,16 +204,16 @@ def run_schedule(
         step: Megatron's forward step function: (iterator, model chunk) -> (output, loss function).
         rows: of hidden size that travel from stage to stage for one micro-batch.
 
-    Returns:
-        what the loss function reports, one item per micro-batch; nothing on ranks that do not hold the last stage.
+    Returns: what the loss function reports, one item per micro-batch; nothing on ranks that do not
+        hold the last stage.
     """
     stages, config = groups.pp.size(), model.config
-    schedule = get_forward_backward_func(stages, _interleaved(len(model.parts)))
+    schedule = get_forward_backward_func(stages, _interleaved(len(model.chunks)))
     return schedule(
         forward_step_func=step,
         # Each chunk of an interleaved stage reads all micro-batches.
-        data_iterator=[iter(micro_batches) for _ in model.parts],
-        model=model.parts,
+        data_iterator=[iter(micro_batches) for _ in model.chunks],
+        model=model.chunks,
         num_microbatches=len(micro_batches),
         # Megatron divides what it takes for a sequence by the ranks that split it.
         seq_length=rows * (groups.tp.size() if config.sequence_parallel else 1),
@@ -238,7 +239,7 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def sum_over_data(tensor: torch.Tensor, groups: ProcessGroupCollection) -> torch.Tensor:
+def sum_over_data_parallel(tensor: torch.Tensor, groups: ProcessGroupCollection) -> torch.Tensor:
     """The sum over data-parallel ranks."""
     total = tensor.clone()
     dist.all_reduce(total, group=groups.dp_cp)
@@ -247,10 +248,10 @@ def sum_over_data(tensor: torch.Tensor, groups: ProcessGroupCollection) -> torch
 
 def any_rank(flag: bool) -> bool:
     """True on every rank if it is true on one."""
-    return bool(raised(torch.tensor(flag, device=device.device()))) if world_size() > 1 else flag
+    return bool(any_rank_flag(torch.tensor(flag, device=device.device()))) if world_size() > 1 else flag
 
 
-def raised(flag: torch.Tensor) -> torch.Tensor:
+def any_rank_flag(flag: torch.Tensor) -> torch.Tensor:
     """A flag () bool, up on every rank if it is up on one; the host waits for nothing."""
     if world_size() == 1:
         return flag
@@ -259,7 +260,7 @@ def raised(flag: torch.Tensor) -> torch.Tensor:
     return total.bool()
 
 
-def gathered(value: Any) -> list[Any]:
+def gather_objects(value: Any) -> list[Any]:
     """The value of every rank, on every rank."""
     if world_size() == 1:
         return [value]
@@ -268,7 +269,7 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
-def from_main(value: Any) -> Any:
+def broadcast_from_main(value: Any) -> Any:
     """The first rank's value, on every rank."""
     if world_size() == 1:
         return value

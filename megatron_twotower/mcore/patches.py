@@ -2,14 +2,15 @@
 
 Megatron Core takes a CUDA device for granted in three ways, and each has its table here:
 
-* source literals (`device="cuda"`, the type string `'torch.cuda.FloatTensor'`), imports of fused optimizers and a
-  compiler's switch in a few modules: `_LITERALS` rewrites them while the module is imported, so that the arithmetic is
-  Megatron's own and costs nothing at run time;
-* `torch.cuda` calls (current device, streams, events, random state): `_CUDA_CALLS` answers them for the host;
+* source literals (`device="cuda"`, the type string `'torch.cuda.FloatTensor'`), imports of fused
+  optimizers and a compiler's switch in a few modules: `_LITERALS` rewrites them while the module is
+  imported, so that the arithmetic is Megatron's own and costs nothing at run time;
+* `torch.cuda` calls (current device, streams, events, random state): `_CUDA_CALLS` answers them for
+  the host;
 * what only goes wrong with Gloo: `_mend_for_gloo`.
 
-What goes wrong or slowly on any device: `_mend_everywhere`. Call `install()` before the first import of Megatron Core;
-with a CUDA device present it mends that and nothing else.
+What goes wrong or slowly on any device: `_mend_everywhere`. Call `install()` before the first
+import of Megatron Core; with a CUDA device present it mends that and nothing else.
 """
 
 import contextlib
@@ -28,10 +29,11 @@ from typing import Any
 
 import torch
 
-from megatron_twotower.common.device import HOST, is_host
+from megatron_twotower.common.device import CPU, is_cpu
 from megatron_twotower.common.errors import UserError
 
-# The releases of megatron-core that this project runs on: 0.16.1, the last for Python 3.11, and 0.19.2.
+# The releases of megatron-core that this project runs on: 0.16.1, the last for Python 3.11, and
+# 0.19.2.
 RELEASES = ("0.16", "0.19")
 
 
@@ -53,12 +55,12 @@ _TYPE = (r"""torch\.cuda\.(Float|Half|BFloat16)Tensor(?=['"])""", r"torch.\1Tens
 # Megatron takes fused optimizers wherever their package imports, as on the login node of a cluster.
 _FUSED = (r"from (transformer_engine\.pytorch\.optimizers|apex\.\w+) import", r"raise ImportError; from \1 import")
 
-# Some small functions are compiled where they are defined. None that a step calls is worth a compiler on a CPU, whose
-# import alone takes a second of every process.
+# Some small functions are compiled where they are defined. None that a step calls is worth a
+# compiler on a CPU, whose import alone takes a second of every process.
 _COMPILED = (r"(?m)^enable_jit_fuser\(\)$", "disable_jit_fuser()")
 
-# What stands in the source of each module. A pattern that is not found is an error: the module has changed upstream and
-# must be looked at again.
+# What stands in the source of each module. A pattern that is not found is an error: the module has
+# changed upstream and must be looked at again.
 _LITERALS: dict[str, tuple[tuple[str, str], ...]] = {
     "megatron.core.jit": (_COMPILED,),
     "megatron.core.optimizer": (_FUSED,),
@@ -145,7 +147,7 @@ def _set_host_rng_state(new_state: torch.Tensor, *_: Any, **__: Any) -> None:
 
 
 _CUDA_CALLS: dict[str, Any] = {
-    "current_device": lambda: HOST,
+    "current_device": lambda: CPU,
     "device_count": lambda: 1,
     "set_device": lambda *_: None,
     "synchronize": lambda *_: None,
@@ -172,11 +174,12 @@ def install() -> None:
         raise UserError(f"megatron-core: found {RELEASE}, expected {' or '.join(RELEASES)}")
     for message, category in _WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category)
-    # Megatron's wrapper says here that it lays its buffers out itself, which is what is wanted of it.
+    # Megatron's wrapper says here that it lays its buffers out itself, which is what is wanted of
+    # it.
     logging.getLogger("megatron.core.distributed.distributed_data_parallel").setLevel(logging.ERROR)
     # A CUDA build of torch says here that there is no device; the doctor does.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    if not is_host():
+    if not is_cpu():
         _mend_everywhere()
         return
     if any(isinstance(finder, _HostFinder) for finder in sys.meta_path):
@@ -197,18 +200,19 @@ def _mend_everywhere() -> None:
     from megatron.core.transformer.moe import moe_utils
     from megatron.core.utils import local_multi_tensor_l2_norm
 
-    # megatron-core 0.16.1, moe_utils.py: the name is used wherever the router has a dtype of its own, but only defined
-    # when Transformer Engine imports.
+    # megatron-core 0.16.1, moe_utils.py: the name is used wherever the router has a dtype of its
+    # own, but only defined when Transformer Engine imports.
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
 
-    # megatron-core 0.16.1, utils.py: where neither Transformer Engine nor Apex is, the host waits for the norm of every
-    # single gradient.
+    # megatron-core 0.16.1, utils.py: where neither Transformer Engine nor Apex is, the host waits
+    # for the norm of every single gradient.
     if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
         clip_grads.l2_norm_impl = _l2_norm
 
-    # megatron-core 0.16.1, filesystem_async.py starts a manager process for a queue that a synchronous save reads in
-    # the same process; it costs seconds, and outlives a training process that is killed.
+    # megatron-core 0.16.1, filesystem_async.py starts a manager process for a queue that a
+    # synchronous save reads in the same process; it costs seconds, and outlives a training process
+    # that is killed.
     assert hasattr(filesystem_async, QUEUE)
     setattr(filesystem_async, QUEUE, lambda *_: _RESULTS)
 
@@ -224,16 +228,18 @@ def _mend_for_gloo() -> None:
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer.moe import token_dispatcher
 
-    # The random tracker reads and writes the device generator's state: here the host generator is that device's.
+    # The random tracker reads and writes the device generator's state: here the host generator is
+    # that device's.
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = _set_host_rng_state
 
-    # megatron-core 0.16.1, token_dispatcher.py hands numpy split sizes to all_to_all_single; Gloo wants ints.
-    # maybe_move_tensor_to_cpu also leaves host tensors as they are, where the dispatcher goes on with arrays.
+    # megatron-core 0.16.1, token_dispatcher.py hands numpy split sizes to all_to_all_single; Gloo
+    # wants ints. maybe_move_tensor_to_cpu also leaves host tensors as they are, where the
+    # dispatcher goes on with arrays.
     token_dispatcher.maybe_move_tensor_to_cpu = _splits_as_ints
 
-    # megatron-core 0.16.1, mappings.py gathers and scatters parts of different length between the ranks that split an
-    # expert, which NCCL can and Gloo cannot.
+    # megatron-core 0.16.1, mappings.py gathers and scatters parts of different length between the
+    # ranks that split an expert, which NCCL can and Gloo cannot.
     mappings._gather_along_first_dim = _with_uneven(mappings._gather_along_first_dim, _gather_uneven)
     mappings._reduce_scatter_along_first_dim = _with_uneven(
         mappings._reduce_scatter_along_first_dim, _reduce_scatter_uneven

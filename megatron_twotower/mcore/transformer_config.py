@@ -5,8 +5,8 @@ from megatron.core import activations
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_twotower.common.device import is_host
-from megatron_twotower.config.pipeline_stages import stages
+from megatron_twotower.common.device import is_cpu
+from megatron_twotower.config.pipeline_stages import pipeline_stages
 from megatron_twotower.config.schema import ModelConfig, ParallelConfig, RunConfig
 from megatron_twotower.mcore import modules
 
@@ -33,14 +33,16 @@ def transformer_config(config: RunConfig, *, served: str | None = None) -> Trans
     of_spec = modules.megatron_fields(config, served=served or modules.implementation(config))
     pipeline: dict[str, object] = {}
     if parallel.pipeline > 1:
-        # In one batch, Megatron's default, what two interleaved stages send each other forward and backward would mix.
+        # In one batch, Megatron's default, what two interleaved stages send each other forward and
+        # backward would mix.
         interleaved = parallel.pipeline_chunks > 1
         pipeline = {
             "pipeline_model_parallel_size": parallel.pipeline,
             "pipeline_model_parallel_layout": _megatron_layout(model, parallel),
             "pipeline_dtype": of_spec["params_dtype"],
-            # Gloo still reads what an overlapped send has not finished with; NCCL holds on to it by itself.
-            "deallocate_pipeline_outputs": not (interleaved and is_host()),
+            # Gloo still reads what an overlapped send has not finished with; NCCL holds on to it by
+            # itself.
+            "deallocate_pipeline_outputs": not (interleaved and is_cpu()),
             "overlap_p2p_comm": interleaved,
             "batch_p2p_comm": not interleaved,
         }
@@ -89,5 +91,5 @@ def transformer_config(config: RunConfig, *, served: str | None = None) -> Trans
 
 def _megatron_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[str]]:
     """Our stretches as Megatron spells them, so that its configuration accepts stages of any length."""
-    layout = [["decoder"] * len(stage.layers) for stage in stages(model, parallel)]
+    layout = [["decoder"] * len(stage.layers) for stage in pipeline_stages(model, parallel)]
     return [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]]

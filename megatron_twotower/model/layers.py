@@ -1,11 +1,12 @@
 """The mixers and layers of both towers, made of the modules that `spec.py` names.
 
-Every mixer takes hidden states (l, b, h), split over tensor-parallel ranks along l under sequence parallelism, and
-has two ways through: `causal`, one causal stream, which also returns the hand-off; and `denoise`, every block of a
-noisy stream against the hand-off of the same layer. A noisy stream may hold r draws of every sequence, draw by draw
-(l, r b, h): all of them read the one hand-off. `held` is the least that a hand-off can be made from again: what a layer
-with recompute keeps of it between its forward and backward passes. Weights are left uninitialised here: they always
-come from a backbone's named tensors.
+Every mixer takes hidden states (l, b, h), split over tensor-parallel ranks along l under sequence
+parallelism, and has two ways through: `causal`, one causal stream, which also returns the hand-off;
+and `denoise`, every block of a noisy stream against the hand-off of the same layer. A noisy stream
+may hold r draws of every sequence, draw by draw (l, r b, h): all of them read the one hand-off.
+`recompute_source` is the least that a hand-off can be made from again: what a layer with recompute
+keeps of it between its forward and backward passes. Weights are left uninitialised here: they
+always come from a backbone's named tensors.
 """
 
 from collections.abc import Callable
@@ -35,8 +36,8 @@ from megatron_twotower.ops.norm import gated_rms_norm
 from megatron_twotower.ops.scan import chunk_length, chunk_scan, stream_scan, two_stream_scan
 from megatron_twotower.types import AttentionHandoff, Blocks, Handoff, MambaHandoff
 
-# The order of norm and modulation: in M and * Megatron fuses the norm into the projection, so modulation is first. They
-# are fused in the same layers here, where the spec has it.
+# The order of norm and modulation: in M and * Megatron fuses the norm into the projection, so
+# modulation is first. They are fused in the same layers here, where the spec has it.
 MODULATED_BEFORE_NORM = frozenset("M*")
 # The layers of the context tower that the denoiser reads.
 HANDING_ON = frozenset("M*")
@@ -117,7 +118,8 @@ class SelfAttention(Mixer):
         l, b, _ = mixed.shape
         mixed = mixed.view(l, b, self.kv_heads, self.heads_per_kv + 2, self.head_dim).permute(1, 2, 3, 0, 4)
         query, key, value = mixed.split([self.heads_per_kv, 1, 1], dim=2)
-        # Copies of key and value: a view of these few would keep the whole projection for the backward pass.
+        # Copies of key and value: a view of these few would keep the whole projection for the
+        # backward pass.
         return query.flatten(1, 2), key.squeeze(2).contiguous(), value.squeeze(2).contiguous()
 
     def _output(self, attended: Tensor) -> Tensor:
@@ -130,7 +132,7 @@ class SelfAttention(Mixer):
         handoff = AttentionHandoff(key, value) if blocks.size else None
         return self._output(attended), handoff
 
-    def held(self, handoff: AttentionHandoff, blocks: Blocks) -> Callable[[], AttentionHandoff]:
+    def recompute_source(self, handoff: AttentionHandoff, blocks: Blocks) -> Callable[[], AttentionHandoff]:
         return lambda: handoff
 
     def denoise(self, hidden: Tensor, handoff: AttentionHandoff, blocks: Blocks) -> Tensor:
@@ -153,7 +155,8 @@ class SelfAttention(Mixer):
 class MambaMixer(Mixer):
     """Mamba-2 with a start state: Megatron's parameters and names, this project's scan.
 
-    Under tensor parallelism a rank holds whole groups: its rows of `in_proj` are its z, x, B, C and dt.
+    Under tensor parallelism a rank holds whole groups: its rows of `in_proj` are its z, x, B, C and
+    dt.
     """
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection):
@@ -188,8 +191,9 @@ class MambaMixer(Mixer):
         z, conv_input, dt = mixed.transpose(0, 1).split([self.inner, self.inner + 2 * self.bc, self.heads], dim=-1)
         wide = torch.promote_types(dt.dtype, torch.float32)
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
-        # A copy of z: the view would keep the whole projection for the backward pass. With this project's kernels the
-        # convolution keeps it in any case, and the gated norm reads z where it lies.
+        # A copy of z: the view would keep the whole projection for the backward pass. With this
+        # project's kernels the convolution keeps it in any case, and the gated norm reads z where
+        # it lies.
         z = z if dispatch.triton_serves(z, "convolution") else z.contiguous()
         return z, conv_input, dt.clamp(min=self.clamp) if self.clamp else dt
 
@@ -221,7 +225,7 @@ class MambaMixer(Mixer):
         history = block_history(conv_input, taps=self.taps, block=blocks.size)
         return self._output(y, z), MambaHandoff(conv_input, history, x, dt, A, B, states)
 
-    def held(self, handoff: MambaHandoff, blocks: Blocks) -> Callable[[], MambaHandoff]:
+    def recompute_source(self, handoff: MambaHandoff, blocks: Blocks) -> Callable[[], MambaHandoff]:
         """Of the input of the convolution, what its output and its histories are again made from when asked for."""
         assert blocks.size is not None
         # A copy: the view would hold the whole projection.
@@ -273,7 +277,7 @@ class _Pointwise(Mixer):
     def causal(self, hidden: Tensor, blocks: Blocks) -> tuple[Tensor, None]:
         return self.apply_to(hidden, blocks), None
 
-    def held(self, handoff: None, blocks: Blocks) -> Callable[[], None]:
+    def recompute_source(self, handoff: None, blocks: Blocks) -> Callable[[], None]:
         return lambda: None
 
     def apply_to(self, hidden: Tensor, blocks: Blocks) -> Tensor:
@@ -306,19 +310,20 @@ class MixtureOfExperts(_Pointwise):
             shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=modules.feed_forward),
             router=Router,
         )
-        # Megatron 0.16.1 (moe/router.py) leaves the router's weight on the host until its first forward pass, where the
-        # optimizer of a CUDA device refuses it.
+        # Megatron 0.16.1 (moe/router.py) leaves the router's weight on the host until its first
+        # forward pass, where the optimizer of a CUDA device refuses it.
         with device():
             self.moe = MoELayer(config, submodules=parts, pg_collection=groups)
         self.sequence_ranks = groups.tp if config.sequence_parallel else None
         if groups.expt_tp.size() != groups.tp.size():
-            # Megatron 0.16.1 (tensor_parallel/layers.py) marks experts for their own data-parallel group only where
-            # expert parallelism is above 1; they need it too where fewer ranks split an expert than other weights.
+            # Megatron 0.16.1 (tensor_parallel/layers.py) marks experts for their own data-parallel
+            # group only where expert parallelism is above 1; they need it too where fewer ranks
+            # split an expert than other weights.
             for parameter in self.moe.experts.parameters():
                 parameter.allreduce = False
 
     def apply_to(self, hidden: Tensor, blocks: Blocks) -> Tensor:
-        self.moe.router.counted = blocks.counted
+        self.moe.router.sequence_weights = blocks.sequence_weights
         padding = blocks.padding
         if padding is not None:
             padding = padding.repeat(hidden.shape[1] // len(padding), 1)
@@ -349,8 +354,8 @@ class Layer(MegatronModule):
             out, handoff = self.mixer(self.norm(hidden), blocks)
         return hidden + out, handoff
 
-    def held(self, handoff: Handoff, blocks: Blocks) -> Callable[[], Handoff]:
-        return self.mixer.held(handoff, blocks)
+    def recompute_source(self, handoff: Handoff, blocks: Blocks) -> Callable[[], Handoff]:
+        return self.mixer.recompute_source(handoff, blocks)
 
 
 class DenoiserLayer(Layer):

@@ -1,6 +1,7 @@
 """One table between Megatron's parameters and Hugging Face's tensors: names, layouts, and how ranks split them.
 
-Everything that moves weights reads this table: loading a backbone, exporting a model, sharding a checkpoint.
+Everything that moves weights reads this table: loading a backbone, exporting a model, sharding a
+checkpoint.
 """
 
 import re
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megatron_twotower.config.pipeline_stages import Stage
+from megatron_twotower.config.pipeline_stages import PipelineStage
 from megatron_twotower.config.schema import ModelConfig
 
 
@@ -22,7 +23,7 @@ class Entry:
     hf: the Hugging Face tensors it holds, without the tower's prefix.
     shape: of the whole parameter, over all ranks, in Megatron's layout.
     split: dimension split over tensor-parallel ranks, or None where every rank has all of it.
-    parts: sizes of the parts along `split` that are each split by themselves; empty for one part.
+    sections: sizes along `split` of what is split each by itself; empty for one section.
     expert: global index of the expert it belongs to, or None.
     layout: key of `LAYOUTS`, how the Hugging Face tensors become the parameter.
     """
@@ -31,7 +32,7 @@ class Entry:
     hf: tuple[str, ...]
     shape: tuple[int, ...]
     split: int | None = None
-    parts: tuple[int, ...] = ()
+    sections: tuple[int, ...] = ()
     expert: int | None = None
     layout: str = "plain"
 
@@ -111,7 +112,7 @@ _MIXERS = {"M": _mamba, "*": _attention, "E": _experts, "-": _dense}
 
 def _under(prefix: str, hf_prefix: str, entry: Entry) -> Entry:
     hf = tuple(f"{hf_prefix}{name}" for name in entry.hf)
-    return Entry(f"{prefix}{entry.megatron}", hf, entry.shape, entry.split, entry.parts, entry.expert, entry.layout)
+    return Entry(f"{prefix}{entry.megatron}", hf, entry.shape, entry.split, entry.sections, entry.expert, entry.layout)
 
 
 def tower_entries(model: ModelConfig, *, prefix: str, head: str) -> Iterator[Entry]:
@@ -169,12 +170,12 @@ def denoiser_entries(model: ModelConfig, frequencies: int) -> list[Entry]:
 _FIRST_STAGE, _LAST_STAGE = ("embedding", "conditioning"), ("final_norm", "output_layer")
 
 
-def entries_of_stage(entries: Sequence[Entry], stage: Stage) -> list[Entry]:
+def entries_of_stage(entries: Sequence[Entry], stage: PipelineStage) -> list[Entry]:
     """The entries whose parameters a stretch of layers holds: every entry is on one stage."""
     return [entry for entry in entries if _is_on(entry.megatron, stage)]
 
 
-def _is_on(name: str, stage: Stage) -> bool:
+def _is_on(name: str, stage: PipelineStage) -> bool:
     layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
     if layer:
         return int(layer[1]) in stage.layers
@@ -217,14 +218,14 @@ def spelled_shapes(entries: Iterable[Entry], model: ModelConfig, spelling: Spell
     return shapes
 
 
-def stored_parts(entry: Entry) -> list[tuple[str, tuple[int, ...]]]:
+def stored_sections(entry: Entry) -> list[tuple[str, tuple[int, ...]]]:
     """The tensors of a checkpoint that hold an entry, along `split`, and their shapes over all ranks."""
-    if not entry.parts:
+    if not entry.sections:
         return [(entry.megatron, entry.shape)]
     axis = entry.split or 0
     return [
         (f"{entry.megatron}.part{i}", (*entry.shape[:axis], size, *entry.shape[axis + 1 :]))
-        for i, size in enumerate(entry.parts)
+        for i, size in enumerate(entry.sections)
     ]
 
 
@@ -242,7 +243,7 @@ def shard(tensor: Tensor, entry: Entry, *, rank: int, ranks: int) -> Tensor:
     """This rank's part of a whole parameter."""
     if entry.split is None or ranks == 1:
         return tensor
-    parts = tensor.split(list(entry.parts) or [tensor.shape[entry.split]], dim=entry.split)
+    parts = tensor.split(list(entry.sections) or [tensor.shape[entry.split]], dim=entry.split)
     return torch.cat([part.chunk(ranks, dim=entry.split)[rank] for part in parts], dim=entry.split)
 
 
@@ -250,13 +251,13 @@ def joined(parts: Sequence[Tensor], entry: Entry) -> Tensor:
     """The whole parameter from the parts of all ranks, in their order: what `shard` took apart."""
     if entry.split is None or len(parts) == 1:
         return parts[0]
-    sizes = [size // len(parts) for size in entry.parts] or [parts[0].shape[entry.split]]
+    sizes = [size // len(parts) for size in entry.sections] or [parts[0].shape[entry.split]]
     pieces = [part.split(sizes, dim=entry.split) for part in parts]
     return torch.cat([piece for group in zip(*pieces, strict=True) for piece in group], dim=entry.split)
 
 
-# Where Transformer Engine's modules hold what the table has elsewhere: a norm inside the projection after it, and the
-# experts of a rank as the weights of one module.
+# Where Transformer Engine's modules hold what the table has elsewhere: a norm inside the projection
+# after it, and the experts of a rank as the weights of one module.
 _CANONICAL = (
     (re.compile(r"\.mixer\.(?:in_proj|linear_qkv)\.layer_norm_weight$"), ".norm.weight"),
     (re.compile(r"\.experts\.(linear_fc[12])\.weight(\d+)$"), r".experts.local_experts.\2.\1.weight"),
@@ -282,7 +283,7 @@ def layer_of_projection(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def held_tensors(module: nn.Module) -> dict[str, Tensor]:
+def canonical_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters, and the router biases among the buffers, of a module of either spec, by their names in the table."""
     biases = {name: buffer for name, buffer in module.named_buffers() if name.endswith("expert_bias")}
     return {canonical_name(name): tensor for name, tensor in [*module.named_parameters(), *biases.items()]}

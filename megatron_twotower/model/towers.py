@@ -1,13 +1,15 @@
 """The towers: one stack of layers, and two of them in lockstep.
 
-`Tower` is a NemotronH backbone. `TwoTower` is what is trained: the denoiser with its time conditioning, beside a
-frozen context tower that it does not own. The context tower is deliberately not a submodule: no wrapper, optimizer,
-router-bias update or checkpoint that walks over modules can reach it.
+`Tower` is a NemotronH backbone. `TwoTower` is what is trained: the denoiser with its time
+conditioning, beside a frozen context tower that it does not own. The context tower is deliberately
+not a submodule: no wrapper, optimizer, router-bias update or checkpoint that walks over modules can
+reach it.
 
-Each may hold a stretch of the layers only, a pipeline stage. Then both streams travel to the next stage, and with them
-the time conditioning, which is made once, on the first: its gradient comes back with that of the noisy stream, so that
-no parameter stands on two stages and none has to be summed, counted or stored over them. It adds 3 / S of a stream to
-what travels, where every block has its own time.
+Each may hold a stretch of the layers only, a pipeline stage. Then both streams travel to the next
+stage, and with them the time conditioning, which is made once, on the first: its gradient comes
+back with that of the noisy stream, so that no parameter stands on two stages and none has to be
+summed, counted or stored over them. It adds 3 / S of a stream to what travels, where every block
+has its own time.
 """
 
 from collections.abc import Callable
@@ -25,7 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_twotower.common.device import device
-from megatron_twotower.config.pipeline_stages import Stage, whole
+from megatron_twotower.config.pipeline_stages import PipelineStage, whole_model
 from megatron_twotower.config.schema import ModelConfig, RunConfig
 from megatron_twotower.mcore import modules
 from megatron_twotower.model.adaln import TimeConditioning
@@ -44,7 +46,8 @@ class Head(ColumnParallelLinear):
 class Tower(MegatronModule):
     """A NemotronH backbone: embedding, layers, final norm, head. Hidden states are (l, b, h).
 
-    Of a stage, its part: layers keep their numbers in the whole model, in `layers` and in the names of parameters.
+    Of a stage, its part: layers keep their numbers in the whole model, in `layers` and in the names
+    of parameters.
     """
 
     def __init__(
@@ -54,10 +57,10 @@ class Tower(MegatronModule):
         groups: ProcessGroupCollection,
         *,
         layer: Callable[..., Layer] = Layer,
-        stage: Stage | None = None,
+        stage: PipelineStage | None = None,
     ) -> None:
         super().__init__(config)
-        self.groups, self.stage = groups, stage or whole(model)
+        self.groups, self.stage = groups, stage or whole_model(model)
         if self.stage.first:
             self.embedding = VocabParallelEmbedding(
                 model.vocab_size, model.hidden_size, init_method=config.init_method, config=config, tp_group=groups.tp
@@ -100,10 +103,11 @@ class Tower(MegatronModule):
 class PipelineModel(MegatronModule):
     """What Megatron's schedules expect of a stage: a place for what the stage before sent."""
 
-    def __init__(self, config: TransformerConfig, stage: Stage) -> None:
+    def __init__(self, config: TransformerConfig, stage: PipelineStage) -> None:
         super().__init__(config)
         self.model_type = ModelType.encoder_or_decoder
-        # Megatron asks these when it sums the gradients of tied embeddings over stages: there are none.
+        # Megatron asks these when it sums the gradients of tied embeddings over stages: there are
+        # none.
         self.pre_process, self.post_process = stage.first, stage.last
         self.share_embeddings_and_output_weights = False
         self._received: Tensor | None = None
@@ -129,9 +133,13 @@ class BackboneModel(PipelineModel):
     """A single backbone, or a stage of one, for the `ar` objective."""
 
     def __init__(
-        self, config: RunConfig, megatron: TransformerConfig, groups: ProcessGroupCollection, stage: Stage | None = None
+        self,
+        config: RunConfig,
+        megatron: TransformerConfig,
+        groups: ProcessGroupCollection,
+        stage: PipelineStage | None = None,
     ) -> None:
-        stage = stage or whole(config.model)
+        stage = stage or whole_model(config.model)
         super().__init__(megatron, stage)
         self.tower = Tower(config.model, megatron, groups, stage=stage)
 
@@ -177,7 +185,7 @@ class TwoTower(PipelineModel):
 
         A stage that is not the last gives what the next one receives.
         """
-        blocks, stage = Blocks(batch.block, batch.documents, batch.padding, batch.counted), self.tower.stage
+        blocks, stage = Blocks(batch.block, batch.documents, batch.padding, batch.sequence_weights), self.tower.stage
         clean, noisy, conditioning = self._start(batch) if stage.first else self._continue(batch)
         with modules.model_computing(self.config):
             for number in stage.layers:
@@ -211,8 +219,9 @@ class TwoTower(PipelineModel):
         assert isinstance(layer, DenoiserLayer) and isinstance(context, Layer)
         if layer.kind not in self.recompute or not torch.is_grad_enabled():
             return layer(noisy, conditioning, handoff, blocks)
-        # The forward pass reads the hand-off as it came; the backward pass makes it again from what is held.
-        at_hand, again = [handoff], context.held(handoff, blocks)
+        # The forward pass reads the hand-off as it came; the backward pass makes it again from what
+        # is held.
+        at_hand, again = [handoff], context.recompute_source(handoff, blocks)
 
         def run(noisy: Tensor, conditioning: Tensor) -> Tensor:
             ready = at_hand.pop() if at_hand else again()
@@ -222,7 +231,7 @@ class TwoTower(PipelineModel):
 
 
 def build_context_tower(
-    config: RunConfig, megatron: TransformerConfig, groups: ProcessGroupCollection, stage: Stage | None = None
+    config: RunConfig, megatron: TransformerConfig, groups: ProcessGroupCollection, stage: PipelineStage | None = None
 ) -> Tower:
     """A tower without gradients, in evaluation mode for good: its weights are the caller's to load."""
     with torch.no_grad():  # what is held in FP8 is then made for the forward pass alone

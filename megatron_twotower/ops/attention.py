@@ -1,7 +1,7 @@
 """Attention of both towers. No position encoding.
 
-Shapes: query (b, heads, l, e); key, value (b, kv_heads, l, e), e the head size. Head i reads kv head
-i // (heads / kv_heads). documents (b, l) int32: nothing is seen across documents.
+Shapes: query (b, heads, l, e); key, value (b, kv_heads, l, e), e the head size. Head i reads kv
+head i // (heads / kv_heads). documents (b, l) int32: nothing is seen across documents.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from megatron_twotower.ops import dispatch
 
-# Rows of a matrix of scores on a CPU, the queries of all heads that share a kv head: enough for a full matrix product.
+# Rows of a matrix of scores on a CPU, the queries of all heads that share a kv head: enough for a
+# full matrix product.
 ROWS = 256
 # Queries per call where documents need a mask.
 QUERY_CHUNK = 256
@@ -53,10 +54,11 @@ def block_attention(
 ) -> Tensor:
     """Attention of the denoiser, all blocks in one pass.
 
-    A query of block b sees the clean keys of every earlier block and the noisy keys of block b, in both directions.
-    No gradient flows into the clean keys and values, which saves two of the five products of a backward pass. On CUDA
-    with triton this is FlexAttention; elsewhere queries go by chunks against exactly the keys that they may need, and
-    a chunk's scores are made again in the backward pass: what is kept is linear in l.
+    A query of block b sees the clean keys of every earlier block and the noisy keys of block b, in
+    both directions. No gradient flows into the clean keys and values, which saves two of the five
+    products of a backward pass. On CUDA with triton this is FlexAttention; elsewhere queries go by
+    chunks against exactly the keys that they may need, and a chunk's scores are made again in the
+    backward pass: what is kept is linear in l.
 
     Returns:
         (b, heads, l, e).
@@ -83,8 +85,8 @@ def _hidden(start: int, stop: int, low: int, high: int, block: int, device: torc
 class _Chunk:
     """Some queries of one sequence and one kv head, and all that they see.
 
-    query (rows, e), scaled, head by head; keys and values: of clean positions 0 .. clean - 1, and of the noisy
-    positions `noisy`.
+    query (rows, e), scaled, head by head; keys and values: of clean positions 0 .. clean - 1, and
+    of the noisy positions `noisy`.
     """
 
     def __init__(self, tensors: tuple[Tensor, ...], documents: Tensor | None, block: int, start: int, stop: int):
@@ -219,8 +221,9 @@ def _span(first: Tensor, last: Tensor, block: int, documents: Tensor | None) -> 
 def _tiles(queries: _Span, keys: _Span, *, clean: bool) -> tuple[Tensor, Tensor]:
     """Which tiles (b, query spans, key spans) hold a pair that counts, and in which all pairs do.
 
-    Numbers of blocks and documents grow along the sequence, so the ends of a span say it. Of documents, two spans may
-    share a number and yet no pair that counts: then the tile is looked at in vain.
+    Numbers of blocks and documents grow along the sequence, so the ends of a span say it. Of
+    documents, two spans may share a number and yet no pair that counts: then the tile is looked at
+    in vain.
     """
     (q_low, q_high), (k_low, k_high) = ((t.unsqueeze(-1) for t in queries.blocks), keys.blocks)
     if clean:

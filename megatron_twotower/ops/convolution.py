@@ -1,7 +1,8 @@
 """The short causal convolution in front of the Mamba scan, for one stream and for seeded blocks.
 
-Shapes: inputs (b, l, c) before the activation; weight (c, k); bias (c,); history (b, n, k - 1, c); documents (b, l)
-int32. One filter per channel, SiLU after it. What lies before the sequence, or in another document, counts as zeros.
+Shapes: inputs (b, l, c) before the activation; weight (c, k); bias (c,); history (b, n, k - 1, c);
+documents (b, l) int32. One filter per channel, SiLU after it. What lies before the sequence, or in
+another document, counts as zeros.
 """
 
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from megatron_twotower.ops import dispatch
 
-# Inputs worked on at a time on a CPU: what passes between operations takes no more memory than this.
+# Inputs worked on at a time on a CPU: what passes between operations takes no more memory than
+# this.
 CACHED = 1 << 20
 
 
@@ -81,7 +83,8 @@ def _filter(padded: Tensor, documents: Tensor | None, weight: Tensor, bias: Tens
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, *, documents: Tensor | None = None) -> Tensor:
     """silu(bias + sum_i weight[:, i] x[l - k + 1 + i]), with zeros before the sequence. Returns (b, l, c).
 
-    On CUDA by causal-conv1d, if it is installed and takes such shapes, else by the kernels of `convolution_triton`.
+    On CUDA by causal-conv1d, if it is installed and takes such shapes, else by the kernels of
+    `convolution_triton`.
     """
     narrow = x.is_cuda and x.dtype != torch.float64
     if narrow and dispatch.unavailable("causal-conv1d") is None and dispatch.conv_unsupported(*weight.shape) is None:

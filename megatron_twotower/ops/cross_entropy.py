@@ -1,8 +1,9 @@
 """Cross-entropy of a vocabulary-parallel head, without ever holding all logits.
 
-Positions go through the head a chunk at a time, and the gradients are made while a chunk's logits are there: the
-backward pass only scales them. Memory beyond inputs and gradients is one chunk of logits. On CUDA, with triton, each
-chunk of logits becomes its gradient in place, by the kernel of `cross_entropy_triton`.
+Positions go through the head a chunk at a time, and the gradients are made while a chunk's logits
+are there: the backward pass only scales them. Memory beyond inputs and gradients is one chunk of
+logits. On CUDA, with triton, each chunk of logits becomes its gradient in place, by the kernel of
+`cross_entropy_triton`.
 """
 
 from typing import Any
@@ -16,8 +17,9 @@ from megatron_twotower.ops import dispatch
 
 # Positions per chunk in torch: 512 x 131072 logits in fp32 are 256 MiB.
 POSITION_CHUNK = 512
-# And with the kernels, which need no more than the logits as the head's product gives them: 1 GiB in bf16. Each chunk
-# reads and writes the sum of the head's gradient once, which is larger than that.
+# And with the kernels, which need no more than the logits as the head's product gives them: 1 GiB
+# in bf16. Each chunk reads and writes the sum of the head's gradient once, which is larger than
+# that.
 KERNEL_CHUNK = 4096
 
 
@@ -30,8 +32,8 @@ def rows_torch(
         first: the first vocabulary entry of this rank's slice.
         gradient: whether the gradient of the weighted sum into the logits is wanted.
 
-    Returns:
-        the losses; and the gradient, in the dtype of the logits, or anything where it is not wanted.
+    Returns: the losses; and the gradient, in the dtype of the logits, or anything where it is not
+        wanted.
     """
     wide, shared = logits.float(), group is not None and dist.get_world_size(group) > 1
     highest = wide.max(dim=-1).values
@@ -95,8 +97,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        # In place: a second one of the size of the head would be as large as all else together. Autograd refuses a
-        # second backward pass of its own accord, since what it saved has changed.
+        # In place: a second one of the size of the head would be as large as all else together.
+        # Autograd refuses a second backward pass of its own accord, since what it saved has
+        # changed.
         scaled = grad_weight.mul_(grad).to(ctx.weight_dtype)
         return grad_hidden.mul_(grad.to(grad_hidden.dtype)), scaled, None, None, None, None
 
@@ -114,8 +117,8 @@ def linear_cross_entropy(
         group: tensor-parallel process group, or None.
         first: first vocabulary entry of this rank's slice.
 
-    Returns:
-        the sum, a float32 scalar with gradients into `hidden` and `weight`; and losses (m,) in nats, without.
+    Returns: the sum, a float32 scalar with gradients into `hidden` and `weight`; and losses (m,) in
+        nats, without.
     """
     return _LinearCrossEntropy.apply(hidden, weight, targets, weights.float(), group, first)
 

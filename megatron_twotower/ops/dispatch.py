@@ -1,12 +1,14 @@
 """Which kernels serve on CUDA, and third-party ones with this project's signatures. Not run on a GPU here.
 
-mamba-ssm for the scan of one stream, causal-conv1d for the convolution: `chunk_scan_kernel` and `causal_conv_kernel`
-stand for `ops.scan.chunk_scan` and `ops.convolution.causal_conv`, on CUDA tensors. Argument orders, layouts and dtypes
-are from the sources of mamba-ssm 2.2.2, 2.2.4 and 2.3.2.post1 (ops/triton/ssd_*.py) and causal-conv1d 1.5.0.post8 and
-1.7.0 (causal_conv1d_interface.py, csrc/causal_conv1d.cpp). `make test-mamba` runs mamba-ssm's own in an interpreter.
+mamba-ssm for the scan of one stream, causal-conv1d for the convolution: `chunk_scan_kernel` and
+`causal_conv_kernel` stand for `ops.scan.chunk_scan` and `ops.convolution.causal_conv`, on CUDA
+tensors. Argument orders, layouts and dtypes are from the sources of mamba-ssm 2.2.2, 2.2.4 and
+2.3.2.post1 (ops/triton/ssd_*.py) and causal-conv1d 1.5.0.post8 and 1.7.0
+(causal_conv1d_interface.py, csrc/causal_conv1d.cpp). `make test-mamba` runs mamba-ssm's own in an
+interpreter.
 
-Shapes: b batch, l length, m heads, p head size, g groups, d state size, c channels, k taps; documents (b, l) int32, 0
-or more, growing along l.
+Shapes: b batch, l length, m heads, p head size, g groups, d state size, c channels, k taps;
+documents (b, l) int32, 0 or more, growing along l.
 """
 
 import contextlib
@@ -81,9 +83,10 @@ def chunk_scan_kernel(
     """The scan of one stream without gradients: y (b, l, m, p) in x's dtype, states (b, ceil(l / chunk), m, p, d) at
     the start of each chunk, and the final state (b, m, p, d), both float32.
 
-    x (b, l, m, p) and B, C (b, l, g, d) of one dtype, dt (b, l, m), A and D (m,). It takes the steps of mamba-ssm's
-    `_mamba_chunk_scan_combined_fwd` one by one, because that gives states in C's dtype: bfloat16 would round what every
-    block starts from. Inside y, the kernel rounds them to C's dtype all the same.
+    x (b, l, m, p) and B, C (b, l, g, d) of one dtype, dt (b, l, m), A and D (m,). It takes the
+    steps of mamba-ssm's `_mamba_chunk_scan_combined_fwd` one by one, because that gives states in
+    C's dtype: bfloat16 would round what every block starts from. Inside y, the kernel rounds them
+    to C's dtype all the same.
     """
     ssd = _module("mamba-ssm")
     with torch.no_grad(), torch.cuda.device_of(x):
@@ -118,7 +121,8 @@ def conv_unsupported(channels: int, taps: int) -> str | None:
 def causal_conv_kernel(x: Tensor, weight: Tensor, bias: Tensor, *, documents: Tensor | None = None) -> Tensor:
     """silu(bias + sum_i weight[:, i] x[l - k + 1 + i]) for x (b, l, c), weight (c, k), bias (c,); returns (b, l, c).
 
-    Gradients flow into x, weight and bias, which are bfloat16, float16 or float32; bias is cast to weight's dtype.
+    Gradients flow into x, weight and bias, which are bfloat16, float16 or float32; bias is cast to
+    weight's dtype.
     """
     reason = conv_unsupported(*weight.shape)
     assert reason is None, reason

@@ -1,7 +1,7 @@
 """Root-mean-square norms that keep their inputs alone for the backward pass.
 
-Shapes: x, y, z (..., h); weight (h,), or (groups, h / groups) for a norm over groups. Computed in float32, or in
-float64 when the input is float64; results are in the input's dtype.
+Shapes: x, y, z (..., h); weight (h,), or (groups, h / groups) for a norm over groups. Computed in
+float32, or in float64 when the input is float64; results are in the input's dtype.
 """
 
 from typing import Any

@@ -1,19 +1,23 @@
 """State-space scan of Mamba-2, for one stream and for a noisy stream seeded by a clean one.
 
-Dimensions: b batch, l length, m heads, p head size, g groups, d state size, q chunk, s block, n = l / s blocks.
-Shapes: x (b, l, m, p); dt (b, l, m), positive; A (m,), negative; B, C (b, l, g, d); D (m,); states (b, l/q, m, p, d);
-documents (b, l) int32, growing along l: no state passes from one document to another. Head i belongs to group
-i // (m / g). Everything is computed in float32, or in float64 when x is float64.
+Dimensions: b batch, l length, m heads, p head size, g groups, d state size, q chunk, s block, n = l
+/ s blocks.
+Shapes: x (b, l, m, p); dt (b, l, m), positive; A (m,), negative; B, C (b, l, g, d); D (m,); states
+(b, l/q, m, p, d); documents (b, l) int32, growing along l: no state passes from one document to
+another. Head i belongs to group i // (m / g). Everything is computed in float32, or in float64 when
+x is float64.
 
 The recurrence of one head (Mamba-2, Dao and Gu 2024, section 6; model layout of NemotronH):
 
     h_i = exp(dt_i A) h_{i-1} + dt_i x_i B_i^T,    y_i = h_i C_i + D x_i
 
-Block b of the noisy stream starts from the clean stream's h after position b s - 1, block 0 from zeros.
+Block b of the noisy stream starts from the clean stream's h after position b s - 1, block 0 from
+zeros.
 
-Both scans go group by group, so that what lives beside inputs and outputs is of the size of one group, and have a
-backward pass by hand, which keeps inputs, outputs and one state per chunk and computes the rest again. With g the
-gradient of y and u = dt x, that of the running log decay is g_i . (y_i - D x_i) - u_i . du_i, whatever the chunks.
+Both scans go group by group, so that what lives beside inputs and outputs is of the size of one
+group, and have a backward pass by hand, which keeps inputs, outputs and one state per chunk and
+computes the rest again. With g the gradient of y and u = dt x, that of the running log decay is g_i
+. (y_i - D x_i) - u_i . du_i, whatever the chunks.
 """
 
 from typing import Any, NamedTuple
@@ -49,7 +53,8 @@ LONGEST_CHUNK = 128
 def chunk_length(block: int, *, preferred: int) -> int:
     """Tokens per chunk: the block doubled while that stays within `preferred` and LONGEST_CHUNK.
 
-    A block longer than that: its largest divisor up to `preferred`, or, if all of these are small, the block itself.
+    A block longer than that: its largest divisor up to `preferred`, or, if all of these are small,
+    the block itself.
     """
     preferred = min(preferred, LONGEST_CHUNK)
     if block <= preferred:
@@ -63,8 +68,8 @@ def chunk_length(block: int, *, preferred: int) -> int:
 
 class _Stream(NamedTuple):
     """One stream in chunks. running (c, q, m): log decay from the chunk's start. reach: of its positions. write
-    (c, q, m): factor of u_j in the state at the chunk's end. keep (b, l/q, m): of the state from end to end. rows
-    (c, q): documents."""
+    (c, q, m): factor of u_j in the state at the chunk's end. keep (b, l/q, m): of the state from
+    end to end. rows (c, q): documents."""
 
     running: Tensor
     reach: Reach
@@ -194,8 +199,9 @@ class _ChunkScan(torch.autograd.Function):
 
 
 def _mamba_ssm_serves(x: Tensor) -> bool:
-    # In float32 its products are TF32's (no input_precision in mamba-ssm 2.2.4 and 2.3.2, ops/triton/ssd_*.py), which
-    # leaves a thousandth of error where this module computes in float32.
+    # In float32 its products are TF32's (no input_precision in mamba-ssm 2.2.4 and 2.3.2,
+    # ops/triton/ssd_*.py), which leaves a thousandth of error where this module computes in
+    # float32.
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and dispatch.unavailable("mamba-ssm") is None
 
 
@@ -213,13 +219,11 @@ def chunk_scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The scan of one stream, chunk by chunk; on CUDA in half precision, where no gradient is wanted, by mamba-ssm.
 
-    Args:
-        initial: the state before position 0 (b, m, p, d), of its document; zeros when left out. No gradient flows
-            into it.
+    Args: initial: the state before position 0 (b, m, p, d), of its document; zeros when left out.
+        No gradient flows into it.
 
-    Returns:
-        y (b, l, m, p) in x's dtype; the state at the start of every chunk (b, ceil(l/q), m, p, d); and the final
-        state (b, m, p, d). States are in the working dtype, without gradients.
+    Returns: y (b, l, m, p) in x's dtype; the state at the start of every chunk (b, ceil(l/q), m, p,
+        d); and the final state (b, m, p, d). States are in the working dtype, without gradients.
     """
     assert initial is None or not initial.requires_grad
     # Its states come from the forward pass alone.
@@ -342,13 +346,14 @@ def two_stream_scan(
 ) -> Tensor:
     """The scan of every block of the noisy stream, each started from the clean stream, in one pass.
 
-    Three sums per position: the clean state at the chunk's start, the clean positions between it and the block, and
-    the noisy positions of the block. Only one state per chunk is ever held, whatever the block size. No gradient flows
-    into the clean stream. On CUDA, with triton, by the kernels of `scan_triton` if they take such shapes.
+    Three sums per position: the clean state at the chunk's start, the clean positions between it
+    and the block, and the noisy positions of the block. Only one state per chunk is ever held,
+    whatever the block size. No gradient flows into the clean stream. On CUDA, with triton, by the
+    kernels of `scan_triton` if they take such shapes.
 
-    Args:
-        states: the clean stream's state at the start of each chunk, from `chunk_scan` with the same `chunk`.
-        block: block size s, a divisor of l. `chunk` is a multiple of it, or, for long blocks, a divisor.
+    Args: states: the clean stream's state at the start of each chunk, from `chunk_scan` with the
+        same `chunk`. block: block size s, a divisor of l. `chunk` is a multiple of it, or, for long
+        blocks, a divisor.
 
     Returns:
         y (b, l, m, p) in x's dtype.
@@ -407,7 +412,8 @@ def two_stream_scan_torch(
         clean = (clean_x, clean_dt, clean_A, clean_B, states)
         return _TwoStreamScan.apply(x, dt, A, B, C, D, *clean, block, chunk, documents)
     assert block % chunk == 0, (block, chunk)
-    # Long blocks are streams of their own, each with the state that the clean stream has at its start.
+    # Long blocks are streams of their own, each with the state that the clean stream has at its
+    # start.
     initial = states[:, :: block // chunk]
     if documents is not None:
         firsts = documents[:, ::block]

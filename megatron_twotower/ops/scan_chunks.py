@@ -1,7 +1,7 @@
 """Pieces of the scans: what positions of a chunk give to each other and read of the state before them.
 
-Dimensions as in `scan`: here c counts the chunks of all sequences, r the heads of a group, t the positions of a tile.
-A head's u is dt x. Gradients are by hand; `scan` says what they rest on.
+Dimensions as in `scan`: here c counts the chunks of all sequences, r the heads of a group, t the
+positions of a tile. A head's u is dt x. Gradients are by hand; `scan` says what they rest on.
 """
 
 from collections.abc import Iterator
@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Elements of x worked on at a time on a CPU: few enough that what passes between operations stays in its cache.
+# Elements of x worked on at a time on a CPU: few enough that what passes between operations stays
+# in its cache.
 CACHED = 1 << 19
-# Tokens of a chunk of one stream whose pairs are weighed head by head; a noisy stream takes its blocks for that.
+# Tokens of a chunk of one stream whose pairs are weighed head by head; a noisy stream takes its
+# blocks for that.
 TILE = 32
 
 
@@ -112,8 +114,8 @@ def grad_into_x(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From the gradients of y and u to that of x, written to `out`; x, y, grad, grad_u, out (c, q, r, p).
 
-    Returns (c, q, r) each: gradient of the running log decay, without what states take of its end; of dt through u;
-    and of D by position.
+    Returns (c, q, r) each: gradient of the running log decay, without what states take of its end;
+    of dt through u; and of D by position.
     """
     by_u, by_skip = torch.linalg.vecdot(grad_u, x), torch.linalg.vecdot(grad, x)
     decay = torch.linalg.vecdot(grad, y).sub_(D * by_skip).sub_(dt * by_u)
@@ -130,9 +132,10 @@ def grad_into_dt(decay: Tensor, by_u: Tensor, dt: Tensor, A: Tensor, *, span: in
 class Reach(NamedTuple):
     """How far back the positions of a chunk look, by head: factors of what is written at j and read at i.
 
-    read (c, q, m): of the state at the chunk's start, seen from i. halves: for a span of 2 h positions, h = tile,
-    2 tile, ... q / 2: (h, first (c, k, h, m), second (c, k, h, m)), k spans in a chunk; what j in the first half gives
-    to i in the second is weighed by first_j second_i, so that all heads of a group share one matrix of scores.
+    read (c, q, m): of the state at the chunk's start, seen from i. halves: for a span of 2 h
+    positions, h = tile, 2 tile, ... q / 2: (h, first (c, k, h, m), second (c, k, h, m)), k spans in
+    a chunk; what j in the first half gives to i in the second is weighed by first_j second_i, so
+    that all heads of a group share one matrix of scores.
     """
 
     read: Tensor

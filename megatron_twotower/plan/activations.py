@@ -1,12 +1,13 @@
 """What a training step keeps between its forward and backward passes, layer by layer, as formulas.
 
-Symbols: T = r b l noisy positions and L = b l clean ones of a micro-batch, N = T / S blocks (r b where a sequence has
-one time), h hidden size, w bytes of an activation. Mamba: i channels, c channels of the convolution, m heads, p head
-size, d state size, Q chunk. Attention: H heads, K kv heads, e head size. f: width of a dense MLP. E experts, k for a
-token, x width of an expert, s of the shared one. The formulas are those of one tensor-parallel rank of one; of t ranks
-each keeps a t-th of what is inside a mixer, and with sequence parallelism a t-th of what is between them.
-A test holds each formula against the tensors that autograd really keeps, in torch; with this project's kernels a Mamba
-layer in bfloat16 keeps a tenth less, the other layers as much.
+Symbols: T = r b l noisy positions and L = b l clean ones of a micro-batch, N = T / S blocks (r b
+where a sequence has one time), h hidden size, w bytes of an activation. Mamba: i channels, c
+channels of the convolution, m heads, p head size, d state size, Q chunk. Attention: H heads, K kv
+heads, e head size. f: width of a dense MLP. E experts, k for a token, x width of an expert, s of
+the shared one. The formulas are those of one tensor-parallel rank of one; of t ranks each keeps a
+t-th of what is inside a mixer, and with sequence parallelism a t-th of what is between them. A test
+holds each formula against the tensors that autograd really keeps, in torch; with this project's
+kernels a Mamba layer in bfloat16 keeps a tenth less, the other layers as much.
 """
 
 from collections.abc import Iterator
@@ -37,8 +38,8 @@ class Part:
 class StepSize:
     """A micro-batch: b sequences of l tokens in blocks of s, r draws of each; times per block or per sequence.
 
-    tensor: ranks that share what is inside a mixer. sequence: ranks that share what is between mixers. expert_tensor:
-    ranks that share each expert. Experts are taken to be equally busy.
+    tensor: ranks that share what is inside a mixer. sequence: ranks that share what is between
+    mixers. expert_tensor: ranks that share each expert. Experts are taken to be equally busy.
     """
 
     sequences: int
@@ -116,7 +117,8 @@ def _mlp(model: ModelConfig, size: StepSize) -> Iterator[Part]:
 
 def _experts(model: ModelConfig, size: StepSize) -> Iterator[Part]:
     w, k = size.activation_bytes, model.num_experts_per_tok
-    # A rank routes its own positions. Each expert's ranks see what all of them sent, and hold a part of the width.
+    # A rank routes its own positions. Each expert's ranks see what all of them sent, and hold a
+    # part of the width.
     routed, width = k * size.own * size.expert_tensor, model.moe_intermediate_size // size.expert_tensor
     shared = model.moe_shared_expert_intermediate_size // size.tensor
     yield Part("each token at its experts", "k h w T", model.hidden_size * w * routed)

@@ -4,23 +4,23 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_twotower.config.phases import Phase, plan
-from megatron_twotower.config.pipeline_stages import Stage, stages_of_rank, whole
+from megatron_twotower.config.phases import Phase, resolve_phases
+from megatron_twotower.config.pipeline_stages import PipelineStage, stages_of_rank, whole_model
 from megatron_twotower.config.schema import RunConfig
 from megatron_twotower.ops.cross_entropy import KERNEL_CHUNK
 from megatron_twotower.plan.activations import Part, StepSize, head_parts, layer_parts, step_size
 from megatron_twotower.plan.flops import StepFlops, step_flops
 from megatron_twotower.plan.layout import CARDS, GIB, Card, Layout, layout_of, micro_batches
 from megatron_twotower.plan.traffic import Transfer, crosses_nodes, group_sizes, sent_by_group, transfers
-from megatron_twotower.plan.weights import Held, WeightBytes, checkpoint_bytes, held, weight_bytes
+from megatron_twotower.plan.weights import RankParameters, WeightBytes, checkpoint_bytes, rank_parameters, weight_bytes
 
 
 @dataclass(frozen=True)
 class Assumptions:
     """What is not reckoned but taken.
 
-    utilisation: floating-point operations a second while computing, as a share of the card's dense BF16 peak, with
-        recomputation and without the time for communication.
+    utilisation: floating-point operations a second while computing, as a share of the card's dense
+        BF16 peak, with recomputation and without the time for communication.
     link_share: of a link's speed that a collective reaches.
     reserve_bytes: CUDA's context, NCCL's buffers, fragmentation.
     """
@@ -95,7 +95,7 @@ def _own(parts: list[Part]) -> int:
 
 
 def kept_bytes(
-    config: RunConfig, *, block: int, own: Sequence[Stage] | None = None, scored: int | None = None
+    config: RunConfig, *, block: int, own: Sequence[PipelineStage] | None = None, scored: int | None = None
 ) -> tuple[int, int]:
     """What one micro-batch keeps between forward and backward on a rank: the denoiser's own, and what is handed over.
 
@@ -103,7 +103,7 @@ def kept_bytes(
         own: the rank's stretches of layers; None for the whole model.
         scored: positions that the loss looks at; None for all, the most there can be.
     """
-    held = own if own is not None else (whole(config.model),)
+    held = own if own is not None else (whole_model(config.model),)
     size, recomputed = step_size(config, block=block), config.train.recompute_layers
     parts = [
         layer_parts(config.model, kind, size, recompute=kind in recomputed)
@@ -112,8 +112,8 @@ def kept_bytes(
     row = config.model.hidden_size * size.activation_bytes
     kept = sum(map(_own, parts))
     for stage in held:
-        # The time conditioning is made on the first; the others keep what they received, of which the noisy stream
-        # is the input of their first layer.
+        # The time conditioning is made on the first; the others keep what they received, of which
+        # the noisy stream is the input of their first layer.
         kept += row * (8 * size.rows if stage.first else size.clean // size.sequence + 3 * size.rows)
         if stage.last:
             kept += _own(head_parts(config.model, size, scored=size.noisy if scored is None else scored))
@@ -207,7 +207,7 @@ def _memory(
 
 
 def estimate(
-    config: RunConfig, *, ranks: int, assumptions: Assumptions | None = None, of: Sequence[Held] | None = None
+    config: RunConfig, *, ranks: int, assumptions: Assumptions | None = None, of: Sequence[RankParameters] | None = None
 ) -> Estimate:
     """What a validated configuration needs on so many ranks, each phase with its block size; memory, and bytes sent, of
     the pipeline ranks that need and send most.
@@ -216,11 +216,11 @@ def estimate(
         of: parameters of each pipeline rank as modules have them; None for the table of names.
     """
     taken, card = assumptions or Assumptions(), CARDS[config.parallel.card]
-    layout, phases = layout_of(config, ranks=ranks), plan(config)
+    layout, phases = layout_of(config, ranks=ranks), resolve_phases(config)
     blocks = sorted({phase.noise.block_size_tokens for phase in phases})
     memories, sent = [], []
     for rank in range(layout.pipeline):
-        has = of[rank] if of else held(config, layout, pipeline_rank=rank)
+        has = of[rank] if of else rank_parameters(config, layout, pipeline_rank=rank)
         weights = weight_bytes(config, layout, has, pipeline_rank=rank)
         memories.append(
             _memory(config, layout, weights, pipeline_rank=rank, blocks=blocks, reserve=taken.reserve_bytes)

@@ -1,7 +1,8 @@
 """Floating-point operations of a step, by formula: 2 for each multiplication and addition of a matrix product.
 
-Per position and layer, forward, in the symbols of `memory.py` and with i, g, d, m, p, Q for a Mamba layer's inner
-width, groups, state size, heads, head size and chunk, and n positions that attention reads:
+Per position and layer, forward, in the symbols of `memory.py` and with i, g, d, m, p, Q for a Mamba
+layer's inner width, groups, state size, heads, head size and chunk, and n positions that attention
+reads:
 
     M  projections 2 h (2 i + 2 g d + m) + 2 i h, convolution 2 c taps, and the scan in chunks:
        scores and values 2 Q (g d + m p) within a chunk, states 4 m p d; a noisy position reads the clean part of its
@@ -11,14 +12,14 @@ width, groups, state size, heads, head size and chunk, and n positions that atte
     E  router 2 h E, routed 4 k h x, shared 4 h s
     head 2 h V for each scored position: all of `ar`, a share t of a noisy sequence, E[t] = (time_min + time_max) / 2
 
-A frozen layer runs forward (1), a trained one forward and backward (3), and once more forward where it is recomputed.
-Norms, activations and the optimizer are not matrix products and left out.
+A frozen layer runs forward (1), a trained one forward and backward (3), and once more forward where
+it is recomputed. Norms, activations and the optimizer are not matrix products and left out.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_twotower.config.pipeline_stages import Stage, whole
+from megatron_twotower.config.pipeline_stages import PipelineStage, whole_model
 from megatron_twotower.config.schema import ModelConfig, RunConfig
 from megatron_twotower.ops.scan import chunk_length
 
@@ -77,7 +78,11 @@ def context_layers(model: ModelConfig) -> str:
 
 
 def step_flops(
-    config: RunConfig, *, objective: str | None = None, block: int | None = None, own: Sequence[Stage] | None = None
+    config: RunConfig,
+    *,
+    objective: str | None = None,
+    block: int | None = None,
+    own: Sequence[PipelineStage] | None = None,
 ) -> StepFlops:
     """What a training step costs for each token, for its objective or the other, its block size or another.
 
@@ -88,7 +93,7 @@ def step_flops(
     kinds, recomputed = model.hybrid_override_pattern, config.train.recompute_layers
     two_tower = (objective or config.objective) == "two_tower"
     block = (block or noise.block_size_tokens) if two_tower else None
-    held = own if own is not None else (whole(model),)
+    held = own if own is not None else (whole_model(model),)
     numbers = [number for stage in held for number in stage.layers]
     pattern = "".join(kinds[number] for number in numbers)
     forward = {kind: layer_flops(model, kind, length=length, block=block) for kind in set(pattern)}

@@ -11,7 +11,8 @@ GIB = 2**30
 class Card:
     """An accelerator, from its maker's data sheet: one direction of its links, for each card.
 
-    memory_bytes: what an allocator can have. bf16_flops: dense. link: within a node; network: between nodes.
+    memory_bytes: what an allocator can have. bf16_flops: dense. link: within a node; network:
+    between nodes.
     """
 
     name: str
@@ -34,7 +35,8 @@ CARDS = {
 class Layout:
     """Sizes of the groups that a world of ranks is cut into, as Megatron cuts it.
 
-    sequence: ranks that a sequence is split over outside of the mixers: `tensor` with sequence parallelism, else 1.
+    sequence: ranks that a sequence is split over outside of the mixers: `tensor` with sequence
+    parallelism, else 1.
     chunks: stretches of layers on each pipeline rank.
     """
 

@@ -1,7 +1,8 @@
 """`twotower plan --scaling`: one run on several numbers of cards, as an estimate and never as a measurement.
 
-Operations by formula at one utilisation, taken or measured on one card; bytes by formula over stated bandwidths. Each
-number of cards has the configuration's own layout where that is valid and fits, else the fastest that was found.
+Operations by formula at one utilisation, taken or measured on one card; bytes by formula over
+stated bandwidths. Each number of cards has the configuration's own layout where that is valid and
+fits, else the fastest that was found.
 """
 
 import dataclasses

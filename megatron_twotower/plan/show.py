@@ -15,7 +15,7 @@ from megatron_twotower.plan.estimate import Assumptions, Estimate, estimate
 from megatron_twotower.plan.layout import CARDS, GIB, layout_of, micro_batches
 from megatron_twotower.plan.search import overrides, remedies, search
 from megatron_twotower.plan.traffic import crosses_nodes
-from megatron_twotower.plan.weights import Held, held, parameters, tables
+from megatron_twotower.plan.weights import RankParameters, parameters, rank_parameters, tables
 
 _MEMORY = {
     "context": "context tower, frozen",
@@ -158,7 +158,7 @@ def as_json(found: Estimate) -> dict[str, Any]:
     }
 
 
-def _checked(config: RunConfig, ranks: int) -> list[Held]:
+def _checked(config: RunConfig, ranks: int) -> list[RankParameters]:
     """The parameters of a rank of each pipeline stage, counted in modules and by the table of names.
 
     Raises:
@@ -168,13 +168,13 @@ def _checked(config: RunConfig, ranks: int) -> list[Held]:
 
     layout, found = layout_of(config, ranks=ranks), []
 
-    def sizes(of: Held) -> list[list[tuple[int, bool]]]:
+    def sizes(of: RankParameters) -> list[list[tuple[int, bool]]]:
         return [sorted((p.elements, p.expert) for p in chunk) for chunk in of.chunks]
 
     for stage in range(layout.pipeline):
         # Megatron lays the ranks of a stage beside each other.
         built = build(config, layout, rank=stage * ranks // layout.pipeline)
-        named = held(config, layout, pipeline_rank=stage)
+        named = rank_parameters(config, layout, pipeline_rank=stage)
         assert built.context == named.context and sizes(built) == sizes(named), "names.py and the modules differ"
         found.append(built)
     return found

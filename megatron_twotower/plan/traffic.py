@@ -1,25 +1,29 @@
 """Bytes that one rank sends to others in a training step, collective by collective.
 
-A collective over g ranks is reckoned as a ring: of n bytes in all, an all-gather, a reduce-scatter or an all-to-all
-sends n (g - 1) / g from each rank, an all-reduce twice that. Counts of a few numbers (gradient norms, tokens of each
-expert, logged sums) are left out, and experts are taken to be equally busy.
+A collective over g ranks is reckoned as a ring: of n bytes in all, an all-gather, a reduce-scatter
+or an all-to-all sends n (g - 1) / g from each rank, an all-reduce twice that. Counts of a few
+numbers (gradient norms, tokens of each expert, logged sums) are left out, and experts are taken to
+be equally busy.
 
-What a pass sends, with T positions of h values of w bytes (of the noisy stream, or the clean one for the context):
+What a pass sends, with T positions of h values of w bytes (of the noisy stream, or the clean one
+for the context):
 
-* tensor parallel with sequence parallelism, for each M, *, - and shared expert: gather in, scatter out; backward the
-  same and the input once more, for the gradient of the weight. Without: an all-reduce forward and one backward;
-* experts: k rows of h values for each position to their experts and back (all-to-all), or all rows to all ranks and
-  back (all-gather), with their probabilities; backward the same;
+* tensor parallel with sequence parallelism, for each M, *, - and shared expert: gather in, scatter
+  out; backward the same and the input once more, for the gradient of the weight. Without: an
+  all-reduce forward and one backward;
+* experts: k rows of h values for each position to their experts and back (all-to-all), or all rows
+  to all ranks and back (all-gather), with their probabilities; backward the same;
 * the loss: the gradient of the scored positions summed over vocabulary slices;
-* pipeline: both streams and the time conditioning to the next stretch of layers, and as much gradient back;
-* data parallel, once a step: gradients in fp32 scattered (reduced, without the distributed optimizer), and parameters
-  gathered.
+* pipeline: both streams and the time conditioning to the next stretch of layers, and as much
+  gradient back;
+* data parallel, once a step: gradients in fp32 scattered (reduced, without the distributed
+  optimizer), and parameters gathered.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_twotower.config.pipeline_stages import Stage, whole
+from megatron_twotower.config.pipeline_stages import PipelineStage, whole_model
 from megatron_twotower.config.precision import PRECISIONS
 from megatron_twotower.config.schema import RunConfig
 from megatron_twotower.model.parameter_map import entries_of_stage
@@ -93,8 +97,9 @@ def _routed(config: RunConfig, size: StepSize, positions: int, *, forward: int, 
     own, experts = positions // size.sequence, model.n_routed_experts
     if layout.moe_dispatcher == "allgather":
         all_own = own * layout.expert * layout.expert_tensor_ranks
-        # Every rank gets every row, with its probabilities for all experts, and where it goes. The sums go back in
-        # the precision of the probabilities (megatron-core 0.16.1, token_dispatcher.py, token_combine).
+        # Every rank gets every row, with its probabilities for all experts, and where it goes. The
+        # sums go back in the precision of the probabilities (megatron-core 0.16.1,
+        # token_dispatcher.py, token_combine).
         back = all_own * model.hidden_size * wide
         yield Transfer("tensor x expert", "tokens", "all_gather", all_own * row, forward)
         yield Transfer("tensor x expert", "tokens", "reduce_scatter", all_own * row, backward)
@@ -121,7 +126,7 @@ def _tower(config: RunConfig, size: StepSize, pattern: str, positions: int, *, t
             yield from _routed(config, size, positions, forward=forward, backward=backward)
 
 
-def _ends(config: RunConfig, size: StepSize, scored: float, own: Sequence[Stage]) -> Iterator[Transfer]:
+def _ends(config: RunConfig, size: StepSize, scored: float, own: Sequence[PipelineStage]) -> Iterator[Transfer]:
     """Embeddings, the final gather, and the loss, where they are."""
     row = config.model.hidden_size * size.activation_bytes
     positions, frozen = (size.noisy, size.clean) if config.objective == "two_tower" else (size.clean, 0)
@@ -135,7 +140,7 @@ def _ends(config: RunConfig, size: StepSize, scored: float, own: Sequence[Stage]
         yield Transfer("tensor", "loss", "all_reduce", scored * (row + 3 * FP32), 1)
 
 
-def _between_stages(config: RunConfig, size: StepSize, own: Sequence[Stage]) -> Iterator[Transfer]:
+def _between_stages(config: RunConfig, size: StepSize, own: Sequence[PipelineStage]) -> Iterator[Transfer]:
     """What goes to the next stretch of layers, and back to the one before."""
     row = config.model.hidden_size * size.activation_bytes
     rows = size.clean // size.sequence
@@ -145,15 +150,16 @@ def _between_stages(config: RunConfig, size: StepSize, own: Sequence[Stage]) -> 
     yield Transfer("pipeline", "streams", "send", rows * row, times)
 
 
-def _step(config: RunConfig, weights: WeightBytes, own: Sequence[Stage]) -> Iterator[Transfer]:
+def _step(config: RunConfig, weights: WeightBytes, own: Sequence[PipelineStage]) -> Iterator[Transfer]:
     """Once a step: gradients and parameters."""
     width = PRECISIONS[config.train.precision].bytes
     if config.parallel.sequence:
         _, trained = tables(config)
         shared = parameters(e for stage in own for e in entries_of_stage(trained, stage) if e.split is None)
         yield Transfer("tensor", "gradients of what they share", "all_reduce", shared * FP32, 1)
-    # Experts have an optimizer of their own, and each of the two gathers all buffers (megatron-core 0.16.1,
-    # distrib_optimizer.py, step_with_ready_grads), unless they are gathered during the next forward pass.
+    # Experts have an optimizer of their own, and each of the two gathers all buffers (megatron-core
+    # 0.16.1, distrib_optimizer.py, step_with_ready_grads), unless they are gathered during the next
+    # forward pass.
     gathers = 2 if weights.expert and not config.parallel.overlap_param_gather else 1
     for group, elements in (("data", weights.dense), ("expert data", weights.expert)):
         if config.optimizer.distributed:
@@ -168,7 +174,7 @@ def transfers(
     layout: Layout,
     weights: WeightBytes,
     *,
-    own: Sequence[Stage] | None = None,
+    own: Sequence[PipelineStage] | None = None,
     scored: float | None = None,
 ) -> list[Transfer]:
     """All that a rank exchanges in a step.
@@ -178,7 +184,7 @@ def transfers(
         scored: positions of a micro-batch that the loss looks at; None for what is expected.
     """
     size, kinds = step_size(config), config.model.hybrid_override_pattern
-    held = own if own is not None else (whole(config.model),)
+    held = own if own is not None else (whole_model(config.model),)
     numbers = [number for stage in held for number in stage.layers]
     two_tower = config.objective == "two_tower"
     if scored is None:

@@ -1,13 +1,15 @@
 """Parameters, gradients and optimizer state of one rank, in bytes, as Megatron Core 0.16.1 lays them out.
 
-The elements of a rank come from the table of names (`held`), or from modules that were built without memory
-(`built.py`): the two must agree. Megatron's rules:
+The elements of a rank come from the table of names (`held`), or from modules that were built
+without memory (`built.py`): the two must agree. Megatron's rules:
 
-* gradients: one fp32 buffer of all trained parameters of a rank, and one of its experts where experts are parallel;
-* with the distributed optimizer parameters start at multiples of 64 elements in these buffers, buckets end at
-  multiples of 128 and of the ranks that share them, and parameters are views of a buffer cut alike;
-* AdamW's two moments in fp32, and main parameters in fp32 beside bf16 ones; of a bucket's share with the distributed
-  optimizer (param_and_grad_buffer.py, distrib_optimizer.py).
+* gradients: one fp32 buffer of all trained parameters of a rank, and one of its experts where
+  experts are parallel;
+* with the distributed optimizer parameters start at multiples of 64 elements in these buffers,
+  buckets end at multiples of 128 and of the ranks that share them, and parameters are views of a
+  buffer cut alike;
+* AdamW's two moments in fp32, and main parameters in fp32 beside bf16 ones; of a bucket's share
+  with the distributed optimizer (param_and_grad_buffer.py, distrib_optimizer.py).
 """
 
 import math
@@ -15,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_twotower.config.pipeline_stages import Stage, stages_of_rank
+from megatron_twotower.config.pipeline_stages import PipelineStage, stages_of_rank
 from megatron_twotower.config.precision import CONTEXT_PRECISIONS, PRECISIONS
 from megatron_twotower.config.schema import ModelConfig, RunConfig
 from megatron_twotower.model.parameter_map import (
@@ -43,7 +45,7 @@ class Parameter:
 
 
 @dataclass(frozen=True)
-class Held:
+class RankParameters:
     """What one rank holds: the frozen context tower, and what trains, in the order in which modules have them.
 
     chunks: one for each stretch of layers of a pipeline rank, each in buffers of its own.
@@ -84,19 +86,21 @@ def _on_a_rank(entries: Iterable[Entry], layout: Layout) -> Iterable[Parameter]:
         yield Parameter(entry.megatron, elements, expert and layout.expert > 1)
 
 
-def held(config: RunConfig, layout: Layout, *, pipeline_rank: int = 0) -> Held:
+def rank_parameters(config: RunConfig, layout: Layout, *, pipeline_rank: int = 0) -> RankParameters:
     """What each rank of a pipeline stage holds, by the table of names."""
     own = stages_of_rank(config.model, config.parallel, pipeline_rank)
     return _held(config.objective, config.model, config.conditioning.frequencies, layout, own)
 
 
 @lru_cache(maxsize=256)
-def _held(objective: str, model: ModelConfig, frequencies: int, layout: Layout, own: tuple[Stage, ...]) -> Held:
+def _held(
+    objective: str, model: ModelConfig, frequencies: int, layout: Layout, own: tuple[PipelineStage, ...]
+) -> RankParameters:
     context, trained = _tables(objective, model, frequencies)
     frozen = [entry for stage in own for entry in entries_of_stage(context, stage)]
     chunks = tuple(tuple(_on_a_rank(entries_of_stage(trained, stage), layout)) for stage in own)
     on_a_rank = list(_on_a_rank(frozen, layout))
-    return Held(sum(p.elements for p in on_a_rank), chunks, by_layer((p.name, p.elements) for p in on_a_rank))
+    return RankParameters(sum(p.elements for p in on_a_rank), chunks, by_layer((p.name, p.elements) for p in on_a_rank))
 
 
 def by_layer(sizes: Iterable[tuple[str, int]]) -> tuple[tuple[int, int], ...]:
@@ -109,7 +113,7 @@ def by_layer(sizes: Iterable[tuple[str, int]]) -> tuple[tuple[int, int], ...]:
     return tuple(sorted(sums.items()))
 
 
-def _in_fp8(config: RunConfig, of: Held) -> int:
+def _in_fp8(config: RunConfig, of: RankParameters) -> int:
     """Elements of the context tower that are held in FP8, a byte each. Their scales, few of them, are left out."""
     if CONTEXT_PRECISIONS[config.train.context_precision] is None:
         return 0
@@ -191,14 +195,18 @@ class WeightBytes:
 
 
 def weight_bytes(
-    config: RunConfig, layout: Layout, of: Held, *, pipeline_rank: int = 0, places: tuple[int, int] | None = None
+    config: RunConfig,
+    layout: Layout,
+    of: RankParameters,
+    *,
+    pipeline_rank: int = 0,
+    places: tuple[int, int] | None = None,
 ) -> WeightBytes:
     """Bytes of weights and what hangs on them.
 
-    Args:
-        pipeline_rank: of what is held; Megatron cuts only the first stretch of the first rank into buckets.
-        places: of a rank in its data-parallel and its expert-data-parallel group, for its very share of the optimizer
-            state; None for the largest.
+    Args: pipeline_rank: of what is held; Megatron cuts only the first stretch of the first rank
+        into buckets. places: of a rank in its data-parallel and its expert-data-parallel group, for
+        its very share of the optimizer state; None for the largest.
     """
     width, distributed = PRECISIONS[config.train.precision].bytes, config.optimizer.distributed
     # fp32 parameters are their own main parameters.

@@ -1,8 +1,9 @@
 """Which samples every step consumed, written down by each data-parallel rank, and what the books say after a run.
 
-A line of `ledger/rank-00000.jsonl` is one step of one rank: the start of the run it belongs to (a time, the same on all
-ranks), the step, and (epoch, sample) of each sequence. A step that a killed run took and a later one took again stands
-there twice: the later start counts, the earlier one is a lost step.
+A line of `ledger/rank-00000.jsonl` is one step of one rank: the start of the run it belongs to (a
+time, the same on all ranks), the step, and (epoch, sample) of each sequence. A step that a killed
+run took and a later one took again stands there twice: the later start counts, the earlier one is a
+lost step.
 """
 
 import dataclasses
@@ -53,7 +54,8 @@ def entry(batches: Sequence[Batch], *, start: int, step: int) -> str:
 @dataclass(frozen=True)
 class Audit:
     """steps: taken, each counted once. lost_steps: taken by a run that was cut off, and again later. repeated: samples
-    of an epoch that were consumed more than once. skipped: samples that were due and were not consumed.
+    of an epoch that were consumed more than once. skipped: samples that were due and were not
+    consumed.
     """
 
     steps: int
@@ -65,8 +67,8 @@ class Audit:
 def audit(run: Path, due: Iterable[tuple[int, int]], *, last_step: int) -> Audit:
     """Compare the books with what was due.
 
-    Args:
-        due: (epoch, sample) of every sequence that the steps up to `last_step` should have consumed.
+    Args: due: (epoch, sample) of every sequence that the steps up to `last_step` should have
+        consumed.
     """
     lines = [
         line for path in sorted((run / LEDGER_FOLDER).glob("rank-*.jsonl")) for line in path.read_text().split("\n")
@@ -93,9 +95,11 @@ def _parsed(line: str) -> dict | None:
         return None  # cut off by a kill
 
 
-def bookkeeper(run: Path, config: RunConfig, groups: ProcessGroupCollection) -> Callable[[Sequence[Batch], int], None]:
+def ledger_writer(
+    run: Path, config: RunConfig, groups: ProcessGroupCollection
+) -> Callable[[Sequence[Batch], int], None]:
     """Writes this rank's line of the ledger for a step; nothing where none is asked for, or another rank has it."""
-    start = parallel.from_main(time.time_ns())
+    start = parallel.broadcast_from_main(time.time_ns())
     if not config.train.ledger or groups.tp.rank() or groups.pp.rank():
         return lambda batches, step: None
     stream = ledger.open_ledger(run, rank=groups.dp_cp.rank())
@@ -106,7 +110,7 @@ def bookkeeper(run: Path, config: RunConfig, groups: ProcessGroupCollection) -> 
     return write
 
 
-def batch_keeper(run: Path) -> Callable[[Sequence[Batch], int], str]:
+def nonfinite_batch_writer(run: Path) -> Callable[[Sequence[Batch], int], str]:
     """Writes the micro-batches of a step that could not be used to the run folder, each rank its own."""
 
     def keep(batches: Sequence[Batch], step: int) -> str:

@@ -36,7 +36,7 @@ class Trainer:
     """What one rank trains with."""
 
     config: RunConfig
-    model: parallel.Chunks
+    model: parallel.ModelChunks
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
     groups: ProcessGroupCollection
@@ -52,8 +52,10 @@ class Trainer:
 class Hooks:
     """What the loop is given: where figures go, how state is kept, and when to stop early.
 
-    save: begins to save the state. saved: looks whether a save under way is done, or waits for it, and records it.
-    beat: a sign of life, with what the loop is at. consumed: told the micro-batches of every step, and the step.
+    save: begins to save the state. saved: looks whether a save under way is done, or waits for it,
+    and records it.
+    beat: a sign of life, with what the loop is at. consumed: told the micro-batches of every step,
+    and the step.
     keep_batch: keeps the micro-batches of a step that could not be used, and says where.
     tokens_by_corpus: what the run has read of each corpus at a cursor; None with one corpus.
     """
@@ -85,7 +87,8 @@ def two_tower_forward(
     return hidden, masked_diffusion_loss(tower, hidden, noisy, config.noise, groups) if tower.stage.last else None
 
 
-# What a model chunk gives: what travels on to the next stage; or, on the last, final hidden states and their loss.
+# What a model chunk gives: what travels on to the next stage; or, on the last, final hidden states
+# and their loss.
 OBJECTIVES = {"ar": ar_forward, "two_tower": two_tower_forward}
 
 
@@ -144,16 +147,18 @@ class Step:
 def train_step(trainer: Trainer, batches: list[Batch]) -> Step:
     """One optimizer step on this rank's micro-batches of a global batch.
 
-    Where the loss or a gradient is not finite, on any rank, nothing that trains changes, on all of them.
+    Where the loss or a gradient is not finite, on any rank, nothing that trains changes, on all of
+    them.
     """
     trainer.model.train()
     trainer.model.zero_grad_buffer()
     trainer.optimizer.zero_grad()
-    # Megatron moves the selection biases of its routers with the gradients' reduction, before any step can be judged.
-    named = [item for part in trainer.model.parts for item in part.named_buffers()]
+    # Megatron moves the selection biases of its routers with the gradients' reduction, before any
+    # step can be judged.
+    named = [item for chunk in trainer.model.chunks for item in chunk.named_buffers()]
     biases = [(buffer, buffer.clone()) for name, buffer in named if name.endswith("expert_bias")]
     sums = forward_backward(trainer, [(batch, None) for batch in batches], forward_only=False)
-    taken, norm = guarded_step(trainer.optimizer, unusable=parallel.raised(~sums[0].isfinite()))
+    taken, norm = guarded_step(trainer.optimizer, unusable=parallel.any_rank_flag(~sums[0].isfinite()))
     if not taken:
         for buffer, before in biases:
             buffer.copy_(before)
@@ -280,9 +285,8 @@ def train(
     Returns:
         True when all steps are done, False when stopped early on request, with the state saved.
 
-    Raises:
-        UserError: loss or gradients are not finite, too often in a row; all sequences of a record were in damaged
-            shards; a checkpoint cannot be written.
+    Raises: UserError: loss or gradients are not finite, too often in a row; all sequences of a
+        record were in damaged shards; a checkpoint cannot be written.
     """
     settings, started = trainer.config.train, time.perf_counter()
 

@@ -45,23 +45,24 @@ def masked_diffusion_loss(
 ) -> LossReport:
     """Cross-entropy of the clean tokens at masked positions.
 
-    `masked_mean` divides by the number of masked positions (the published trainer's objective, but global).
-    `elbo` weights each by 1 / t and divides by the number of all tokens that are not padding: the likelihood bound
-    of absorbing diffusion with a linear schedule (MDLM, Sahoo et al. 2024, equation 10; BD3-LM section 3).
+    `masked_mean` divides by the number of masked positions (the published trainer's objective, but
+    global). `elbo` weights each by 1 / t and divides by the number of all tokens that are not
+    padding: the likelihood bound of absorbing diffusion with a linear schedule (MDLM, Sahoo et al.
+    2024, equation 10; BD3-LM section 3).
 
     Args:
         hidden: final hidden states (l, r b, h) of the noisy stream.
     """
     length = batch.noisy.shape[1]
     times = batch.times.repeat_interleave(length // batch.times.shape[1], dim=1)
-    levels = times.flatten()[batch.scored]
-    scored = (torch.arange(len(levels), device=levels.device) < batch.count).to(levels.dtype)
+    levels = times.flatten()[batch.scored_positions]
+    scored = (torch.arange(len(levels), device=levels.device) < batch.num_scored).to(levels.dtype)
     elbo = noise.weighting == "elbo"
     weights = scored / levels if elbo else scored
-    rows = hidden.transpose(0, 1).flatten(0, 1)[batch.scored]
-    targets = batch.tokens.flatten()[batch.scored % batch.tokens.numel()]
+    rows = hidden.transpose(0, 1).flatten(0, 1)[batch.scored_positions]
+    targets = batch.tokens.flatten()[batch.scored_positions % batch.tokens.numel()]
     total, losses = _head(tower, rows, targets, weights, groups)
     index = noise_buckets(levels, noise.report_buckets)
     zeros = torch.zeros(noise.report_buckets, device=levels.device)
-    count = batch.real if elbo else batch.count
+    count = batch.num_tokens if elbo else batch.num_scored
     return LossReport(total, count, zeros.index_add(0, index, losses * scored), zeros.index_add(0, index, scored))

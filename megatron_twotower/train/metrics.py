@@ -1,6 +1,7 @@
 """Where a run's figures go: the console, `metrics.jsonl` and Weights & Biases. The only room that imports wandb.
 
-A record is a mapping with `kind` and `step`; the first rank writes it to every sink, the others write nothing.
+A record is a mapping with `kind` and `step`; the first rank writes it to every sink, the others
+write nothing.
 
     kind "train":       step, loss (nats per scored token), loss_by_noise {"0.0-0.2": nats, ...} (empty for `ar`),
                         learning_rate, grad_norm, tokens (consumed so far), tokens_per_second, scored_tokens,
@@ -89,8 +90,9 @@ def open_metrics(
 ) -> Metrics:
     """Open the sinks of a run in folder `output`; on ranks other than the first, a `Metrics` that writes nothing.
 
-    resume_step: the step the run goes on from, 0 for a fresh run. Records of `metrics.jsonl` after it were written
-        by a run that was cut off and are dropped, so that no step stands there twice.
+    resume_step: the step the run goes on from, 0 for a fresh run. Records of `metrics.jsonl` after
+        it were written by a run that was cut off and are dropped, so that no step stands there
+        twice.
     config: the resolved configuration, for W&B.
 
     Raises:
@@ -144,7 +146,8 @@ def _finite(value: Any) -> Any:
     return number if math.isfinite(number) else None
 
 
-# metrics.jsonl ------------------------------------------------------------------------------------------------------
+# metrics.jsonl
+# ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,8 @@ def _jsonl_sink(path: Path, *, resume_step: int, resources: ExitStack) -> _Jsonl
     return _Jsonl(resources.enter_context(path.open("a", buffering=1)).write)
 
 
-# Weights & Biases ---------------------------------------------------------------------------------------------------
+# Weights & Biases
+# ---------------------------------------------------------------------------------------------------
 
 
 def _flat(record: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -226,7 +230,8 @@ def _wandb_sink(
     return _Wandb(run.log)
 
 
-# Console ------------------------------------------------------------------------------------------------------------
+# Console
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _seconds(value: float) -> str:

@@ -1,7 +1,8 @@
 """Several runs from one command: Hydra's multi-run over a recipe, each job in a folder of its own.
 
-`twotower train --multirun recipe=tiny seed=1,2` trains twice, into OUTPUT/seed=1 and OUTPUT/seed=2. Hydra's launchers
-(`hydra/launcher=...`) decide where the jobs run; without one, here and one after the other.
+`twotower train --multirun recipe=tiny seed=1,2` trains twice, into OUTPUT/seed=1 and OUTPUT/seed=2.
+Hydra's launchers (`hydra/launcher=...`) decide where the jobs run; without one, here and one after
+the other.
 """
 
 import dataclasses
@@ -78,7 +79,8 @@ def run(recipe: str, overrides: Sequence[str]) -> None:
     before, variable = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
-    # Hydra reads the command line, keeps exceptions to itself unless this is set, and takes the root logger over.
+    # Hydra reads the command line, keeps exceptions to itself unless this is set, and takes the
+    # root logger over.
     sys.argv = ["twotower", "--multirun", *search, *own, *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:

@@ -1,8 +1,8 @@
 """Absorbing-diffusion noise: times, masks, and the randomness they come from. Pure functions of their arguments.
 
-Randomness is counter-based: every uniform number is a hash of (seed, purpose, epoch, sample, ...), computed in
-integers. The same sequence therefore meets the same noise on any number of ranks, in any micro-batch, after any
-resume, on CPU and CUDA alike, and no generator has a state to save.
+Randomness is counter-based: every uniform number is a hash of (seed, purpose, epoch, sample, ...),
+computed in integers. The same sequence therefore meets the same noise on any number of ranks, in
+any micro-batch, after any resume, on CPU and CUDA alike, and no generator has a state to save.
 """
 
 import math
@@ -19,16 +19,18 @@ from megatron_twotower.types import Batch, NoisyBatch
 _TIMES, _MASKS, _STRATA = 1, 2, 3
 _DRAW = 16
 
-# The list of scored places is as long as a multiple of this: few shapes for the head, and full matrix products.
+# The list of scored places is as long as a multiple of this: few shapes for the head, and full
+# matrix products.
 SCORED_MULTIPLE = 64
 
 
 def sample_times(batch: Batch, noise: NoiseConfig, *, seed: int, draw: int = 0) -> Tensor:
     """Noise levels in (time_min, time_max] of one draw: (b, n) float32 per block, or (b, 1) per sequence.
 
-    `stratified` spreads them evenly: over the blocks of a sequence (a random offset and a random order, BD3-LM
-    section 4), or, with one time per sequence, over consecutive samples of the run (a Weyl sequence); and the
-    draws of one sequence or block over the range. `uniform` draws are independent.
+    `stratified` spreads them evenly: over the blocks of a sequence (a random offset and a random
+    order, BD3-LM section 4), or, with one time per sequence, over consecutive samples of the run (a
+    Weyl sequence); and the draws of one sequence or block over the range. `uniform` draws are
+    independent.
     """
     device, length = batch.tokens.device, batch.tokens.shape[1]
     count = length // noise.block_size_tokens if noise.time_per == "block" else 1
@@ -83,11 +85,11 @@ def noisy_batch(batch: Batch, masked: Tensor, times: Tensor, noise: NoiseConfig)
         tokens=batch.tokens,
         noisy=noisy,
         times=times,
-        scored=F.pad(places, (0, -len(places) % SCORED_MULTIPLE)),
-        count=torch.tensor(len(places), dtype=torch.int32),
-        real=real.sum(dtype=torch.int32),
+        scored_positions=F.pad(places, (0, -len(places) % SCORED_MULTIPLE)),
+        num_scored=torch.tensor(len(places), dtype=torch.int32),
+        num_tokens=real.sum(dtype=torch.int32),
         block=noise.block_size_tokens,
         documents=batch.documents,
         padding=batch.padding,
-        counted=(real if noise.weighting == "elbo" else scored).sum(dim=1, dtype=torch.float32),
+        sequence_weights=(real if noise.weighting == "elbo" else scored).sum(dim=1, dtype=torch.float32),
     )

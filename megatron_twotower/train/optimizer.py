@@ -16,16 +16,16 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_twotower.checkpoint.optimizer_state import working
-from megatron_twotower.config.phases import Phase, plan
+from megatron_twotower.checkpoint.optimizer_state import nonempty_optimizers
+from megatron_twotower.config.phases import Phase, resolve_phases
 from megatron_twotower.config.schema import RunConfig
-from megatron_twotower.mcore.parallel import Chunks
+from megatron_twotower.mcore.parallel import ModelChunks
 
 # Matrices in shape only: decay would pull gates to zero and shorten filters.
 NO_WEIGHT_DECAY = ("*scale_shift_table", "*conv1d_weight")
 
 
-def build_optimizer(config: RunConfig, model: Chunks, groups: ProcessGroupCollection) -> MegatronOptimizer:
+def build_optimizer(config: RunConfig, model: ModelChunks, groups: ProcessGroupCollection) -> MegatronOptimizer:
     """AdamW over the trained parameters, fp32 main weights, clipped by the global gradient norm."""
     ours = config.optimizer
     settings = MegatronOptimizerConfig(
@@ -45,7 +45,7 @@ def build_optimizer(config: RunConfig, model: Chunks, groups: ProcessGroupCollec
     overrides = get_standard_config_overrides(settings)
     overrides[ParamKey(name=NO_WEIGHT_DECAY)] = ParamGroupOverride(wd_mult=0.0)
     optimizer = get_megatron_optimizer(
-        settings, model.parts, config_overrides=overrides, use_gloo_process_groups=False, pg_collection=groups
+        settings, model.chunks, config_overrides=overrides, use_gloo_process_groups=False, pg_collection=groups
     )
     for inner in optimizer.chained_optimizers:
         if isinstance(inner.optimizer, torch.optim.AdamW):
@@ -59,11 +59,11 @@ def build_optimizer(config: RunConfig, model: Chunks, groups: ProcessGroupCollec
 def guarded_step(optimizer: MegatronOptimizer, *, unusable: Tensor) -> tuple[bool, float]:
     """One step of the optimizer, or none where the gradients are not finite: then nothing at all has changed.
 
-    Megatron's own step, with a look at the norm, which is the same on every rank, before anything is scaled by it.
+    Megatron's own step, with a look at the norm, which is the same on every rank, before anything
+    is scaled by it.
 
-    Args:
-        unusable: () bool, True to take no step in any case; the same on every rank. Looked at after the norm, which
-            the host waits for anyway.
+    Args: unusable: () bool, True to take no step in any case; the same on every rank. Looked at
+        after the norm, which the host waits for anyway.
 
     Returns:
         whether a step was taken, and the global gradient norm before clipping.
@@ -72,7 +72,7 @@ def guarded_step(optimizer: MegatronOptimizer, *, unusable: Tensor) -> tuple[boo
     norm = float(optimizer.get_grad_norm() or 0.0)
     if not math.isfinite(norm) or unusable.item():
         return False, norm
-    for inner in working(optimizer):
+    for inner in nonempty_optimizers(optimizer):
         parameters = inner.get_parameters()
         if parameters and inner.config.clip_grad > 0:
             clip_grad_by_total_norm_fp32(parameters, max_norm=inner.config.clip_grad, total_norm=norm)
@@ -82,7 +82,7 @@ def guarded_step(optimizer: MegatronOptimizer, *, unusable: Tensor) -> tuple[boo
 
 def build_schedule(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
     """Warm-up, then `wsd`, `cosine` or `constant`, anew in every phase; one scheduler step per optimizer step."""
-    phases = plan(config)
+    phases = resolve_phases(config)
     if not config.phases:
         return OptimizerParamScheduler(optimizer, **_rates(config, phases[0]))
     return PhasedScheduler(optimizer, config, phases)
@@ -95,7 +95,7 @@ class PhasedScheduler(OptimizerParamScheduler):
         nothing = SimpleNamespace(param_groups=[])  # the parts only say what the rate is
         self._starts = [phase.first_step for phase in phases]
         self._parts = [OptimizerParamScheduler(nothing, **_rates(config, phase)) for phase in phases]
-        super().__init__(optimizer, **_rates(config, plan(dataclasses.replace(config, phases=[]))[0]))
+        super().__init__(optimizer, **_rates(config, resolve_phases(dataclasses.replace(config, phases=[]))[0]))
 
     def get_lr(self, param_group: dict[str, Any]) -> float:
         """The rate at `num_steps`: of the phase whose first step has come. Groups have no rates of their own here."""

@@ -16,8 +16,10 @@ from megatron_twotower.mcore import parallel
 class Progress:
     """Where a run stands: optimizer steps done, sequences consumed by all ranks, and the sums since the last log.
 
-    updates: optimizer steps that were not skipped. nonfinite: steps skipped since the last log; in_a_row: up to now.
-    sequences: consumed by all ranks since the last log. skipped: this rank's in damaged shards, since the last log.
+    updates: optimizer steps that were not skipped. nonfinite: steps skipped since the last log;
+    in_a_row: up to now.
+    sequences: consumed by all ranks since the last log. skipped: this rank's in damaged shards,
+    since the last log.
     """
 
     step: int = 0
@@ -49,7 +51,7 @@ def window(progress: Progress, groups: ProcessGroupCollection) -> dict[str, Any]
 def skipped_by_all(progress: Progress, groups: ProcessGroupCollection) -> int:
     """Sequences in damaged shards since the last record, over all ranks."""
     counted = torch.tensor([float(progress.skipped)], dtype=torch.float64, device=device.device())
-    return int(parallel.sum_over_data(counted, groups).item())
+    return int(parallel.sum_over_data_parallel(counted, groups).item())
 
 
 def resumed(step: int, cursor: int, updates: int, saved: dict[str, Any], groups: ProcessGroupCollection) -> Progress:

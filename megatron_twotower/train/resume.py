@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_twotower.checkpoint import files, fp8_state
-from megatron_twotower.checkpoint.files import Pieces
-from megatron_twotower.checkpoint.optimizer_state import set_updates
-from megatron_twotower.checkpoint.sharding import OF_OPTIMIZER
-from megatron_twotower.checkpoint.writer import Saved, Saver
+from megatron_twotower.checkpoint.files import ShardedState
+from megatron_twotower.checkpoint.optimizer_state import set_update_count
+from megatron_twotower.checkpoint.sharding import OPTIMIZER_PREFIX
+from megatron_twotower.checkpoint.writer import CheckpointWriter, SavedCheckpoint
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.schema import RunConfig
 from megatron_twotower.mcore import parallel
@@ -25,10 +25,10 @@ def resume_point(run: Path, config: RunConfig, *, fingerprint: str | None) -> Pa
     Raises:
         UserError: the checkpoint is damaged, or of another model, objective or backbone.
     """
-    if parallel.from_main(bool(files.find_checkpoints(run))) and not config.resume:
+    if parallel.broadcast_from_main(bool(files.find_checkpoints(run))) and not config.resume:
         raise UserError(f"{run}: holds checkpoints, expected resume=true or another output folder")
     settings = config.train
-    found = files.newest_whole(run, verify=settings.verify_checkpoints, on_damaged=settings.on_damaged_checkpoint)
+    found = files.newest_complete(run, verify=settings.verify_checkpoints, on_damaged=settings.on_damaged_checkpoint)
     if parallel.is_main():
         files.clear_leftovers(run)
     if found is None:
@@ -42,7 +42,7 @@ def resume_point(run: Path, config: RunConfig, *, fingerprint: str | None) -> Pa
     return found
 
 
-def restore(point: Path, parts: loop.Trainer, pieces: Pieces) -> train_progress.Progress:
+def restore(point: Path, parts: loop.Trainer, pieces: ShardedState) -> train_progress.Progress:
     """Fill weights, optimizer and schedule from a checkpoint of any layout; that of an import holds weights alone.
 
     Scales of FP8 that are not of this precision and layout are left: they begin anew.
@@ -54,31 +54,31 @@ def restore(point: Path, parts: loop.Trainer, pieces: Pieces) -> train_progress.
         UserError: it cannot be read.
     """
     state = files.read_state(point)
-    goes_on = fp8_state.goes_on(state.configuration, parts.config)
+    goes_on = fp8_state.can_restore(state.configuration, parts.config)
     if state.step and parts.config.train.precision == "fp8_delayed" and not goes_on and parallel.is_main():
         logging.getLogger(__name__).warning(
             "%s: its precision or layout is another, so the scales of fp8_delayed begin anew", point
         )
-    skipped = ((OF_OPTIMIZER,) if state.step == 0 else ()) + (() if goes_on else (fp8_state.OF_SCALING,))
+    skipped = ((OPTIMIZER_PREFIX,) if state.step == 0 else ()) + (() if goes_on else (fp8_state.FP8_STATE_PREFIX,))
     loaded = files.load(point, lambda: (piece for piece in pieces() if not piece.key.startswith(skipped)))
-    fp8_state.restore_scaling([part.module for part in parts.model.parts], loaded)
+    fp8_state.restore_fp8_state([chunk.module for chunk in parts.model.chunks], loaded)
     if state.step == 0:  # an import
         parts.optimizer.reload_model_params()
     else:
-        set_updates(parts.optimizer, state.updates)
+        set_update_count(parts.optimizer, state.updates)
         parts.schedule.load_state_dict(loaded["schedule"])
     return train_progress.resumed(state.step, state.cursor, state.updates, state.window, parts.groups)
 
 
-class Keeper:
+class CheckpointHooks:
     """The checkpoints of a run under way: `save` and `saved` are the loop's hooks."""
 
     def __init__(
-        self, run: Path, parts: loop.Trainer, pieces: Pieces, *, fingerprint: str | None, metrics: Metrics
+        self, run: Path, parts: loop.Trainer, pieces: ShardedState, *, fingerprint: str | None, metrics: Metrics
     ) -> None:
         settings = parts.config.train
         self._parts, self._fingerprint, self._metrics = parts, fingerprint, metrics
-        self._saver = Saver(
+        self._saver = CheckpointWriter(
             run,
             pieces,
             background=settings.checkpoint_async,
@@ -105,7 +105,7 @@ class Keeper:
     def saved(self, progress: train_progress.Progress, *, wait: bool) -> None:
         self._record(self._saver.finish() if wait else self._saver.poll(), progress)
 
-    def _record(self, saved: Sequence[Saved], progress: train_progress.Progress) -> None:
+    def _record(self, saved: Sequence[SavedCheckpoint], progress: train_progress.Progress) -> None:
         for each in saved:
             self._metrics.log(
                 {

@@ -11,13 +11,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from rich.console import Console
 
 from megatron_twotower import __version__
-from megatron_twotower.checkpoint.fp8_state import scaling_pieces
-from megatron_twotower.checkpoint.optimizer_state import held_state
-from megatron_twotower.checkpoint.sharding import optimizer_pieces, weight_pieces
+from megatron_twotower.checkpoint.fp8_state import sharded_fp8_state
+from megatron_twotower.checkpoint.optimizer_state import optimizer_shards
+from megatron_twotower.checkpoint.sharding import sharded_optimizer, sharded_weights
 from megatron_twotower.common import run_folder
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.config import recipes
-from megatron_twotower.config.phases import plan
+from megatron_twotower.config.phases import resolve_phases
 from megatron_twotower.config.pipeline_stages import stages_of_rank
 from megatron_twotower.config.schema import RunConfig
 from megatron_twotower.config.validation import validate
@@ -42,7 +42,7 @@ from megatron_twotower.types import Batch
 
 
 @dataclass(frozen=True)
-class Model:
+class TrainedModel:
     """What trains on this rank, by stretch of layers, and the names of all parts of the whole.
 
     fingerprint: of the backbone it started from.
@@ -62,17 +62,19 @@ class Model:
         self, config: RunConfig, groups: ProcessGroupCollection, optimizer: MegatronOptimizer | None = None
     ) -> Iterator[ShardedTensor | ShardedObject]:
         """What a checkpoint holds of this rank: weights, what the optimizer keeps for them, and scales of FP8."""
-        held = {} if optimizer is None else held_state(optimizer, [p for c in self.chunks for p in c.parameters()])
+        held = (
+            {} if optimizer is None else optimizer_shards(optimizer, [p for c in self.chunks for p in c.parameters()])
+        )
         for chunk in self.chunks:
             entries = parameter_map.entries_of_stage(self.entries, chunk.tower.stage)
-            yield from weight_pieces(chunk, entries, config.model, groups)
-            yield from optimizer_pieces(chunk, entries, config.model, groups, held)
-            yield from scaling_pieces(chunk, config, groups)
+            yield from sharded_weights(chunk, entries, config.model, groups)
+            yield from sharded_optimizer(chunk, entries, config.model, groups, held)
+            yield from sharded_fp8_state(chunk, config, groups)
 
 
 def build_model(
     config: RunConfig, groups: ProcessGroupCollection, *, backbone_source: TensorSource | None = None
-) -> Model:
+) -> TrainedModel:
     """Towers with their starting weights: from Hugging Face folders, or random for `ar` without one.
 
     Args:
@@ -101,7 +103,7 @@ def build_model(
         trained = parameter_map.entries_of_stage(entries, stage)
         load.load_weights(chunk, trained, start, model=model, groups=groups)
         chunks.append(chunk)
-    return Model(chunks, entries, origin)
+    return TrainedModel(chunks, entries, origin)
 
 
 def _validation_batches(config: RunConfig, groups: ProcessGroupCollection) -> list[Batch]:
@@ -133,7 +135,7 @@ def _stream(
 def dry_run(config: RunConfig) -> str:
     """Build everything but the data, and say what a run would train. Takes no optimizer step."""
     validate(config, world_size=parallel.world_size())
-    phases = plan(config)
+    phases = resolve_phases(config)
     groups = parallel.initialise(config)
     model = build_model(config, groups)
     trained = sum(p.numel() for chunk in model.chunks for p in chunk.parameters() if p.requires_grad)
@@ -155,7 +157,7 @@ def run_training(config: RunConfig) -> bool:
         True when all steps are done, False when a signal ended the run early, its state saved.
     """
     validate(config, world_size=parallel.world_size())
-    phases = plan(config)
+    phases = resolve_phases(config)
     stop = signals.StopSignal()  # first: a signal while all is made ready ends the run after its first step
     run, groups = Path(config.output), parallel.initialise(config)
     model = build_model(config, groups)
@@ -198,15 +200,15 @@ def run_training(config: RunConfig) -> bool:
         ) as metrics,
         watching(limit_seconds=config.train.hang_timeout_seconds) as beat,
     ):
-        keeper = resume.Keeper(run, parts, pieces, fingerprint=model.fingerprint, metrics=metrics)
+        keeper = resume.CheckpointHooks(run, parts, pieces, fingerprint=model.fingerprint, metrics=metrics)
         hooks = loop.Hooks(
             metrics=metrics,
             save=keeper.save,
             saved=keeper.saved,
             stop_requested=stop,
             beat=beat,
-            consumed=ledger.bookkeeper(run, config, groups),
-            keep_batch=ledger.batch_keeper(run),
+            consumed=ledger.ledger_writer(run, config, groups),
+            keep_batch=ledger.nonfinite_batch_writer(run),
             tokens_by_corpus=tokens_by_corpus(config, source),
         )
         try:
@@ -234,7 +236,9 @@ def tokens_by_corpus(
     return lambda cursor: {name: count * length for name, count in source.sequences_before(cursor).items()}
 
 
-def _write_run_files(run: Path, config: RunConfig, model: Model, source: SequenceDataset | BlendedDataset) -> None:
+def _write_run_files(
+    run: Path, config: RunConfig, model: TrainedModel, source: SequenceDataset | BlendedDataset
+) -> None:
     if not parallel.is_main():
         return
     facts = run_folder.provenance(

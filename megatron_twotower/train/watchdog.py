@@ -1,9 +1,10 @@
 """A watch over hanging ranks: it says which rank hangs and in which call, and ends the job instead of wasting its time.
 
-Every rank has a thread that publishes a sign of life through the store that the ranks met at, and looks at two clocks:
-its own training loop's, and the sign of life of the next rank. A loop that stands still is reported by its own thread,
-with the call it is in; a process that is frozen, or whose interpreter is, by the rank before it. Then the process ends
-with status 76; torchrun and Slurm end the others.
+Every rank has a thread that publishes a sign of life through the store that the ranks met at, and
+looks at two clocks: its own training loop's, and the sign of life of the next rank. A loop that
+stands still is reported by its own thread, with the call it is in; a process that is frozen, or
+whose interpreter is, by the rank before it. Then the process ends with status 76; torchrun and
+Slurm end the others.
 """
 
 import contextlib

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from helpers.modeling import MASK, random_ids, tiny_model
 from megatron_twotower.bench import fp8
 from megatron_twotower.bench.fp8 import MASKED, NEXT, compared, figures
-from megatron_twotower.bench.fp8_rounding import E4M3, LARGEST, ROUNDINGS, RoundedLinear, held_in_fp8, rounded, scales
+from megatron_twotower.bench.fp8_rounding import E4M3, LARGEST, ROUNDINGS, RoundedLinear, rounded, rounded_tower, scales
 from megatron_twotower.cli import main
 from megatron_twotower.config.hf_config import model_from_hf
 from megatron_twotower.config.precision import CONTEXT_PRECISIONS
@@ -40,7 +40,8 @@ def test_rounding_is_within_half_a_step_and_is_done_once(name):
     rounding, x = ROUNDINGS[name], draw(200, 300)
     narrow = rounded(x, rounding.weights, powers_of_two=rounding.powers_of_two)
     assert narrow.dtype == torch.float32 and narrow.shape == x.shape
-    # Three bits behind the point: half a step is a sixteenth; below the normal numbers, half of the least one.
+    # Three bits behind the point: half a step is a sixteenth; below the normal numbers, half of the
+    # least one.
     step = x.abs().max() / LARGEST * 2**-10 * (2 if rounding.powers_of_two else 1)
     assert ((narrow - x).abs() <= x.abs() / 16 + step).all() and not torch.equal(narrow, x)
     if rounding.powers_of_two:
@@ -87,7 +88,7 @@ def test_the_precisions_are_those_of_the_context_tower():
 def test_projections_and_experts_are_rounded_and_nothing_else(name, inputs):
     model, rounding = tiny_model(dtype=torch.float32), ROUNDINGS[name]
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    held = held_in_fp8(model.context_tower, model_config(model), rounding, inputs=inputs)
+    held = rounded_tower(model.context_tower, model_config(model), rounding, inputs=inputs)
     own = dict(model.context_tower.named_parameters())
     changed = {key for key, value in held.tower.named_parameters() if value is not own[key]}
     assert changed == {f"{key}.weight" for key, module in held.tower.named_modules() if type(module) is RoundedLinear}
@@ -112,7 +113,7 @@ def test_queries_keys_and_values_are_one_matrix():
     number = model.context_tower.kinds.index("full_attention")
     with torch.no_grad():
         model.context_tower.layers[number].mixer.q_proj.weight[0, 0] = 1e6
-    held = held_in_fp8(model.context_tower, model_config(model), ROUNDINGS["fp8_current"], inputs=False)
+    held = rounded_tower(model.context_tower, model_config(model), ROUNDINGS["fp8_current"], inputs=False)
     assert not held.tower.layers[number].mixer.k_proj.weight.any()
 
 
@@ -140,7 +141,7 @@ def test_the_same_tower_changes_nothing_and_a_rounded_one_reaches_the_denoiser()
     nothing = fp8.masked_tokens(model, own, rows, uniform, **settings)
     assert nothing.largest == 0.0 and fp8.next_token(model, own, rows).largest == 0.0
     assert int(nothing.count.sum()) == int((uniform[:, 4:] < 0.5).sum()) + uniform[:, 4:].numel()
-    held = held_in_fp8(own, model_config(model), ROUNDINGS["fp8_current"], inputs=True)
+    held = rounded_tower(own, model_config(model), ROUNDINGS["fp8_current"], inputs=True)
     reached = fp8.masked_tokens(model, held.tower, rows, uniform, **settings)
     for sums in (fp8.next_token(model, held.tower, rows), reached):
         assert sums.largest > 0 and (sums.kl > 0).all()

@@ -182,7 +182,8 @@ def test_the_least_traffic_of_a_scan_at_the_widths_of_nano():
     forward = 3 * 8192 + 3 * 2048 + 2 * 256 + states
     backward = 4 * 8192 + 5 * 2048 + 3 * 256 + states
     assert scan_traffic(model, length=8192, block=16, element_bytes=2) == 8192 * (forward + backward)
-    # What ops/scan_triton.py says that its kernels move, in units of x: 5.75 and 9, of which 1.75 twice.
+    # What ops/scan_triton.py says that its kernels move, in units of x: 5.75 and 9, of which 1.75
+    # twice.
     assert (forward - 512) / 8192 == 5.75 and (backward - 768) / 8192 == 9 - 1.75
 
 

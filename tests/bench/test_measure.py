@@ -60,8 +60,8 @@ def filled(mebibytes):
 
 def test_peak_memory_of_work_in_a_process_of_its_own():
     peak = measure.apart(filled, 96, preload="megatron_twotower.bench.measure")
-    # The kernel counts pages in batches, so that a figure may be a little low; a CUDA build of torch
-    # brings some of its own.
+    # The kernel counts pages in batches, so that a figure may be a little low; a CUDA build of
+    # torch brings some of its own.
     assert 95 <= peak / 2**20 < (112 if torch.version.cuda is None else 144)
     assert 47 <= filled(48) / 2**20 < 64  # and in this one
 

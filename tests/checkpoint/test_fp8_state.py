@@ -11,7 +11,7 @@ from torch import nn
 
 from helpers.models import tiny_config
 from megatron_twotower.checkpoint import files, fp8_state
-from megatron_twotower.checkpoint.writer import Saver
+from megatron_twotower.checkpoint.writer import CheckpointWriter
 from megatron_twotower.common.run_folder import checkpoint_folder
 
 DELAYED = tiny_config("M", precision="fp8_delayed")
@@ -48,12 +48,14 @@ def pieces(module, config, groups):
         ShardedTensor.from_rank_offsets(name, tensor.detach(), replica_id=(0, 0, 0))
         for name, tensor in module.named_parameters()
     )
-    return itertools.chain(rows, fp8_state.scaling_pieces(module, config, groups))
+    return itertools.chain(rows, fp8_state.sharded_fp8_state(module, config, groups))
 
 
 def saved(folder, module, config, groups, *, background):
     state = files.CheckpointState(1, 1, 1, "ar", None, None, {}, {}, dataclasses.asdict(config))
-    saver = Saver(folder, lambda: pieces(module, config, groups), background=background, keep=1, keep_every=0)
+    saver = CheckpointWriter(
+        folder, lambda: pieces(module, config, groups), background=background, keep=1, keep_every=0
+    )
     saver.begin(state, {"lr": 1.0})
     saver.finish()
     saver.close()
@@ -66,7 +68,7 @@ def test_what_modules_remember_comes_back(groups, tmp_path, background):
     folder = saved(tmp_path, before, DELAYED, groups, background=background)
     after = model(passes=1)
     loaded = files.load(folder, lambda: pieces(after, DELAYED, groups))
-    fp8_state.restore_scaling([after], loaded)
+    fp8_state.restore_fp8_state([after], loaded)
     assert [part.history for part in (after[0], after[2])] == [before[0].history, before[2].history]
     assert before[0].history == [1.0, 2.0, 3.0]
     assert all(torch.equal(a, b) for a, b in zip(after.parameters(), before.parameters(), strict=True))
@@ -78,11 +80,11 @@ def test_other_precisions_neither_write_nor_read_it(groups, tmp_path):
     folder = saved(tmp_path / "delayed", model(passes=2), DELAYED, groups, background=False)
     after = model()
     loaded = files.load(folder, lambda: pieces(after, bf16, groups))
-    fp8_state.restore_scaling([after], loaded)
+    fp8_state.restore_fp8_state([after], loaded)
     assert after[0].history == [] and loaded.keys() >= {"schedule"}
     tensors = dist_checkpointing.load_tensors_metadata(str(folder))
     assert sorted(tensors) == ["0.bias", "0.weight", "2.bias", "2.weight"], "what other programs list"
-    assert list(fp8_state.scaling_pieces(model(passes=2), bf16, groups)) == []
+    assert list(fp8_state.sharded_fp8_state(model(passes=2), bf16, groups)) == []
 
 
 def changed(section, **values):
@@ -102,9 +104,9 @@ def changed(section, **values):
     ],
 )
 def test_scales_go_on_where_precision_and_layout_are_those_of_before(config, expected):
-    assert fp8_state.goes_on(dataclasses.asdict(DELAYED), config) is expected
-    assert fp8_state.goes_on(dataclasses.asdict(config), DELAYED) is expected
+    assert fp8_state.can_restore(dataclasses.asdict(DELAYED), config) is expected
+    assert fp8_state.can_restore(dataclasses.asdict(config), DELAYED) is expected
 
 
 def test_a_checkpoint_from_before_there_were_precisions_has_none():
-    assert not fp8_state.goes_on({}, DELAYED)
+    assert not fp8_state.can_restore({}, DELAYED)

@@ -211,7 +211,8 @@ def test_killed_in_the_middle_of_every_part_of_a_save(tmp_path, whole_run, tiny_
     assert losses(run) == losses(whole_run)
 
 
-# Calls before which the process is killed, and at which of them: the run has come further each time.
+# Calls before which the process is killed, and at which of them: the run has come further each
+# time.
 KILLED_AT = (
     ("megatron_twotower.checkpoint.writer.FileSystemWriterAsync.write_preloaded_data", 2),
     ("megatron_twotower.checkpoint.files.checksum", 7),

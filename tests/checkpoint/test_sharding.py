@@ -29,7 +29,7 @@ def test_pieces_are_views_that_cover_the_tensors_once(groups):
     entries = parameter_map.denoiser_entries(config.model, config.conditioning.frequencies)
     count = sum(tensor.numel() for _, tensor in sharding.local_tensors(model, entries, config.model, groups))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
-    found = list(sharding.weight_pieces(model, entries, config.model, groups))
+    found = list(sharding.sharded_weights(model, entries, config.model, groups))
     assert sum(piece.data.numel() for piece in found) == count
     assert len({(piece.key, piece.global_offset) for piece in found}) == len(found)
     with torch.no_grad():
@@ -60,12 +60,13 @@ def test_a_stretch_of_a_split_parameter_lies_where_it_belongs(groups):
     other = type("Groups", (), {"tp": Group(), "dp_cp": Group()})()
     data = torch.arange(3, 8)
     found = {}
-    for piece in sharding.sharded("key", data, entry, other, shape=(4, 2), first=3, replicated=False):
+    for piece in sharding.sharded_tensors("key", data, entry, other, shape=(4, 2), first=3, replicated=False):
         assert piece.global_shape == (4, 2) and piece.replica_id == (0, 0, 0)
         for place in itertools.product(*(range(size) for size in piece.local_shape)):
             where = tuple(a + b for a, b in zip(place, piece.global_offset, strict=True))
             found[piece.key, where] = int(piece.data[place])
-    # Of each part, this rank has rows 2 and 3; its own rows 0, 1 are of the first part, 2, 3 of the second.
+    # Of each part, this rank has rows 2 and 3; its own rows 0, 1 are of the first part, 2, 3 of the
+    # second.
     assert found == {
         ("key.part0", (3, 1)): 3,
         ("key.part1", (2, 0)): 4,

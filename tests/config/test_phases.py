@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from megatron_twotower.common.errors import UserError
-from megatron_twotower.config.phases import document_alignment, phase_of, plan
+from megatron_twotower.config.phases import document_alignment, phase_of, resolve_phases
 from megatron_twotower.config.recipes import load_recipe, to_yaml
 from megatron_twotower.config.schema import PhaseConfig, RunConfig
 
@@ -28,7 +28,7 @@ def curriculum():
 
 def test_a_run_without_phases_is_one():
     config = RunConfig()
-    (phase,) = plan(config)
+    (phase,) = resolve_phases(config)
     assert (phase.first, phase.steps, phase.sequences) == (0, 100, 800)
     assert phase.noise == config.noise
     assert (phase.learning_rate, phase.warmup_steps) == (1e-3, 20)
@@ -36,7 +36,7 @@ def test_a_run_without_phases_is_one():
 
 
 def test_what_a_phase_does_not_say_is_the_runs():
-    breadth, quality, short = plan(curriculum())
+    breadth, quality, short = resolve_phases(curriculum())
     assert [phase.steps for phase in (breadth, quality, short)] == [50, 40, 21]
     assert [phase.first_step for phase in (breadth, quality, short)] == [0, 50, 90]
     assert [phase.first for phase in (breadth, quality, short)] == [0, 400, 720]
@@ -78,12 +78,12 @@ def test_documents_begin_the_largest_block_of_the_run():
 )
 def test_misfits_are_named(phase, message):
     with pytest.raises(UserError, match=message):
-        plan(run(PhaseConfig("a", 30 * STEP), phase))
+        resolve_phases(run(PhaseConfig("a", 30 * STEP), phase))
 
 
 def test_steps_must_be_those_of_the_phases():
     with pytest.raises(UserError, match=r"train.steps: found 100, expected 30, the sum of all phases, or 0"):
-        plan(run(PhaseConfig("a", 30 * STEP), steps=100))
+        resolve_phases(run(PhaseConfig("a", 30 * STEP), steps=100))
 
 
 def test_a_recipe_says_phases_and_overrides_change_them(tmp_path):
@@ -94,11 +94,11 @@ def test_a_recipe_says_phases_and_overrides_change_them(tmp_path):
     )
     config = load_recipe(str(recipe))
     assert config.train.steps == 12
-    assert [phase.steps for phase in plan(config)] == [10, 2]
+    assert [phase.steps for phase in resolve_phases(config)] == [10, 2]
     changed = load_recipe(str(recipe), ["phases.1.tokens=1024"])
-    assert [phase.steps for phase in plan(changed)] == [10, 4]
+    assert [phase.steps for phase in resolve_phases(changed)] == [10, 4]
     other = load_recipe(str(recipe), ["phases=[{name: c, tokens: 5120}]"])
-    assert [phase.name for phase in plan(other)] == ["c"] and other.train.steps == 20
+    assert [phase.name for phase in resolve_phases(other)] == ["c"] and other.train.steps == 20
     with pytest.raises(UserError, match="toknes"):
         load_recipe(str(recipe), ["phases=[{name: c, toknes: 5120}]"])
     (tmp_path / "resolved.yaml").write_text(to_yaml(config))

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from helpers.models import TINY
-from megatron_twotower.config.pipeline_stages import stages, stages_of_rank, whole
+from megatron_twotower.config.pipeline_stages import pipeline_stages, stages_of_rank, whole_model
 from megatron_twotower.config.schema import ParallelConfig
 from megatron_twotower.model import parameter_map
 
@@ -20,16 +20,16 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_stages_hold_all_layers_in_order(layout):
-    cut = stages(MODEL, LAYOUTS[layout])
+    cut = pipeline_stages(MODEL, LAYOUTS[layout])
     assert [i for stage in cut for i in stage.layers] == list(range(8))
     assert [stage.first for stage in cut] == [True, *[False] * (len(cut) - 1)]
     assert [stage.last for stage in cut] == [*[False] * (len(cut) - 1), True]
 
 
 def test_lengths_are_those_of_the_recipe_or_equal():
-    assert [len(stage.layers) for stage in stages(MODEL, LAYOUTS["uneven"])] == [1, 5, 2]
-    assert [len(stage.layers) for stage in stages(MODEL, LAYOUTS["interleaved"])] == [2, 2, 2, 2]
-    assert stages(MODEL, LAYOUTS["one"]) == (whole(MODEL),)
+    assert [len(stage.layers) for stage in pipeline_stages(MODEL, LAYOUTS["uneven"])] == [1, 5, 2]
+    assert [len(stage.layers) for stage in pipeline_stages(MODEL, LAYOUTS["interleaved"])] == [2, 2, 2, 2]
+    assert pipeline_stages(MODEL, LAYOUTS["one"]) == (whole_model(MODEL),)
 
 
 def test_interleaved_stages_take_their_stretches_in_turn():
@@ -48,7 +48,7 @@ def test_interleaved_stages_take_their_stretches_in_turn():
     ids=["denoiser", "context", "backbone"],
 )
 def test_every_parameter_is_on_one_stage(layout, entries):
-    cut = stages(MODEL, LAYOUTS[layout])
+    cut = pipeline_stages(MODEL, LAYOUTS[layout])
     held = [parameter_map.entries_of_stage(entries, stage) for stage in cut]
     assert sorted(e.megatron for own in held for e in own) == sorted(entry.megatron for entry in entries)
     first, last = ({entry.megatron.removeprefix("tower.") for entry in held[i]} for i in (0, -1))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_twotower.config.phases import plan
+from megatron_twotower.config.phases import resolve_phases
 from megatron_twotower.config.recipes import load_recipe, recipes_folder
 from megatron_twotower.config.validation import validate
 
@@ -37,7 +37,7 @@ def test_a_layout_changes_the_hardware_and_nothing_of_the_objective():
 
 def test_the_curriculum_is_that_of_the_paper():
     config = nano(PHASES[0])
-    phases = plan(config)
+    phases = resolve_phases(config)
     assert [phase.noise.block_size_tokens for phase in phases] == [32, 32, 16]
     assert [phase.mixture for phase in phases] == ["breadth", "quality", "quality"]
     tokens = sum(phase.sequences for phase in phases) * config.data.sequence_length_tokens

@@ -24,7 +24,7 @@ from megatron_twotower.model import parameter_map
 
 
 def choose(what=None, **others):
-    return export.Choices(what, **others)
+    return export.ExportOptions(what, **others)
 
 
 @pytest.fixture(scope="module")

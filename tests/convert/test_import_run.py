@@ -42,7 +42,7 @@ def test_any_mixture_of_the_two_spellings_comes_back(tmp_path, monkeypatch, stac
 
 def test_a_denoiser_alone_is_imported_with_the_backbone_it_points_to(tmp_path):
     whole = hf_folders.write(tmp_path / "whole", "two_tower")
-    export.export(whole, tmp_path / "denoiser", choices=export.Choices("denoiser"))
+    export.export(whole, tmp_path / "denoiser", choices=export.ExportOptions("denoiser"))
     config = import_run.import_folder(tmp_path / "denoiser", tmp_path / "run")
     assert (config.objective, config.init.denoiser) == ("two_tower", None)
     export.export(tmp_path / "run", tmp_path / "again")
@@ -192,7 +192,7 @@ def test_a_checkpoint_of_any_layout_is_exported_to_the_bit(tmp_path, tiny_data, 
 
 
 def test_a_denoiser_goes_with_its_own_backbone_alone(tmp_path, tiny_data, trained, tiny_backbone, capsys):
-    export.export(trained / "run", tmp_path / "denoiser", choices=export.Choices("denoiser"))
+    export.export(trained / "run", tmp_path / "denoiser", choices=export.ExportOptions("denoiser"))
     shutil.copytree(tiny_backbone, tmp_path / "other")
     with open(tmp_path / "other" / "config.json", "a") as file:
         file.write(" ")

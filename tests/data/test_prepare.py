@@ -318,7 +318,8 @@ def run_and_kill(reports, delay, arguments):
 def kill_until_done(kills, arguments):
     """In a process that has started no threads yet, so that its children can be forked: as fast as a kill can be.
 
-    The first three kills come between two units of work, however fast it goes; the others wherever they fall.
+    The first three kills come between two units of work, however fast it goes; the others wherever
+    they fall.
     """
     draw = random.Random(1)
     while not arguments["output"].exists() and kills.value < 100:

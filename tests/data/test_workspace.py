@@ -5,20 +5,20 @@ import json
 import pytest
 
 from megatron_twotower.common.errors import UserError
-from megatron_twotower.common.files import written
+from megatron_twotower.common.files import atomic_file, partial_path
 from megatron_twotower.data import workspace
-from megatron_twotower.data.workspace import check_output, drop, partial_of, replace, resuming
+from megatron_twotower.data.workspace import check_output, drop, replace, resuming
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    with written(tmp_path / "a") as path:
+    with atomic_file(tmp_path / "a") as path:
         path.write_text("new")
         assert not (tmp_path / "a").exists()
     assert (tmp_path / "a").read_text() == "new"
-    with pytest.raises(KeyboardInterrupt), written(tmp_path / "a") as path:
+    with pytest.raises(KeyboardInterrupt), atomic_file(tmp_path / "a") as path:
         path.write_text("half")
         raise KeyboardInterrupt
-    with pytest.raises(UserError, match="a: cannot be written"), written(tmp_path / "a") as path:
+    with pytest.raises(UserError, match="a: cannot be written"), atomic_file(tmp_path / "a") as path:
         path.write_text("half")
         raise OSError(28, "No space left on device")
     assert (tmp_path / "a").read_text() == "new"
@@ -46,7 +46,7 @@ def test_work_of_the_same_plan_is_found_again_and_of_another_refused(tmp_path):
 
 def test_a_folder_without_a_plan_is_begun_anew(tmp_path):
     """A run killed in its first moments leaves one."""
-    partial = partial_of(tmp_path / "out")
+    partial = partial_path(tmp_path / "out")
     (partial / "parts").mkdir(parents=True)
     (partial / "plan.json").write_text("{")
     with resuming(tmp_path / "out", plan={"a": 1}, overwrite=False) as again:

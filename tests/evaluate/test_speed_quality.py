@@ -31,7 +31,8 @@ def test_what_ar_wrote_agrees_with_ar():
     assert (found["agreement"], found["same_as_ar"]) == (1.0, 1.0)
     logits = model(ids).logits[0, 5:-1].detach()
     assert found["nats_per_token"] == pytest.approx(-float(logits.log_softmax(-1).amax(-1).mean()))
-    # One token that AR would not have chosen: it alone disagrees, and all behind it stand where AR had others.
+    # One token that AR would not have chosen: it alone disagrees, and all behind it stand where AR
+    # had others.
     other = ids.clone()
     other[0, 10] = (ids[0, 10] + 1) % 48
     other = model.generate_ar(other[:, :11], 11)

@@ -65,7 +65,7 @@ def test_rows_are_those_of_each_prompt_alone_in_the_order_of_the_file(loaded, tw
 def test_rows_that_end_say_so(loaded, tmp_path, monkeypatch):
     model, tokenizer = loaded
     ids = [text_encoder(tokenizer)([prompt(i)])[0] for i in range(4)]
-    batch = prompt_file.Batch(0, [0, 1, 2, 3], [{"prompt": prompt(i)} for i in range(4)], ids)
+    batch = prompt_file.PromptBatch(0, [0, 1, 2, 3], [{"prompt": prompt(i)} for i in range(4)], ids)
     whole = prompt_file.write_batch(model, tokenizer, batch, mode="ar", settings=SETTINGS)
     assert {row["finish_reason"] for row in whole} == {"length"}
     new = engine.generate(model, tokenizer, prompt(0), mode="ar", settings=SETTINGS).ids[len(ids[0]) :]

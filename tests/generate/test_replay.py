@@ -98,7 +98,8 @@ def test_a_browser_shows_a_step(recorded, tmp_path):
     _, recording, written = recorded
     write_page(tmp_path / "a.html", recording)
     first, second = len(recording["blocks"][0]), recording["blocks"][1]
-    # Frames: the first block before its steps and after each, then the second: here after its second step.
+    # Frames: the first block before its steps and after each, then the second: here after its
+    # second step.
     document = in_browser(tmp_path / "a.html", tmp_path / "profile", fragment=f"#step={first + 1 + 2}")
     shown = tiles(document)
     assert len(shown) == 16

@@ -11,7 +11,8 @@ from helpers.runs import GOLDEN, PLAIN, losses, settings, train
 from megatron_twotower.common import device as common_device
 from megatron_twotower.convert import export
 
-# Rounding differs between devices, and steps at this rate make differences grow: what a loss may be off, by step.
+# Rounding differs between devices, and steps at this rate make differences grow: what a loss may be
+# off, by step.
 LIMITS = ((1, 2e-5), (10, 1e-3), (30, 5e-3), (100, 5e-2))
 
 

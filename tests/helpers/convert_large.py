@@ -15,7 +15,8 @@ from megatron_twotower.model import parameter_map
 
 MIB = 2**20
 ALLOWED = 48 * MIB
-# Eight MoE layers of twenty experts, 3 MiB for each of their two matrices, and 8 for embedding and head.
+# Eight MoE layers of twenty experts, 3 MiB for each of their two matrices, and 8 for embedding and
+# head.
 MODEL = dataclasses.replace(
     hf_folders.MODEL,
     hybrid_override_pattern="MEEEE*EEEE-",
@@ -42,7 +43,7 @@ def main(folder: Path) -> None:
     hf_folders.write(folder / "small", "hub")  # what is imported and cached on the way
     import_run.import_folder(folder / "small", folder / "small-run")
     export.export(folder / "small-run", folder / "small-again")
-    style = export.Choices(style="transformers")
+    style = export.ExportOptions(style="transformers")
     work = {
         "import": lambda: import_run.import_folder(folder / "source", folder / "run"),
         "export": lambda: export.export(folder / "run", folder / "again"),

@@ -6,7 +6,8 @@ import time
 import megatron_twotower.mcore  # noqa: F401  also in the server that forks processes of a test
 from megatron_twotower.train import loop
 
-# A process of its own imports the test's module, and this first: whichever test started the server that forks it.
+# A process of its own imports the test's module, and this first: whichever test started the server
+# that forks it.
 
 
 def settings(data, run, backbone, *extra):

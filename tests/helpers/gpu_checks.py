@@ -1,7 +1,8 @@
 """What is checked on a GPU, as functions of a device: the ordinary tests run the same on the CPU, at small widths.
 
-Every operation and every kind of layer is compared with its slow twin in float64, value and all gradients, from the
-same rounded inputs. An error is the norm of the difference over the norm of what is expected.
+Every operation and every kind of layer is compared with its slow twin in float64, value and all
+gradients, from the same rounded inputs. An error is the norm of the difference over the norm of
+what is expected.
 """
 
 import dataclasses
@@ -28,7 +29,8 @@ from megatron_twotower.ops.scan import chunk_length, chunk_scan, scan_ref, strea
 from megatron_twotower.ops.scan import two_stream_scan_ref as slow_two_stream_scan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Of operations. bfloat16 rounds inputs alike for both, but each product, sum and output of the fast one alone.
+# Of operations. bfloat16 rounds inputs alike for both, but each product, sum and output of the fast
+# one alone.
 TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2}
 BLOCK = 16
 
@@ -280,7 +282,8 @@ def initial_state_errors(
 
 # --- layers -------------------------------------------------------------------------------------------------------
 
-# bfloat16 rounds between the parts of a layer, and an expert that is chosen by a hair may be another one.
+# bfloat16 rounds between the parts of a layer, and an expert that is chosen by a hair may be
+# another one.
 LAYER_TOLERANCES = {"fp32": {"value": 1e-4, "gradients": 1e-3}, "bf16": {"value": 5e-2, "gradients": 1.5e-1}}
 
 
@@ -313,7 +316,7 @@ def layer_errors(pattern: str, groups, *, device: str, precision: str) -> dict[s
     (want * upstream.to(dtype).double()).sum().backward()
     errors = {"value": relative(logits, want)}
     sums: dict[str, list[float]] = {}
-    parameters = parameter_map.held_tensors(towers)
+    parameters = parameter_map.canonical_tensors(towers)
     for entry in parameter_map.denoiser_entries(model, config.conditioning.frequencies):
         gradient = parameters.pop(entry.megatron).grad
         if gradient is None:

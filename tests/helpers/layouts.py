@@ -7,7 +7,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from megatron_twotower.config.phases import plan
+from megatron_twotower.config.phases import resolve_phases
 from megatron_twotower.config.schema import (
     ConditioningConfig,
     DataConfig,
@@ -51,7 +51,8 @@ MODEL = ModelConfig(
 )
 TOKENS = SEQUENCES * LENGTH
 
-# What is trained, each with a run on one rank to be compared with. `hard` has everything that could tell layouts apart.
+# What is trained, each with a run on one rank to be compared with. `hard` has everything that could
+# tell layouts apart.
 RUNS = {
     "plain": {},
     "hard": {
@@ -65,7 +66,8 @@ RUNS = {
 }
 
 
-# With this seed the choice of no token's experts is closer than 1e-5: rounding on another layout cannot turn one over.
+# With this seed the choice of no token's experts is closer than 1e-5: rounding on another layout
+# cannot turn one over.
 SEED = 7
 
 
@@ -77,7 +79,8 @@ def base(backbone):
         conditioning=ConditioningConfig("released", 16),
         noise=NoiseConfig(block_size_tokens=8),
         data=DataConfig(sequence_length_tokens=LENGTH, micro_batch_size=2, global_batch_size=SEQUENCES),
-        # At this rate five steps amplify no rounding; with this epsilon noise of 1e-9 in a gradient is no step.
+        # At this rate five steps amplify no rounding; with this epsilon noise of 1e-9 in a gradient
+        # is no step.
         optimizer=OptimizerConfig(learning_rate=1e-3, epsilon=1e-5, clip_gradient_norm=1.0),
         schedule=ScheduleConfig(warmup_steps=0),
         train=TrainConfig(steps=STEPS, router_bias_update_rate=1e-2, validation_sequences=SEQUENCES),
@@ -187,7 +190,7 @@ def run(config):
     wrapped = parallel.wrap(model.chunks, config, groups)
     optimizer = build_optimizer(config, wrapped, groups)
     schedule = build_schedule(config, optimizer)
-    parts = loop.Trainer(config, wrapped, optimizer, schedule, groups, plan(config))
+    parts = loop.Trainer(config, wrapped, optimizer, schedule, groups, resolve_phases(config))
     start, losses, norms, loads, shares = whole_parameters(model, config, groups), [], [], [], []
     for step in range(STEPS):
         done = loop.train_step(parts.at(step * SEQUENCES), micro_batches(config, groups, step))

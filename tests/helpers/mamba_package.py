@@ -1,7 +1,8 @@
 """The real mamba-ssm on a machine without a GPU: its Triton kernels in Triton's interpreter.
 
-Nothing of the package is replaced. What is: its CUDA extension (an empty module; the scan of Mamba-2 has none), torch's
-device contexts, the number of multiprocessors, and the choice of block sizes by timing, which a GPU makes.
+Nothing of the package is replaced. What is: its CUDA extension (an empty module; the scan of
+Mamba-2 has none), torch's device contexts, the number of multiprocessors, and the choice of block
+sizes by timing, which a GPU makes.
 """
 
 import contextlib

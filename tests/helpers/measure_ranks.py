@@ -1,9 +1,10 @@
 """One rank of a real job: what it holds and sends in a step, in bytes, for each of some layouts. Run by torchrun.
 
-    python -m torch.distributed.run --nproc-per-node=2 -m helpers.measure_ranks '[{"parallel.expert": 2}, ...]' OUTPUT
+    python -m torch.distributed.run --nproc-per-node=2 -m helpers.measure_ranks
+    '[{"parallel.expert": 2}, ...]' OUTPUT
 
-Every rank writes OUTPUT/RANK.json with one record a layout. Collectives are counted where torch is called, so that
-nothing of what Megatron sends is missed.
+Every rank writes OUTPUT/RANK.json with one record a layout. Collectives are counted where torch is
+called, so that nothing of what Megatron sends is missed.
 """
 
 import collections
@@ -18,7 +19,8 @@ import torch.distributed as dist
 
 SENT = collections.Counter()
 NAMES = {}
-# Of (arguments) what all ranks of the group have together, or each sends, as `plan.traffic` counts it.
+# Of (arguments) what all ranks of the group have together, or each sends, as `plan.traffic` counts
+# it.
 OPERATIONS = {
     "all_reduce": lambda args, ranks: args[0].nbytes,
     "all_gather_into_tensor": lambda args, ranks: args[0].nbytes,
@@ -65,12 +67,15 @@ import megatron_twotower.mcore  # noqa: E402, F401, I001
 from megatron.core import parallel_state  # noqa: E402
 
 from helpers import models  # noqa: E402
-from megatron_twotower.config.phases import plan  # noqa: E402
+from megatron_twotower.config.phases import resolve_phases  # noqa: E402
 from megatron_twotower.config.pipeline_stages import stages_of_rank  # noqa: E402
 from megatron_twotower.convert import load  # noqa: E402
-from megatron_twotower.mcore import parallel, transformer_config  # noqa: E402
-from megatron_twotower.model import parameter_map, towers  # noqa: E402
-from megatron_twotower.train import loop, optimizer  # noqa: E402
+from megatron_twotower.mcore import parallel  # noqa: E402
+from megatron_twotower.mcore import transformer_config  # noqa: E402
+from megatron_twotower.model import towers  # noqa: E402
+from megatron_twotower.model import parameter_map  # noqa: E402
+from megatron_twotower.train import loop  # noqa: E402
+from megatron_twotower.train import optimizer  # noqa: E402
 from megatron_twotower.types import Batch  # noqa: E402
 
 
@@ -135,7 +140,8 @@ def kept_bytes(parts, modules, batch):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            # The trainer lets go of what a stage sends on, and of final states once there is a loss.
+            # The trainer lets go of what a stage sends on, and of final states once there is a
+            # loss.
             graph = [output.grad_fn for output in forward(module)[:1]]
         assert graph[0] is not None
         total += nbytes(kept | {address: held for address, held in alive().items() if address not in before})
@@ -176,7 +182,7 @@ def measured(changes):
         optimizer=adam,
         schedule=optimizer.build_schedule(config, adam),
         groups=groups,
-        phases=plan(config),
+        phases=resolve_phases(config),
     )
     count = config.data.global_batch_size // groups.dp_cp.size()
     shape = (count, config.data.sequence_length_tokens)
@@ -205,7 +211,7 @@ def measured(changes):
         # Main parameters that are views of model parameters are no memory of their own.
         state += [p for p in mains if p.untyped_storage().data_ptr() not in own]
         state += [v for values in inner.optimizer.state.values() for k, v in values.items() if k.startswith("exp_")]
-    buffers = [buffer for chunk in wrapped.parts for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    buffers = [buffer for chunk in wrapped.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     record = {
         "context": nbytes(storages(p for module in modules for p in module.context.parameters())),
         "parameters": nbytes(own),
@@ -225,7 +231,7 @@ def measured(changes):
 
 def _noting(loss, scored):
     def noting(tower, hidden, batch, *rest):
-        scored.append(len(batch.scored))
+        scored.append(len(batch.scored_positions))
         return loss(tower, hidden, batch, *rest)
 
     return noting

@@ -12,8 +12,8 @@ from megatron_twotower.hf import MODELING_FILE, twotower_config_json
 from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM
 
 RELEASE = Version(transformers.__version__).release
-# Before 5.6 the configuration of transformers knows no dense layer, and up to 5.12 at least its own scan is wrong
-# beyond one chunk on a CPU. The shipped file has a scan of its own.
+# Before 5.6 the configuration of transformers knows no dense layer, and up to 5.12 at least its own
+# scan is wrong beyond one chunk on a CPU. The shipped file has a scan of its own.
 DENSE, LONG = RELEASE >= (5, 6), RELEASE >= (5, 17)
 
 

@@ -1,14 +1,17 @@
 """A pretended CUDA device: real numbers on the CPU and the manners of a card, so that mistakes with devices show here.
 
-Inside `pretended_cuda()` a tensor made on or moved to "cuda" is a `Pretended` one: it says that it lives on cuda:0,
-holds an ordinary CPU tensor, and computes with it. As on a card,
+Inside `pretended_cuda()` a tensor made on or moved to "cuda" is a `Pretended` one: it says that it
+lives on cuda:0, holds an ordinary CPU tensor, and computes with it. As on a card,
 
-* an operation that mixes it with tensors of the host fails, but for numbers (0-dim) in pointwise ones and indices;
-* what makes the host wait for the device is noted, with the line that asked: `.item()`, copies between the two, boolean
-  indexing, `nonzero`, and the like. Copies from pinned memory that ask not to wait are free.
+* an operation that mixes it with tensors of the host fails, but for numbers (0-dim) in pointwise
+  ones and indices;
+* what makes the host wait for the device is noted, with the line that asked: `.item()`, copies
+  between the two, boolean indexing, `nonzero`, and the like. Copies from pinned memory that ask not
+  to wait are free.
 
-For C++ these tensors are on the meta device, the one that every build of torch can send through autograd; the classes
-and modes here never show it. What is not pretended: streams, memory, Triton, NCCL, and the order of sums.
+For C++ these tensors are on the meta device, the one that every build of torch can send through
+autograd; the classes and modes here never show it. What is not pretended: streams, memory, Triton,
+NCCL, and the order of sums.
 """
 
 import collections
@@ -157,7 +160,8 @@ def _asker() -> tuple[str, str]:
     return owner, f"{path.name}:{frame.f_lineno} {path.stem}.{frame.f_code.co_name}"
 
 
-# The values that these operations look at on the device decide about a shape or about what the host does next.
+# The values that these operations look at on the device decide about a shape or about what the host
+# does next.
 WAITING = {
     "_local_scalar_dense": "a number",
     "nonzero": "nonzero",
@@ -170,7 +174,8 @@ WAITING = {
     "equal": "a number",
     "is_nonzero": "a number",
 }
-# What takes one number of the host where a tensor of the device would stand, as all pointwise operations do.
+# What takes one number of the host where a tensor of the device would stand, as all pointwise
+# operations do.
 NUMBERS_ALLOWED = {"fill_", "fill", "masked_fill", "masked_fill_", "index_put_", "index_put", "_index_put_impl_"}
 # Whose indices may be on the host: they are copied over.
 INDICES_ALLOWED = {"index", "index_put_", "index_put", "_index_put_impl_"}
@@ -372,7 +377,7 @@ def pretended_cuda() -> Iterator[Waits]:
     with pytest.MonkeyPatch.context() as patch, mode:
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-        patch.setattr(common_device, "HOST", CUDA)
+        patch.setattr(common_device, "CPU", CUDA)
         patch.setattr(torch.Tensor, "to", _moving(torch.Tensor.to))
         patch.setattr(torch, "tensor", _told(torch.tensor))
         patch.setattr(torch, "Generator", _Generator)
@@ -382,7 +387,8 @@ def pretended_cuda() -> Iterator[Waits]:
         patch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)
         # Objects travel through NCCL as tensors of the device.
         patch.setattr(torch.distributed.distributed_c10d, "_get_object_coll_device", lambda *_: str(CUDA))
-        # A module that moves puts new parameters in the place of those that cannot turn into the others.
+        # A module that moves puts new parameters in the place of those that cannot turn into the
+        # others.
         patch.setattr(
             torch,
             "_has_compatible_shallow_copy_type",

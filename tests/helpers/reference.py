@@ -1,7 +1,7 @@
 """The two-tower model in the plainest way: one block at a time, from Hugging Face tensors and explicit caches.
 
-Written apart from the package, in float64 and by the recurrences, to be compared with the one-pass training forward.
-Weights are looked up by their released names through `w(name)`.
+Written apart from the package, in float64 and by the recurrences, to be compared with the one-pass
+training forward. Weights are looked up by their released names through `w(name)`.
 """
 
 import math

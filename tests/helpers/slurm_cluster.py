@@ -1,6 +1,7 @@
 """A Slurm cluster of two nodes on this machine, for as long as a test needs it: munged, slurmctld, two slurmd.
 
-Debian's packages `slurm-wlm` and `munge` are all it takes, and root. Everything lives in one folder.
+Debian's packages `slurm-wlm` and `munge` are all it takes, and root. Everything lives in one
+folder.
 """
 
 import contextlib
@@ -27,8 +28,8 @@ def missing() -> str | None:
     return None if os.geteuid() == 0 else "needs root, to run slurmd"
 
 
-# low is preempted by high: its jobs get SIGTERM, and are queued again after the grace time. A job that was queued
-# again waits until its old credentials have expired.
+# low is preempted by high: its jobs get SIGTERM, and are queued again after the grace time. A job
+# that was queued again waits until its old credentials have expired.
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={host}

@@ -1,7 +1,8 @@
 """Modules that hold weights as Transformer Engine's do and compute with torch: its spec, tried without it on a CPU.
 
-Arguments are those that Megatron gives its wrappers (extensions/transformer_engine.py), names and shapes of
-parameters those of transformer-engine 2.11. Grouped experts are Megatron's own TEGroupedMLP around these.
+Arguments are those that Megatron gives its wrappers (extensions/transformer_engine.py), names and
+shapes of parameters those of transformer-engine 2.11. Grouped experts are Megatron's own
+TEGroupedMLP around these.
 """
 
 import torch

@@ -1,7 +1,8 @@
 """What the tests of Triton kernels share: where they run, and Triton's compiler without a device.
 
-Without a GPU, Triton's interpreter runs the kernels. It has to be switched on before triton is first imported, which
-other tests may have done in this process: `test_triton.py` runs the files of kernels again in a process of its own.
+Without a GPU, Triton's interpreter runs the kernels. It has to be switched on before triton is
+first imported, which other tests may have done in this process: `test_triton.py` runs the files of
+kernels again in a process of its own.
 """
 
 import os
@@ -38,7 +39,8 @@ def largest_errors(got, wanted):
 def compiled(kernel, types, numbers, **options):
     """A kernel compiled for compute capability 9.0, all pointers and whole numbers multiples of 16.
 
-    types: of its arguments that are no float32 pointer. numbers: its compile-time numbers, the last of its arguments.
+    types: of its arguments that are no float32 pointer. numbers: its compile-time numbers, the last
+    of its arguments.
     """
     import triton
     from triton.backends.compiler import GPUTarget

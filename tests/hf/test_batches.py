@@ -162,6 +162,7 @@ def test_the_denoiser_step_is_one_graph():
 @pytest.mark.slow
 def test_the_compiled_denoiser_step_gives_the_same():
     torch._dynamo.reset()
-    # Small t: the sinusoid of 1000 t is made in float32, where the cosine of a large angle depends on every rounding.
+    # Small t: the sinusoid of 1000 t is made in float32, where the cosine of a large angle depends
+    # on every rounding.
     for found, expected in compiled_steps("inductor", torch.tensor([0.0, 0.001])):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

@@ -122,7 +122,8 @@ def test_a_block_from_the_cache_equals_the_plain_twin(pattern):
     model = tiny_model(pattern, seed=3)
     clean, block, t = random_ids(2, 11), random_ids(2, 5, seed=2), torch.tensor([0.3, 0.85])
     block[:, 1::2] = MASK
-    # 11 = 6 + 1 + 4: the cache is built by a prefill, a step and a block, over the boundary of a chunk.
+    # 11 = 6 + 1 + 4: the cache is built by a prefill, a step and a block, over the boundary of a
+    # chunk.
     cache = model.prefill(clean[:, :6])
     model.extend(model.extend(cache, clean[:, 6:7]), clean[:, 7:])
     logits, first = model.denoise_block(block, t, cache), model.denoise_block(block, t, model.prefill(clean[:, :0]))
@@ -521,7 +522,8 @@ def test_the_folder_loads_with_plain_transformers(tmp_path):
     assert half.isfinite().all()
     assert F.cosine_similarity(half.flatten(), expected.flatten(), dim=0) > 0.99
     assert (out["bfloat16"]["written"] != MASK).all()
-    # Saved again, the tensors and their names are the same: no conversion stands between disk and modules.
+    # Saved again, the tensors and their names are the same: no conversion stands between disk and
+    # modules.
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "again"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -125,8 +125,8 @@ def test_sampled_text_is_distributed_as_that_of_ar(settings):
     codes = (written[:, 3:] * torch.tensor([words**2, words, 1])).sum(-1)
     found = torch.bincount(codes, minlength=words**3).double()
     assert not found[expected == 0].any()
-    # Pearson's statistic over the texts that are expected five times or more: its mean is the degrees of freedom, k,
-    # its standard deviation sqrt(2 k).
+    # Pearson's statistic over the texts that are expected five times or more: its mean is the
+    # degrees of freedom, k, its standard deviation sqrt(2 k).
     often = expected * rows >= 5
     statistic = ((found - expected * rows) ** 2 / (expected * rows))[often].sum()
     freedom = int(often.sum()) - 1

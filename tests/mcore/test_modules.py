@@ -122,11 +122,11 @@ def test_every_rank_of_nano_holds_the_entries_of_the_table(layout, monkeypatch):
     )
     found = []
     for name in ("local", "transformer_engine"):
-        with parallel.pretend(config, ranks=8, rank=5) as groups, FakeTensorMode():
+        with parallel.pretend_rank(config, ranks=8, rank=5) as groups, FakeTensorMode():
             megatron = mcore_transformer_config.transformer_config(config, served=name)
             megatron.perform_initialization = False
             module = towers.BackboneModel(config, megatron, groups)
-            held = parameter_map.held_tensors(module)
+            held = parameter_map.canonical_tensors(module)
             found.append(
                 {
                     key: (tuple(t.shape), getattr(t, "allreduce", True), getattr(t, "sequence_parallel", False))

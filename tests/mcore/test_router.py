@@ -57,7 +57,7 @@ def test_the_sequence_loss_is_the_sum_over_sequences(experts, counted):
     padding = torch.zeros(3, LENGTH, dtype=torch.bool)
     padding[0, 5:], padding[2, 12:] = True, True
     weights = None if counted is None else torch.tensor(counted, dtype=torch.float64)
-    got = router_gradient(experts, hidden, Blocks(padding=padding, counted=weights))
+    got = router_gradient(experts, hidden, Blocks(padding=padding, sequence_weights=weights))
     weight = experts.moe.router.weight.detach().clone().requires_grad_()
     real = ~padding
     balance(weight, hidden, real, real.sum(1) if counted is None else weights).backward()
@@ -104,7 +104,7 @@ def test_the_bias_moves_towards_idle_experts_and_the_frozen_one_stays(groups):
     router = model.tower.layers["1"].mixer.moe.router
     tokens, before = router.local_tokens_per_expert.clone(), router.expert_bias.clone()
     assert tokens.sum() == TOP * 2 * LENGTH
-    wrapped.config.finalize_model_grads_func(wrapped.parts, torch.tensor(1, dtype=torch.int), pg_collection=groups)
+    wrapped.config.finalize_model_grads_func(wrapped.chunks, torch.tensor(1, dtype=torch.int), pg_collection=groups)
     torch.testing.assert_close(router.expert_bias, before + 0.25 * (tokens.mean() - tokens).sign().float())
     assert torch.equal(wrapped.expert_tokens[0], tokens) and not router.local_tokens_per_expert.any()
     assert frozen and all(torch.equal(tensor, frozen[name]) for name, tensor in model.context.named_buffers())

@@ -1,6 +1,7 @@
 """The spec of Transformer Engine with its real modules, built without memory: names, shapes, marks, and their numbers.
 
-Needs transformer-engine with its torch extension, and no GPU: nothing is computed here. `pytest -m te`
+Needs transformer-engine with its torch extension, and no GPU: nothing is computed here. `pytest -m
+te`
 """
 
 import dataclasses
@@ -32,7 +33,8 @@ LAYOUTS = {
 def on_a_cpu(monkeypatch):
     """Modules of transformer-engine 2.11 ask only whether there is a CUDA device; parameters go where Megatron says.
 
-    They fork random state around weights that are not initialised, which tensors without memory cannot.
+    They fork random state around weights that are not initialised, which tensors without memory
+    cannot.
     """
     from megatron.core.extensions import transformer_engine
 
@@ -41,7 +43,7 @@ def on_a_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     # Tensors without memory would start the driver for one that is on a device.
     monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda *_: None)
-    monkeypatch.setattr(device, "is_host", lambda: True)
+    monkeypatch.setattr(device, "is_cpu", lambda: True)
 
 
 def nano(layout, **train):
@@ -59,7 +61,7 @@ def built_by_te(config):
 
 def build(config, served, *, rank):
     """(context tower, two-tower model) of a stage on one rank, as a few facts about each of their tensors."""
-    with parallel.pretend(config, ranks=config.parallel.ranks, rank=rank) as groups, FakeTensorMode():
+    with parallel.pretend_rank(config, ranks=config.parallel.ranks, rank=rank) as groups, FakeTensorMode():
         megatron = transformer_config.transformer_config(config, served=served)
         megatron.perform_initialization = False
         (stage,) = stages_of_rank(config.model, config.parallel, groups.pp.rank())
@@ -81,7 +83,7 @@ def facts(module):
             getattr(t, "sequence_parallel", False),
             t.requires_grad,
         )
-        for name, t in parameter_map.held_tensors(module).items()
+        for name, t in parameter_map.canonical_tensors(module).items()
     }
 
 
@@ -107,9 +109,9 @@ def test_ranks_of_every_layout_hold_what_their_own_modules_hold(layout, rank):
 
 def test_what_is_split_is_marked_so_that_norms_of_gradients_count_every_part_once():
     config = nano("split experts", precision="bf16")
-    with parallel.pretend(config, ranks=16, rank=3) as groups, FakeTensorMode():
+    with parallel.pretend_rank(config, ranks=16, rank=3) as groups, FakeTensorMode():
         megatron = built_by_te(config)
-        held = parameter_map.held_tensors(towers.Tower(config.model, megatron, groups))
+        held = parameter_map.canonical_tensors(towers.Tower(config.model, megatron, groups))
     projections = [name for name in held if ".mixer." in name and re.search(r"(proj|qkv|fc[12])\.weight$", name)]
     assert len(projections) > 52
     for name in projections:
@@ -121,7 +123,7 @@ def test_what_is_split_is_marked_so_that_norms_of_gradients_count_every_part_onc
 def test_the_norms_are_where_the_released_order_has_them():
     """Modulation before the norm in M and *: there the norm is inside the projection."""
     config = nano("h100x64", precision="bf16")
-    with parallel.pretend(config, ranks=64, rank=0) as groups, FakeTensorMode():
+    with parallel.pretend_rank(config, ranks=64, rank=0) as groups, FakeTensorMode():
         megatron = built_by_te(config)
         tower = towers.Tower(config.model, megatron, groups)
         for kind, layer in zip(config.model.hybrid_override_pattern, tower.layers.values(), strict=True):
@@ -170,7 +172,7 @@ def test_a_layer_computes_in_the_precision_of_its_tower(monkeypatch):
             return type(state.get_fp8_recipe()).__name__ if state.is_fp8_enabled() else "bf16"
 
     delayed = nano("h100x64", precision="fp8_delayed", context_precision="wide")
-    with parallel.pretend(delayed, ranks=64, rank=0):
+    with parallel.pretend_rank(delayed, ranks=64, rank=0):
         megatron = transformer_config.transformer_config(delayed, served="transformer_engine")
         context = modules.frozen(delayed, megatron)
         with modules.model_computing(megatron):
@@ -180,7 +182,7 @@ def test_a_layer_computes_in_the_precision_of_its_tower(monkeypatch):
 
     ends = nano("h100x64", precision="fp8_current", context_precision="fp8_blockwise")
     ends = dataclasses.replace(ends, fp8=dataclasses.replace(ends.fp8, first_layers_bf16=1, last_layers_bf16=2))
-    with parallel.pretend(ends, ranks=64, rank=0):
+    with parallel.pretend_rank(ends, ranks=64, rank=0):
         megatron = transformer_config.transformer_config(ends, served="transformer_engine")
         context = modules.frozen(ends, megatron)
         with modules.model_computing(megatron):

@@ -63,7 +63,7 @@ def test_every_part_of_a_fused_projection_is_split_by_itself():
     entry = next(e for e in parameter_map.backbone_entries(TINY) if e.megatron.endswith("in_proj.weight"))
     whole = torch.randn(entry.shape)
     first, second = (parameter_map.shard(whole, entry, rank=rank, ranks=2) for rank in (0, 1))
-    z, x, *_ = whole.split(list(entry.parts))
+    z, x, *_ = whole.split(list(entry.sections))
     assert torch.equal(first[:12], z[:12]) and torch.equal(first[12:24], x[:12])
     assert torch.equal(second[:12], z[12:]) and first.shape == second.shape == (whole.shape[0] // 2, 24)
 

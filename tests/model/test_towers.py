@@ -82,7 +82,8 @@ def test_a_block_sees_only_earlier_clean_tokens_and_itself(groups, pattern):
     noisy = batch.noisy.clone()
     noisy[:, :8], noisy[:, 12:] = (noisy[:, :8] + 5) % 48, (noisy[:, 12:] + 5) % 48
     after = logits_of(model, dataclasses.replace(batch, tokens=clean, noisy=noisy)).detach()
-    # Bit for bit, but for experts: other tokens in an expert's matrix product change the rounding of its last bits.
+    # Bit for bit, but for experts: other tokens in an expert's matrix product change the rounding
+    # of its last bits.
     tolerance = 1e-12 if "E" in pattern else 0.0
     torch.testing.assert_close(after[:, block], before[:, block], rtol=tolerance, atol=tolerance)
     assert not torch.allclose(after[:, :8], before[:, :8]), "the change must be visible elsewhere"

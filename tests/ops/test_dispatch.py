@@ -22,7 +22,8 @@ def stream(length, *, dtype=torch.float64, grad=False):
     return [t.requires_grad_(grad) for t in (x, dt, A, draw(2, length, 2, 5), draw(2, length, 2, 5), draw(4))]
 
 
-# Stand-ins for mamba_ssm.ops.triton.ssd_combined: the signatures and layouts of mamba-ssm 2.2 and 2.3.
+# Stand-ins for mamba_ssm.ops.triton.ssd_combined: the signatures and layouts of mamba-ssm 2.2 and
+# 2.3.
 
 
 def _chunk_cumsum_fwd(dt, A, chunk_size, dt_bias=None, dt_softplus=False, dt_limit=(0.0, float("inf"))):

@@ -1,8 +1,8 @@
 """The real mamba-ssm against the float64 recurrence, without a GPU: `make test-mamba`.
 
-The kernels run in Triton's interpreter, which has to be switched on before triton is first imported: one test here runs
-this file again in a process of its own. What the interpreter gets right leaves the compiler and the hardware to doubt,
-and the compiler is asked for Hopper code.
+The kernels run in Triton's interpreter, which has to be switched on before triton is first
+imported: one test here runs this file again in a process of its own. What the interpreter gets
+right leaves the compiler and the hardware to doubt, and the compiler is asked for Hopper code.
 """
 
 import itertools
@@ -108,7 +108,8 @@ def test_next_token_training_has_the_recurrence_s_gradients(host, length, chunk,
 
 # --- what it makes of initial states and short sequences, which nothing here asks of it ------------------------------
 
-# Lengths and chunks. All of (1, 8, 16, 17, 64) x (16, 64, 128, 256) were run once, which takes twenty minutes.
+# Lengths and chunks. All of (1, 8, 16, 17, 64) x (16, 64, 128, 256) were run once, which takes
+# twenty minutes.
 SIZES = [(1, 16), (1, 64), (8, 16), (8, 128), (16, 16), (16, 64), (16, 128), (16, 256), (17, 16), (17, 64), (64, 16)]
 SHORT = [(*sizes, apart, dtype) for sizes, apart, dtype in itertools.product(SIZES, (False, True), TOLERANCES)]
 
@@ -181,8 +182,8 @@ def test_packed_sequences_without_an_initial_state(host, lengths, chunk):
 @pytest.mark.parametrize("lengths", [[16], [1, 15, 17], [16, 16], [70, 16]], ids=str)
 def test_the_state_of_a_packed_first_sequence_of_one_chunk_lacks_the_initial_one(host, lengths, chunk):
     """A mistake of mamba-ssm 2.2 and 2.3: `_chunk_state_varlen_kernel` adds what was there before the last chunk only
-    where the sequence starts before that chunk. One that ends within the first chunk loses the initial state, though
-    its y has it. (The day this fails, upstream has mended it.)"""
+    where the sequence starts before that chunk. One that ends within the first chunk loses the
+    initial state, though its y has it. (The day this fails, upstream has mended it.)"""
     (y, state), *others = states_of_packed(lengths, chunk=chunk, initial=True)
     assert y < TOLERANCES[torch.float32] and all(max(pair) < TOLERANCES[torch.float32] for pair in others)
     assert (state > 1e-4) == (lengths[0] <= chunk), state

@@ -26,7 +26,8 @@ def assert_same_gradients(got, want, tensors):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
-# Largest error over largest value: gradients of float32 are sums of many products, bfloat16 rounds each of them.
+# Largest error over largest value: gradients of float32 are sums of many products, bfloat16 rounds
+# each of them.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
 
 

@@ -51,8 +51,8 @@ shapes = st.fixed_dictionaries(
 )
 
 
-# Largest error over largest value. The gradient of A, a sum of differences, is the least exact in float32; bfloat16
-# rounds y and the gradients themselves.
+# Largest error over largest value. The gradient of A, a sum of differences, is the least exact in
+# float32; bfloat16 rounds y and the gradients themselves.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 2e-2}
 
 

@@ -36,7 +36,7 @@ def test_operations_are_those_that_torch_counts(groups, recompute):
     with FlopCounterMode(display=False) as counter:
         report = masked_diffusion_loss(model.tower, model.train()(batch), batch, config.noise, groups)
         report.total.backward()
-    share = len(batch.scored) / batch.tokens.numel()
+    share = len(batch.scored_positions) / batch.tokens.numel()
     levels = dataclasses.replace(config.noise, time_min=share, time_max=share)
     told = step_flops(dataclasses.replace(config, noise=levels))
     assert told.executed * batch.tokens.numel() == pytest.approx(counter.get_total_flops(), rel=0.1)
@@ -114,7 +114,8 @@ def test_a_pipeline_shares_weights_and_keeps_several_micro_batches():
     assert in_flight(four.layout, pipeline_rank=0, micro_batches=2) == 2
     parts = [step_flops(config, own=stages_of_rank(config.model, config.parallel, rank)).executed for rank in range(4)]
     assert sum(parts) == pytest.approx(step_flops(config).executed)
-    # The slowest stage sets the pace, and 3 of 64 + 3 turns are spent filling and emptying the pipeline.
+    # The slowest stage sets the pace, and 3 of 64 + 3 turns are spent filling and emptying the
+    # pipeline.
     pace = max(parts) / (sum(parts) / 4) * (1 + 3 / 64)
     assert four.phases[0].compute_seconds == pytest.approx(one.phases[0].compute_seconds * pace)
 

@@ -16,7 +16,7 @@ from megatron_twotower.plan.estimate import kept_bytes
 from megatron_twotower.plan.layout import layout_of
 from megatron_twotower.plan.meta_build import build
 from megatron_twotower.plan.traffic import sent_by_group, transfers
-from megatron_twotower.plan.weights import held, weight_bytes
+from megatron_twotower.plan.weights import rank_parameters, weight_bytes
 
 DISTRIBUTED, WIDE = {"optimizer.distributed": True}, {"train.precision": "bf16"}
 TENSOR = {"parallel.tensor": 2, "parallel.sequence": True}
@@ -85,7 +85,7 @@ def test_the_table_of_names_says_what_modules_hold(measured):
     for config, layout, records in layouts(measured):
         for rank, record in enumerate(records):
             built = build(config, layout, rank=rank)
-            named = held(config, layout, pipeline_rank=record["pipeline_rank"])
+            named = rank_parameters(config, layout, pipeline_rank=record["pipeline_rank"])
             assert built.context == named.context and built.projections == named.projections
             for one, other in zip(built.chunks, named.chunks, strict=True):
                 assert sorted((p.elements, p.expert) for p in one) == sorted((p.elements, p.expert) for p in other)
@@ -108,7 +108,8 @@ def test_activations_are_what_autograd_keeps(measured):
         for _, own, of_stage in by_stage(config, layout, records):
             scored = of_stage[0]["kept_scored"]
             told = sum(kept_bytes(config, block=config.noise.block_size_tokens, own=own, scored=scored))
-            # Megatron's recompute keeps two random states a layer, as much as an activation at this size.
+            # Megatron's recompute keeps two random states a layer, as much as an activation at this
+            # size.
             kinds = "".join(config.model.hybrid_override_pattern[layer] for stretch in own for layer in stretch.layers)
             again = sum(kinds.count(kind) for kind in config.train.recompute_layers)
             told += again * 2 * torch.get_rng_state().nbytes
@@ -119,7 +120,9 @@ def test_a_rank_sends_what_the_formulas_say(measured):
     """On average over the ranks of a stage, and but for counts of a few numbers."""
     for config, layout, records in layouts(measured):
         for stage, own, of_stage in by_stage(config, layout, records):
-            weights = weight_bytes(config, layout, held(config, layout, pipeline_rank=stage), pipeline_rank=stage)
+            weights = weight_bytes(
+                config, layout, rank_parameters(config, layout, pipeline_rank=stage), pipeline_rank=stage
+            )
             scored = mean(of_stage, lambda r: r["scored"])
             told = sent_by_group(transfers(config, layout, weights, own=own, scored=scored), layout)
             groups = set(told) | {group for record in of_stage for group in record["sent"]}

@@ -20,7 +20,8 @@ from megatron_twotower.hf import modeling_nemotron_h_twotower as modeling
 
 ROWS, PROMPT, NEW, BLOCK, EOS = 3, 9, 10, 4, 11
 BLOCKS = -(-NEW // BLOCK)
-# Each tower of `tiny_model` has one layer of experts: what it sends to whom is the one thing that a layer waits for.
+# Each tower of `tiny_model` has one layer of experts: what it sends to whom is the one thing that a
+# layer waits for.
 EXPERTS, PLACES = "a copy to the host: modeling_nemotron_h_twotower.{}", "nonzero: modeling_nemotron_h_twotower.{}"
 NUMBER = "a number: modeling_nemotron_h_twotower.{}"
 
@@ -31,7 +32,8 @@ def written(mode, model, ids, **arguments):
     return ids, dataclasses.replace(model.last_generation, seconds=0.0)
 
 
-# What else each mode is told; and how often the host waits, from the figures of what was written and the end of a row.
+# What else each mode is told; and how often the host waits, from the figures of what was written
+# and the end of a row.
 MODES = {
     "mask_diffusion": (
         # Three passes finish a block, and no fourth looks for what is left.
@@ -152,8 +154,9 @@ MEASURES = {
     ),
     "bound": lambda model: likelihood.bound_nats(model, ALL, block_size=8, draws=2, seed=1, mask_id=MASK),
 }
-# What a call waits for, by reading it: two levels or draws of three or two blocks that are denoised, two that are read,
-# each with its layer of experts; what the towers are given and what they say go over at once.
+# What a call waits for, by reading it: two levels or draws of three or two blocks that are
+# denoised, two that are read, each with its layer of experts; what the towers are given and what
+# they say go over at once.
 WAITED = {
     "next token": {
         "a copy from the host: modeling_nemotron_h_twotower.forward": 1,

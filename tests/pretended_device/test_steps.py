@@ -12,7 +12,7 @@ from helpers.models import build_two_tower, tiny_config
 from helpers.pretended_device import Pretended, Waits, WrongDevice, as_there, on_host, pretended_cuda
 from megatron_twotower.checkpoint import files
 from megatron_twotower.common import device
-from megatron_twotower.config.phases import plan
+from megatron_twotower.config.phases import resolve_phases
 from megatron_twotower.config.validation import validate
 from megatron_twotower.mcore import parallel
 from megatron_twotower.mcore.patches import RELEASE
@@ -166,7 +166,7 @@ def training(config):
         wrapped = parallel.wrap(model.chunks, config, groups)
         optimizer = build_optimizer(config, wrapped, groups)
         schedule = build_schedule(config, optimizer)
-        yield loop.Trainer(config, wrapped, optimizer, schedule, groups, plan(config)), model
+        yield loop.Trainer(config, wrapped, optimizer, schedule, groups, resolve_phases(config)), model
     finally:
         parallel.shutdown()
 
@@ -213,8 +213,8 @@ def test_steps_of_training(backbone, kind, distributed):
     for name, got in there[2].items():
         assert torch.equal(on_host(got), parameters[name]), name
     assert second.counted("ours") == {"a number: optimizer.guarded_step": 1}
-    # Megatron's: the sum of tokens (up to 0.16), and the norm; and, in layers of experts, what each micro-batch sends
-    # to whom.
+    # Megatron's: the sum of tokens (up to 0.16), and the norm; and, in layers of experts, what each
+    # micro-batch sends to whom.
     counted = second.counted("megatron")
     assert counted.pop("a number: finalize_model_grads.finalize_model_grads", 0) == (RELEASE == "0.16")
     assert counted.pop("a number: clip_grads.get_grad_norm_fp32") == 1
@@ -289,7 +289,7 @@ def test_checkpoints_hold_there_what_they_hold_on_the_host(backbone, precision, 
 
 
 def save(run, parts, model, progress):
-    keeper = resume.Keeper(
+    keeper = resume.CheckpointHooks(
         run,
         parts,
         lambda: model.pieces(parts.config, parts.groups, parts.optimizer),

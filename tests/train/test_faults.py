@@ -53,7 +53,8 @@ def test_killed_at_thirty_random_moments_on_changing_numbers_of_ranks(tmp_path, 
 def test_torchrun_goes_on_with_the_ranks_that_are_left(tmp_path, tiny_data, tiny_backbone):
     """Two agents of one rank each; the second is killed with its rank, and the first starts anew, alone."""
     run, whole = tmp_path / "run", tmp_path / "whole"
-    # A low rate, and an epsilon that is not: rounding, which differs with the number of ranks, is not to grow.
+    # A low rate, and an epsilon that is not: rounding, which differs with the number of ranks, is
+    # not to grow.
     extra = [
         *SHORT,
         "train.steps=40",

@@ -139,8 +139,9 @@ def results_on(backbone, tmp_path_factory):
     return of
 
 
-# How far parameters may be from those of one rank, as a part of themselves and as a part of how far they moved. A bf16
-# parameter is rounded to 4e-3 of itself in each step, and a few round the other way.
+# How far parameters may be from those of one rank, as a part of themselves and as a part of how far
+# they moved. A bf16 parameter is rounded to 4e-3 of itself in each step, and a few round the other
+# way.
 TOLERANCES = {"fp32": (1e-5, 1e-3), "bf16": (1e-3, 1e-1)}
 
 

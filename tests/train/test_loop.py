@@ -42,7 +42,8 @@ def test_golden_losses(recipe, tmp_path, tiny_data, tiny_backbone, whole_run, re
 def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, tiny_data, tiny_backbone, whole_run, records_of):
     run = tmp_path / "run"
     arguments = settings(tiny_data, run, tiny_backbone)
-    # Sums differ in their last bit with the number of threads: the recipe's counts, not what the environment says.
+    # Sums differ in their last bit with the number of threads: the recipe's counts, not what the
+    # environment says.
     process = launch(1, "tiny", *arguments, wait=False, threads=2)
     mark = checkpoint_folder(run, 15)
     deadline = time.monotonic() + 240
@@ -59,7 +60,8 @@ def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, tiny_data, tiny_b
 
 def test_sigterm_saves_at_once_and_asks_to_be_started_again(tmp_path, tiny_data, tiny_backbone, whole_run, records_of):
     run = tmp_path / "run"
-    # Records of three steps: the one under way when the signal comes must come out whole after the resume.
+    # Records of three steps: the one under way when the signal comes must come out whole after the
+    # resume.
     arguments = settings(tiny_data, run, tiny_backbone, "train.checkpoint_every_steps=0", "train.log_every_steps=3")
     process = launch(1, "tiny", *arguments, wait=False)
     deadline = time.monotonic() + 240
@@ -81,8 +83,8 @@ def test_sigterm_saves_at_once_and_asks_to_be_started_again(tmp_path, tiny_data,
         assert record["loss"] == pytest.approx(mean, rel=1e-6)
 
 
-# The whole command on two ranks, and at which steps it stops, to go on from there. What every layout computes is
-# compared in test_layouts.
+# The whole command on two ranks, and at which steps it stops, to go on from there. What every
+# layout computes is compared in test_layouts.
 LAYOUTS = {
     "distributed optimizer": (
         [9],

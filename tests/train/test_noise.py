@@ -52,10 +52,12 @@ def test_scored_places_are_the_masked_ones_then_filling_to_few_lengths():
         noise = dataclasses.replace(NOISE, draws_per_context=draws)
         noisy = corrupt(dataclasses.replace(batch_of(range(6)), padding=padding), noise, seed=3)
         masked = (noisy.noisy == noise.mask_token_id) & ~padding.repeat(draws, 1)
-        count = int(noisy.count)
-        assert torch.equal(noisy.scored[:count], masked.flatten().nonzero().squeeze(-1))
-        assert len(noisy.scored) % SCORED_MULTIPLE == 0 and len(noisy.scored) - count < SCORED_MULTIPLE
-        assert int(noisy.real) == 13 * 6 * draws
+        count = int(noisy.num_scored)
+        assert torch.equal(noisy.scored_positions[:count], masked.flatten().nonzero().squeeze(-1))
+        assert (
+            len(noisy.scored_positions) % SCORED_MULTIPLE == 0 and len(noisy.scored_positions) - count < SCORED_MULTIPLE
+        )
+        assert int(noisy.num_tokens) == 13 * 6 * draws
         assert (noisy.noisy[:, 13:] == noise.mask_token_id).any(), "padding is masked like the rest"
 
 

@@ -1,6 +1,7 @@
 """A generation by mask diffusion, recorded step by step, and the page that plays it.
 
-The page needs no other file and no network, and holds the recording as JSON: `read_page` gives it back.
+The page needs no other file and no network, and holds the recording as JSON: `read_page` gives it
+back.
 """
 
 import html
@@ -14,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from megatron_twotower.common.errors import UserError
-from megatron_twotower.common.files import written
+from megatron_twotower.common.files import atomic_file
 from megatron_twotower.generate.engine import Generation, GenerationSettings
 from megatron_twotower.hf.modeling_nemotron_h_twotower import DenoisingStep
 
@@ -122,7 +123,7 @@ def write_page(path: Path, recording: Mapping[str, Any]) -> None:
     Raises:
         UserError: `path` cannot be written.
     """
-    with written(path) as partial:
+    with atomic_file(path) as partial:
         partial.write_text(page(recording), encoding="utf-8")
 
 

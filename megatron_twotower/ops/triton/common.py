@@ -9,7 +9,8 @@ from torch import Tensor
 def narrow(values, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
     """To dtype, rounded to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:
-        # Triton 3.9's interpreter cuts off, or loses a carry into the exponent: round before it does.
+        # Triton 3.9's interpreter cuts off, or loses a carry into the exponent: round before it
+        # does.
         bits = values.to(tl.int32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         values = (bits >> 16 << 16).to(tl.float32, bitcast=True)

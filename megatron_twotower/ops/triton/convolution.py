@@ -1,15 +1,18 @@
 """The convolutions of `ops.convolution` in Triton, one kernel each way. Importing this module imports triton.
 
-Tested in Triton's interpreter, and compiled for compute capability 9.0; not yet run or timed on a GPU.
+Tested in Triton's interpreter, and compiled for compute capability 9.0; not yet run or timed on a
+GPU.
 
-Shapes: x (b, l, c), a view with a dense last dimension is read as it lies; history (b, n, k - 1, c), what comes before
-each block; weight (c, k); bias (c,); documents (b, l). Tap j of position i reads position i - (k - 1) + j: of x within
-i's block, of the history before it, zeros where there is none and in another document.
+Shapes: x (b, l, c), a view with a dense last dimension is read as it lies; history (b, n, k - 1,
+c), what comes before each block; weight (c, k); bias (c,); documents (b, l). Tap j of position i
+reads position i - (k - 1) + j: of x within i's block, of the history before it, zeros where there
+is none and in another document.
 
-In torch the taps are operations that each pass over memory, after a copy of everything behind its history: they read
-and write 13 tensors of the size of x forward and 42 backward, counted in bfloat16. Here it is two and three, and the
-history. The backward pass keeps x and the history and makes what is before the activation again, wherever it is needed;
-all is computed in float32 and rounded once, at the end.
+In torch the taps are operations that each pass over memory, after a copy of everything behind its
+history: they read and write 13 tensors of the size of x forward and 42 backward, counted in
+bfloat16. Here it is two and three, and the history. The backward pass keeps x and the history and
+makes what is before the activation again, wherever it is needed; all is computed in float32 and
+rounded once, at the end.
 """
 
 from typing import Any
@@ -21,8 +24,8 @@ from torch import Tensor
 
 from megatron_twotower.ops.triton.common import last_dense, narrow
 
-# Positions and channels that a program holds at a time, and the positions that it goes through: the gradients of weight
-# and bias are summed over them in registers.
+# Positions and channels that a program holds at a time, and the positions that it goes through: the
+# gradients of weight and bias are summed over them in registers.
 TILE = 16
 CHANNELS = 64
 POSITIONS = 256
@@ -181,8 +184,9 @@ def block_conv_backward_kernel(
     for first in range(0, ALL_ROWS, ROWS):
         i = part * ALL_ROWS + first + tl.arange(0, ROWS)
         into = tl.zeros([ROWS, COLS], tl.float32)
-        # The outputs that position i enters: those of its block from k - 1 places on to its own, which is the last. Not
-        # unrolled: the loads of all at a time would take more registers than there are.
+        # The outputs that position i enters: those of its block from k - 1 places on to its own,
+        # which is the last. Not unrolled: the loads of all at a time would take more registers than
+        # there are.
         upstream = into
         for behind in tl.range(0, TAPS, loop_unroll_factor=1):
             at = i + TAPS - 1 - behind

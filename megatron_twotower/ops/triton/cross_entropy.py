@@ -1,10 +1,11 @@
 """The rows of logits of `ops.cross_entropy` in Triton. Importing this module imports triton.
 
-Tested in Triton's interpreter, and compiled for compute capability 9.0; not yet run or timed on a GPU.
+Tested in Triton's interpreter, and compiled for compute capability 9.0; not yet run or timed on a
+GPU.
 
-One program per row reads its logits, in whatever dtype the head's product gave them, adds up in float32, reads them
-again while they are near, and writes the gradient over them. In torch the same reads and writes 23 tensors
-of the size of bfloat16 logits; here it is three.
+One program per row reads its logits, in whatever dtype the head's product gave them, adds up in
+float32, reads them again while they are near, and writes the gradient over them. In torch the same
+reads and writes 23 tensors of the size of bfloat16 logits; here it is three.
 """
 
 from typing import Any

@@ -1,13 +1,15 @@
 """The modulation and the gate of `adaln` in Triton, one kernel each way. Importing this module imports triton.
 
-Tested in Triton's interpreter, and compiled for compute capability 9.0; not yet run or timed on a GPU.
+Tested in Triton's interpreter, and compiled for compute capability 9.0; not yet run or timed on a
+GPU.
 
-Both are y = base + factor * x, with a factor for each stretch of a sequence: shift + (1 + scale) * x, and
-residual + gate * x. In torch the backward pass writes products of the size of x only to sum them up over stretches: it
-reads and writes 9 and 8 tensors of that size. Here it is three.
+Both are y = base + factor * x, with a factor for each stretch of a sequence: shift + (1 + scale) *
+x, and residual + gate * x. In torch the backward pass writes products of the size of x only to sum
+them up over stretches: it reads and writes 9 and 8 tensors of that size. Here it is three.
 
-Shapes: x (l, b, h) contiguous; factor (k, b, h), each row for l / k positions; base (k, b, h) or (l, b, h). The last
-dimension of factor and base is dense. All is computed in float32 and rounded once.
+Shapes: x (l, b, h) contiguous; factor (k, b, h), each row for l / k positions; base (k, b, h) or
+(l, b, h). The last dimension of factor and base is dense. All is computed in float32 and rounded
+once.
 """
 
 from typing import Any

@@ -1,10 +1,12 @@
 """The gated norm of `ops.norm` in Triton, one kernel each way. Importing this module imports triton.
 
-Tested in Triton's interpreter, and compiled for compute capability 9.0; not yet run or timed on a GPU.
+Tested in Triton's interpreter, and compiled for compute capability 9.0; not yet run or timed on a
+GPU.
 
-In torch it is a chain of operations that each pass over memory, and read and write 21 tensors of the size of y
-forward and 59 backward, counted in bfloat16. Here it is three and five: y, z and the result; those two, the gradient
-that comes, and the two that go. All is computed in float32 and rounded once, at the end.
+In torch it is a chain of operations that each pass over memory, and read and write 21 tensors of
+the size of y forward and 59 backward, counted in bfloat16. Here it is three and five: y, z and the
+result; those two, the gradient that comes, and the two that go. All is computed in float32 and
+rounded once, at the end.
 """
 
 from typing import Any
@@ -16,8 +18,8 @@ from torch import Tensor
 
 from megatron_twotower.ops.triton.common import narrow, padded
 
-# Elements that a program holds at a time, and the rows that it goes through: the gradient of the weight is summed over
-# them in registers.
+# Elements that a program holds at a time, and the rows that it goes through: the gradient of the
+# weight is summed over them in registers.
 TILE = 2048
 ROWS = 64
 

@@ -1,13 +1,16 @@
 """The two-stream scan of `ops.scan` in Triton, forward and backward. Importing this module imports triton.
 
-Tested in Triton's interpreter, and compiled for compute capability 9.0; not yet run or timed on a GPU.
+Tested in Triton's interpreter, and compiled for compute capability 9.0; not yet run or timed on a
+GPU.
 
-Dimensions: b batch, l length, m heads, p head size, g groups, d state size, r = m / g heads per group, s block,
-q chunk. A program takes the positions of a few whole blocks of one chunk (a tile) for the heads of one group, one after
-the other: the products C B^T are made once for all heads of a group, and the gradients of B and C are summed over them
-in registers, without atomics. Tiles, p, d and q are padded to powers of two of at least 16 by masks.
+Dimensions: b batch, l length, m heads, p head size, g groups, d state size, r = m / g heads per
+group, s block, q chunk. A program takes the positions of a few whole blocks of one chunk (a tile)
+for the heads of one group, one after the other: the products C B^T are made once for all heads of a
+group, and the gradients of B and C are summed over them in registers, without atomics. Tiles, p, d
+and q are padded to powers of two of at least 16 by masks.
 
-Log decays come from a first small kernel, by position, in float32 (b, m, l'), l' the length in whole chunks:
+Log decays come from a first small kernel, by position, in float32 (b, m, l'), l' the length in
+whole chunks:
 
     own_i   = sum of dt~ A~ from the start of i's block to i
     since_i = own_i + sum of clean dt A from the chunk's start to just before i's block
@@ -18,20 +21,23 @@ Then, with scores C~_i . B_j of either stream and h the clean state at the chunk
     y_i = exp(since_i) C~_i h + sum_{j before i's block} scores_ij exp(since_i - clean_j) dt_j x_j
         + sum_{j <= i in i's block} scores~_ij exp(own_i - own_j) dt~_j x~_j + D x~_i
 
-Exponents of pairs that do not count can be positive: they are cut off at 0 before the exponential, and their scores are
-zero. The backward pass needs nothing of the forward pass but its inputs: the gradient of a log decay is the sum of its
-row of weighted scores' gradients, less that of its column, all in float32. (The shorter g . y - u . du is the
-difference of two large sums, and y would be rounded to bfloat16.)
+Exponents of pairs that do not count can be positive: they are cut off at 0 before the exponential,
+and their scores are zero. The backward pass needs nothing of the forward pass but its inputs: the
+gradient of a log decay is the sum of its row of weighted scores' gradients, less that of its
+column, all in float32. (The shorter g . y - u . du is the difference of two large sums, and y would
+be rounded to bfloat16.)
 
-Precision: sums in float32. Float32 inputs are multiplied as three TF32 products, which keeps float32's accuracy.
-Bfloat16 inputs enter products as they are, dt and exp(...) folded into the scores, which are rounded to bfloat16 once;
-the clean state, which can be thousands of times the inputs, as a high and a low bfloat16 part.
+Precision: sums in float32. Float32 inputs are multiplied as three TF32 products, which keeps
+float32's accuracy. Bfloat16 inputs enter products as they are, dt and exp(...) folded into the
+scores, which are rounded to bfloat16 once; the clean state, which can be thousands of times the
+inputs, as a high and a low bfloat16 part.
 
-Memory traffic, in units of x, with B and C g d / (m p) each and the float32 states 2 d / q (bfloat16) or d / q: forward
-reads x, clean x, C, B, clean B and the states and writes y; backward reads y's gradient twice, x, clean x, C twice, B,
-clean B and the states, writes the gradients of x and B, and that of C twice, reading it once. At Nano's dimensions (m
-64, p 64, g 8, d 128, q 128, bfloat16) that is 5.75 and 9 units of 8 KiB per position. Between forward and backward
-only the inputs are kept.
+Memory traffic, in units of x, with B and C g d / (m p) each and the float32 states 2 d / q
+(bfloat16) or d / q: forward reads x, clean x, C, B, clean B and the states and writes y; backward
+reads y's gradient twice, x, clean x, C twice, B, clean B and the states, writes the gradients of x
+and B, and that of C twice, reading it once. At Nano's dimensions (m 64, p 64, g 8, d 128, q 128,
+bfloat16) that is 5.75 and 9 units of 8 KiB per position. Between forward and backward only the
+inputs are kept.
 """
 
 from typing import Any, NamedTuple
@@ -42,8 +48,8 @@ from torch import Tensor
 from megatron_twotower.ops.triton import scan_kernels as kernels
 from megatron_twotower.ops.triton.common import last_dense, padded
 
-# Most that the kernels take of block, head size and state size, by bytes per input element: what fits in 227 KiB of
-# shared memory.
+# Most that the kernels take of block, head size and state size, by bytes per input element: what
+# fits in 227 KiB of shared memory.
 MOST = {2: {"block": 128, "head size": 128, "state size": 256}, 4: {"block": 64, "head size": 64, "state size": 128}}
 MAX_CHUNK = 128
 
@@ -60,7 +66,7 @@ def supported(x: Tensor, B: Tensor, *, block: int, chunk: int) -> str | None:
     return next(too_large, None)
 
 
-class Plan(NamedTuple):
+class TileNumbers(NamedTuple):
     """Compile-time numbers of the kernels of tiles, in the order of their last parameters."""
 
     heads: int
@@ -87,9 +93,10 @@ class Launch(NamedTuple):
     stages: int
 
 
-# By kernel and bytes per input element, at head sizes and states up to Nano's. From the compiler's reports for compute
-# capability 9.0, not from timings. With bfloat16: eight warps per multiprocessor, loads of the next head under way, and
-# loops that reload some registers from memory but write hardly any.
+# By kernel and bytes per input element, at head sizes and states up to Nano's. From the compiler's
+# reports for compute capability 9.0, not from timings. With bfloat16: eight warps per
+# multiprocessor, loads of the next head under way, and loops that reload some registers from memory
+# but write hardly any.
 LAUNCHES = {
     ("forward", 2): Launch(128, 8, 2),
     ("forward", 4): Launch(64, 4, 1),
@@ -101,9 +108,9 @@ LAUNCHES = {
 NANO_HEAD = 64 * 128
 
 
-def plan(
+def tile_numbers(
     kernel: str, x: Tensor, B: Tensor, *, block: int, chunk: int, documents: bool, interpreted: bool
-) -> tuple[Plan, Launch]:
+) -> tuple[TileNumbers, Launch]:
     """What to compile a kernel for, and how. x (b, l, m, p), B (b, l, g, d)."""
     m, p, g, d = *x.shape[2:], *B.shape[2:]
     launch = LAUNCHES[kernel, x.element_size()]
@@ -112,7 +119,7 @@ def plan(
     tile = block * min(max(1, launch.tile // block), chunk // block)
     if padded(tile) > launch.tile:
         launch = launch._replace(warps=8)
-    numbers = Plan(
+    numbers = TileNumbers(
         heads=m,
         share=m // g,
         head_size=p,
@@ -146,7 +153,7 @@ def _run_by_head(
     kernel[(b * m * -(-l // chunk),)](*tensors, *steps, l, *sizes, num_warps=4, enable_fp_fusion=True)
 
 
-def _run_tiles(name: str, planned: tuple[Plan, Launch], tensors: list[Tensor], *, strided: list[Tensor]) -> None:
+def _run_tiles(name: str, planned: tuple[TileNumbers, Launch], tensors: list[Tensor], *, strided: list[Tensor]) -> None:
     """One program per tile and group. strided begins with a tensor (b, l, m, p)."""
     numbers, launch = planned
     b, l = strided[0].shape[:2]
@@ -200,7 +207,7 @@ class _TwoStreamScan(torch.autograd.Function):
         ctx.save_for_backward(x, dt, A, B, C, D, clean_x, clean_dt, clean_A, clean_B, states, documents)
         ctx.block, ctx.chunk = block, chunk
         rows = dt[..., 0] if documents is None else documents  # not read without documents
-        planned = plan(
+        planned = tile_numbers(
             "forward", x, B, block=block, chunk=chunk, documents=documents is not None, interpreted=not x.is_cuda
         )
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -221,7 +228,9 @@ class _TwoStreamScan(torch.autograd.Function):
         rows = dt[..., 0] if documents is None else documents
         grad = last_dense(grad)
         left, own = (
-            plan(name, x, B, block=block, chunk=chunk, documents=documents is not None, interpreted=not x.is_cuda)
+            tile_numbers(
+                name, x, B, block=block, chunk=chunk, documents=documents is not None, interpreted=not x.is_cuda
+            )
             for name in ("backward_left", "backward_own")
         )
         grad_x, grad_dt, grad_B, grad_C = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
@@ -273,14 +282,13 @@ def two_stream_scan_triton(
 ) -> Tensor:
     """`ops.scan.two_stream_scan` for what `supported` takes, in one kernel forward and two backward.
 
-    Args:
-        x, B, C, clean_x, clean_B: of one dtype, bfloat16 or float32; views are read by their strides, without copies,
-            as long as their last dimension is dense. A, D and clean_A: dense, of any floating dtype.
-        dt, clean_dt: (b, l, m) float32. states: (b, ceil(l / chunk), m, p, d) float32.
-        documents: (b, l), of an integer dtype, 0 or more.
+    Args: x, B, C, clean_x, clean_B: of one dtype, bfloat16 or float32; views are read by their
+        strides, without copies, as long as their last dimension is dense. A, D and clean_A: dense,
+        of any floating dtype. dt, clean_dt: (b, l, m) float32. states: (b, ceil(l / chunk), m, p,
+        d) float32. documents: (b, l), of an integer dtype, 0 or more.
 
-    Returns:
-        y (b, l, m, p) in x's dtype, contiguous. Gradients of x, dt, A, B, C and D, none into the clean stream.
+    Returns: y (b, l, m, p) in x's dtype, contiguous. Gradients of x, dt, A, B, C and D, none into
+        the clean stream.
     """
     reason = supported(x, B, block=block, chunk=chunk)
     assert reason is None, reason

@@ -1,8 +1,9 @@
 """Triton kernels of the two-stream scan; `scan_triton` launches them and says what they compute.
 
-Names: i rows, positions of the tile in its chunk; j clean positions, or the tile's own as columns; p, n places of a
-head's values and of its state; x_l the step from position to position of x in elements, and so on. Sizes in capitals
-are compile-time, those of tiles padded to powers of two of at least 16. Offsets of batch and chunk are 64-bit.
+Names: i rows, positions of the tile in its chunk; j clean positions, or the tile's own as columns;
+p, n places of a head's values and of its state; x_l the step from position to position of x in
+elements, and so on. Sizes in capitals are compile-time, those of tiles padded to powers of two of
+at least 16. Offsets of batch and chunk are 64-bit.
 """
 
 import triton
@@ -531,7 +532,8 @@ def backward_own_kernel(
     """The blocks themselves: gradients of x and B, what is missing of C's, each tile's part of D's (tiles, m); and, for
     `decay_backward_kernel`, of dt as a factor of x, and of the log decays own, both (b, m, l').
 
-    One tile of positions, all heads of one group. Grid (b chunks TILES, g). grad_x, grad_B and grad_C are contiguous.
+    One tile of positions, all heads of one group. Grid (b chunks TILES, g). grad_x, grad_B and
+    grad_C are contiguous.
     """
     batch, chunk, i, row_ok = _positions(length, CHUNK, TILE, TILES, R)
     group, batch, first = tl.program_id(1), batch.to(tl.int64), chunk.to(tl.int64) * CHUNK
@@ -540,8 +542,8 @@ def backward_own_kernel(
     own_pairs = _own_pairs(i, row_ok, docs_i, BLOCK, DOCUMENTS)
     C_i = _matrix(C + batch * C_b + first * C_l + group * C_g, i, C_l, n, row_ok, STATE)
     B_i = _matrix(B + batch * B_b + first * B_l + group * B_g, i, B_l, n, row_ok, STATE)
-    # Pairs of a position with itself apart: they do not decay, and would cancel in the gradient of the log decays only
-    # up to rounding.
+    # Pairs of a position with itself apart: they do not decay, and would cancel in the gradient of
+    # the log decays only up to rounding.
     itself = i[:, None] == i[None, :]
     scores = _dot(C_i, tl.trans(B_i), None, INTERPRETED)
     self_score = tl.sum(tl.where(itself, scores, 0.0), 1)

@@ -52,7 +52,8 @@ def test_layers_follow_their_twin(groups, monkeypatch, serving, precision):
             monkeypatch.setattr(module, f"{name}_kernel", launched[name])
     model = dataclasses.replace(gpu_checks.layer_model("cpu"), chunk_size=2 * gpu_checks.BLOCK)
     monkeypatch.setattr(gpu_checks, "layer_model", lambda device: model)
-    # Two layers: the second one's gradients go through all of the first. None of experts, which a rounding may change.
+    # Two layers: the second one's gradients go through all of the first. None of experts, which a
+    # rounding may change.
     errors = gpu_checks.layer_errors("MM", groups, device="cpu", precision=precision)
     assert gpu_checks.too_large(errors, precision) == {}
     assert {name for name, kernel in launched.items() if not kernel.launches} == set()

@@ -22,7 +22,7 @@ from megatron_twotower.ops.scan import scan_ref, two_stream_scan_ref
 
 pytest.importorskip("triton")
 from megatron_twotower.ops.triton import scan, scan_kernels
-from megatron_twotower.ops.triton.scan import plan, supported, two_stream_scan_triton
+from megatron_twotower.ops.triton.scan import supported, tile_numbers, two_stream_scan_triton
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 NAMES = ("y", "x", "dt", "A", "B", "C", "D")
@@ -187,7 +187,7 @@ def compiled_for_hopper(name, dtype, *, block=16, chunk=128, heads=64, groups=8,
     if name.startswith("decay"):
         numbers, options = (heads, block, chunk, chunk, 32), {"num_warps": 4}
     else:
-        numbers, launch = plan(name, x, B, block=block, chunk=chunk, documents=True, interpreted=False)
+        numbers, launch = tile_numbers(name, x, B, block=block, chunk=chunk, documents=True, interpreted=False)
         options = {"num_warps": launch.warps, "num_stages": launch.stages}
     inputs = {"x", "B", "C", "clean_x", "clean_B", "y", "grad", "grad_x", "grad_B", "grad_C"}
     types = dict.fromkeys(inputs, POINTERS[dtype]) | {"documents": "*i32"}
@@ -235,7 +235,7 @@ def test_what_is_supported():
 @pytest.mark.parametrize(("block", "chunk"), [(1, 1), (3, 126), (16, 128), (24, 120), (48, 96), (100, 100), (128, 128)])
 def test_tiles_are_whole_blocks_and_cover_the_chunk(name, block, chunk):
     x, B = torch.empty(1, 1, 8, 64), torch.empty(1, 1, 2, 128)
-    numbers, _ = plan(name, x, B, block=block, chunk=chunk, documents=False, interpreted=True)
+    numbers, _ = tile_numbers(name, x, B, block=block, chunk=chunk, documents=False, interpreted=True)
     assert numbers.tile % block == 0
     assert (numbers.tiles - 1) * numbers.tile < chunk <= numbers.tiles * numbers.tile
     assert numbers.tile <= numbers.rows_padded and chunk <= 2 * numbers.keys
