@@ -1,0 +1,52 @@
+"""The pages: short enough to read, and nothing named in them that is not there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "data" / "README.md", ROOT / "launch" / "README.md"]
+)
+README_LINES = 180
+COLUMNS = 100
+
+
+def prose(page):
+    """The numbered lines that are not rows of a table or links alone."""
+    for number, line in enumerate(page.read_text().splitlines(), start=1):
+        if not line.startswith("|") and "](http" not in line:
+            yield number, line
+
+
+def test_the_readme_is_read_to_its_end():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_line_is_too_long(page):
+    assert [number for number, line in prose(page) if len(line) > COLUMNS] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
+def test_every_source_file_that_is_named_exists(page):
+    named = re.findall(r"`((?:[\w.-]+/)+[\w.*-]*|[\w-]+\.(?:py|yaml|sh|sbatch|env))`", page.read_text())
+    missing = []
+    for name in named:
+        folders = (ROOT, ROOT / "megatron_twotower", ROOT / "recipes", page.parent)
+        # What a run, an export or a prepared corpus writes is no file of the repository.
+        if name.split("/")[0] in {path.name for folder in folders[:2] for path in folder.iterdir()}:
+            missing += [] if any(list(folder.glob(name.rstrip("/"))) for folder in folders) else [name]
+    assert missing == []
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "README.md").read_text()
+    assert [page.name for page in ROOT.glob("docs/*.md") if f"docs/{page.name}" not in index] == []
