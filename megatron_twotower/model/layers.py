@@ -1,16 +1,19 @@
-"""The mixers and layers of both towers, made of the modules that `spec.py` names.
+"""The mixers and layers of both towers, built from the module classes of `mcore.modules`.
 
-Every mixer takes hidden states (l, b, h), split over tensor-parallel ranks along l under sequence
-parallelism, and has two ways through: `causal`, one causal stream, which also returns the hand-off;
-and `denoise`, every block of a noisy stream against the hand-off of the same layer. A noisy stream
-may hold r draws of every sequence, draw by draw (l, r b, h): all of them read the one hand-off.
-`recompute_source` is the least that a hand-off can be made from again: what a layer with recompute
-keeps of it between its forward and backward passes. Weights are left uninitialised here: they
-always come from a backbone's named tensors.
+Hidden states are (l, b, h), split along l over tensor-parallel ranks under sequence parallelism.
+
+Every mixer has two modes:
+
+* `causal`: one causal stream. Its result includes the handoff for the denoiser.
+* `denoise`: each block of a noisy stream, with the handoff of the same layer of the context tower.
+  The noisy stream may have r draws of each sequence, one draw after the other: (l, r b, h). All
+  draws of a sequence read the same handoff.
+
+Weights are not initialised here. They are always loaded from named tensors.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +28,7 @@ from torch import Tensor, nn
 
 from megatron_twotower.common.device import device
 from megatron_twotower.config.schema import ModelConfig
-from megatron_twotower.mcore import modules as mcore_modules
+from megatron_twotower.mcore.modules import fp8_init_context, fp8_layer_context, layer_modules
 from megatron_twotower.mcore.router import Router
 from megatron_twotower.model.adaln import rows_of_rank, split_modulation
 from megatron_twotower.ops import dispatch
@@ -36,17 +39,19 @@ from megatron_twotower.ops.norm import gated_rms_norm
 from megatron_twotower.ops.scan import chunk_length, chunk_scan, stream_scan, two_stream_scan
 from megatron_twotower.types import AttentionHandoff, Blocks, Handoff, MambaHandoff
 
-# The order of norm and modulation: in M and * Megatron fuses the norm into the projection, so
-# modulation is first. They are fused in the same layers here, where the spec has it.
+# Kinds of layers in which modulation precedes the norm. In these layers Megatron can fuse the norm
+# with the projection after it.
 MODULATED_BEFORE_NORM = frozenset("M*")
-# The layers of the context tower that the denoiser reads.
-HANDING_ON = frozenset("M*")
+# Kinds of layers whose denoiser reads a handoff of the context tower.
+HANDOFF_KINDS = frozenset("M*")
+
+MixerMode = Literal["causal", "denoise"]
 
 
-def _column(config: TransformerConfig, inputs: int, outputs: int, groups: ProcessGroupCollection) -> nn.Module:
-    """The first projection of a mixer of `MODULATED_BEFORE_NORM`, with its norm where the spec has the two in one."""
-    modules = mcore_modules.of(config)
-    return (modules.norm_column or modules.column)(
+def _column_linear(config: TransformerConfig, inputs: int, outputs: int, groups: ProcessGroupCollection) -> nn.Module:
+    """The first projection of a mixer in M and *, with its norm if they are fused."""
+    modules = layer_modules(config)
+    return (modules.norm_column_linear or modules.column_linear)(
         inputs,
         outputs,
         config=config,
@@ -59,8 +64,8 @@ def _column(config: TransformerConfig, inputs: int, outputs: int, groups: Proces
     )
 
 
-def _row(config: TransformerConfig, inputs: int, outputs: int, groups: ProcessGroupCollection) -> nn.Module:
-    return mcore_modules.of(config).row(
+def _row_linear(config: TransformerConfig, inputs: int, outputs: int, groups: ProcessGroupCollection) -> nn.Module:
+    return layer_modules(config).row_linear(
         inputs,
         outputs,
         config=config,
@@ -74,29 +79,60 @@ def _row(config: TransformerConfig, inputs: int, outputs: int, groups: ProcessGr
 
 
 def _norm(kind: str, config: TransformerConfig) -> nn.Module:
-    modules = mcore_modules.of(config)
-    return nn.Identity() if modules.norm_column and kind in MODULATED_BEFORE_NORM else modules.norm(config)
+    """The norm of a layer; the identity if its first projection includes the norm."""
+    modules = layer_modules(config)
+    fused = modules.norm_column_linear and kind in MODULATED_BEFORE_NORM
+    return nn.Identity() if fused else modules.norm(config)
 
 
-def _draws(tensors: tuple[Tensor, ...], batch: int) -> list[tuple[Tensor, ...]]:
-    """Split (r b, ...) tensors into those of each draw, (b, ...)."""
+def _split_draws(tensors: tuple[Tensor, ...], batch: int) -> list[tuple[Tensor, ...]]:
+    """Split (r b, ...) tensors into r tuples of (b, ...) tensors, one for each draw."""
     return list(zip(*(tensor.split(batch) for tensor in tensors), strict=True))
 
 
-def _joined(draws: list[Tensor]) -> Tensor:
+def _join_draws(draws: list[Tensor]) -> Tensor:
     return draws[0] if len(draws) == 1 else torch.cat(draws)
 
 
 class Mixer(MegatronModule):
-    """Both ways through a mixer are calls of the module, for hooks on modules gather parameters just before use."""
+    """A mixer with two modes.
 
-    def forward(self, hidden: Tensor, blocks: Blocks, handoff: Handoff = None) -> tuple[Tensor, Handoff]:
-        return self.causal(hidden, blocks) if handoff is None else (self.denoise(hidden, handoff, blocks), None)
+    Callers use `forward` for both modes, never `causal` or `denoise`: hooks on modules gather
+    parameters just before `forward`.
+    """
+
+    def forward(
+        self, hidden: Tensor, blocks: Blocks, *, mode: MixerMode, handoff: Handoff = None
+    ) -> tuple[Tensor, Handoff]:
+        """Mix hidden states (l, b, h) along the sequence.
+
+        Args:
+            hidden: Clean states in mode `causal`, noisy states in mode `denoise`.
+            blocks: How the sequences are divided.
+            mode: `causal` or `denoise`.
+            handoff: In mode `denoise`, the handoff of the context layer, if its kind has one.
+
+        Returns:
+            The output, shaped like `hidden`, and in mode `causal` the handoff.
+        """
+        if mode == "causal":
+            return self.causal(hidden, blocks)
+        return self.denoise(hidden, handoff, blocks), None
 
     def causal(self, hidden: Tensor, blocks: Blocks) -> tuple[Tensor, Handoff]:
+        """Mix one causal stream; return the output and the handoff."""
         raise NotImplementedError
 
     def denoise(self, hidden: Tensor, handoff: Any, blocks: Blocks) -> Tensor:
+        """Mix each block of a noisy stream with the handoff of the context layer."""
+        raise NotImplementedError
+
+    def handoff_recompute_fn(self, handoff: Any, blocks: Blocks) -> Callable[[], Any]:
+        """A function that returns the handoff again.
+
+        It refers to as few tensors as possible: these are what a layer with recompute keeps of the
+        handoff between its forward and backward passes.
+        """
         raise NotImplementedError
 
 
@@ -109,17 +145,20 @@ class SelfAttention(Mixer):
         self.kv_heads = model.num_key_value_heads // groups.tp.size()
         self.heads_per_kv = model.num_attention_heads // model.num_key_value_heads
         width = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
-        self.linear_qkv = _column(config, model.hidden_size, width, groups)
-        self.linear_proj = _row(config, model.num_attention_heads * model.head_dim, model.hidden_size, groups)
+        self.linear_qkv = _column_linear(config, model.hidden_size, width, groups)
+        self.linear_proj = _row_linear(config, model.num_attention_heads * model.head_dim, model.hidden_size, groups)
 
     def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query (b, heads, l, e); key and value (b, kv heads, l, e). Megatron keeps each kv head's queries by it."""
+        """Query (b, heads, l, e); key and value (b, kv heads, l, e), for the head size e.
+
+        In Megatron's layout the queries of each kv head are next to its key and value.
+        """
         mixed, _ = self.linear_qkv(hidden)
         l, b, _ = mixed.shape
         mixed = mixed.view(l, b, self.kv_heads, self.heads_per_kv + 2, self.head_dim).permute(1, 2, 3, 0, 4)
         query, key, value = mixed.split([self.heads_per_kv, 1, 1], dim=2)
-        # Copies of key and value: a view of these few would keep the whole projection for the
-        # backward pass.
+        # Copies, because a view of key or value would keep the output of the projection in memory
+        # for the backward pass.
         return query.flatten(1, 2), key.squeeze(2).contiguous(), value.squeeze(2).contiguous()
 
     def _output(self, attended: Tensor) -> Tensor:
@@ -127,18 +166,21 @@ class SelfAttention(Mixer):
         return out
 
     def causal(self, hidden: Tensor, blocks: Blocks) -> tuple[Tensor, AttentionHandoff | None]:
+        """Attend to all earlier positions. The handoff is key and value, if `blocks` has a size."""
         query, key, value = self._project(hidden)
         attended = causal_attention(query, key, value, documents=blocks.documents)
         handoff = AttentionHandoff(key, value) if blocks.size else None
         return self._output(attended), handoff
 
-    def recompute_source(self, handoff: AttentionHandoff, blocks: Blocks) -> Callable[[], AttentionHandoff]:
+    def handoff_recompute_fn(self, handoff: AttentionHandoff, blocks: Blocks) -> Callable[[], AttentionHandoff]:
+        """Keep the handoff itself: key and value are all that it has."""
         return lambda: handoff
 
     def denoise(self, hidden: Tensor, handoff: AttentionHandoff, blocks: Blocks) -> Tensor:
+        """Attend to the own noisy block, and to the clean positions of earlier blocks."""
         assert blocks.size is not None
         outs = []
-        for query, key, value in _draws(self._project(hidden), len(handoff.key)):
+        for query, key, value in _split_draws(self._project(hidden), len(handoff.key)):
             out = block_attention(
                 query,
                 key,
@@ -149,14 +191,14 @@ class SelfAttention(Mixer):
                 documents=blocks.documents,
             )
             outs.append(out)
-        return self._output(_joined(outs))
+        return self._output(_join_draws(outs))
 
 
 class MambaMixer(Mixer):
     """Mamba-2 with a start state: Megatron's parameters and names, this project's scan.
 
-    Under tensor parallelism a rank holds whole groups: its rows of `in_proj` are its z, x, B, C and
-    dt.
+    Under tensor parallelism each rank has complete groups of heads. Its rows of `in_proj` are its
+    own z, x, B, C and dt.
     """
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection):
@@ -168,8 +210,8 @@ class MambaMixer(Mixer):
         self.clamp, self.epsilon = model.time_step_clamp, model.layer_norm_epsilon
         self.inner, self.bc = self.heads * self.head_dim, self.groups * self.state
         widths = 2 * model.mamba_inner + 2 * model.n_groups * model.ssm_state_size + model.mamba_num_heads
-        self.in_proj = _column(config, model.hidden_size, widths, groups)
-        self.out_proj = _row(config, model.mamba_inner, model.hidden_size, groups)
+        self.in_proj = _column_linear(config, model.hidden_size, widths, groups)
+        self.out_proj = _row_linear(config, model.mamba_inner, model.hidden_size, groups)
         channels = self.inner + 2 * self.bc
         shapes = {
             "conv1d_weight": (channels, model.conv_kernel),
@@ -186,19 +228,19 @@ class MambaMixer(Mixer):
             self.register_parameter(name, parameter)
 
     def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gate (b, l, inner), convolution input (b, l, channels), time step (b, l, heads) after softplus."""
+        """Gate (b, l, inner), convolution input (b, l, c), and time step (b, l, heads)."""
         mixed, _ = self.in_proj(hidden)
         z, conv_input, dt = mixed.transpose(0, 1).split([self.inner, self.inner + 2 * self.bc, self.heads], dim=-1)
         wide = torch.promote_types(dt.dtype, torch.float32)
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
-        # A copy of z: the view would keep the whole projection for the backward pass. With this
-        # project's kernels the convolution keeps it in any case, and the gated norm reads z where
-        # it lies.
+        # A copy, because a view of z would keep the output of the projection in memory for the
+        # backward pass. This project's kernels need no copy: their convolution keeps that output
+        # anyway, and their gated norm reads z from the view.
         z = z if dispatch.triton_serves(z, "convolution") else z.contiguous()
         return z, conv_input, dt.clamp(min=self.clamp) if self.clamp else dt
 
     def _split(self, conv_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (b, l, heads, head size); B and C (b, l, groups, state size)."""
+        """Split into x (b, l, heads, head size), B and C (both b, l, groups, state size)."""
         x, B, C = conv_output.split([self.inner, self.bc, self.bc], dim=-1)
         return (
             x.unflatten(-1, (self.heads, self.head_dim)),
@@ -215,6 +257,7 @@ class MambaMixer(Mixer):
         return out
 
     def causal(self, hidden: Tensor, blocks: Blocks) -> tuple[Tensor, MambaHandoff | None]:
+        """Scan the stream from its start. There is a handoff if `blocks` has a size."""
         z, conv_input, dt = self._project(hidden)
         documents = blocks.documents
         x, B, C = self._split(causal_conv(conv_input, self.conv1d_weight, self.conv1d_bias, documents=documents))
@@ -225,28 +268,29 @@ class MambaMixer(Mixer):
         history = block_history(conv_input, taps=self.taps, block=blocks.size)
         return self._output(y, z), MambaHandoff(conv_input, history, x, dt, A, B, states)
 
-    def recompute_source(self, handoff: MambaHandoff, blocks: Blocks) -> Callable[[], MambaHandoff]:
-        """Of the input of the convolution, what its output and its histories are again made from when asked for."""
+    def handoff_recompute_fn(self, handoff: MambaHandoff, blocks: Blocks) -> Callable[[], MambaHandoff]:
+        """Keep the input of the convolution, and recompute x, B and the history from it."""
         assert blocks.size is not None
-        # A copy: the view would hold the whole projection.
+        # A copy, because a view would keep the output of the projection in memory.
         conv_input, block = handoff.conv_input.contiguous(), blocks.size
         dt, A, states = handoff.dt, handoff.A, handoff.states
 
         @torch.no_grad()
-        def again() -> MambaHandoff:
+        def recompute() -> MambaHandoff:
             convolved = causal_conv(conv_input, self.conv1d_weight, self.conv1d_bias, documents=blocks.documents)
             x, B, _ = self._split(convolved)
             history = block_history(conv_input, taps=self.taps, block=block)
             return MambaHandoff(conv_input, history, x, dt, A, B, states)
 
-        return again
+        return recompute
 
     def denoise(self, hidden: Tensor, handoff: MambaHandoff, blocks: Blocks) -> Tensor:
+        """Scan each noisy block from the clean state and convolution inputs before it."""
         assert blocks.size is not None
         z, conv_input, dt = self._project(hidden)
         A, chunk = self._A(), chunk_length(blocks.size, preferred=self.preferred_chunk)
         ys = []
-        for own_input, own_dt in _draws((conv_input, dt), len(handoff.x)):
+        for own_input, own_dt in _split_draws((conv_input, dt), len(handoff.x)):
             seeded = seeded_block_conv(
                 own_input, handoff.history, self.conv1d_weight, self.conv1d_bias, documents=blocks.documents
             )
@@ -268,61 +312,71 @@ class MambaMixer(Mixer):
                 documents=blocks.documents,
             )
             ys.append(y)
-        return self._output(_joined(ys), z)
+        return self._output(_join_draws(ys), z)
 
 
-class _Pointwise(Mixer):
-    """A mixer without memory: both streams go the same way and nothing is handed off."""
+class PointwiseMixer(Mixer):
+    """A mixer that treats each position alone: both modes are the same, without a handoff."""
 
     def causal(self, hidden: Tensor, blocks: Blocks) -> tuple[Tensor, None]:
+        """Apply the mixer; there is no handoff."""
         return self.apply_to(hidden, blocks), None
 
-    def recompute_source(self, handoff: None, blocks: Blocks) -> Callable[[], None]:
+    def denoise(self, hidden: Tensor, handoff: None, blocks: Blocks) -> Tensor:
+        """Apply the mixer, as in mode `causal`."""
+        return self.apply_to(hidden, blocks)
+
+    def handoff_recompute_fn(self, handoff: None, blocks: Blocks) -> Callable[[], None]:
+        """There is no handoff, so the function returns `None`."""
         return lambda: None
 
     def apply_to(self, hidden: Tensor, blocks: Blocks) -> Tensor:
+        """Transform each position of (l, b, h)."""
         raise NotImplementedError
 
 
-class DenseMLP(_Pointwise):
-    """Squared-ReLU MLP: Megatron's."""
+class DenseMLP(PointwiseMixer):
+    """Megatron's MLP with the squared-ReLU activation."""
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection):
         super().__init__(config)
-        parts = mcore_modules.of(config).feed_forward
-        self.mlp = MLP(config, parts, ffn_hidden_size=model.intermediate_size, tp_group=groups.tp)
+        projections = layer_modules(config).mlp
+        self.mlp = MLP(config, projections, ffn_hidden_size=model.intermediate_size, tp_group=groups.tp)
 
     def apply_to(self, hidden: Tensor, blocks: Blocks) -> Tensor:
+        """Apply the MLP to (l, b, h)."""
         return self.mlp(hidden)[0]
 
 
-class MixtureOfExperts(_Pointwise):
-    """Sigmoid top-k routing with a selection bias over routed experts, and a shared expert: Megatron's.
+class MixtureOfExperts(PointwiseMixer):
+    """Megatron's mixture of experts: routed experts and a shared expert.
 
-    Padding goes through experts like the rest, but balances nothing.
+    The router scores experts with a sigmoid and selects the top k with a selection bias. Padding
+    passes through the experts, but does not count for their balance.
     """
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection):
         super().__init__(config)
-        modules = mcore_modules.of(config)
-        parts = MoESubmodules(
+        modules = layer_modules(config)
+        submodules = MoESubmodules(
             experts=modules.experts,
-            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=modules.feed_forward),
+            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=modules.mlp),
             router=Router,
         )
-        # Megatron 0.16.1 (moe/router.py) leaves the router's weight on the host until its first
-        # forward pass, where the optimizer of a CUDA device refuses it.
+        # Megatron 0.16.1 (moe/router.py) creates the router's weight in host memory and moves it in
+        # the first forward pass. The optimizer rejects it there if the other weights are on CUDA.
         with device():
-            self.moe = MoELayer(config, submodules=parts, pg_collection=groups)
+            self.moe = MoELayer(config, submodules=submodules, pg_collection=groups)
         self.sequence_ranks = groups.tp if config.sequence_parallel else None
         if groups.expt_tp.size() != groups.tp.size():
-            # Megatron 0.16.1 (tensor_parallel/layers.py) marks experts for their own data-parallel
-            # group only where expert parallelism is above 1; they need it too where fewer ranks
-            # split an expert than other weights.
+            # Experts need their own data-parallel group also if fewer ranks split an expert than
+            # split other weights. Megatron 0.16.1 (tensor_parallel/layers.py) marks them for it
+            # only if expert parallelism is above 1.
             for parameter in self.moe.experts.parameters():
                 parameter.allreduce = False
 
     def apply_to(self, hidden: Tensor, blocks: Blocks) -> Tensor:
+        """Apply routed and shared experts to (l, b, h)."""
         self.moe.router.sequence_weights = blocks.sequence_weights
         padding = blocks.padding
         if padding is not None:
@@ -332,11 +386,16 @@ class MixtureOfExperts(_Pointwise):
         return self.moe(hidden, padding_mask=padding)[0]
 
 
-MIXERS: dict[str, type[MegatronModule]] = {"M": MambaMixer, "*": SelfAttention, "E": MixtureOfExperts, "-": DenseMLP}
+MIXERS: dict[str, type[Mixer]] = {"M": MambaMixer, "*": SelfAttention, "E": MixtureOfExperts, "-": DenseMLP}
 
 
 class Layer(MegatronModule):
-    """One layer of a tower: `x + mixer(norm(x))`."""
+    """One layer of a tower: `x + mixer(norm(x))`.
+
+    Attributes:
+        kind: The kind of its mixer, a key of `MIXERS`.
+        number: The index of the layer in the model, from 0.
+    """
 
     def __init__(
         self, kind: str, number: int, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection
@@ -344,22 +403,27 @@ class Layer(MegatronModule):
         super().__init__(config)
         self.kind, self.number = kind, number
         self.norm = _norm(kind, config)
-        with mcore_modules.building(config, number):
+        with fp8_init_context(config, number):
             self.mixer = MIXERS[kind](model, config, groups)
         if isinstance(self.mixer, MixtureOfExperts):
             self.mixer.moe.set_layer_number(number + 1)
 
     def forward(self, hidden: Tensor, blocks: Blocks) -> tuple[Tensor, Handoff]:
-        with mcore_modules.computing(self.config, self.number):
-            out, handoff = self.mixer(self.norm(hidden), blocks)
+        """Apply the layer to a causal stream (l, b, h); return the output and the handoff."""
+        with fp8_layer_context(self.config, self.number):
+            out, handoff = self.mixer(self.norm(hidden), blocks, mode="causal")
         return hidden + out, handoff
 
-    def recompute_source(self, handoff: Handoff, blocks: Blocks) -> Callable[[], Handoff]:
-        return self.mixer.recompute_source(handoff, blocks)
+    def handoff_recompute_fn(self, handoff: Handoff, blocks: Blocks) -> Callable[[], Handoff]:
+        """A function that returns the handoff again, as in `Mixer.handoff_recompute_fn`."""
+        return self.mixer.handoff_recompute_fn(handoff, blocks)
 
 
 class DenoiserLayer(Layer):
-    """One layer of the denoiser: `x + gate * mixer(...)`, modulated before or after the norm by layer kind."""
+    """One layer of the denoiser: `x + gate * mixer(...)`.
+
+    The modulation is before or after the norm, as the kind of the layer asks.
+    """
 
     def __init__(
         self, kind: str, number: int, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection
@@ -373,22 +437,28 @@ class DenoiserLayer(Layer):
     def forward(  # type: ignore[override]
         self, hidden: Tensor, conditioning: Tensor, handoff: Handoff, blocks: Blocks
     ) -> Tensor:
-        """
+        """Apply the layer to a noisy stream.
+
         Args:
-            hidden: (l, r b, h), or this rank's part of l under sequence parallelism.
-            conditioning: (r b, n, 3h), or (r b, 1, 3h) where a sequence has one time.
+            hidden: (l, r b, h), with this rank's part of l under sequence parallelism.
+            conditioning: (r b, n, 3h), or (r b, 1, 3h) if a sequence has one noise level.
+            handoff: The handoff of the context layer of the same index; `None` in layers E and -.
+            blocks: How the sequences are divided.
+
+        Returns:
+            The output, shaped like `hidden`.
         """
         rows = split_modulation(conditioning, self.scale_shift_table)
-        shift, scale, gate = (self._own(row, hidden.shape[0]) for row in rows)
+        shift, scale, gate = (self._rows_of_rank(row, hidden.shape[0]) for row in rows)
         if self.kind in MODULATED_BEFORE_NORM:
             normed = self.norm(modulate(hidden, shift, scale))
         else:
             normed = modulate(self.norm(hidden), shift, scale)
-        with mcore_modules.computing(self.config, self.number):
-            out, _ = self.mixer(normed, blocks, handoff)
+        with fp8_layer_context(self.config, self.number):
+            out, _ = self.mixer(normed, blocks, mode="denoise", handoff=handoff)
         return add_gated(hidden, gate, out)
 
-    def _own(self, rows: Tensor, length: int) -> Tensor:
+    def _rows_of_rank(self, rows: Tensor, length: int) -> Tensor:
         if self.sequence_ranks is None:
             return rows
         return rows_of_rank(rows, length=length, rank=self.sequence_ranks.rank(), ranks=self.sequence_ranks.size())
