@@ -31,7 +31,8 @@ from megatron_twotower.config.pipeline_stages import PipelineStage, whole_model
 from megatron_twotower.config.schema import ModelConfig, RunConfig
 from megatron_twotower.mcore import modules
 from megatron_twotower.model.adaln import TimeConditioning
-from megatron_twotower.model.layers import HANDOFF_KINDS, DenoiserLayer, Layer
+from megatron_twotower.model.layers import DenoiserLayer, Layer
+from megatron_twotower.model.mixers import HANDOFF_KINDS
 from megatron_twotower.types import Blocks, Handoff, NoisyBatch
 
 

@@ -7,7 +7,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from helpers.models import build_two_tower, random_noisy_batch, tiny_config
 from megatron_twotower.mcore import parallel, transformer_config
 from megatron_twotower.mcore.releases import RELEASE
-from megatron_twotower.model.layers import MixtureOfExperts
+from megatron_twotower.model.mixers import MixtureOfExperts
 from megatron_twotower.types import Blocks
 
 COEFFICIENT, LENGTH, EXPERTS, TOP = 0.5, 16, 6, 2
