@@ -216,7 +216,10 @@ class MambaMixer(Mixer):
             self.register_parameter(name, parameter)
 
     def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gate (b, l, inner), convolution input (b, l, c), and time step (b, l, heads)."""
+        """Gate (b, l, inner), convolution input (b, l, c), and time step (b, l, heads).
+
+        Softplus and the clamp are applied to the time step.
+        """
         mixed, _ = self.in_proj(hidden)
         z, conv_input, dt = mixed.transpose(0, 1).split([self.inner, self.inner + 2 * self.bc, self.heads], dim=-1)
         wide = torch.promote_types(dt.dtype, torch.float32)
