@@ -19,7 +19,7 @@ from rich.table import Table
 from megatron_twotower import __version__
 from megatron_twotower.common import device
 from megatron_twotower.config.schema import RunConfig, TrainConfig
-from megatron_twotower.mcore.modules import implementation
+from megatron_twotower.mcore.modules import choose_transformer_impl
 from megatron_twotower.ops import dispatch
 
 GPU_EXTRA = "a CUDA build of torch and nvcc, then: pip install --no-build-isolation 'megatron-twotower[gpu]'"
@@ -262,7 +262,7 @@ _ANY_RUN = RunConfig(train=TrainConfig(precision="bf16"))
 def diagnose(config: RunConfig = _ANY_RUN) -> list[Role]:
     """Every role of a training step and who serves it in a run of this configuration."""
 
-    served = implementation(config)
+    served = choose_transformer_impl(config)
     of_spec = [_spec_role(role, config, served) for role in SPEC_ROLES]
     return [*map(_kernel_role, KERNEL_ROLES), *of_spec, _optimizer_role()]
 

@@ -90,10 +90,10 @@ def test_a_run_that_wants_none_of_it_is_told_so(monkeypatch):
 
 def test_what_stands_in_for_transformer_engine_is_what_the_spec_builds(monkeypatch):
     """The words of the table are those of the classes."""
-    parts = modules.SPECS["local"]()
+    parts = modules.LAYER_MODULES["local"]()
     own = {role.role: role.code.rpartition(".")[2] for role in doctor.SPEC_ROLES}
     assert own["norm"] == parts.norm.__name__
-    assert own["projections"] == parts.column.__name__
+    assert own["projections"] == parts.column_linear.__name__
     assert own["grouped GEMM"] == parts.experts.module.__name__
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from megatron_twotower.config.pipeline_stages import whole_model
 from megatron_twotower.config.schema import ModelConfig, RunConfig
 from megatron_twotower.mcore.parallel import ProcessGroupCollection, TransformerConfig
-from megatron_twotower.model.layers import Layer, SelfAttention
+from megatron_twotower.model.layers import Layer
+from megatron_twotower.model.mixers import SelfAttention
 from megatron_twotower.model.towers import PipelineModel, Tower
 from megatron_twotower.ops.attention import causal_attention, flex_block_attention
 from megatron_twotower.types import Blocks, NoisyBatch

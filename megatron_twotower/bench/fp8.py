@@ -33,7 +33,7 @@ from megatron_twotower.evaluate.likelihood import check_sequences, ratio, token_
 from megatron_twotower.generate.engine import default_devices, load, mask_token_id
 from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as Model
 from megatron_twotower.hf.modeling_nemotron_h_twotower import Tower, context_tensors
-from megatron_twotower.model.parameter_map import LAYOUTS, context_entries, layer_of_projection
+from megatron_twotower.model.parameter_map import context_entries, layer_of_projection, parameter_from_hf
 from megatron_twotower.ops.dispatch import unavailable
 
 BACKBONE = "NemotronHForCausalLM"
@@ -186,10 +186,10 @@ def against_transformer_engine(tower: Tower, model: ModelConfig, name: str) -> d
 
     rounding, differing, elements = ROUNDINGS[name], 0, 0
     for entry in context_entries(model):
-        if layer_of_projection(entry.megatron) is None:
+        if layer_of_projection(entry.megatron_name) is None:
             continue
-        parts = [tower.get_parameter(each.removeprefix("context_tower.")) for each in entry.hf]
-        weight = LAYOUTS[entry.layout][0](parts, model).float()
+        parts = [tower.get_parameter(each.removeprefix("context_tower.")) for each in entry.hf_names]
+        weight = parameter_from_hf(entry, parts, model).float()
         ours = rounded(weight, rounding.weights, powers_of_two=rounding.powers_of_two)
         differing += int((ours != rounded_by_transformer_engine(weight, name)).sum())
         elements += weight.numel()

@@ -16,7 +16,12 @@ from torch import Tensor, nn
 
 from megatron_twotower.config.schema import ModelConfig
 from megatron_twotower.hf.modeling_nemotron_h_twotower import Tower
-from megatron_twotower.model.parameter_map import LAYOUTS, context_entries, layer_of_projection
+from megatron_twotower.model.parameter_map import (
+    context_entries,
+    hf_from_parameter,
+    layer_of_projection,
+    parameter_from_hf,
+)
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
@@ -109,17 +114,16 @@ def rounded_tower(tower: Tower, model: ModelConfig, rounding: Rounding, *, input
     made = copy.deepcopy(tower, shared)
     elements, squares, off = 0, 0.0, 0.0
     for entry in context_entries(model):
-        if layer_of_projection(entry.megatron) is None:
+        if layer_of_projection(entry.megatron_name) is None:
             continue
-        join, part = LAYOUTS[entry.layout]
-        names = [name.removeprefix("context_tower.").removesuffix(".weight") for name in entry.hf]
+        names = [name.removeprefix("context_tower.").removesuffix(".weight") for name in entry.hf_names]
         linears = [module for module in map(tower.get_submodule, names) if isinstance(module, nn.Linear)]
-        weight = join([linear.weight for linear in linears], model).float()
+        weight = parameter_from_hf(entry, [linear.weight for linear in linears], model).float()
         narrow = rounded(weight, rounding.weights, powers_of_two=rounding.powers_of_two)
         elements += weight.numel()
         squares += weight.double().square().sum().item()
         off += (weight - narrow).double().square().sum().item()
-        for name, linear, own in zip(names, linears, part(narrow, model), strict=True):
+        for name, linear, own in zip(names, linears, hf_from_parameter(entry, narrow, model), strict=True):
             parent, _, attribute = name.rpartition(".")
             made.get_submodule(parent).register_module(
                 attribute, RoundedLinear(linear, own, rounding=rounding if inputs else None)

@@ -1,3 +1,3 @@
-"""Checkpoints of training runs: written while training runs, read by any layout."""
+"""Checkpoints of training runs: written while training continues, read by any parallel layout."""
 
 import megatron_twotower.mcore  # noqa: F401  before the first import of Megatron Core

@@ -1,11 +1,13 @@
-"""Training state on disk: Megatron distributed checkpoints of what trains, and a readable `state.json`.
+"""Checkpoints on disk: a Megatron distributed checkpoint of the training state, and a `state.json`.
 
-A run folder holds `checkpoints/step-00000100/`. A checkpoint is written beside its place and
-renamed when every rank has finished, with the checksum of each file in its `state.json`: a folder
-with that name is whole, and shows it. Its tensors have the shapes of one rank (`pieces.py`), so any
-layout reads it. No generator has a state to keep: noise and order are functions of the seed and the
-cursor. The frozen context tower is not stored, only where it came from and its fingerprint, which
-is verified on resume.
+The checkpoint of step 100 is the folder `checkpoints/step-00000100/` of the run. It is written
+under another name and renamed when every rank has finished. Its `state.json` has the checksum of
+each file. So a folder with the final name is complete, and this can be verified.
+
+Tensors are stored with their shapes over all ranks (`sharding.py`), so any layout can read a
+checkpoint. There is no state of random generators: noise and data order are functions of the seed
+and the cursor. The frozen context tower is not stored, only its origin and its fingerprint, which
+a resumed run verifies.
 """
 
 import contextlib
@@ -29,8 +31,8 @@ from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.run_folder import CHECKPOINTS_FOLDER
 from megatron_twotower.mcore import parallel
 
-# Makes all pieces of tensors that a checkpoint holds, as views of the training state, and what is
-# no tensor.
+# Returns this rank's part of the state that a checkpoint stores: shards of tensors, as views of the
+# training state, and objects.
 ShardedState = Callable[[], Iterable[ShardedTensor | ShardedObject]]
 
 logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
@@ -38,7 +40,7 @@ logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
 
 @dataclass(frozen=True)
 class FileSum:
-    """Size and SHA-256 of a file."""
+    """The size of a file in bytes, and its SHA-256."""
 
     size: int
     sha256: str
@@ -46,12 +48,20 @@ class FileSum:
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """What a checkpoint says of itself, in `state.json`.
+    """The content of `state.json`.
 
-    updates: steps that were not skipped. fingerprint: of the backbone both towers start from.
-    window: sums since the last logged record, over all ranks, so that the next record is the one an
-    uninterrupted run writes. configuration: of the run, resolved. files: of the checkpoint, by
-    name.
+    Attributes:
+        step: The number of steps that the run has done.
+        cursor: The number of sequences that the run has read.
+        updates: The number of steps that were not skipped.
+        objective: As in the recipe.
+        backbone: The folder of the backbone that both towers start from, or `None`.
+        fingerprint: The fingerprint of that backbone, or `None`.
+        model: The architecture, as in the recipe.
+        window: Sums over all ranks since the last logged record, so that the next record is the
+            same as in an uninterrupted run.
+        configuration: The resolved configuration of the run.
+        files: The sums of the other files of the checkpoint, by name.
     """
 
     step: int
@@ -67,18 +77,22 @@ class CheckpointState:
 
 
 def find_checkpoints(run: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
+    """The complete checkpoints of a run, oldest first."""
     found = (run / CHECKPOINTS_FOLDER).glob("step-????????")
     return sorted(path for path in found if (path / "state.json").is_file())
 
 
 def checksum(file: Path) -> FileSum:
+    """Read a file and compute its size and SHA-256."""
     with file.open("rb") as stream:
         return FileSum(file.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest())
 
 
 def write_state(folder: Path, state: CheckpointState) -> None:
-    """The last file of a checkpoint, on disk when this returns. It holds the checksum of its own content too."""
+    """Write `state.json`, the last file of a checkpoint, and wait until it is on disk.
+
+    It includes the checksum of its own content.
+    """
     content = dataclasses.asdict(state)
     with (folder / "state.json").open("w") as stream:
         json.dump(content | {"sha256": _content_sum(content)}, stream, indent=1)
@@ -92,9 +106,10 @@ def _content_sum(content: dict[str, Any]) -> str:
 
 
 def read_state(folder: Path) -> CheckpointState:
-    """
+    """Read and verify the `state.json` of a checkpoint.
+
     Raises:
-        UserError: not a checkpoint of this program, or not what was written.
+        UserError: The folder is not a checkpoint of this program, or the file has changed.
     """
     file = folder / "state.json"
     try:
@@ -110,11 +125,14 @@ def read_state(folder: Path) -> CheckpointState:
 
 
 def damaged(folder: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, in one line; None if they are as they were written.
+    """Compare the files of a checkpoint with their checksums.
 
-    Every rank reads a share of the files, and all get the same answer.
+    Each rank reads a share of the files. All ranks return the same.
+
+    Returns:
+        The first difference, in one line; `None` if there is none.
     """
-    files, problem = parallel.broadcast_from_main(_listed(folder) if parallel.is_main() else None)
+    files, problem = parallel.broadcast_from_main(_expected_files(folder) if parallel.is_main() else None)
     if problem is not None:
         return problem
     mine = files[parallel.rank() :: parallel.world_size()]
@@ -122,8 +140,8 @@ def damaged(folder: Path) -> str | None:
     return next((text for texts in parallel.gather_objects(wrong) for text in texts), None)
 
 
-def _listed(folder: Path) -> tuple[list[tuple[str, FileSum]], str | None]:
-    """The files that a checkpoint should have, or what is wrong with its list of them."""
+def _expected_files(folder: Path) -> tuple[list[tuple[str, FileSum]], str | None]:
+    """The files that a checkpoint should have, or why its list of files cannot be read."""
     try:
         return sorted(read_state(folder).files.items()), None
     except UserError as error:
@@ -143,13 +161,16 @@ def _difference(file: Path, expected: FileSum) -> str | None:
 
 
 def newest_complete(run: Path, *, verify: bool, on_damaged: str) -> Path | None:
-    """The checkpoint to go on from, agreed on by all ranks; None where there is none.
+    """The checkpoint to resume from, the same on all ranks; `None` if there is none.
 
-    Args: verify: compare every file with its checksum. on_damaged: `stop`, or `previous` to pass
-        over a damaged one. It gets another name and stays for inspection.
+    Args:
+        run: The run folder.
+        verify: Whether to compare every file with its checksum.
+        on_damaged: What to do if the newest checkpoint is damaged: `stop`, or `previous` to rename
+            it, so that it can be inspected, and to take the previous one.
 
     Raises:
-        UserError: the newest one is damaged, and the previous one is not to be taken.
+        UserError: The newest checkpoint is damaged, and `on_damaged` is `stop`.
     """
     found = [Path(name) for name in parallel.broadcast_from_main([str(path) for path in find_checkpoints(run)])]
     for folder in reversed(found):
@@ -157,9 +178,9 @@ def newest_complete(run: Path, *, verify: bool, on_damaged: str) -> Path | None:
         if problem is None:
             return folder
         if on_damaged == "stop":
-            raise UserError(f"{problem}; train.on_damaged_checkpoint=previous goes on from the one before it")
+            raise UserError(f"{problem}; train.on_damaged_checkpoint=previous resumes from the previous one")
         if parallel.is_main():
-            logging.getLogger(__name__).warning("%s; going on from the checkpoint before it", problem)
+            logging.getLogger(__name__).warning("%s; resuming from the previous checkpoint", problem)
             aside = folder.with_name(f"{folder.name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(folder, aside)
@@ -167,7 +188,10 @@ def newest_complete(run: Path, *, verify: bool, on_damaged: str) -> Path | None:
 
 
 def publish(partial: Path, folder: Path) -> None:
-    """Give a finished checkpoint its name. One of that name, of a run that went another way, makes room."""
+    """Rename a finished checkpoint to its final name.
+
+    A checkpoint with that name, from an earlier run that was continued differently, is removed.
+    """
     if folder.exists():
         remove(folder)
     os.replace(partial, folder)
@@ -179,7 +203,10 @@ def publish(partial: Path, folder: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Take a checkpoint away. Its name goes first: half of one is never found under it."""
+    """Remove a checkpoint.
+
+    It is renamed first, so that no folder with its name is ever incomplete.
+    """
     aside = folder.with_name(f"{folder.name}.removed")
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(folder, aside)
@@ -187,36 +214,49 @@ def remove(folder: Path) -> None:
 
 
 def retire(run: Path, *, keep: int, keep_every: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and those whose step is a multiple of `keep_every` (0: none)."""
+    """Remove old checkpoints.
+
+    Args:
+        run: The run folder.
+        keep: The number of newest checkpoints that stay.
+        keep_every: Checkpoints whose step is a multiple of this number stay too; 0 for none.
+    """
     for folder in find_checkpoints(run)[:-keep]:
         if not keep_every or int(folder.name.removeprefix("step-")) % keep_every:
             remove(folder)
 
 
 def clear_leftovers(run: Path) -> None:
-    """Remove what a run that was cut off had begun to write or to remove."""
+    """Remove folders that an interrupted run had begun to write or to remove."""
     for folder in (run / CHECKPOINTS_FOLDER).glob("step-????????.*"):
         if re.search(r"\.(partial|removed)$", folder.name):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def state_dict(pieces: Iterable[ShardedTensor | ShardedObject]) -> dict[str, Any]:
-    """Pieces under names of their own, as Megatron wants them; the key within each is what is stored."""
-    return {f"{piece.key}@{','.join(map(str, piece.global_offset))}": piece for piece in pieces}
+def state_dict(shards: Iterable[ShardedTensor | ShardedObject]) -> dict[str, Any]:
+    """Put shards into a dict with unique names, as Megatron expects.
+
+    In the checkpoint a shard has its own key, not this name.
+    """
+    return {f"{shard.key}@{','.join(map(str, shard.global_offset))}": shard for shard in shards}
 
 
 @torch.no_grad()
-def load(folder: Path, pieces: ShardedState) -> dict[str, Any]:
-    """Read a checkpoint of any layout into the tensors that `pieces` are views of.
+def load(folder: Path, sharded_state: ShardedState) -> dict[str, Any]:
+    """Read a checkpoint of any layout into the tensors that the shards are views of.
+
+    Args:
+        folder: The folder of the checkpoint.
+        sharded_state: Returns the shards to read.
 
     Returns:
-        what else it holds: `schedule`, and objects among the pieces, by their keys in `state_dict`.
+        The rest of the checkpoint: `schedule`, and the objects, by their names in `state_dict`.
 
     Raises:
-        UserError: it cannot be read, or is of another shape.
+        UserError: The checkpoint cannot be read, or its shapes differ.
     """
     with _readable(folder):
-        return dist_checkpointing.load(state_dict(pieces()), str(folder))
+        return dist_checkpointing.load(state_dict(sharded_state()), str(folder))
 
 
 @contextlib.contextmanager
@@ -226,4 +266,6 @@ def _readable(folder: Path) -> Iterator[None]:
     except (dist_checkpointing.core.CheckpointingException, OSError, RuntimeError, KeyError, ValueError) as error:
         reason = str(error).strip().splitlines()
         detail = reason[0] if reason else type(error).__name__
-        raise UserError(f"{folder}: cannot be loaded ({detail}), expected a whole checkpoint of this model") from error
+        raise UserError(
+            f"{folder}: cannot be loaded ({detail}), expected a complete checkpoint of this model"
+        ) from error

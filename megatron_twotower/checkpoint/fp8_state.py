@@ -1,9 +1,9 @@
-"""What `fp8_delayed` remembers of the steps before, in checkpoints: the scales of Transformer Engine's modules.
+"""The state of `fp8_delayed` in checkpoints: scales and histories of Transformer Engine's modules.
 
-Each module writes and reads its own (`get_extra_state`); the rest of a checkpoint does not depend
-on it, and a run in another precision or spec does not ask for it. After every step ranks have
-agreed on the largest values, so all data-parallel ranks hold the same, and the first of them writes
-it. It is of the layout that it was made in.
+Each module writes and reads its own state (`get_extra_state`). Nothing else in a checkpoint depends
+on it, and a run in another precision, or without Transformer Engine, does not read it. After every
+step all ranks agree on the largest values, so all data-parallel ranks have the same state, and the
+first of them writes it. The state can only be restored in the layout that wrote it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,49 +15,56 @@ from torch import nn
 
 from megatron_twotower.config.schema import RunConfig
 
-# What the names of these objects in a checkpoint begin with.
+# The prefix of these objects' names in a checkpoint.
 FP8_STATE_PREFIX = "fp8_scaling."
-# What a module's share of experts and of matrices depends on; pipeline stages keep their layers'
-# numbers.
+# The parallel sizes that a module's state depends on. Pipeline sizes are not among them, because a
+# layer has the same name on every stage.
 _LAYOUT = ("tensor", "expert", "expert_tensor")
 
 
 def _modules_with_state(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The parts of a module that have more to keep than tensors, by name."""
-    for name, part in module.named_modules():
-        if type(part).set_extra_state is not nn.Module.set_extra_state:
-            yield name, part
+    """The submodules that have extra state besides tensors, with their names."""
+    for name, submodule in module.named_modules():
+        if type(submodule).set_extra_state is not nn.Module.set_extra_state:
+            yield name, submodule
 
 
 def sharded_fp8_state(module: nn.Module, config: RunConfig, groups: ProcessGroupCollection) -> Iterator[ShardedObject]:
-    """What this rank remembers; nothing in other precisions, whose scales come from the values at hand."""
+    """The FP8 state of this rank.
+
+    There is none in other precisions, because their scales come from the values of the same step.
+    """
     if config.train.precision != "fp8_delayed":
         return
     replica = (0, groups.tp.rank(), groups.dp_cp.rank())
-    for name, part in _modules_with_state(module):
-        yield ShardedObject(f"{FP8_STATE_PREFIX}{name}", part.get_extra_state(), (1,), (0,), replica)
+    for name, submodule in _modules_with_state(module):
+        yield ShardedObject(f"{FP8_STATE_PREFIX}{name}", submodule.get_extra_state(), (1,), (0,), replica)
 
 
 def can_restore(saved: Mapping[str, Any], config: RunConfig) -> bool:
-    """Whether the scales in a checkpoint are those of a run: both fp8_delayed, on ranks that split layers alike.
+    """Whether a run can use the FP8 state of a checkpoint.
+
+    Both must be in `fp8_delayed`, and their ranks must split layers in the same way.
 
     Args:
-        saved: the configuration in the checkpoint.
+        saved: The configuration in the checkpoint.
+        config: The configuration of the run.
     """
     own = {name: getattr(config.parallel, name) for name in _LAYOUT}
-    alike = all(saved.get("parallel", {}).get(name) == value for name, value in own.items())
+    same_layout = all(saved.get("parallel", {}).get(name) == value for name, value in own.items())
     precisions = {saved.get("train", {}).get("precision"), config.train.precision}
-    return alike and precisions == {"fp8_delayed"}
+    return same_layout and precisions == {"fp8_delayed"}
 
 
 def restore_fp8_state(modules: Sequence[nn.Module], loaded: Mapping[str, Any]) -> None:
-    """Give modules what a checkpoint holds for them.
+    """Set the FP8 state of modules from a checkpoint.
 
     Args:
-        loaded: by the keys of `checkpoint.state_dict`; without such objects nothing happens.
+        modules: The model chunks of this rank.
+        loaded: What `files.load` returned. Modules without an object in it stay unchanged.
     """
     for module in modules:
-        for name, part in _modules_with_state(module):
+        for name, submodule in _modules_with_state(module):
             state = loaded.get(f"{FP8_STATE_PREFIX}{name}@0")
             if state is not None:
-                part.set_extra_state(state)
+                submodule.set_extra_state(state)

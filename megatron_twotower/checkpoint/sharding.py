@@ -1,9 +1,9 @@
-"""Where what one rank holds lies in the tensors of the whole model: how weights and optimizer state are cut.
+"""This rank's shards of the tensors of a checkpoint: weights and optimizer state.
 
-Every tensor in a checkpoint has the shape and the name it has on one rank. A rank describes what it
-holds of it as boxes (an offset and a size per axis), so a checkpoint of any layout can be read into
-any other: tensor, expert and data parallel, and a distributed optimizer, whose ranks hold a stretch
-of each flattened parameter, a few boxes each.
+Every tensor in a checkpoint has the name and the shape that it has over all ranks. A rank describes
+its shard of a tensor as boxes (an offset and a size per axis), so a checkpoint of any layout can be
+read by any other: tensor, expert and data parallelism, and a distributed optimizer. The ranks of a
+distributed optimizer have a range of each flattened parameter, which is a few boxes.
 """
 
 import math
@@ -13,18 +13,27 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from megatron_twotower.checkpoint.optimizer_state import OptimizerShard
 from megatron_twotower.config.schema import ModelConfig
-from megatron_twotower.model.parameter_map import Entry, canonical_tensors, local_expert_name
+from megatron_twotower.mcore.optimizer_state import OptimizerShard
+from megatron_twotower.model.parameter_map import Entry, canonical_tensors, name_on_rank
 
-# Per axis: the first element, and how many.
+# For each axis: the index of the first element, and the number of elements.
 Box = tuple[tuple[int, int], ...]
-# What the names of an optimizer's tensors begin with.
+# The prefix of the optimizer's tensors in a checkpoint.
 OPTIMIZER_PREFIX = "optimizer."
 
 
 def boxes(shape: Sequence[int], first: int, last: int) -> list[Box]:
-    """Elements first .. last - 1 of a flattened tensor, as boxes in the same order: at most 2 n - 1 for n axes."""
+    """Divide a range of a flattened tensor into boxes, in the order of its elements.
+
+    Args:
+        shape: The shape of the tensor, with n axes.
+        first: The index of the first element of the range.
+        last: The index after its last element.
+
+    Returns:
+        At most 2 n - 1 boxes.
+    """
     if first >= last:
         return []
     if len(shape) == 1:
@@ -52,60 +61,65 @@ def sharded_tensors(
     first: int = 0,
     replicated: bool = True,
 ) -> Iterator[ShardedTensor]:
-    """What this rank holds of one tensor, as views of `data` that can be read and written in place.
+    """Describe this rank's shard of one tensor as views of `data`, read and written in place.
 
-    Parts of a parameter that are each split by themselves are stored each by itself, so that any
-    other number of ranks can cut them again.
+    Each section of a fused parameter is stored as its own tensor, so that any other number of ranks
+    can split it.
 
     Args:
-        data: elements `first` and on of this rank's share, flattened.
-        shape: of this rank's share.
-        replicated: every data-parallel rank holds the same.
+        key: The name of the tensor in the checkpoint.
+        data: The elements of this rank's part of the tensor from the index `first` on, flat.
+        entry: The parameter that the tensor belongs to.
+        groups: The process groups of this rank.
+        shape: The shape of this rank's part of the tensor.
+        first: The index in the flattened part of the first element of `data`.
+        replicated: Whether all data-parallel ranks have the same elements.
     """
     expert = entry.expert is not None
     group, copies = (groups.expt_tp, groups.expt_dp) if expert else (groups.tp, groups.dp_cp)
-    axis, split = entry.split or 0, entry.split is not None
+    axis, split = entry.split_dim or 0, entry.split_dim is not None
     rank, ranks = (group.rank(), group.size()) if split else (0, 1)
     replica = (0, 0 if split else group.rank(), copies.rank() if replicated else 0)
-    sizes = [part // ranks for part in entry.sections] or [shape[axis]]
-    flat, at = data.detach().view(-1), 0
+    section_sizes = [size // ranks for size in entry.section_sizes] or [shape[axis]]
+    flat, position = data.detach().view(-1), 0
     for box in boxes(shape, first, first + flat.numel()):
         count = math.prod(size for _, size in box)
-        view = flat[at : at + count].view([size for _, size in box])
-        at += count
-        start = 0
-        for number, size in enumerate(sizes):
-            low, high = max(box[axis][0], start), min(sum(box[axis]), start + size)
+        view = flat[position : position + count].view([size for _, size in box])
+        position += count
+        box_start, box_end = box[axis][0], sum(box[axis])
+        section_start = 0
+        for number, size in enumerate(section_sizes):
+            low, high = max(box_start, section_start), min(box_end, section_start + size)
             if low < high:
-                part = view.narrow(axis, low - box[axis][0], high - low)
+                part = view.narrow(axis, low - box_start, high - low)
                 offset = [begin for begin, _ in box]
-                offset[axis] = rank * size + low - start
-                whole = list(shape)
-                whole[axis] = size * ranks
-                name = f"{key}.part{number}" if entry.sections else key
+                offset[axis] = rank * size + low - section_start
+                global_shape = list(shape)
+                global_shape[axis] = size * ranks
+                name = f"{key}.part{number}" if entry.section_sizes else key
                 yield ShardedTensor(
-                    name, part, part.dtype, tuple(part.shape), tuple(whole), tuple(offset), None, replica
+                    name, part, part.dtype, tuple(part.shape), tuple(global_shape), tuple(offset), None, replica
                 )
-            start += size
+            section_start += size
 
 
 def local_tensors(
     module: nn.Module, entries: Sequence[Entry], model: ModelConfig, groups: ProcessGroupCollection
 ) -> Iterator[tuple[Entry, Tensor]]:
-    """The parameters and buffers of this rank, each with its entry."""
-    held = canonical_tensors(module)
+    """The parameters and router biases of this rank, each with its entry."""
+    tensors = canonical_tensors(module)
     for entry in entries:
-        local = local_expert_name(entry, experts=model.n_routed_experts, rank=groups.ep.rank(), ranks=groups.ep.size())
-        if local is not None:
-            yield entry, held[local]
+        name = name_on_rank(entry, experts=model.n_routed_experts, rank=groups.ep.rank(), ranks=groups.ep.size())
+        if name is not None:
+            yield entry, tensors[name]
 
 
 def sharded_weights(
     module: nn.Module, entries: Sequence[Entry], model: ModelConfig, groups: ProcessGroupCollection
 ) -> Iterator[ShardedTensor]:
-    """All that trains, under names that do not depend on the layout."""
+    """This rank's shards of the trained weights, under names that do not depend on the layout."""
     for entry, tensor in local_tensors(module, entries, model, groups):
-        yield from sharded_tensors(entry.megatron, tensor, entry, groups, shape=tensor.shape)
+        yield from sharded_tensors(entry.megatron_name, tensor, entry, groups, shape=tensor.shape)
 
 
 def sharded_optimizer(
@@ -113,20 +127,24 @@ def sharded_optimizer(
     entries: Sequence[Entry],
     model: ModelConfig,
     groups: ProcessGroupCollection,
-    held: dict[Tensor, OptimizerShard],
+    optimizer_shards: dict[Tensor, OptimizerShard],
 ) -> Iterator[ShardedTensor]:
-    """What the optimizer keeps for each parameter, named and cut like the parameter.
+    """This rank's shards of the optimizer state. They are named and split like the parameters.
 
     Args:
-        held: by parameter, as `optimizer.held_state` gives it.
+        module: A model chunk.
+        entries: The entries of the chunk.
+        model: The architecture.
+        groups: The process groups of this rank.
+        optimizer_shards: What `mcore.optimizer_state.optimizer_shards` returns.
     """
     for entry, tensor in local_tensors(module, entries, model, groups):
-        if tensor not in held:
-            continue  # a buffer, or none of a parameter that other ranks of a distributed optimizer hold
-        state = held[tensor]
+        if tensor not in optimizer_shards:
+            continue  # a router bias, or a parameter whose optimizer state is on other ranks
+        state = optimizer_shards[tensor]
         for name, data in state.tensors.items():
             yield from sharded_tensors(
-                f"{OPTIMIZER_PREFIX}{name}.{entry.megatron}",
+                f"{OPTIMIZER_PREFIX}{name}.{entry.megatron_name}",
                 data,
                 entry,
                 groups,

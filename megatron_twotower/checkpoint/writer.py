@@ -1,16 +1,21 @@
-"""Writing checkpoints while training goes on.
+"""Writes checkpoints while training continues.
 
-A save has three parts. Beginning it, on every rank at the same step: agree on who writes what, and
-copy that to host memory; this is what training waits for. Writing, in a thread: this rank's file,
-and its checksum. Finishing, on every rank when all have written: the index, `state.json`, and the
-name. A failed save leaves the older checkpoints alone.
+A save has three parts:
+
+1. Begin, on all ranks at the same step: agree on which rank writes what, and copy the state to host
+   memory. Training waits for this part.
+2. Write, in a thread: the data file of this rank, and its checksum.
+3. Finish, on all ranks after all have written: write the index and `state.json`, and rename the
+   folder.
+
+A save that fails does not change the older checkpoints.
 """
 
 import contextlib
 import dataclasses
-import queue
 import shutil
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,29 +24,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
 from megatron_twotower.checkpoint import files as checkpoint_files
 from megatron_twotower.checkpoint.files import CheckpointState, FileSum, ShardedState
 from megatron_twotower.common import device
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.run_folder import checkpoint_folder
-from megatron_twotower.mcore import parallel, patches
-
-# What the first rank writes besides the tensors: Megatron, but for `COMMON`, which it writes up to
-# 0.16 alone and reads in every release.
-COMMON = "common.pt"
-INDEX_FILES = (".metadata", "metadata.json", COMMON)
-# Its own way of saving: 0.19 would else ask for nvidia-resiliency-ext.
-_OWN_WAY = {} if patches.RELEASE == "0.16" else {"async_strategy": "mcore"}
+from megatron_twotower.mcore import async_save, parallel
+from megatron_twotower.mcore.async_save import AsyncSave
 
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A checkpoint that has its name. stall_seconds: that training waited. write_seconds: of the slowest rank."""
+    """A checkpoint that is complete and has its final name.
+
+    Attributes:
+        step: The step of the checkpoint.
+        size: Bytes of the data files of all ranks.
+        stall_seconds: Seconds that training waited.
+        write_seconds: Seconds that the slowest rank wrote.
+    """
 
     step: int
     size: int
@@ -50,34 +53,46 @@ class SavedCheckpoint:
 
 
 @dataclass(frozen=True)
-class _Pending:
+class _PendingSave:
     state: CheckpointState
     partial: Path
-    request: AsyncRequest
-    written: "Future[tuple[dict[str, FileSum], float]]"
+    save: AsyncSave
+    written: Future[tuple[dict[str, FileSum], float]]
     stall_seconds: float
 
 
 class CheckpointWriter:
-    """Saves the checkpoints of a run, one at a time.
+    """Saves the checkpoints of a run, one at a time."""
 
-    background: write while training goes on. keep, keep_every: as in `checkpoint.retire`.
-    """
+    def __init__(self, run: Path, sharded_state: ShardedState, *, background: bool, keep: int, keep_every: int) -> None:
+        """Start the writing thread.
 
-    def __init__(self, run: Path, pieces: ShardedState, *, background: bool, keep: int, keep_every: int) -> None:
-        self._run, self._pieces = run, pieces
+        Args:
+            run: The run folder.
+            sharded_state: Returns the state that a checkpoint stores.
+            background: Whether to write while training continues.
+            keep: As in `files.retire`.
+            keep_every: As in `files.retire`.
+        """
+        self._run, self._sharded_state = run, sharded_state
         self._background, self._keep, self._keep_every = background, keep, keep_every
-        self._pending: _Pending | None = None
+        self._pending: _PendingSave | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     def begin(self, state: CheckpointState, schedule: dict[str, Any]) -> list[SavedCheckpoint]:
-        """Begin to save; where that is not done in the background, finish too. Called by all ranks.
+        """Begin a save, and finish it unless the writer works in the background.
+
+        All ranks call this.
+
+        Args:
+            state: The content of `state.json`, without the list of files.
+            schedule: The state of the learning-rate schedule.
 
         Returns:
-            what was finished meanwhile.
+            The checkpoints that this call finished.
 
         Raises:
-            UserError: this save or the one before could not be written.
+            UserError: This save or the previous one could not be written.
         """
         finished = self.finish()
         started = time.perf_counter()
@@ -87,45 +102,44 @@ class CheckpointWriter:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        with _one_line(partial):
-            request = dist_checkpointing.save(
-                checkpoint_files.state_dict(self._staged()) | {"schedule": schedule},
-                str(partial),
-                TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
-                async_sharded_save=True,
-                **_OWN_WAY,
-            )
-            if parallel.is_main() and not (partial / COMMON).exists():
-                torch.save({"schedule": schedule}, partial / COMMON)
-        if request.preload_fn is not None:
-            buckets = request.preload_fn()  # to host memory
-            request = request._replace(async_fn_args=(None, buckets, request.async_fn_args[2]))
-        written = self._writer.submit(_write, request)
-        self._pending = _Pending(state, partial, request, written, time.perf_counter() - started)
+        with _one_line_errors(partial):
+            sharded_state = checkpoint_files.state_dict(self._stable_state())
+            save = async_save.prepare_save(sharded_state, partial, common={"schedule": schedule})
+        save.copy_to_host()
+        written = self._writer.submit(_write, save)
+        self._pending = _PendingSave(state, partial, save, written, time.perf_counter() - started)
         return finished if self._background else finished + self.finish()
 
-    def _staged(self) -> Any:
-        """The pieces, copied where training would otherwise go on changing what is being written."""
-        for piece in self._pieces():
-            if self._background and device.is_cpu() and isinstance(piece, ShardedTensor):
-                piece.data = piece.data.clone(memory_format=torch.contiguous_format)
-            yield piece
+    def _stable_state(self) -> Iterator[ShardedTensor | ShardedObject]:
+        """The state, with copies of tensors that training would change during the write."""
+        for shard in self._sharded_state():
+            if self._background and device.is_cpu() and isinstance(shard, ShardedTensor):
+                shard.data = shard.data.clone(memory_format=torch.contiguous_format)
+            yield shard
 
     def poll(self) -> list[SavedCheckpoint]:
-        """Finish the save that all ranks have written, if there is one. Called by all ranks at the same step.
+        """Finish the pending save if all ranks have written it.
+
+        All ranks call this at the same step.
+
+        Returns:
+            The checkpoint that this call finished, if any.
 
         Raises:
-            UserError: it could not be written.
+            UserError: The save could not be written.
         """
         if self._pending is None or parallel.any_rank(not self._pending.written.done()):
             return []
         return self.finish()
 
     def finish(self) -> list[SavedCheckpoint]:
-        """Wait for the save that is under way, if there is one, and give it its name. Called by all ranks.
+        """Wait for the pending save, and rename its folder to its final name. All ranks call this.
+
+        Returns:
+            The checkpoint that this call finished, if any.
 
         Raises:
-            UserError: it could not be written.
+            UserError: The save could not be written.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -138,9 +152,8 @@ class CheckpointWriter:
                 shutil.rmtree(pending.partial, ignore_errors=True)
             raise UserError(_cannot_be_written(pending.partial, reasons[0]))
         sums, seconds = pending.written.result()
-        with _one_line(pending.partial):
-            for finalise in pending.request.finalize_fns:
-                finalise()
+        with _one_line_errors(pending.partial):
+            pending.save.finalise()
         outcomes = parallel.gather_objects((sums, seconds))
         size = sum(each.size for files, _ in outcomes for each in files.values())
         problem = self._publish(pending, [files for files, _ in outcomes]) if parallel.is_main() else None
@@ -149,11 +162,11 @@ class CheckpointWriter:
         stall = pending.stall_seconds + time.perf_counter() - started
         return [SavedCheckpoint(pending.state.step, size, stall, max(each for _, each in outcomes))]
 
-    def _publish(self, pending: _Pending, written: list[dict[str, FileSum]]) -> str | None:
-        """Give the checkpoint its name. Returns what went wrong, for all ranks to raise."""
+    def _publish(self, pending: _PendingSave, written: list[dict[str, FileSum]]) -> str | None:
+        """Complete the folder on rank 0 and rename it. Returns an error message, or `None`."""
         files = {name: found for each in written for name, found in each.items()}
         try:
-            files |= {name: checkpoint_files.checksum(pending.partial / name) for name in INDEX_FILES}
+            files |= {name: checkpoint_files.checksum(pending.partial / name) for name in async_save.INDEX_FILES}
             checkpoint_files.write_state(pending.partial, dataclasses.replace(pending.state, files=files))
             checkpoint_files.publish(pending.partial, checkpoint_folder(self._run, pending.state.step))
             checkpoint_files.retire(self._run, keep=self._keep, keep_every=self._keep_every)
@@ -163,33 +176,14 @@ class CheckpointWriter:
         return None
 
     def close(self) -> None:
-        """End the writing thread; an unfinished save is never given its name."""
+        """End the writing thread. The folder of an unfinished save keeps its `.partial` name."""
         self._writer.shutdown()
 
 
-def _write(request: AsyncRequest) -> tuple[dict[str, FileSum], float]:
-    """Write this rank's file. Returns its checksum, by name, and seconds.
-
-    In this process: megatron-core 0.16.1 forks one to write, which outlives a training process that
-    is killed and then writes into the folder of the next.
-    """
+def _write(save: AsyncSave) -> tuple[dict[str, FileSum], float]:
+    """Write this rank's data files. Returns their sums by name, and the seconds that it took."""
     started = time.perf_counter()
-    if request.async_fn is None:
-        return {}, 0.0
-    transforms, _ = request.async_fn.args
-    _, buckets, results = request.async_fn_args
-    written: dict[int, Any] = {}
-    for number, bucket in enumerate(buckets):
-        outcome: queue.Queue[Any] = queue.Queue()
-        busy: queue.Queue[int] = queue.Queue()
-        busy.put(number)
-        FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, outcome, busy, True)
-        _, found = outcome.get()
-        if isinstance(found, Exception):
-            raise found
-        written[number] = found
-    results.put(written)
-    sums = {Path(file).name: checkpoint_files.checksum(Path(file)) for file, _, _ in buckets}
+    sums = {file.name: checkpoint_files.checksum(file) for file in save.write()}
     return sums, time.perf_counter() - started
 
 
@@ -200,11 +194,11 @@ def _reason(error: BaseException) -> str:
 
 def _cannot_be_written(partial: Path, reason: str) -> str:
     folder = partial.name.removesuffix(".partial")
-    return f"{partial.parent / folder}: cannot be written ({reason}); older checkpoints are whole"
+    return f"{partial.parent / folder}: cannot be written ({reason}); older checkpoints are complete"
 
 
 @contextlib.contextmanager
-def _one_line(partial: Path) -> Any:
+def _one_line_errors(partial: Path) -> Iterator[None]:
     try:
         yield
     except (dist_checkpointing.core.CheckpointingException, OSError, RuntimeError) as error:

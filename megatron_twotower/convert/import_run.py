@@ -105,8 +105,8 @@ def _configuration(folder: HfFolder, run: Path, backbone: Path | None) -> RunCon
 def _check_fused(path: Path, tensors: Mapping[str, LazyTensor], entries: Sequence[Entry]) -> None:
     """Tensors that are one parameter in Megatron must agree in precision, or one of them would be converted."""
     mixed = [
-        ", ".join(f"{name} {short(tensors[name].dtype)}" for name in entry.hf)
+        ", ".join(f"{name} {short(tensors[name].dtype)}" for name in entry.hf_names)
         for entry in entries
-        if len({tensors[name].dtype for name in entry.hf}) > 1
+        if len({tensors[name].dtype for name in entry.hf_names}) > 1
     ]
     refuse(path, [("of mixed dtypes in one layer", mixed)])

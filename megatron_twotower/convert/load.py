@@ -9,7 +9,14 @@ from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.schema import ModelConfig
 from megatron_twotower.convert.tensors import TensorSource
 from megatron_twotower.mcore.parallel import ProcessGroupCollection
-from megatron_twotower.model.parameter_map import LAYOUTS, Entry, canonical_tensors, hf_shapes, local_expert_name, shard
+from megatron_twotower.model.parameter_map import (
+    Entry,
+    canonical_tensors,
+    hf_shapes,
+    name_on_rank,
+    parameter_from_hf,
+    shard,
+)
 
 
 @torch.no_grad()
@@ -30,11 +37,11 @@ def load_weights(
     targets = canonical_tensors(module)
     for entry in entries:
         ep = groups.ep
-        name = local_expert_name(entry, experts=model.n_routed_experts, rank=ep.rank(), ranks=ep.size())
+        name = name_on_rank(entry, experts=model.n_routed_experts, rank=ep.rank(), ranks=ep.size())
         if name is None:
             continue
         target = targets.pop(name)
-        whole = whole_parameter(entry, [source(hf) for hf in entry.hf], model)
+        whole = whole_parameter(entry, [source(hf) for hf in entry.hf_names], model)
         group = groups.tp if entry.expert is None else groups.expt_tp
         target.copy_(shard(whole, entry, rank=group.rank(), ranks=group.size()))
     assert not targets, f"parameters without an entry: {sorted(targets)}"
@@ -49,4 +56,4 @@ def whole_parameter(entry: Entry, tensors: list[Tensor], model: ModelConfig) -> 
     for (name, shape), tensor in zip(hf_shapes([entry], model).items(), tensors, strict=True):
         if tensor.shape != shape:
             raise UserError(f"tensor {name}: found shape {tuple(tensor.shape)}, expected {shape}")
-    return LAYOUTS[entry.layout][0](tensors, model)
+    return parameter_from_hf(entry, tensors, model)

@@ -29,7 +29,13 @@ from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.schema import ModelConfig
 from megatron_twotower.convert.hf_folder import refuse
 from megatron_twotower.convert.tensors import LazyTensor, Report
-from megatron_twotower.model.parameter_map import LAYOUTS, Entry, hf_shapes, stored_sections
+from megatron_twotower.model.parameter_map import (
+    Entry,
+    hf_from_parameter,
+    hf_shapes,
+    parameter_from_hf,
+    stored_sections,
+)
 
 _WEIGHTS_FILE = "__0_0.distcp"
 # What Megatron writes beside the tensors: which format they are in, and what is not a tensor
@@ -102,7 +108,7 @@ class SavedWeights:
         Raises:
             UserError: its bytes cannot be read.
         """
-        if self._last is not None and self._last[0] == entry.megatron:
+        if self._last is not None and self._last[0] == entry.megatron_name:
             return self._last[1]
         self._last = None
         parts = {name: torch.empty(shape, dtype=self._dtype(name)) for name, shape in stored_sections(entry)}
@@ -112,9 +118,9 @@ class SavedWeights:
                 dcp.load(parts, storage_reader=self.reader, no_dist=True)
         except (dcp.CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise UserError(f"{self.folder}: {entry.megatron} cannot be read ({reason[-1]})") from error
-        whole = next(iter(parts.values())) if len(parts) == 1 else torch.cat(list(parts.values()), entry.split or 0)
-        self._last = (entry.megatron, whole)
+            raise UserError(f"{self.folder}: {entry.megatron_name} cannot be read ({reason[-1]})") from error
+        whole = next(iter(parts.values())) if len(parts) == 1 else torch.cat(list(parts.values()), entry.split_dim or 0)
+        self._last = (entry.megatron_name, whole)
         return whole
 
     def lazy(self, entries: Iterable[Entry], model: ModelConfig) -> dict[str, LazyTensor]:
@@ -128,7 +134,7 @@ class SavedWeights:
 
     def _pieces(self, entry: Entry, number: int, model: ModelConfig) -> Callable[[], Iterator[Tensor]]:
         def pieces() -> Iterator[Tensor]:
-            yield LAYOUTS[entry.layout][1](self.parameter(entry), model)[number].reshape(-1)
+            yield hf_from_parameter(entry, self.parameter(entry), model)[number].reshape(-1)
 
         return pieces
 
@@ -142,14 +148,14 @@ def stored_weights(
     """What a checkpoint holds of some entries, by its own names, made of Hugging Face tensors of the table's names."""
 
     def parameter(entry: Entry) -> Tensor:
-        return LAYOUTS[entry.layout][0]([tensors[name].read() for name in entry.hf], model)
+        return parameter_from_hf(entry, [tensors[name].read() for name in entry.hf_names], model)
 
     kept = functools.lru_cache(maxsize=1)(parameter)  # several parts are made of one
 
     def part(entry: Entry, number: int) -> Callable[[], Iterator[Tensor]]:
         def pieces() -> Iterator[Tensor]:
-            if entry.sections:
-                yield kept(entry).split(list(entry.sections), dim=entry.split or 0)[number].reshape(-1)
+            if entry.section_sizes:
+                yield kept(entry).split(list(entry.section_sizes), dim=entry.split_dim or 0)[number].reshape(-1)
             else:
                 yield parameter(entry).reshape(-1)
 
@@ -157,7 +163,7 @@ def stored_weights(
 
     stored: dict[str, LazyTensor] = {}
     for entry in entries:
-        dtype = tensors[entry.hf[0]].dtype
+        dtype = tensors[entry.hf_names[0]].dtype
         for i, (name, shape) in enumerate(stored_sections(entry)):
             stored[name] = LazyTensor(dtype, shape, part(entry, i))
     return stored

@@ -1,8 +1,9 @@
-"""Which class serves each part of a layer, and in which precision: Megatron's own modules, or Transformer Engine's.
+"""The module classes of a layer, and the precision that they compute in.
 
-There is one set of layers (`layers.py`); what they are made of is a row of `SPECS`, chosen by
-Megatron's own setting `transformer_impl`. Both rows hold the same weights: `names.canonical_name`
-tells where. FP8 needs the second.
+There is one set of layers (`model/layers.py`). Their modules are either Megatron's own or those of
+Transformer Engine. Megatron's setting `transformer_impl` chooses a row of `LAYER_MODULES`. Both
+rows have the same weights; `parameter_map.canonical_name` maps their names to each other. FP8 needs
+Transformer Engine.
 """
 
 import contextlib
@@ -29,9 +30,9 @@ from megatron_twotower.config.schema import RunConfig
 from megatron_twotower.ops.dispatch import unavailable
 from megatron_twotower.ops.norm import rms_norm
 
-# What Megatron calls scaling by the largest values of the steps before.
+# Megatron's name of the FP8 recipe that scales by the largest values of earlier steps.
 _DELAYED = "delayed"
-# Megatron's name of a dispatcher, and of its kernels where it has several.
+# Recipe key: Megatron's name of the token dispatcher, and of its kernels if it has several.
 _DISPATCHERS = {
     "alltoall": ("alltoall", None),
     "allgather": ("allgather", None),
@@ -46,54 +47,65 @@ class RMSNorm(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.hidden_size, dtype=config.params_dtype, device=device()))
-        # Megatron sums the gradients of parameters so marked over the ranks that hold parts of the
+        # Megatron sums the gradients of parameters with this mark over the ranks that split the
         # sequence.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.epsilon = config.layernorm_epsilon
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension of x (..., h)."""
         return rms_norm(x, self.weight, self.epsilon)
 
 
 @dataclass(frozen=True)
-class Spec:
-    """The classes of the parts of a layer; their arguments are those of Megatron's modules.
+class LayerModules:
+    """The classes of the modules of a layer. They take the arguments of Megatron's modules.
 
-    norm_column: a norm and the column-parallel projection after it as one module; None where they
-    are two.
-    wide: around a layer that is not in FP8, wherever it stands.
+    Attributes:
+        norm: Builds an RMS norm.
+        column_linear: A column-parallel projection.
+        row_linear: A row-parallel projection.
+        norm_column_linear: A norm and the column-parallel projection after it as one module; `None`
+            if they are two modules.
+        experts: The routed experts of a rank.
+        without_fp8: A context for a layer that does not compute in FP8, also inside an FP8 context.
     """
 
     norm: Callable[[TransformerConfig], nn.Module]
-    column: Any
-    row: Any
-    norm_column: Any | None
+    column_linear: Any
+    row_linear: Any
+    norm_column_linear: Any | None
     experts: ModuleSpec
-    wide: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    without_fp8: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
     @property
-    def feed_forward(self) -> MLPSubmodules:
-        """Of a dense MLP, and of shared experts."""
-        return MLPSubmodules(linear_fc1=self.column, linear_fc2=self.row)
+    def mlp(self) -> MLPSubmodules:
+        """The projections of a dense MLP and of shared experts."""
+        return MLPSubmodules(linear_fc1=self.column_linear, linear_fc2=self.row_linear)
 
 
-def _local() -> Spec:
-    parts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    experts = ModuleSpec(module=SequentialMLP, submodules=parts)
-    return Spec(RMSNorm, ColumnParallelLinear, RowParallelLinear, norm_column=None, experts=experts)
+def _local_modules() -> LayerModules:
+    projections = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    return LayerModules(
+        norm=RMSNorm,
+        column_linear=ColumnParallelLinear,
+        row_linear=RowParallelLinear,
+        norm_column_linear=None,
+        experts=ModuleSpec(module=SequentialMLP, submodules=projections),
+    )
 
 
-def _transformer_engine() -> Spec:
+def _transformer_engine_modules() -> LayerModules:
     from megatron.core.extensions import transformer_engine as te
 
-    parts = MLPSubmodules(linear_fc1=te.TEColumnParallelGroupedLinear, linear_fc2=te.TERowParallelGroupedLinear)
-    return Spec(
+    projections = MLPSubmodules(linear_fc1=te.TEColumnParallelGroupedLinear, linear_fc2=te.TERowParallelGroupedLinear)
+    return LayerModules(
         norm=lambda config: te.TENorm(config, config.hidden_size, config.layernorm_epsilon),
-        column=te.TEColumnParallelLinear,
-        row=te.TERowParallelLinear,
-        norm_column=te.TELayerNormColumnParallelLinear,
-        experts=ModuleSpec(module=TEGroupedMLP, submodules=parts),
-        wide=_without_fp8,
+        column_linear=te.TEColumnParallelLinear,
+        row_linear=te.TERowParallelLinear,
+        norm_column_linear=te.TELayerNormColumnParallelLinear,
+        experts=ModuleSpec(module=TEGroupedMLP, submodules=projections),
+        without_fp8=_without_fp8,
     )
 
 
@@ -103,26 +115,31 @@ def _without_fp8() -> contextlib.AbstractContextManager[None]:
     return fp8_autocast(enabled=False) if FP8GlobalStateManager.is_fp8_enabled() else contextlib.nullcontext()
 
 
-SPECS: dict[str, Callable[[], Spec]] = {"local": _local, "transformer_engine": _transformer_engine}
+# transformer_impl: a function, because Transformer Engine is imported only if it is used.
+LAYER_MODULES: dict[str, Callable[[], LayerModules]] = {
+    "local": _local_modules,
+    "transformer_engine": _transformer_engine_modules,
+}
 
 
-def of(config: TransformerConfig) -> Spec:
-    return SPECS[config.transformer_impl]()
+def layer_modules(config: TransformerConfig) -> LayerModules:
+    """The module classes that Megatron's configuration chooses."""
+    return LAYER_MODULES[config.transformer_impl]()
 
 
-def implementation(config: RunConfig) -> str:
-    """The row of `SPECS` that serves a run here.
+def choose_transformer_impl(config: RunConfig) -> str:
+    """Choose the key of `LAYER_MODULES` for a run on this machine.
 
     Raises:
-        UserError: what the configuration asks for is not there.
+        UserError: The configuration asks for something that is not available.
     """
     train, dispatcher, missing = config.train, config.parallel.moe_dispatcher, unavailable("transformer-engine")
-    asked = {"train.precision": train.precision, "train.context_precision": train.context_precision}
-    needs = {key: value for key, value in asked.items() if value.startswith("fp8")}
+    precisions = {"train.precision": train.precision, "train.context_precision": train.context_precision}
+    needs = {key: value for key, value in precisions.items() if value.startswith("fp8")}
     if train.transformer_impl == "transformer_engine":
         needs["train.transformer_impl"] = train.transformer_impl
     for key, value in needs.items():
-        if reason := missing or _too_old(value):
+        if reason := missing or _unsupported_by_device(value):
             raise UserError(f"{key}: found {value}, but {reason}; expected Transformer Engine and a device for it")
     if _DISPATCHERS[dispatcher][1] and (absent := unavailable("deep-ep")):
         raise UserError(f"parallel.moe_dispatcher: found {dispatcher}, but {absent}; expected alltoall or allgather")
@@ -131,26 +148,31 @@ def implementation(config: RunConfig) -> str:
     return "local" if missing or train.precision == "fp32" else "transformer_engine"
 
 
-def _too_old(value: str) -> str | None:
-    """Why the CUDA device does not multiply in a precision; None when it does, or it is no precision."""
+def _unsupported_by_device(value: str) -> str | None:
+    """Why the CUDA device cannot multiply in a precision.
+
+    Returns:
+        `None` if it can, or if `value` is not a precision.
+    """
     precision = PRECISIONS.get(value)
     if precision is None or (found := torch.cuda.get_device_capability()) >= precision.capability:
         return None
-    wanted, has = (".".join(map(str, each)) for each in (precision.capability, found))
-    return f"the device has compute capability {has}, not {wanted}"
+    expected, actual = (".".join(map(str, each)) for each in (precision.capability, found))
+    return f"the device has compute capability {actual}, not {expected}"
 
 
-def megatron_fields(config: RunConfig, *, served: str) -> dict[str, object]:
-    """What spec, precision and fusions set in Megatron's configuration of what trains.
+def implementation_fields(config: RunConfig, *, transformer_impl: str) -> dict[str, object]:
+    """The fields of the trained model's `TransformerConfig` for its modules, precision and fusions.
 
     Args:
-        served: a row of `SPECS`.
+        config: The configuration of the run.
+        transformer_impl: A key of `LAYER_MODULES`.
     """
-    fused, precision = served == "transformer_engine", PRECISIONS[config.train.precision]
+    fused, precision = transformer_impl == "transformer_engine", PRECISIONS[config.train.precision]
     fp8 = precision.recipe if fused else None
     dtype = torch.float32 if precision.bytes == 4 else torch.bfloat16
     fields: dict[str, object] = {
-        "transformer_impl": served,
+        "transformer_impl": transformer_impl,
         "params_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
         "gradient_accumulation_fusion": fused and config.fusion.gradient_accumulation,
@@ -187,11 +209,16 @@ def _fp8_fields(config: RunConfig, recipe: str) -> dict[str, object]:
     }
 
 
-def frozen(config: RunConfig, megatron: TransformerConfig) -> TransformerConfig:
-    """Megatron's configuration of the context tower: in `train.context_precision`, and with no gradients to sum."""
-    context = copy.copy(megatron)
-    served_fp8 = megatron.transformer_impl == "transformer_engine"
-    recipe = CONTEXT_PRECISIONS[config.train.context_precision] if served_fp8 else None
+def context_tower_config(config: RunConfig, trained: TransformerConfig) -> TransformerConfig:
+    """Megatron's configuration of the frozen context tower, in `train.context_precision`.
+
+    Args:
+        config: The configuration of the run.
+        trained: Megatron's configuration of the trained model.
+    """
+    context = copy.copy(trained)
+    fp8_available = trained.transformer_impl == "transformer_engine"
+    recipe = CONTEXT_PRECISIONS[config.train.context_precision] if fp8_available else None
     fields: dict[str, object] = {
         "fp8": None,
         "gradient_accumulation_fusion": False,
@@ -205,12 +232,17 @@ def frozen(config: RunConfig, megatron: TransformerConfig) -> TransformerConfig:
 
 
 def rounded_by_transformer_engine(weight: Tensor, precision: str) -> Tensor:
-    """A matrix as `frozen` holds it in a precision of `CONTEXT_PRECISIONS`, read back in float32; on CUDA."""
+    """A matrix on CUDA as the context tower stores it in a precision, converted back to float32.
+
+    Args:
+        weight: The matrix.
+        precision: A key of `CONTEXT_PRECISIONS` for FP8.
+    """
     return _quantizer(precision, weight.device)(weight).dequantize(dtype=torch.float32)
 
 
 def _quantizer(precision: str, device: torch.device) -> Any:
-    """Transformer Engine's, with what its recipes give those of weights."""
+    """Transformer Engine's quantizer of weights, with the arguments that its FP8 recipes use."""
     from transformer_engine.pytorch.constants import TE_DType
     from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
     from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer
@@ -221,37 +253,61 @@ def _quantizer(precision: str, device: torch.device) -> Any:
     return Float8BlockQuantizer(e4m3, rowwise=True, columnwise=True, block_scaling_dim=2)
 
 
-def unfused(config: TransformerConfig) -> TransformerConfig:
-    """For modules that are Megatron's own in both specs: it sums their gradients by Apex's kernel or not at all."""
-    own = copy.copy(config)
-    own.gradient_accumulation_fusion = False
-    return own
+def without_gradient_fusion(config: TransformerConfig) -> TransformerConfig:
+    """The configuration for modules that are Megatron's own in both rows of `LAYER_MODULES`.
+
+    Megatron's own modules can fuse gradient accumulation only with a kernel of Apex.
+    """
+    unfused = copy.copy(config)
+    unfused.gradient_accumulation_fusion = False
+    return unfused
 
 
-def building(config: TransformerConfig, number: int) -> contextlib.AbstractContextManager[None]:
-    """Around the making of layer `number` (from 0): its weights are made in FP8 where they are held in it."""
-    return get_fp8_context(config, number, is_init=True)
+def fp8_init_context(config: TransformerConfig, layer: int) -> contextlib.AbstractContextManager[None]:
+    """The context in which the modules of a layer are built.
+
+    In this context weights are created in FP8 if the tower stores FP8 weights.
+
+    Args:
+        config: Megatron's configuration of the tower.
+        layer: The index of the layer in the model, from 0.
+    """
+    return get_fp8_context(config, layer, is_init=True)
 
 
-def computing(config: TransformerConfig, number: int) -> contextlib.AbstractContextManager[None]:
-    """Around what layer `number` (from 0) multiplies. The scales of `delayed` are of all layers: `model_computing`."""
+def fp8_layer_context(config: TransformerConfig, layer: int) -> contextlib.AbstractContextManager[None]:
+    """The context in which a layer computes.
+
+    The recipe `delayed` scales all layers of a rank together, so its context is that of the model:
+    `fp8_model_context`.
+
+    Args:
+        config: Megatron's configuration of the tower.
+        layer: The index of the layer in the model, from 0.
+    """
     if config.fp8 is None:
-        return of(config).wide()
-    return contextlib.nullcontext() if config.fp8_recipe == _DELAYED else get_fp8_context(config, number)
+        return layer_modules(config).without_fp8()
+    return contextlib.nullcontext() if config.fp8_recipe == _DELAYED else get_fp8_context(config, layer)
 
 
-def model_computing(config: TransformerConfig) -> contextlib.AbstractContextManager[None]:
-    """Around a forward pass of all layers of this rank: at its end the scales of `delayed` are made anew."""
+def fp8_model_context(config: TransformerConfig) -> contextlib.AbstractContextManager[None]:
+    """The context of a forward pass of all layers of this rank.
+
+    When it ends, the recipe `delayed` updates its scales.
+    """
     delayed = config.fp8 is not None and config.fp8_recipe == _DELAYED
     return get_fp8_context(config) if delayed else contextlib.nullcontext()
 
 
-def recomputed(
-    run: Callable[..., Tensor], *inputs: Tensor, config: TransformerConfig, groups: ProcessGroupCollection
+def run_with_recompute(
+    function: Callable[..., Tensor], *inputs: Tensor, config: TransformerConfig, groups: ProcessGroupCollection
 ) -> Tensor:
-    """`run(*inputs)`, of which the backward pass makes again what it needs, with the scales of the forward pass."""
+    """Compute `function(*inputs)` and keep no activations: the backward pass recomputes them.
+
+    In FP8 the recomputation uses the scales of the forward pass.
+    """
     if config.fp8 is None:
-        return tensor_parallel.checkpoint(run, False, *inputs)
+        return tensor_parallel.checkpoint(function, False, *inputs)
     from megatron.core.extensions.transformer_engine import te_checkpoint
 
-    return te_checkpoint(run, False, tensor_parallel.random.get_cuda_rng_tracker, groups.tp, *inputs)
+    return te_checkpoint(function, False, tensor_parallel.random.get_cuda_rng_tracker, groups.tp, *inputs)

@@ -1,4 +1,4 @@
-"""Process groups, wrapping, and Megatron's schedules: the only room that knows how ranks are laid out."""
+"""Process groups, Megatron's DDP and its forward-backward schedules: how ranks share the work."""
 
 import contextlib
 import os
@@ -22,22 +22,25 @@ from megatron_twotower.config.schema import RunConfig
 
 
 def world_size() -> int:
-    """Ranks of this job, before or after the process group exists (torchrun and srun set WORLD_SIZE)."""
+    """The number of ranks of this job.
+
+    Before the process group exists it is read from WORLD_SIZE, which torchrun and srun set.
+    """
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """The number of this process among all ranks."""
+    """The rank of this process among all ranks."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def is_main() -> bool:
-    """True on the one rank that writes and prints."""
+    """Whether this is rank 0, which writes and prints."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def initialise(config: RunConfig) -> ProcessGroupCollection:
-    """Start the process group, if it is not there yet, and lay Megatron's groups over it."""
+    """Start the process group, unless it exists already, and create Megatron's parallel groups."""
     threads = config.parallel.threads_per_rank
     if threads:
         torch.set_num_threads(threads)
@@ -52,23 +55,25 @@ def initialise(config: RunConfig) -> ProcessGroupCollection:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
-        virtual_pipeline_model_parallel_size=_interleaved(config.parallel.pipeline_chunks),
+        virtual_pipeline_model_parallel_size=_virtual_stages(config.parallel.pipeline_chunks),
         expert_model_parallel_size=config.parallel.expert,
         expert_tensor_parallel_size=config.parallel.expert_tensor_ranks,
-        # What stands in for a world of ranks (`pretend`) has no Gloo groups beside it.
+        # The fake backend of `pretend_rank` has no Gloo groups.
         create_gloo_process_groups=dist.get_backend() != "fake",
     )
-    # No layer draws random numbers; Megatron's trackers still want their states to exist.
+    # No layer draws random numbers, but Megatron's random trackers require their states.
     tensor_parallel.model_parallel_cuda_manual_seed(config.seed, force_reset_rng=True)
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
 @contextlib.contextmanager
 def pretend_rank(config: RunConfig, *, ranks: int, rank: int) -> Iterator[ProcessGroupCollection]:
-    """Groups as one rank of a larger world sees them, in this one process: sizes and places, no communication.
+    """The process groups of one rank of a larger world, created in this single process.
+
+    The groups have the sizes and ranks of that world. They do not communicate.
 
     Raises:
-        RuntimeError: this process is one of a real world.
+        RuntimeError: Process groups exist already.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
 
@@ -82,23 +87,28 @@ def pretend_rank(config: RunConfig, *, ranks: int, rank: int) -> Iterator[Proces
 
 
 def shutdown() -> None:
-    """Take the groups down again, so that a later run in this process can lay out its own."""
+    """Destroy all groups, so that a later run in this process can create its own."""
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _interleaved(chunks: int) -> int | None:
-    """Megatron's word for the chunks of a stage: None for one."""
+def _virtual_stages(chunks: int) -> int | None:
+    """Megatron's virtual pipeline size for the model chunks of a rank: `None` for one chunk."""
     return chunks if chunks > 1 else None
 
 
 @dataclass
 class ModelChunks:
-    """The model chunks of this rank, each wrapped by itself; more than one where stages are interleaved.
+    """The model chunks of this rank, each in its own DDP wrapper.
 
-    expert_tokens: (MoE layers of the whole model, experts), what this rank sent to each expert in
-    the last step; zero for the layers of other stages, None without MoE layers.
+    A rank has more than one chunk if pipeline stages are interleaved.
+
+    Attributes:
+        chunks: The wrapped chunks, in the order of their layers.
+        expert_tokens: (MoE layers of the model, experts), the number of tokens that this rank sent
+            to each expert in the last step. It is zero for the layers of other stages, and `None`
+            without MoE layers.
     """
 
     chunks: list[DistributedDataParallel]
@@ -106,32 +116,37 @@ class ModelChunks:
 
     @property
     def only(self) -> DistributedDataParallel:
-        """The chunk of a rank that has one."""
+        """The chunk of a rank that has exactly one."""
         (chunk,) = self.chunks
         return chunk
 
     @property
     def config(self) -> TransformerConfig:
+        """Megatron's configuration of the chunks."""
         return self.chunks[0].config
 
     def train(self) -> None:
+        """Set training mode."""
         for chunk in self.chunks:
             chunk.train()
 
     def eval(self) -> None:
+        """Set evaluation mode."""
         for chunk in self.chunks:
             chunk.eval()
 
     def zero_grad_buffer(self) -> None:
+        """Set all gradients to zero."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
 
     def release(self) -> None:
-        """Let go of all that the wrappers hold, which else stays for the life of the process: they are empty then.
+        """Free what the wrappers refer to; they are empty afterwards.
 
-        Nodes of autograd have hooks that hold the wrapper, and Python's collector does not see it:
-        the nodes are held by the wrapper itself, and by what token dispatchers keep of the last
-        step's graph (megatron-core 0.16.1, distributed_data_parallel.py, grad_accs;
+        Without this call the memory is not freed before the process ends. Autograd nodes have hooks
+        that refer to the wrapper, and the wrapper refers to these nodes, also through what token
+        dispatchers keep of the graph of the last step. Python's garbage collector does not see the
+        cycle (megatron-core 0.16.1, distributed_data_parallel.py, grad_accs;
         moe/token_dispatcher.py, probs).
         """
         for chunk in self.chunks:
@@ -139,7 +154,7 @@ class ModelChunks:
         self.chunks = []
 
     def gather_parameters(self) -> None:
-        """Wait for, or make, the gathering of updated parameters that would else run beside the next forward pass."""
+        """Gather the updated parameters now, instead of during the next forward pass."""
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.disable_forward_pre_hook(param_sync=True)
@@ -147,7 +162,10 @@ class ModelChunks:
 
 
 def wrap(modules: Sequence[MegatronModule], config: RunConfig, groups: ProcessGroupCollection) -> ModelChunks:
-    """Megatron's DDP around the trained modules, gradients in fp32. Unused gradients stay zero."""
+    """Wrap the trained modules in Megatron's DDP, with fp32 gradients.
+
+    The gradients of parameters that a step does not use are zero.
+    """
     parallel, megatron = config.parallel, modules[0].config
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -158,7 +176,7 @@ def wrap(modules: Sequence[MegatronModule], config: RunConfig, groups: ProcessGr
     )
     wrapped = ModelChunks(
         [
-            # Megatron's own training loop cuts only the first chunk into buckets.
+            # As in Megatron's own training loop, only the first chunk is divided into buckets.
             DistributedDataParallel(megatron, settings, module, disable_bucketing=i > 0, pg_collection=groups)
             for i, module in enumerate(modules)
         ]
@@ -166,7 +184,7 @@ def wrap(modules: Sequence[MegatronModule], config: RunConfig, groups: ProcessGr
     moe_layers = [i for i, kind in enumerate(config.model.hybrid_override_pattern) if kind == "E"]
 
     def finalise(chunks: list[Any], *args: Any, **kwargs: Any) -> None:
-        # Megatron forgets these counts once it has updated the selection biases with them.
+        # Megatron resets these counts when it has updated the selection biases with them.
         wrapped.expert_tokens = _expert_tokens(modules, moe_layers, config.model.n_routed_experts)
         finalize_model_grads(chunks, *args, **kwargs)
 
@@ -189,34 +207,41 @@ def _expert_tokens(modules: Sequence[MegatronModule], moe_layers: list[int], exp
     return counts
 
 
-def run_schedule(
-    step: Callable[[Iterator[Any], Any], tuple[torch.Tensor, Callable[..., Any]]],
+def run_forward_backward(
+    forward_step: Callable[[Iterator[Any], Any], tuple[torch.Tensor, Callable[..., Any]]],
     micro_batches: Sequence[Any],
     model: ModelChunks,
     *,
-    rows: int,
+    rows_between_stages: int,
     groups: ProcessGroupCollection,
     forward_only: bool,
 ) -> list[Any]:
-    """Run Megatron's forward-backward schedule over the micro-batches of one step.
+    """Run Megatron's forward-backward schedule on the micro-batches of one step.
 
     Args:
-        step: Megatron's forward step function: (iterator, model chunk) -> (output, loss function).
-        rows: of hidden size that travel from stage to stage for one micro-batch.
+        forward_step: Megatron's forward step function: (iterator, model chunk) -> (output, loss
+            function).
+        micro_batches: The micro-batches of this rank.
+        model: The model chunks of this rank.
+        rows_between_stages: The number of rows of the hidden size that one stage sends to the next
+            for a micro-batch.
+        groups: The process groups of this rank.
+        forward_only: Whether to skip the backward pass.
 
-    Returns: what the loss function reports, one item per micro-batch; nothing on ranks that do not
-        hold the last stage.
+    Returns:
+        What the loss function reports, one item per micro-batch; empty on ranks without the last
+        stage.
     """
     stages, config = groups.pp.size(), model.config
-    schedule = get_forward_backward_func(stages, _interleaved(len(model.chunks)))
+    schedule = get_forward_backward_func(stages, _virtual_stages(len(model.chunks)))
     return schedule(
-        forward_step_func=step,
+        forward_step_func=forward_step,
         # Each chunk of an interleaved stage reads all micro-batches.
         data_iterator=[iter(micro_batches) for _ in model.chunks],
         model=model.chunks,
         num_microbatches=len(micro_batches),
-        # Megatron divides what it takes for a sequence by the ranks that split it.
-        seq_length=rows * (groups.tp.size() if config.sequence_parallel else 1),
+        # Under sequence parallelism Megatron divides this number by the tensor-parallel ranks.
+        seq_length=rows_between_stages * (groups.tp.size() if config.sequence_parallel else 1),
         micro_batch_size=1,
         forward_only=forward_only,
         pg_collection=groups,
@@ -225,7 +250,10 @@ def run_schedule(
 
 
 def sum_over_stages(tensor: torch.Tensor, groups: ProcessGroupCollection) -> torch.Tensor:
-    """The sum over data-parallel ranks and pipeline stages, of which only the last has anything to report."""
+    """The sum over data-parallel ranks and pipeline stages.
+
+    Only the last stage has values to report.
+    """
     total = tensor.clone()
     dist.all_reduce(total, group=groups.dp_cp)
     dist.all_reduce(total, group=groups.pp)
@@ -252,7 +280,10 @@ def any_rank(flag: bool) -> bool:
 
 
 def any_rank_flag(flag: torch.Tensor) -> torch.Tensor:
-    """A flag () bool, up on every rank if it is up on one; the host waits for nothing."""
+    """A flag () bool, true on every rank if it is true on one.
+
+    The host does not wait for the GPU.
+    """
     if world_size() == 1:
         return flag
     total = flag.int()
@@ -270,7 +301,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def broadcast_from_main(value: Any) -> Any:
-    """The first rank's value, on every rank."""
+    """The value of rank 0, on every rank."""
     if world_size() == 1:
         return value
     values = [value]

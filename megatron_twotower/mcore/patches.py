@@ -1,22 +1,23 @@
-"""Megatron Core on a machine without CUDA. The only room that patches anything.
+"""Patches of Megatron Core. No other module of this project patches anything.
 
-Megatron Core takes a CUDA device for granted in three ways, and each has its table here:
+Megatron Core assumes a CUDA device in three ways. Each way has its own patches here, which are
+applied only without a CUDA device:
 
-* source literals (`device="cuda"`, the type string `'torch.cuda.FloatTensor'`), imports of fused
-  optimizers and a compiler's switch in a few modules: `_LITERALS` rewrites them while the module is
-  imported, so that the arithmetic is Megatron's own and costs nothing at run time;
-* `torch.cuda` calls (current device, streams, events, random state): `_CUDA_CALLS` answers them for
-  the host;
-* what only goes wrong with Gloo: `_mend_for_gloo`.
+* Source literals (`device="cuda"`, the type string `'torch.cuda.FloatTensor'`), imports of fused
+  optimizers, and a compiler switch in a few modules. `_source_patches` lists the replacements. They
+  are applied to the source while the module is imported, so the arithmetic is Megatron's own and
+  nothing is slower at run time.
+* Calls of `torch.cuda` (current device, streams, events, random state). `_CUDA_REPLACEMENTS` has a
+  CPU function for each.
+* Calls that fail only with the Gloo backend. `_patch_for_gloo` replaces them.
 
-What goes wrong or slowly on any device: `_mend_everywhere`. Call `install()` before the first
-import of Megatron Core; with a CUDA device present it mends that and nothing else.
+`_patch_for_all_devices` corrects what fails or is slow on every device. `install` is called when
+the folder `mcore` is imported.
 """
 
 import contextlib
 import importlib.abc
 import importlib.machinery
-import importlib.metadata
 import importlib.util
 import logging
 import queue
@@ -24,66 +25,54 @@ import re
 import sys
 import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from megatron_twotower.common.device import CPU, is_cpu
-from megatron_twotower.common.errors import UserError
-
-# The releases of megatron-core that this project runs on: 0.16.1, the last for Python 3.11, and
-# 0.19.2.
-RELEASES = ("0.16", "0.19")
-
-
-def _release() -> str:
-    """Of the megatron-core that is installed, as in `RELEASES`; `none` where none is."""
-    try:
-        return ".".join(importlib.metadata.version("megatron-core").split(".")[:2])
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
-
-
-RELEASE = _release()
-
-# The function of filesystem_async.py that gives the queue of a save.
-QUEUE = "_get_write_results_queue" if RELEASE == "0.16" else "get_write_results_queue"
+from megatron_twotower.mcore.releases import RELEASE, Release, installed_release
 
 _DEVICE = (r"""device=(['"])cuda\1""", "device=torch.cuda.current_device()")
 _TYPE = (r"""torch\.cuda\.(Float|Half|BFloat16)Tensor(?=['"])""", r"torch.\1Tensor")
-# Megatron takes fused optimizers wherever their package imports, as on the login node of a cluster.
+# Megatron uses fused optimizers if their package can be imported, also on a node without a GPU,
+# such as the login node of a cluster.
 _FUSED = (r"from (transformer_engine\.pytorch\.optimizers|apex\.\w+) import", r"raise ImportError; from \1 import")
 
-# Some small functions are compiled where they are defined. None that a step calls is worth a
-# compiler on a CPU, whose import alone takes a second of every process.
+# Megatron compiles some small functions where they are defined. On a CPU none of those that a
+# training step calls is worth it: importing the compiler alone takes a second in every process.
 _COMPILED = (r"(?m)^enable_jit_fuser\(\)$", "disable_jit_fuser()")
 
-# What stands in the source of each module. A pattern that is not found is an error: the module has
-# changed upstream and must be looked at again.
-_LITERALS: dict[str, tuple[tuple[str, str], ...]] = {
-    "megatron.core.jit": (_COMPILED,),
-    "megatron.core.optimizer": (_FUSED,),
-    "megatron.core.optimizer.clip_grads": (_DEVICE, _TYPE, _FUSED),
-    "megatron.core.optimizer.distrib_optimizer": (_TYPE, _FUSED),
-    "megatron.core.optimizer.grad_scaler": (_DEVICE,),
-    "megatron.core.optimizer.optimizer": (_DEVICE, _TYPE, _FUSED),
-    "megatron.core.pipeline_parallel.schedules": (_DEVICE,),
-    "megatron.core.dist_checkpointing.strategies.state_dict_saver": (_DEVICE,),
-    "megatron.core.utils": (_DEVICE,),
-    # What only some releases have.
-    **{
-        "0.16": {"megatron.core.transformer.moe.moe_utils": (_DEVICE,)},
-        "0.19": {"megatron.core.transformer.moe.token_dispatcher": (_DEVICE,)},
-    }.get(RELEASE, {}),
-}
+_Substitution = tuple[str, str]
 
-# Of Megatron Core and its use of torch, on every start, about nothing that a user could change.
+
+def _source_patches(release: Release) -> dict[str, tuple[_Substitution, ...]]:
+    """The substitutions (pattern, replacement) in the source of each module.
+
+    A pattern that is not found is an error: Megatron has changed the module, and the patch must be
+    checked again.
+    """
+    return {
+        "megatron.core.jit": (_COMPILED,),
+        "megatron.core.optimizer": (_FUSED,),
+        "megatron.core.optimizer.clip_grads": (_DEVICE, _TYPE, _FUSED),
+        "megatron.core.optimizer.distrib_optimizer": (_TYPE, _FUSED),
+        "megatron.core.optimizer.grad_scaler": (_DEVICE,),
+        "megatron.core.optimizer.optimizer": (_DEVICE, _TYPE, _FUSED),
+        "megatron.core.pipeline_parallel.schedules": (_DEVICE,),
+        "megatron.core.dist_checkpointing.strategies.state_dict_saver": (_DEVICE,),
+        "megatron.core.utils": (_DEVICE,),
+        release.device_literal_module: (_DEVICE,),
+    }
+
+
+# Warnings of Megatron Core and of its use of torch. They appear on every start, and a user cannot
+# change what they are about.
 _WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     (r"Transformer Engine and Apex are not installed", UserWarning),
     (r"(Apex is not installed|full scope is deprecated)", UserWarning),
     (r"\w+ is experimental and still under active development", UserWarning),
-    # What it reads and writes checkpoints with, and the distributed optimizer.
+    # From reading and writing checkpoints, and from the distributed optimizer.
     (r"`load_state_dict` is deprecated", FutureWarning),
     (r"`torch.distributed.\w+` is deprecated", FutureWarning),
     (r"The argument order of load has been changed", UserWarning),
@@ -91,37 +80,47 @@ _WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
 )
 
 
-class _HostLoader(importlib.machinery.SourceFileLoader):
-    """Compiles a module's source with its device literals rewritten; never reads or writes a `.pyc`."""
+class _PatchedSourceLoader(importlib.machinery.SourceFileLoader):
+    """Compiles a module from its patched source; never reads or writes a `.pyc` file."""
+
+    def __init__(self, fullname: str, path: str, substitutions: Sequence[_Substitution]) -> None:
+        super().__init__(fullname, path)
+        self._substitutions = substitutions
 
     def get_code(self, fullname: str) -> types.CodeType:
         source = self.get_data(self.path).decode()
-        for pattern, replacement in _LITERALS[fullname]:
+        for pattern, replacement in self._substitutions:
             source, count = re.subn(pattern, replacement, source)
             if count == 0:
                 raise ImportError(f"{fullname}: {pattern!r} not found in megatron-core {RELEASE}")
         return self.source_to_code(source.encode(), self.path)
 
 
-class _HostFinder(importlib.abc.MetaPathFinder):
+class _PatchedSourceFinder(importlib.abc.MetaPathFinder):
+    """Finds the modules of Megatron whose source is patched."""
+
+    def __init__(self, patches: Mapping[str, Sequence[_Substitution]]) -> None:
+        self._patches = patches
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in _LITERALS:
+        if fullname not in self._patches:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.origin is None:
             return None
-        return importlib.util.spec_from_file_location(fullname, loader=_HostLoader(fullname, spec.origin))
+        loader = _PatchedSourceLoader(fullname, spec.origin, self._patches[fullname])
+        return importlib.util.spec_from_file_location(fullname, loader=loader)
 
 
-class _HostStream:
-    """Stands for a CUDA stream or event: everything on the host is already in order."""
+class _CpuStream:
+    """Replaces a CUDA stream or event: work on the CPU is always in order."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
-    def record_event(self, event: "_HostStream | None" = None) -> "_HostStream":
+    def record_event(self, event: "_CpuStream | None" = None) -> "_CpuStream":
         return event or self
 
     def _nothing(self, *_: Any, **__: Any) -> None:
@@ -133,121 +132,123 @@ class _HostStream:
         return True
 
 
-_STREAM = _HostStream()
-_RESULTS: queue.Queue[Any] = queue.Queue()
+_STREAM = _CpuStream()
+_WRITE_RESULTS: queue.Queue[Any] = queue.Queue()
 
 
 @contextlib.contextmanager
-def _host_stream(_: Any = None):
+def _cpu_stream_context(_: Any = None):
     yield
 
 
-def _set_host_rng_state(new_state: torch.Tensor, *_: Any, **__: Any) -> None:
+def _set_cpu_rng_state(new_state: torch.Tensor, *_: Any, **__: Any) -> None:
     torch.set_rng_state(new_state)
 
 
-_CUDA_CALLS: dict[str, Any] = {
+_CUDA_REPLACEMENTS: dict[str, Any] = {
     "current_device": lambda: CPU,
     "device_count": lambda: 1,
     "set_device": lambda *_: None,
     "synchronize": lambda *_: None,
     "empty_cache": lambda: None,
-    "Stream": _HostStream,
-    "Event": _HostStream,
+    "Stream": _CpuStream,
+    "Event": _CpuStream,
     "current_stream": lambda *_: _STREAM,
     "default_stream": lambda *_: _STREAM,
-    "stream": _host_stream,
+    "stream": _cpu_stream_context,
     "get_rng_state": lambda *_, **__: torch.get_rng_state(),
-    "set_rng_state": _set_host_rng_state,
+    "set_rng_state": _set_cpu_rng_state,
     "manual_seed": torch.manual_seed,
 }
 
 
 def install() -> None:
-    """Make Megatron Core importable and runnable here. Idempotent; touches no device call where CUDA is present.
+    """Patch Megatron Core so that it can be imported and runs on this machine.
+
+    The function may be called again: later calls change nothing. With a CUDA device no call of
+    `torch.cuda` and no source is patched.
 
     Raises:
-        RuntimeError: a module that needs rewriting was imported before.
-        UserError: Megatron Core is none of `RELEASES`.
+        RuntimeError: A module whose source must be patched is already imported.
+        UserError: The installed release of Megatron Core is not supported.
     """
-    if RELEASE not in RELEASES:
-        raise UserError(f"megatron-core: found {RELEASE}, expected {' or '.join(RELEASES)}")
+    release = installed_release()
     for message, category in _WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category)
-    # Megatron's wrapper says here that it lays its buffers out itself, which is what is wanted of
-    # it.
+    # Megatron's DDP logs that it creates its own buffers, which is intended.
     logging.getLogger("megatron.core.distributed.distributed_data_parallel").setLevel(logging.ERROR)
-    # A CUDA build of torch says here that there is no device; the doctor does.
+    # A CUDA build of torch logs that there is no device. `twotower doctor` reports it.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if not is_cpu():
-        _mend_everywhere()
+        _patch_for_all_devices(release)
         return
-    if any(isinstance(finder, _HostFinder) for finder in sys.meta_path):
+    if any(isinstance(finder, _PatchedSourceFinder) for finder in sys.meta_path):
         return
-    early = sorted(name for name in _LITERALS if name in sys.modules)
+    source_patches = _source_patches(release)
+    early = sorted(name for name in source_patches if name in sys.modules)
     if early:
         raise RuntimeError(f"megatron_twotower.mcore must be imported before Megatron Core; found {early}")
-    for name, call in _CUDA_CALLS.items():
-        setattr(torch.cuda, name, call)
-    sys.meta_path.insert(0, _HostFinder())
-    _mend_everywhere()
-    _mend_for_gloo()
+    for name, replacement in _CUDA_REPLACEMENTS.items():
+        setattr(torch.cuda, name, replacement)
+    sys.meta_path.insert(0, _PatchedSourceFinder(source_patches))
+    _patch_for_all_devices(release)
+    _patch_for_gloo()
 
 
-def _mend_everywhere() -> None:
+def _patch_for_all_devices(release: Release) -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.optimizer import clip_grads
     from megatron.core.transformer.moe import moe_utils
     from megatron.core.utils import local_multi_tensor_l2_norm
 
-    # megatron-core 0.16.1, moe_utils.py: the name is used wherever the router has a dtype of its
-    # own, but only defined when Transformer Engine imports.
+    # megatron-core 0.16.1, moe_utils.py: the router uses this name if it has its own dtype, but the
+    # name is only defined if Transformer Engine can be imported.
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
 
-    # megatron-core 0.16.1, utils.py: where neither Transformer Engine nor Apex is, the host waits
-    # for the norm of every single gradient.
+    # megatron-core 0.16.1, utils.py: without Transformer Engine and Apex, the host waits for the
+    # norm of each gradient.
     if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
         clip_grads.l2_norm_impl = _l2_norm
 
-    # megatron-core 0.16.1, filesystem_async.py starts a manager process for a queue that a
-    # synchronous save reads in the same process; it costs seconds, and outlives a training process
-    # that is killed.
-    assert hasattr(filesystem_async, QUEUE)
-    setattr(filesystem_async, QUEUE, lambda *_: _RESULTS)
+    # megatron-core 0.16.1, filesystem_async.py starts a manager process for the results queue, but
+    # this project writes in the same process that reads the queue. The manager takes seconds to
+    # start, and it survives a training process that is killed.
+    assert hasattr(filesystem_async, release.results_queue_function)
+    setattr(filesystem_async, release.results_queue_function, lambda *_: _WRITE_RESULTS)
 
 
 def _l2_norm(_: int, __: torch.Tensor, lists: list[list[torch.Tensor]], *___: Any) -> tuple[torch.Tensor, None]:
-    """The L2 norm (1,) over all tensors, where they are."""
+    """The L2 norm (1,) over all tensors, on their device."""
     norms = [norm for tensors in lists for norm in torch._foreach_norm(tensors)]
     return torch.stack(norms).norm().view(1), None
 
 
-def _mend_for_gloo() -> None:
+def _patch_for_gloo() -> None:
     from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer.moe import token_dispatcher
 
-    # The random tracker reads and writes the device generator's state: here the host generator is
-    # that device's.
+    # The random tracker reads and sets the state of the CUDA generator. Without CUDA it uses the
+    # CPU generator.
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
-    megatron_random._set_cuda_rng_state = _set_host_rng_state
+    megatron_random._set_cuda_rng_state = _set_cpu_rng_state
 
-    # megatron-core 0.16.1, token_dispatcher.py hands numpy split sizes to all_to_all_single; Gloo
-    # wants ints. maybe_move_tensor_to_cpu also leaves host tensors as they are, where the
-    # dispatcher goes on with arrays.
+    # megatron-core 0.16.1, token_dispatcher.py passes split sizes as numpy arrays to
+    # all_to_all_single; Gloo expects ints. In addition, maybe_move_tensor_to_cpu returns CPU
+    # tensors unchanged, although the dispatcher then expects arrays.
     token_dispatcher.maybe_move_tensor_to_cpu = _splits_as_ints
 
     # megatron-core 0.16.1, mappings.py gathers and scatters parts of different length between the
-    # ranks that split an expert, which NCCL can and Gloo cannot.
-    mappings._gather_along_first_dim = _with_uneven(mappings._gather_along_first_dim, _gather_uneven)
-    mappings._reduce_scatter_along_first_dim = _with_uneven(
+    # ranks that split an expert. NCCL supports this, Gloo does not.
+    mappings._gather_along_first_dim = _with_uneven_sizes(mappings._gather_along_first_dim, _gather_uneven)
+    mappings._reduce_scatter_along_first_dim = _with_uneven_sizes(
         mappings._reduce_scatter_along_first_dim, _reduce_scatter_uneven
     )
 
 
 class _Splits(list[int]):
-    """Split sizes as ints, with the one array method that the dispatcher calls."""
+    """Split sizes as ints, with `tolist`, the only array method that the dispatcher calls."""
 
     def tolist(self) -> list[int]:
         return list(self)
@@ -259,8 +260,8 @@ def _splits_as_ints(tensor: Any, as_numpy: bool = False, record_stream: bool = F
     return tensor
 
 
-def _with_uneven(even: Any, uneven: Any) -> Any:
-    """Megatron's collective along the first dimension, but for parts of given lengths."""
+def _with_uneven_sizes(even: Any, uneven: Any) -> Any:
+    """Megatron's collective `even`, replaced by `uneven` if the parts have given lengths."""
 
     def collective(input_: torch.Tensor, group: Any, sizes: Any = None, use_global_buffer: bool = False) -> Any:
         if sizes is None or group.size() == 1:
@@ -271,19 +272,22 @@ def _with_uneven(even: Any, uneven: Any) -> Any:
 
 
 def _gather_uneven(part: torch.Tensor, group: Any, sizes: list[int]) -> torch.Tensor:
-    """All parts in the order of ranks, `sizes` rows each: sent as long as the longest."""
+    """Concatenate the parts of all ranks in rank order; rank i has `sizes[i]` rows.
+
+    Each part is sent padded to the length of the longest.
+    """
     longest = max(sizes)
     padded = part.new_zeros(longest, *part.shape[1:])
     padded[: len(part)] = part
     parts = [torch.empty_like(padded) for _ in sizes]
     if padded.numel():
         torch.distributed.all_gather(parts, padded, group=group)
-    return torch.cat([whole[:size] for whole, size in zip(parts, sizes, strict=True)])
+    return torch.cat([rows[:size] for rows, size in zip(parts, sizes, strict=True)])
 
 
-def _reduce_scatter_uneven(whole: torch.Tensor, group: Any, sizes: list[int]) -> torch.Tensor:
-    """This rank's `sizes` rows of the sum."""
-    total = whole.clone()
+def _reduce_scatter_uneven(tensor: torch.Tensor, group: Any, sizes: list[int]) -> torch.Tensor:
+    """Sum a tensor over the ranks and return this rank's rows; rank i has `sizes[i]` rows."""
+    total = tensor.clone()
     if total.numel():
         torch.distributed.all_reduce(total, group=group)
     return total.split(sizes)[group.rank()].clone()

@@ -1,4 +1,4 @@
-"""Megatron's top-k router, balanced by the same numbers on every layout."""
+"""Megatron's top-k router, with a balancing loss that does not depend on the parallel layout."""
 
 import torch
 import torch.distributed as dist
@@ -8,22 +8,27 @@ from torch import Tensor
 
 
 class Router(TopKRouter):
-    """The router of a MoE layer, which counts sequences where Megatron's counts micro-batches.
+    """The router of a MoE layer. Its sequence loss is a sum over sequences, not over micro-batches.
 
-    Megatron 0.16.1 (transformer/moe/router.py) takes the sequence loss of all sequences of a
-    micro-batch as if each were as long as the average one, and weights it by the tokens of a rank:
-    the objective then depends on how sequences share micro-batches, on padding, and on the ranks
-    that split a sequence.
+    Megatron 0.16.1 (transformer/moe/router.py) computes the sequence loss of all sequences of a
+    micro-batch as if each had the average length, and weights it by the tokens of a rank. The
+    objective then depends on how sequences are grouped in micro-batches, on padding, and on the
+    number of ranks that split a sequence.
 
-    sequence_weights: (b,) what each sequence adds to the count that the loss is divided by, set
-    before each forward pass; None for its positions that are not padding.
+    Attributes:
+        sequence_weights: (b,) what each sequence adds to the count that the loss is divided by. It
+            is set before each forward pass. `None` uses the number of positions that are not
+            padding.
     """
 
     sequence_weights: Tensor | None = None
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Weights and choices (l b, experts). The choice is made in the router's precision; kernels of grouped experts
-        and of dispatchers read weights in fp32 at most."""
+        """Compute the weights and choices of experts, both (l b, experts).
+
+        The choice is made in the router's precision. The kernels of grouped experts and of token
+        dispatchers read weights in at most fp32.
+        """
         weights, chosen = super().forward(input, padding_mask)
         return (weights.float() if self.config.moe_grouped_gemm else weights), chosen
 
@@ -36,15 +41,21 @@ class Router(TopKRouter):
         bsz: int,
         with_padding_mask: bool = False,
     ) -> Tensor:
-        """Add `coefficient * sum_b counted_b * E * sum_e f_be P_be` to the summed loss, through `probs`.
+        """Add the sequence loss to the summed loss, through the gradient of `probs`.
 
-        f_be is the share of expert e in the choices of sequence b, P_be its mean score there
-        (DeepSeek-V3, equations 17 to 20). Divided by the global count like the loss itself, the
-        term is the mean over sequences, weighted as the loss weights them. Padding is zero in
-        scores and map already.
+        The term is `coefficient * sum_b counted_b * E * sum_e f_be P_be`.
+        f_be is the share of expert e in the choices of sequence b, and P_be its mean score there
+        (DeepSeek-V3, equations 17 to 20). Like the loss, the term is divided by the global count
+        later. It is then the mean over sequences, with the weights of the loss. The scores and the
+        routing map are already zero for padding.
 
-        Args: scores_for_aux_loss, routing_map: (l b, experts), l of this rank under sequence
-            parallelism.
+        Args:
+            probs: The weights of the experts, through which the gradient of the term is added.
+            scores_for_aux_loss: (l b, experts), with this rank's l under sequence parallelism.
+            routing_map: (l b, experts) bool, likewise.
+            seq_length: l of this rank.
+            bsz: b.
+            with_padding_mask: Not used.
         """
         coefficient = self.get_aux_loss_coeff("seq_aux_loss")
         if coefficient == 0:
@@ -54,15 +65,15 @@ class Router(TopKRouter):
             dist.all_reduce(chosen, group=self.tp_cp_group)
         real = chosen.sum(dim=1, keepdim=True) / self.topk
         scores = scores_for_aux_loss.unflatten(0, (seq_length, bsz)).sum(0)
-        each = self.num_experts * (chosen / self.topk * scores).sum(dim=1) / real.square().clamp(min=1).squeeze(1)
+        losses = self.num_experts * (chosen / self.topk * scores).sum(dim=1) / real.square().clamp(min=1).squeeze(1)
         weights = real.squeeze(1) if self.sequence_weights is None else self.sequence_weights
-        return MoEAuxLossAutoScaler.apply(probs, coefficient * (weights * each).sum())
+        return MoEAuxLossAutoScaler.apply(probs, coefficient * (weights * losses).sum())
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
-        """Count the tokens of each expert, padding left out, for the selection bias.
+        """Count the tokens of each expert without padding, for the update of the selection bias.
 
-        Megatron's mask has no dimension of experts, and it compiles these two lines in every
-        process.
+        This replaces Megatron's method, whose padding mask lacks the dimension of experts, and
+        which is compiled again in every process.
         """
         if torch.is_grad_enabled():
             counted = routing_map if padding_mask is None else routing_map & ~padding_mask.unsqueeze(-1)

@@ -12,36 +12,41 @@ from megatron_twotower.mcore import modules
 
 
 def squared_relu(x: Tensor) -> Tensor:
+    """The activation of all MLPs: the square of ReLU."""
     return F.relu(x).square()
 
 
 def leave_uninitialised(tensor: Tensor) -> Tensor:
-    """Megatron's init_method: weights always come from named tensors, loaded later and counted."""
+    """Megatron's `init_method`: all weights are loaded from named tensors after construction."""
     return tensor
 
 
-def transformer_config(config: RunConfig, *, served: str | None = None) -> TransformerConfig:
+def transformer_config(config: RunConfig, *, transformer_impl: str | None = None) -> TransformerConfig:
     """The configuration that Megatron's layers, optimizer and schedules read.
 
     Args:
-        served: a row of `spec.SPECS`, where it is not to be chosen by what is here.
+        config: The configuration of the run.
+        transformer_impl: A key of `modules.LAYER_MODULES`. `None` chooses by the configuration and
+            by what is installed.
 
     Raises:
-        UserError: the configuration asks for modules or kernels that are not here.
+        UserError: The configuration asks for modules or kernels that are not available.
     """
     model, parallel, train = config.model, config.parallel, config.train
-    of_spec = modules.megatron_fields(config, served=served or modules.implementation(config))
+    transformer_impl = transformer_impl or modules.choose_transformer_impl(config)
+    implementation = modules.implementation_fields(config, transformer_impl=transformer_impl)
+    fused_activation = implementation.get("use_fused_weighted_squared_relu")
     pipeline: dict[str, object] = {}
     if parallel.pipeline > 1:
-        # In one batch, Megatron's default, what two interleaved stages send each other forward and
-        # backward would mix.
+        # Megatron's default is to batch sends and receives. With interleaved stages that would mix
+        # the forward and backward messages between two stages.
         interleaved = parallel.pipeline_chunks > 1
         pipeline = {
             "pipeline_model_parallel_size": parallel.pipeline,
             "pipeline_model_parallel_layout": _megatron_layout(model, parallel),
-            "pipeline_dtype": of_spec["params_dtype"],
-            # Gloo still reads what an overlapped send has not finished with; NCCL holds on to it by
-            # itself.
+            "pipeline_dtype": implementation["params_dtype"],
+            # Gloo reads the output until an overlapped send has finished. NCCL keeps its own
+            # reference.
             "deallocate_pipeline_outputs": not (interleaved and is_cpu()),
             "overlap_p2p_comm": interleaved,
             "batch_p2p_comm": not interleaved,
@@ -70,8 +75,8 @@ def transformer_config(config: RunConfig, *, served: str | None = None) -> Trans
         ffn_hidden_size=model.intermediate_size,
         normalization="RMSNorm",
         layernorm_epsilon=model.layer_norm_epsilon,
-        # Megatron knows by its own function what it can fuse.
-        activation_func=activations.squared_relu if of_spec.get("use_fused_weighted_squared_relu") else squared_relu,
+        # Megatron fuses the activation only if it is Megatron's own function.
+        activation_func=activations.squared_relu if fused_activation else squared_relu,
         add_bias_linear=False,
         bias_activation_fusion=False,
         hidden_dropout=0.0,
@@ -83,13 +88,13 @@ def transformer_config(config: RunConfig, *, served: str | None = None) -> Trans
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor_ranks,
         calculate_per_token_loss=True,
-        **of_spec,
+        **implementation,
         **pipeline,
         **experts,
     )
 
 
 def _megatron_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[str]]:
-    """Our stretches as Megatron spells them, so that its configuration accepts stages of any length."""
+    """The pipeline stages in Megatron's notation, which allows stages of any length."""
     layout = [["decoder"] * len(stage.layers) for stage in pipeline_stages(model, parallel)]
     return [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]]

@@ -1,12 +1,12 @@
-"""One table between Megatron's parameters and Hugging Face's tensors: names, layouts, and how ranks split them.
+"""The table between Megatron's parameters and Hugging Face tensors.
 
-Everything that moves weights reads this table: loading a backbone, exporting a model, sharding a
-checkpoint.
+An `Entry` is a row of the table. It has names, shapes, and how ranks split the parameter. All code
+that moves weights reads this table: loading a backbone, exporting a model, sharding a checkpoint.
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,62 +17,77 @@ from megatron_twotower.config.schema import ModelConfig
 
 @dataclass(frozen=True)
 class Entry:
-    """One Megatron parameter (or router-bias buffer) and what it is made of.
+    """One Megatron parameter or router bias, and the Hugging Face tensors that it is made of.
 
-    megatron: name in the model, with the expert's global index.
-    hf: the Hugging Face tensors it holds, without the tower's prefix.
-    shape: of the whole parameter, over all ranks, in Megatron's layout.
-    split: dimension split over tensor-parallel ranks, or None where every rank has all of it.
-    sections: sizes along `split` of what is split each by itself; empty for one section.
-    expert: global index of the expert it belongs to, or None.
-    layout: key of `LAYOUTS`, how the Hugging Face tensors become the parameter.
+    Attributes:
+        megatron_name: The name in the model, with the expert's index over all ranks.
+        hf_names: The names of the Hugging Face tensors, without the prefix of the tower.
+        shape: The shape over all ranks, in Megatron's layout.
+        split_dim: The dimension that tensor-parallel ranks split; `None` if they do not split it.
+        section_sizes: The sizes along `split_dim` of the sections of a fused parameter. Ranks split
+            each section separately. Empty if the parameter is not fused.
+        expert: The index over all ranks of the expert that it belongs to, or `None`.
+        conversion: The key in `_CONVERSIONS` of how the Hugging Face tensors become the parameter.
     """
 
-    megatron: str
-    hf: tuple[str, ...]
+    megatron_name: str
+    hf_names: tuple[str, ...]
     shape: tuple[int, ...]
-    split: int | None = None
-    sections: tuple[int, ...] = ()
+    split_dim: int | None = None
+    section_sizes: tuple[int, ...] = ()
     expert: int | None = None
-    layout: str = "plain"
+    conversion: str = "plain"
 
 
-def _join_qkv(tensors: list[Tensor], model: ModelConfig) -> Tensor:
-    """q, k, v rows -> Megatron's order: the queries of a kv head, its key, its value, then the next kv head's."""
+def _join_qkv(tensors: Sequence[Tensor], model: ModelConfig) -> Tensor:
+    """Fuse q, k and v in Megatron's order: per kv head the rows of its queries, key and value."""
     grouped = [t.reshape(model.num_key_value_heads, -1, t.shape[-1]) for t in tensors]
     return torch.cat(grouped, dim=1).flatten(0, 1)
 
 
-def _part_qkv(tensor: Tensor, model: ModelConfig) -> list[Tensor]:
+def _split_qkv(tensor: Tensor, model: ModelConfig) -> list[Tensor]:
+    """The inverse of `_join_qkv`."""
     queries = model.num_attention_heads // model.num_key_value_heads * model.head_dim
     grouped = tensor.reshape(model.num_key_value_heads, -1, tensor.shape[-1])
     return [t.flatten(0, 1) for t in grouped.split([queries, model.head_dim, model.head_dim], dim=1)]
 
 
-# layout: (Hugging Face tensors -> parameter, parameter -> Hugging Face tensors)
-LAYOUTS = {
+# conversion: (Hugging Face tensors -> parameter, parameter -> Hugging Face tensors)
+_CONVERSIONS: dict[
+    str, tuple[Callable[[Sequence[Tensor], ModelConfig], Tensor], Callable[[Tensor, ModelConfig], list[Tensor]]]
+] = {
     "plain": (lambda tensors, _: tensors[0], lambda tensor, _: [tensor]),
     "conv": (lambda tensors, _: tensors[0].squeeze(1), lambda tensor, _: [tensor.unsqueeze(1)]),
-    "qkv": (_join_qkv, _part_qkv),
+    "qkv": (_join_qkv, _split_qkv),
 }
 
 
+def parameter_from_hf(entry: Entry, tensors: Sequence[Tensor], model: ModelConfig) -> Tensor:
+    """Convert the Hugging Face tensors of an entry to its complete Megatron parameter."""
+    return _CONVERSIONS[entry.conversion][0](tensors, model)
+
+
+def hf_from_parameter(entry: Entry, parameter: Tensor, model: ModelConfig) -> list[Tensor]:
+    """Convert the complete parameter to Hugging Face tensors, in the order of `hf_names`."""
+    return _CONVERSIONS[entry.conversion][1](parameter, model)
+
+
 def hf_shapes(entries: Iterable[Entry], model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The Hugging Face tensors of some entries, with their shapes, in order."""
+    """The names and shapes of the Hugging Face tensors of some entries, in their order."""
     shapes: dict[str, tuple[int, ...]] = {}
     for entry in entries:
-        parts = LAYOUTS[entry.layout][1](torch.empty(entry.shape, device="meta"), model)
-        shapes |= dict(zip(entry.hf, (tuple(part.shape) for part in parts), strict=True))
+        tensors = hf_from_parameter(entry, torch.empty(entry.shape, device="meta"), model)
+        shapes |= dict(zip(entry.hf_names, (tuple(tensor.shape) for tensor in tensors), strict=True))
     return shapes
 
 
 def _mamba(m: ModelConfig) -> Iterator[Entry]:
     inner, bc, heads = m.mamba_inner, m.n_groups * m.ssm_state_size, m.mamba_num_heads
-    parts = (inner, inner, bc, bc, heads)
-    yield Entry("in_proj.weight", ("in_proj.weight",), (sum(parts), m.hidden_size), 0, parts)
+    sections = (inner, inner, bc, bc, heads)
+    yield Entry("in_proj.weight", ("in_proj.weight",), (sum(sections), m.hidden_size), 0, sections)
     channels = (inner, bc, bc)
     width = (sum(channels), m.conv_kernel)
-    yield Entry("conv1d_weight", ("conv1d.weight",), width, 0, channels, layout="conv")
+    yield Entry("conv1d_weight", ("conv1d.weight",), width, 0, channels, conversion="conv")
     yield Entry("conv1d_bias", ("conv1d.bias",), (sum(channels),), 0, channels)
     for name in ("A_log", "D", "dt_bias"):
         yield Entry(name, (name,), (heads,), 0)
@@ -84,7 +99,7 @@ def _attention(m: ModelConfig) -> Iterator[Entry]:
     queries = m.num_attention_heads * m.head_dim
     qkv = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
     rows = queries + 2 * m.num_key_value_heads * m.head_dim
-    yield Entry("linear_qkv.weight", qkv, (rows, m.hidden_size), 0, layout="qkv")
+    yield Entry("linear_qkv.weight", qkv, (rows, m.hidden_size), 0, conversion="qkv")
     yield Entry("linear_proj.weight", ("o_proj.weight",), (m.hidden_size, queries), 1)
 
 
@@ -110,48 +125,54 @@ def _dense(m: ModelConfig) -> Iterator[Entry]:
 _MIXERS = {"M": _mamba, "*": _attention, "E": _experts, "-": _dense}
 
 
-def _under(prefix: str, hf_prefix: str, entry: Entry) -> Entry:
-    hf = tuple(f"{hf_prefix}{name}" for name in entry.hf)
-    return Entry(f"{prefix}{entry.megatron}", hf, entry.shape, entry.split, entry.sections, entry.expert, entry.layout)
+def _with_prefix(entry: Entry, prefix: str, hf_prefix: str = "") -> Entry:
+    hf_names = tuple(f"{hf_prefix}{name}" for name in entry.hf_names)
+    return replace(entry, megatron_name=f"{prefix}{entry.megatron_name}", hf_names=hf_names)
 
 
 def tower_entries(model: ModelConfig, *, prefix: str, head: str) -> Iterator[Entry]:
-    """The entries of a tower; `prefix` and `head` are its Hugging Face prefix and the name of its head."""
+    """The entries of a tower.
+
+    Args:
+        model: The architecture.
+        prefix: The prefix of its Hugging Face tensors.
+        head: The name of its Hugging Face head.
+    """
     vocabulary = (model.vocab_size, model.hidden_size)
     yield Entry("embedding.weight", (f"{prefix}embeddings.weight",), vocabulary, 0)
     for i, kind in enumerate(model.hybrid_override_pattern):
         yield Entry(f"layers.{i}.norm.weight", (f"{prefix}layers.{i}.norm.weight",), (model.hidden_size,))
         for entry in _MIXERS[kind](model):
-            yield _under(f"layers.{i}.mixer.", f"{prefix}layers.{i}.mixer.", entry)
+            yield _with_prefix(entry, f"layers.{i}.mixer.", f"{prefix}layers.{i}.mixer.")
     yield Entry("final_norm.weight", (f"{prefix}norm_f.weight",), (model.hidden_size,))
     yield Entry("output_layer.weight", (head,), vocabulary, 0)
 
 
 def backbone_entries(model: ModelConfig) -> list[Entry]:
-    """A plain NemotronH, as the hub spells it."""
+    """The entries of a plain NemotronH, with the names of the hub."""
     return list(tower_entries(model, prefix="backbone.", head="lm_head.weight"))
 
 
 def trained_backbone_entries(model: ModelConfig) -> list[Entry]:
-    """A plain NemotronH as `BackboneModel` holds it."""
-    return [_under("tower.", "", entry) for entry in backbone_entries(model)]
+    """The entries of a plain NemotronH as a `BackboneModel`."""
+    return [_with_prefix(entry, "tower.") for entry in backbone_entries(model)]
 
 
 def context_entries(model: ModelConfig) -> list[Entry]:
-    """The frozen half of a two-tower checkpoint."""
+    """The entries of the context tower in a two-tower folder."""
     return list(tower_entries(model, prefix="context_tower.", head="context_lm_head.weight"))
 
 
 def context_name(hub: str) -> str:
-    """The name in a two-tower checkpoint of a tensor of the backbone."""
+    """The name in a two-tower folder of a backbone tensor with the name `hub`."""
     return "context_lm_head.weight" if hub == "lm_head.weight" else hub.replace("backbone.", "context_tower.", 1)
 
 
 def denoiser_entries(model: ModelConfig, frequencies: int) -> list[Entry]:
-    """The trained half of a two-tower checkpoint: tower, head and time conditioning."""
+    """The entries of what trains in a two-tower folder: denoiser, head and time conditioning."""
     hidden = model.hidden_size
     denoiser = tower_entries(model, prefix="denoiser_tower.", head="lm_head.weight")
-    entries = [_under("tower.", "", entry) for entry in denoiser]
+    entries = [_with_prefix(entry, "tower.") for entry in denoiser]
     shapes = {
         "t_embedder.mlp.0": (hidden, frequencies),
         "t_embedder.mlp.2": (hidden, hidden),
@@ -166,36 +187,42 @@ def denoiser_entries(model: ModelConfig, frequencies: int) -> list[Entry]:
     return entries
 
 
-# What stands outside the layers: on the first stage, and on the last.
+# The modules outside the layers: those of the first stage, and those of the last.
 _FIRST_STAGE, _LAST_STAGE = ("embedding", "conditioning"), ("final_norm", "output_layer")
 
 
 def entries_of_stage(entries: Sequence[Entry], stage: PipelineStage) -> list[Entry]:
-    """The entries whose parameters a stretch of layers holds: every entry is on one stage."""
-    return [entry for entry in entries if _is_on(entry.megatron, stage)]
+    """The entries whose parameters are on a pipeline stage. Each entry is on exactly one stage."""
+    return [entry for entry in entries if _is_on_stage(entry.megatron_name, stage)]
 
 
-def _is_on(name: str, stage: PipelineStage) -> bool:
+def _is_on_stage(name: str, stage: PipelineStage) -> bool:
     layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
     if layer:
         return int(layer[1]) in stage.layers
-    part = name.removeprefix("tower.").partition(".")[0]
-    assert part in _FIRST_STAGE + _LAST_STAGE, name
-    return stage.first if part in _FIRST_STAGE else stage.last
+    module = name.removeprefix("tower.").partition(".")[0]
+    assert module in _FIRST_STAGE + _LAST_STAGE, name
+    return stage.first if module in _FIRST_STAGE else stage.last
 
 
 @dataclass(frozen=True)
 class Spelling:
-    """How a folder spells what the table calls by its hub-style names.
+    """How a folder names the tensors that the table lists by their names on the hub.
 
-    prefix: in place of `backbone.`. stacked: the experts of a layer are the rows of one tensor.
+    Attributes:
+        prefix: Replaces `backbone.`.
+        stacked: Whether one tensor has all experts of a layer, one per row.
     """
 
     prefix: str = "backbone."
     stacked: bool = False
 
     def key(self, name: str) -> tuple[str, int | None]:
-        """The tensor of the folder that holds a name, and the row of it, or None where it is all of it."""
+        """The name in the folder for a hub name.
+
+        Returns:
+            The tensor of the folder, and the row of it that has the name; `None` for all rows.
+        """
         if name.startswith("backbone."):
             name = self.prefix + name.removeprefix("backbone.")
         before, experts, after = name.partition(".mixer.experts.")
@@ -205,12 +232,12 @@ class Spelling:
         return f"{before}{experts}{projection}", int(number)
 
 
-# A plain NemotronH on the hub, and as `transformers` holds it in memory.
+# How a plain NemotronH names its tensors on the hub, and in memory in `transformers`.
 SPELLINGS = {"hub": Spelling(), "transformers": Spelling("model.", stacked=True)}
 
 
 def spelled_shapes(entries: Iterable[Entry], model: ModelConfig, spelling: Spelling) -> dict[str, tuple[int, ...]]:
-    """The tensors of a folder that holds some entries, with their shapes."""
+    """The names and shapes of the tensors of a folder that contains some entries."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in hf_shapes(entries, model).items():
         key, row = spelling.key(name)
@@ -219,18 +246,27 @@ def spelled_shapes(entries: Iterable[Entry], model: ModelConfig, spelling: Spell
 
 
 def stored_sections(entry: Entry) -> list[tuple[str, tuple[int, ...]]]:
-    """The tensors of a checkpoint that hold an entry, along `split`, and their shapes over all ranks."""
-    if not entry.sections:
-        return [(entry.megatron, entry.shape)]
-    axis = entry.split or 0
+    """The tensors of a checkpoint that store an entry: names, and shapes over all ranks.
+
+    A fused parameter has one tensor for each of its sections, in order along `split_dim`.
+    """
+    if not entry.section_sizes:
+        return [(entry.megatron_name, entry.shape)]
+    axis = entry.split_dim or 0
     return [
-        (f"{entry.megatron}.part{i}", (*entry.shape[:axis], size, *entry.shape[axis + 1 :]))
-        for i, size in enumerate(entry.sections)
+        (f"{entry.megatron_name}.part{i}", (*entry.shape[:axis], size, *entry.shape[axis + 1 :]))
+        for i, size in enumerate(entry.section_sizes)
     ]
 
 
 def folder_entries(towers: Collection[str], model: ModelConfig, frequencies: int) -> list[Entry]:
-    """The entries of a folder that has some of the towers "backbone", "context" and "denoiser"."""
+    """The entries of a Hugging Face folder.
+
+    Args:
+        towers: The towers in the folder: "backbone", "context", "denoiser".
+        model: The architecture.
+        frequencies: The number of frequencies of the time conditioning.
+    """
     of_tower = {
         "backbone": lambda: backbone_entries(model),
         "context": lambda: context_entries(model),
@@ -240,24 +276,15 @@ def folder_entries(towers: Collection[str], model: ModelConfig, frequencies: int
 
 
 def shard(tensor: Tensor, entry: Entry, *, rank: int, ranks: int) -> Tensor:
-    """This rank's part of a whole parameter."""
-    if entry.split is None or ranks == 1:
+    """A tensor-parallel rank's shard of the complete parameter; of each section its own part."""
+    if entry.split_dim is None or ranks == 1:
         return tensor
-    parts = tensor.split(list(entry.sections) or [tensor.shape[entry.split]], dim=entry.split)
-    return torch.cat([part.chunk(ranks, dim=entry.split)[rank] for part in parts], dim=entry.split)
+    sections = tensor.split(list(entry.section_sizes) or [tensor.shape[entry.split_dim]], dim=entry.split_dim)
+    return torch.cat([section.chunk(ranks, dim=entry.split_dim)[rank] for section in sections], dim=entry.split_dim)
 
 
-def joined(parts: Sequence[Tensor], entry: Entry) -> Tensor:
-    """The whole parameter from the parts of all ranks, in their order: what `shard` took apart."""
-    if entry.split is None or len(parts) == 1:
-        return parts[0]
-    sizes = [size // len(parts) for size in entry.sections] or [parts[0].shape[entry.split]]
-    pieces = [part.split(sizes, dim=entry.split) for part in parts]
-    return torch.cat([piece for group in zip(*pieces, strict=True) for piece in group], dim=entry.split)
-
-
-# Where Transformer Engine's modules hold what the table has elsewhere: a norm inside the projection
-# after it, and the experts of a rank as the weights of one module.
+# Transformer Engine's modules have two parameters in other places than the table: the norm is
+# inside the projection after it, and the experts of a rank are weights of one module.
 _CANONICAL = (
     (re.compile(r"\.mixer\.(?:in_proj|linear_qkv)\.layer_norm_weight$"), ".norm.weight"),
     (re.compile(r"\.experts\.(linear_fc[12])\.weight(\d+)$"), r".experts.local_experts.\2.\1.weight"),
@@ -265,7 +292,7 @@ _CANONICAL = (
 
 
 def canonical_name(name: str) -> str:
-    """The name in the table of a parameter of either spec (`spec.py`), on its rank."""
+    """The name in the table, with local expert indices, of a parameter of any `LayerModules`."""
     for pattern, replacement in _CANONICAL:
         name = pattern.sub(replacement, name)
     return name
@@ -277,24 +304,36 @@ _PROJECTION = re.compile(
 
 
 def layer_of_projection(name: str) -> int | None:
-    """The layer that a matrix of a mixer or expert is in, by its name in the table: what FP8 multiplies. None for what
-    is no such matrix."""
+    """The layer of a matrix that FP8 may multiply, by its name in the table.
+
+    Returns:
+        The index of the layer; `None` if `name` is not a projection of a mixer or expert.
+    """
     found = _PROJECTION.search(name)
     return int(found[1]) if found else None
 
 
 def canonical_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters, and the router biases among the buffers, of a module of either spec, by their names in the table."""
+    """The parameters and router biases of a module, by their names in the table."""
     biases = {name: buffer for name, buffer in module.named_buffers() if name.endswith("expert_bias")}
     return {canonical_name(name): tensor for name, tensor in [*module.named_parameters(), *biases.items()]}
 
 
-def local_expert_name(entry: Entry, *, experts: int, rank: int, ranks: int) -> str | None:
-    """The name of an entry on an expert-parallel rank; None where its expert lives on another."""
+def name_on_rank(entry: Entry, *, experts: int, rank: int, ranks: int) -> str | None:
+    """The name of an entry on an expert-parallel rank, where experts have local indices.
+
+    Args:
+        entry: The entry.
+        experts: The number of experts over all ranks.
+        rank: The expert-parallel rank.
+        ranks: The number of expert-parallel ranks.
+
+    Returns:
+        The name; `None` if the entry's expert is on another rank.
+    """
     if entry.expert is None:
-        return entry.megatron
-    each = experts // ranks
-    owner, local = divmod(entry.expert, each)
+        return entry.megatron_name
+    owner, local = divmod(entry.expert, experts // ranks)
     if owner != rank:
         return None
-    return entry.megatron.replace(f"local_experts.{entry.expert}.", f"local_experts.{local}.")
+    return entry.megatron_name.replace(f"local_experts.{entry.expert}.", f"local_experts.{local}.")

@@ -1,15 +1,15 @@
-"""The towers: one stack of layers, and two of them in lockstep.
+"""The towers: one stack of layers (`Tower`), and two of them together (`TwoTower`).
 
-`Tower` is a NemotronH backbone. `TwoTower` is what is trained: the denoiser with its time
-conditioning, beside a frozen context tower that it does not own. The context tower is deliberately
-not a submodule: no wrapper, optimizer, router-bias update or checkpoint that walks over modules can
-reach it.
+`Tower` is a NemotronH backbone. `TwoTower` is the model that is trained: the denoiser with its time
+conditioning, and a reference to a frozen context tower. The context tower is deliberately not a
+submodule. No DDP wrapper, optimizer, router-bias update or checkpoint that iterates over modules
+can reach it.
 
-Each may hold a stretch of the layers only, a pipeline stage. Then both streams travel to the next
-stage, and with them the time conditioning, which is made once, on the first: its gradient comes
-back with that of the noisy stream, so that no parameter stands on two stages and none has to be
-summed, counted or stored over them. It adds 3 / S of a stream to what travels, where every block
-has its own time.
+Each of them may have only the layers of a pipeline stage. A stage then sends both streams to the
+next stage, together with the time conditioning, which the first stage computes. The gradient of the
+conditioning comes back with that of the noisy stream. So each parameter is on one stage only, and
+no gradient has to be summed over stages. With one noise level per block of s tokens, the
+conditioning is 3 / s of the size of a stream.
 """
 
 from collections.abc import Callable
@@ -31,23 +31,31 @@ from megatron_twotower.config.pipeline_stages import PipelineStage, whole_model
 from megatron_twotower.config.schema import ModelConfig, RunConfig
 from megatron_twotower.mcore import modules
 from megatron_twotower.model.adaln import TimeConditioning
-from megatron_twotower.model.layers import HANDING_ON, DenoiserLayer, Layer
+from megatron_twotower.model.layers import DenoiserLayer, Layer
+from megatron_twotower.model.mixers import HANDOFF_KINDS
 from megatron_twotower.types import Blocks, Handoff, NoisyBatch
 
 
 class Head(ColumnParallelLinear):
-    """This rank's slice of the head. Its logits are made with the loss, a few at a time (`ops.cross_entropy`)."""
+    """This rank's slice of the head.
+
+    The loss computes the logits, for a few positions at a time (`ops.cross_entropy`).
+    """
 
     def forward(self) -> Tensor:
-        """Its weight (v / ranks, h), as a call: hooks on modules gather parameters just before use."""
+        """Return the weight (v / ranks, h).
+
+        The loss gets the weight by this call, because hooks on modules gather parameters just
+        before `forward`.
+        """
         return self.weight
 
 
 class Tower(MegatronModule):
-    """A NemotronH backbone: embedding, layers, final norm, head. Hidden states are (l, b, h).
+    """A NemotronH backbone: embedding, layers, final norm and head. Hidden states are (l, b, h).
 
-    Of a stage, its part: layers keep their numbers in the whole model, in `layers` and in the names
-    of parameters.
+    If it is a pipeline stage, it has only the parts of the stage. Layers keep their index in the
+    model, in `layers` and in the names of parameters.
     """
 
     def __init__(
@@ -68,11 +76,11 @@ class Tower(MegatronModule):
         kinds = model.hybrid_override_pattern
         self.layers = nn.ModuleDict({str(i): layer(kinds[i], i, model, config, groups) for i in self.stage.layers})
         if self.stage.last:
-            self.final_norm = modules.of(config).norm(config)
+            self.final_norm = modules.layer_modules(config).norm(config)
             self.output_layer = Head(
                 model.hidden_size,
                 model.vocab_size,
-                config=modules.unfused(config),
+                config=modules.without_gradient_fusion(config),
                 init_method=config.init_method,
                 bias=False,
                 gather_output=False,
@@ -80,12 +88,15 @@ class Tower(MegatronModule):
             )
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Tokens (b, l) -> (l, b, h), this rank's part of l under sequence parallelism."""
+        """Embed tokens (b, l) as (l, b, h), or this rank's part of l under sequence parallelism."""
         hidden = self.embedding(tokens).transpose(0, 1).contiguous()
         return scatter_to_sequence_parallel_region(hidden, self.groups.tp) if self._sequence_parallel else hidden
 
     def final(self, hidden: Tensor) -> Tensor:
-        """Normed hidden states of all of l, for a loss whose gradient every tensor-parallel rank computes in full."""
+        """Apply the final norm, and gather all l positions under sequence parallelism.
+
+        Every tensor-parallel rank must compute the complete gradient of the loss.
+        """
         hidden = self.final_norm(hidden)
         if not self._sequence_parallel:
             return hidden
@@ -96,41 +107,49 @@ class Tower(MegatronModule):
         return bool(self.config.sequence_parallel)
 
     def vocabulary_start(self) -> int:
-        """First vocabulary entry of this rank's slice of the head."""
+        """The index of the first vocabulary entry in this rank's slice of the head."""
         return int(self.output_layer.output_size_per_partition) * self.groups.tp.rank()
 
 
 class PipelineModel(MegatronModule):
-    """What Megatron's schedules expect of a stage: a place for what the stage before sent."""
+    """The interface that Megatron's schedules expect of a pipeline stage."""
 
     def __init__(self, config: TransformerConfig, stage: PipelineStage) -> None:
         super().__init__(config)
         self.model_type = ModelType.encoder_or_decoder
-        # Megatron asks these when it sums the gradients of tied embeddings over stages: there are
-        # none.
+        # Megatron reads these attributes when it sums the gradients of tied embeddings over stages.
+        # No embedding is tied here.
         self.pre_process, self.post_process = stage.first, stage.last
         self.share_embeddings_and_output_weights = False
         self._received: Tensor | None = None
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
-        """Called before each forward pass; None on the first stage."""
+        """Set the tensor of the previous stage before a forward pass; `[None]` on the first."""
         self._received = input_tensor[0]
 
     def received(self) -> Tensor:
-        """The rows (n, h) that the stage before sent for this forward pass. The schedule keeps them, not the module."""
+        """Take the rows (rows, h) that the previous stage sent for this forward pass.
+
+        The module forgets them, because the schedule keeps them for the backward pass.
+        """
         received, self._received = self._received, None
-        assert received is not None, "only the first stage starts without"
+        assert received is not None, "only the first stage receives nothing"
         return received.squeeze(1)
 
 
-def _to_send(hidden: Tensor, *others: Tensor) -> Tensor:
-    """Tensors of whole rows of h, the first (..., h), as the one tensor (n, 1, h) that Megatron's schedules send on."""
+def _pack_for_next_stage(hidden: Tensor, *others: Tensor) -> Tensor:
+    """Pack tensors into the one tensor (rows, 1, h) that is sent to the next stage.
+
+    Args:
+        hidden: (..., h).
+        others: Tensors whose number of elements is a multiple of h.
+    """
     width = hidden.shape[-1]
     return torch.cat([stream.reshape(-1, 1, width) for stream in (hidden, *others)])
 
 
 class BackboneModel(PipelineModel):
-    """A single backbone, or a stage of one, for the `ar` objective."""
+    """A single backbone, or one of its pipeline stages, for the `ar` objective."""
 
     def __init__(
         self,
@@ -144,26 +163,38 @@ class BackboneModel(PipelineModel):
         self.tower = Tower(config.model, megatron, groups, stage=stage)
 
     def forward(self, tokens: Tensor, documents: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
-        """Tokens (b, l), and documents and padding (b, l) where they count -> final hidden states (l, b, h).
+        """Compute the final hidden states (l, b, h).
 
-        A stage that is not the last gives what the next one receives.
+        A stage that is not the last returns the tensor for the next stage instead.
+
+        Args:
+            tokens: (b, l).
+            documents: As in `Batch`.
+            padding: As in `Batch`.
         """
         blocks, stage = Blocks(documents=documents, padding=padding), self.tower.stage
         hidden = self.tower.embed(tokens) if stage.first else self.received().unflatten(0, (-1, len(tokens)))
-        with modules.model_computing(self.config):
+        with modules.fp8_model_context(self.config):
             for layer in self.tower.layers.values():
                 hidden, _ = layer(hidden, blocks)
-        return self.tower.final(hidden) if stage.last else _to_send(hidden)
+        return self.tower.final(hidden) if stage.last else _pack_for_next_stage(hidden)
 
 
 class TwoTower(PipelineModel):
-    """Context tower and denoiser in lockstep: layer i of one, then layer i of the other."""
+    """Context tower and denoiser: layer i of the context tower, then layer i of the denoiser.
+
+    Attributes:
+        context_layers: The number of layers of the context tower that run. Layers after the last
+            one with a handoff are not needed.
+    """
 
     def __init__(
         self, config: RunConfig, megatron: TransformerConfig, groups: ProcessGroupCollection, context: Tower
     ) -> None:
         super().__init__(megatron, context.stage)
-        if context.stage.first:  # before the tower: parameters are gathered in the order in which they are used
+        # The conditioning is registered before the tower, because parameters are gathered in the
+        # order of registration, and it is used first.
+        if context.stage.first:
             self.conditioning = TimeConditioning(
                 config.model.hidden_size, config.conditioning, dtype=megatron.params_dtype, device=device()
             )
@@ -171,39 +202,39 @@ class TwoTower(PipelineModel):
                 parameter.sequence_parallel = megatron.sequence_parallel  # type: ignore[attr-defined]
         self.tower = Tower(config.model, megatron, groups, layer=DenoiserLayer, stage=context.stage)
         self.recompute = frozenset(config.train.recompute_layers)
-        self._frozen = (context,)  # in a tuple: not a submodule
-        # The context tower goes no further than the last layer that hands something on.
-        handing_on = [i for i, kind in enumerate(config.model.hybrid_override_pattern) if kind in HANDING_ON]
-        self.context_layers = max(handing_on, default=-1) + 1
+        self._context = (context,)  # a tuple, so that it does not become a submodule
+        with_handoff = [i for i, kind in enumerate(config.model.hybrid_override_pattern) if kind in HANDOFF_KINDS]
+        self.context_layers = max(with_handoff, default=-1) + 1
 
     @property
     def context(self) -> Tower:
-        return self._frozen[0]
+        """The frozen context tower."""
+        return self._context[0]
 
     def forward(self, batch: NoisyBatch) -> Tensor:
-        """Final hidden states (l, r b, h) of the noisy stream of every block.
+        """Compute the final hidden states (l, r b, h) of the noisy stream.
 
-        A stage that is not the last gives what the next one receives.
+        A stage that is not the last returns the tensor for the next stage instead.
         """
         blocks, stage = Blocks(batch.block, batch.documents, batch.padding, batch.sequence_weights), self.tower.stage
-        clean, noisy, conditioning = self._start(batch) if stage.first else self._continue(batch)
-        with modules.model_computing(self.config):
+        clean, noisy, conditioning = self._first_inputs(batch) if stage.first else self._received_inputs(batch)
+        with modules.fp8_model_context(self.config):
             for number in stage.layers:
                 handoff = None
                 if number < self.context_layers:
                     with torch.no_grad():
                         clean, handoff = self.context.layers[str(number)](clean, blocks)
-                noisy = self._denoise(number, noisy, conditioning, handoff, blocks)
-        return self.tower.final(noisy) if stage.last else _to_send(clean, noisy, conditioning)
+                noisy = self._denoiser_layer(number, noisy, conditioning, handoff, blocks)
+        return self.tower.final(noisy) if stage.last else _pack_for_next_stage(clean, noisy, conditioning)
 
-    def _start(self, batch: NoisyBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Clean (l, b, h), noisy (l, r b, h) and conditioning (r b, n, 3h) before the first layer."""
+    def _first_inputs(self, batch: NoisyBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """The clean stream (l, b, h), noisy stream (l, r b, h) and conditioning (r b, n, 3h)."""
         with torch.no_grad():
             clean = self.context.embed(batch.tokens)
         return clean, self.tower.embed(batch.noisy), self.conditioning(batch.times)
 
-    def _continue(self, batch: NoisyBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """The same from the stage before. Gradients go back into the noisy stream and the conditioning alone."""
+    def _received_inputs(self, batch: NoisyBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """The same from the previous stage, with gradients of all but the clean stream."""
         received, sequences, copies = self.received(), len(batch.tokens), len(batch.noisy)
         rows = 3 * batch.times.numel()
         streams, conditioning = received[:-rows], received[-rows:]
@@ -214,37 +245,41 @@ class TwoTower(PipelineModel):
             conditioning.reshape(*batch.times.shape, -1),
         )
 
-    def _denoise(self, number: int, noisy: Tensor, conditioning: Tensor, handoff: Handoff, blocks: Blocks) -> Tensor:
+    def _denoiser_layer(
+        self, number: int, noisy: Tensor, conditioning: Tensor, handoff: Handoff, blocks: Blocks
+    ) -> Tensor:
         layer, context = self.tower.layers[str(number)], self.context.layers[str(number)]
         assert isinstance(layer, DenoiserLayer) and isinstance(context, Layer)
         if layer.kind not in self.recompute or not torch.is_grad_enabled():
             return layer(noisy, conditioning, handoff, blocks)
-        # The forward pass reads the hand-off as it came; the backward pass makes it again from what
-        # is held.
-        at_hand, again = [handoff], context.recompute_source(handoff, blocks)
+        # The first call of `run`, in the forward pass, takes the handoff. The second call, in the
+        # backward pass, recomputes it, so that the handoff need not stay in memory between them.
+        computed_handoff, recompute_handoff = [handoff], context.handoff_recompute_fn(handoff, blocks)
 
         def run(noisy: Tensor, conditioning: Tensor) -> Tensor:
-            ready = at_hand.pop() if at_hand else again()
-            return layer(noisy, conditioning, ready, blocks)
+            current = computed_handoff.pop() if computed_handoff else recompute_handoff()
+            return layer(noisy, conditioning, current, blocks)
 
-        return modules.recomputed(run, noisy, conditioning, config=self.config, groups=self.tower.groups)
+        return modules.run_with_recompute(run, noisy, conditioning, config=self.config, groups=self.tower.groups)
 
 
 def build_context_tower(
     config: RunConfig, megatron: TransformerConfig, groups: ProcessGroupCollection, stage: PipelineStage | None = None
 ) -> Tower:
-    """A tower without gradients, in evaluation mode for good: its weights are the caller's to load."""
-    with torch.no_grad():  # what is held in FP8 is then made for the forward pass alone
-        tower = Tower(config.model, modules.frozen(config, megatron), groups, stage=stage)
+    """Build a frozen tower in evaluation mode. The caller loads its weights."""
+    with torch.no_grad():  # FP8 weights are then stored for the forward pass only
+        tower = Tower(config.model, modules.context_tower_config(config, megatron), groups, stage=stage)
     return tower.requires_grad_(False).eval()
 
 
 def rows_between_stages(config: RunConfig, *, sequences: int, times: Tensor | None, ranks: int) -> int:
-    """Rows of h that one stage sends to the next for a micro-batch of b sequences.
+    """The number of rows of h that one stage sends to the next for a micro-batch.
 
     Args:
-        times: the noise levels where they are given, as in `corrupt`.
-        ranks: that split a sequence between them (sequence parallelism).
+        config: The configuration of the run.
+        sequences: b, the number of sequences in the micro-batch.
+        times: The noise levels, if they are given and not drawn.
+        ranks: The number of ranks that split a sequence (sequence parallelism).
     """
     noise, length = config.noise, config.data.sequence_length_tokens
     if config.objective == "ar":

@@ -16,7 +16,7 @@ from megatron_twotower.plan.weights import Parameter, RankParameters, by_layer
 def build(config: RunConfig, layout: Layout, *, rank: int = 0) -> RankParameters:
     """Build what a rank of a layout would build, with tensors that have shapes but no memory, and count it."""
     with parallel.pretend_rank(config, ranks=layout.ranks, rank=rank) as groups, FakeTensorMode():
-        megatron = _without_initialisation(transformer_config(config, served="local"))
+        megatron = _without_initialisation(transformer_config(config, transformer_impl="local"))
         own = stages_of_rank(config.model, config.parallel, groups.pp.rank())
         if config.objective == "ar":
             return RankParameters(0, tuple(_trained(BackboneModel(config, megatron, groups, stage)) for stage in own))

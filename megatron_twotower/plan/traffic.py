@@ -155,7 +155,7 @@ def _step(config: RunConfig, weights: WeightBytes, own: Sequence[PipelineStage])
     width = PRECISIONS[config.train.precision].bytes
     if config.parallel.sequence:
         _, trained = tables(config)
-        shared = parameters(e for stage in own for e in entries_of_stage(trained, stage) if e.split is None)
+        shared = parameters(e for stage in own for e in entries_of_stage(trained, stage) if e.split_dim is None)
         yield Transfer("tensor", "gradients of what they share", "all_reduce", shared * FP32, 1)
     # Experts have an optimizer of their own, and each of the two gathers all buffers (megatron-core
     # 0.16.1, distrib_optimizer.py, step_with_ready_grads), unless they are gathered during the next

@@ -59,7 +59,7 @@ class RankParameters:
 
 def parameters(entries: Iterable[Entry]) -> int:
     """Elements of all parameters of a table, over all ranks."""
-    return sum(math.prod(entry.shape) for entry in entries if not entry.megatron.endswith(_BUFFERS))
+    return sum(math.prod(entry.shape) for entry in entries if not entry.megatron_name.endswith(_BUFFERS))
 
 
 def tables(config: RunConfig) -> tuple[list[Entry], list[Entry]]:
@@ -79,11 +79,11 @@ def _on_a_rank(entries: Iterable[Entry], layout: Layout) -> Iterable[Parameter]:
     for entry in entries:
         expert = entry.expert is not None
         # Ranks hold equally many experts: so many of all stand for those of any.
-        if entry.megatron.endswith(_BUFFERS) or (entry.expert or 0) % layout.expert:
+        if entry.megatron_name.endswith(_BUFFERS) or (entry.expert or 0) % layout.expert:
             continue
         ranks = layout.expert_tensor if expert else layout.tensor
-        elements = math.prod(entry.shape) // (1 if entry.split is None else ranks)
-        yield Parameter(entry.megatron, elements, expert and layout.expert > 1)
+        elements = math.prod(entry.shape) // (1 if entry.split_dim is None else ranks)
+        yield Parameter(entry.megatron_name, elements, expert and layout.expert > 1)
 
 
 def rank_parameters(config: RunConfig, layout: Layout, *, pipeline_rank: int = 0) -> RankParameters:

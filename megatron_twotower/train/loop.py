@@ -128,8 +128,8 @@ def forward_backward(trainer: Trainer, batches: Sequence[tuple[Batch, Tensor | N
         times=times,
         ranks=trainer.groups.tp.size() if megatron.sequence_parallel else 1,
     )
-    reports = parallel.run_schedule(
-        step, batches, trainer.model, rows=rows, groups=trainer.groups, forward_only=forward_only
+    reports = parallel.run_forward_backward(
+        step, batches, trainer.model, rows_between_stages=rows, groups=trainer.groups, forward_only=forward_only
     )
     nothing = torch.zeros(2 + 2 * _buckets(config), dtype=torch.float64, device=device.device())
     return torch.stack([nothing, *reports]).sum(0)

@@ -16,9 +16,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_twotower.checkpoint.optimizer_state import nonempty_optimizers
 from megatron_twotower.config.phases import Phase, resolve_phases
 from megatron_twotower.config.schema import RunConfig
+from megatron_twotower.mcore.optimizer_state import nonempty_optimizers
 from megatron_twotower.mcore.parallel import ModelChunks
 
 # Matrices in shape only: decay would pull gates to zero and shorten filters.

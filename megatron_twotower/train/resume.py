@@ -8,12 +8,12 @@ from pathlib import Path
 
 from megatron_twotower.checkpoint import files, fp8_state
 from megatron_twotower.checkpoint.files import ShardedState
-from megatron_twotower.checkpoint.optimizer_state import set_update_count
 from megatron_twotower.checkpoint.sharding import OPTIMIZER_PREFIX
 from megatron_twotower.checkpoint.writer import CheckpointWriter, SavedCheckpoint
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.schema import RunConfig
 from megatron_twotower.mcore import parallel
+from megatron_twotower.mcore.optimizer_state import set_update_count
 from megatron_twotower.train import loop
 from megatron_twotower.train import progress as train_progress
 from megatron_twotower.train.metrics import Metrics
@@ -42,7 +42,7 @@ def resume_point(run: Path, config: RunConfig, *, fingerprint: str | None) -> Pa
     return found
 
 
-def restore(point: Path, parts: loop.Trainer, pieces: ShardedState) -> train_progress.Progress:
+def restore(point: Path, parts: loop.Trainer, sharded_state: ShardedState) -> train_progress.Progress:
     """Fill weights, optimizer and schedule from a checkpoint of any layout; that of an import holds weights alone.
 
     Scales of FP8 that are not of this precision and layout are left: they begin anew.
@@ -60,7 +60,7 @@ def restore(point: Path, parts: loop.Trainer, pieces: ShardedState) -> train_pro
             "%s: its precision or layout is another, so the scales of fp8_delayed begin anew", point
         )
     skipped = ((OPTIMIZER_PREFIX,) if state.step == 0 else ()) + (() if goes_on else (fp8_state.FP8_STATE_PREFIX,))
-    loaded = files.load(point, lambda: (piece for piece in pieces() if not piece.key.startswith(skipped)))
+    loaded = files.load(point, lambda: (shard for shard in sharded_state() if not shard.key.startswith(skipped)))
     fp8_state.restore_fp8_state([chunk.module for chunk in parts.model.chunks], loaded)
     if state.step == 0:  # an import
         parts.optimizer.reload_model_params()
@@ -74,13 +74,13 @@ class CheckpointHooks:
     """The checkpoints of a run under way: `save` and `saved` are the loop's hooks."""
 
     def __init__(
-        self, run: Path, parts: loop.Trainer, pieces: ShardedState, *, fingerprint: str | None, metrics: Metrics
+        self, run: Path, parts: loop.Trainer, sharded_state: ShardedState, *, fingerprint: str | None, metrics: Metrics
     ) -> None:
         settings = parts.config.train
         self._parts, self._fingerprint, self._metrics = parts, fingerprint, metrics
         self._saver = CheckpointWriter(
             run,
-            pieces,
+            sharded_state,
             background=settings.checkpoint_async,
             keep=settings.keep_checkpoints,
             keep_every=settings.keep_every_steps,

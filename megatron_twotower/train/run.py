@@ -12,7 +12,6 @@ from rich.console import Console
 
 from megatron_twotower import __version__
 from megatron_twotower.checkpoint.fp8_state import sharded_fp8_state
-from megatron_twotower.checkpoint.optimizer_state import optimizer_shards
 from megatron_twotower.checkpoint.sharding import sharded_optimizer, sharded_weights
 from megatron_twotower.common import run_folder
 from megatron_twotower.common.errors import UserError
@@ -28,6 +27,7 @@ from megatron_twotower.data.dataset import SequenceDataset, batches, global_batc
 from megatron_twotower.data.sources import check_unchanged, data_summary, open_training, open_validation
 from megatron_twotower.doctor import one_line_summary
 from megatron_twotower.mcore import parallel
+from megatron_twotower.mcore.optimizer_state import optimizer_shards
 from megatron_twotower.mcore.transformer_config import transformer_config
 from megatron_twotower.model import parameter_map
 from megatron_twotower.model.parameter_map import Entry
@@ -58,7 +58,7 @@ class TrainedModel:
         (chunk,) = self.chunks
         return chunk
 
-    def pieces(
+    def sharded_state(
         self, config: RunConfig, groups: ProcessGroupCollection, optimizer: MegatronOptimizer | None = None
     ) -> Iterator[ShardedTensor | ShardedObject]:
         """What a checkpoint holds of this rank: weights, what the optimizer keeps for them, and scales of FP8."""
@@ -171,16 +171,16 @@ def run_training(config: RunConfig) -> bool:
         groups=groups,
     )
 
-    def pieces() -> Iterator[ShardedTensor]:
+    def sharded_state() -> Iterator[ShardedTensor]:
         parts.model.gather_parameters()
-        return model.pieces(config, groups, optimizer)
+        return model.sharded_state(config, groups, optimizer)
 
     progress, so_far = train_progress.Progress(), None
     if point is not None:
         so_far = run_folder.read_provenance(run).get(
             "data"
         )  # here, because no rank gets past the loading, to write it anew, before all are
-        progress = resume.restore(point, parts, pieces)
+        progress = resume.restore(point, parts, sharded_state)
         _check_cursor(config, progress)
     validation, source = _validation_batches(config, groups), open_training(config)
     if so_far:
@@ -200,7 +200,7 @@ def run_training(config: RunConfig) -> bool:
         ) as metrics,
         watching(limit_seconds=config.train.hang_timeout_seconds) as beat,
     ):
-        keeper = resume.CheckpointHooks(run, parts, pieces, fingerprint=model.fingerprint, metrics=metrics)
+        keeper = resume.CheckpointHooks(run, parts, sharded_state, fingerprint=model.fingerprint, metrics=metrics)
         hooks = loop.Hooks(
             metrics=metrics,
             save=keeper.save,

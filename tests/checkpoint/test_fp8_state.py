@@ -1,4 +1,4 @@
-"""Scales of delayed FP8 in checkpoints. A module that keeps a history stands for Transformer Engine's."""
+"""The state of delayed FP8 in checkpoints, with a module that imitates Transformer Engine's."""
 
 import dataclasses
 import itertools
@@ -17,8 +17,8 @@ from megatron_twotower.common.run_folder import checkpoint_folder
 DELAYED = tiny_config("M", precision="fp8_delayed")
 
 
-class Remembering(nn.Linear):
-    """Keeps the largest value of every pass, as many as there were: the size of its state is not known beforehand."""
+class ModuleWithHistory(nn.Linear):
+    """Keeps the largest value of every pass, so the size of its state is not known beforehand."""
 
     def __init__(self):
         super().__init__(2, 2)
@@ -36,14 +36,14 @@ class Remembering(nn.Linear):
 
 
 def model(passes=0):
-    module = nn.Sequential(Remembering(), nn.ReLU(), Remembering())
+    module = nn.Sequential(ModuleWithHistory(), nn.ReLU(), ModuleWithHistory())
     for number in range(passes):
         module(torch.full((1, 2), number + 1.0))
     return module
 
 
-def pieces(module, config, groups):
-    """As of a run: tensors, and what the modules remember."""
+def sharded_state(module, config, groups):
+    """The state of a run: tensors, and the extra state of the modules."""
     rows = (
         ShardedTensor.from_rank_offsets(name, tensor.detach(), replica_id=(0, 0, 0))
         for name, tensor in module.named_parameters()
@@ -54,7 +54,7 @@ def pieces(module, config, groups):
 def saved(folder, module, config, groups, *, background):
     state = files.CheckpointState(1, 1, 1, "ar", None, None, {}, {}, dataclasses.asdict(config))
     saver = CheckpointWriter(
-        folder, lambda: pieces(module, config, groups), background=background, keep=1, keep_every=0
+        folder, lambda: sharded_state(module, config, groups), background=background, keep=1, keep_every=0
     )
     saver.begin(state, {"lr": 1.0})
     saver.finish()
@@ -63,11 +63,11 @@ def saved(folder, module, config, groups, *, background):
 
 
 @pytest.mark.parametrize("background", [True, False])
-def test_what_modules_remember_comes_back(groups, tmp_path, background):
+def test_extra_state_is_restored(groups, tmp_path, background):
     before = model(passes=3)
     folder = saved(tmp_path, before, DELAYED, groups, background=background)
     after = model(passes=1)
-    loaded = files.load(folder, lambda: pieces(after, DELAYED, groups))
+    loaded = files.load(folder, lambda: sharded_state(after, DELAYED, groups))
     fp8_state.restore_fp8_state([after], loaded)
     assert [part.history for part in (after[0], after[2])] == [before[0].history, before[2].history]
     assert before[0].history == [1.0, 2.0, 3.0]
@@ -75,11 +75,11 @@ def test_what_modules_remember_comes_back(groups, tmp_path, background):
     assert loaded["schedule"] == {"lr": 1.0}
 
 
-def test_other_precisions_neither_write_nor_read_it(groups, tmp_path):
+def test_other_precisions_neither_write_nor_read_extra_state(groups, tmp_path):
     bf16 = tiny_config("M", precision="bf16")
     folder = saved(tmp_path / "delayed", model(passes=2), DELAYED, groups, background=False)
     after = model()
-    loaded = files.load(folder, lambda: pieces(after, bf16, groups))
+    loaded = files.load(folder, lambda: sharded_state(after, bf16, groups))
     fp8_state.restore_fp8_state([after], loaded)
     assert after[0].history == [] and loaded.keys() >= {"schedule"}
     tensors = dist_checkpointing.load_tensors_metadata(str(folder))
@@ -103,10 +103,10 @@ def changed(section, **values):
         (changed("train", precision="bf16"), False),
     ],
 )
-def test_scales_go_on_where_precision_and_layout_are_those_of_before(config, expected):
+def test_scales_are_restored_if_precision_and_layout_are_the_same(config, expected):
     assert fp8_state.can_restore(dataclasses.asdict(DELAYED), config) is expected
     assert fp8_state.can_restore(dataclasses.asdict(config), DELAYED) is expected
 
 
-def test_a_checkpoint_from_before_there_were_precisions_has_none():
+def test_an_old_checkpoint_without_a_precision_has_no_scales():
     assert not fp8_state.can_restore({}, DELAYED)

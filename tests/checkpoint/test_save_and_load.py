@@ -1,4 +1,4 @@
-"""Checkpoints: any layout reads any other's; damage is named; a half-written one is never taken for a whole one."""
+"""Checkpoints: any layout reads any other, damage is named, and incomplete ones are never used."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from megatron_twotower.bench import ranks
 from megatron_twotower.checkpoint import files
 from megatron_twotower.cli.main import main
 
-# No schedule that knows the end of a run, so that a run may be continued.
+# The schedule does not depend on the number of steps, so a run can be continued.
 PLAIN = [
     "schedule.kind=constant",
     "schedule.warmup_steps=0",
@@ -31,15 +31,15 @@ def train(count, arguments, logs):
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory, tiny_data, tiny_backbone):
-    """Fourteen steps on one rank that nothing interrupts, a checkpoint every two, all kept."""
+    """An uninterrupted run of fourteen steps on one rank, with a checkpoint every two steps."""
     folder = tmp_path_factory.mktemp("whole")
     extra = [*PLAIN, "train.steps=14", "train.checkpoint_every_steps=2", "train.keep_checkpoints=99"]
     train(1, settings(tiny_data, folder / "run", tiny_backbone, *extra), folder / "logs")
     return folder / "run"
 
 
-# Each goes on for two steps from what the one before it left.
-ROAD = (
+# Each layout resumes from the checkpoint of the previous one and trains two steps.
+LAYOUTS = (
     (1, []),
     (2, ["optimizer.distributed=true"]),
     (2, ["parallel.tensor=2", "parallel.sequence=true"]),
@@ -50,9 +50,9 @@ ROAD = (
 )
 
 
-def test_any_layout_goes_on_from_any_other(tmp_path, tiny_data, tiny_backbone, whole_run):
+def test_any_layout_resumes_from_any_other(tmp_path, tiny_data, tiny_backbone, whole_run):
     run = tmp_path / "run"
-    for number, (count, layout) in enumerate(ROAD, start=1):
+    for number, (count, layout) in enumerate(LAYOUTS, start=1):
         extra = [*PLAIN, *layout, f"train.steps={2 * number}", "train.ledger=true"]
         train(count, settings(tiny_data, run, tiny_backbone, *extra), tmp_path / "logs")
     got, want = records(run), records(whole_run)
@@ -80,7 +80,7 @@ FOUR = {
 @pytest.mark.slow
 @pytest.mark.parametrize("first", FOUR)
 @pytest.mark.parametrize("second", FOUR)
-def test_four_ranks_go_on_from_four_others(first, second, tmp_path, tiny_data, tiny_backbone, whole_run):
+def test_four_ranks_resume_from_four_others(first, second, tmp_path, tiny_data, tiny_backbone, whole_run):
     run = tmp_path / "run"
     for steps, layout in ((3, first), (8, second)):
         extra = [*PLAIN, *FOUR[layout], f"train.steps={steps}"]
@@ -91,8 +91,8 @@ def test_four_ranks_go_on_from_four_others(first, second, tmp_path, tiny_data, t
 
 
 @pytest.mark.parametrize("layout", [[], ["optimizer.distributed=true", "train.checkpoint_async=false"]])
-def test_bf16_goes_on_to_the_last_bit(layout, tmp_path, tiny_data, tiny_backbone):
-    """The weights that Adam updates are fp32, and not those of the model: they too must come back."""
+def test_bf16_resumes_bit_for_bit(layout, tmp_path, tiny_data, tiny_backbone):
+    """The fp32 weights that Adam updates are stored besides those of the model."""
     extra = [*PLAIN, *layout, "train.precision=bf16", "train.steps=6"]
     for name, stops in (("whole", (6,)), ("parts", (3, 6))):
         for steps in stops:
@@ -101,7 +101,7 @@ def test_bf16_goes_on_to_the_last_bit(layout, tmp_path, tiny_data, tiny_backbone
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
-def test_the_newest_stay_and_those_of_every_so_many_steps(tmp_path, tiny_data, tiny_backbone):
+def test_the_newest_checkpoints_and_those_of_every_third_step_stay(tmp_path, tiny_data, tiny_backbone):
     run = tmp_path / "run"
     extra = [
         "train.steps=7",
@@ -155,24 +155,24 @@ def test_a_damaged_file_is_named(name, damage, told, copied, tmp_path, tiny_data
     assert "train.on_damaged_checkpoint=previous" in said
 
 
-def test_a_changed_figure_in_the_state_is_noticed(copied):
+def test_a_changed_number_in_the_state_is_noticed(copied):
     newest = files.find_checkpoints(copied)[-1]
     file = newest / "state.json"
     file.write_text(file.read_text().replace('"cursor": 112', '"cursor": 104'))
     assert "damaged" in files.damaged(newest)
 
 
-def test_the_previous_one_is_taken_on_request(copied, whole_run, tiny_data, tiny_backbone):
+def test_the_previous_checkpoint_is_used_on_request(copied, whole_run, tiny_data, tiny_backbone):
     newest = files.find_checkpoints(copied)[-1]
     flip(newest / "__0_0.distcp")
     extra = [*PLAIN, "train.steps=14", "train.on_damaged_checkpoint=previous"]
     assert main(settings(tiny_data, copied, tiny_backbone, *extra)) == 0
     assert losses(copied) == losses(whole_run)
-    assert files.damaged(newest) is None, "written anew"
+    assert files.damaged(newest) is None, "written again"
     assert newest.with_name(f"{newest.name}.damaged").is_dir(), "kept for inspection"
 
 
-def test_what_was_half_written_is_passed_over_and_cleared(copied, whole_run, tiny_data, tiny_backbone):
+def test_incomplete_checkpoints_are_ignored_and_removed(copied, whole_run, tiny_data, tiny_backbone):
     folder = copied / "checkpoints"
     whole = files.find_checkpoints(copied)[-1]
     shutil.copytree(whole, folder / "step-00000015.partial")
@@ -185,7 +185,7 @@ def test_what_was_half_written_is_passed_over_and_cleared(copied, whole_run, tin
     assert sorted(losses(copied)) == list(range(1, 17))
 
 
-def test_the_state_tells_the_run(whole_run, tiny_backbone):
+def test_the_state_describes_the_run(whole_run, tiny_backbone):
     state = files.read_state(files.find_checkpoints(whole_run)[-1])
     assert (state.step, state.cursor, state.updates) == (14, 112, 14)
     assert state.backbone == str(tiny_backbone) and len(state.fingerprint) == 64
@@ -194,7 +194,7 @@ def test_the_state_tells_the_run(whole_run, tiny_backbone):
 
 
 def test_killed_in_the_middle_of_every_part_of_a_save(tmp_path, whole_run, tiny_data, tiny_backbone):
-    """A process that kills itself where a save is about to do the next thing, once for each."""
+    """A process that kills itself before one of the steps of a save, once for each step."""
     run = tmp_path / "run"
     extra = [*PLAIN, "train.steps=14", "train.checkpoint_every_steps=2"]
     for number, place in enumerate(KILLED_AT):
@@ -211,10 +211,10 @@ def test_killed_in_the_middle_of_every_part_of_a_save(tmp_path, whole_run, tiny_
     assert losses(run) == losses(whole_run)
 
 
-# Calls before which the process is killed, and at which of them: the run has come further each
+# The function before whose call the process is killed, and which call. The run gets further each
 # time.
 KILLED_AT = (
-    ("megatron_twotower.checkpoint.writer.FileSystemWriterAsync.write_preloaded_data", 2),
+    ("megatron_twotower.mcore.async_save.FileSystemWriterAsync.write_preloaded_data", 2),
     ("megatron_twotower.checkpoint.files.checksum", 7),
     ("megatron_twotower.checkpoint.files.write_state", 2),
     ("megatron_twotower.checkpoint.files.os.replace", 2),
@@ -260,7 +260,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_what_is_there(tmp_path, whole_r
         said = (tmp_path / "said").read_text()
         assert process.exitcode == 2, said
         assert said.count("\n") == 1 and "step-00000006: cannot be written" in said, said
-        assert "older checkpoints are whole" in said
+        assert "older checkpoints are complete" in said
         assert files.find_checkpoints(run) == before
         assert [files.damaged(path) for path in before] == [None] * len(before)
         assert not list((run / "checkpoints").glob("*.partial")), "its space is given back"
@@ -269,7 +269,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_what_is_there(tmp_path, whole_r
 
 
 def train_with_files_of(limit, said, arguments):
-    """Train where no file may have more bytes than `limit`; the first write that goes beyond fails."""
+    """Train with at most `limit` bytes per file; the first write beyond that fails."""
     import resource
     import sys
 

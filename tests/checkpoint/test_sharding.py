@@ -1,4 +1,4 @@
-"""Boxes of flattened tensors, and pieces that any layout can read."""
+"""Boxes of flattened tensors, and shards that any layout can read."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ from megatron_twotower.model import parameter_map
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 4), (5, 1), (2, 3, 4), (1, 6), (3, 1, 5)])
-def test_boxes_are_the_stretch_in_its_order(shape):
+def test_boxes_cover_the_range_in_its_order(shape):
     count = math.prod(shape)
     whole = torch.arange(count).view(shape)
     for first, last in itertools.combinations(range(count + 1), 2):
@@ -23,7 +23,7 @@ def test_boxes_are_the_stretch_in_its_order(shape):
     assert sharding.boxes(shape, 2, 2) == []
 
 
-def test_pieces_are_views_that_cover_the_tensors_once(groups):
+def test_shards_are_views_that_cover_the_tensors_once(groups):
     config = tiny_config("ME*-")
     model, _ = build_two_tower(config, groups)
     entries = parameter_map.denoiser_entries(config.model, config.conditioning.frequencies)
@@ -46,8 +46,8 @@ def test_pieces_are_views_that_cover_the_tensors_once(groups):
     assert trained and all(torch.equal(after[name], before[name] + 1) for name in trained)
 
 
-def test_a_stretch_of_a_split_parameter_lies_where_it_belongs(groups):
-    """A parameter of two parts, of which a distributed optimizer holds elements 3 to 7, in the second of two ranks."""
+def test_a_range_of_a_split_parameter_has_the_right_offsets(groups):
+    """The second of two ranks; its optimizer has elements 3 to 7 of a parameter of two sections."""
 
     class Group:
         def rank(self):
@@ -65,8 +65,8 @@ def test_a_stretch_of_a_split_parameter_lies_where_it_belongs(groups):
         for place in itertools.product(*(range(size) for size in piece.local_shape)):
             where = tuple(a + b for a, b in zip(place, piece.global_offset, strict=True))
             found[piece.key, where] = int(piece.data[place])
-    # Of each part, this rank has rows 2 and 3; its own rows 0, 1 are of the first part, 2, 3 of the
-    # second.
+    # This rank has rows 2 and 3 of each section. Its own rows 0 and 1 are of the first section, and
+    # its rows 2 and 3 of the second.
     assert found == {
         ("key.part0", (3, 1)): 3,
         ("key.part1", (2, 0)): 4,

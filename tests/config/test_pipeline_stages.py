@@ -50,7 +50,7 @@ def test_interleaved_stages_take_their_stretches_in_turn():
 def test_every_parameter_is_on_one_stage(layout, entries):
     cut = pipeline_stages(MODEL, LAYOUTS[layout])
     held = [parameter_map.entries_of_stage(entries, stage) for stage in cut]
-    assert sorted(e.megatron for own in held for e in own) == sorted(entry.megatron for entry in entries)
-    first, last = ({entry.megatron.removeprefix("tower.") for entry in held[i]} for i in (0, -1))
+    assert sorted(e.megatron_name for own in held for e in own) == sorted(entry.megatron_name for entry in entries)
+    first, last = ({entry.megatron_name.removeprefix("tower.") for entry in held[i]} for i in (0, -1))
     assert "embedding.weight" in first and {"final_norm.weight", "output_layer.weight"} <= last
     assert all(name in first for name in first | last if name.startswith("conditioning"))

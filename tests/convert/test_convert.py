@@ -48,8 +48,8 @@ def tensors_of(module, entries, model):
     held = dict(module.named_parameters()) | dict(module.named_buffers())
     found = {}
     for entry in entries:
-        parts = parameter_map.LAYOUTS[entry.layout][1](held[entry.megatron].detach(), model)
-        found |= dict(zip(entry.hf, parts, strict=True))
+        parts = parameter_map.hf_from_parameter(entry, held[entry.megatron_name].detach(), model)
+        found |= dict(zip(entry.hf_names, parts, strict=True))
     return found.__getitem__
 
 
@@ -90,7 +90,7 @@ def test_logits_equal_transformers_and_again_after_export_and_reload(groups, tmp
         torch.testing.assert_close(reloaded(tokens, use_cache=False).logits, want, rtol=0, atol=1e-4)
     back, theirs = hf_folder.HfFolder.open(tmp_path / "ours"), hf_folder.HfFolder.open(tmp_path / "theirs")
     for entry in entries:
-        for name in entry.hf:
+        for name in entry.hf_names:
             assert torch.equal(back(name), theirs(name)), name
 
 

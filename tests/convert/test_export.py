@@ -229,7 +229,7 @@ def test_a_checkpoint_that_is_not_the_model_is_refused_with_names(run, tmp_path)
     entries = parameter_map.denoiser_entries(export.settings.load_recipe(str(run / "config.yaml")).model, 256)
     saved.check(entries)
     with pytest.raises(UserError, match=r"1 without a place in the model \(tower.output_layer.weight\)"):
-        saved.check([entry for entry in entries if entry.megatron != "tower.output_layer.weight"])
+        saved.check([entry for entry in entries if entry.megatron_name != "tower.output_layer.weight"])
     with pytest.raises(UserError, match=r"1 missing \(tower.other\)"):
         saved.check([*entries, parameter_map.Entry("tower.other", ("other",), (3,))])
 

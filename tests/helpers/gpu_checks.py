@@ -318,11 +318,11 @@ def layer_errors(pattern: str, groups, *, device: str, precision: str) -> dict[s
     sums: dict[str, list[float]] = {}
     parameters = parameter_map.canonical_tensors(towers)
     for entry in parameter_map.denoiser_entries(model, config.conditioning.frequencies):
-        gradient = parameters.pop(entry.megatron).grad
+        gradient = parameters.pop(entry.megatron_name).grad
         if gradient is None:
             continue  # the router's selection bias has none
-        parts = parameter_map.LAYOUTS[entry.layout][1](gradient.double().cpu(), model)
-        for name, part in zip(entry.hf, parts, strict=True):
+        parts = parameter_map.hf_from_parameter(entry, gradient.double().cpu(), model)
+        for name, part in zip(entry.hf_names, parts, strict=True):
             exact = tensors[name].grad
             exact = torch.zeros_like(part) if exact is None else exact
             kind = "experts" if ".experts." in name else name.removesuffix(".weight").rpartition(".")[2]

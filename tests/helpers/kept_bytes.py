@@ -54,7 +54,7 @@ def kept_bytes(model, batch, dtype):
     def forward():
         with torch.no_grad():
             _, handoff = model.context.layers["0"](clean, blocks)
-        return model._denoise(0, noisy, conditioning, handoff, blocks)
+        return model._denoiser_layer(0, noisy, conditioning, handoff, blocks)
 
     forward()  # masks are made once
     before = storages()

@@ -146,6 +146,16 @@ def fields(record):
     return [getattr(record, field.name) for field in dataclasses.fields(record)]
 
 
+def join_shards(shards, entry):
+    """Join the shards of all tensor-parallel ranks, in their order: the inverse of `parameter_map.shard`."""
+    axis = entry.split_dim
+    if axis is None or len(shards) == 1:
+        return shards[0]
+    sizes = [size // len(shards) for size in entry.section_sizes] or [shards[0].shape[axis]]
+    sections = zip(*(shard.split(sizes, dim=axis) for shard in shards), strict=True)
+    return torch.cat([part for section in sections for part in section], dim=axis)
+
+
 def whole_parameters(model, config, groups):
     """Every parameter and selection bias by its name in the table, put together from all ranks, on rank 0.
 
@@ -158,21 +168,21 @@ def whole_parameters(model, config, groups):
     mine = {}
     for entry in model.entries:
         ep = groups.ep
-        local = parameter_map.local_expert_name(entry, experts=MODEL.n_routed_experts, rank=ep.rank(), ranks=ep.size())
+        local = parameter_map.name_on_rank(entry, experts=MODEL.n_routed_experts, rank=ep.rank(), ranks=ep.size())
         if local in held:
             group = groups.tp if entry.expert is None else groups.expt_tp
-            mine[entry.megatron] = (group.rank(), held[local].clone())
+            mine[entry.megatron_name] = (group.rank(), held[local].clone())
     everywhere = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, mine)
     whole = {}
     for entry in model.entries:
-        copies = [rank[entry.megatron] for rank in everywhere if entry.megatron in rank]
+        copies = [rank[entry.megatron_name] for rank in everywhere if entry.megatron_name in rank]
         parts = {}
         for place, tensor in copies:
-            other = parts.setdefault(place if entry.split is not None else 0, tensor)
-            assert torch.equal(other, tensor), f"{entry.megatron}: replicas differ"
-        whole[entry.megatron] = parameter_map.joined([parts[place] for place in sorted(parts)], entry)
-        assert whole[entry.megatron].shape == entry.shape, entry.megatron
+            other = parts.setdefault(place if entry.split_dim is not None else 0, tensor)
+            assert torch.equal(other, tensor), f"{entry.megatron_name}: replicas differ"
+        whole[entry.megatron_name] = join_shards([parts[place] for place in sorted(parts)], entry)
+        assert whole[entry.megatron_name].shape == entry.shape, entry.megatron_name
     return whole
 
 

@@ -70,8 +70,8 @@ def random_source(*, seed: int = 0, scale: float = 0.4) -> tensors.TensorSource:
 
 def with_shapes(source, entries, model):
     for entry in entries:
-        parts = parameter_map.LAYOUTS[entry.layout][1](torch.empty(entry.shape, device="meta"), model)
-        source.shapes.update(zip(entry.hf, (part.shape for part in parts), strict=True))
+        parts = parameter_map.hf_from_parameter(entry, torch.empty(entry.shape, device="meta"), model)
+        source.shapes.update(zip(entry.hf_names, (part.shape for part in parts), strict=True))
     return source
 
 

@@ -77,14 +77,14 @@ class GroupedRow(_Grouped):
 def twin():
     parts = MLPSubmodules(linear_fc1=GroupedColumn, linear_fc2=GroupedRow)
     experts = ModuleSpec(module=TEGroupedMLP, submodules=parts)
-    return modules.Spec(
-        modules.RMSNorm, ColumnParallelLinear, RowParallelLinear, norm_column=NormColumn, experts=experts
+    return modules.LayerModules(
+        modules.RMSNorm, ColumnParallelLinear, RowParallelLinear, norm_column_linear=NormColumn, experts=experts
     )
 
 
 def install(monkeypatch):
     """Let the twin serve, for runs that ask for it and switch `UNFUSED` kernels off."""
-    monkeypatch.setitem(modules.SPECS, "transformer_engine", twin)
+    monkeypatch.setitem(modules.LAYER_MODULES, "transformer_engine", twin)
     monkeypatch.setattr(modules, "unavailable", lambda package: None)
 
 

@@ -72,7 +72,7 @@ def test_context_logits_are_those_of_transformers(pattern, length):
 def test_tensor_names_and_shapes_are_those_of_the_table():
     shape = model_from_hf(tiny_fields(), source="config.json")
     entries = [*context_entries(shape), *denoiser_entries(shape, 256)]
-    named = {name for entry in entries for name in entry.hf}
+    named = {name for entry in entries for name in entry.hf_names}
     state = tiny_model().state_dict()
     assert named == set(state)
     assert state["t_embedder.mlp.0.weight"].shape == (HIDDEN, 256)

@@ -1,6 +1,6 @@
-"""What the spec of Transformer Engine changes in names and settings, and that it changes nothing else.
+"""Transformer Engine's layer modules change names and settings, and nothing else.
 
-Its modules are stood for by `te_twin.py` here; test_te_modules.py builds the real ones.
+`te_twin.py` imitates its modules here; test_te_modules.py builds the real ones.
 """
 
 import dataclasses
@@ -26,26 +26,26 @@ from megatron_twotower.model import parameter_map, towers
 UNFUSED = FusionConfig(**te_twin.UNFUSED)
 
 
-def of_spec(config, name):
+def with_transformer_impl(config, name):
     train = dataclasses.replace(config.train, transformer_impl=name)
     return dataclasses.replace(config, train=train, fusion=UNFUSED)
 
 
 @pytest.mark.parametrize("pattern", ["M", "*", "E", "-", "ME*-M"])
 @pytest.mark.parametrize("recompute", ["", "ME*-"])
-def test_both_specs_compute_the_same(groups, monkeypatch, pattern, recompute):
+def test_both_implementations_compute_the_same(groups, monkeypatch, pattern, recompute):
     te_twin.install(monkeypatch)
     config = tiny_config(pattern, recompute_layers=recompute)
     found = {}
     for name in ("local", "transformer_engine"):
-        model, _ = build_two_tower(of_spec(config, name), groups)
+        model, _ = build_two_tower(with_transformer_impl(config, name), groups)
         hidden = model(random_noisy_batch(config))
         upstream = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         (hidden * upstream).sum().backward()
         grads = {parameter_map.canonical_name(n): p.grad for n, p in model.named_parameters() if p.grad is not None}
         found[name] = hidden.detach(), grads
     (want, want_grads), (got, got_grads) = found["local"], found["transformer_engine"]
-    # Grouped experts read their weights of a token in fp32.
+    # Grouped experts read the weights of a token's experts in fp32.
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
     assert got_grads.keys() == want_grads.keys() and len(got_grads) > 10
     for name, grad in want_grads.items():
@@ -54,7 +54,7 @@ def test_both_specs_compute_the_same(groups, monkeypatch, pattern, recompute):
 
 def test_the_norm_of_m_and_attention_is_in_the_projection_alone(groups, monkeypatch):
     te_twin.install(monkeypatch)
-    model, _ = build_two_tower(of_spec(tiny_config("ME*-"), "transformer_engine"), groups)
+    model, _ = build_two_tower(with_transformer_impl(tiny_config("ME*-"), "transformer_engine"), groups)
     norms = [name for name, _ in model.tower.named_parameters() if "norm.weight" in name or "norm_weight" in name]
     assert norms == [
         "layers.0.mixer.norm_weight",  # the gated one inside Mamba
@@ -66,14 +66,14 @@ def test_the_norm_of_m_and_attention_is_in_the_projection_alone(groups, monkeypa
     ]
 
 
-def test_names_of_the_table_are_their_own():
+def test_names_in_the_table_are_canonical():
     model = tiny_config("ME*-").model
     for entry in parameter_map.denoiser_entries(model, 16):
-        assert parameter_map.canonical_name(entry.megatron) == entry.megatron
+        assert parameter_map.canonical_name(entry.megatron_name) == entry.megatron_name
 
 
-@pytest.mark.parametrize("road", [("local", "transformer_engine"), ("transformer_engine", "local")])
-def test_a_run_goes_on_with_the_other_spec(road, monkeypatch, tmp_path, tiny_data, tiny_backbone):
+@pytest.mark.parametrize("order", [("local", "transformer_engine"), ("transformer_engine", "local")])
+def test_a_run_resumes_with_the_other_implementation(order, monkeypatch, tmp_path, tiny_data, tiny_backbone):
     te_twin.install(monkeypatch)
     plain = [
         "schedule.kind=constant",
@@ -88,7 +88,7 @@ def test_a_run_goes_on_with_the_other_spec(road, monkeypatch, tmp_path, tiny_dat
         assert main(settings(tiny_data, tmp_path / run, tiny_backbone, *extra)) == 0
 
     go("whole", "local", 6)
-    for steps, name in zip((3, 6), road, strict=True):
+    for steps, name in zip((3, 6), order, strict=True):
         go("parts", name, steps)
     got, want = records(tmp_path / "parts"), records(tmp_path / "whole")
     for step in range(1, 7):
@@ -108,8 +108,8 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_rank_of_nano_holds_the_entries_of_the_table(layout, monkeypatch):
-    """Three layers, one of each kind, of the full width: names, shapes and what is summed over which ranks."""
+def test_every_rank_of_nano_has_the_entries_of_the_table(layout, monkeypatch):
+    """Three layers of different kinds and full width: names, shapes and groups of gradient sums."""
     te_twin.install(monkeypatch)
     config = load_recipe("nano_30b_a3b", planning=True)
     model = dataclasses.replace(config.model, hybrid_override_pattern="ME*")
@@ -123,7 +123,7 @@ def test_every_rank_of_nano_holds_the_entries_of_the_table(layout, monkeypatch):
     found = []
     for name in ("local", "transformer_engine"):
         with parallel.pretend_rank(config, ranks=8, rank=5) as groups, FakeTensorMode():
-            megatron = mcore_transformer_config.transformer_config(config, served=name)
+            megatron = mcore_transformer_config.transformer_config(config, transformer_impl=name)
             megatron.perform_initialization = False
             module = towers.BackboneModel(config, megatron, groups)
             held = parameter_map.canonical_tensors(module)
@@ -134,7 +134,7 @@ def test_every_rank_of_nano_holds_the_entries_of_the_table(layout, monkeypatch):
                 }
             )
             local = [
-                parameter_map.local_expert_name(entry, experts=128, rank=groups.ep.rank(), ranks=groups.ep.size())
+                parameter_map.name_on_rank(entry, experts=128, rank=groups.ep.rank(), ranks=groups.ep.size())
                 for entry in parameter_map.trained_backbone_entries(model)
             ]
             assert sorted(held) == sorted(name for name in local if name is not None)
@@ -143,7 +143,7 @@ def test_every_rank_of_nano_holds_the_entries_of_the_table(layout, monkeypatch):
 
 def fields(**train):
     config = tiny_config("ME*-", **train)
-    return modules.megatron_fields(config, served="transformer_engine")
+    return modules.implementation_fields(config, transformer_impl="transformer_engine")
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_a_precision_is_megatrons_recipe(precision, recipe, dtype):
     found = fields(precision=precision)
     assert found["params_dtype"] is dtype and found["bf16"] == (dtype is torch.bfloat16)
     assert found.get("fp8_recipe") == recipe and found.get("fp8") == (recipe and "hybrid")
-    assert "fp8" not in modules.megatron_fields(tiny_config("M", precision=precision), served="local")
+    assert "fp8" not in modules.implementation_fields(tiny_config("M", precision=precision), transformer_impl="local")
 
 
 def test_megatron_takes_the_fields(monkeypatch):
@@ -175,41 +175,45 @@ def test_megatron_takes_the_fields(monkeypatch):
         fp8=dataclasses.replace(config.fp8, first_layers_bf16=1, last_layers_bf16=2, router_padding=True),
         parallel=dataclasses.replace(config.parallel, expert=2, moe_dispatcher="hybridep"),
     )
-    megatron = mcore_transformer_config.transformer_config(config, served="transformer_engine")
+    megatron = mcore_transformer_config.transformer_config(config, transformer_impl="transformer_engine")
     assert (megatron.fp8, megatron.fp8_recipe, megatron.fp8_param) == ("hybrid", "tensorwise", False)
     assert megatron.moe_router_padding_for_quantization and megatron.moe_grouped_gemm
     assert (megatron.moe_token_dispatcher_type, megatron.moe_flex_dispatcher_backend) == ("flex", "hybridep")
     from megatron.core.fp8_utils import is_first_last_bf16_layer
 
     assert [is_first_last_bf16_layer(megatron, number) for number in range(4)] == [True, False, True, True]
-    context = modules.frozen(config, megatron)
+    context = modules.context_tower_config(config, megatron)
     assert (context.fp8_recipe, context.fp8_param) == ("blockwise", True)
     assert not context.gradient_accumulation_fusion
 
 
-def test_a_wide_context_tower_is_not_in_fp8():
+def test_a_context_tower_in_wide_precision_is_not_in_fp8():
     megatron = mcore_transformer_config.transformer_config(tiny_config("M"))
     megatron.fp8, megatron.fp8_recipe, megatron.transformer_impl = "hybrid", "delayed", "transformer_engine"
-    context = modules.frozen(tiny_config("M", precision="fp8_delayed"), megatron)
+    context = modules.context_tower_config(tiny_config("M", precision="fp8_delayed"), megatron)
     assert context.fp8 is None and megatron.fp8 == "hybrid"
 
 
-def test_the_fused_router_is_for_fp32(monkeypatch):
+def test_the_router_is_fused_in_fp32_only(monkeypatch):
     config = tiny_config("E")
     for dtype, fused in (("fp32", True), ("fp64", False)):
         train = dataclasses.replace(config.train, router_dtype=dtype)
-        found = modules.megatron_fields(dataclasses.replace(config, train=train), served="transformer_engine")
+        found = modules.implementation_fields(
+            dataclasses.replace(config, train=train), transformer_impl="transformer_engine"
+        )
         assert found["moe_router_fusion"] is fused
 
 
-def test_auto_takes_what_is_there(monkeypatch):
+def test_auto_chooses_what_is_available(monkeypatch):
     config = tiny_config("M", precision="bf16")
     monkeypatch.setattr(modules, "unavailable", lambda package: "no CUDA device")
-    assert modules.implementation(config) == "local"
+    assert modules.choose_transformer_impl(config) == "local"
     monkeypatch.setattr(modules, "unavailable", lambda package: None)
-    assert modules.implementation(config) == "transformer_engine"
-    assert modules.implementation(tiny_config("M")) == "local", "fp32"
-    assert modules.implementation(tiny_config("M", transformer_impl="transformer_engine")) == "transformer_engine"
+    assert modules.choose_transformer_impl(config) == "transformer_engine"
+    assert modules.choose_transformer_impl(tiny_config("M")) == "local", "fp32"
+    assert (
+        modules.choose_transformer_impl(tiny_config("M", transformer_impl="transformer_engine")) == "transformer_engine"
+    )
 
 
 @pytest.mark.parametrize(
@@ -220,10 +224,10 @@ def test_auto_takes_what_is_there(monkeypatch):
         ({"precision": "bf16", "context_precision": "fp8_current"}, "train.context_precision: found fp8_current, but"),
     ],
 )
-def test_what_is_not_there_is_said_in_one_line(asked, message, monkeypatch):
+def test_what_is_not_available_is_reported_in_one_line(asked, message, monkeypatch):
     monkeypatch.setattr(modules, "unavailable", lambda package: "no CUDA device")
     with pytest.raises(UserError, match=message) as caught:
-        modules.implementation(tiny_config("M", **asked))
+        modules.choose_transformer_impl(tiny_config("M", **asked))
     assert "\n" not in str(caught.value)
 
 
@@ -236,24 +240,24 @@ def test_what_is_not_there_is_said_in_one_line(asked, message, monkeypatch):
         ((9, 0), "fp8_blockwise", True),
     ],
 )
-def test_fp8_needs_a_device_that_has_it(capability, precision, taken, monkeypatch):
+def test_fp8_needs_a_device_that_supports_it(capability, precision, taken, monkeypatch):
     monkeypatch.setattr(modules, "unavailable", lambda package: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     config = tiny_config("M", precision=precision)
     if taken:
-        assert modules.implementation(config) == "transformer_engine"
+        assert modules.choose_transformer_impl(config) == "transformer_engine"
         return
     with pytest.raises(UserError, match=rf"train\.precision: found {precision}, but the device has compute capab"):
-        modules.implementation(config)
+        modules.choose_transformer_impl(config)
 
 
-def test_a_dispatcher_that_is_not_there_is_said_in_one_line(monkeypatch):
+def test_a_dispatcher_that_is_not_available_is_reported_in_one_line(monkeypatch):
     config = tiny_config("E", precision="bf16")
     config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, moe_dispatcher="deepep"))
     missing = {"deep-ep": "deep_ep is not installed"}
     monkeypatch.setattr(modules, "unavailable", missing.get)
     with pytest.raises(UserError, match=re.escape("parallel.moe_dispatcher: found deepep, but deep_ep is")):
-        modules.implementation(config)
+        modules.choose_transformer_impl(config)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +267,7 @@ def test_a_dispatcher_that_is_not_there_is_said_in_one_line(monkeypatch):
         ("train.precision=fp8_current", "expected a multiple of 16 with train.precision fp8_current"),
     ],
 )
-def test_the_command_refuses_in_one_line(override, message, tmp_path, tiny_data, tiny_backbone, capsys, monkeypatch):
+def test_the_command_reports_it_in_one_line(override, message, tmp_path, tiny_data, tiny_backbone, capsys, monkeypatch):
     monkeypatch.setattr(modules, "unavailable", lambda package: "no CUDA device")
     assert main(settings(tiny_data, tmp_path / "run", tiny_backbone, override)) == 2
     error = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Balancing of experts: what the sequence loss and the selection bias count, against sums written out."""
+"""Balancing of experts: the sequence loss and the selection bias, against explicit sums."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from helpers.models import build_two_tower, random_noisy_batch, tiny_config
 from megatron_twotower.mcore import parallel, transformer_config
-from megatron_twotower.mcore.patches import RELEASE
-from megatron_twotower.model.layers import MixtureOfExperts
+from megatron_twotower.mcore.releases import RELEASE
+from megatron_twotower.model.mixers import MixtureOfExperts
 from megatron_twotower.types import Blocks
 
 COEFFICIENT, LENGTH, EXPERTS, TOP = 0.5, 16, 6, 2
@@ -33,9 +33,9 @@ def hidden_of(sequences, *, seed=1):
 
 
 def router_gradient(experts, hidden, blocks=None):
-    """The gradient of the balancing alone: what comes with a loss of zero times the output."""
+    """The gradient of the balancing loss alone: the other loss is zero times the output."""
     experts.zero_grad()
-    (experts(hidden, blocks or Blocks())[0] * 0).sum().backward()
+    (experts(hidden, blocks or Blocks(), mode="causal")[0] * 0).sum().backward()
     return experts.moe.router.weight.grad.clone()
 
 
@@ -67,7 +67,7 @@ def test_the_sequence_loss_is_the_sum_over_sequences(experts, counted):
     assert got.abs().max() > 1e-3
 
 
-def test_how_sequences_share_micro_batches_does_not_matter(experts):
+def test_the_grouping_of_sequences_in_micro_batches_does_not_matter(experts):
     hidden = hidden_of(4)
     padding = torch.zeros(4, LENGTH, dtype=torch.bool)
     padding[0, 3:], padding[1, 9:] = True, True
@@ -76,22 +76,23 @@ def test_how_sequences_share_micro_batches_does_not_matter(experts):
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-9)
 
 
-def test_padding_is_not_counted_and_copies_of_a_sequence_are(experts):
+def test_padding_is_not_counted_and_draws_of_a_sequence_are(experts):
     router, hidden = experts.moe.router, hidden_of(6)
     padding = torch.zeros(3, LENGTH, dtype=torch.bool)
     padding[1, 10:] = True
-    experts(hidden, Blocks(padding=padding))
+    experts(hidden, Blocks(padding=padding), mode="causal")
     assert router.local_tokens_per_expert.sum() == TOP * 2 * int((~padding).sum())
     counted = router.local_tokens_per_expert.clone()
     with torch.no_grad():
-        experts(hidden, Blocks(padding=padding))
+        experts(hidden, Blocks(padding=padding), mode="causal")
     assert torch.equal(router.local_tokens_per_expert, counted), "a pass without gradients counts nothing"
 
 
 def test_padding_changes_no_output(experts):
     hidden, padding = hidden_of(2), torch.zeros(2, LENGTH, dtype=torch.bool)
     padding[0, 4:] = True
-    torch.testing.assert_close(experts(hidden, Blocks(padding=padding))[0], experts(hidden, Blocks())[0])
+    with_padding, _ = experts(hidden, Blocks(padding=padding), mode="causal")
+    torch.testing.assert_close(with_padding, experts(hidden, Blocks(), mode="causal")[0])
 
 
 def test_the_bias_moves_towards_idle_experts_and_the_frozen_one_stays(groups):

@@ -1,4 +1,4 @@
-"""The spec of Transformer Engine with its real modules, built without memory: names, shapes, marks, and their numbers.
+"""Transformer Engine's real layer modules, built without memory: names, shapes and marks.
 
 Needs transformer-engine with its torch extension, and no GPU: nothing is computed here. `pytest -m
 te`
@@ -31,17 +31,18 @@ LAYOUTS = {
 
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch):
-    """Modules of transformer-engine 2.11 ask only whether there is a CUDA device; parameters go where Megatron says.
+    """Let modules of transformer-engine 2.11 be built on a CPU.
 
-    They fork random state around weights that are not initialised, which tensors without memory
-    cannot.
+    They only check that there is a CUDA device; Megatron decides where parameters are. They also
+    fork random state around weights that are not initialised, which is not possible for tensors
+    without memory.
     """
     from megatron.core.extensions import transformer_engine
 
     no_tracker = SimpleNamespace(is_initialized=lambda: False)
     monkeypatch.setattr(transformer_engine, "get_cuda_rng_tracker", lambda: no_tracker)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    # Tensors without memory would start the driver for one that is on a device.
+    # A tensor without memory on a CUDA device would start the driver.
     monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda *_: None)
     monkeypatch.setattr(device, "is_cpu", lambda: True)
 
@@ -53,28 +54,32 @@ def nano(layout, **train):
     return dataclasses.replace(config, parallel=settings, train=dataclasses.replace(config.train, **train), phases=[])
 
 
-def built_by_te(config):
-    megatron = transformer_config.transformer_config(config, served="transformer_engine")
+def te_config(config):
+    return transformer_config.transformer_config(config, transformer_impl="transformer_engine")
+
+
+def uninitialised_te_config(config):
+    megatron = te_config(config)
     megatron.perform_initialization = False
     return megatron
 
 
-def build(config, served, *, rank):
-    """(context tower, two-tower model) of a stage on one rank, as a few facts about each of their tensors."""
+def build(config, transformer_impl, *, rank):
+    """(context tower, two-tower model) of a stage on one rank, as a few facts about each tensor."""
     with parallel.pretend_rank(config, ranks=config.parallel.ranks, rank=rank) as groups, FakeTensorMode():
-        megatron = transformer_config.transformer_config(config, served=served)
+        megatron = transformer_config.transformer_config(config, transformer_impl=transformer_impl)
         megatron.perform_initialization = False
         (stage,) = stages_of_rank(config.model, config.parallel, groups.pp.rank())
         context = towers.build_context_tower(config, megatron, groups, stage)
         model = towers.TwoTower(config, megatron, groups, context)
         entries = parameter_map.entries_of_stage(parameter_map.denoiser_entries(config.model, 256), stage)
         ranks = {"experts": 128, "rank": groups.ep.rank(), "ranks": groups.ep.size()}
-        wanted = {parameter_map.local_expert_name(entry, **ranks) for entry in entries} - {None}
+        wanted = {parameter_map.name_on_rank(entry, **ranks) for entry in entries} - {None}
         return facts(context), facts(model), wanted, {type(part).__name__ for part in model.modules()}
 
 
 def facts(module):
-    """Of every parameter and router bias: shape, dtype, and the marks by which gradients are summed over ranks."""
+    """The shape, dtype and marks for gradient sums of every parameter and router bias."""
     return {
         name: (
             tuple(t.shape),
@@ -88,7 +93,7 @@ def facts(module):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8_delayed"])
-def test_all_of_nano_holds_what_its_own_modules_hold(precision):
+def test_nano_has_the_same_tensors_as_with_local_modules(precision):
     config = nano("h100x64", precision=precision)
     context, model, wanted, found = build(config, "transformer_engine", rank=13)
     own_context, own_model, _, own = build(config, "local", rank=13)
@@ -100,17 +105,17 @@ def test_all_of_nano_holds_what_its_own_modules_hold(precision):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rank", ["first", "last"])
-def test_ranks_of_every_layout_hold_what_their_own_modules_hold(layout, rank):
+def test_ranks_of_every_layout_have_the_same_tensors_as_with_local_modules(layout, rank):
     config = nano(layout, precision="bf16")
     number = 0 if rank == "first" else config.parallel.ranks - 1
-    of_te, own = (build(config, served, rank=number)[:2] for served in ("transformer_engine", "local"))
+    of_te, own = (build(config, name, rank=number)[:2] for name in ("transformer_engine", "local"))
     assert of_te == own
 
 
-def test_what_is_split_is_marked_so_that_norms_of_gradients_count_every_part_once():
+def test_split_parameters_are_marked_so_that_gradient_norms_count_each_shard_once():
     config = nano("split experts", precision="bf16")
     with parallel.pretend_rank(config, ranks=16, rank=3) as groups, FakeTensorMode():
-        megatron = built_by_te(config)
+        megatron = uninitialised_te_config(config)
         held = parameter_map.canonical_tensors(towers.Tower(config.model, megatron, groups))
     projections = [name for name in held if ".mixer." in name and re.search(r"(proj|qkv|fc[12])\.weight$", name)]
     assert len(projections) > 52
@@ -124,18 +129,20 @@ def test_the_norms_are_where_the_released_order_has_them():
     """Modulation before the norm in M and *: there the norm is inside the projection."""
     config = nano("h100x64", precision="bf16")
     with parallel.pretend_rank(config, ranks=64, rank=0) as groups, FakeTensorMode():
-        megatron = built_by_te(config)
+        megatron = uninitialised_te_config(config)
         tower = towers.Tower(config.model, megatron, groups)
         for kind, layer in zip(config.model.hybrid_override_pattern, tower.layers.values(), strict=True):
             assert isinstance(layer.norm, torch.nn.Identity) == (kind in "M*")
 
 
-def test_fusions_are_megatrons_where_they_hold():
-    megatron = transformer_config.transformer_config(nano("h100x64", precision="bf16"), served="transformer_engine")
+def test_fusions_are_enabled_where_they_apply():
+    megatron = transformer_config.transformer_config(
+        nano("h100x64", precision="bf16"), transformer_impl="transformer_engine"
+    )
     assert megatron.gradient_accumulation_fusion and megatron.moe_permute_fusion and megatron.moe_grouped_gemm
     assert megatron.use_fused_weighted_squared_relu and not megatron.moe_router_fusion, "its router is fp64"
     wide = transformer_config.transformer_config(
-        nano("h100x64", precision="bf16", router_dtype="fp32"), served="transformer_engine"
+        nano("h100x64", precision="bf16", router_dtype="fp32"), transformer_impl="transformer_engine"
     )
     assert wide.moe_router_fusion
 
@@ -152,7 +159,9 @@ def test_a_precision_is_the_recipe_of_transformer_engine(precision, recipe):
     from megatron.core.fp8_utils import get_fp8_recipe
 
     found = get_fp8_recipe(
-        transformer_config.transformer_config(nano("h100x64", precision=precision), served="transformer_engine")
+        transformer_config.transformer_config(
+            nano("h100x64", precision=precision), transformer_impl="transformer_engine"
+        )
     )
     assert type(found).__name__ == recipe
     if precision == "fp8_delayed":
@@ -173,20 +182,20 @@ def test_a_layer_computes_in_the_precision_of_its_tower(monkeypatch):
 
     delayed = nano("h100x64", precision="fp8_delayed", context_precision="wide")
     with parallel.pretend_rank(delayed, ranks=64, rank=0):
-        megatron = transformer_config.transformer_config(delayed, served="transformer_engine")
-        context = modules.frozen(delayed, megatron)
-        with modules.model_computing(megatron):
-            assert inside(modules.computing(megatron, 3)) == "TEDelayedScaling"
-            assert inside(modules.computing(context, 3)) == "bf16"
-            assert inside(modules.computing(megatron, 4)) == "TEDelayedScaling", "what a layer enters it leaves"
+        megatron = transformer_config.transformer_config(delayed, transformer_impl="transformer_engine")
+        context = modules.context_tower_config(delayed, megatron)
+        with modules.fp8_model_context(megatron):
+            assert inside(modules.fp8_layer_context(megatron, 3)) == "TEDelayedScaling"
+            assert inside(modules.fp8_layer_context(context, 3)) == "bf16"
+            assert inside(modules.fp8_layer_context(megatron, 4)) == "TEDelayedScaling", "what a layer enters it leaves"
 
     ends = nano("h100x64", precision="fp8_current", context_precision="fp8_blockwise")
     ends = dataclasses.replace(ends, fp8=dataclasses.replace(ends.fp8, first_layers_bf16=1, last_layers_bf16=2))
     with parallel.pretend_rank(ends, ranks=64, rank=0):
-        megatron = transformer_config.transformer_config(ends, served="transformer_engine")
-        context = modules.frozen(ends, megatron)
-        with modules.model_computing(megatron):
-            layers = [inside(modules.computing(megatron, number)) for number in (0, 1, 49, 50, 51)]
+        megatron = transformer_config.transformer_config(ends, transformer_impl="transformer_engine")
+        context = modules.context_tower_config(ends, megatron)
+        with modules.fp8_model_context(megatron):
+            layers = [inside(modules.fp8_layer_context(megatron, number)) for number in (0, 1, 49, 50, 51)]
             assert layers == ["bf16", "Float8CurrentScaling", "Float8CurrentScaling", "bf16", "bf16"]
-            assert inside(modules.computing(context, 1)) == "Float8BlockScaling"
-            assert inside(modules.computing(context, 51)) == "bf16"
+            assert inside(modules.fp8_layer_context(context, 1)) == "Float8BlockScaling"
+            assert inside(modules.fp8_layer_context(context, 51)) == "bf16"

@@ -10,7 +10,7 @@ from helpers.reference import block_by_block
 from megatron_twotower.convert import initial_weights, load
 from megatron_twotower.mcore import transformer_config
 from megatron_twotower.model import parameter_map, towers
-from megatron_twotower.model.parameter_map import LAYOUTS
+from megatron_twotower.model.parameter_map import hf_from_parameter
 from megatron_twotower.train.noise import noisy_batch
 from megatron_twotower.types import Batch, Blocks
 
@@ -27,11 +27,14 @@ def assert_close_gradients(model, entries, source, shape):
     parameters = dict(model.named_parameters())
     compared = 0
     for entry in entries:
-        if entry.megatron not in parameters:
+        if entry.megatron_name not in parameters:
             continue  # the router's selection bias is no parameter
-        got = parameters[entry.megatron].grad
-        parts = LAYOUTS[entry.layout][1](torch.zeros_like(parameters[entry.megatron]) if got is None else got, shape)
-        for name, part in zip(entry.hf, parts, strict=True):
+        parameter = parameters[entry.megatron_name]
+        got = parameter.grad
+        parts = hf_from_parameter(
+            entry, torch.zeros_like(parameters[entry.megatron_name]) if got is None else got, shape
+        )
+        for name, part in zip(entry.hf_names, parts, strict=True):
             want = source[name].grad
             torch.testing.assert_close(part, torch.zeros_like(part) if want is None else want, rtol=1e-5, atol=1e-6)
             compared += 1
@@ -154,7 +157,7 @@ def test_packed_documents_are_as_if_each_were_alone(groups, pattern):
 
 @pytest.mark.parametrize("pattern", ["M", "*", "ME*-M*"])
 @pytest.mark.parametrize("per_block", [True, False])
-def test_draws_of_one_context_pass_equal_passes_of_their_own(groups, pattern, per_block):
+def test_draws_that_share_a_context_pass_equal_separate_passes(groups, pattern, per_block):
     config = tiny_config(pattern)
     model, _ = build_two_tower(config, groups)
     draws = [random_noisy_batch(config, per_block=per_block, seed=seed) for seed in (1, 2, 3)]
@@ -179,7 +182,7 @@ def test_recomputed_layers_give_the_same_gradients(groups):
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-10, atol=1e-12)
 
 
-def test_the_context_tower_is_out_of_reach_of_everything_that_walks_over_modules(groups):
+def test_nothing_that_iterates_over_modules_reaches_the_context_tower(groups):
     config = tiny_config("ME*-")
     model, _ = build_two_tower(config, groups)
     inside = {id(parameter) for parameter in model.parameters()} | {id(buffer) for buffer in model.buffers()}

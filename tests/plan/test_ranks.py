@@ -11,7 +11,7 @@ from helpers import TESTS
 from helpers.models import planned_config
 from megatron_twotower.config.pipeline_stages import stages_of_rank
 from megatron_twotower.config.validation import validate
-from megatron_twotower.mcore.patches import RELEASE
+from megatron_twotower.mcore.releases import RELEASE
 from megatron_twotower.plan.estimate import kept_bytes
 from megatron_twotower.plan.layout import layout_of
 from megatron_twotower.plan.meta_build import build

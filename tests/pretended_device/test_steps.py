@@ -15,7 +15,7 @@ from megatron_twotower.common import device
 from megatron_twotower.config.phases import resolve_phases
 from megatron_twotower.config.validation import validate
 from megatron_twotower.mcore import parallel
-from megatron_twotower.mcore.patches import RELEASE
+from megatron_twotower.mcore.releases import RELEASE
 from megatron_twotower.train import loop, resume
 from megatron_twotower.train import progress as train_progress
 from megatron_twotower.train import run as train_run
@@ -228,7 +228,7 @@ def test_steps_of_training(backbone, kind, distributed):
 
 def kept(parts, model):
     """Copies of all that a checkpoint holds of weights, selection biases and optimizer, by key and place."""
-    pieces = files.state_dict(model.pieces(parts.config, parts.groups, parts.optimizer))
+    pieces = files.state_dict(model.sharded_state(parts.config, parts.groups, parts.optimizer))
     return {name: piece.data.clone() for name, piece in pieces.items() if isinstance(piece, ShardedTensor)}
 
 
@@ -292,7 +292,7 @@ def save(run, parts, model, progress):
     keeper = resume.CheckpointHooks(
         run,
         parts,
-        lambda: model.pieces(parts.config, parts.groups, parts.optimizer),
+        lambda: model.sharded_state(parts.config, parts.groups, parts.optimizer),
         fingerprint=model.fingerprint,
         metrics=Metrics((), contextlib.ExitStack()),
     )
@@ -303,4 +303,4 @@ def save(run, parts, model, progress):
 
 def restored(run, parts, model):
     point = resume.resume_point(run, parts.config, fingerprint=model.fingerprint)
-    return resume.restore(point, parts, lambda: model.pieces(parts.config, parts.groups, parts.optimizer))
+    return resume.restore(point, parts, lambda: model.sharded_state(parts.config, parts.groups, parts.optimizer))

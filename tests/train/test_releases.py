@@ -19,7 +19,7 @@ def other_python():
 
 
 def release(python):
-    ask = "from megatron_twotower.mcore.patches import RELEASE; print(RELEASE)"
+    ask = "from megatron_twotower.mcore.releases import RELEASE; print(RELEASE)"
     return subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
 
 

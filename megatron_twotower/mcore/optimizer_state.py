@@ -1,4 +1,4 @@
-"""What the optimizer holds for each parameter on this rank, for checkpoints."""
+"""The optimizer state of this rank, parameter by parameter, as checkpoints store it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,11 +17,13 @@ def nonempty_optimizers(optimizer: MegatronOptimizer) -> list[Any]:
 
 @dataclass(frozen=True)
 class OptimizerShard:
-    """What the optimizer keeps on this rank for one parameter, of its flattened elements from `first` on.
+    """The optimizer state of one parameter that this rank keeps.
 
-    tensors: `exp_avg`, `exp_avg_sq`, and `main`, the fp32 weights, where the parameter itself is
-    not fp32.
-    distributed: other data-parallel ranks keep the rest, and not the same.
+    Attributes:
+        first: The index in the flattened parameter of the first element of the shard.
+        tensors: `exp_avg`, `exp_avg_sq` and, if the parameter is not fp32, `main`, its fp32 copy.
+            Each is flat and has the elements from `first` on.
+        distributed: Whether each data-parallel rank keeps another shard of the parameter.
     """
 
     first: int
@@ -30,8 +32,12 @@ class OptimizerShard:
 
 
 def optimizer_shards(optimizer: MegatronOptimizer, parameters: Sequence[Tensor]) -> dict[Tensor, OptimizerShard]:
-    """The state of every parameter that this rank's optimizer has some of. Zeros where it has taken no step yet."""
-    found: dict[Tensor, OptimizerShard] = {}
+    """The shard of each parameter of which this rank keeps optimizer state.
+
+    State that the optimizer has not created yet, because it has taken no step, is created with
+    zeros.
+    """
+    shards: dict[Tensor, OptimizerShard] = {}
     for inner in nonempty_optimizers(optimizer):
         for parameter, main, first in _main_parameters(inner, parameters):
             state = inner.optimizer.state[main]
@@ -42,27 +48,34 @@ def optimizer_shards(optimizer: MegatronOptimizer, parameters: Sequence[Tensor])
             tensors = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
             if main.dtype != parameter.dtype:
                 tensors["main"] = main
-            found[parameter] = OptimizerShard(first, tensors, isinstance(inner, DistributedOptimizer))
-    return found
+            shards[parameter] = OptimizerShard(first, tensors, isinstance(inner, DistributedOptimizer))
+    return shards
 
 
 def _main_parameters(inner: Any, parameters: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """(parameter, what Adam updates for it on this rank, its first element) of one of Megatron's chained optimizers."""
+    """The parameters of one of Megatron's chained optimizers.
+
+    Yields:
+        (parameter, the tensor that Adam updates for it on this rank, index of its first element).
+    """
     if isinstance(inner, DistributedOptimizer):
         for parameter in inner.model_param_gbuf_map:
-            group, place = inner.model_param_group_index_map[parameter]
-            main = inner.optimizer.param_groups[group]["params"][place]
+            group, index = inner.model_param_group_index_map[parameter]
+            main = inner.optimizer.param_groups[group]["params"][index]
             yield parameter, main, inner._get_model_param_range_map(parameter)["param"].start
         return
     updated = {main for group in inner.optimizer.param_groups for main in group["params"]}
     for parameter in parameters:
-        main = getattr(parameter, "main_param", parameter)  # Megatron's attribute on what is not fp32
+        main = getattr(parameter, "main_param", parameter)  # Megatron sets it on parameters that are not fp32
         if main in updated:
             yield parameter, main, 0
 
 
 def set_update_count(optimizer: MegatronOptimizer, updates: int) -> None:
-    """Tell Adam how many steps its averages have seen: torch keeps it per parameter, Apex and TE per group."""
+    """Set the number of updates that Adam's averages have seen.
+
+    torch stores it per parameter, Apex and Transformer Engine per parameter group.
+    """
     for inner in nonempty_optimizers(optimizer):
         for group in inner.optimizer.param_groups:
             if "step" in group or not isinstance(inner.optimizer, torch.optim.AdamW):
