@@ -1,4 +1,4 @@
-"""Input of a corpus: text files, JSON lines (plain, gzip, zstd) and parquet, cut into units of work.
+"""The input of a corpus: text files, JSON lines and parquet files, cut into units of work.
 
 One worker reads a unit from its start to its end. Units and their order follow from the inputs
 alone: held-out text files first, then files of records, then the other text files.
@@ -73,7 +73,7 @@ class Unit:
 Item = tuple[int, str | Fault | None]
 
 
-# --- input files and their splits ----------------------------------------------------------------------------------
+# --- input files and their splits -----------------------------------------------------------------
 
 
 def find_documents(inputs: Sequence[str], *, suffixes: Sequence[str] = SUFFIXES) -> list[Document]:
@@ -134,7 +134,7 @@ def read_text(document: Document) -> str | None:
 
 
 def split_documents(documents: Sequence[Document], *, holdout_fraction: float) -> dict[str, list[Document]]:
-    """Text files as {"train": ..., "validation": ...}, each in the order of the SHA-256 of the names.
+    """Text files by split, each split in the order of the SHA-256 of the names.
 
     That order mixes the packages. A name is held out if its hash, as a fraction of the largest
     hash, is below `holdout_fraction`; other files do not matter. Of two names or more, at least one
@@ -163,7 +163,7 @@ def _name_hash(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
 
 
-# --- units ---------------------------------------------------------------------------------------------------------
+# --- units ----------------------------------------------------------------------------------------
 
 
 def cut_units(
@@ -233,7 +233,7 @@ def _parquet_units(document: Document, *, text_field: str, unit_bytes: int) -> I
             yield Unit((document,), None, begin, len(sizes), total)
 
 
-# --- reading -------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def read_unit(unit: Unit, *, text_field: str, advance: Callable[[int], None]) -> Iterator[Item]:

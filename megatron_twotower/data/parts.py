@@ -1,9 +1,9 @@
-"""Tokenises a unit of input into a part, the files that keep its documents until shards are written.
+"""Tokenises a unit of input into a part: files that keep its documents until shards are written.
 
-    parts/000007.ids       the ids of its documents, one after another, nothing added
-    parts/000007.records   one `RECORD` per document
-    parts/000007.json      its counts, written last: a part is complete or absent
-    parts/000007.keep      one byte per document: its split as in `KEEP`, or 0 (from `selection`)
+parts/000007.ids       the ids of its documents, one after another, nothing added
+parts/000007.records   one `RECORD` per document
+parts/000007.json      its counts, written last: a part is complete or absent
+parts/000007.keep      one byte per document: its split as in `KEEP`, or 0 (from `selection`)
 """
 
 import functools
@@ -24,8 +24,8 @@ from megatron_twotower.data.documents import TRAIN, VALIDATION, Unit, read_unit
 from megatron_twotower.data.record_formats import Fault
 from megatron_twotower.data.tokenizer import load_tokenizer, text_encoder
 
-# digest: the first 16 bytes of the SHA-256 of the text; place: index of the line, row or file within
-# the unit; bytes, characters: the size of the text.
+# digest: the first 16 bytes of the SHA-256 of the text; place: index of the line, row or file
+# within the unit; bytes, characters: the size of the text.
 RECORD = np.dtype([("digest", "<u8", 2), ("place", "<i8"), ("tokens", "<i8"), ("bytes", "<i8"), ("characters", "<i8")])
 KEEP = {TRAIN: 1, VALIDATION: 2}
 FIRST_FAULTS = 10  # malformed records that are named
@@ -35,7 +35,7 @@ _BATCH_CHARACTERS = 1 << 20  # text that the tokenizer gets at a time: enough fo
 
 @dataclass(frozen=True)
 class UnitTask:
-    """A unit to tokenise into parts/NUMBER.*"""
+    """A unit to tokenise into part `number`."""
 
     number: int
     unit: Unit

@@ -107,7 +107,8 @@ def _counted(stream: Iterable[bytes], raw: IO[bytes], advance: Callable[[int], N
 def _zstd_chunks(raw: IO[bytes], path: Path) -> Iterator[bytes]:
     """Yields the decompressed content in pieces.
 
-    The stream reader of zstandard 0.25 accepts a truncated file without an error. This one does not.
+    The stream reader of zstandard 0.25 accepts a truncated file without an error. This function
+    does not.
     """
     try:
         import zstandard

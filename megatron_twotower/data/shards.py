@@ -2,14 +2,14 @@
 
 A prepared folder:
 
-    tokenizer/              the tokenizer of the ids
-    train/index.json        totals, and a table of the shards: file, bytes, checksum, documents, tokens
-    train/starts.npy        (documents + 1,) int64: where each document begins in the stream of all ids
-    train/offsets.npy       (documents,) int64: the byte of its shard at which its ids begin
-    train/shard-00000.tar   one `KEY.tokens.npy` (ids) and one `KEY.json` per document
-    validation/...          held-out documents, in the same form
-    summary.json            what `prepare` returned
-    provenance.json         what it was prepared from, and by which versions
+    tokenizer/             the tokenizer of the ids
+    train/index.json       totals; for each shard: file, bytes, checksum, documents, tokens
+    train/starts.npy       (documents + 1,) int64: where each document begins in all ids
+    train/offsets.npy      (documents,) int64: the byte of its shard at which its ids begin
+    train/shard-00000.tar  one `KEY.tokens.npy` (ids) and one `KEY.json` per document
+    validation/...         held-out documents, in the same form
+    summary.json           what `prepare` returned
+    provenance.json        what it was prepared from, and by which versions
 
 Plain `webdataset` streams the shards. `Corpus` reads any window of tokens without unpacking them.
 To open a corpus costs as much as to read the table of shards: the arrays are memory maps, so
@@ -43,7 +43,7 @@ _OPEN_SHARDS = 64  # memory maps that a corpus keeps open, one file descriptor e
 _OPENED_AT_ONCE = 16  # shards that threads fetch and check at the same time
 
 
-# --- writing ------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 class Sample(NamedTuple):
@@ -95,7 +95,9 @@ def write_shard(path: Path, samples: Iterable[Sample], *, first: int) -> tuple[s
 
 
 def token_members(path: Path) -> Iterator[tuple[str, int, tuple[int, np.dtype]]]:
-    """Yields (key, byte at which the ids begin, (tokens, dtype)) of each document, from the tar alone.
+    """Yields (key, offset of the ids in bytes, (tokens, dtype)) of each document.
+
+    Only the tar is read, not the index.
 
     Raises:
         ValueError, tarfile.TarError: the shard is not a tar of token arrays.
@@ -145,7 +147,7 @@ def write_index(
     (folder / INDEX_FILE).write_text(f'{head},\n "shards": [\n  {rows}\n ]\n}}\n')
 
 
-# --- reading ------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,7 @@ class Corpus:
         return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
     def tokens(self, start: int, count: int) -> np.ndarray:
-        """(count,) int64 ids from position `start` of the stream on, across documents and shards."""
+        """(count,) int64 ids from position `start` of the stream on, over documents and shards."""
         assert 0 <= start <= start + count <= self.total_tokens, (start, count, self.total_tokens)
         result = np.empty(count, dtype=np.int64)
         if count == 0:
@@ -244,7 +246,7 @@ class Corpus:
         return result
 
     def document(self, number: int) -> np.ndarray:
-        """(tokens,) ids of a document, with BOS and EOS: a read-only view of its shard, in `dtype`."""
+        """(tokens,) `dtype` ids of a document, with BOS and EOS: a read-only view of its shard."""
         length = int(self.starts[number + 1] - self.starts[number])
         return self._ids(self._shard_of_document(number), int(self.offsets[number]), length)
 
@@ -311,7 +313,7 @@ class Corpus:
             return data
 
     def _size_problem(self, number: int) -> str | None:
-        """What is wrong with the size of a local shard, or with the arrays of the index about it."""
+        """What is wrong with the size of a local shard, or with the index about it."""
         shard = self.shards[number]
         ends = self.first_documents[number : number + 2]
         if not np.array_equal(self.starts[ends], self.first_tokens[number : number + 2]):

@@ -87,8 +87,8 @@ def _alone(
 def _together(
     function: Callable[[Task], Result], tasks: Iterable[Task], *, workers: int, on_count: Callable[[list[int]], None]
 ) -> Iterator[tuple[Task, Result]]:
-    # Not fork: this process has threads (the progress bar, the tokenizer's). The fork server imports
-    # once what all workers need.
+    # Not fork: this process has threads (the progress bar, the tokenizer's). The fork server
+    # imports once what all workers need.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, function.__module__])
     counters, stopping = context.Array(ctypes.c_longlong, COUNTERS), context.Event()

@@ -96,7 +96,10 @@ def discard(partial: Path) -> None:
 
 
 def move_into_place(output: Path) -> None:
-    """Give the finished data the name `output`. After a kill in between, the next run completes it."""
+    """Give the finished data the name `output`.
+
+    After a kill in between, the next run completes the move.
+    """
     partial, old = partial_path(output), _old(output)
     if output.exists():
         shutil.rmtree(old, ignore_errors=True)
