@@ -1,4 +1,4 @@
-"""Documents padded to whole blocks, one after another: where any window of that stream comes from.
+"""Documents padded to complete blocks, one after another, and any window of that stream.
 
 With document boundaries respected, each document is padded to a multiple of the block size. The
 padded documents make one stream, which is cut into sequences. What is at a position is found from

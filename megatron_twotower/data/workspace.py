@@ -30,7 +30,7 @@ def check_output(output: Path, *, mark: str, overwrite: bool) -> None:
         UserError: `output` is refused.
     """
     if not output.name:
-        raise UserError(f"{output}: found no name, expected a folder to make beside others")
+        raise UserError(f"{output}: found no name, expected the path of a folder to create")
     partial = partial_path(output)
     if (output / mark).is_file() and partial.is_dir() and not (partial / "data").exists():
         # A run was killed after its output had been moved into its place.
@@ -41,7 +41,7 @@ def check_output(output: Path, *, mark: str, overwrite: bool) -> None:
     if not overwrite:
         raise UserError(f"{output}: exists already, expected a folder that does not (or overwrite)")
     if not (output / mark).is_file():
-        raise UserError(f"{output}: holds no {mark}, expected an earlier prepared folder to overwrite")
+        raise UserError(f"{output}: found no {mark} in it, expected an earlier prepared folder to overwrite")
 
 
 @contextlib.contextmanager

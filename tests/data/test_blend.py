@@ -118,8 +118,8 @@ def test_epochs_and_corpora_have_orders_of_their_own():
     source = blended()
     web = source.datasets["web"]
     first, second = (web.locate(np.arange(50) + epoch * len(web))[1].tolist() for epoch in (0, 1))
-    twin = dataclasses.replace(web, number=5).locate(np.arange(50))[1].tolist()
-    assert first != second and first != twin and second != twin
+    other = dataclasses.replace(web, number=5).locate(np.arange(50))[1].tolist()
+    assert first != second and first != other and second != other
 
 
 def test_the_first_corpus_alone_is_read_as_without_a_blend():

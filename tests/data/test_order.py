@@ -138,7 +138,7 @@ def test_a_window_opens_few_runs_and_mixes_them():
     spread = 4 * math.sqrt(2 / 32**2)
     assert abs(chi_square(np.histogram2d(places, inside, bins=32)[0]) - 1) < spread
     neighbours = (np.abs(np.diff(result)) == 1).mean()
-    assert neighbours < 4 * 2 / (run * runs), "what stood together is torn apart"
+    assert neighbours < 4 * 2 / (run * runs), "neighbours are separated"
 
 
 def test_the_rest_after_the_last_run_is_not_always_the_same():

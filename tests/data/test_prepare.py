@@ -498,7 +498,7 @@ def test_nothing_is_overwritten_unless_asked_and_only_prepared_data(tree, tokeni
     assert content(output) != before
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match=r"home: holds no train/index\.json"):
+    with pytest.raises(UserError, match=r"home: found no train/index\.json in it"):
         prepare([str(tree)], tokenizer=tokenizer, output=tmp_path / "home", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "out"]
 
@@ -557,7 +557,7 @@ def test_wrong_input_is_one_line(tree, tokenizer, tmp_path):
     with pytest.raises(UserError, match="tokenizer: no such folder"):
         prepare([str(tree)], tokenizer=tmp_path / "tokenizer", output=output)
     for nameless in (".", "/", ""):
-        with pytest.raises(UserError, match="found no name, expected a folder to make beside others"):
+        with pytest.raises(UserError, match="found no name, expected the path of a folder to create"):
             prepare([str(tree)], tokenizer=tokenizer, output=nameless)
     assert not output.exists() and not (tmp_path / "out.partial").exists()
 

@@ -95,7 +95,7 @@ def test_the_output_changes_in_one_step_and_what_a_kill_left_is_cleared(tmp_path
         check_output(output, mark="mark", overwrite=False)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     check_output(output, mark="mark", overwrite=True)
-    with pytest.raises(UserError, match="out: holds no other"):
+    with pytest.raises(UserError, match="out: found no other in it"):
         check_output(output, mark="other", overwrite=True)
     check_output(tmp_path / "new", mark="mark", overwrite=False)
 
