@@ -132,8 +132,8 @@ def _blocks(corpus: Corpus, block_size: int) -> str:
     blocks = -(-tokens // block_size)
     padding = int((-np.diff(starts) % block_size).sum())
     return (
-        f"blocks of {block_size} tokens: {100 * straddling / max(blocks, 1):.2f}% contain a boundary between documents; "
-        f"with documents apart, padding is {100 * padding / max(tokens + padding, 1):.2f}% of all positions"
+        f"blocks of {block_size} tokens: {100 * straddling / max(blocks, 1):.2f}% contain a document boundary; "
+        f"with documents kept apart, padding is {100 * padding / max(tokens + padding, 1):.2f}% of all positions"
     )
 
 

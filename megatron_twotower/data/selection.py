@@ -133,7 +133,8 @@ def _repeats(folder: Path, counts: Sequence[int]) -> np.ndarray:
 def _by_first_byte(digests: np.ndarray) -> Iterable[np.ndarray]:
     """Groups of rows; equal digests are in one group.
 
-    Sorting needs memory, so many digests are grouped by their first byte. Few are one group.
+    Sorting needs memory, so a large number of digests is grouped by the first byte. A small number
+    is one group.
     """
     if len(digests) <= _DOCUMENTS_SORTED_AT_ONCE:
         return [np.arange(len(digests))]

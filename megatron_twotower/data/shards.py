@@ -226,7 +226,7 @@ class Corpus:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the checksums of all shards: equal for the same documents in the same shards."""
+        """SHA-256 of all shard checksums: equal for the same documents in the same shards."""
         return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
     def tokens(self, start: int, count: int) -> np.ndarray:

@@ -68,7 +68,7 @@ def test_the_share_of_straddling_blocks_and_of_padding(prepared_blend):
         share = np.mean([block[0] != block[-1] for block in blocks])
         padded = sum(-(-length // size) * size for length in np.diff(corpus.starts).tolist())
         text = data_inspect._blocks(corpus, size)
-        assert f"{100 * share:.2f}% contain a boundary" in text
+        assert f"{100 * share:.2f}% contain a document boundary" in text
         assert f"padding is {100 * (padded - len(numbers)) / padded:.2f}%" in text
 
 

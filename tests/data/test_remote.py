@@ -129,14 +129,14 @@ def test_the_cache_is_bounded_and_what_was_dropped_is_fetched_again(prepared, se
     assert len(served[1]) == 3 + 2 * len(corpus.shards)
 
 
-def test_a_server_that_recovers_is_asked_again(served):
+def test_a_failed_request_is_repeated(served):
     url, asked, handler = served
     handler.jammed = remote.ATTEMPTS - 1
     assert Corpus.open(f"{url}/train").total_tokens > 0
     assert asked.count("/train/index.json") == remote.ATTEMPTS
 
 
-def test_what_cannot_be_read_is_named_in_one_line(served, monkeypatch):
+def test_a_url_that_cannot_be_read_is_named_in_one_line(served, monkeypatch):
     monkeypatch.setattr(remote, "_FIRST_PAUSE_SECONDS", 0.001)
     url, asked, _ = served
     for bad, reason in (
@@ -212,7 +212,7 @@ def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):
     assert remote.cache_folder() == tmp_path / "mine"
 
 
-def test_what_several_want_at_once_is_fetched_once(tmp_path, cache):
+def test_a_copy_that_several_threads_want_is_fetched_once(tmp_path, cache):
     """By threads here; the lock is one of files, which processes share too."""
     (tmp_path / "file").write_bytes(b"some bytes")
     url, sha256 = f"pipe:echo asked >> {tmp_path}/asked; sleep 0.2; cat {tmp_path}/file", checksum(tmp_path / "file")
