@@ -20,6 +20,7 @@ REQUIRES = [
     "tokenizers",
     "safetensors>=0.4",
     "webdataset>=1.0,<2",
+    "fsspec",  # opens shards at s3://, gs://, hf:// and others, with s3fs, gcsfs and so on
     "hydra-core>=1.3,<2",
     "wandb",
     "pyyaml",

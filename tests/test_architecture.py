@@ -43,6 +43,7 @@ ONLY_IN = {
     "mamba_ssm": {"ops"},
     "causal_conv1d": {"ops"},
     "webdataset": {"data", "bench"},
+    "fsspec": {"data.remote"},
     "pyarrow": {"data"},
     "zstandard": {"data"},
     "lm_eval": {"evaluate.harness"},

@@ -306,7 +306,7 @@ def start_up(folder: Path, settings: Settings) -> dict[str, float]:
     dataset = SequenceDataset(corpus, sequence_length=settings.length, seed=_SEED, packing=packing)
     started = time.perf_counter()
     _, numbers = dataset.locate(np.array([10**9]))
-    packing.stretch(int(numbers[0]) * settings.length, settings.length)
+    packing.window(int(numbers[0]) * settings.length, settings.length)
     seconds["find sample 10^9"] = time.perf_counter() - started
     return {name: round(value, 6) for name, value in seconds.items()} | {"MiB": round(_own_memory_mib() - before, 1)}
 

@@ -26,8 +26,9 @@ from megatron_twotower.common import machine, tables
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.hf_config import model_from_hf, read_hf_config
 from megatron_twotower.config.schema import ModelConfig
-from megatron_twotower.data.dataset import stretches
-from megatron_twotower.data.shards import VALIDATION, Corpus
+from megatron_twotower.data.dataset import evenly_spaced_windows
+from megatron_twotower.data.documents import VALIDATION
+from megatron_twotower.data.shards import Corpus
 from megatron_twotower.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from megatron_twotower.evaluate.likelihood import check_sequences, ratio, token_nats
 from megatron_twotower.generate.engine import default_devices, load, mask_token_id
@@ -294,7 +295,7 @@ def run(
     if found != expected:
         raise UserError(f"{model}: found a tokenizer with sha256 {found}, expected that of {data}, {expected}")
     opened.to(default_devices()[0])
-    sequences = stretches(corpus, count=wanted.sequences, length=wanted.length_tokens)
+    sequences = evenly_spaced_windows(corpus, count=wanted.sequences, length=wanted.length_tokens)
     if denoiser:
         check_sequences(sequences, wanted.block_size_tokens)
     config, console = model_from_hf(read_hf_config(model), source=str(model)), console or tables.wide_console()

@@ -136,7 +136,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from megatron_twotower.common.progress import corpus_bars
-    from megatron_twotower.data.inspect import verify
+    from megatron_twotower.data.verify import verify
 
     with corpus_bars() as report:
         problems = verify(

@@ -1,1 +1,1 @@
-"""From raw text to batches: prepared shards, the order of a run, and what it reads."""
+"""Corpora: text is prepared into shards, and shards are read as batches in the order of a run."""

@@ -1,9 +1,9 @@
-"""A corpus as fixed-length sequences in a shuffled order that any machine can compute from a position alone.
+"""A corpus as sequences of fixed length, in a shuffled order that follows from a position alone.
 
-The run reads positions 0, 1, 2, ... Position p is place p % n of epoch p // n, n the number of
-sequences, and `order` says which sequence stands there. So the cursor, one integer, is the whole
-state of the data: nothing else is saved, a resume costs nothing, and the order knows nothing of
-ranks, micro-batches or workers.
+A run reads the positions 0, 1, 2, ... Position p is place p % n of epoch p // n, where n is the
+number of sequences; `order` says which sequence is at that place. So the cursor, one integer, is
+the complete state of the data. Nothing else is saved, a resume costs nothing, and the order does
+not depend on ranks, micro-batches or workers.
 """
 
 import functools
@@ -26,15 +26,21 @@ from megatron_twotower.types import Batch
 
 T = TypeVar("T")
 
-# The key of a sequence's noise: the number of its corpus stands above the sequence's number within
-# it.
+# A sample key has the number of the corpus above these bits, and the number of the sequence within
+# the corpus in them. It keys the noise of the sequence.
 SAMPLE_BITS = 43
-_FILLER = 0  # stands where a sequence could not be read; never scored
+_FILLER = 0  # the token id of a sequence that cannot be read; never scored
 
 
 @dataclass(frozen=True)
-class Row:
-    """One sequence. tokens: (l,) int64; documents: (l,) int32 and padding: (l,) bool as in `Batch`."""
+class TokenSequence:
+    """One sequence of a corpus.
+
+    Attributes:
+        tokens: (l,) int64.
+        documents: (l,) int32 as in `Batch`.
+        padding: (l,) bool as in `Batch`.
+    """
 
     tokens: np.ndarray
     documents: np.ndarray | None = None
@@ -50,13 +56,19 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class SequenceDataset:
-    """A corpus cut into sequences of `sequence_length` tokens; the rest at its end is never read.
+    """A corpus cut into sequences of `sequence_length` tokens.
 
-    seed: keys the order of every epoch. number: of the corpus within its blend. packing: keeps
-    documents apart; None to cut across them. skip_damaged: what touches a damaged shard becomes
-    padding, where else the run stops; the corpus must have been opened with `verify_shards`.
+    Tokens at the end of the corpus that do not fill a sequence are never read.
 
-    Errors: `UserError` for a corpus shorter than one sequence.
+    Attributes:
+        seed: keys the order of every epoch.
+        number: the number of the corpus within its blend.
+        packing: keeps documents apart; None to cut across documents.
+        skip_damaged: make a sequence that touches a damaged shard padding, instead of stopping the
+            run. The corpus must be opened with `verify_shards`.
+
+    Raises:
+        UserError: the corpus is shorter than one sequence.
     """
 
     corpus: Corpus
@@ -82,34 +94,33 @@ class SequenceDataset:
         total = self.corpus.total_tokens if self.packing is None else self.packing.total_tokens
         return total // self.sequence_length
 
-    def sequence(self, number: int) -> np.ndarray:
-        """(l,) int64 token ids of sequence `number`."""
-        return self.row(number).tokens
-
-    def row(self, number: int) -> Row:
-        """Sequence `number`; padding all through where it cannot be read and is to be skipped."""
+    def sequence(self, number: int) -> TokenSequence:
+        """Sequence `number`; only padding if it cannot be read and `skip_damaged` is set."""
         assert 0 <= number < len(self), (number, len(self))
         try:
             return self._read(number)
-        except UserError as error:  # the corpus names the shard
+        except UserError as error:  # the message of the corpus names the shard
             if not self.skip_damaged:
                 raise
-            _tell_once(f"{error}; its sequences are skipped")
+            _warn_once(f"{error}; its sequences are skipped")
         length = self.sequence_length
         documents = None if self.packing is None else np.zeros(length, dtype=np.int32)
-        return Row(np.full(length, _FILLER, dtype=np.int64), documents, np.ones(length, dtype=bool))
+        return TokenSequence(np.full(length, _FILLER, dtype=np.int64), documents, np.ones(length, dtype=bool))
 
-    def _read(self, number: int) -> Row:
+    def _read(self, number: int) -> TokenSequence:
         first, count = number * self.sequence_length, self.sequence_length
         if self.packing is None:
-            return Row(self.corpus.tokens(first, count))
-        stretch = self.packing.stretch(first, count)
-        begin, end = int(stretch.sources[0]), int(stretch.sources[-1]) + 1
-        tokens = self.corpus.tokens(begin, end - begin)[stretch.sources - begin]
-        return Row(tokens, stretch.documents, stretch.padding)
+            return TokenSequence(self.corpus.tokens(first, count))
+        window = self.packing.window(first, count)
+        begin, end = int(window.sources[0]), int(window.sources[-1]) + 1
+        tokens = self.corpus.tokens(begin, end - begin)[window.sources - begin]
+        return TokenSequence(tokens, window.documents, window.padding)
 
     def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Epochs and sequence numbers, (b,) int64 each, at indices (b,) int64 of this corpus's own endless reading."""
+        """Epochs and sequence numbers, (b,) int64 each, at indices (b,) int64.
+
+        The indices count the sequences read from this corpus, over all epochs.
+        """
         epochs, places = np.divmod(indices, len(self))
         seed = corpus_seed(self.seed, self.number)
         for epoch in np.unique(epochs).tolist():
@@ -117,44 +128,51 @@ class SequenceDataset:
             places[chosen] = shuffled(places[chosen], n=len(self), seed=seed, epoch=epoch, shuffle=self.shuffle)
         return epochs, places
 
-    def keys(self, numbers: np.ndarray) -> np.ndarray:
-        """(b,) int64 what identifies the sequences over all corpora: their own numbers in the first one."""
+    def sample_keys(self, numbers: np.ndarray) -> np.ndarray:
+        """(b,) int64, unique over all corpora, of the sequences `numbers` (b,) int64.
+
+        In the first corpus they are the numbers themselves.
+        """
         return (self.number << SAMPLE_BITS) + numbers
 
     def batch(self, positions: np.ndarray) -> Batch:
+        """The sequences at positions (b,) int64."""
         epochs, numbers = self.locate(positions)
-        rows = [self.row(number) for number in numbers.tolist()]
-        return stacked(rows, samples=self.keys(numbers), epochs=epochs, positions=positions)
+        sequences = [self.sequence(number) for number in numbers.tolist()]
+        return stack_sequences(sequences, samples=self.sample_keys(numbers), epochs=epochs, positions=positions)
 
 
 @functools.cache
-def _tell_once(message: str) -> None:
+def _warn_once(message: str) -> None:
     logging.getLogger(__name__).warning(message)
 
 
-def stacked(
-    rows: Sequence[Row],
+def stack_sequences(
+    sequences: Sequence[TokenSequence],
     *,
     samples: np.ndarray,
     epochs: np.ndarray,
     positions: np.ndarray,
     corpora: np.ndarray | None = None,
 ) -> Batch:
-    """Rows and what identifies them, (b,) int64 each, as a batch."""
-    tokens = np.stack([row.tokens for row in rows])
+    """A batch of sequences; the other arguments are (b,) int64, as in `Batch`."""
+    tokens = np.stack([sequence.tokens for sequence in sequences])
     documents = padding = None
-    if rows[0].documents is not None:
-        documents = np.stack([row.documents for row in rows if row.documents is not None])
-    if any(row.padding is not None for row in rows):
-        none = np.zeros(tokens.shape[1], dtype=bool)
-        padding = np.stack([none if row.padding is None else row.padding for row in rows])
+    if sequences[0].documents is not None:
+        documents = np.stack([sequence.documents for sequence in sequences if sequence.documents is not None])
+    if any(sequence.padding is not None for sequence in sequences):
+        no_padding = np.zeros(tokens.shape[1], dtype=bool)
+        padding = np.stack([no_padding if one.padding is None else one.padding for one in sequences])
     required = (torch.from_numpy(item) for item in (tokens, samples, epochs, positions))
     optional = (None if item is None else torch.from_numpy(item) for item in (documents, padding, corpora))
     return Batch(*required, *optional)
 
 
 def skipped_sequences(batch: Batch) -> int:
-    """How many sequences of a batch stand for one in a damaged shard. A readable one is never padding all through."""
+    """How many sequences of a batch could not be read because their shard is damaged.
+
+    Such a sequence is only padding, which a readable sequence never is.
+    """
     return 0 if batch.padding is None else int(batch.padding.all(dim=1).sum())
 
 
@@ -168,7 +186,7 @@ def global_batch(source: Source, *, first: int, count: int) -> Batch:
 
 
 def split_batch(batch: Batch, size: int) -> list[Batch]:
-    """Micro-batches of `size` sequences, the last one of what is left: views of the batch."""
+    """Micro-batches of `size` sequences, the last one with the remainder: views of the batch."""
     required = (batch.tokens, batch.samples, batch.epochs, batch.positions)
     optional = (batch.documents, batch.padding, batch.corpora)
 
@@ -180,9 +198,10 @@ def split_batch(batch: Batch, size: int) -> list[Batch]:
 
 
 def rank_slice(first: int, count: int, *, rank: int, world: int) -> tuple[int, int]:
-    """(first, count) of the part of a global batch that data-parallel rank `rank` of `world` reads: a contiguous one.
+    """(first, count) of the contiguous part of a global batch that a data-parallel rank reads.
 
-    Errors: `UserError` when `count` does not divide by `world`.
+    Raises:
+        UserError: `count` is not a multiple of `world`, the number of data-parallel ranks.
     """
     assert 0 <= rank < world, (rank, world)
     if count % world:
@@ -202,13 +221,18 @@ def batches(
     workers: int = 1,
     depth: int = 2,
 ) -> Iterator[tuple[list[Batch], int]]:
-    """Endless steps: (this rank's micro-batches, cursor after the step). A cursor counts the sequences of all ranks.
+    """Endless steps: (the micro-batches of this rank, the cursor after the step).
 
-    workers, depth: threads that read ahead, and steps they are ahead; they change nothing about
-    what is read.
+    Args:
+        cursor: where to begin. A cursor counts the sequences of all ranks.
+        rank: the data-parallel rank.
+        world: the number of data-parallel ranks.
+        workers: threads that read ahead. They do not change what is read.
+        depth: steps that are read ahead.
 
-    Errors: `UserError`, at the call, when the global batch does not divide into `world` times whole
-    micro-batches.
+    Raises:
+        UserError: at the call, if the global batch does not divide into `world` equal parts of
+            complete micro-batches.
     """
     _, share = rank_slice(cursor, global_batch_size, rank=rank, world=world)
     if micro_batch_size < 1 or share < 1 or share % micro_batch_size:
@@ -220,17 +244,18 @@ def batches(
     def step(number: int) -> tuple[list[Batch], int]:
         start = cursor + number * global_batch_size
         first, _ = rank_slice(start, global_batch_size, rank=rank, world=world)
-        whole = global_batch(source, first=first, count=share)
-        return split_batch(whole, micro_batch_size), start + global_batch_size
+        own = global_batch(source, first=first, count=share)
+        return split_batch(own, micro_batch_size), start + global_batch_size
 
     return read_ahead(step, workers=workers, depth=depth)
 
 
 def read_ahead(make: Callable[[int], T], *, workers: int, depth: int) -> Generator[T, None, None]:
-    """make(0), make(1), ... in order, up to `depth` of them made ahead by `workers` threads from the first `next` on.
+    """Yields make(0), make(1), ... in order; `workers` threads compute up to `depth` items ahead.
 
-    `make` must be a function of its argument alone. An exception of it is raised here, after the
-    items before it. Closing the result (or dropping it) ends the threads.
+    Reading starts at the first `next`. `make` must be a function of its argument alone. An
+    exception in it is raised here, after the items before it. Closing or dropping the generator
+    ends the threads.
     """
     assert workers > 0 and depth > 0, (workers, depth)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="read-ahead")
@@ -246,8 +271,14 @@ def read_ahead(make: Callable[[int], T], *, workers: int, depth: int) -> Generat
         pool.shutdown(cancel_futures=True)
 
 
-def stretches(corpus: Corpus, *, count: int, length: int) -> Tensor:
-    """(count, length) int64 tokens, evenly spread over the corpus; fewer where it is short."""
+def evenly_spaced_windows(corpus: Corpus, *, count: int, length: int) -> Tensor:
+    """Windows of a corpus at equal distances: (count, length) int64 tokens.
+
+    A short corpus gives fewer windows: as many as fit without an overlap.
+
+    Raises:
+        UserError: fewer than two windows fit.
+    """
     count = min(count, corpus.total_tokens // length)
     if count < 2:
         raise UserError(f"{corpus.folder}: found {corpus.total_tokens} tokens, expected at least 2 x {length}")

@@ -1,13 +1,10 @@
-"""`twotower data inspect` and `twotower data verify`: what prepared data holds, and whether all of it is right."""
+"""The command `twotower data inspect`: shows what prepared data contains."""
 
-import functools
 import itertools
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -17,35 +14,14 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_twotower.common import plots
 from megatron_twotower.common.errors import UserError
-from megatron_twotower.common.progress import CorpusProgress, OnCorpusProgress
 from megatron_twotower.data import remote
-from megatron_twotower.data.blend import Blend, split_folder
-from megatron_twotower.data.shards import INDEX_FILE, TRAIN, VALIDATION, Corpus, checksum, token_members
-from megatron_twotower.data.tokenizer import load_tokenizer, tokenizer_fingerprint
-from megatron_twotower.data.workers import count, unordered
+from megatron_twotower.data.blend import prepared_folders, split_folder
+from megatron_twotower.data.shards import Corpus
+from megatron_twotower.data.tokenizer import load_tokenizer
 
-_DOCUMENTS_MEASURED = 1 << 24  # lengths held at a time; of a larger corpus, the first ones
+_DOCUMENTS_MEASURED = 1 << 24  # of a larger corpus, only the first documents are measured
 _SHOWN_BLOCKS = 12
 _BAR_CHARACTERS = 40
-
-
-def roots(data: str, *, folder: str | None = None) -> dict[str, str]:
-    """Name and prepared folder (path or URL) of each corpus of `data`, which is one itself, or a blend file.
-
-    folder: where the corpora of a blend are, as `data.folder` of a recipe; beside the blend file if
-    left out.
-    """
-    if Path(data).suffix in (".yaml", ".yml"):
-        blend = Blend.open(data, root=folder)
-        return {corpus.name: corpus.folder for phase in blend.phases for corpus in phase.corpora}
-    if folder is not None:
-        raise UserError(f"{data}: found no .yaml with --folder {folder}, expected a blend file")
-    if not remote.is_url(data) and not any((Path(data) / part / INDEX_FILE).is_file() for part in (TRAIN, VALIDATION)):
-        raise UserError(f"{data}: found no {TRAIN}/{INDEX_FILE}, expected a prepared folder, its URL or a blend file")
-    return {Path(data).resolve().name if not remote.is_url(data) else data: data}
-
-
-# --- inspect ------------------------------------------------------------------------------------------------------
 
 
 def inspect(
@@ -58,17 +34,23 @@ def inspect(
     tokenizer: Path | None = None,
     folder: str | None = None,
 ) -> None:
-    """Print counts, lengths, and documents with their block boundaries, of every corpus; draw the lengths.
+    """Print counts, lengths and sample documents of every corpus, and draw the lengths.
 
-    tokenizer: to decode with; that of the prepared folder if left out, and without any, ids are
-    shown. folder: as in `roots`.
-    Errors: `UserError` for what cannot be opened.
+    Args:
+        data, folder: as in `blend.prepared_folders`.
+        samples: documents to print of each corpus, with their block boundaries.
+        picture: the image file to write.
+        tokenizer: decodes the samples. If None, the tokenizer of the prepared folder decodes them;
+            at a URL, ids are printed.
+
+    Raises:
+        UserError: something cannot be opened, or `block_size` is below 1.
     """
     if block_size < 1:
         raise UserError(f"block_size {block_size}: expected at least 1")
     console = Console(highlight=False)
-    places = roots(data, folder=folder)
-    corpora = {name: Corpus.open(split_folder(place, split)) for name, place in places.items()}
+    folders = prepared_folders(data, folder=folder)
+    corpora = {name: Corpus.open(split_folder(prepared, split)) for name, prepared in folders.items()}
     lengths = {name: document_lengths(corpus) for name, corpus in corpora.items()}
     edges = length_edges(max((int(one.max()) for one in lengths.values() if len(one)), default=1))
     histograms = {name: np.histogram(one, bins=edges)[0].tolist() for name, one in lengths.items()}
@@ -76,10 +58,10 @@ def inspect(
         console.print(_counts(name, corpus, lengths[name]))
         console.print(text_histogram(histograms[name], edges), markup=False, soft_wrap=True)
         console.print(_blocks(corpus, block_size), markup=False, soft_wrap=True)
-        opened = _tokenizer(tokenizer, places[name])
-        for number in spread(corpus.documents, samples):
+        opened = _tokenizer(tokenizer, folders[name])
+        for number in evenly_spaced(corpus.documents, samples):
             console.print(Text(f"\ndocument {number:,}: {document_name(corpus, number)}", style="bold"))
-            console.print(sample(corpus, number, block_size=block_size, tokenizer=opened), soft_wrap=True)
+            console.print(decoded_blocks(corpus, number, block_size=block_size, tokenizer=opened), soft_wrap=True)
         console.print()
     total = sum(corpus.documents for corpus in corpora.values())
     picture.write_bytes(
@@ -95,22 +77,25 @@ def inspect(
 
 
 def document_lengths(corpus: Corpus) -> np.ndarray:
-    """(documents,) int64 tokens in each, of the first 16 million."""
+    """(documents,) int64 tokens of each document, of the first 16 million."""
     return np.diff(corpus.starts[: _DOCUMENTS_MEASURED + 1])
 
 
 def length_edges(longest: int) -> list[int]:
-    """Powers of two from 1 past the longest."""
+    """The edges of the bins: powers of two from 1 to the first one above the longest length."""
     return [1 << power for power in range(max(longest, 1).bit_length() + 1)]
 
 
-def spread(documents: int, samples: int) -> list[int]:
-    """Up to `samples` document numbers, evenly over all."""
+def evenly_spaced(documents: int, samples: int) -> list[int]:
+    """Up to `samples` document numbers at equal distances."""
     return sorted({documents * place // samples for place in range(samples)}) if documents else []
 
 
 def text_histogram(counts: Sequence[int], edges: Sequence[int]) -> str:
-    """One line a bin, bars relative to the fullest; empty bins at both ends are left out."""
+    """A histogram with one line a bin; bars are relative to the fullest bin.
+
+    Empty bins at both ends are left out.
+    """
     full = [place for place, count in enumerate(counts) if count]
     if not full:
         return "no documents"
@@ -139,7 +124,7 @@ def _counts(name: str, corpus: Corpus, lengths: np.ndarray) -> Table:
 
 
 def _blocks(corpus: Corpus, block_size: int) -> str:
-    """What the boundaries of documents do to blocks, ignored and respected."""
+    """The effect of document boundaries on blocks, with boundaries ignored and respected."""
     starts = corpus.starts[: _DOCUMENTS_MEASURED + 1]
     tokens = int(starts[-1])
     inner = starts[1:-1][starts[1:-1] % block_size != 0]
@@ -147,13 +132,16 @@ def _blocks(corpus: Corpus, block_size: int) -> str:
     blocks = -(-tokens // block_size)
     padding = int((-np.diff(starts) % block_size).sum())
     return (
-        f"blocks of {block_size} tokens: {100 * straddling / max(blocks, 1):.2f}% hold a boundary between documents; "
-        f"kept apart, padding is {100 * padding / max(tokens + padding, 1):.2f}% of all positions"
+        f"blocks of {block_size} tokens: {100 * straddling / max(blocks, 1):.2f}% contain a document boundary; "
+        f"with documents kept apart, padding is {100 * padding / max(tokens + padding, 1):.2f}% of all positions"
     )
 
 
-def sample(corpus: Corpus, number: int, *, block_size: int, tokenizer: PreTrainedTokenizerFast | None) -> Text:
-    """The first blocks of a document, decoded, `|` where blocks of the stream (boundaries ignored) meet."""
+def decoded_blocks(corpus: Corpus, number: int, *, block_size: int, tokenizer: PreTrainedTokenizerFast | None) -> Text:
+    """The first blocks of a document, decoded, with `|` between blocks.
+
+    The blocks are those of the stream with document boundaries ignored.
+    """
     ids, start = corpus.document(number), int(corpus.starts[number])
     cuts = [0, *range(-start % block_size or block_size, len(ids), block_size), len(ids)]
     shown = Text()
@@ -165,7 +153,7 @@ def sample(corpus: Corpus, number: int, *, block_size: int, tokenizer: PreTraine
 
 
 def document_name(corpus: Corpus, number: int) -> str:
-    """What the shard calls a document: the file, or file and line, it was prepared from."""
+    """The name of a document in its shard: the file, or file and line, of its text."""
     shard = corpus.shard_of(int(corpus.starts[number]))
     with tarfile.open(corpus.local_shard(shard), mode="r:") as tar:
         for member in tar:
@@ -174,150 +162,7 @@ def document_name(corpus: Corpus, number: int) -> str:
     return "without a name"
 
 
-def _tokenizer(given: Path | None, root: str) -> PreTrainedTokenizerFast | None:
+def _tokenizer(given: Path | None, folder: str) -> PreTrainedTokenizerFast | None:
     if given is not None:
         return load_tokenizer(given)
-    return None if remote.is_url(root) else load_tokenizer(Path(root) / "tokenizer")
-
-
-# --- verify -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Check:
-    """A shard to check. split: folder or URL of the split it is in."""
-
-    split: str
-    shard: int
-
-
-def verify(
-    data: str,
-    *,
-    tokenizer: Path | None = None,
-    folder: str | None = None,
-    workers: int = 1,
-    progress: OnCorpusProgress = lambda _: None,
-) -> list[str]:
-    """Every fault of every corpus, one line each; prints how much was checked. folder: as in `roots`.
-
-    Checked: index and arrays, size and checksum of each shard, the index against the tar, ids
-    against the vocabulary, BOS and EOS, the totals, and that all data is of one tokenizer: that of
-    its folder, and `tokenizer` if given.
-    """
-    problems: list[str] = []
-    checks: list[_Check] = []
-    total = 0
-    given = {} if tokenizer is None else {str(tokenizer): tokenizer_fingerprint(tokenizer)}
-    _open.cache_clear()  # what was found before may have been mended
-    for root in dict.fromkeys(roots(data, folder=folder).values()):
-        summary = _read_summary(root, problems)
-        for split in summary:
-            try:
-                corpus = Corpus.open(split_folder(root, split), damaged="skip")
-            except UserError as error:
-                problems.append(str(error))
-                continue
-            problems += _index_problems(corpus, summary[split])
-            problems += _tokenizer_problems(corpus, {**_own_tokenizer(root, problems), **given})
-            given.setdefault(str(corpus.folder), corpus.tokenizer_fingerprint)
-            checks += [_Check(str(corpus.folder), number) for number in range(len(corpus.shards))]
-            total += corpus.total_tokens
-
-    def on_count(counts: Sequence[int]) -> None:
-        documents, _, tokens = counts
-        progress(CorpusProgress("verifying", tokens, total, documents, tokens))
-
-    faults = dict(unordered(shard_problems, checks, workers=workers, on_count=on_count))
-    problems += [fault for check in checks for fault in faults[check]]
-    problems = list(dict.fromkeys(problems))
-    print(f"{data}: {len(checks)} shards checked, {len(problems)} faults found")
-    return problems
-
-
-def _read_summary(root: str, problems: list[str]) -> dict[str, Any]:
-    """Totals by split, as `prepare` returned them."""
-    name = remote.join(root, "summary.json") if remote.is_url(root) else str(Path(root) / "summary.json")
-    try:
-        summary = json.loads(remote.read(name) if remote.is_url(name) else Path(name).read_bytes())
-        return dict(summary["splits"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problems.append(str(error) if isinstance(error, UserError) else f"{name}: not a summary ({error})")
-        return {}
-
-
-def _own_tokenizer(root: str, problems: list[str]) -> dict[str, str]:
-    if remote.is_url(root):
-        return {}
-    folder = Path(root) / "tokenizer"
-    try:
-        return {str(folder): tokenizer_fingerprint(folder)}
-    except UserError as error:
-        problems.append(str(error))
-        return {}
-
-
-def _tokenizer_problems(corpus: Corpus, others: dict[str, str]) -> Iterator[str]:
-    for name, fingerprint in others.items():
-        if fingerprint != corpus.tokenizer_fingerprint:
-            yield (
-                f"{corpus.folder}: found tokens of tokenizer {corpus.tokenizer_fingerprint[:12]}, expected those of "
-                f"{name}, {fingerprint[:12]}"
-            )
-
-
-def _index_problems(corpus: Corpus, totals: dict[str, Any]) -> Iterator[str]:
-    found = (corpus.documents, corpus.total_tokens, corpus.total_bytes, corpus.total_characters)
-    expected = tuple(totals.get(key) for key in ("documents", "tokens", "bytes", "characters"))
-    if found != expected:
-        yield f"{corpus.folder}/{INDEX_FILE}: found documents, tokens, bytes, characters {found}, expected {expected}"
-    if isinstance(corpus.folder, Path):
-        for name, sha256 in corpus.arrays.items():
-            if (digest := checksum(corpus.folder / name)) != sha256:
-                yield f"{corpus.folder / name}: found sha256 {digest}, expected {sha256}"
-
-
-@functools.lru_cache(maxsize=4)
-def _open(split: str) -> Corpus:
-    return Corpus.open(split if remote.is_url(split) else Path(split), damaged="skip")
-
-
-def shard_problems(check: _Check) -> list[str]:
-    """What is wrong with a shard: at most one line of damage, else one for each kind of disagreement."""
-    corpus = _open(check.split)
-    if fault := corpus.check_shard(check.shard):
-        return [fault]
-    path = corpus.local_shard(check.shard)
-    name = remote.join(check.split, corpus.shards[check.shard].file)
-    first, last = (int(one) for one in corpus.first_documents[check.shard : check.shard + 2])
-    lengths = np.diff(corpus.starts[first : last + 1])
-    expected = [
-        (f"{number:09d}", int(offset), (int(length), corpus.dtype))
-        for number, offset, length in zip(range(first, last), corpus.offsets[first:last], lengths, strict=True)
-    ]
-    try:
-        found = list(token_members(path))
-    except (OSError, ValueError, tarfile.TarError) as error:
-        return [f"{name}: not a tar of token arrays ({error})"]
-    for one, other in itertools.zip_longest(found, expected):
-        if one != other:
-            return [f"{name}: found (document, offset, (tokens, dtype)) {one}, expected {other} of {INDEX_FILE}"]
-    problems = list(_id_problems(corpus, first, last, name))
-    count(last - first, 0, corpus.shards[check.shard].tokens)
-    return problems
-
-
-def _id_problems(corpus: Corpus, first: int, last: int, name: str) -> Iterator[str]:
-    ends = {"BOS": (0, corpus.bos_token_id), "EOS": (-1, corpus.eos_token_id)}
-    for number in range(first, last):
-        ids = corpus.document(number)
-        if not len(ids):
-            yield f"{name}: found no ids in document {number}, expected some"
-            return
-        if (largest := int(ids.max())) >= corpus.vocab_size:
-            yield f"{name}: found id {largest} in document {number}, expected less than {corpus.vocab_size}"
-            return
-        for mark, (place, token) in ends.items():
-            if token is not None and ids[place] != token:
-                yield f"{name}: found id {ids[place]} where document {number} has its {mark}, expected {token}"
-                return
+    return None if remote.is_url(folder) else load_tokenizer(Path(folder) / "tokenizer")

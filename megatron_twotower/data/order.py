@@ -1,7 +1,7 @@
-"""In which order a run reads: shuffles and mixtures that any machine can compute from a position alone.
+"""The order in which a run reads: shuffles and mixtures, each a pure function of a position.
 
-Nothing here has a state. A shuffle is keyed by (seed, epoch), a mixture is a table of one period,
-and the entry at position 10^12 costs what the first one does.
+Nothing here has a state. A shuffle is keyed by (seed, epoch). A mixture is a table of one period.
+The entry at position 10^12 costs as much as the first one.
 """
 
 import heapq
@@ -12,24 +12,29 @@ from fractions import Fraction
 
 import numpy as np
 
+from megatron_twotower.common.splitmix64 import MULTIPLIER_1, MULTIPLIER_2
+
 _ROUNDS = 8
 
-# Positions after which a mixture repeats, at most.
+# The longest period of a mixture, in positions.
 LONGEST_PERIOD = 1 << 16
 
 
 @dataclass(frozen=True)
 class Permutation:
-    """A shuffle of range(n), keyed by (seed, epoch), that computes any entry on its own: `permutation[indices]`.
+    """A shuffle of range(n), keyed by (seed, epoch): `permutation[indices]` computes any entries.
 
-    A Feistel network. Numbers below rows * columns, a rectangle of about sqrt(n) a side that holds
-    n, are written as (row, column), and in turn each is shifted by a keyed hash of the other: every
-    step can be undone, so the whole is a bijection. A result of n or more (about one in sqrt(n))
-    goes through again until it falls below n, which keeps it one (Black and Rogaway, "Ciphers with
-    arbitrary finite domains", 2002, sections 4 and 5).
+    It is a Feistel network. A number below rows * columns is written as (row, column); both sizes
+    are about sqrt(n), and their product is at least n. The rounds alternate: one shifts the row by
+    a keyed hash of the column, the next shifts the column by a keyed hash of the row. Each round
+    can be undone, so the network is a bijection of range(rows * columns). About one result in
+    sqrt(n) is n or more. Such a result goes through the network again until it is below n, which
+    gives a bijection of range(n) (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002,
+    sections 4 and 5).
 
-    stream: numbers shuffles that are not to be alike under the same seed and epoch, from 1; 0 for
-    the only one.
+    Attributes:
+        stream: the number of one of several different shuffles under the same seed and epoch, from
+            1; 0 if there is only one.
     """
 
     n: int
@@ -41,7 +46,7 @@ class Permutation:
         assert self.n > 0 and self.seed >= 0 and self.epoch >= 0 and self.stream >= 0, self
 
     def __getitem__(self, indices: np.ndarray) -> np.ndarray:
-        """indices: (b,) int64 in range(n). Returns (b,) int64 in range(n)."""
+        """Entries (b,) int64 in range(n) at indices (b,) int64 in range(n)."""
         assert ((indices >= 0) & (indices < self.n)).all(), (indices, self.n)
         keys = _keys(self.seed, self.epoch, self.stream, count=_ROUNDS)
         result = self._shuffle_once(indices.astype(np.uint64), keys)
@@ -60,28 +65,32 @@ class Permutation:
 
 
 def _keys(seed: int, *more: int, count: int) -> np.ndarray:
-    """(count,) uint64 from a seed and further numbers; a 0 at the end is as good as left out."""
+    """(count,) uint64 from a seed and further integers; zeros at the end change nothing."""
     return np.random.SeedSequence((seed, *more)).generate_state(count, np.uint64)
 
 
 def _hash(numbers: np.ndarray, key: np.uint64) -> np.ndarray:
-    """(b,) uint64 to (b,) uint64: the mixing of SplitMix64 (Steele, Lea and Flood, 2014), twice around the key."""
+    """Keyed hash of (b,) uint64 to (b,) uint64: the mixing of `common.splitmix64`, two rounds."""
     for word in (key, ~key):
         numbers = numbers ^ word
-        numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(MULTIPLIER_1)
+        numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(MULTIPLIER_2)
         numbers = numbers ^ (numbers >> np.uint64(31))
     return numbers
 
 
 @dataclass(frozen=True)
 class Shuffle:
-    """How an epoch of a corpus is ordered.
+    """How the sequences of an epoch of a corpus are ordered.
 
-    `full`: one permutation of all its sequences, read from everywhere at once. `windowed`: the
-    corpus is cut into runs of `run` neighbouring sequences (about a shard), the runs are permuted,
-    and `runs` of them at a time are read together, their sequences permuted: no more than `runs`
-    runs are open at once. `none`: as they stand.
+    Attributes:
+        kind: `full`, `windowed` or `none`. `full` is one permutation of all sequences; reads go to
+            all shards at once. `windowed` cuts the corpus into runs of `run` neighbouring sequences
+            (about a shard) and permutes the runs; each window of `runs` runs is read together, its
+            sequences permuted, so at most `runs` runs are open at once. `none` keeps the order of
+            the corpus.
+        run: sequences in a run.
+        runs: runs in a window.
     """
 
     kind: str = "full"
@@ -93,7 +102,7 @@ class Shuffle:
 
 
 def shuffled(places: np.ndarray, *, n: int, seed: int, epoch: int, shuffle: Shuffle) -> np.ndarray:
-    """The sequences, of n, that stand at `places` of an epoch: (b,) int64 to (b,) int64, a bijection of range(n)."""
+    """Sequence numbers (b,) int64 at the places (b,) int64 of an epoch: a bijection of range(n)."""
     if shuffle.kind == "none":
         return places
     if shuffle.kind == "full":
@@ -103,33 +112,35 @@ def shuffled(places: np.ndarray, *, n: int, seed: int, epoch: int, shuffle: Shuf
 
 def _windowed(places: np.ndarray, *, n: int, seed: int, epoch: int, shuffle: Shuffle) -> np.ndarray:
     run = min(shuffle.run, n)
-    whole = n // run
-    groups = -(-whole // shuffle.runs)  # of `runs` runs each; the last one has what is left
+    complete_runs = n // run
+    windows = -(-complete_runs // shuffle.runs)
     size = shuffle.runs * run
-    group = np.minimum(places // size, groups - 1)
+    window = np.minimum(places // size, windows - 1)
     result = np.empty_like(places)
-    for number in np.unique(group).tolist():
-        chosen = group == number
-        held = size if number < groups - 1 else n - number * size
-        inner = Permutation(held, seed=seed, epoch=epoch, stream=number + 2)[places[chosen] - number * size]
+    for number in np.unique(window).tolist():
+        chosen = window == number
+        # The last window has the remaining sequences: at most `runs` complete runs and the rest.
+        count = size if number < windows - 1 else n - number * size
+        inner = Permutation(count, seed=seed, epoch=epoch, stream=number + 2)[places[chosen] - number * size]
         result[chosen] = inner + number * size
     slot, offset = np.divmod(result, run)
-    # The sequences after the last whole run stay in the last group; the rotation below moves them
-    # about.
-    moved = slot < whole
-    slot[moved] = Permutation(whole, seed=seed, epoch=epoch, stream=1)[slot[moved]]
-    turn = int(_keys(seed, epoch, 1, 1, count=1)[0] % n)
-    return (slot * run + offset + turn) % n
+    # The sequences after the last complete run always stay in the last window. The rotation below
+    # makes them other sequences in every epoch.
+    moved = slot < complete_runs
+    slot[moved] = Permutation(complete_runs, seed=seed, epoch=epoch, stream=1)[slot[moved]]
+    rotation = int(_keys(seed, epoch, 1, 1, count=1)[0] % n)
+    return (slot * run + offset + rotation) % n
 
 
-# --- mixtures -----------------------------------------------------------------------------------------------------
+# --- mixtures -------------------------------------------------------------------------------------
 
 
-def whole_shares(weights: Sequence[float]) -> list[int]:
-    """Weights as whole numbers of positions in a period of at most `LONGEST_PERIOD`.
+def integer_shares(weights: Sequence[float]) -> list[int]:
+    """Weights as numbers of positions in a period of at most `LONGEST_PERIOD`.
 
-    Exact where the weights, as written in decimals, allow it; otherwise by largest remainder, off
-    by less than one position of the longest period.
+    The shares are exact if the weights, as written in decimals, allow it. Otherwise they are
+    rounded by the largest-remainder method, and each is off by less than one position of the
+    longest period.
     """
     written = [Fraction(str(weight)) for weight in weights]
     total = sum(written)
@@ -148,15 +159,17 @@ def whole_shares(weights: Sequence[float]) -> list[int]:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Which of C corpora each position reads from, and the how-manieth of that corpus it is.
+    """Which of C corpora each position reads from, and the index of the read within that corpus.
 
-    One period of positions is laid out once and repeats for ever, and in every period corpus c
-    comes up `counts[c]` times. After any number k of positions it has come up within 1 - 1 / (2C -
-    2) of k * counts[c] / period times (Tijdeman, "The chairman assignment problem", 1980; his
-    schedule, found as earliest deadline first).
+    One period of positions is computed and repeats for ever. In every period corpus c comes
+    `counts[c]` times. After k positions, for any k, it has come k * counts[c] / period times, with
+    an error of at most 1 - 1 / (2C - 2) (Tijdeman, "The chairman assignment problem", Discrete
+    Mathematics 32, 1980).
 
-    table: (period,) uint16, the corpus at each place. ranks: (period,) int64, how often it came
-    before in the period.
+    Attributes:
+        counts: (C,) int64, positions of each corpus in a period.
+        table: (period,) uint16, the corpus at each place of the period.
+        ranks: (period,) int64, how often that corpus came before in the period.
     """
 
     counts: np.ndarray
@@ -165,10 +178,13 @@ class Mixture:
 
     @classmethod
     def of(cls, weights: Sequence[float]) -> "Mixture":
-        """Weights: positive numbers on any scale, each at least half a position of `LONGEST_PERIOD`."""
-        counts = whole_shares(weights)
+        """The mixture of positive weights on any scale.
+
+        Each weight must be at least half a position of `LONGEST_PERIOD`.
+        """
+        counts = integer_shares(weights)
         assert min(counts) > 0, weights
-        table = np.array(_chairmen(counts), dtype=np.uint16)
+        table = np.array(_chairman_assignment(counts), dtype=np.uint16)
         ranks = np.empty(len(table), dtype=np.int64)
         for corpus, count in enumerate(counts):
             ranks[table == corpus] = np.arange(count)
@@ -176,6 +192,7 @@ class Mixture:
 
     @property
     def period(self) -> int:
+        """The number of positions after which the mixture repeats."""
         return len(self.table)
 
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -184,17 +201,22 @@ class Mixture:
         corpora = self.table[places].astype(np.int64)
         return corpora, periods * self.counts[corpora] + self.ranks[places]
 
-    def before(self, position: int) -> np.ndarray:
-        """(C,) int64: how often each corpus comes up before `position`."""
+    def counts_before(self, position: int) -> np.ndarray:
+        """(C,) int64: how often each corpus comes before `position`."""
         periods, places = divmod(position, self.period)
         return periods * self.counts + np.bincount(self.table[:places], minlength=len(self.counts))
 
 
-def _chairmen(counts: Sequence[int]) -> list[int]:
-    """The corpus at each place of a period; all arithmetic in whole numbers, so that it is the same everywhere."""
+def _chairman_assignment(counts: Sequence[int]) -> list[int]:
+    """The corpus at each place of a period, by Tijdeman's schedule: earliest deadline first.
+
+    The name is that of the problem in the literature: C states with given weights each provide the
+    chairman of a union in some years, so that after every year all shares are as fair as possible.
+    All arithmetic is on integers, so that the schedule is the same on every machine.
+    """
     period, spread = sum(counts), max(2 * len(counts) - 2, 1)
-    # Turn j of a corpus may come when its share of the places so far reaches j + 1 / spread, and
-    # must have come when that share passes j + 1 - 1 / spread.
+    # Turn j of a corpus may come from the place on at which its exact share so far reaches
+    # j + 1 / spread. It must come before that share exceeds j + 1 - 1 / spread.
     turns = (
         sorted(
             (
@@ -221,5 +243,8 @@ def _chairmen(counts: Sequence[int]) -> list[int]:
 
 
 def corpus_seed(seed: int, number: int) -> int:
-    """The seed that orders corpus `number` of a blend: the run's own for the first, unrelated ones for the others."""
+    """The seed of the order of corpus `number` of a blend.
+
+    The first corpus has the seed of the run. The seeds of the others are unrelated to it.
+    """
     return seed if number == 0 else int(_keys(seed, number, 1, 2, count=1)[0])

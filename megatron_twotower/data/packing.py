@@ -1,28 +1,31 @@
-"""Documents laid end to end so that each begins a block: where any stretch of that stream comes from.
+"""Documents padded to complete blocks, one after another, and any window of that stream.
 
-With boundaries respected, a document is padded to a multiple of the block size, and the padded
-documents make one stream that is cut into sequences. What stands at a position is then found from
-prefix sums of the padded lengths, in O(log documents); nothing is packed ahead, and nothing is
-stored. A document that does not fit goes on in the next sequence, as a document of its own there.
-Padding is less than a block per document.
+With document boundaries respected, each document is padded to a multiple of the block size. The
+padded documents make one stream, which is cut into sequences. What is at a position is found from
+prefix sums of the padded lengths, in O(log documents): nothing is packed in advance, and nothing is
+stored. A document that does not fit in a sequence continues in the next one, as a document of its
+own there. Padding is less than a block per document.
 """
 
 from dataclasses import dataclass, field
 
 import numpy as np
 
-# Documents between two of the sums that are kept: 16 MB of them for 10^9 documents.
+# The documents between two of the stored sums. The sums of 10^9 documents take 16 MB.
 _GROUP = 512
 _GROUPS_AT_ONCE = 1 << 12
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """(count,) positions of the padded stream.
+class PackedWindow:
+    """A window of `count` positions of the padded stream.
 
-    documents: int32, numbered from 0 and growing; sources: int64, growing, the position in the
-    corpus's own stream whose token stands there; padding: bool, true where that is the document's
-    last token once more.
+    Attributes:
+        documents: (count,) int32, the number of each position's document, counted from 0 in the
+            window.
+        sources: (count,) int64, never falling: the position in the corpus's own stream whose token
+            is here.
+        padding: (count,) bool, true where that token is the document's last one, repeated.
     """
 
     documents: np.ndarray
@@ -32,11 +35,12 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Packing:
-    """The padded stream of a corpus's documents, each padded to a multiple of `alignment` tokens.
+    """The stream of a corpus's documents, each padded to a multiple of `alignment` tokens.
 
-    starts: (documents + 1,) int64 where each document begins in the corpus's own stream,
-    memory-mapped or not.
-    sums: (groups + 1,) int64 padded tokens before every group of documents.
+    Attributes:
+        starts: (documents + 1,) int64, where each document begins in the corpus's own stream; it
+            may be a memory map.
+        sums: (groups + 1,) int64, padded tokens before each group of documents.
     """
 
     starts: np.ndarray = field(repr=False)
@@ -45,7 +49,10 @@ class Packing:
 
     @classmethod
     def of(cls, starts: np.ndarray, *, alignment: int) -> "Packing":
-        """Sums the lengths of all documents once: under a second for 10^8 of them, in bounded memory."""
+        """The packing of documents: sums all lengths once, in bounded memory.
+
+        This takes under a second for 10^8 documents.
+        """
         assert alignment > 0 and len(starts) > 0, (alignment, len(starts))
         documents, step = len(starts) - 1, _GROUP * _GROUPS_AT_ONCE
         sizes = [np.zeros(1, dtype=np.int64)]
@@ -56,15 +63,16 @@ class Packing:
 
     @property
     def total_tokens(self) -> int:
-        """Of the padded stream."""
+        """The length of the padded stream."""
         return int(self.sums[-1])
 
     @property
     def padding_fraction(self) -> float:
+        """The share of padding in the padded stream."""
         return 1 - int(self.starts[-1]) / max(self.total_tokens, 1)
 
-    def stretch(self, first: int, count: int) -> Stretch:
-        """What stands at positions first .. first + count - 1 of the padded stream."""
+    def window(self, first: int, count: int) -> PackedWindow:
+        """What is at positions first .. first + count - 1 of the padded stream."""
         assert 0 <= first < first + count <= self.total_tokens, (first, count, self.total_tokens)
         group = int(np.searchsorted(self.sums, first, side="right")) - 1
         end = int(np.searchsorted(self.sums, first + count, side="left"))
@@ -73,12 +81,12 @@ class Packing:
         edges = np.concatenate([[0], np.cumsum(_padded(lengths, self.alignment))]) + self.sums[group]
         begin = int(np.searchsorted(edges, first, side="right")) - 1
         stop = int(np.searchsorted(edges, first + count, side="left"))
-        held = np.diff(np.clip(edges[begin : stop + 1], first, first + count))
-        offsets = np.arange(first, first + count) - np.repeat(edges[begin:stop], held)
-        last = np.repeat(lengths[begin:stop] - 1, held)
-        return Stretch(
-            documents=np.repeat(np.arange(stop - begin, dtype=np.int32), held),
-            sources=np.repeat(starts[begin:stop], held) + np.minimum(offsets, last),
+        inside = np.diff(np.clip(edges[begin : stop + 1], first, first + count))  # positions of each document
+        offsets = np.arange(first, first + count) - np.repeat(edges[begin:stop], inside)
+        last = np.repeat(lengths[begin:stop] - 1, inside)
+        return PackedWindow(
+            documents=np.repeat(np.arange(stop - begin, dtype=np.int32), inside),
+            sources=np.repeat(starts[begin:stop], inside) + np.minimum(offsets, last),
             padding=offsets > last,
         )
 

@@ -1,10 +1,9 @@
-"""The two kinds of work that `prepare` hands to worker processes: a unit of text to a part, parts to a shard.
+"""Tokenises a unit of input into a part: files that keep its documents until shards are written.
 
-A part is a unit tokenised, kept until its documents stand in shards:
-
-    parts/000007.ids       the ids of its documents, one after another, nothing added
-    parts/000007.records   one `RECORD` per document
-    parts/000007.json      its counts, written last: a part is there in full or not at all
+parts/000007.ids       the ids of its documents, one after another, nothing added
+parts/000007.records   one `RECORD` per document
+parts/000007.json      its counts, written last: a part is complete or absent
+parts/000007.keep      one byte per document: its split as in `KEEP`, or 0 (from `selection`)
 """
 
 import functools
@@ -19,23 +18,24 @@ from typing import Any
 
 import numpy as np
 
-from megatron_twotower.common.files import atomic_file
+from megatron_twotower.common.files import atomic_file, write_file
 from megatron_twotower.data import workers
-from megatron_twotower.data.documents import TRAIN, VALIDATION, Fault, Unit, read_unit
-from megatron_twotower.data.shards import Sample, Shard, write_shard
+from megatron_twotower.data.documents import TRAIN, VALIDATION, Unit, read_unit
+from megatron_twotower.data.record_formats import Fault
 from megatron_twotower.data.tokenizer import load_tokenizer, text_encoder
 
-# digest: of the text; place: line, row or file within the unit; bytes, characters: of the text.
+# digest: the first 16 bytes of the SHA-256 of the text; place: index of the line, row or file
+# within the unit; bytes, characters: the size of the text.
 RECORD = np.dtype([("digest", "<u8", 2), ("place", "<i8"), ("tokens", "<i8"), ("bytes", "<i8"), ("characters", "<i8")])
-KEEP = {TRAIN: 1, VALIDATION: 2}  # what a `.keep` file says of each document of a part; 0: left out
-FIRST_FAULTS = 10  # malformed records that a part names
+KEEP = {TRAIN: 1, VALIDATION: 2}
+FIRST_FAULTS = 10  # malformed records that are named
 
-_BATCH_CHARACTERS = 1 << 20  # text handed to the tokenizer at a time: enough for all its threads, little to hold
+_BATCH_CHARACTERS = 1 << 20  # text that the tokenizer gets at a time: enough for all its threads
 
 
 @dataclass(frozen=True)
 class UnitTask:
-    """A unit to tokenise into parts/NUMBER.*"""
+    """A unit to tokenise into part `number`."""
 
     number: int
     unit: Unit
@@ -46,53 +46,16 @@ class UnitTask:
     dtype: str
 
 
-@dataclass(frozen=True)
-class Span:
-    """Documents `begin` to `end` of part `part`, those that `.keep` gives to the split.
-
-    first_id: place in `.ids` of the first id of document `begin`.
-    names: of the files of a unit of text; or the name of one file of records and how many lines it
-    has before the unit.
-    """
-
-    part: int
-    begin: int
-    end: int
-    first_id: int
-    names: tuple[str, ...]
-    lines_before: int | None
-
-
-@dataclass(frozen=True)
-class PlannedShard:
-    """What goes into a shard of a split. first: number of its first document."""
-
-    split: str
-    number: int
-    first: int
-    spans: tuple[Span, ...]
-
-
-@dataclass(frozen=True)
-class ShardTask:
-    """A shard to write from parts. bos, eos: ids to add to each document, or None."""
-
-    shard: PlannedShard
-    folder: Path
-    dtype: str
-    bos: int | None
-    eos: int | None
-
-    @property
-    def base(self) -> Path:
-        return self.folder / "shards" / f"{self.shard.split}-{self.shard.number:05d}"
-
-
-# --- a unit to a part ---------------------------------------------------------------------------------------------
-
-
 def write_part(task: UnitTask) -> dict[str, Any]:
-    """Tokenise a unit; return what its .json holds. Holds a megabyte of text (or one longer text) and its ids."""
+    """Tokenise a unit and write its part.
+
+    A megabyte of text (or one longer text) and its ids are in memory at a time.
+
+    Returns:
+        The counts, which are also the content of the .json file: documents; tokens; lines (rows,
+        files); left_out, by reason; and faults, (line within the unit, reason) of the first
+        malformed records.
+    """
     base = part_path(task.folder, task.number, "")
     with (
         atomic_file(base.with_suffix(".ids")) as ids_path,
@@ -100,14 +63,16 @@ def write_part(task: UnitTask) -> dict[str, Any]:
         open(ids_path, "wb") as ids,
         open(records_path, "wb") as records,
     ):
-        about = _encode_unit(task, write_ids=ids.write, write_records=records.write)
-    with atomic_file(base.with_suffix(".json")) as path:
-        path.write_text(json.dumps(about))
-    return about
+        counts = _encode_unit(task, write_ids=ids.write, write_records=records.write)
+    write_file(base.with_suffix(".json"), json.dumps(counts))
+    return counts
 
 
 def read_part(folder: Path, number: int) -> dict[str, Any] | None:
-    """What write_part returned, where the part is there in full; the ids may be gone once shards are being written."""
+    """What `write_part` returned, or None if the part is absent.
+
+    The ids of a part that exists may have been removed, once its shards are written.
+    """
     try:
         return json.loads(part_path(folder, number, ".json").read_bytes())
     except (FileNotFoundError, ValueError):
@@ -115,11 +80,16 @@ def read_part(folder: Path, number: int) -> dict[str, Any] | None:
 
 
 def part_path(folder: Path, number: int, suffix: str) -> Path:
+    """The path of a file of a part."""
     return folder / "parts" / f"{number:06d}{suffix}"
 
 
 def part_array(folder: Path, number: int, suffix: str, *, dtype: np.dtype) -> np.ndarray:
-    """A file of a part as a memory map: (documents,) RECORD of `.records`, uint8 of `.keep`; (tokens,) of `.ids`."""
+    """A file of a part as a memory map.
+
+    Returns:
+        (documents,) RECORD of `.records`, (documents,) uint8 of `.keep`, or (tokens,) of `.ids`.
+    """
     path = part_path(folder, number, suffix)
     return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype=dtype)
 
@@ -135,9 +105,9 @@ def _encode_unit(
         encoded = encode(texts)
         records = np.zeros(len(batch), dtype=RECORD)
         for row, ((place, text), ids) in enumerate(zip(batch, encoded, strict=True)):
-            written = text.encode()
-            digest = np.frombuffer(hashlib.sha256(written).digest()[:16], dtype=">u8")
-            records[row] = (digest, place, len(ids), len(written), len(text))
+            utf8 = text.encode()
+            digest = np.frombuffer(hashlib.sha256(utf8).digest()[:16], dtype=">u8")
+            records[row] = (digest, place, len(ids), len(utf8), len(text))
         flat = np.fromiter(chain.from_iterable(encoded), dtype=task.dtype, count=sum(map(len, encoded)))
         write_ids(flat.data)
         write_records(records.tobytes())
@@ -148,10 +118,12 @@ def _encode_unit(
 
 
 class _Reader:
-    """The texts of a unit in batches, and counts of what it read by the way.
+    """The texts of a unit in batches, and counts of what was read.
 
-    lines: of a unit of records. left_out: by reason. faults: (line within the unit, reason), the
-    first ones.
+    Attributes:
+        lines: lines, rows or files read.
+        left_out: texts left out, by reason.
+        faults: (line within the unit, reason) of the first malformed records.
     """
 
     def __init__(self, task: UnitTask) -> None:
@@ -162,6 +134,7 @@ class _Reader:
         self._bytes = 0
 
     def batches(self) -> Iterator[list[tuple[int, str]]]:
+        """Yields lists of (place within the unit, text)."""
         batch: list[tuple[int, str]] = []
         size = 0
         for place, text in read_unit(self.task.unit, text_field=self.task.text_field, advance=self._advance):
@@ -187,59 +160,16 @@ class _Reader:
         self._bytes += count
 
     def take_bytes(self) -> int:
+        """The number of bytes of input read since the last call."""
         taken, self._bytes = self._bytes, 0
         return taken
 
 
 @functools.lru_cache(maxsize=1)
 def _encoder(tokenizer: Path, fingerprint: str) -> Callable[[Sequence[str]], list[list[int]]]:
-    """One per process. fingerprint: so that another tokenizer in the same folder is another one."""
+    """The encoder of this process.
+
+    Args:
+        fingerprint: part of the cache key, because a folder may get another tokenizer.
+    """
     return text_encoder(load_tokenizer(tokenizer))
-
-
-# --- parts to a shard ---------------------------------------------------------------------------------------------
-
-
-def write_planned_shard(task: ShardTask) -> Shard:
-    """Write a shard, and beside the parts what the index will hold of it; holds one document's ids at a time."""
-    file = f"shard-{task.shard.number:05d}.tar"
-    with atomic_file(task.folder / "data" / task.shard.split / file) as path:
-        sha256, offsets, lengths = write_shard(path, _samples(task), first=task.shard.first)
-        size = path.stat().st_size
-    with atomic_file(task.base.with_suffix(".arrays")) as path:
-        path.write_bytes(np.stack([offsets, lengths]).tobytes())
-    shard = Shard(file, size, sha256, len(lengths), int(lengths.sum()))
-    with atomic_file(task.base.with_suffix(".json")) as path:
-        path.write_text(json.dumps(shard._asdict()))
-    return shard
-
-
-def read_planned_shard(task: ShardTask) -> Shard | None:
-    """What write_planned_shard returned, where that was done."""
-    try:
-        return Shard(**json.loads(task.base.with_suffix(".json").read_bytes()))
-    except (FileNotFoundError, TypeError, ValueError):
-        return None
-
-
-def shard_arrays(task: ShardTask) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets and lengths of the documents of a written shard, (documents,) int64 each."""
-    offsets, lengths = np.fromfile(task.base.with_suffix(".arrays"), dtype=np.int64).reshape(2, -1)
-    return offsets, lengths
-
-
-def _samples(task: ShardTask) -> Iterator[Sample]:
-    dtype = np.dtype(task.dtype)
-    begin, end = (np.array([] if one is None else [one], dtype=dtype) for one in (task.bos, task.eos))
-    for span in task.shard.spans:
-        records = part_array(task.folder, span.part, ".records", dtype=RECORD)[span.begin : span.end]
-        keep = part_array(task.folder, span.part, ".keep", dtype=np.dtype(np.uint8))[span.begin : span.end]
-        ids = part_array(task.folder, span.part, ".ids", dtype=dtype)
-        firsts = span.first_id + np.cumsum(records["tokens"]) - records["tokens"]
-        for row in np.flatnonzero(keep == KEEP[task.shard.split]).tolist():
-            first, place = int(firsts[row]), int(records["place"][row])
-            tokens = np.concatenate([begin, ids[first : first + int(records["tokens"][row])], end])
-            lines_before = span.lines_before
-            name = span.names[place] if lines_before is None else f"{span.names[0]}:{lines_before + place + 1}"
-            yield Sample(name, int(records["bytes"][row]), tokens)
-            workers.count(1, 0, len(tokens))

@@ -1,14 +1,18 @@
-"""Text -> a prepared folder (see `shards`), by worker processes, in three stages that a killed run goes on from.
+"""Makes a prepared folder (see `shards`) from text, with worker processes, in three stages.
 
-1. Every unit of the input is tokenised to a part. 2. It is decided which documents stay, in which
-split and in which shard. 3. The shards are written from the parts; a part's ids are removed once
-the shards that need them are there.
+1. Every unit of the input is tokenised to a part.
+2. `selection` decides which documents stay, in which split and in which shard.
+3. The shards are written from the parts. The ids of a part are removed once all shards that need
+   them are written.
 
-Stage 2 sees the parts in the order of the units and nothing else, so the result does not depend on
-the number of workers, nor on how often the run was killed. Memory: stage 2 holds 18 bytes a
-document of all of the input (16 of them its digest; none without deduplication) and a table of the
-shards; a worker holds a megabyte of text, or the longest one, and its ids. Files of text are listed
-in memory, some hundred bytes each. Disk: parts are about as large as shards.
+A killed run resumes from its finished parts and shards. Stage 2 reads the parts in the order of the
+units and nothing else, so the result does not depend on the number of workers, or on how often the
+run was killed.
+
+Memory: stage 2 needs 18 bytes for each document of the input (16 of them are its digest; none
+without deduplication) and a table of the shards. A worker needs a megabyte of text, or the longest
+text, and its ids. The list of text files needs some hundred bytes a file. Disk: parts are about as
+large as shards.
 """
 
 import dataclasses
@@ -27,17 +31,8 @@ from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.progress import CorpusProgress, OnCorpusProgress
 from megatron_twotower.data import workers, workspace
 from megatron_twotower.data.documents import SUFFIXES, TRAIN, VALIDATION, Unit, cut_units, find_documents
-from megatron_twotower.data.parts import (
-    FIRST_FAULTS,
-    ShardTask,
-    UnitTask,
-    part_path,
-    read_part,
-    read_planned_shard,
-    shard_arrays,
-    write_part,
-    write_planned_shard,
-)
+from megatron_twotower.data.parts import FIRST_FAULTS, UnitTask, part_path, read_part, write_part
+from megatron_twotower.data.planned_shards import ShardTask, read_planned_shard, shard_arrays, write_planned_shard
 from megatron_twotower.data.selection import Selection, lines_before, select
 from megatron_twotower.data.shards import INDEX_FILE, INDEX_VERSION, Shard, write_index
 from megatron_twotower.data.tokenizer import TOKENIZER_FILE, load_tokenizer, tokenizer_fingerprint
@@ -49,13 +44,13 @@ _TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-_MARKS = ("none", "document")
-_LINES_BEFORE_STOPPING = 100_000
+_BOS_AND_EOS_CHOICES = ("none", "document")
+_LINES_BEFORE_STOPPING = 100_000  # a share of malformed records among fewer lines says little
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the result beside the input and the tokenizer."""
+    """What decides the result, in addition to the input and the tokenizer."""
 
     holdout_fraction: float
     shard_tokens: int
@@ -91,26 +86,37 @@ def prepare(
 ) -> dict[str, Any]:
     """Tokenise `inputs` into the folder `output` (see `shards`) and return its summary.
 
-    inputs: files and folders of text or records, or `python-stdlib` (`documents.find_documents`). A
-    record's text is its field (column) `text_field`; one that breaks its format is counted, and
-    more of them than `max_malformed` stop the run: a share of all records below 1, a number of them
-    from 1 on. With `bos` or `eos` "document" every document begins or ends with the tokenizer's BOS
-    or EOS id, with "none" not.
+    The same inputs give the same bytes for any number of `workers`. An interrupted run leaves
+    OUTPUT.partial, and resumes from there when it is called again with the same settings.
 
-    Left out and counted: a file that is not UTF-8; text that is empty, that repeats another (unless
-    not `deduplicate`; the held-out copy stays), or has fewer than `min_tokens` or more than
-    `max_tokens` ids. Held out: a file of text by its name (`documents.split_documents`), a record
-    by its text: when the SHA-256, read as a fraction, is below `holdout_fraction`, however the
-    input is cut into files. A shard takes documents up to `shard_tokens` tokens, or one longer
-    document. The same inputs give the same bytes for any number of `workers` (1: this process).
+    Left out and counted are files that are not UTF-8, and texts that are empty, that repeat another
+    text, or that are too short or too long. A shard takes documents up to `shard_tokens` tokens, or
+    one longer document.
 
-    An interrupted run leaves OUTPUT.partial, and goes on from there when it is called again with
-    the same settings.
+    Args:
+        inputs: files and folders of text or records, or `python-stdlib`
+            (`documents.find_documents`).
+        holdout_fraction: the share of held-out texts. A text is held out if its hash, as a fraction
+            of the largest hash, is below it. The hash of a text file is the SHA-256 of its name
+            (`documents.split_documents`). The hash of a record is that of its text, so it does not
+            matter how records are cut into files.
+        overwrite: replace an earlier prepared folder, and OUTPUT.partial. Nothing else is ever
+            replaced.
+        text_field: the field (column) of a record with its text.
+        max_malformed: how many records may have the wrong format: below 1 a share of all records,
+            from 1 on a number. More stop the run.
+        min_tokens, max_tokens: limits of the length of a text in ids.
+        deduplicate: leave out a text that repeats another. The held-out copy stays.
+        bos, eos: with "document", each document begins or ends with the tokenizer's BOS or EOS id;
+            with "none" it does not.
+        suffixes: of the text files in a folder.
+        workers: processes; with 1, this process does the work.
+        unit_bytes: input that one worker reads at a time.
 
-    Errors: `UserError` for a missing input or tokenizer, input without text, a value out of range,
-    too many malformed records, a disk that is full, OUTPUT.partial of other settings, or an
-    `output` that exists; with `overwrite` an earlier prepared folder (and OUTPUT.partial) is
-    replaced, and nothing else ever is. `output` is as it was then.
+    Raises:
+        UserError: an input or the tokenizer is missing, there is no text to train on, a value is
+            out of range, too many records are malformed, the disk is full, OUTPUT.partial is from
+            other settings, or `output` exists. `output` is then unchanged.
     """
     output = Path(output)
     settings = Settings(
@@ -130,32 +136,32 @@ def prepare(
     vocabulary = _vocabulary(Path(tokenizer), settings)
     documents = find_documents(inputs, suffixes=suffixes)
     units = cut_units(documents, holdout_fraction=holdout_fraction, text_field=text_field, unit_bytes=unit_bytes)
-    asked = _identity(inputs, units, settings, vocabulary)
-    with workspace.resuming(output, plan=asked, overwrite=overwrite) as partial:
+    request = _request(inputs, units, settings, vocabulary)
+    with workspace.resuming(output, request=request, overwrite=overwrite) as partial:
         job = _Job(partial, units, Path(tokenizer), settings, vocabulary, workers, progress or (lambda _: None))
-        abouts = _write_parts(job, max_malformed=max_malformed)
-        plan = select(
+        part_counts = _write_parts(job, max_malformed=max_malformed)
+        selection = select(
             partial,
             units,
-            abouts,
+            part_counts,
             holdout_fraction=holdout_fraction,
             deduplicate=deduplicate,
             min_tokens=min_tokens,
             max_tokens=max_tokens,
             shard_tokens=shard_tokens,
-            marks=(vocabulary.bos_token_id is not None) + (vocabulary.eos_token_id is not None),
+            added_ids=(vocabulary.bos_token_id is not None) + (vocabulary.eos_token_id is not None),
         )
-        if not plan.totals[TRAIN]["documents"]:
-            workspace.drop(partial)
-            found = f"{_what_was_found(plan)} in {len(documents)} files"
+        if not selection.totals[TRAIN]["documents"]:
+            workspace.discard(partial)
+            found = f"{_what_was_found(selection)} in {len(documents)} files"
             raise UserError(f"{' '.join(inputs)}: found {found}, expected text to train on")
-        summary = _write_data(job, plan, faults=_faults(units, abouts))
-        _write_provenance(job, inputs=inputs, abouts=abouts)
-        workspace.replace(output)
+        summary = _write_data(job, selection, faults=_faults(units, part_counts))
+        _write_provenance(job, inputs=inputs, part_counts=part_counts)
+        workspace.move_into_place(output)
     return summary
 
 
-# --- before anything is written -----------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -169,9 +175,9 @@ class _Vocabulary:
 
 def _vocabulary(tokenizer: Path, settings: Settings) -> _Vocabulary:
     opened = load_tokenizer(tokenizer)
-    wanted = {"bos": (settings.bos, opened.bos_token_id), "eos": (settings.eos, opened.eos_token_id)}
-    for name, (mark, token) in wanted.items():
-        if mark == "document" and token is None:
+    ids = {"bos": (settings.bos, opened.bos_token_id), "eos": (settings.eos, opened.eos_token_id)}
+    for name, (choice, token) in ids.items():
+        if choice == "document" and token is None:
             raise UserError(
                 f"{tokenizer}: names no {name}_token, expected one in tokenizer_config.json (or {name} none)"
             )
@@ -194,19 +200,19 @@ def _check_settings(settings: Settings, *, workers: int, max_malformed: float) -
         "workers": (workers, 1),
     }
     for name, (found, minimum) in least.items():
-        if not found >= minimum:  # nor what is not a number
+        if not found >= minimum:  # true for NaN
             raise UserError(f"{name} {found}: expected at least {minimum}")
     if settings.max_tokens is not None and settings.max_tokens < settings.min_tokens:
         raise UserError(f"max_tokens {settings.max_tokens}: expected at least min_tokens {settings.min_tokens}")
-    for name, mark in (("bos", settings.bos), ("eos", settings.eos)):
-        if mark not in _MARKS:
-            raise UserError(f"{name} {mark}: expected one of {', '.join(_MARKS)}")
+    for name, choice in (("bos", settings.bos), ("eos", settings.eos)):
+        if choice not in _BOS_AND_EOS_CHOICES:
+            raise UserError(f"{name} {choice}: expected one of {', '.join(_BOS_AND_EOS_CHOICES)}")
 
 
-def _identity(
+def _request(
     inputs: Sequence[str], units: Sequence[Unit], settings: Settings, vocabulary: _Vocabulary
 ) -> dict[str, Any]:
-    """What an interrupted run must have in common with this one."""
+    """What must be the same in an interrupted run for this one to resume it."""
     files = hashlib.sha256()
     for unit in units:
         for document in unit.files:
@@ -221,7 +227,7 @@ def _identity(
     }
 
 
-# --- tokenising ---------------------------------------------------------------------------------------------------
+# --- tokenising -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -236,9 +242,9 @@ class _Job:
 
 
 def _write_parts(job: _Job, *, max_malformed: float) -> list[dict[str, Any]]:
-    """What write_part returned of every unit, now or in an interrupted run."""
-    abouts = [read_part(job.folder, number) for number in range(len(job.units))]
-    missing = [number for number, about in enumerate(abouts) if about is None]
+    """What `write_part` returned for every unit, now or in an interrupted run."""
+    found = [read_part(job.folder, number) for number in range(len(job.units))]
+    missing = [number for number, counts in enumerate(found) if counts is None]
     tasks = (
         UnitTask(
             number,
@@ -252,89 +258,96 @@ def _write_parts(job: _Job, *, max_malformed: float) -> list[dict[str, Any]]:
         for number in missing
     )
     total = sum(unit.size for unit in job.units)
-    finished = [about for about in abouts if about is not None]
+    finished = [counts for counts in found if counts is not None]
     before = (
-        sum(about["documents"] for about in finished),
+        sum(counts["documents"] for counts in finished),
         total - sum(job.units[number].size for number in missing),
-        sum(about["tokens"] for about in finished),
+        sum(counts["tokens"] for counts in finished),
     )
 
-    def on_count(counts: Sequence[int]) -> None:
-        documents, done, tokens = (old + new for old, new in zip(before, counts, strict=True))
+    def on_count(amounts: Sequence[int]) -> None:
+        documents, done, tokens = (old + new for old, new in zip(before, amounts, strict=True))
         job.report(CorpusProgress("tokenising", min(done, total), total, documents, tokens))
 
     on_count((0, 0, 0))
     limit = _MalformedLimit(max_malformed)
-    limit.check(job.units, abouts)
-    for task, about in workers.unordered(write_part, tasks, workers=job.workers, on_count=on_count):
-        abouts[task.number] = about
-        limit.check(job.units, abouts)
-    limit.check(job.units, abouts, last=True)
-    return [about for about in abouts if about is not None]
+    limit.check(job.units, found)
+    for task, counts in workers.unordered(write_part, tasks, workers=job.workers, on_count=on_count):
+        found[task.number] = counts
+        limit.check(job.units, found)
+    limit.check(job.units, found, last=True)
+    return [counts for counts in found if counts is not None]
 
 
 class _MalformedLimit:
-    """Stops at too many malformed records. It looks at units in order, so that it stops alike for any workers."""
+    """Stops at too many malformed records.
 
-    def __init__(self, most: float) -> None:
-        self.most, self.unit, self.lines, self.malformed = most, 0, 0, 0
+    It looks at units in order, so it stops at the same record for any number of workers.
+    """
 
-    def check(self, units: Sequence[Unit], abouts: Sequence[dict[str, Any] | None], *, last: bool = False) -> None:
-        while self.unit < len(abouts) and (about := abouts[self.unit]) is not None:
+    def __init__(self, limit: float) -> None:
+        self.limit, self.unit, self.lines, self.malformed = limit, 0, 0, 0
+
+    def check(self, units: Sequence[Unit], found: Sequence[dict[str, Any] | None], *, last: bool = False) -> None:
+        """Add the units that are finished since the last call, up to the first unfinished one.
+
+        Raises:
+            UserError: there are too many malformed records.
+        """
+        while self.unit < len(found) and (counts := found[self.unit]) is not None:
             self.unit += 1
             if units[self.unit - 1].split is None:
-                self.lines += about["lines"]
-                self.malformed += about["left_out"].get("malformed", 0)
-        most = self.most if self.most >= 1 else self.most * self.lines
-        # A share of the first few lines says little.
-        if self.malformed > most and (last or self.most >= 1 or self.lines >= _LINES_BEFORE_STOPPING):
-            done = [about for about in abouts[: self.unit] if about is not None]
-            first = _faults(units[: self.unit], done)[0]
+                self.lines += counts["lines"]
+                self.malformed += counts["left_out"].get("malformed", 0)
+        limit = self.limit if self.limit >= 1 else self.limit * self.lines
+        if self.malformed > limit and (last or self.limit >= 1 or self.lines >= _LINES_BEFORE_STOPPING):
+            finished = [counts for counts in found[: self.unit] if counts is not None]
+            first = _faults(units[: self.unit], finished)[0]
             raise UserError(
                 f"{first}: first of {self.malformed} malformed records in {self.lines}, expected at most "
-                f"{self.most:g} (max_malformed)"
+                f"{self.limit:g} (max_malformed)"
             )
 
 
-def _faults(units: Sequence[Unit], abouts: Sequence[dict[str, Any]]) -> list[str]:
+def _faults(units: Sequence[Unit], part_counts: Sequence[dict[str, Any]]) -> list[str]:
     """The first malformed records, `path:line: reason`."""
     faults = []
-    for unit, before, about in zip(units, lines_before(units, abouts), abouts, strict=True):
-        faults += [f"{unit.files[0].path}:{before + line + 1}: {reason}" for line, reason in about["faults"]]
+    for unit, before, counts in zip(units, lines_before(units, part_counts), part_counts, strict=True):
+        faults += [f"{unit.files[0].path}:{before + line + 1}: {reason}" for line, reason in counts["faults"]]
         if len(faults) >= FIRST_FAULTS:
             break
     return faults[:FIRST_FAULTS]
 
 
-# --- writing ------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
-def _write_data(job: _Job, plan: Selection, *, faults: Sequence[str]) -> dict[str, Any]:
-    """Write shards, indices, tokenizer and summary in `data`; return the summary."""
+def _write_data(job: _Job, selection: Selection, *, faults: Sequence[str]) -> dict[str, Any]:
+    """Write shards, indices, tokenizer and summary into `data`; return the summary."""
     data, vocabulary = job.folder / "data", job.vocabulary
-    for split in plan.splits:
+    for split in selection.splits:
         (data / split).mkdir(exist_ok=True)
     tasks = [
         ShardTask(shard, job.folder, vocabulary.dtype, vocabulary.bos_token_id, vocabulary.eos_token_id)
-        for shard in plan.shards
+        for shard in selection.shards
     ]
-    shards = _write_shards(job, plan, tasks)
+    shards = _write_shards(job, selection, tasks)
     header = {
         "version": INDEX_VERSION,
         "holdout_fraction": job.settings.holdout_fraction,
         **dataclasses.asdict(vocabulary),
     }
     splits = {}
-    for split in plan.splits:
-        here = [number for number, task in enumerate(tasks) if task.shard.split == split]
-        totals = {**plan.totals[split], "left_out": dict(sorted(plan.left_out[split].items()))}
+    for split in selection.splits:
+        own = [number for number, task in enumerate(tasks) if task.shard.split == split]
+        totals = {**selection.totals[split], "left_out": dict(sorted(selection.left_out[split].items()))}
         write_index(
             data / split,
             header={**header, **totals},
-            shards=[shards[number] for number in here],
-            arrays=(shard_arrays(tasks[number]) for number in here),
+            shards=[shards[number] for number in own],
+            arrays=(shard_arrays(tasks[number]) for number in own),
         )
-        splits[split] = {**totals, "shards": len(here)}
+        splits[split] = {**totals, "shards": len(own)}
     (data / "tokenizer").mkdir(exist_ok=True)
     for name in _TOKENIZER_FILES:
         if (job.tokenizer / name).is_file():
@@ -344,50 +357,54 @@ def _write_data(job: _Job, plan: Selection, *, faults: Sequence[str]) -> dict[st
     return summary
 
 
-def _write_shards(job: _Job, plan: Selection, tasks: Sequence[ShardTask]) -> list[Shard]:
-    """Write what is missing of the planned shards, and remove the ids of parts that no shard needs any more."""
+def _write_shards(job: _Job, selection: Selection, tasks: Sequence[ShardTask]) -> list[Shard]:
+    """Write the planned shards that are missing; remove the ids of parts that no shard needs."""
     shards = [read_planned_shard(task) for task in tasks]
-    total = sum(totals["tokens"] for totals in plan.totals.values())
+    total = sum(totals["tokens"] for totals in selection.totals.values())
     before = (sum(shard.documents for shard in shards if shard), 0, sum(shard.tokens for shard in shards if shard))
 
-    def on_count(counts: Sequence[int]) -> None:
-        documents, _, tokens = (old + new for old, new in zip(before, counts, strict=True))
+    def on_count(amounts: Sequence[int]) -> None:
+        documents, _, tokens = (old + new for old, new in zip(before, amounts, strict=True))
         job.report(CorpusProgress("writing", tokens, total, documents, tokens))
 
     places = {(task.shard.split, task.shard.number): place for place, task in enumerate(tasks)}
     missing = [task for task, shard in zip(tasks, shards, strict=True) if shard is None]
-    waiting = Counter(span.part for task in missing for span in task.shard.spans)
+    needed_by = Counter(source.part for task in missing for source in task.shard.ranges)
     for part in range(len(job.units)):
-        if part not in waiting:
+        if part not in needed_by:
             part_path(job.folder, part, ".ids").unlink(missing_ok=True)
     on_count((0, 0, 0))
     for task, shard in workers.unordered(write_planned_shard, missing, workers=job.workers, on_count=on_count):
         shards[places[task.shard.split, task.shard.number]] = shard
-        for span in task.shard.spans:
-            waiting[span.part] -= 1
-            if not waiting[span.part]:
-                part_path(job.folder, span.part, ".ids").unlink(missing_ok=True)
+        for source in task.shard.ranges:
+            needed_by[source.part] -= 1
+            if not needed_by[source.part]:
+                part_path(job.folder, source.part, ".ids").unlink(missing_ok=True)
     return [shard for shard in shards if shard is not None]
 
 
-def _what_was_found(plan: Selection) -> str:
-    """Why there is nothing to train on: what was held out, and what was left out by reason."""
-    found = plan.left_out[TRAIN] + plan.left_out[VALIDATION] + Counter(held_out=plan.totals[VALIDATION]["documents"])
+def _what_was_found(selection: Selection) -> str:
+    """The reasons why there is nothing to train on: how many texts were held out or left out."""
+    found = (
+        selection.left_out[TRAIN]
+        + selection.left_out[VALIDATION]
+        + Counter(held_out=selection.totals[VALIDATION]["documents"])
+    )
     return ", ".join(f"{count} {reason}" for reason, count in sorted(found.items())) or "nothing"
 
 
-def _write_provenance(job: _Job, *, inputs: Sequence[str], abouts: Sequence[dict[str, Any]]) -> None:
-    """What the data was prepared from: the only file that names paths."""
+def _write_provenance(job: _Job, *, inputs: Sequence[str], part_counts: Sequence[dict[str, Any]]) -> None:
+    """Write what the data was prepared from. No other file names paths."""
     files: dict[str, dict[str, Any]] = {}
     texts = Counter(files=0, bytes=0)
-    for unit, about in zip(job.units, abouts, strict=True):
+    for unit, counts in zip(job.units, part_counts, strict=True):
         if unit.split is not None:
             texts.update(files=len(unit.files), bytes=unit.size)
             continue
         file = files.setdefault(str(unit.files[0].path), {"bytes": 0, "records": 0, "malformed": 0})
         file["bytes"] += unit.size
-        file["records"] += about["lines"]
-        file["malformed"] += about["left_out"].get("malformed", 0)
+        file["records"] += counts["lines"]
+        file["malformed"] += counts["left_out"].get("malformed", 0)
     provenance = {
         "inputs": list(inputs),
         "tokenizer": str(job.tokenizer),

@@ -1,22 +1,32 @@
-"""Files at URLs: any that WebDataset opens (`http://`, `pipe:COMMAND`, ...), fetched whole into a bounded cache."""
+"""Files at URLs, copied into a bounded cache.
+
+| URL | opened by |
+|---|---|
+| `http://`, `https://` | urllib |
+| `pipe:COMMAND` | the shell: the content is the standard output of the command |
+| any other (`s3://`, `gs://`, `hf://`, `file:`, ...) | fsspec, with the package of the protocol |
+
+For HTTP, fsspec needs aiohttp. urllib needs no package, and its errors name the HTTP status.
+"""
 
 import contextlib
 import fcntl
 import hashlib
-import http.client
 import os
 import re
+import subprocess
 import tempfile
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TypeVar
 
-from webdataset.gopen import Pipe, gopen
+import fsspec
 
 from megatron_twotower.common.errors import UserError
+
+T = TypeVar("T")
 
 ATTEMPTS = 3
 FILE_PLACE = "{file}"
@@ -24,19 +34,22 @@ FILE_PLACE = "{file}"
 _FIRST_PAUSE_SECONDS = 0.5
 _TIMEOUT_SECONDS = 60
 _BYTES_A_READ = 1 << 20
-_STALE_SECONDS = 24 * 3600  # after which a copy that was begun is taken for one of a killed process
+_STALE_SECONDS = 24 * 3600  # an unfinished copy older than this is from a killed process
 _PARTIAL, _LOCK = ".partial", ".lock"
-_SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:")  # two letters at least: C: is a drive
+_SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:")  # at least two letters: C: is a drive
+_PIPE = "pipe:"
 
 
 def is_url(location: str | Path) -> bool:
+    """Whether a location is a URL and not a path."""
     return isinstance(location, str) and _SCHEME.match(location) is not None
 
 
 def join(folder: str, file: str) -> str:
-    """The URL of a file in a folder: `{file}` filled in where the folder has it (`pipe:cat /data/{file}`), else below.
+    """The URL of a file in a folder at a URL.
 
-    A file that is itself a URL stays as it is.
+    The name of the file replaces `{file}` if the folder contains it (`pipe:cat /data/{file}`), and
+    else follows after a slash. A `file` that is itself a URL is returned unchanged.
     """
     if is_url(file):
         return file
@@ -50,29 +63,37 @@ def cache_folder() -> Path:
 
 
 def read(url: str) -> bytes:
-    """All of a URL. Errors: `UserError` naming the URL, after `ATTEMPTS` attempts."""
+    """The content of a URL.
+
+    Raises:
+        UserError: it cannot be read in `ATTEMPTS` attempts, or the package of its protocol is
+            missing.
+    """
 
     def attempt() -> bytes:
         with _open(url) as stream:
-            return b"".join(iter(lambda: stream.read(_BYTES_A_READ), b""))
+            return b"".join(_chunks(stream))
 
-    return _again(url, attempt)
+    return _retried(url, attempt)
 
 
 def fetch(url: str, *, sha256: str, folder: Path) -> Path:
-    """A local copy of a URL, in `folder`, named by its checksum: fetched unless it is there already.
+    """A local copy of a URL in `folder`, named by its checksum; downloaded unless it exists.
 
-    Threads, processes and machines may share `folder`: a copy appears there whole or not at all,
-    and those who want the same one at the same time wait for one of them to fetch it.
-    Errors: `UserError` naming the URL, what was found and what was expected, after `ATTEMPTS`
-    attempts.
+    Threads, processes and machines may share `folder`. A copy there is always complete. If several
+    want the same copy at the same time, one downloads it and the others wait.
+
+    Raises:
+        UserError: it cannot be read with that checksum in `ATTEMPTS` attempts, or the package of
+            its protocol is missing.
     """
     target = folder / sha256
-    if _asked_for(target):
+    if _mark_used(target):
         return target
     folder.mkdir(parents=True, exist_ok=True)
 
     def attempt() -> Path:
+        # Not `files.atomic_file`, whose names tell processes apart, but not those of two machines.
         with _open(url) as stream, tempfile.NamedTemporaryFile(dir=folder, suffix=_PARTIAL, delete=False) as copy:
             try:
                 _copy(stream, copy, sha256=sha256)
@@ -80,15 +101,15 @@ def fetch(url: str, *, sha256: str, folder: Path) -> Path:
             finally:
                 Path(copy.name).unlink(missing_ok=True)
 
-    with open(folder / f"{sha256[:2]}{_LOCK}", "a") as lock:  # 256 of them at most
+    with open(folder / f"{sha256[:2]}{_LOCK}", "a") as lock:  # at most 256 lock files
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return target if _asked_for(target) else _again(url, attempt)
+        return target if _mark_used(target) else _retried(url, attempt)
 
 
-def _asked_for(copy: Path) -> bool:
-    """Whether a copy is there; notes that it was asked for, which `trim` goes by."""
+def _mark_used(copy: Path) -> bool:
+    """Whether a copy exists; sets its time of last use, by which `trim` decides."""
     try:
-        os.utime(copy)  # `touch` would make an empty file of one that another process has just removed
+        os.utime(copy)  # `touch` would create an empty file if another process has just removed the copy
     except FileNotFoundError:
         return False
     return True
@@ -96,7 +117,7 @@ def _asked_for(copy: Path) -> bool:
 
 def _copy(stream: IO[bytes], copy: IO[bytes], *, sha256: str) -> None:
     digest = hashlib.sha256()
-    while chunk := stream.read(_BYTES_A_READ):
+    for chunk in _chunks(stream):
         digest.update(chunk)
         copy.write(chunk)
     copy.flush()
@@ -104,12 +125,18 @@ def _copy(stream: IO[bytes], copy: IO[bytes], *, sha256: str) -> None:
         raise OSError(f"found sha256 {digest.hexdigest()}, expected {sha256}")
 
 
+def _chunks(stream: IO[bytes]) -> Iterator[bytes]:
+    return iter(lambda: stream.read(_BYTES_A_READ), b"")
+
+
 def trim(folder: Path, *, keep: int) -> None:
-    """Remove all but the `keep` copies in `folder` that were asked for last, and what killed processes left half done.
-    Memory maps of removed copies stay good."""
+    """Remove all but the `keep` last used copies in `folder`, and old unfinished copies.
+
+    Memory maps of removed copies stay valid.
+    """
     copies = []
     for path in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # another process trims too
+        with contextlib.suppress(FileNotFoundError):  # another process may trim at the same time
             seconds = path.stat().st_mtime
             if not path.suffix:
                 copies.append((seconds, path))
@@ -119,30 +146,59 @@ def trim(folder: Path, *, keep: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def _again(url: str, attempt: Any) -> Any:
+def _retried(url: str, attempt: Callable[[], T]) -> T:
     pause = _FIRST_PAUSE_SECONDS
     for number in range(1, ATTEMPTS + 1):
         try:
             return attempt()
-        except (OSError, ValueError, http.client.HTTPException) as error:
+        except UserError:
+            raise
+        except Exception as error:  # the packages of the protocols have exceptions of their own
             if number == ATTEMPTS:
-                reason = " ".join(str(error).split())
-                raise UserError(f"{url}: cannot be read in {ATTEMPTS} attempts ({reason})") from error
+                raise UserError(f"{url}: cannot be read in {ATTEMPTS} attempts ({_one_line(error)})") from error
             time.sleep(pause)
             pause *= 2
     raise AssertionError
 
 
-@contextlib.contextmanager
-def _open(url: str) -> Iterator[IO[bytes]]:
+# --- opening --------------------------------------------------------------------------------------
+
+
+def _open(url: str) -> contextlib.AbstractContextManager[IO[bytes]]:
     if url.startswith(("http://", "https://")):
-        # webdataset would call curl, which may be missing and gives no reasons.
-        with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
-            yield response
-            if getattr(response, "length", 0):
-                raise OSError(f"found {response.length} bytes less than announced")
-    else:
-        with gopen(url, "rb") as stream:
-            yield stream
-            if isinstance(stream, Pipe) and (status := stream.proc.wait()) != 0:
-                raise OSError(f"exit status {status}")
+        return _open_http(url)
+    if url.startswith(_PIPE):
+        return _open_pipe(url.removeprefix(_PIPE))
+    return _open_fsspec(url)
+
+
+@contextlib.contextmanager
+def _open_http(url: str) -> Iterator[IO[bytes]]:
+    with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
+        yield response
+        if getattr(response, "length", 0):
+            raise OSError(f"found {response.length} bytes less than announced")
+
+
+@contextlib.contextmanager
+def _open_pipe(command: str) -> Iterator[IO[bytes]]:
+    with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        yield process.stdout
+        if (status := process.wait()) != 0:
+            raise OSError(f"exit status {status}")
+
+
+@contextlib.contextmanager
+def _open_fsspec(url: str) -> Iterator[IO[bytes]]:
+    try:
+        file = fsspec.open(url, "rb")
+    except ImportError as error:  # its message says what to install
+        protocol = url.partition(":")[0]
+        raise UserError(f"{url}: {protocol} needs a package that is not installed ({_one_line(error)})") from error
+    with file as stream:
+        yield stream
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

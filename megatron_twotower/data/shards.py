@@ -2,18 +2,18 @@
 
 A prepared folder:
 
-    tokenizer/              the tokenizer the ids belong to
-    train/index.json        totals, and a table of the shards: file, bytes, checksum, documents, tokens
-    train/starts.npy        (documents + 1,) int64: where each document begins in the stream of all ids
-    train/offsets.npy       (documents,) int64: the byte of its shard at which its ids begin
-    train/shard-00000.tar   one `KEY.tokens.npy` (ids) and one `KEY.json` per document
-    validation/...          documents held out, the same form
-    summary.json            what `prepare` returned
-    provenance.json         what it was prepared from, and by which versions
+    tokenizer/             the tokenizer of the ids
+    train/index.json       totals; for each shard: file, bytes, checksum, documents, tokens
+    train/starts.npy       (documents + 1,) int64: where each document begins in all ids
+    train/offsets.npy      (documents,) int64: the byte of its shard at which its ids begin
+    train/shard-00000.tar  one `KEY.tokens.npy` (ids) and one `KEY.json` per document
+    validation/...         held-out documents, in the same form
+    summary.json           what `prepare` returned
+    provenance.json        what it was prepared from, and by which versions
 
-Plain `webdataset` streams the shards; `Corpus` reads any stretch of tokens without unpacking them.
-Opening one costs as much as reading the table of shards: the arrays are memory maps, so neither
-time nor memory grows with the documents.
+Plain `webdataset` streams the shards. `Corpus` reads any window of tokens without unpacking them.
+To open a corpus costs as much as to read the table of shards: the arrays are memory maps, so
+neither time nor memory grows with the number of documents.
 """
 
 import functools
@@ -32,9 +32,6 @@ import webdataset
 
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.data import remote
-from megatron_twotower.data.documents import TRAIN, VALIDATION
-
-__all__ = ["INDEX_FILE", "TRAIN", "VALIDATION", "Corpus", "Sample", "Shard", "write_index", "write_shard"]
 
 INDEX_FILE = "index.json"
 STARTS_FILE, OFFSETS_FILE = "starts.npy", "offsets.npy"
@@ -42,15 +39,20 @@ INDEX_VERSION = 2
 CACHED_SHARDS = 64  # of each remote corpus, on disk
 
 TOKENS_SUFFIX = "tokens.npy"
-_OPEN_SHARDS = 64  # memory maps a corpus keeps, each of which holds a file descriptor
-_OPENED_AT_ONCE = 16  # shards that threads fetch and check beside each other
+_OPEN_SHARDS = 64  # memory maps that a corpus keeps open, one file descriptor each
+_OPENED_AT_ONCE = 16  # shards that threads fetch and check at the same time
 
 
-# --- writing ------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 class Sample(NamedTuple):
-    """A document as a shard holds it. tokens: (n,) ids, BOS and EOS included; bytes: of its text in UTF-8."""
+    """A document of a shard.
+
+    Attributes:
+        bytes: the size of its text in UTF-8.
+        tokens: (n,) ids, with BOS and EOS.
+    """
 
     name: str
     bytes: int
@@ -58,7 +60,11 @@ class Sample(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """A row of the index. file: beside the index, or a URL."""
+    """A row of the index.
+
+    Attributes:
+        file: the name of a file next to the index, or a URL.
+    """
 
     file: str
     bytes: int
@@ -68,7 +74,12 @@ class Shard(NamedTuple):
 
 
 def write_shard(path: Path, samples: Iterable[Sample], *, first: int) -> tuple[str, np.ndarray, np.ndarray]:
-    """Write one tar; members are named by document number from `first`. Returns its SHA-256, offsets and lengths."""
+    """Write one tar; its members are named by document number, from `first` on.
+
+    Returns:
+        The SHA-256 of the file; the offset of each document's ids, (documents,) int64; and the
+        length of each document in tokens, (documents,) int64.
+    """
     lengths = []
     with open(path, "wb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:
         for number, sample in enumerate(samples, start=first):
@@ -84,9 +95,12 @@ def write_shard(path: Path, samples: Iterable[Sample], *, first: int) -> tuple[s
 
 
 def token_members(path: Path) -> Iterator[tuple[str, int, tuple[int, np.dtype]]]:
-    """(key, byte at which its ids begin, (how many, dtype)) of each document in a shard, read from the tar alone.
+    """Yields (key, offset of the ids in bytes, (tokens, dtype)) of each document.
 
-    Errors: `ValueError` or `tarfile.TarError` where the shard is no tar of token arrays.
+    Only the tar is read, not the index.
+
+    Raises:
+        ValueError, tarfile.TarError: the shard is not a tar of token arrays.
     """
     with open(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
         for member in tar:
@@ -98,6 +112,7 @@ def token_members(path: Path) -> Iterator[tuple[str, int, tuple[int, np.dtype]]]
 
 
 def checksum(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -105,12 +120,16 @@ def checksum(path: Path) -> str:
 def write_index(
     folder: Path, *, header: dict[str, Any], shards: Sequence[Shard], arrays: Iterable[tuple[np.ndarray, np.ndarray]]
 ) -> None:
-    """Write the index of a split folder. header: what `Corpus` needs beside the shards; arrays: (offsets, lengths) of
-    the documents of each shard, in order, of which one pair is held at a time."""
+    """Write the index of a split folder.
+
+    Args:
+        header: what `Corpus` needs in addition to the shards.
+        arrays: (offsets, lengths) of the documents of each shard, in order. One pair is in memory
+            at a time.
+    """
     documents = sum(shard.documents for shard in shards)
     files = {STARTS_FILE: documents + 1, OFFSETS_FILE: documents}
-    # Plain writes: through a memory map, a full disk is not an error but the end of the process
-    # (SIGBUS).
+    # Plain writes: with a memory map, a full disk is not an error, but kills the process (SIGBUS).
     with open(folder / STARTS_FILE, "wb") as starts, open(folder / OFFSETS_FILE, "wb") as offsets:
         for stream, size in zip((starts, offsets), files.values(), strict=True):
             header_1_0 = {"descr": "<i8", "fortran_order": False, "shape": (size,)}
@@ -128,19 +147,27 @@ def write_index(
     (folder / INDEX_FILE).write_text(f'{head},\n "shards": [\n  {rows}\n ]\n}}\n')
 
 
-# --- reading ------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """An opened split: the ids of all its documents as one stream, in memory-mapped shards. Threads may share it.
+    """An opened split: the ids of all its documents as one stream, in memory-mapped shards.
 
-    folder: a path, or a URL (str). total_bytes, total_characters: of the text the ids came from
-    (UTF-8), without BOS and EOS. bos_token_id, eos_token_id: what each document begins and ends
-    with, None where nothing was added.
-    offsets: (documents,) int64 bytes into its shard; starts: (documents + 1,) int64 position in the
-    stream: both memory maps. first_documents, first_tokens: (shards + 1,) int64, where each shard
-    begins.
+    Several threads may use one corpus.
+
+    Attributes:
+        folder: a path, or a URL (str).
+        total_bytes, total_characters: of the text of the ids (UTF-8), without BOS and EOS.
+        bos_token_id, eos_token_id: the first and last id of each document; None if nothing was
+            added.
+        arrays: checksums of the array files, by name.
+        offsets: (documents,) int64 bytes in the shard, a memory map.
+        starts: (documents + 1,) int64 positions in the stream, a memory map.
+        first_documents: (shards + 1,) int64, the first document of each shard.
+        first_tokens: (shards + 1,) int64, the position of the first token of each shard.
+        verify_shards: compare the checksum of a local shard at its first read.
+        cache: where copies of remote files are.
     """
 
     folder: Path | str
@@ -161,7 +188,7 @@ class Corpus:
     verify_shards: bool
     cache: Path
     _maps: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
-    _faults: dict[int, str | None] = field(default_factory=dict, repr=False, compare=False)
+    _problems: dict[int, str | None] = field(default_factory=dict, repr=False, compare=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
     _shard_locks: tuple[threading.RLock, ...] = field(
         default_factory=lambda: tuple(threading.RLock() for _ in range(_OPENED_AT_ONCE)), repr=False, compare=False
@@ -169,42 +196,41 @@ class Corpus:
 
     @classmethod
     def open(
-        cls,
-        folder: Path | str,
-        *,
-        verify: bool = False,
-        damaged: Literal["stop", "skip"] = "stop",
-        verify_shards: bool = False,
-        cache: Path | None = None,
+        cls, folder: Path | str, *, damaged: Literal["stop", "skip"] = "stop", verify_shards: bool = False
     ) -> "Corpus":
-        """Open a split folder, or a URL of one (`remote.join` says how file names are put into it).
+        """Open a split folder, or its URL (`remote.join` says how file names become part of it).
 
-        With `damaged="stop"` every local shard must be there in full, and with `verify` have the
-        indexed checksum; with "skip" no shard is looked at before it is read. With `verify_shards`
-        the checksum of a local shard is compared when it is first read. Remote shards are fetched
-        into `cache` when they are first read, at most `CACHED_SHARDS` of them, and always compared.
+        Remote shards are copied into `remote.cache_folder()` at their first read, at most
+        `CACHED_SHARDS` of them, and their checksums are always compared.
 
-        Errors: `UserError` naming the index or the shard, what was found and what was expected.
+        Args:
+            damaged: with "stop", every local shard must exist and have its size. With "skip", no
+                shard is examined before it is read.
+            verify_shards: compare the checksum of a local shard at its first read.
+
+        Raises:
+            UserError: the index or a shard is missing or wrong; the message names it, what was
+                found and what was expected.
         """
-        corpus = _open_corpus(folder, verify_shards=verify_shards, cache=cache or remote.cache_folder())
+        corpus = _open_corpus(folder, verify_shards=verify_shards)
         if damaged == "stop":
             for number in range(len(corpus.shards)):
-                fault = corpus.check_shard(number) if verify else corpus._misses(number)
-                if fault:
-                    raise UserError(fault)
+                if problem := corpus._size_problem(number):
+                    raise UserError(problem)
         return corpus
 
     @property
     def documents(self) -> int:
+        """The number of documents."""
         return len(self.offsets)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the checksums of all shards: equal for the same documents in the same shards."""
+        """SHA-256 of all shard checksums: equal for the same documents in the same shards."""
         return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
     def tokens(self, start: int, count: int) -> np.ndarray:
-        """(count,) int64 ids from position `start` of the stream, across documents and shards."""
+        """(count,) int64 ids from position `start` of the stream on, over documents and shards."""
         assert 0 <= start <= start + count <= self.total_tokens, (start, count, self.total_tokens)
         result = np.empty(count, dtype=np.int64)
         if count == 0:
@@ -220,24 +246,31 @@ class Corpus:
         return result
 
     def document(self, number: int) -> np.ndarray:
-        """(tokens,) ids of one document, BOS and EOS included: a read-only view of its shard, in `dtype`."""
+        """(tokens,) `dtype` ids of a document, with BOS and EOS: a read-only view of its shard."""
         length = int(self.starts[number + 1] - self.starts[number])
         return self._ids(self._shard_of_document(number), int(self.offsets[number]), length)
 
     def shard_of(self, position: int) -> int:
-        """Number of the shard that holds position `position` of the stream."""
+        """The number of the shard with a position of the stream."""
         assert 0 <= position < self.total_tokens, (position, self.total_tokens)
         return self._shard_of_document(int(self.starts.searchsorted(position, side="right")) - 1)
 
     def check_shard(self, number: int) -> str | None:
-        """None, or in one line what is wrong with a shard: size and checksum, compared once and remembered."""
+        """One line that says what is wrong with a shard, or None.
+
+        Size and checksum are compared once; the result is remembered.
+        """
         with self._shard_locks[number % _OPENED_AT_ONCE]:
-            if number not in self._faults:
-                self._faults[number] = self._fault(number)
-            return self._faults[number]
+            if number not in self._problems:
+                self._problems[number] = self._problem(number)
+            return self._problems[number]
 
     def local_shard(self, number: int) -> Path:
-        """The file of a shard, fetched where it is remote. Errors: `UserError` when it cannot be."""
+        """The file of a shard; a remote shard is fetched first.
+
+        Raises:
+            UserError: it cannot be fetched.
+        """
         shard = self.shards[number]
         if isinstance(self.folder, Path) and not remote.is_url(shard.file):
             return self.folder / shard.file
@@ -262,12 +295,13 @@ class Corpus:
         return data[offset : offset + size].view(self.dtype)
 
     def _map(self, number: int) -> np.ndarray:
-        # Slow work, fetching and checking, keeps nobody waiting who reads another shard.
+        # A lock for each shard (or few): fetching and checking are slow, and must not keep a thread
+        # waiting that reads another shard.
         with self._shard_locks[number % _OPENED_AT_ONCE]:
             if (data := self._maps.get(number)) is not None:
                 return data
-            if fault := self.check_shard(number) if self.verify_shards else self._misses(number):
-                raise UserError(fault)
+            if problem := self.check_shard(number) if self.verify_shards else self._size_problem(number):
+                raise UserError(problem)
             try:
                 data = np.memmap(self.local_shard(number), dtype=np.uint8, mode="r").view(np.ndarray)
             except FileNotFoundError:  # another process has just removed it from the cache
@@ -278,8 +312,8 @@ class Corpus:
                 self._maps[number] = data
             return data
 
-    def _misses(self, number: int) -> str | None:
-        """What is wrong with a local shard at a glance, or with the index around it."""
+    def _size_problem(self, number: int) -> str | None:
+        """What is wrong with the size of a local shard, or with the index about it."""
         shard = self.shards[number]
         ends = self.first_documents[number : number + 2]
         if not np.array_equal(self.starts[ends], self.first_tokens[number : number + 2]):
@@ -293,9 +327,9 @@ class Corpus:
             return f"{path}: found no such file, expected a shard of {shard.bytes} bytes"
         return None if found == shard.bytes else f"{path}: found {found} bytes, expected {shard.bytes}"
 
-    def _fault(self, number: int) -> str | None:
-        if fault := self._misses(number):
-            return fault
+    def _problem(self, number: int) -> str | None:
+        if problem := self._size_problem(number):
+            return problem
         try:
             path = self.local_shard(number)
         except UserError as error:
@@ -305,7 +339,8 @@ class Corpus:
         return None
 
 
-def _open_corpus(folder: Path | str, *, verify_shards: bool, cache: Path) -> Corpus:
+def _open_corpus(folder: Path | str, *, verify_shards: bool) -> Corpus:
+    cache = remote.cache_folder()
     folder = folder if remote.is_url(folder) else Path(folder)
     name = remote.join(folder, INDEX_FILE) if isinstance(folder, str) else str(folder / INDEX_FILE)
     try:
@@ -357,7 +392,7 @@ def _index_bytes(folder: Path | str, name: str) -> bytes:
 
 
 def _open_array(folder: Path | str, file: str, sha256: str, cache: Path) -> np.ndarray:
-    """(n,) int64, mapped as a plain ndarray: a `np.memmap` costs microseconds at each slice."""
+    """(n,) int64, a memory map as a plain ndarray: slicing a `np.memmap` costs microseconds."""
     if isinstance(folder, Path):
         path = folder / file
     else:

@@ -1,4 +1,4 @@
-"""What a run reads, opened and checked against its configuration: one corpus or a blend, to train on or to validate."""
+"""Opens what a run reads, one corpus or a blend, and checks it against the configuration."""
 
 import dataclasses
 import itertools
@@ -9,7 +9,7 @@ from typing import Any
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.phases import Phase, document_alignment, resolve_phases
 from megatron_twotower.config.schema import RunConfig
-from megatron_twotower.data.blend import Blend, BlendedDataset, BlendPhase, split_folder
+from megatron_twotower.data.blend import Blend, BlendedDataset, BlendMixture, split_folder
 from megatron_twotower.data.dataset import SequenceDataset
 from megatron_twotower.data.order import LONGEST_PERIOD, Shuffle
 from megatron_twotower.data.packing import Packing
@@ -18,10 +18,11 @@ from megatron_twotower.data.tokenizer import tokenizer_fingerprint
 
 
 def open_training(config: RunConfig) -> SequenceDataset | BlendedDataset:
-    """What a run reads: the one corpus of `data.folder`, or the mixtures of `data.blend` by phase.
+    """What a run trains on: the corpus of `data.folder`, or the mixtures of `data.blend` by phase.
 
-    Raises: UserError: a blend, corpus or phase that does not fit the run, or tokens of another
-        tokenizer.
+    Raises:
+        UserError: a blend, corpus or phase does not fit the run, or the tokens are from another
+            tokenizer.
     """
     phases = resolve_phases(config)
     if not config.data.blend:
@@ -31,9 +32,13 @@ def open_training(config: RunConfig) -> SequenceDataset | BlendedDataset:
 
 
 def open_validation(config: RunConfig, count: int) -> SequenceDataset | BlendedDataset:
-    """Held-out sequences; of a blend, in the proportions in which the whole run reads its corpora.
+    """What a run validates on: held-out sequences.
 
-    A corpus that makes up less than one in `LONGEST_PERIOD` of the run is left out.
+    With a blend, the proportions of the corpora are those of all phases of the run together. A
+    corpus whose share is less than one in `LONGEST_PERIOD` is left out.
+
+    Args:
+        count: the number of sequences that validation reads.
 
     Raises:
         UserError: as `open_training`, or fewer than `count` sequences are held out.
@@ -53,27 +58,31 @@ def open_validation(config: RunConfig, count: int) -> SequenceDataset | BlendedD
             shares[corpus.name] = shares.get(corpus.name, 0.0) + part / sum(phase.sequences for phase in phases)
     shares = {name: share for name, share in shares.items() if share * LONGEST_PERIOD >= 1}
     datasets = _open_corpora(config, mixtures, "validation", only=shares)
-    whole = dataclasses.replace(phases[0], first=0, sequences=count)
-    source = BlendedDataset(datasets, (whole,), [shares])
+    only_phase = dataclasses.replace(phases[0], first=0, sequences=count)
+    source = BlendedDataset(datasets, (only_phase,), [shares])
     for name, needed in source.sequences_before(count).items():
         if needed > len(datasets[name]):
             raise UserError(f"{key} {len(datasets[name])} held out of {name} (its part is {needed})")
     return source
 
 
-def _mixtures(config: RunConfig, phases: Sequence[Phase]) -> list[BlendPhase]:
+def _mixtures(config: RunConfig, phases: Sequence[Phase]) -> list[BlendMixture]:
     blend = Blend.open(config.data.blend, root=config.data.folder or None)
     return [blend.mixture(phase.mixture) for phase in phases]
 
 
-def _weights(mixture: BlendPhase) -> dict[str, float]:
+def _weights(mixture: BlendMixture) -> dict[str, float]:
     return {corpus.name: corpus.weight for corpus in mixture.corpora}
 
 
 def _open_corpora(
-    config: RunConfig, mixtures: Sequence[BlendPhase], split: str, *, only: Collection[str] | None = None
+    config: RunConfig, mixtures: Sequence[BlendMixture], split: str, *, only: Collection[str] | None = None
 ) -> dict[str, SequenceDataset]:
-    """The datasets of all corpora of some mixtures by name, in the order of the blend file."""
+    """The datasets of all corpora of the mixtures by name, in the order of the blend file.
+
+    Args:
+        only: names of the corpora to open; None for all.
+    """
     named = {corpus.name: corpus for mixture in mixtures for corpus in mixture.corpora}
     ordered = sorted(named.values(), key=lambda corpus: corpus.number)
     opened = {
@@ -122,17 +131,18 @@ def _open_corpus(config: RunConfig, folder: str, split: str, *, number: int) -> 
 
 
 def tokenizer_folder(config: RunConfig) -> Path:
-    """Where the tokenizer of the run's tokens is: beside the splits of its (first) corpus."""
+    """The folder of the run's tokenizer, in the prepared folder of its first corpus."""
     if not config.data.blend:
         return Path(config.data.folder) / "tokenizer"
     return Path(_mixtures(config, resolve_phases(config))[0].corpora[0].folder) / "tokenizer"
 
 
 def data_summary(config: RunConfig, source: SequenceDataset | BlendedDataset) -> dict[str, Any]:
-    """What decides the order of a run, in plain values, and of every corpus the share of its positions that is padding.
+    """What decides the order of a run, as values of JSON, and the share of padding of every corpus.
 
-    order: settings; corpora: by name, "" for the only one; phases: where each begins and its
-    weights, of a blend.
+    Returns:
+        order: the settings; corpora: by name, "" if there is no blend; phases: of a blend, the
+        first sequence and the weights of each phase.
     """
     data = config.data
     order = {
@@ -145,10 +155,10 @@ def data_summary(config: RunConfig, source: SequenceDataset | BlendedDataset) ->
         order["alignment"] = document_alignment(config)
     if data.shuffle == "windowed":
         order |= {"run_tokens": data.shuffle_run_tokens, "window_runs": data.shuffle_window_runs}
-    stages: list[tuple[Phase, dict[str, float]]] = []
+    weighted: list[tuple[Phase, dict[str, float]]] = []
     datasets = {"": source} if isinstance(source, SequenceDataset) else source.datasets
     if isinstance(source, BlendedDataset):
-        stages = list(zip(source.phases, source.weights, strict=True))
+        weighted = list(zip(source.phases, source.weights, strict=True))
     corpora = {
         name: {
             "folder": str(dataset.corpus.folder),
@@ -160,21 +170,26 @@ def data_summary(config: RunConfig, source: SequenceDataset | BlendedDataset) ->
         }
         for name, dataset in datasets.items()
     }
-    phases = [{"name": phase.name, "first": phase.first, "weights": weights} for phase, weights in stages]
+    phases = [{"name": phase.name, "first": phase.first, "weights": weights} for phase, weights in weighted]
     return {"order": order, "corpora": corpora, "phases": phases}
 
 
-# What of a corpus a run must find again, and what it is called.
-_OF_A_CORPUS = {"number": "place in the blend file", "tokens": "tokens", "sha256": "shards of sha256"}
+# The values of a corpus that may not change during a run, and how messages name them.
+_FIXED = {"number": "place in the blend file", "tokens": "tokens", "sha256": "shards of sha256"}
 
 
 def check_unchanged(found: dict[str, Any], expected: dict[str, Any], *, cursor: int) -> None:
-    """Refuse to go on from `cursor` with data that would not give what was read so far; what is to come may change.
+    """Refuse to resume from `cursor` with data that differs in what the run has read so far.
 
-    found, expected: `data_summary` now, and when the run was last started.
+    What the run has not read yet may change.
 
-    Raises: UserError: another order, a corpus with other text or at another place in the blend
-        file, or a stretch of the run that was read with another mixture.
+    Args:
+        found: `data_summary` now.
+        expected: `data_summary` when the run was last started.
+
+    Raises:
+        UserError: the order is different, a corpus has other text or another place in the blend
+            file, or a phase that had begun has another mixture.
     """
     for key, value in expected["order"].items():
         if found["order"].get(key) != value:
@@ -185,7 +200,7 @@ def check_unchanged(found: dict[str, Any], expected: dict[str, Any], *, cursor: 
             raise UserError(f"phases: found {other}, expected {phase}: sequence {cursor} is past where it had begun")
     for name in ["", *(name for phase in begun for name in phase["weights"])]:
         corpus, other = expected["corpora"].get(name, {}), found["corpora"].get(name, {"folder": name})
-        for key, what in _OF_A_CORPUS.items():
+        for key, what in _FIXED.items():
             if key in corpus and other.get(key) != corpus[key]:
                 raise UserError(
                     f"{other['folder']}: found {what} {other.get(key)}, expected {corpus[key]}, as the run has read "
@@ -194,5 +209,5 @@ def check_unchanged(found: dict[str, Any], expected: dict[str, Any], *, cursor: 
 
 
 def _begun(summary: dict[str, Any], cursor: int) -> list[dict[str, Any]]:
-    """The phases read before `cursor`."""
+    """The phases that begin before `cursor`."""
     return [phase for phase in summary["phases"] if phase["first"] < cursor]

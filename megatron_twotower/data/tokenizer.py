@@ -1,11 +1,11 @@
 """Hugging Face tokenizers: train one, open one, and encode documents with it.
 
-Ids 0 to 3 of a tokenizer trained here are `<unk>` (padding too), `<s>`, `</s>` and `<mask>`; 4 to
-259 are the 256 bytes, so that no text ever needs `<unk>`.
+Ids 0 to 3 of a tokenizer trained here are `<unk>` (also padding), `<s>`, `</s>` and `<mask>`. Ids 4
+to 259 are the 256 bytes, so no text ever needs `<unk>`.
 """
 
 import hashlib
-import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -13,38 +13,40 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_twotower.common.errors import UserError
+from megatron_twotower.common.files import write_file
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<mask>")
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
 TOKENIZER_FILE = "tokenizer.json"
 
-# Merges never cross these pieces. Source code decides them: line breaks keep the indentation after
-# them, so that a new level is one token; a word takes the space or dot before it and its
-# underscores; digits go in threes, marks in runs.
+# The pieces that merges never cross. They are chosen for source code. A line break includes the
+# indentation after it, so that a new level is one token. A word includes the space or dot before it
+# and its underscores. Digits are in groups of three, punctuation marks in runs.
 _PIECES = "|".join(
     (
         r"(?:\r?\n[ \t]*)+",
         r"[ .]?[\p{L}_]+",
         r"\p{N}{1,3}",
         r" ?[^\s\p{L}\p{N}_]+",
-        r"[ \t]+(?=[ \t])",  # a run of spaces leaves its last one to the word after it
+        r"[ \t]+(?=[ \t])",  # the last space of a run belongs to the word after it
         r"\s",
     )
 )
-# A ruler of eighty `=` is not worth an entry; 24 bytes hold a line break and five levels of
-# indentation.
+# 24 bytes are enough for a line break and five levels of indentation. Without the limit, a line of
+# eighty `=` would take an entry.
 _LONGEST_TOKEN_BYTES = 24
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, output: Path) -> None:
     """Train byte-level BPE on `texts` and save it in Hugging Face form in the folder `output`.
 
-    The same texts in the same order give the same bytes. Text too short for `vocab_size` entries
-    gives fewer. `encode` adds no special token; `decode(encode(text))` is `text` for any Unicode
-    text.
+    The same texts in the same order give the same bytes. Text that is too short for `vocab_size`
+    entries gives fewer. `encode` adds no special token, and `decode(encode(text))` is `text` for
+    any Unicode text. Other files in `output` stay.
 
-    Errors: `UserError` when `vocab_size` cannot hold the special tokens and the bytes, or `output`
-    is a file.
+    Raises:
+        UserError: `vocab_size` is too small for the special tokens and the bytes, `output` is a
+            file, or it cannot be written.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise UserError(
@@ -79,16 +81,11 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, output: Path) -> N
         mask_token=mask,
         clean_up_tokenization_spaces=False,
     )
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        tokenizer.save_pretrained(partial)
-        output.mkdir(parents=True, exist_ok=True)
-        # tokenizer.json, which makes the folder a tokenizer, comes last.
-        for file in sorted(partial.iterdir(), key=lambda file: file.name == TOKENIZER_FILE):
-            file.replace(output / file.name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        # tokenizer.json makes a folder a tokenizer, so it is written last.
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == TOKENIZER_FILE):
+            write_file(output / file.name, file.read_bytes())
 
 
 def _tokenizer_file(folder: Path) -> Path:
@@ -102,15 +99,15 @@ def _tokenizer_file(folder: Path) -> Path:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Open the tokenizer saved in `folder`, from local files only.
+    """Open the tokenizer in `folder`, from local files only.
 
-    Errors: `UserError` when the folder or its tokenizer.json is missing or cannot be read as a
-    tokenizer.
+    Raises:
+        UserError: the folder or its tokenizer.json is missing, or is not a fast tokenizer.
     """
     file = _tokenizer_file(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), local_files_only=True)
-    except Exception as error:  # the Rust parser raises bare Exception
+    except Exception as error:  # the Rust parser raises plain `Exception`
         reason = " ".join(str(error).split())
         raise UserError(f"{file}: cannot be read as a Hugging Face tokenizer ({reason})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -119,17 +116,21 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
-    """SHA-256, in hex, of the tokenizer.json in `folder`: equal for tokenizers that give equal ids."""
+    """SHA-256, in hex, of the tokenizer.json in `folder`. Equal fingerprints mean equal ids.
+
+    Raises:
+        UserError: the folder or its tokenizer.json is missing.
+    """
     return hashlib.sha256(_tokenizer_file(folder).read_bytes()).hexdigest()
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[Sequence[str]], list[list[int]]]:
-    """A function from texts to the token ids of each, with nothing added, cut or padded.
+    """A function from texts to the token ids of each; nothing is added, cut or padded.
 
-    A special token spelled out in the text ("<mask>" in a source file) is encoded as the characters
-    it is written with: clean text must never hold the mask token or end early.
+    A special token that a text spells out ("<mask>" in a source file) is encoded as its characters:
+    clean text must never contain the mask token or end early.
     """
-    # A copy: the switches below would change what the caller's tokenizer does.
+    # A copy, because the settings below would change the tokenizer of the caller.
     plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     plain.no_truncation()
     plain.no_padding()

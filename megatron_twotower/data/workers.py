@@ -1,6 +1,6 @@
-"""A function over many tasks in worker processes that count their progress together and stop when asked.
+"""Runs a function over many tasks in worker processes, with shared counters of progress.
 
-Workers end by themselves when their parent is gone, however it went.
+Workers stop when the parent asks them to, and end by themselves when the parent has died.
 """
 
 import concurrent.futures
@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 COUNTERS = 3
 _POLL_SECONDS = 0.2
 
-# Set once in each worker process, and in this one while it works alone.
+# Set once in each worker process, and in the parent while it does the work itself.
 _counters: Any = [0] * COUNTERS
 _stopping: Any = threading.Event()
 _on_count: Callable[[list[int]], None] | None = None
@@ -33,7 +33,11 @@ class Stopped(Exception):
 
 
 def count(*amounts: int) -> None:
-    """Add to the shared counters; called by the function that does the work. Raises `Stopped` when it is to end."""
+    """Add to the shared counters. The function that does the work calls this often.
+
+    Raises:
+        Stopped: the worker must end.
+    """
     assert len(amounts) == COUNTERS, amounts
     if _stopping.is_set():
         raise Stopped
@@ -51,13 +55,17 @@ def count(*amounts: int) -> None:
 def unordered(
     function: Callable[[Task], Result], tasks: Iterable[Task], *, workers: int, on_count: Callable[[list[int]], None]
 ) -> Iterator[tuple[Task, Result]]:
-    """(task, result) of every task as they come; tasks are begun in order, and few are taken before they can be begun.
+    """Yields (task, result) of every task, as the results come.
 
-    `on_count` is given the sums that `count` was given in all workers. With one worker this process
-    does the work.
+    Tasks are begun in order, and only few are taken from `tasks` before a worker is free for them.
+    With one worker, this process does the work. After an error the tasks under way are stopped
+    before it is raised.
 
-    Errors: those of the function; `UserError` when a worker died. What is under way then is stopped
-    first.
+    Args:
+        on_count: receives the sums of the amounts that `count` was called with in all workers.
+
+    Raises:
+        UserError: a worker died. Exceptions of the function are raised as they are.
     """
     if workers == 1:
         return _alone(function, tasks, on_count=on_count)
@@ -79,8 +87,8 @@ def _alone(
 def _together(
     function: Callable[[Task], Result], tasks: Iterable[Task], *, workers: int, on_count: Callable[[list[int]], None]
 ) -> Iterator[tuple[Task, Result]]:
-    # Not fork: this process has threads (the progress bar, the tokenizer's). The server imports
-    # what workers need once.
+    # Not fork: this process has threads (the progress bar, the tokenizer's). The fork server
+    # imports once what all workers need.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, function.__module__])
     counters, stopping = context.Array(ctypes.c_longlong, COUNTERS), context.Event()
@@ -91,7 +99,7 @@ def _together(
     running: dict[concurrent.futures.Future[Result], Task] = {}
     try:
         while True:
-            for task in islice(source, 2 * workers - len(running)):  # one at work and one waiting, for each
+            for task in islice(source, 2 * workers - len(running)):  # per worker: one running and one waiting
                 running[executor.submit(function, task)] = task
             if not running:
                 return
@@ -113,7 +121,7 @@ def _start(counters: Any, stopping: Any) -> None:
     global _counters, _stopping
     _counters, _stopping = counters, stopping
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of the group: the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of the group; the parent decides
     parent = multiprocessing.parent_process()
     assert parent is not None
 

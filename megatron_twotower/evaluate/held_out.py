@@ -21,8 +21,9 @@ from megatron_twotower.common.files import write_file
 from megatron_twotower.common.machine import machine, machine_line
 from megatron_twotower.common.progress import OnProgress, silent, stage_bars
 from megatron_twotower.common.tables import number, plain_table, wide_console, with_error
-from megatron_twotower.data.dataset import stretches
-from megatron_twotower.data.shards import VALIDATION, Corpus
+from megatron_twotower.data.dataset import evenly_spaced_windows
+from megatron_twotower.data.documents import VALIDATION
+from megatron_twotower.data.shards import Corpus
 from megatron_twotower.data.tokenizer import tokenizer_fingerprint
 from megatron_twotower.evaluate import likelihood
 from megatron_twotower.evaluate.likelihood import LEVELS, Estimate
@@ -185,7 +186,7 @@ def evaluate(
     found, expected = tokenizer_fingerprint(Path(folder)), corpus.tokenizer_fingerprint
     if found != expected:
         raise UserError(f"{folder}: found a tokenizer with sha256 {found}, expected that of {data}, {expected}")
-    sequences = stretches(corpus, count=settings.sequences, length=settings.sequence_length_tokens)
+    sequences = evenly_spaced_windows(corpus, count=settings.sequences, length=settings.sequence_length_tokens)
     block, mask_id = settings.block_size_tokens, mask_token_id(tokenizer)
     likelihood.check_sequences(sequences, block)
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from megatron_twotower.common.errors import require
 from megatron_twotower.common.files import atomic_file
 from megatron_twotower.common.progress import OnProgress, silent, stage_bars
-from megatron_twotower.data.dataset import stretches
-from megatron_twotower.data.shards import TRAIN, Corpus
+from megatron_twotower.data.dataset import evenly_spaced_windows
+from megatron_twotower.data.documents import TRAIN
+from megatron_twotower.data.shards import Corpus
 from megatron_twotower.generate.engine import default_devices, load
 
 
@@ -49,7 +50,7 @@ def distil(
     for name, value in numbers.items():
         require(value >= 1, f"--{name}: found {value}, expected at least 1")
     require(not output.exists(), f"{output}: exists, expected a file that is not there yet")
-    prompts = stretches(Corpus.open(Path(data) / TRAIN), count=sequences, length=prompt_tokens)
+    prompts = evenly_spaced_windows(Corpus.open(Path(data) / TRAIN), count=sequences, length=prompt_tokens)
     model, tokenizer = load(folder, device=default_devices()[0])
     output.parent.mkdir(parents=True, exist_ok=True)
     done = 0

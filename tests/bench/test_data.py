@@ -62,7 +62,7 @@ def test_memory_of_an_open_corpus_does_not_grow_with_its_documents(tmp_path):
         packing = Packing.of(corpus.starts, alignment=16)
         dataset = SequenceDataset(corpus, sequence_length=128, seed=0, packing=packing)
         _, numbers = dataset.locate(np.array([10**9]))
-        packing.stretch(int(numbers[0]) * 128, 128)
+        packing.window(int(numbers[0]) * 128, 128)
         held.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
     small, large = held

@@ -1,4 +1,4 @@
-"""Blend files, and runs over several corpora: shares, epochs, phases, and the same batches whatever the layout."""
+"""Blend files, and runs over several corpora: shares, epochs, phases; the same for any layout."""
 
 import dataclasses
 import re
@@ -12,11 +12,11 @@ from helpers.memory_corpus import corpus_of
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.phases import Phase
 from megatron_twotower.config.schema import NoiseConfig
-from megatron_twotower.data.blend import Blend, BlendedDataset, split_folder
+from megatron_twotower.data.blend import Blend, BlendedDataset, prepared_folders, split_folder
 from megatron_twotower.data.dataset import (
     SAMPLE_BITS,
     SequenceDataset,
-    _tell_once,
+    _warn_once,
     batches,
     global_batch,
     skipped_sequences,
@@ -36,7 +36,10 @@ def phase(name, first_step, steps, *, block=8):
 
 
 def blended(*, documents="ignore", shuffle=None, damaged=None, seed=7):
-    """Three corpora of 250, 125 and 62 sequences or so; a phase of the first two, one of all, one of the last two."""
+    """Three corpora of about 250, 125 and 62 sequences, in three phases.
+
+    The phases read the first two, all three, and the last two.
+    """
     datasets = {}
     for number, (name, count) in enumerate({"web": 400, "code": 200, "math": 100}.items()):
         corpus = corpus_of(count, longest=39, seed=number, base=10**6 * number, shard_tokens=700)
@@ -56,7 +59,7 @@ def blended(*, documents="ignore", shuffle=None, damaged=None, seed=7):
     return BlendedDataset(datasets, phases, weights)
 
 
-def same(one, two):
+def assert_same(one, two):
     for name in FIELDS:
         a, b = getattr(one, name), getattr(two, name)
         if a is None or b is None:
@@ -73,7 +76,7 @@ def joined(parts):
     return type(parts[0])(**values)
 
 
-# --- what is read -------------------------------------------------------------------------------------------------
+# --- what is read ---------------------------------------------------------------------------------
 
 
 def test_shares_hold_at_every_position_of_every_phase():
@@ -92,7 +95,7 @@ def test_shares_hold_at_every_position_of_every_phase():
 @pytest.mark.parametrize("documents", ["ignore", "respect"])
 @pytest.mark.parametrize("shuffle", [Shuffle(), Shuffle("windowed", 10, 3), Shuffle("none")])
 def test_no_sequence_is_lost_or_repeated_within_an_epoch_over_all_phases(documents, shuffle):
-    """Counted: each corpus, over three phases and as many epochs as it takes, whole epochs hold everything once."""
+    """Counts each corpus over three phases: a complete epoch has every sequence once."""
     source = blended(documents=documents, shuffle=shuffle)
     whole = global_batch(source, first=0, count=65 * BATCH)
     for name, dataset in source.datasets.items():
@@ -105,7 +108,7 @@ def test_no_sequence_is_lost_or_repeated_within_an_epoch_over_all_phases(documen
         rest = numbers[epochs == epochs.max()]
         assert len(np.unique(rest)) == len(rest)
         for tokens, number in zip(whole.tokens[mine][:20].numpy(), numbers, strict=False):
-            assert (tokens == dataset.sequence(number)).all()
+            assert (tokens == dataset.sequence(number).tokens).all()
     assert whole.epochs.max() >= 2, "the corpora are read more than once"
     pairs = set(zip(whole.samples.tolist(), whole.epochs.tolist(), strict=True))
     assert len(pairs) == 65 * BATCH, "no two sequences of the run share their noise"
@@ -115,23 +118,23 @@ def test_epochs_and_corpora_have_orders_of_their_own():
     source = blended()
     web = source.datasets["web"]
     first, second = (web.locate(np.arange(50) + epoch * len(web))[1].tolist() for epoch in (0, 1))
-    twin = dataclasses.replace(web, number=5).locate(np.arange(50))[1].tolist()
-    assert first != second and first != twin and second != twin
+    other = dataclasses.replace(web, number=5).locate(np.arange(50))[1].tolist()
+    assert first != second and first != other and second != other
 
 
 def test_the_first_corpus_alone_is_read_as_without_a_blend():
     dataset = blended().datasets["web"]
     alone = BlendedDataset({"web": dataset}, (phase("only", 0, 10),), ({"web": 2.5},))
     one, two = (global_batch(source, first=995, count=30) for source in (alone, dataset))
-    same(dataclasses.replace(one, corpora=None), two)
+    assert_same(dataclasses.replace(one, corpora=None), two)
     assert one.corpora.tolist() == [0] * 30
 
 
-# --- exact and elastic --------------------------------------------------------------------------------------------
+# --- exact and elastic ----------------------------------------------------------------------------
 
 
 def step_over(source, *, cursor, world, workers=1, depth=1, micro=1):
-    """A whole global batch, put together from what every rank reads."""
+    """A global batch, joined from what every rank reads."""
     parts, after = [], set()
     for rank in range(world):
         stream = batches(
@@ -159,7 +162,7 @@ def test_the_kth_global_batch_and_its_noise_are_the_same_on_any_number_of_ranks(
     for cursor in (0, 9 * BATCH, 400 - 13, 35 * BATCH - 1, 10**9 + 7):
         want = global_batch(source, first=cursor, count=BATCH)
         got, after = step_over(source, cursor=cursor, world=world)
-        same(got, want)
+        assert_same(got, want)
         assert after == cursor + BATCH
         noise = NoiseConfig(block_size_tokens=8, mask_token_id=0)
         assert torch.equal(corrupt(got, noise, seed=7).noisy, corrupt(want, noise, seed=7).noisy)
@@ -170,7 +173,7 @@ def test_a_thousand_ranks_read_what_one_does():
     for cursor in (0, 1000, 10**9):
         got, _ = step_over(source, cursor=cursor, world=1000)
         want = global_batch(source, first=cursor, count=1000)
-        same(got, want)
+        assert_same(got, want)
 
 
 @pytest.mark.parametrize(("workers", "depth"), [(1, 1), (1, 4), (4, 2), (3, 9)])
@@ -189,7 +192,7 @@ def test_workers_change_nothing(workers, depth):
     for number in range(8, 40):
         micro, after = next(stream)
         assert after == (number + 1) * BATCH
-        same(joined(micro), global_batch(source, first=number * BATCH, count=BATCH))
+        assert_same(joined(micro), global_batch(source, first=number * BATCH, count=BATCH))
     stream.close()
 
 
@@ -199,11 +202,11 @@ def test_a_run_resumed_many_times_on_other_numbers_of_ranks_reads_the_same():
     for number in range(65):
         batch, cursor = step_over(blended(), cursor=cursor, world=worlds[number % len(worlds)])
         read.append(batch)
-    same(joined(read), global_batch(source, first=0, count=65 * BATCH))
+    assert_same(joined(read), global_batch(source, first=0, count=65 * BATCH))
 
 
 def test_far_positions_read_no_more_than_near_ones():
-    """Sample 10^9 is reached by arithmetic: the corpus is asked for the sequences of the batch and nothing else."""
+    """Any position is found by arithmetic: only the sequences of the batch are read."""
     source = blended()
     for first in (0, 10**9, 10**15):
         for dataset in source.datasets.values():
@@ -213,12 +216,12 @@ def test_far_positions_read_no_more_than_near_ones():
         assert batch.positions.tolist() == list(range(first, first + 8))
 
 
-# --- damage -------------------------------------------------------------------------------------------------------
+# --- damage ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("documents", ["ignore", "respect"])
 def test_skipping_keeps_the_order_of_everything_else(documents, caplog):
-    _tell_once.cache_clear()
+    _warn_once.cache_clear()
     sound, broken = blended(documents=documents), blended(documents=documents, damaged={3: "truncated", 5: "gone"})
     want, got = (global_batch(source, first=0, count=20 * BATCH) for source in (sound, broken))
     for name in ("samples", "epochs", "positions", "corpora"):
@@ -229,7 +232,7 @@ def test_skipping_keeps_the_order_of_everything_else(documents, caplog):
     assert (got.tokens[skipped] == 0).all()
     corpus = broken.datasets["web"].corpus
     for sample, lost in zip(got.samples[got.corpora == 0].tolist(), skipped[got.corpora == 0].tolist(), strict=True):
-        read = sound.datasets["web"].sequence(sample)
+        read = sound.datasets["web"].sequence(sample).tokens
         shards = set(range(corpus.shard_of(int(read[0])), corpus.shard_of(int(read[-1])) + 1))
         assert lost == bool(shards & {3, 5})
     assert skipped_sequences(want) == 0
@@ -244,7 +247,7 @@ def test_skipping_is_the_same_on_every_number_of_ranks(world):
     source = blended(documents="respect", damaged={0: "gone", 3: "truncated"})
     for cursor in (0, 200, 1000):
         got, _ = step_over(source, cursor=cursor, world=world)
-        same(got, global_batch(source, first=cursor, count=BATCH))
+        assert_same(got, global_batch(source, first=cursor, count=BATCH))
         assert 0 < skipped_sequences(got) < BATCH
 
 
@@ -257,7 +260,7 @@ def test_a_damaged_shard_stops_where_it_is_not_to_be_skipped():
         global_batch(strict, first=0, count=20 * BATCH)
 
 
-# --- blend files --------------------------------------------------------------------------------------------------
+# --- blend files ----------------------------------------------------------------------------------
 
 GOOD = """
 corpora:
@@ -278,15 +281,15 @@ def write(tmp_path, text):
 
 def test_a_blend_file_is_read(tmp_path):
     blend = Blend.open(write(tmp_path, GOOD))
-    assert [phase.name for phase in blend.phases] == ["breadth", "quality"]
-    web, math = blend.phases[0].corpora
+    assert [mixture.name for mixture in blend.mixtures] == ["breadth", "quality"]
+    web, math = blend.mixtures[0].corpora
     assert (web.name, web.number, web.folder, web.weight) == ("web", 0, str(tmp_path / "web"), 90.0)
     assert (web.source, web.public) == ("a crawl", True)
     assert (math.folder, math.weight, math.public) == ("/data/math", 10.5, False)
     assert [corpus.number for corpus in blend.mixture("quality").corpora] == [1, 2]
-    assert blend.phases[1].corpora[1].folder == "http://host/far"
+    assert blend.mixtures[1].corpora[1].folder == "http://host/far"
     elsewhere = Blend.open(tmp_path / "blend.yaml", root="tokens")
-    assert elsewhere.phases[0].corpora[0].folder == "tokens/web"
+    assert elsewhere.mixtures[0].corpora[0].folder == "tokens/web"
     with pytest.raises(UserError, match="found the mixtures breadth, quality, expected depth"):
         blend.mixture("depth")
     with pytest.raises(UserError, match="expected phases that name them"):
@@ -319,6 +322,14 @@ def test_a_split_is_below_its_folder_or_url():
     assert split_folder("pipe:cat /data/{file}", "train") == "pipe:cat /data/train/{file}"
 
 
+def test_the_prepared_folders_of_a_blend_and_of_a_folder(prepared_blend):
+    one, two = str(prepared_blend / "one"), str(prepared_blend / "two")
+    assert prepared_folders(one) == {"one": one}
+    assert prepared_folders(str(prepared_blend / "blend.yaml")) == {"first": one, "second": two}
+    with pytest.raises(UserError, match=r"one: found no \.yaml with --folder x, expected a blend file"):
+        prepared_folders(one, folder="x")
+
+
 def test_a_missing_blend_file_is_named(tmp_path):
     with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'none.yaml'}: cannot be read")):
         Blend.open(tmp_path / "none.yaml")
@@ -327,7 +338,7 @@ def test_a_missing_blend_file_is_named(tmp_path):
 @pytest.mark.parametrize("path", sorted(DATA.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_blends_of_the_repository_are_sound(path):
     blend = Blend.open(path)
-    assert blend.phases
-    for mixture in blend.phases:
+    assert blend.mixtures
+    for mixture in blend.mixtures:
         assert sum(corpus.weight for corpus in mixture.corpora) == pytest.approx(100)
         assert all(corpus.source for corpus in mixture.corpora)

@@ -1,4 +1,4 @@
-"""Counting proofs over random corpora, mixtures, phases, ranks and resumes: nothing is lost, nothing comes twice."""
+"""Counts over random corpora, mixtures, phases, ranks and resumes: nothing is lost or repeated."""
 
 import collections
 
@@ -26,7 +26,7 @@ weights = st.one_of(st.integers(1, 100), st.floats(0.1, 100, allow_nan=False))
 
 @st.composite
 def corpora(draw, number=0):
-    """A dataset over documents of lengths from 0 up, long enough for one sequence, documents apart or not."""
+    """A dataset with at least one sequence, packed or not; documents may be empty."""
     lengths = np.array([*draw(st.lists(st.integers(0, 37), min_size=1, max_size=60)), BLOCK * 8])
     corpus = MemoryCorpus(lengths, base=10**6 * number, shard_tokens=draw(st.integers(1, 500)))
     packing = Packing.of(corpus.starts, alignment=BLOCK) if draw(st.booleans()) else None
@@ -43,8 +43,7 @@ def corpora(draw, number=0):
 
 @st.composite
 def runs(draw):
-    """Up to four corpora of one sequence length and form, read through up to three phases; and the length of the run in
-    global batches of a size."""
+    """(dataset, global batch size, steps) of a run: up to four corpora and three phases."""
     first = draw(corpora())
     datasets = {"0": first}
     for number in range(1, draw(st.integers(1, 4))):

@@ -1,4 +1,4 @@
-"""Order, slices and batches: pure functions of a position, whatever the layout; and the thread that reads ahead."""
+"""Order, slices and batches: pure functions of a position for any layout; and reading ahead."""
 
 import threading
 import time
@@ -44,7 +44,7 @@ def dataset(corpus):
     return SequenceDataset(corpus, sequence_length=LENGTH, seed=11)
 
 
-# --- sequences and batches ----------------------------------------------------------------------------------------
+# --- sequences and batches ------------------------------------------------------------------------
 
 
 def test_sequences_are_the_stream_in_pieces(corpus, dataset):
@@ -52,7 +52,7 @@ def test_sequences_are_the_stream_in_pieces(corpus, dataset):
     assert len(dataset) == corpus.total_tokens // LENGTH
     assert corpus.total_tokens % LENGTH  # the fixture has a rest, so the floor above is tested
     for number in range(len(dataset)):
-        assert (dataset.sequence(number) == stream[number * LENGTH : (number + 1) * LENGTH]).all()
+        assert (dataset.sequence(number).tokens == stream[number * LENGTH : (number + 1) * LENGTH]).all()
 
 
 def test_an_epoch_is_every_sequence_once_and_the_next_in_another_order(dataset):
@@ -65,7 +65,7 @@ def test_an_epoch_is_every_sequence_once_and_the_next_in_another_order(dataset):
         assert batch.epochs.unique().tolist() == [epoch]
         assert batch.positions.tolist() == list(range(epoch * n, (epoch + 1) * n))
         for tokens, sample in zip(batch.tokens, batch.samples.tolist(), strict=True):
-            assert (tokens.numpy() == dataset.sequence(sample)).all()
+            assert (tokens.numpy() == dataset.sequence(sample).tokens).all()
     assert first.samples.tolist() != second.samples.tolist()
     assert first.samples.tolist() != list(range(n))
 
@@ -113,7 +113,7 @@ def test_a_corpus_shorter_than_a_sequence_is_refused(corpus):
         SequenceDataset(corpus, sequence_length=0, seed=0)
 
 
-# --- ranks and micro-batches --------------------------------------------------------------------------------------
+# --- ranks and micro-batches ----------------------------------------------------------------------
 
 
 def test_the_slices_of_the_ranks_are_the_batch():
@@ -167,7 +167,7 @@ def test_sizes_that_do_not_divide_are_refused_at_the_call(dataset):
             batches(dataset, cursor=0, global_batch_size=12, micro_batch_size=micro, rank=0, world=2)
 
 
-# --- reading ahead ------------------------------------------------------------------------------------------------
+# --- reading ahead --------------------------------------------------------------------------------
 
 
 def reading_threads():
@@ -244,7 +244,7 @@ def test_closing_or_dropping_a_stream_ends_its_threads():
         wait_until(lambda: reading_threads() == [])
 
 
-# --- boundaries ---------------------------------------------------------------------------------------------------
+# --- boundaries -----------------------------------------------------------------------------------
 
 
 def test_documents_kept_apart_begin_blocks_and_are_numbered(corpus):
@@ -279,7 +279,7 @@ def test_without_boundaries_there_is_nothing_to_mark(dataset):
 
 
 def test_memory_is_bounded_by_the_depth(corpus):
-    """A worker holds `depth` steps and one more; the corpus is a memory map."""
+    """At most `depth` steps and one more are in memory; the corpus is a memory map."""
     alive = []
 
     class Counted:

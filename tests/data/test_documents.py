@@ -1,4 +1,4 @@
-"""Documents: which files, which are held out, and every record of every format read once, whatever the units."""
+"""Documents: which files are found and held out; every record is read once, for any units."""
 
 import gzip
 import itertools
@@ -13,7 +13,6 @@ from helpers.corpora import as_lines, texts, write_records, write_tree
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.data.documents import (
     Document,
-    Fault,
     cut_units,
     find_documents,
     held_out,
@@ -22,6 +21,7 @@ from megatron_twotower.data.documents import (
     split_documents,
     training_texts,
 )
+from megatron_twotower.data.record_formats import Fault
 
 FORMATS = ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json.gz", "a.ndjson", "a.parquet")
 
@@ -42,7 +42,7 @@ def read(units, *, text_field="text"):
     return items, sum(counted)
 
 
-# --- which files --------------------------------------------------------------------------------------------------
+# --- which files ----------------------------------------------------------------------------------
 
 
 def test_a_folder_gives_its_text_files_by_relative_name(tree):
@@ -97,7 +97,7 @@ def test_text_is_read_as_it_is_and_only_as_utf8(tree):
         read_text(Document("gone.py", tree / "gone.py"))
 
 
-# --- which are held out -------------------------------------------------------------------------------------------
+# --- which are held out ---------------------------------------------------------------------------
 
 
 def test_the_split_depends_on_the_name_alone():
@@ -143,7 +143,7 @@ def test_a_record_is_held_out_by_its_text():
     assert set(held) < {text for text in texts(4000) if held_out(text, 0.2)}
 
 
-# --- units --------------------------------------------------------------------------------------------------------
+# --- units ----------------------------------------------------------------------------------------
 
 
 def test_units_stand_in_the_order_in_which_the_first_copy_of_a_text_is_the_held_out_one(tree, tmp_path):
@@ -203,8 +203,8 @@ def test_a_compressed_file_may_have_several_members(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
-def test_what_windows_and_terminals_leave_in_files_is_read_past(name, tmp_path):
-    """Byte order marks (one at the start, one of a file that was appended), CRLF, blank lines, NUL characters."""
+def test_marks_and_line_breaks_of_other_systems_are_skipped(name, tmp_path):
+    """Byte order marks (also of an appended file), CRLF, blank lines and NUL characters."""
     expected = [*texts(30), "a\0b"]
     mark = b"\xef\xbb\xbf"
     lines = as_lines(expected).replace(b"\n", b"\r\n").splitlines(keepends=True)
@@ -229,7 +229,7 @@ def test_a_very_long_line_is_one_record(tmp_path):
         assert [text for unit in read(units_of(path, unit_bytes=1000))[0] for _, text in unit] == expected
 
 
-def test_what_is_malformed_is_told(tmp_path):
+def test_malformed_records_are_named(tmp_path):
     lines = {
         b'{"text": "good"}': None,
         b'{"text": "cut': "not JSON",

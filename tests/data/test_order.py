@@ -1,4 +1,7 @@
-"""Shuffles and mixtures: bijections that look random and never change, and shares that hold at every position."""
+"""Shuffles are bijections that look random; mixtures keep their shares at every position.
+
+Neither ever changes.
+"""
 
 import itertools
 import math
@@ -12,8 +15,8 @@ from megatron_twotower.data.order import (
     Permutation,
     Shuffle,
     corpus_seed,
+    integer_shares,
     shuffled,
-    whole_shares,
 )
 
 
@@ -22,12 +25,15 @@ def order(n, *, seed=0, epoch=0):
 
 
 def chi_square(counts):
-    """Of counts that should be equal, per degree of freedom: 1 with standard deviation sqrt(2 / (cells - 1))."""
+    """Chi-square per degree of freedom of counts that should be equal.
+
+    Its mean is 1, its standard deviation sqrt(2 / (cells - 1)).
+    """
     counts = np.asarray(counts, dtype=float).ravel()
     return ((counts - counts.mean()) ** 2).sum() / counts.mean() / (len(counts) - 1)
 
 
-# --- the permutation ----------------------------------------------------------------------------------------------
+# --- the permutation ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [*range(1, 70), 1000, 4096, 4097, 99_991])
@@ -45,7 +51,7 @@ def test_an_entry_does_not_depend_on_how_it_is_asked_for():
 
 
 def test_the_order_never_changes():
-    """A run resumed by a later version must go on in the same order."""
+    """A run that a later version resumes must continue in the same order."""
     assert order(12, seed=7, epoch=3).tolist() == [3, 10, 2, 6, 9, 0, 11, 4, 7, 1, 8, 5]
     far = Permutation(10**15, seed=7, epoch=3)[np.array([0, 1, 10**15 - 1])]
     assert far.tolist() == [128904580024437, 518038847724305, 808041225146592]
@@ -95,7 +101,7 @@ def test_the_first_corpus_keeps_the_seed_of_the_run():
     assert len({corpus_seed(seed, number) for seed in range(3) for number in range(200)}) == 600
 
 
-# --- in windows ---------------------------------------------------------------------------------------------------
+# --- in windows -----------------------------------------------------------------------------------
 
 
 def windowed(n, *, run, runs, seed=0, epoch=0):
@@ -132,11 +138,11 @@ def test_a_window_opens_few_runs_and_mixes_them():
     spread = 4 * math.sqrt(2 / 32**2)
     assert abs(chi_square(np.histogram2d(places, inside, bins=32)[0]) - 1) < spread
     neighbours = (np.abs(np.diff(result)) == 1).mean()
-    assert neighbours < 4 * 2 / (run * runs), "what stood together is torn apart"
+    assert neighbours < 4 * 2 / (run * runs), "neighbours are separated"
 
 
 def test_the_rest_after_the_last_run_is_not_always_the_same():
-    """100 sequences in runs of 30: the ten that make no whole run are others in every epoch."""
+    """100 sequences in runs of 30: the ten that fill no run are different ones in every epoch."""
     last = [set(windowed(100, run=30, runs=1, epoch=epoch)[-10:].tolist()) for epoch in range(50)]
     assert len(set.union(*last)) > 90
 
@@ -146,7 +152,7 @@ def test_epochs_in_windows_are_unrelated():
     assert (one == two).sum() < 8
 
 
-# --- mixtures -----------------------------------------------------------------------------------------------------
+# --- mixtures -------------------------------------------------------------------------------------
 
 WEIGHTS = [
     [1],
@@ -161,11 +167,11 @@ WEIGHTS = [
 
 
 def test_shares_are_exact_where_decimals_allow_it():
-    assert whole_shares([0.1, 0.2, 0.7]) == [1, 2, 7]
-    assert whole_shares([30, 20, 12.5, 37.5]) == [12, 8, 5, 15]
-    assert whole_shares([5]) == [1]
+    assert integer_shares([0.1, 0.2, 0.7]) == [1, 2, 7]
+    assert integer_shares([30, 20, 12.5, 37.5]) == [12, 8, 5, 15]
+    assert integer_shares([5]) == [1]
     odd = WEIGHTS[5]
-    counts = whole_shares(odd)
+    counts = integer_shares(odd)
     assert sum(counts) == LONGEST_PERIOD
     for weight, count in zip(odd, counts, strict=True):
         assert abs(count - weight / sum(odd) * LONGEST_PERIOD) < 1
@@ -186,24 +192,24 @@ def test_every_index_of_a_corpus_comes_once_and_in_order(weights):
     mixture = Mixture.of(weights)
     first = 3 * mixture.period - 7
     corpora, indices = mixture.at(np.arange(first, first + mixture.period + 20))
-    seen = mixture.before(first)
+    seen = mixture.counts_before(first)
     for corpus, index in zip(corpora.tolist(), indices.tolist(), strict=True):
         assert index == seen[corpus]
         seen[corpus] += 1
-    assert (seen == mixture.before(first + mixture.period + 20)).all()
+    assert (seen == mixture.counts_before(first + mixture.period + 20)).all()
 
 
 def test_far_positions_cost_and_hold_the_same():
     mixture = Mixture.of([3, 2, 1])
     far = 6 * 10**14
-    assert mixture.before(far).tolist() == [3 * 10**14, 2 * 10**14, 10**14]
+    assert mixture.counts_before(far).tolist() == [3 * 10**14, 2 * 10**14, 10**14]
     corpora, indices = mixture.at(np.arange(far, far + 6))
     assert sorted(corpora.tolist()) == [0, 0, 0, 1, 1, 2]
     assert indices[corpora == 2].tolist() == [10**14]
 
 
 def test_a_mixture_never_changes():
-    """A run resumed by a later version must read the same corpora."""
+    """A run that a later version resumes must read the same corpora."""
     assert Mixture.of([5, 3, 2]).table.tolist() == [0, 1, 0, 2, 0, 1, 0, 2, 0, 1]
     odd = Mixture.of(WEIGHTS[5]).table
     assert int((odd.astype(np.int64) * np.arange(len(odd))).sum()) % 99_991 == 92526

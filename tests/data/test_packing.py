@@ -1,4 +1,4 @@
-"""Padded documents end to end: every stretch against the plain construction, at any place, and with odd lengths."""
+"""The stream of padded documents: every window against a reference implementation."""
 
 import numpy as np
 import pytest
@@ -11,8 +11,8 @@ def starts_of(lengths):
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
-def plain(lengths, alignment):
-    """The whole padded stream, document by document: its slow twin."""
+def reference_stream(lengths, alignment):
+    """Reference implementation: the complete padded stream, document by document."""
     documents, sources, padding, at = [], [], [], 0
     for number, length in enumerate(lengths):
         for offset in range(-(-length // alignment) * alignment):
@@ -25,18 +25,18 @@ def plain(lengths, alignment):
 
 @pytest.mark.parametrize("alignment", [1, 2, 16, 32])
 @pytest.mark.parametrize("longest", [1, 3, 40, 700])
-def test_any_stretch_is_that_of_the_plain_construction(alignment, longest, monkeypatch):
+def test_any_window_equals_the_reference(alignment, longest, monkeypatch):
     monkeypatch.setattr(packing, "_GROUP", 4)
     monkeypatch.setattr(packing, "_GROUPS_AT_ONCE", 8)
     lengths = np.random.default_rng(alignment * longest).integers(1, longest + 1, 150)
     packed = Packing.of(starts_of(lengths), alignment=alignment)
-    documents, sources, padding = plain(lengths.tolist(), alignment)
+    documents, sources, padding = reference_stream(lengths.tolist(), alignment)
     assert packed.total_tokens == len(documents)
     assert packed.padding_fraction == pytest.approx(padding.mean())
     total = packed.total_tokens
     for first, count in ((0, total), (0, 1), (total - 1, 1), (total // 3, total // 2), (total // 2, 1), (5, 64)):
         count = min(count, total - first)
-        found, cut = packed.stretch(first, count), slice(first, first + count)
+        found, cut = packed.window(first, count), slice(first, first + count)
         assert (found.sources == sources[cut]).all()
         assert (found.padding == padding[cut]).all()
         assert (found.documents == documents[cut] - documents[first]).all()
@@ -46,7 +46,7 @@ def test_any_stretch_is_that_of_the_plain_construction(alignment, longest, monke
 def test_blocks_never_straddle_documents_and_begin_with_a_token():
     lengths = np.random.default_rng(0).integers(1, 90, 500)
     packed = Packing.of(starts_of(lengths), alignment=16)
-    whole = packed.stretch(0, packed.total_tokens)
+    whole = packed.window(0, packed.total_tokens)
     blocks = whole.documents.reshape(-1, 16)
     assert (blocks == blocks[:, :1]).all()
     assert not whole.padding.reshape(-1, 16)[:, 0].any()
@@ -55,7 +55,7 @@ def test_blocks_never_straddle_documents_and_begin_with_a_token():
 
 def test_documents_of_no_length_take_no_place():
     packed = Packing.of(starts_of([0, 5, 0, 0, 3]), alignment=4)
-    found = packed.stretch(0, packed.total_tokens)
+    found = packed.window(0, packed.total_tokens)
     assert packed.total_tokens == 12
     assert found.sources.tolist() == [0, 1, 2, 3, 4, 4, 4, 4, 5, 6, 7, 7]
     assert np.flatnonzero(np.diff(found.documents)).tolist() == [7]
@@ -67,4 +67,4 @@ def test_an_index_on_disk_stays_there(tmp_path):
     packed = Packing.of(mapped, alignment=16)
     assert packed.starts is mapped
     assert packed.sums.nbytes < mapped.nbytes / 100
-    assert packed.stretch(16 * 12_345, 16).sources.tolist() == [*range(123_450, 123_460), *[123_459] * 6]
+    assert packed.window(16 * 12_345, 16).sources.tolist() == [*range(123_450, 123_460), *[123_459] * 6]

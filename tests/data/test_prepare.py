@@ -1,4 +1,4 @@
-"""Preparing: what is written, the same for any number of workers and kills; and what goes wrong."""
+"""Preparing: what is written, for any number of workers and kills; and what goes wrong."""
 
 import contextlib
 import errno
@@ -18,7 +18,7 @@ import pytest
 from helpers.corpora import as_lines, content, make_tokenizer, read_samples, texts, write_records, write_tree
 from megatron_twotower.cli import main
 from megatron_twotower.common.errors import UserError
-from megatron_twotower.data import parts, workspace
+from megatron_twotower.data import parts, planned_shards, workspace
 from megatron_twotower.data.documents import find_documents, held_out, split_documents
 from megatron_twotower.data.prepare import prepare
 from megatron_twotower.data.shards import Corpus
@@ -68,7 +68,7 @@ def texts_of(folder, tokenizer, *, skip=(END,)):
     }
 
 
-# --- what is written ----------------------------------------------------------------------------------------------
+# --- what is written ------------------------------------------------------------------------------
 
 
 def test_every_kept_document_is_in_one_split_and_comes_back_exactly(tree, tokenizer, prepared):
@@ -111,7 +111,7 @@ def test_the_summary_counts_what_was_written(prepared):
 
 
 def test_of_a_repeated_text_the_held_out_copy_stays(tokenizer, tmp_path):
-    """Else validation would score a text that was trained on."""
+    """Otherwise validation would score a text that was trained on."""
     (tmp_path / "tree").mkdir()
     for number in range(30):
         (tmp_path / "tree" / f"{number}.txt").write_text("the same words\n")
@@ -146,7 +146,7 @@ def test_the_same_documents_give_the_same_bytes(tree, tokenizer, prepared, tmp_p
     assert content(output).keys() == content(tmp_path / "again").keys()
 
 
-def test_the_tokenizer_goes_with_the_data(tokenizer, prepared):
+def test_the_tokenizer_is_copied_into_the_data(tokenizer, prepared):
     output, summary = prepared
     assert tokenizer_fingerprint(output / "tokenizer") == tokenizer_fingerprint(tokenizer)
     assert summary["tokenizer_fingerprint"] == tokenizer_fingerprint(tokenizer)
@@ -221,7 +221,7 @@ def test_documents_can_be_kept_twice_and_filtered_by_length(tokenizer, tmp_path)
 @pytest.mark.parametrize(
     ("bos", "eos"), [("none", "document"), ("document", "document"), ("document", "none"), ("none", "none")]
 )
-def test_documents_begin_and_end_as_was_said(bos, eos, tokenizer, tmp_path):
+def test_documents_begin_and_end_with_the_chosen_ids(bos, eos, tokenizer, tmp_path):
     write_records(tmp_path / "a.jsonl", texts(60))
     summary = prepare(
         [str(tmp_path / "a.jsonl")], tokenizer=tokenizer, output=tmp_path / "out", holdout_fraction=0, bos=bos, eos=eos
@@ -255,7 +255,7 @@ def test_progress_goes_from_nothing_to_all_in_both_stages(mixed, tokenizer, tmp_
     calls = []
     summary = prepare([str(mixed)], tokenizer=tokenizer, output=tmp_path / "out", progress=calls.append, **SMALL)
     for name in ("tokenising", "writing"):
-        stages = [stage for stage in calls if stage.name == name]
+        stages = [stage for stage in calls if stage.stage == name]
         assert len(stages) > 20 and stages[0].done == 0
         assert [stage.done for stage in stages] == sorted(stage.done for stage in stages)
         assert 0.9 * stages[-1].total <= stages[-1].done <= stages[-1].total
@@ -263,7 +263,7 @@ def test_progress_goes_from_nothing_to_all_in_both_stages(mixed, tokenizer, tmp_
     assert stages[-1].documents == sum(one["documents"] for one in summary["splits"].values())
 
 
-# --- any number of workers, any number of kills -------------------------------------------------------------------
+# --- any number of workers, any number of kills ---------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +280,7 @@ def test_the_number_of_workers_changes_nothing(workers, mixed, tokenizer, expect
     )
     assert (summary, content(tmp_path / "out")) == expected
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert calls[-1].name == "writing"
+    assert calls[-1].stage == "writing"
 
 
 def test_the_size_of_units_changes_nothing_but_the_provenance(mixed, tokenizer, expected, tmp_path):
@@ -292,8 +292,13 @@ def test_the_size_of_units_changes_nothing_but_the_provenance(mixed, tokenizer, 
 
 
 def run_and_kill(reports, delay, arguments):
-    """Run `prepare` in a process that is killed `delay` seconds after its n-th report of progress, or, where `delay`
-    is None, while it holds still there: on any machine then. Returns whether it was killed."""
+    """Run `prepare` in a process, and kill it `delay` seconds after its n-th report of progress.
+
+    With `delay` None the process waits there for the kill, so that it comes on any machine.
+
+    Returns:
+        Whether the process was killed.
+    """
     fork = multiprocessing.get_context("fork")
     reached, counter = fork.Event(), iter(range(1, reports))
 
@@ -316,10 +321,9 @@ def run_and_kill(reports, delay, arguments):
 
 
 def kill_until_done(kills, arguments):
-    """In a process that has started no threads yet, so that its children can be forked: as fast as a kill can be.
+    """Run and kill `prepare` until it is done, in a process without threads, whose children fork.
 
-    The first three kills come between two units of work, however fast it goes; the others wherever
-    they fall.
+    The first three kills come between two units of work, the others anywhere.
     """
     draw = random.Random(1)
     while not arguments["output"].exists() and kills.value < 100:
@@ -327,7 +331,7 @@ def kill_until_done(kills, arguments):
         kills.value += run_and_kill(draw.randint(3, 30), delay, arguments)
 
 
-def test_killed_again_and_again_it_goes_on_and_ends_the_same(mixed, tokenizer, expected, tmp_path):
+def test_a_run_that_is_killed_many_times_gives_the_same_result(mixed, tokenizer, expected, tmp_path):
     arguments = {"inputs": [str(mixed)], "tokenizer": tokenizer, "output": tmp_path / "out", **SMALL}
     spawning = multiprocessing.get_context("spawn")
     kills = spawning.Value("i", 0)
@@ -342,11 +346,11 @@ def test_killed_again_and_again_it_goes_on_and_ends_the_same(mixed, tokenizer, e
 
 
 def stop_after(stage_name, calls):
-    """A progress that interrupts at the n-th report of a stage."""
+    """A progress callback that interrupts at the n-th report of a stage."""
     counter = iter(range(calls))
 
     def report(stage):
-        if stage.name == stage_name and next(counter, None) is None:
+        if stage.stage == stage_name and next(counter, None) is None:
             raise KeyboardInterrupt
 
     return report
@@ -368,7 +372,7 @@ def test_finished_units_are_not_read_again(stage, calls, mixed, tokenizer, expec
     )
     monkeypatch.setattr(
         "megatron_twotower.data.prepare.write_planned_shard",
-        lambda task: (written.append(f"{task.base.name}.json"), parts.write_planned_shard(task))[1],
+        lambda task: (written.append(f"{task.base.name}.json"), planned_shards.write_planned_shard(task))[1],
     )
     calls = []
     summary = prepare(**arguments, progress=calls.append)
@@ -378,7 +382,7 @@ def test_finished_units_are_not_read_again(stage, calls, mixed, tokenizer, expec
     assert (summary, content(tmp_path / "out")) == expected
 
 
-def test_a_part_cut_off_in_writing_is_made_again(mixed, tokenizer, expected, tmp_path):
+def test_an_unfinished_part_is_written_again(mixed, tokenizer, expected, tmp_path):
     arguments = {"inputs": [str(mixed)], "tokenizer": tokenizer, "output": tmp_path / "out", **SMALL}
     with pytest.raises(KeyboardInterrupt):
         prepare(**arguments, progress=stop_after("tokenising", 30))
@@ -387,7 +391,7 @@ def test_a_part_cut_off_in_writing_is_made_again(mixed, tokenizer, expected, tmp
     assert content(tmp_path / "out") == expected[1]
 
 
-def test_killed_between_the_last_steps_it_still_ends_well(mixed, tokenizer, expected, tmp_path, monkeypatch):
+def test_a_kill_between_the_last_steps_loses_nothing(mixed, tokenizer, expected, tmp_path, monkeypatch):
     arguments = {"inputs": [str(mixed)], "tokenizer": tokenizer, "output": tmp_path / "out", **SMALL}
     prepare([str(mixed / "records")], tokenizer=tokenizer, output=tmp_path / "out")
     replace = workspace.Path.replace
@@ -412,7 +416,7 @@ def test_killed_between_the_last_steps_it_still_ends_well(mixed, tokenizer, expe
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_another_run_is_not_gone_on_with(mixed, tokenizer, expected, tmp_path):
+def test_a_run_with_another_request_is_not_resumed(mixed, tokenizer, expected, tmp_path):
     copy = tmp_path / "copy"
     write_tree(copy, count=20)
     write_records(copy / "records" / "a.jsonl", texts(100))
@@ -447,7 +451,7 @@ COMMAND = [sys.executable, "-m", "megatron_twotower", "data", "prepare", "--work
 
 
 @pytest.mark.slow
-def test_the_command_killed_with_its_workers_goes_on_and_ends_the_same(tree, tokenizer, tmp_path):
+def test_the_command_killed_with_its_workers_gives_the_same_result(tree, tokenizer, tmp_path):
     source = tmp_path / "source"
     for number in range(4):
         write_records(source / f"{number}.jsonl", texts(20_000, start=15_000 * number))
@@ -479,7 +483,7 @@ def test_the_command_killed_with_its_workers_goes_on_and_ends_the_same(tree, tok
     assert kills >= 3
 
 
-# --- what goes wrong ----------------------------------------------------------------------------------------------
+# --- what goes wrong ------------------------------------------------------------------------------
 
 
 def test_nothing_is_overwritten_unless_asked_and_only_prepared_data(tree, tokenizer, tmp_path):
@@ -494,7 +498,7 @@ def test_nothing_is_overwritten_unless_asked_and_only_prepared_data(tree, tokeni
     assert content(output) != before
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match=r"home: holds no train/index\.json"):
+    with pytest.raises(UserError, match=r"home: found no train/index\.json in it"):
         prepare([str(tree)], tokenizer=tokenizer, output=tmp_path / "home", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "out"]
 
@@ -553,7 +557,7 @@ def test_wrong_input_is_one_line(tree, tokenizer, tmp_path):
     with pytest.raises(UserError, match="tokenizer: no such folder"):
         prepare([str(tree)], tokenizer=tmp_path / "tokenizer", output=output)
     for nameless in (".", "/", ""):
-        with pytest.raises(UserError, match="found no name, expected a folder to make beside others"):
+        with pytest.raises(UserError, match="found no name, expected the path of a folder to create"):
             prepare([str(tree)], tokenizer=tokenizer, output=nameless)
     assert not output.exists() and not (tmp_path / "out.partial").exists()
 
@@ -593,7 +597,7 @@ def test_malformed_records_are_counted_named_and_limited(workers, tokenizer, tmp
             prepare(**arguments, max_malformed=limit)
         assert not (tmp_path / "out").exists()
     for limit in (0.008, 3):
-        summary = prepare(**arguments, max_malformed=limit, overwrite=True)  # goes on from what was tokenised
+        summary = prepare(**arguments, max_malformed=limit, overwrite=True)  # resumes from what was tokenised
         assert summary["splits"]["train"]["left_out"]["malformed"] == 3
         assert [fault.partition(" (")[0].rpartition("/")[2] for fault in summary["malformed"]] == [
             "a.jsonl:10: not JSON",
@@ -644,7 +648,7 @@ def largest_file(size):
 
 @pytest.mark.parametrize("size", [0, 100, 3000, 9000])
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(size, mixed, tokenizer, expected, tmp_path):
-    """At every kind of file: plan, parts, shards, index."""
+    """The disk is full at every kind of file: request, parts, shards, index."""
     arguments = {"inputs": [str(mixed)], "tokenizer": tokenizer, "output": tmp_path / "out", **SMALL}
     with largest_file(size), pytest.raises((UserError, OSError)) as caught:
         prepare(**arguments)
@@ -652,5 +656,5 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(size, mixed, to
     assert "out.partial" in str(caught.value)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.rglob("*.*.partial"))
-    prepare(**arguments)  # goes on when there is room
+    prepare(**arguments)  # resumes when there is space
     assert content(tmp_path / "out") == expected[1]

@@ -2,15 +2,18 @@
 
 import http.server
 import os
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import fsspec
 import numpy as np
 import pytest
 
 from helpers.corpora import make_tokenizer, texts, write_records
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.data import remote, shards
+from megatron_twotower.data.blend import split_folder
 from megatron_twotower.data.prepare import prepare
 from megatron_twotower.data.shards import Corpus, checksum
 
@@ -26,7 +29,10 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def served(prepared, monkeypatch):
-    """A web server on `prepared`: its URL, and the list of what was asked of it; `.jammed` answers 503 that often."""
+    """A web server on `prepared`: its URL, the requested paths, and its handler.
+
+    The handler answers 503 to the next `jammed` requests.
+    """
     asked = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -57,6 +63,13 @@ def served(prepared, monkeypatch):
         thread.join()
 
 
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    """The cache folder of every test."""
+    monkeypatch.setenv("TWOTOWER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 def copies(cache):
     return [path for path in (cache / "shards").rglob("*") if path.is_file() and not path.suffix]
 
@@ -73,11 +86,12 @@ def test_urls_are_told_from_paths_and_joined():
     assert remote.join("http://host/train", "http://other/a.tar") == "http://other/a.tar"
 
 
-@pytest.mark.parametrize("kind", ["http", "pipe"])
-def test_a_remote_corpus_reads_as_the_local_one(kind, prepared, served, tmp_path):
-    url = f"{served[0]}/train" if kind == "http" else f"pipe:cat '{prepared}/train/{{file}}'"
-    local, far = Corpus.open(prepared / "train"), Corpus.open(url, cache=tmp_path)
-    assert not (tmp_path / "shards").exists()  # nothing but the index so far
+@pytest.mark.parametrize("kind", ["http", "pipe", "file"])
+def test_a_remote_corpus_reads_as_the_local_one(kind, prepared, served, cache):
+    urls = {"http": served[0], "pipe": f"pipe:cat '{prepared}/{{file}}'", "file": f"file://{prepared}"}
+    url = split_folder(urls[kind], "train")
+    local, far = Corpus.open(prepared / "train"), Corpus.open(url)
+    assert not (cache / "shards").exists()  # nothing but the index so far
     assert len(far.shards) > 3
     assert (far.tokens(0, far.total_tokens) == local.tokens(0, local.total_tokens)).all()
     assert far.folder == url and far.starts.tolist() == local.starts.tolist()
@@ -87,7 +101,7 @@ def test_a_remote_corpus_reads_as_the_local_one(kind, prepared, served, tmp_path
             f"/train/{name}"
             for name in ("index.json", "starts.npy", "offsets.npy", *(shard.file for shard in local.shards))
         ]
-        Corpus.open(url, cache=tmp_path).tokens(0, 100)
+        Corpus.open(url).tokens(0, 100)
         assert served[1][len(local.shards) + 3 :] == ["/train/index.json"]  # the rest is in the cache
 
 
@@ -98,31 +112,31 @@ def test_shards_of_a_local_index_may_be_at_urls(prepared, served, tmp_path):
         (folder / name).write_bytes((prepared / "train" / name).read_bytes())
     index = (prepared / "train" / "index.json").read_text()
     (folder / "index.json").write_text(index.replace('"file":"', f'"file":"{served[0]}/train/'))
-    local, far = Corpus.open(prepared / "train"), Corpus.open(folder, cache=tmp_path / "cache")
+    local, far = Corpus.open(prepared / "train"), Corpus.open(folder)
     assert (far.tokens(0, far.total_tokens) == local.tokens(0, local.total_tokens)).all()
 
 
-def test_the_cache_is_bounded_and_what_was_dropped_is_fetched_again(prepared, served, tmp_path, monkeypatch):
+def test_the_cache_is_bounded_and_what_was_dropped_is_fetched_again(prepared, served, monkeypatch, cache):
     monkeypatch.setattr(shards, "CACHED_SHARDS", 2)
     monkeypatch.setattr(shards, "_OPEN_SHARDS", 1)
-    corpus = Corpus.open(f"{served[0]}/train", cache=tmp_path)
+    corpus = Corpus.open(f"{served[0]}/train")
     expected = Corpus.open(prepared / "train")
     for _ in range(2):
         for number in range(len(corpus.shards)):
             start = int(corpus.first_tokens[number])
             assert (corpus.tokens(start, 50) == expected.tokens(start, 50)).all()
-            assert len(copies(tmp_path)) <= 2
+            assert len(copies(cache)) <= 2
     assert len(served[1]) == 3 + 2 * len(corpus.shards)
 
 
-def test_a_server_that_recovers_is_asked_again(served, tmp_path):
+def test_a_failed_request_is_repeated(served):
     url, asked, handler = served
     handler.jammed = remote.ATTEMPTS - 1
-    assert Corpus.open(f"{url}/train", cache=tmp_path).total_tokens > 0
+    assert Corpus.open(f"{url}/train").total_tokens > 0
     assert asked.count("/train/index.json") == remote.ATTEMPTS
 
 
-def test_what_cannot_be_read_is_named_in_one_line(served, tmp_path, monkeypatch):
+def test_a_url_that_cannot_be_read_is_named_in_one_line(served, monkeypatch):
     monkeypatch.setattr(remote, "_FIRST_PAUSE_SECONDS", 0.001)
     url, asked, _ = served
     for bad, reason in (
@@ -135,17 +149,35 @@ def test_what_cannot_be_read_is_named_in_one_line(served, tmp_path, monkeypatch)
         (f"{url}/cut-off", "IncompleteRead"),
     ):
         with pytest.raises(UserError, match="cannot be read in 3 attempts") as caught:
-            Corpus.open(bad, cache=tmp_path)
+            Corpus.open(bad)
         message = str(caught.value)
         assert message.startswith(remote.join(bad, "index.json")) and reason in message and "\n" not in message
     assert asked.count("/nowhere/index.json") == remote.ATTEMPTS
     with pytest.raises(UserError, match="not a valid index"):
-        Corpus.open("pipe:echo {{ #{file}", cache=tmp_path)
+        Corpus.open("pipe:echo {{ #{file}")
 
 
-def test_a_remote_shard_that_is_damaged_or_missing_is_named(prepared, served, tmp_path):
+def test_a_missing_package_is_named_in_one_line_at_once(monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.setattr(remote.time, "sleep", None)  # no second attempt
+    with pytest.raises(UserError, match=r"^s3://bucket/train/index\.json: s3 needs a package .*\bs3fs\b") as caught:
+        Corpus.open("s3://bucket/train")
+    assert "\n" not in str(caught.value)
+
+
+def test_any_file_system_of_fsspec_can_be_read(prepared):
+    memory = fsspec.filesystem("memory")
+    try:
+        memory.put(f"{prepared}/train", "/bucket/train", recursive=True)
+        local, far = Corpus.open(prepared / "train"), Corpus.open("memory://bucket/train")
+        assert (far.tokens(0, far.total_tokens) == local.tokens(0, local.total_tokens)).all()
+    finally:
+        memory.rm("/bucket", recursive=True)
+
+
+def test_a_remote_shard_that_is_damaged_or_missing_is_named(prepared, served, cache):
     url = f"{served[0]}/train"
-    corpus = Corpus.open(url, cache=tmp_path)
+    corpus = Corpus.open(url)
     shard = prepared / "train" / corpus.shards[1].file
     whole = shard.read_bytes()
     try:
@@ -155,20 +187,20 @@ def test_a_remote_shard_that_is_damaged_or_missing_is_named(prepared, served, tm
             corpus.tokens(start, 1)
         assert "found sha256" in corpus.check_shard(1)
         shard.unlink()
-        assert "HTTP Error 404" in Corpus.open(url, cache=tmp_path).check_shard(1)
+        assert "HTTP Error 404" in Corpus.open(url).check_shard(1)
         assert corpus.check_shard(0) is None
     finally:
         shard.write_bytes(whole)
-    assert not list((tmp_path / "shards").rglob("*.partial"))
+    assert not list((cache / "shards").rglob("*.partial"))
 
 
-def test_a_copy_in_the_cache_is_named_by_its_checksum(tmp_path):
+def test_a_copy_in_the_cache_is_named_by_its_checksum(tmp_path, cache):
     (tmp_path / "file").write_bytes(b"some bytes")
     sha256 = checksum(tmp_path / "file")
-    path = remote.fetch(f"pipe:cat {tmp_path}/file", sha256=sha256, folder=tmp_path / "cache")
+    path = remote.fetch(f"pipe:cat {tmp_path}/file", sha256=sha256, folder=cache)
     assert path.name == sha256 and path.read_bytes() == b"some bytes"
     os.utime(path, (0, 0))
-    again = remote.fetch("pipe:false", sha256=sha256, folder=tmp_path / "cache")  # not asked
+    again = remote.fetch("pipe:false", sha256=sha256, folder=cache)  # not asked
     assert again == path and path.stat().st_mtime > 0
 
 
@@ -180,12 +212,12 @@ def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):
     assert remote.cache_folder() == tmp_path / "mine"
 
 
-def test_what_several_want_at_once_is_fetched_once(tmp_path):
+def test_a_copy_that_several_threads_want_is_fetched_once(tmp_path, cache):
     """By threads here; the lock is one of files, which processes share too."""
     (tmp_path / "file").write_bytes(b"some bytes")
     url, sha256 = f"pipe:echo asked >> {tmp_path}/asked; sleep 0.2; cat {tmp_path}/file", checksum(tmp_path / "file")
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda _: remote.fetch(url, sha256=sha256, folder=tmp_path / "cache"), range(8)))
+        found = list(pool.map(lambda _: remote.fetch(url, sha256=sha256, folder=cache), range(8)))
     assert {path.read_bytes() for path in found} == {b"some bytes"}
     assert (tmp_path / "asked").read_text() == "asked\n"
 
@@ -201,13 +233,14 @@ def test_different_shards_are_fetched_at_the_same_time(prepared, tmp_path, monke
 
     monkeypatch.setattr(remote, "fetch", waiting)
     for verify in (False, True):
-        corpus = Corpus.open(f"file:{prepared}/train", cache=tmp_path / str(verify), verify_shards=verify)
+        monkeypatch.setenv("TWOTOWER_CACHE", str(tmp_path / str(verify)))
+        corpus = Corpus.open(f"file:{prepared}/train", verify_shards=verify)
         with ThreadPoolExecutor(2) as pool:
             found = pool.map(corpus.tokens, corpus.first_tokens[:2].tolist(), (5, 5))
             assert [len(tokens) for tokens in found] == [5, 5]
 
 
-def test_a_copy_that_another_process_removed_is_fetched_again(prepared, tmp_path, monkeypatch):
+def test_a_copy_that_another_process_removed_is_fetched_again(prepared, monkeypatch):
     fetch, gone = remote.fetch, []
 
     def removed_at_once(url, **arguments):
@@ -218,10 +251,10 @@ def test_a_copy_that_another_process_removed_is_fetched_again(prepared, tmp_path
         return path
 
     monkeypatch.setattr(remote, "fetch", removed_at_once)
-    assert len(Corpus.open(f"file:{prepared}/train", cache=tmp_path).tokens(0, 9)) == 9 and gone
-    assert remote._asked_for(gone[0])
+    assert len(Corpus.open(f"file:{prepared}/train").tokens(0, 9)) == 9 and gone
+    assert remote._mark_used(gone[0])
     gone[0].unlink()
-    assert not remote._asked_for(gone[0]) and not gone[0].exists(), "no empty file in its place"
+    assert not remote._mark_used(gone[0]) and not gone[0].exists(), "no empty file in its place"
 
 
 def test_trimming_keeps_the_newest(tmp_path):

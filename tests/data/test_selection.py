@@ -1,4 +1,4 @@
-"""Selection: which documents stay, and how they are cut in shards, against the plain way of doing it."""
+"""Selection: which documents stay, and how they are cut into shards, against plain loops."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ OPTIONS = {
     "min_tokens": 1,
     "max_tokens": None,
     "shard_tokens": 100,
-    "marks": 1,
+    "added_ids": 1,
 }
 
 
@@ -24,7 +24,7 @@ def make_parts(folder, counts, *, seed=0, different=10**6):
     """Parts of records with random digests below `different` and random lengths."""
     (folder / "parts").mkdir()
     generator = np.random.default_rng(seed)
-    units, abouts, parts = [], [], []
+    units, part_counts, parts = [], [], []
     for number, count in enumerate(counts):
         records = np.zeros(count, dtype=RECORD)
         draws = generator.integers(0, different, count).astype(np.uint64)
@@ -33,9 +33,9 @@ def make_parts(folder, counts, *, seed=0, different=10**6):
         records["place"] = np.arange(count)
         records.tofile(part_path(folder, number, ".records"))
         units.append(Unit((Document("a", Path("a")),), None, number, number + 1, 1))
-        abouts.append({"documents": count, "lines": count + 2, "left_out": {"empty": 2}})
+        part_counts.append({"documents": count, "lines": count + 2, "left_out": {"empty": 2}})
         parts.append(records)
-    return units, abouts, parts
+    return units, part_counts, parts
 
 
 def kept(folder, split):
@@ -51,15 +51,20 @@ def kept(folder, split):
 
 def documents_of(shard, folder):
     rows = set(kept(folder, shard.split))
-    return [(span.part, row) for span in shard.spans for row in range(span.begin, span.end) if (span.part, row) in rows]
+    return [
+        (source.part, row)
+        for source in shard.ranges
+        for row in range(source.begin, source.end)
+        if (source.part, row) in rows
+    ]
 
 
 @pytest.mark.parametrize("at_once", [1 << 24, 10])
 @pytest.mark.parametrize("different", [50, 10**6])
 def test_of_a_repeated_text_the_first_copy_stays(at_once, different, tmp_path, monkeypatch):
     monkeypatch.setattr(selection, "_DOCUMENTS_SORTED_AT_ONCE", at_once)
-    units, abouts, parts = make_parts(tmp_path, [70, 0, 130, 40], different=different)
-    plan = select(tmp_path, units, abouts, **OPTIONS)
+    units, part_counts, parts = make_parts(tmp_path, [70, 0, 130, 40], different=different)
+    selected = select(tmp_path, units, part_counts, **OPTIONS)
     seen, expected = set(), []
     for number, records in enumerate(parts):
         for row, digest in enumerate(map(tuple, records["digest"].tolist())):
@@ -67,14 +72,16 @@ def test_of_a_repeated_text_the_first_copy_stays(at_once, different, tmp_path, m
                 expected.append((number, row))
                 seen.add(digest)
     assert kept(tmp_path, "train") == expected
-    assert plan.left_out["train"] == {"empty": 8} | ({"repeated": 240 - len(expected)} if len(expected) < 240 else {})
+    assert selected.left_out["train"] == {"empty": 8} | (
+        {"repeated": 240 - len(expected)} if len(expected) < 240 else {}
+    )
 
 
 @pytest.mark.parametrize("shard_tokens", [1, 30, 61, 100, 1000, 10**9])
 def test_shards_are_filled_in_order(shard_tokens, tmp_path):
-    units, abouts, parts = make_parts(tmp_path, [70, 1, 0, 130, 40])
+    units, part_counts, parts = make_parts(tmp_path, [70, 1, 0, 130, 40])
     options = {**OPTIONS, "shard_tokens": shard_tokens, "holdout_fraction": 0.2}
-    plan = select(tmp_path, units, abouts, **options)
+    selected = select(tmp_path, units, part_counts, **options)
     for split in ("train", "validation"):
         groups, held = [], 0
         for part, row in kept(tmp_path, split):
@@ -84,25 +91,25 @@ def test_shards_are_filled_in_order(shard_tokens, tmp_path):
                 held = 0
             groups[-1].append((part, row))
             held += length
-        shards = [shard for shard in plan.shards if shard.split == split]
+        shards = [shard for shard in selected.shards if shard.split == split]
         assert [documents_of(shard, tmp_path) for shard in shards] == groups
         assert [shard.number for shard in shards] == list(range(len(groups)))
         firsts = np.cumsum([0, *map(len, groups)])[:-1].tolist()
         assert [shard.first for shard in shards] == firsts
-        for span in (span for shard in shards for span in shard.spans):
-            assert span.first_id == parts[span.part]["tokens"][: span.begin].sum()
+        for source in (source for shard in shards for source in shard.ranges):
+            assert source.first_id == parts[source.part]["tokens"][: source.begin].sum()
         rows = kept(tmp_path, split)
-        assert plan.totals[split]["documents"] == len(rows)
-        assert plan.totals[split]["tokens"] == sum(int(parts[part]["tokens"][row]) + 1 for part, row in rows)
+        assert selected.totals[split]["documents"] == len(rows)
+        assert selected.totals[split]["tokens"] == sum(int(parts[part]["tokens"][row]) + 1 for part, row in rows)
 
 
-def test_lengths_are_those_of_the_text_alone(tmp_path):
-    units, abouts, parts = make_parts(tmp_path, [100])
-    plan = select(tmp_path, units, abouts, **{**OPTIONS, "min_tokens": 10, "max_tokens": 50, "marks": 2})
+def test_length_limits_ignore_added_ids(tmp_path):
+    units, part_counts, parts = make_parts(tmp_path, [100])
+    selected = select(tmp_path, units, part_counts, **{**OPTIONS, "min_tokens": 10, "max_tokens": 50, "added_ids": 2})
     lengths = parts[0]["tokens"]
     assert [row for _, row in kept(tmp_path, "train")] == np.flatnonzero((lengths >= 10) & (lengths <= 50)).tolist()
-    assert plan.left_out["train"]["too_short"] == (lengths < 10).sum()
-    assert plan.left_out["train"]["too_long"] == (lengths > 50).sum()
+    assert selected.left_out["train"]["too_short"] == (lengths < 10).sum()
+    assert selected.left_out["train"]["too_long"] == (lengths > 50).sum()
 
 
 def test_lines_are_counted_file_by_file():

@@ -1,4 +1,4 @@
-"""What a configuration opens, what it refuses, and what a run that goes on may change."""
+"""What a configuration opens and refuses, and what may change when a run resumes."""
 
 import copy
 
@@ -23,7 +23,7 @@ def recipe(corpora, backbone, *extra):
     return load_recipe("tiny_phases", settings(corpora, "nowhere", backbone, *extra))
 
 
-def test_one_corpus_is_read_as_it_ever_was(tiny_data):
+def test_one_corpus_is_read_without_a_blend(tiny_data):
     config = load_recipe("tiny_ar", [f"data.folder={tiny_data}"])
     source = sources.open_training(config)
     assert isinstance(source, SequenceDataset) and source.number == 0
@@ -64,7 +64,7 @@ def test_validation_has_the_proportions_of_the_whole_run(two_corpora, tiny_backb
     assert "validation" in str(source.datasets["calls"].corpus.folder)
 
 
-def test_misfits_of_recipe_and_blend_are_named(tmp_path, two_corpora, tiny_backbone):
+def test_a_recipe_that_does_not_fit_the_blend_is_refused(tmp_path, two_corpora, tiny_backbone):
     common = settings(two_corpora, tmp_path / "run", tiny_backbone)
     with pytest.raises(UserError, match="found the mixtures breadth, quality, expected depth"):
         sources.open_training(load_recipe("tiny_phases", [*common, "phases.0.mixture=depth"]))
@@ -89,10 +89,10 @@ def test_a_corpus_of_another_tokenizer_is_named(tmp_path, two_corpora, tiny_back
         sources.open_training(config)
 
 
-# --- going on -----------------------------------------------------------------------------------------------------
+# --- resuming -------------------------------------------------------------------------------------
 
 
-def test_what_is_to_come_may_change_and_what_was_read_may_not(two_corpora, tiny_backbone):
+def test_later_phases_may_change_and_what_was_read_may_not(two_corpora, tiny_backbone):
     config = recipe(two_corpora, tiny_backbone)
     expected = sources.data_summary(config, sources.open_training(config))
 
@@ -126,7 +126,7 @@ def test_what_is_to_come_may_change_and_what_was_read_may_not(two_corpora, tiny_
 
 
 def test_corpora_that_changed_places_in_the_blend_file_are_refused(tmp_path, two_corpora, tiny_backbone):
-    """A corpus's order and noise are keyed by its place: it would be read anew, some of it twice."""
+    """The place of a corpus keys its order and noise: another place would repeat sequences."""
     config = recipe(two_corpora, tiny_backbone)
     expected = sources.data_summary(config, sources.open_training(config))
     (tmp_path / "blend.yaml").write_text(
@@ -139,7 +139,7 @@ def test_corpora_that_changed_places_in_the_blend_file_are_refused(tmp_path, two
         sources.check_unchanged(found, expected, cursor=1)
 
 
-# --- from URLs ----------------------------------------------------------------------------------------------------
+# --- from URLs ------------------------------------------------------------------------------------
 
 
 def test_corpora_at_urls_are_read_like_local_ones(tmp_path, two_corpora, tiny_backbone, monkeypatch):

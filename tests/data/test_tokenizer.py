@@ -48,7 +48,7 @@ def tokenizer(folder):
 
 
 def random_text(seed, length=300):
-    """Characters of every plane but the surrogates, control characters and odd spaces among them."""
+    """Characters of every plane except surrogates, with control characters and rare spaces."""
     generator = random.Random(seed)
     ranges = [(0, 0x20), (0x20, 0x7F), (0x7F, 0x250), (0x2000, 0x2070), (0x3000, 0xD800), (0xE000, 0x10FFFF)]
     return "".join(chr(generator.randrange(*generator.choice(ranges))) for _ in range(length))

@@ -1,4 +1,4 @@
-"""Workers: every task once, shared counts, errors and deaths told, nobody left behind."""
+"""Workers: every task runs once, counts are shared, errors are raised, no process is left."""
 
 import os
 import signal

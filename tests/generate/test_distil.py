@@ -7,7 +7,7 @@ import torch
 
 from megatron_twotower.cli import main
 from megatron_twotower.common.errors import UserError
-from megatron_twotower.data.dataset import stretches
+from megatron_twotower.data.dataset import evenly_spaced_windows
 from megatron_twotower.data.shards import Corpus
 from megatron_twotower.generate import engine
 from megatron_twotower.generate.distil import distil
@@ -19,7 +19,7 @@ def test_every_line_is_training_text_and_what_the_context_tower_writes_behind_it
     output = tmp_path / "texts.jsonl"
     assert distil(two_tower_folder, tiny_data, output, **SMALL) == 5
     model, tokenizer = engine.load(two_tower_folder)
-    prompts = stretches(Corpus.open(tiny_data / "train"), count=5, length=8)
+    prompts = evenly_spaced_windows(Corpus.open(tiny_data / "train"), count=5, length=8)
     assert len(torch.unique(prompts, dim=0)) > 1
     expected = [tokenizer.decode(model.generate_ar(row.unsqueeze(0), 6)[0].tolist()) for row in prompts]
     assert [json.loads(line) for line in output.read_text().splitlines()] == [{"text": text} for text in expected]

@@ -1,0 +1,117 @@
+"""Writes the shards of a prepared folder from parts, as `selection` has planned them.
+
+What the index needs to know of a written shard is kept until all of them are written:
+
+    shards/train-00002.json     its row of the index, written last
+    shards/train-00002.arrays   (2, documents) int64: offsets and lengths of its documents
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_twotower.common.files import atomic_file, write_file
+from megatron_twotower.data import workers
+from megatron_twotower.data.parts import KEEP, RECORD, part_array
+from megatron_twotower.data.shards import Sample, Shard, write_shard
+
+
+@dataclass(frozen=True)
+class PartRange:
+    """Documents `begin` to `end` of a part. Those that `.keep` gives to the split are meant.
+
+    Attributes:
+        first_id: the place in `.ids` of the first id of document `begin`.
+        names: the names of all files of a unit of text files, or the name of one file of records.
+        lines_before: lines of the file of records in earlier units; None for text files.
+    """
+
+    part: int
+    begin: int
+    end: int
+    first_id: int
+    names: tuple[str, ...]
+    lines_before: int | None
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """The content of a shard of a split.
+
+    Attributes:
+        first: the number of its first document within the split.
+    """
+
+    split: str
+    number: int
+    first: int
+    ranges: tuple[PartRange, ...]
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """A shard to write from parts.
+
+    Attributes:
+        bos, eos: the id to add to each document, or None.
+    """
+
+    shard: PlannedShard
+    folder: Path
+    dtype: str
+    bos: int | None
+    eos: int | None
+
+    @property
+    def base(self) -> Path:
+        """The path of the shard's files for the index, without a suffix."""
+        return self.folder / "shards" / f"{self.shard.split}-{self.shard.number:05d}"
+
+
+def write_planned_shard(task: ShardTask) -> Shard:
+    """Write a shard, and what the index needs to know of it.
+
+    The ids of one document are in memory at a time.
+    """
+    file = f"shard-{task.shard.number:05d}.tar"
+    with atomic_file(task.folder / "data" / task.shard.split / file) as path:
+        sha256, offsets, lengths = write_shard(path, _samples(task), first=task.shard.first)
+        size = path.stat().st_size
+    write_file(task.base.with_suffix(".arrays"), np.stack([offsets, lengths]).tobytes())
+    shard = Shard(file, size, sha256, len(lengths), int(lengths.sum()))
+    write_file(task.base.with_suffix(".json"), json.dumps(shard._asdict()))
+    return shard
+
+
+def read_planned_shard(task: ShardTask) -> Shard | None:
+    """What `write_planned_shard` returned, or None if the shard is not written."""
+    try:
+        return Shard(**json.loads(task.base.with_suffix(".json").read_bytes()))
+    except (FileNotFoundError, TypeError, ValueError):
+        return None
+
+
+def shard_arrays(task: ShardTask) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets and lengths of the documents of a written shard, (documents,) int64 each."""
+    offsets, lengths = np.fromfile(task.base.with_suffix(".arrays"), dtype=np.int64).reshape(2, -1)
+    return offsets, lengths
+
+
+def _samples(task: ShardTask) -> Iterator[Sample]:
+    dtype = np.dtype(task.dtype)
+    bos, eos = (np.array([] if one is None else [one], dtype=dtype) for one in (task.bos, task.eos))
+    for source in task.shard.ranges:
+        records = part_array(task.folder, source.part, ".records", dtype=RECORD)[source.begin : source.end]
+        keep = part_array(task.folder, source.part, ".keep", dtype=np.dtype(np.uint8))[source.begin : source.end]
+        ids = part_array(task.folder, source.part, ".ids", dtype=dtype)
+        firsts = source.first_id + np.cumsum(records["tokens"]) - records["tokens"]
+        for row in np.flatnonzero(keep == KEEP[task.shard.split]).tolist():
+            first, place = int(firsts[row]), int(records["place"][row])
+            tokens = np.concatenate([bos, ids[first : first + int(records["tokens"][row])], eos])
+            before = source.lines_before
+            name = source.names[place] if before is None else f"{source.names[0]}:{before + place + 1}"
+            yield Sample(name, int(records["bytes"][row]), tokens)
+            workers.count(1, 0, len(tokens))

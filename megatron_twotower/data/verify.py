@@ -1,0 +1,168 @@
+"""The command `twotower data verify`: checks all of prepared data."""
+
+import functools
+import itertools
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_twotower.common.errors import UserError
+from megatron_twotower.common.progress import CorpusProgress, OnCorpusProgress
+from megatron_twotower.data import remote
+from megatron_twotower.data.blend import prepared_folders, split_folder
+from megatron_twotower.data.shards import INDEX_FILE, Corpus, checksum, token_members
+from megatron_twotower.data.tokenizer import tokenizer_fingerprint
+from megatron_twotower.data.workers import count, unordered
+
+
+@dataclass(frozen=True)
+class _Check:
+    """A shard to check.
+
+    Attributes:
+        split: the folder or URL of its split.
+    """
+
+    split: str
+    shard: int
+
+
+def verify(
+    data: str,
+    *,
+    tokenizer: Path | None = None,
+    folder: str | None = None,
+    workers: int = 1,
+    progress: OnCorpusProgress = lambda _: None,
+) -> list[str]:
+    """Check every corpus; print how much was checked, and return one line for every fault.
+
+    Checked are the index and its arrays, the size and checksum of each shard, the index against the
+    tar, ids against the vocabulary, BOS and EOS, the totals, and that all data is from one
+    tokenizer: that of its folder, and `tokenizer` if given.
+
+    Args:
+        data, folder: as in `blend.prepared_folders`.
+        workers: processes.
+    """
+    problems: list[str] = []
+    checks: list[_Check] = []
+    total_tokens = 0
+    given = {} if tokenizer is None else {str(tokenizer): tokenizer_fingerprint(tokenizer)}
+    _open.cache_clear()  # it remembers faults, which may be repaired since
+    for prepared in dict.fromkeys(prepared_folders(data, folder=folder).values()):
+        totals = _read_totals(prepared, problems)
+        for split in totals:
+            try:
+                corpus = Corpus.open(split_folder(prepared, split), damaged="skip")
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            problems += _index_problems(corpus, totals[split])
+            problems += _tokenizer_problems(corpus, {**_own_tokenizer(prepared, problems), **given})
+            given.setdefault(str(corpus.folder), corpus.tokenizer_fingerprint)
+            checks += [_Check(str(corpus.folder), number) for number in range(len(corpus.shards))]
+            total_tokens += corpus.total_tokens
+
+    def on_count(amounts: Sequence[int]) -> None:
+        documents, _, tokens = amounts
+        progress(CorpusProgress("verifying", tokens, total_tokens, documents, tokens))
+
+    faults = dict(unordered(shard_problems, checks, workers=workers, on_count=on_count))
+    problems += [fault for check in checks for fault in faults[check]]
+    problems = list(dict.fromkeys(problems))
+    print(f"{data}: {len(checks)} shards checked, {len(problems)} faults found")
+    return problems
+
+
+def _read_totals(prepared: str, problems: list[str]) -> dict[str, Any]:
+    """The totals by split, as `prepare` returned them; nothing if there is no summary."""
+    name = remote.join(prepared, "summary.json") if remote.is_url(prepared) else str(Path(prepared) / "summary.json")
+    try:
+        summary = json.loads(remote.read(name) if remote.is_url(name) else Path(name).read_bytes())
+        return dict(summary["splits"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problems.append(str(error) if isinstance(error, UserError) else f"{name}: not a summary ({error})")
+        return {}
+
+
+def _own_tokenizer(prepared: str, problems: list[str]) -> dict[str, str]:
+    if remote.is_url(prepared):
+        return {}
+    folder = Path(prepared) / "tokenizer"
+    try:
+        return {str(folder): tokenizer_fingerprint(folder)}
+    except UserError as error:
+        problems.append(str(error))
+        return {}
+
+
+def _tokenizer_problems(corpus: Corpus, others: dict[str, str]) -> Iterator[str]:
+    for name, fingerprint in others.items():
+        if fingerprint != corpus.tokenizer_fingerprint:
+            yield (
+                f"{corpus.folder}: found tokens of tokenizer {corpus.tokenizer_fingerprint[:12]}, expected those of "
+                f"{name}, {fingerprint[:12]}"
+            )
+
+
+def _index_problems(corpus: Corpus, totals: dict[str, Any]) -> Iterator[str]:
+    found = (corpus.documents, corpus.total_tokens, corpus.total_bytes, corpus.total_characters)
+    expected = tuple(totals.get(key) for key in ("documents", "tokens", "bytes", "characters"))
+    if found != expected:
+        yield f"{corpus.folder}/{INDEX_FILE}: found documents, tokens, bytes, characters {found}, expected {expected}"
+    if isinstance(corpus.folder, Path):
+        for name, sha256 in corpus.arrays.items():
+            if (digest := checksum(corpus.folder / name)) != sha256:
+                yield f"{corpus.folder / name}: found sha256 {digest}, expected {sha256}"
+
+
+@functools.lru_cache(maxsize=4)
+def _open(split: str) -> Corpus:
+    return Corpus.open(split if remote.is_url(split) else Path(split), damaged="skip")
+
+
+def shard_problems(check: _Check) -> list[str]:
+    """What is wrong with a shard: one line of damage, or one line for each kind of wrong id."""
+    corpus = _open(check.split)
+    if problem := corpus.check_shard(check.shard):
+        return [problem]
+    path = corpus.local_shard(check.shard)
+    name = remote.join(check.split, corpus.shards[check.shard].file)
+    first, last = (int(one) for one in corpus.first_documents[check.shard : check.shard + 2])
+    lengths = np.diff(corpus.starts[first : last + 1])
+    expected = [
+        (f"{number:09d}", int(offset), (int(length), corpus.dtype))
+        for number, offset, length in zip(range(first, last), corpus.offsets[first:last], lengths, strict=True)
+    ]
+    try:
+        found = list(token_members(path))
+    except (OSError, ValueError, tarfile.TarError) as error:
+        return [f"{name}: not a tar of token arrays ({error})"]
+    for in_tar, in_index in itertools.zip_longest(found, expected):
+        if in_tar != in_index:
+            return [f"{name}: found (document, offset, (tokens, dtype)) {in_tar}, expected {in_index} of {INDEX_FILE}"]
+    problems = list(_id_problems(corpus, first, last, name))
+    count(last - first, 0, corpus.shards[check.shard].tokens)
+    return problems
+
+
+def _id_problems(corpus: Corpus, first: int, last: int, name: str) -> Iterator[str]:
+    ends = {"BOS": (0, corpus.bos_token_id), "EOS": (-1, corpus.eos_token_id)}
+    for number in range(first, last):
+        ids = corpus.document(number)
+        if not len(ids):
+            yield f"{name}: found no ids in document {number}, expected some"
+            return
+        if (largest := int(ids.max())) >= corpus.vocab_size:
+            yield f"{name}: found id {largest} in document {number}, expected less than {corpus.vocab_size}"
+            return
+        for mark, (place, token) in ends.items():
+            if token is not None and ids[place] != token:
+                yield f"{name}: found id {ids[place]} where document {number} has its {mark}, expected {token}"
+                return
