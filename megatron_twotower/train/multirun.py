@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_twotower.common.errors import UserError
-from megatron_twotower.config.recipes import hydra_source, load_recipe, resolve
+from megatron_twotower.config.recipes import load_recipe, prepare_hydra, resolve
 from megatron_twotower.config.schema import RunConfig
 
 
@@ -62,7 +62,7 @@ def run(recipe: str, overrides: Sequence[str]) -> None:
     """
     import hydra
 
-    path, search = hydra_source(recipe, overrides)
+    path, search = prepare_hydra(recipe, overrides)
     keys, single = _swept(overrides)
     if not keys:
         raise UserError("--multirun: found no key with several values, expected one such as seed=1,2")

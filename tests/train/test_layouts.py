@@ -194,12 +194,12 @@ MISTAKES = {
     "layers": (
         3,
         {"pipeline": 3},
-        "8 layers do not divide into 3 stretches (parallel.pipeline 3 x parallel.pipeline_chunks 1)",
+        "8 layers do not divide into 3 model chunks (parallel.pipeline 3 x parallel.pipeline_chunks 1)",
     ),
     "layers of chunks": (
         2,
         {"pipeline": 2, "pipeline_chunks": 3},
-        "8 layers do not divide into 6 stretches (parallel.pipeline 2 x parallel.pipeline_chunks 3)",
+        "8 layers do not divide into 6 model chunks (parallel.pipeline 2 x parallel.pipeline_chunks 3)",
     ),
     "too few lengths": (2, {"pipeline": 2, "pipeline_layers": [8]}, "found [8], expected a number of layers for each"),
     "an empty stage": (2, {"pipeline": 2, "pipeline_layers": [8, 0]}, "found [8, 0], expected a number of layers"),
