@@ -164,3 +164,29 @@ class LossReport:
     count: Tensor
     bucket_sums: Tensor
     bucket_counts: Tensor
+
+
+@dataclass(frozen=True)
+class LogWindow:
+    """What a checkpoint stores of the steps since the last log record, summed over all ranks.
+
+    With it the next record of a resumed run is that of an uninterrupted run. The field names are
+    the keys in `state.json`.
+
+    Attributes:
+        sums: (2 + 2k,) total, count, bucket sums and bucket counts of `LossReport`; None without a
+            step that was not skipped.
+        expert_tokens: (layers, experts) tokens of each expert; None as for `sums`, and without
+            experts.
+        sequences: Sequences consumed.
+        skipped: Sequences in damaged shards.
+        nonfinite: Steps whose loss or gradients were not finite.
+        in_a_row: Such steps without interruption up to the checkpoint.
+    """
+
+    sums: list[float] | None = None
+    expert_tokens: list[list[float]] | None = None
+    sequences: int = 0
+    skipped: int = 0
+    nonfinite: int = 0
+    in_a_row: int = 0

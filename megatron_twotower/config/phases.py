@@ -1,8 +1,8 @@
 """The phases of a run: which steps have which mixture, block size and learning rates.
 
-The functions are pure. A run without phases is one phase that lasts as long as the run. A cursor counts the sequences that
-all ranks have consumed. The phase of a step follows from the cursor and the configuration alone, so
-a checkpoint stores nothing else about phases.
+The functions are pure. A run without phases is one phase that lasts as long as the run. A cursor
+counts the sequences that all ranks have consumed. The phase of a step follows from the cursor and
+the configuration alone, so a checkpoint stores nothing else about phases.
 """
 
 import bisect

@@ -43,7 +43,7 @@ def whole_model(model: ModelConfig) -> PipelineStage:
 
 
 def pipeline_stages(model: ModelConfig, parallel: ParallelConfig) -> tuple[PipelineStage, ...]:
-    """Return all stages in order. `parallel.pipeline_layers` sets their lengths; empty: equal ones."""
+    """Return all stages in order, with the lengths in `parallel.pipeline_layers` or equal ones."""
     count = parallel.pipeline * parallel.pipeline_chunks
     lengths: Sequence[int] = parallel.pipeline_layers or [model.num_layers // count] * count
     ends = list(accumulate(lengths))

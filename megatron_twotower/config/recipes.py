@@ -125,7 +125,7 @@ def prepare_hydra(recipe: str, overrides: Sequence[str]) -> tuple[Path, list[str
 
 
 def _allow_changes(node: Any) -> None:
-    """Clear the read-only flags that OmegaConf sets for frozen dataclasses, and that bar merging."""
+    """Clear the read-only flags of frozen dataclasses, or OmegaConf could not merge a recipe."""
     from omegaconf import DictConfig, OmegaConf
 
     OmegaConf.set_readonly(node, None)

@@ -190,20 +190,19 @@ def run(config):
     wrapped = parallel.wrap(model.chunks, config, groups)
     optimizer = build_optimizer(config, wrapped, groups)
     schedule = build_schedule(config, optimizer)
-    parts = loop.Trainer(config, wrapped, optimizer, schedule, groups, resolve_phases(config))
+    trainer = loop.Trainer(config, wrapped, optimizer, schedule, groups, resolve_phases(config))
     start, losses, norms, loads, shares = whole_parameters(model, config, groups), [], [], [], []
     for step in range(STEPS):
-        done = loop.train_step(parts.at(step * SEQUENCES), micro_batches(config, groups, step))
-        sums, norm = done.sums, done.norm
-        total = parallel.sum_over_stages(sums, groups)
+        result = loop.train_step(trainer.in_phase_of(step * SEQUENCES), micro_batches(config, groups, step))
+        total = parallel.sum_over_stages(result.sums, groups)
         losses.append((total[0] / total[1]).item())
-        norms.append(norm)
+        norms.append(result.grad_norm)
         loads.append(parallel.sum_over_ranks(wrapped.expert_tokens))
         counts = [None] * dist.get_world_size()
-        dist.all_gather_object(counts, sums[1].item())
+        dist.all_gather_object(counts, result.sums[1].item())
         shares.append([count for count in counts if count])
     wrapped.gather_parameters()
-    validation = [] if config.objective == "ar" else [loop.validate(parts, micro_batches(config, groups, 0))["loss"]]
+    validation = [] if config.objective == "ar" else [loop.validate(trainer, micro_batches(config, groups, 0))["loss"]]
     same = all(torch.equal(*pair) for pair in zip(frozen, frozen_state(model), strict=True))
     return {
         "losses": losses + validation,

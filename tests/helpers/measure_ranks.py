@@ -126,7 +126,8 @@ def kept_bytes(parts, modules, batch):
     def forward(module):
         if not module.tower.stage.first:
             module.set_input_tensor([torch.randn(rows, 1, hidden, dtype=dtype).requires_grad_()])
-        return loop.two_tower_forward(_Chunk(module), batch, parts.config, parts.groups, None)
+        micro_batch = loop.MicroBatch(batch, parts.config.seed)
+        return loop.two_tower_forward(_Chunk(module), micro_batch, parts.config, parts.groups)
 
     total = 0
     for module in modules:

@@ -16,13 +16,13 @@ from megatron_twotower.config.phases import resolve_phases
 from megatron_twotower.config.validation import validate
 from megatron_twotower.mcore import parallel
 from megatron_twotower.mcore.patches import RELEASE
-from megatron_twotower.train import loop, resume
-from megatron_twotower.train import progress as train_progress
+from megatron_twotower.train import checkpoints, loop
 from megatron_twotower.train import run as train_run
 from megatron_twotower.train.losses import masked_diffusion_loss
 from megatron_twotower.train.metrics import Metrics
 from megatron_twotower.train.noise import corrupt
 from megatron_twotower.train.optimizer import build_optimizer, build_schedule
+from megatron_twotower.train.progress import TrainingProgress
 from megatron_twotower.types import Batch
 
 
@@ -86,7 +86,7 @@ def test_what_waits_for_the_device_is_counted(name):
         x = torch.ones(3, device="cuda")
         ask(x)
     assert [wait.kind for wait in waits.found] == [kind]
-    assert waits.found[0].where.startswith("test_pretended_device.py:")
+    assert waits.found[0].where.startswith("test_steps.py:")
 
 
 @pytest.mark.parametrize("name", FREE)
@@ -148,7 +148,7 @@ def test_two_towers_forward_and_backward(groups, recompute):
     for name, gradient in there.items():
         assert torch.equal(on_host(gradient), gradients[name]), name
     # Of our own lines, those alone that read the weights wait.
-    assert {wait.where.partition(" ")[2] for wait in waits.of("ours")} == {"weights.load_weights"}
+    assert {wait.where.partition(" ")[2] for wait in waits.of("ours")} == {"load.load_weights"}
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def backbone(tmp_path_factory):
 
 @contextlib.contextmanager
 def training(config):
-    """A trainer as `build.run_training` makes it, and the model in it."""
+    """A trainer as `run.run_training` builds it, and its model."""
     validate(config, world_size=1)
     groups = parallel.initialise(config)
     try:
@@ -171,24 +171,25 @@ def training(config):
         parallel.shutdown()
 
 
-def one_step(parts, step):
-    return loop.train_step(parts.at(step * layouts.SEQUENCES), layouts.micro_batches(parts.config, parts.groups, step))
+def one_step(trainer, step):
+    batches = layouts.micro_batches(trainer.config, trainer.groups, step)
+    return loop.train_step(trainer.in_phase_of(step * layouts.SEQUENCES), batches)
 
 
 def two_steps(config, waits):
     """Sums, gradient norms and parameters of two steps of training, and a validation; what the second step waited for,
     and what the validation did."""
-    with training(config) as (parts, model):
+    with training(config) as (trainer, model):
         sums, norms = [], []
         for step in range(2):
             with waits.during() as second:
-                done = one_step(parts, step)
-            assert done.taken
-            sums.append(done.sums)
-            norms.append(done.norm)
+                result = one_step(trainer, step)
+            assert result.taken
+            sums.append(result.sums)
+            norms.append(result.grad_norm)
         parameters = {name: p.detach() for chunk in model.chunks for name, p in chunk.named_parameters()}
         with waits.during() as validating:
-            validation = loop.validate(parts, layouts.micro_batches(config, parts.groups, 0))
+            validation = loop.validate(trainer, layouts.micro_batches(config, trainer.groups, 0))
         return sums, norms, parameters, validation, second, validating
 
 
@@ -220,16 +221,20 @@ def test_steps_of_training(backbone, kind, distributed):
     assert counted.pop("a number: clip_grads.get_grad_norm_fp32") == 1
     assert {place.partition(": ")[2].partition(".")[0] for place in counted} == {"moe_utils", "experts"}
     assert len(second.of("others")) == 0
-    assert validating.counted("ours") == {"a copy to the host: trainer._figures": 1}
+    assert validating.counted("ours") == {"a copy to the host: loop._figures": 1}
 
 
 # --- what goes wrong, and what is kept ----------------------------------------------------------------------------
 
 
-def kept(parts, model):
-    """Copies of all that a checkpoint holds of weights, selection biases and optimizer, by key and place."""
-    pieces = files.state_dict(model.pieces(parts.config, parts.groups, parts.optimizer))
-    return {name: piece.data.clone() for name, piece in pieces.items() if isinstance(piece, ShardedTensor)}
+def stored(trainer, model):
+    """Copies of the weights, selection biases and optimizer state that a checkpoint stores, by key and offset."""
+    shards = files.state_dict(sharded_state(trainer, model))
+    return {name: shard.data.clone() for name, shard in shards.items() if isinstance(shard, ShardedTensor)}
+
+
+def sharded_state(trainer, model):
+    return model.sharded_state(trainer.config, trainer.groups, trainer.optimizer)
 
 
 def assert_same(got, want):
@@ -243,64 +248,68 @@ def test_a_step_that_is_not_finite_changes_nothing(backbone, monkeypatch, loss, 
     """A gradient that is not finite shows in the norm, which Megatron has waited for: then nothing of ours waits."""
     config = layouts.changed(layouts.base(backbone), {"optimizer": {"distributed": distributed}})
     with_bad_steps(monkeypatch, {2}, loss=loss)
-    with pretended_cuda() as waits, training(config) as (parts, model):
-        assert one_step(parts, 0).taken
-        before = kept(parts, model)
+    with pretended_cuda() as waits, training(config) as (trainer, model):
+        assert one_step(trainer, 0).taken
+        before = stored(trainer, model)
         assert any(name.endswith("expert_bias@0") and on_host(tensor).any() for name, tensor in before.items())
         with waits.during() as second:
-            assert not one_step(parts, 1).taken
-        assert_same(kept(parts, model), before)
-        assert one_step(parts, 2).taken
+            assert not one_step(trainer, 1).taken
+        assert_same(stored(trainer, model), before)
+        assert one_step(trainer, 2).taken
     assert second.counted("ours") == ({"a number: optimizer.guarded_step": 1} if loss else {})
     assert second.counted("megatron")["a number: clip_grads.get_grad_norm_fp32"] == 1
 
 
 @pytest.mark.parametrize(("precision", "distributed"), [("fp32", False), ("bf16", True)])
-def test_checkpoints_hold_there_what_they_hold_on_the_host(backbone, precision, distributed, tmp_path):
-    """One that is written there is read there and on the host; and to describe what is held, nothing waits."""
+def test_a_checkpoint_of_the_device_is_that_of_the_host(backbone, precision, distributed, tmp_path):
+    """A checkpoint written on the device is read there and on the host. To list its tensors waits for nothing."""
     config = layouts.changed(layouts.base(backbone), {"optimizer": {"distributed": distributed}})
     config = layouts.changed(config, {"train": {"precision": precision}})
-    with as_there(), training(config) as (parts, model):
-        one_step(parts, 0)
-        want = kept(parts, model)
-    with pretended_cuda() as waits, training(config) as (parts, model):
-        done = one_step(parts, 0)
-        with waits.during() as describing:
-            held = kept(parts, model)
-        assert all(tensor.is_cuda for tensor in held.values()) and describing.found == []
-        assert_same(held, want)
-        progress = train_progress.Progress(
-            1, layouts.SEQUENCES, 1, sums=done.sums, expert_tokens=parts.model.expert_tokens
+    with as_there(), training(config) as (trainer, model):
+        one_step(trainer, 0)
+        want = stored(trainer, model)
+    with pretended_cuda() as waits, training(config) as (trainer, model):
+        result = one_step(trainer, 0)
+        with waits.during() as listing:
+            got = stored(trainer, model)
+        assert all(tensor.is_cuda for tensor in got.values()) and listing.found == []
+        assert_same(got, want)
+        progress = TrainingProgress(
+            step=1,
+            cursor=layouts.SEQUENCES,
+            updates=1,
+            sums=result.sums,
+            expert_tokens=trainer.model.expert_tokens,
         )
         with waits.during() as saving:
-            save(tmp_path, parts, model, progress)
-        one_step(parts, 1)
-        found = restored(tmp_path, parts, model)
-        assert found.sums.is_cuda and torch.equal(on_host(found.sums), on_host(done.sums))
-        assert_same(kept(parts, model), want)
-    # For state.json; the tensors themselves are Megatron's to copy, all at once.
+            save(tmp_path, trainer, model, progress)
+        one_step(trainer, 1)
+        found = restored(tmp_path, trainer, model)
+        assert found.sums.is_cuda and torch.equal(on_host(found.sums), on_host(result.sums))
+        assert_same(stored(trainer, model), want)
+    # For state.json. Megatron copies the tensors themselves, all at once.
     assert {place.partition(": ")[2] for place in saving.counted("ours")} == {
-        "trainer.window",
-        "trainer.skipped_by_all",
+        "progress.log_window",
+        "progress.damaged_on_all_ranks",
     }
-    with training(config) as (parts, model):
-        restored(tmp_path, parts, model)
-        assert_same(kept(parts, model), want)
+    with training(config) as (trainer, model):
+        restored(tmp_path, trainer, model)
+        assert_same(stored(trainer, model), want)
 
 
-def save(run, parts, model, progress):
-    keeper = resume.CheckpointHooks(
+def save(run, trainer, model, progress):
+    saver = checkpoints.CheckpointSaver(
         run,
-        parts,
-        lambda: model.pieces(parts.config, parts.groups, parts.optimizer),
+        trainer,
+        lambda: sharded_state(trainer, model),
         fingerprint=model.fingerprint,
         metrics=Metrics((), contextlib.ExitStack()),
     )
-    keeper.save(progress)
-    keeper.saved(progress, wait=True)
-    keeper.close()
+    saver.save(progress)
+    saver.finish(progress, wait=True)
+    saver.close()
 
 
-def restored(run, parts, model):
-    point = resume.resume_point(run, parts.config, fingerprint=model.fingerprint)
-    return resume.restore(point, parts, lambda: model.pieces(parts.config, parts.groups, parts.optimizer))
+def restored(run, trainer, model):
+    found = checkpoints.find_checkpoint(run, trainer.config, fingerprint=model.fingerprint)
+    return checkpoints.restore(found, trainer, lambda: sharded_state(trainer, model))
