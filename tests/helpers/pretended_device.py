@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch._dynamo  # before `pretended_cuda`: its import checks the signature of a function patched there
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,6 +33,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 import megatron_twotower
 from megatron_twotower.common import device as common_device
+from megatron_twotower.mcore import patches
 
 CUDA = torch.device("cuda", 0)
 HERE, PACKAGE = Path(__file__), str(Path(megatron_twotower.__file__).parent)
@@ -377,7 +379,8 @@ def pretended_cuda() -> Iterator[Waits]:
     with pytest.MonkeyPatch.context() as patch, mode:
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-        patch.setattr(common_device, "CPU", CUDA)
+        for module in (common_device, patches):
+            patch.setattr(module, "CPU", CUDA)
         patch.setattr(torch.Tensor, "to", _moving(torch.Tensor.to))
         patch.setattr(torch, "tensor", _told(torch.tensor))
         patch.setattr(torch, "Generator", _Generator)

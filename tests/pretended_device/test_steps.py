@@ -1,4 +1,4 @@
-"""The program on a device that is not the host: nothing mixed, nothing waited for in vain, the same numbers."""
+"""Training on a pretended device: no operation mixes devices, no step waits without need, the numbers are equal."""
 
 import contextlib
 
@@ -26,7 +26,7 @@ from megatron_twotower.train.progress import TrainingProgress
 from megatron_twotower.types import Batch
 
 
-def test_a_planted_mix_up_is_found():
+def test_an_operation_that_mixes_devices_fails():
     with pretended_cuda():
         x, stranger = torch.ones(3, device="cuda"), torch.ones(3)
         with pytest.raises(WrongDevice, match="same device"):
@@ -37,7 +37,7 @@ def test_a_planted_mix_up_is_found():
             stranger.add_(x)
         with pytest.raises(WrongDevice, match="same device"):
             x.unsqueeze(0) @ torch.tensor(2.0).view(1, 1).expand(3, 1)
-        # What a card takes: numbers of the host in pointwise operations, and its indices.
+        # A GPU accepts numbers of the host in pointwise operations, and indices.
         assert on_host(x * torch.tensor(2.0)).tolist() == [2.0] * 3
         assert on_host(x[torch.tensor([0, 2])]).tolist() == [1.0] * 2
         with pytest.raises(WrongDevice):
@@ -96,7 +96,7 @@ def test_what_does_not_wait_is_not_counted(name):
     assert waits.found == []
 
 
-def test_a_product_that_a_card_alone_sums_in_a_wider_precision():
+def test_a_product_that_only_a_gpu_sums_in_a_wider_precision():
     left, right = (torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)).bfloat16() for seed in (0, 1))
     with pretended_cuda():
         total = torch.ones(4, 4, device="cuda")
@@ -104,7 +104,7 @@ def test_a_product_that_a_card_alone_sums_in_a_wider_precision():
     assert torch.equal(on_host(total), torch.ones(4, 4).addmm_(left.t().float(), right.float()))
 
 
-def test_modules_move_and_learn_there_as_on_the_host():
+def test_modules_move_and_train_as_on_the_host():
     torch.manual_seed(0)
     module, x = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.SiLU(), torch.nn.Linear(4, 1)), torch.randn(5, 3)
     module(x).sum().backward()
@@ -147,7 +147,7 @@ def test_two_towers_forward_and_backward(groups, recompute):
     assert there.keys() == gradients.keys()
     for name, gradient in there.items():
         assert torch.equal(on_host(gradient), gradients[name]), name
-    # Of our own lines, those alone that read the weights wait.
+    # Of this package only the loading of weights waits.
     assert {wait.where.partition(" ")[2] for wait in waits.of("ours")} == {"load.load_weights"}
 
 
@@ -177,8 +177,10 @@ def one_step(trainer, step):
 
 
 def two_steps(config, waits):
-    """Sums, gradient norms and parameters of two steps of training, and a validation; what the second step waited for,
-    and what the validation did."""
+    """Two steps of training, and a validation.
+
+    Returns their sums, gradient norms, parameters and figures, and what the second step and the validation waited for.
+    """
     with training(config) as (trainer, model):
         sums, norms = [], []
         for step in range(2):
@@ -201,8 +203,10 @@ SLOW_STEPS = [("hard", True), ("hard", False), ("bf16", True), ("bf16", False)]
     ("kind", "distributed"), [*STEPS, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW_STEPS)]
 )
 def test_steps_of_training(backbone, kind, distributed):
-    """Megatron's schedule, gradient buffers and optimizers too. Nothing of ours waits but for whether the loss is
-    finite, once, right after Megatron has waited for the norm."""
+    """Steps with Megatron's schedule, gradient buffers and optimizers have the numbers of the host.
+
+    This package waits once, for whether the loss is finite, right after Megatron has waited for the norm.
+    """
     config = layouts.changed(layouts.base(backbone), layouts.RUNS[kind])
     config = layouts.changed(config, {"optimizer": {"distributed": distributed}})
     with as_there():
@@ -214,8 +218,8 @@ def test_steps_of_training(backbone, kind, distributed):
     for name, got in there[2].items():
         assert torch.equal(on_host(got), parameters[name]), name
     assert second.counted("ours") == {"a number: optimizer.guarded_step": 1}
-    # Megatron's: the sum of tokens (up to 0.16), and the norm; and, in layers of experts, what each
-    # micro-batch sends to whom.
+    # Megatron waits for the sum of tokens (up to 0.16), for the norm, and in layers of experts for
+    # what each micro-batch sends to whom.
     counted = second.counted("megatron")
     assert counted.pop("a number: finalize_model_grads.finalize_model_grads", 0) == (RELEASE == "0.16")
     assert counted.pop("a number: clip_grads.get_grad_norm_fp32") == 1
@@ -224,7 +228,7 @@ def test_steps_of_training(backbone, kind, distributed):
     assert validating.counted("ours") == {"a copy to the host: loop._figures": 1}
 
 
-# --- what goes wrong, and what is kept ----------------------------------------------------------------------------
+# --- non-finite steps, and checkpoints ----------------------------------------------------------------------------
 
 
 def stored(trainer, model):
@@ -245,7 +249,7 @@ def assert_same(got, want):
 
 @pytest.mark.parametrize(("loss", "distributed"), [(False, True), (True, False)])
 def test_a_step_that_is_not_finite_changes_nothing(backbone, monkeypatch, loss, distributed):
-    """A gradient that is not finite shows in the norm, which Megatron has waited for: then nothing of ours waits."""
+    """A gradient that is not finite shows in the norm, for which Megatron has waited: this package waits for nothing."""
     config = layouts.changed(layouts.base(backbone), {"optimizer": {"distributed": distributed}})
     with_bad_steps(monkeypatch, {2}, loss=loss)
     with pretended_cuda() as waits, training(config) as (trainer, model):
