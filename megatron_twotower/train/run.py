@@ -146,8 +146,8 @@ def run_training(config: RunConfig) -> bool:
     run, groups = Path(config.output), parallel.initialise(config)
     model = build_model(config, groups)
     checkpoint = checkpoints.find_checkpoint(run, config, fingerprint=model.fingerprint)
-    trainer = _build_trainer(config, model, groups)
-    sharded_state = _sharded_state(model, trainer)
+    trainer = build_trainer(config, model, groups)
+    sharded_state = state_of(trainer, model)
     # Read before `restore`: the first rank writes the file again after all ranks are restored.
     data_before = run_folder.read_provenance(run).get("data") if checkpoint else None
     progress = checkpoints.restore(checkpoint, trainer, sharded_state) if checkpoint else TrainingProgress()
@@ -179,14 +179,15 @@ def run_training(config: RunConfig) -> bool:
             saver.close()
 
 
-def _build_trainer(config: RunConfig, model: TrainedModel, groups: ProcessGroupCollection) -> Trainer:
+def build_trainer(config: RunConfig, model: TrainedModel, groups: ProcessGroupCollection) -> Trainer:
+    """Build the optimizer and the schedule of a model, and wrap it for data parallelism."""
     wrapped = parallel.wrap(model.chunks, config, groups)
     optimizer = build_optimizer(config, wrapped, groups)
     schedule = build_schedule(config, optimizer)
     return Trainer(config, wrapped, optimizer, schedule, groups, resolve_phases(config))
 
 
-def _sharded_state(model: TrainedModel, trainer: Trainer) -> ShardedState:
+def state_of(trainer: Trainer, model: TrainedModel) -> ShardedState:
     """Return the function that yields what a checkpoint stores of this rank."""
 
     def sharded_state() -> Iterator[ShardedTensor | ShardedObject]:

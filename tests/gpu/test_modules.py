@@ -9,8 +9,8 @@ import math
 import pytest
 import torch
 
-from helpers.faults import losses, settings
 from helpers.models import TINY, build_two_tower, random_noisy_batch, tiny_config, write_backbone
+from helpers.runs import losses, train_arguments
 from megatron_twotower import doctor
 from megatron_twotower.cli.main import main
 from megatron_twotower.common import device
@@ -160,7 +160,7 @@ PLAIN = [
 
 
 def go(data, run, backbone, steps, *extra):
-    assert main(settings(data, run, backbone, *PLAIN, f"train.steps={steps}", *extra)) == 0
+    assert main(train_arguments(data, run, backbone, *PLAIN, f"train.steps={steps}", *extra)) == 0
     return losses(run)
 
 

@@ -39,25 +39,25 @@ def deviations(got, want):
 STEPS = {"cpu": 30, "cuda": 100}
 
 
-def test_steps_in_fp32_follow_the_golden_losses(here, tmp_path, tiny_data, tiny_backbone, records_of):
+def test_steps_in_fp32_follow_the_golden_losses(here, tmp_path, tiny_data, tiny_backbone):
     """A hundred, of a CPU. `python tests/golden/update.py` writes them anew after a meant change."""
     run, steps = tmp_path / "run", STEPS[here]
     assert train("tiny", *settings(tiny_data, run, tiny_backbone, *PLAIN, f"train.steps={steps}"))
-    found = deviations(losses(records_of(run)), golden("tiny_100")[:steps])
+    found = deviations(list(losses(run).values()), golden("tiny_100")[:steps])
     gpu_checks.report(f"{steps} steps in fp32", deviations=found)
     assert {step: off for step, off in found.items() if off > dict(LIMITS).get(step, 1e-2)} == {}
 
 
-def test_bf16_stays_close_to_fp32(here, tmp_path, tiny_data, tiny_backbone, records_of):
+def test_bf16_stays_close_to_fp32(here, tmp_path, tiny_data, tiny_backbone):
     run, steps = tmp_path / "run", STEPS[here]
     bf16 = (f"train.steps={steps}", "train.precision=bf16")
     assert train("tiny", *settings(tiny_data, run, tiny_backbone, *PLAIN, *bf16))
-    found = deviations(losses(records_of(run)), golden("tiny_100")[:steps])
+    found = deviations(list(losses(run).values()), golden("tiny_100")[:steps])
     gpu_checks.report(f"{steps} steps in bf16", deviations=found)
     assert 0 < found["last twenty"] < 0.03
 
 
-def test_stopped_and_resumed_goes_on_as_if_it_had_not(here, tmp_path, tiny_data, tiny_backbone, records_of):
+def test_stopped_and_resumed_goes_on_as_if_it_had_not(here, tmp_path, tiny_data, tiny_backbone):
     for name, ends in (("whole", [12]), ("resumed", [5, 12])):
         for steps in ends:
             # The schedule is that of the whole run: a rate that stays after the warm-up.
@@ -73,7 +73,7 @@ def test_stopped_and_resumed_goes_on_as_if_it_had_not(here, tmp_path, tiny_data,
                     "schedule.warmup_steps=2",
                 ),
             )
-    whole, resumed = (losses(records_of(tmp_path / name)) for name in ("whole", "resumed"))
+    whole, resumed = (list(losses(tmp_path / name).values()) for name in ("whole", "resumed"))
     gpu_checks.report("resumed after 5 of 12 steps", deviations=deviations(resumed, whole))
     # Where sums have no fixed order, as of tokens sent back from experts, not to the last bit.
     assert resumed == pytest.approx(whole, rel=0 if here == "cpu" else 1e-4)

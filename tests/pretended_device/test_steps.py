@@ -1,7 +1,5 @@
 """Training on a pretended device: no operation mixes devices, no step waits without need, the numbers are equal."""
 
-import contextlib
-
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -10,18 +8,14 @@ from helpers import layouts
 from helpers.faults import with_bad_steps
 from helpers.models import build_two_tower, tiny_config
 from helpers.pretended_device import Pretended, Waits, WrongDevice, as_there, on_host, pretended_cuda
+from helpers.trainers import built_trainer, restore, save
 from megatron_twotower.checkpoint import files
 from megatron_twotower.common import device
-from megatron_twotower.config.phases import resolve_phases
-from megatron_twotower.config.validation import validate
-from megatron_twotower.mcore import parallel
 from megatron_twotower.mcore.patches import RELEASE
-from megatron_twotower.train import checkpoints, loop
+from megatron_twotower.train import loop
 from megatron_twotower.train import run as train_run
 from megatron_twotower.train.losses import masked_diffusion_loss
-from megatron_twotower.train.metrics import Metrics
 from megatron_twotower.train.noise import corrupt
-from megatron_twotower.train.optimizer import build_optimizer, build_schedule
 from megatron_twotower.train.progress import TrainingProgress
 from megatron_twotower.types import Batch
 
@@ -156,21 +150,6 @@ def backbone(tmp_path_factory):
     return layouts.write_backbone(tmp_path_factory.mktemp("backbone") / "hf")
 
 
-@contextlib.contextmanager
-def training(config):
-    """A trainer as `run.run_training` builds it, and its model."""
-    validate(config, world_size=1)
-    groups = parallel.initialise(config)
-    try:
-        model = train_run.build_model(config, groups)
-        wrapped = parallel.wrap(model.chunks, config, groups)
-        optimizer = build_optimizer(config, wrapped, groups)
-        schedule = build_schedule(config, optimizer)
-        yield loop.Trainer(config, wrapped, optimizer, schedule, groups, resolve_phases(config)), model
-    finally:
-        parallel.shutdown()
-
-
 def one_step(trainer, step):
     batches = layouts.micro_batches(trainer.config, trainer.groups, step)
     return loop.train_step(trainer.in_phase_of(step * layouts.SEQUENCES), batches)
@@ -181,7 +160,7 @@ def two_steps(config, waits):
 
     Returns their sums, gradient norms, parameters and figures, and what the second step and the validation waited for.
     """
-    with training(config) as (trainer, model):
+    with built_trainer(config) as (trainer, model):
         sums, norms = [], []
         for step in range(2):
             with waits.during() as second:
@@ -233,12 +212,8 @@ def test_steps_of_training(backbone, kind, distributed):
 
 def stored(trainer, model):
     """Copies of the weights, selection biases and optimizer state that a checkpoint stores, by key and offset."""
-    shards = files.state_dict(sharded_state(trainer, model))
+    shards = files.state_dict(train_run.state_of(trainer, model)())
     return {name: shard.data.clone() for name, shard in shards.items() if isinstance(shard, ShardedTensor)}
-
-
-def sharded_state(trainer, model):
-    return model.sharded_state(trainer.config, trainer.groups, trainer.optimizer)
 
 
 def assert_same(got, want):
@@ -249,10 +224,10 @@ def assert_same(got, want):
 
 @pytest.mark.parametrize(("loss", "distributed"), [(False, True), (True, False)])
 def test_a_step_that_is_not_finite_changes_nothing(backbone, monkeypatch, loss, distributed):
-    """A gradient that is not finite shows in the norm, for which Megatron has waited: this package waits for nothing."""
+    """A gradient that is not finite shows in the norm, for which Megatron has waited: this package does not wait."""
     config = layouts.changed(layouts.base(backbone), {"optimizer": {"distributed": distributed}})
     with_bad_steps(monkeypatch, {2}, loss=loss)
-    with pretended_cuda() as waits, training(config) as (trainer, model):
+    with pretended_cuda() as waits, built_trainer(config) as (trainer, model):
         assert one_step(trainer, 0).taken
         before = stored(trainer, model)
         assert any(name.endswith("expert_bias@0") and on_host(tensor).any() for name, tensor in before.items())
@@ -269,26 +244,22 @@ def test_a_checkpoint_of_the_device_is_that_of_the_host(backbone, precision, dis
     """A checkpoint written on the device is read there and on the host. To list its tensors waits for nothing."""
     config = layouts.changed(layouts.base(backbone), {"optimizer": {"distributed": distributed}})
     config = layouts.changed(config, {"train": {"precision": precision}})
-    with as_there(), training(config) as (trainer, model):
+    with as_there(), built_trainer(config) as (trainer, model):
         one_step(trainer, 0)
         want = stored(trainer, model)
-    with pretended_cuda() as waits, training(config) as (trainer, model):
+    with pretended_cuda() as waits, built_trainer(config) as (trainer, model):
         result = one_step(trainer, 0)
         with waits.during() as listing:
             got = stored(trainer, model)
         assert all(tensor.is_cuda for tensor in got.values()) and listing.found == []
         assert_same(got, want)
         progress = TrainingProgress(
-            step=1,
-            cursor=layouts.SEQUENCES,
-            updates=1,
-            sums=result.sums,
-            expert_tokens=trainer.model.expert_tokens,
+            step=1, cursor=layouts.SEQUENCES, updates=1, sums=result.sums, expert_tokens=trainer.model.expert_tokens
         )
         with waits.during() as saving:
             save(tmp_path, trainer, model, progress)
         one_step(trainer, 1)
-        found = restored(tmp_path, trainer, model)
+        found = restore(tmp_path, trainer, model)
         assert found.sums.is_cuda and torch.equal(on_host(found.sums), on_host(result.sums))
         assert_same(stored(trainer, model), want)
     # For state.json. Megatron copies the tensors themselves, all at once.
@@ -296,24 +267,6 @@ def test_a_checkpoint_of_the_device_is_that_of_the_host(backbone, precision, dis
         "progress.log_window",
         "progress.damaged_on_all_ranks",
     }
-    with training(config) as (trainer, model):
-        restored(tmp_path, trainer, model)
+    with built_trainer(config) as (trainer, model):
+        restore(tmp_path, trainer, model)
         assert_same(stored(trainer, model), want)
-
-
-def save(run, trainer, model, progress):
-    saver = checkpoints.CheckpointSaver(
-        run,
-        trainer,
-        lambda: sharded_state(trainer, model),
-        fingerprint=model.fingerprint,
-        metrics=Metrics((), contextlib.ExitStack()),
-    )
-    saver.save(progress)
-    saver.finish(progress, wait=True)
-    saver.close()
-
-
-def restored(run, trainer, model):
-    found = checkpoints.find_checkpoint(run, trainer.config, fingerprint=model.fingerprint)
-    return checkpoints.restore(found, trainer, lambda: sharded_state(trainer, model))

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from helpers.faults import losses, progress_of, records, settings, until, with_bad_steps
+from helpers.faults import with_bad_steps
+from helpers.runs import last_step, losses, records, train_arguments, until
 from megatron_twotower.bench import soak
 from megatron_twotower.checkpoint import files
 from megatron_twotower.cli.main import main
@@ -62,7 +63,7 @@ def test_torchrun_goes_on_with_the_ranks_that_are_left(tmp_path, tiny_data, tiny
         "optimizer.learning_rate=1e-4",
         "optimizer.epsilon=1e-5",
     ]
-    assert main(settings(tiny_data, whole, tiny_backbone, *extra)) == 0
+    assert main(train_arguments(tiny_data, whole, tiny_backbone, *extra)) == 0
     rendezvous = [
         "--nnodes=1:2",
         "--nproc-per-node=1",
@@ -75,7 +76,7 @@ def test_torchrun_goes_on_with_the_ranks_that_are_left(tmp_path, tiny_data, tiny
     command = [sys.executable, "-m", "torch.distributed.run", *rendezvous, "-m", "megatron_twotower"]
     agents = [
         subprocess.Popen(
-            [*command, *settings(tiny_data, run, tiny_backbone, *extra)],
+            [*command, *train_arguments(tiny_data, run, tiny_backbone, *extra)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -84,7 +85,7 @@ def test_torchrun_goes_on_with_the_ranks_that_are_left(tmp_path, tiny_data, tiny
         for _ in range(2)
     ]
     try:
-        assert until(lambda: progress_of(run) >= 6, 300)
+        assert until(lambda: last_step(run) >= 6, 300)
         # The one that does not keep the rendezvous, with the rank that it started.
         ranks_of = {agent: children_of(agent.pid) for agent in agents}
         victim = next(agent for agent in agents if not keeps_port(agent.pid, 29713))
@@ -173,7 +174,7 @@ def test_a_step_that_is_not_finite_changes_nothing(loss, layout, tmp_path, tiny_
     with_bad_steps(monkeypatch, {2, 3}, loss=loss)
     run = tmp_path / "run"
     extra = [*SHORT, *layout, "train.steps=5", "train.router_bias_update_rate=0.1"]
-    assert run_in_process(settings(tiny_data, run, tiny_backbone, *extra))
+    assert run_in_process(train_arguments(tiny_data, run, tiny_backbone, *extra))
     for bad in (1, 2):
         assert all(torch.equal(states[bad][name], states[0][name]) for name in states[0])
     assert any(not torch.equal(states[3][name], states[0][name]) for name in states[0])
@@ -189,10 +190,10 @@ def test_a_skipped_step_is_counted_across_a_resume(tmp_path, tiny_data, tiny_bac
     run = tmp_path / "run"
     common = [*SHORT, "train.stop_after_nonfinite=3", "train.log_every_steps=10"]
     with_bad_steps(monkeypatch, {3, 4})
-    assert run_in_process(settings(tiny_data, run, tiny_backbone, *common, "train.steps=4"))
+    assert run_in_process(train_arguments(tiny_data, run, tiny_backbone, *common, "train.steps=4"))
     with_bad_steps(monkeypatch, {1})
     with pytest.raises(ValueError, match=r"step 5: .* 3 steps in a row"):
-        run_in_process(settings(tiny_data, run, tiny_backbone, *common, "train.steps=9"))
+        run_in_process(train_arguments(tiny_data, run, tiny_backbone, *common, "train.steps=9"))
 
 
 def test_a_backbone_with_a_weight_that_is_no_number_stops_the_run_and_leaves_the_batch(
@@ -209,7 +210,7 @@ def test_a_backbone_with_a_weight_that_is_no_number_stops_the_run_and_leaves_the
     name = next(name for name in tensors if name.endswith("norm_f.weight"))
     tensors[name][0] = float("nan")
     save_file(tensors, file, metadata={"format": "pt"})
-    assert main(settings(tiny_data, run, broken, *SHORT, "train.steps=9", "train.stop_after_nonfinite=3")) == 2
+    assert main(train_arguments(tiny_data, run, broken, *SHORT, "train.steps=9", "train.stop_after_nonfinite=3")) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "step 3: the loss or its gradients are not finite, 3 steps in a row" in said
     kept = run / "nonfinite" / "step-00000003-rank-00000.pt"

@@ -26,20 +26,20 @@ def whole_run(tmp_path_factory, tiny_data, tiny_backbone):
 
 
 @pytest.mark.parametrize("recipe", ["tiny_ar", "tiny"])
-def test_golden_losses(recipe, tmp_path, tiny_data, tiny_backbone, whole_run, records_of):
+def test_golden_losses(recipe, tmp_path, tiny_data, tiny_backbone, whole_run):
     """Thirty steps give the committed losses. `python tests/golden/update.py` writes them anew after a meant change."""
     run = whole_run
     if recipe == "tiny_ar":
         run = tmp_path / "run"
         assert train(recipe, *settings(tiny_data, run))
-    got = losses(records_of(run))
+    got = list(losses(run).values())
     want = json.loads((GOLDEN / f"{recipe}.json").read_text())
     assert len(got) == len(want) == 30
     torch.testing.assert_close(torch.tensor(got), torch.tensor(want), rtol=1e-4, atol=0)
     assert sum(got[-5:]) < 0.9 * sum(got[:5]), "thirty steps must teach something"
 
 
-def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, tiny_data, tiny_backbone, whole_run, records_of):
+def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, tiny_data, tiny_backbone, whole_run):
     run = tmp_path / "run"
     arguments = settings(tiny_data, run, tiny_backbone)
     # Sums differ in their last bit with the number of threads: the recipe's counts, not what the
@@ -54,8 +54,8 @@ def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, tiny_data, tiny_b
     assert mark.exists() and process.returncode == -signal.SIGKILL, "killed before the end"
     assert not checkpoint_folder(run, 30).exists()
     launch(1, "tiny", *arguments)
-    assert losses(records_of(run)) == losses(records_of(whole_run))
-    assert losses(records_of(run, "validation")) == losses(records_of(whole_run, "validation"))
+    assert losses(run) == losses(whole_run)
+    assert losses(run, "validation") == losses(whole_run, "validation")
 
 
 def test_sigterm_saves_at_once_and_asks_to_be_started_again(tmp_path, tiny_data, tiny_backbone, whole_run, records_of):
@@ -118,9 +118,7 @@ def test_two_ranks_give_the_losses_of_one(layout, tmp_path, tiny_data, tiny_back
 
 @pytest.mark.parametrize("overrides", [["data.micro_batch_size=8"], ["data.micro_batch_size=1"]])
 @pytest.mark.parametrize(("weighting", "draws"), [("masked_mean", 1), ("elbo", 1), ("masked_mean", 3)])
-def test_accumulation_does_not_change_the_losses(
-    overrides, weighting, draws, tmp_path, tiny_data, tiny_backbone, records_of
-):
+def test_accumulation_does_not_change_the_losses(overrides, weighting, draws, tmp_path, tiny_data, tiny_backbone):
     common = [
         f"noise.weighting={weighting}",
         "noise.time_per=block",
@@ -131,8 +129,7 @@ def test_accumulation_does_not_change_the_losses(
     ]
     for name, extra in (("plain", []), ("other", overrides)):
         train("tiny", *settings(tiny_data, tmp_path / name, tiny_backbone, *common, *extra))
-    got, want = records_of(tmp_path / "other"), records_of(tmp_path / "plain")
-    assert losses(got) == pytest.approx(losses(want), rel=1e-5)
+    assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
 
 
 def test_frozen_means_bitwise_unchanged_and_the_rest_moves(tmp_path, tiny_data, tiny_backbone):
@@ -165,9 +162,9 @@ def test_frozen_means_bitwise_unchanged_and_the_rest_moves(tmp_path, tiny_data, 
     assert not still, f"every trained parameter moves: {still}"
 
 
-def test_bf16_follows_fp32(tmp_path, tiny_data, tiny_backbone, whole_run, records_of):
+def test_bf16_follows_fp32(tmp_path, tiny_data, tiny_backbone, whole_run):
     train("tiny", *settings(tiny_data, tmp_path / "run", tiny_backbone, "train.precision=bf16"))
-    got, want = losses(records_of(tmp_path / "run")), losses(records_of(whole_run))
+    got, want = losses(tmp_path / "run"), losses(whole_run)
     assert got == pytest.approx(want, rel=0.03)
     assert got != want
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from helpers.faults import losses, settings
+from helpers.runs import losses, train_arguments
 
 pytestmark = pytest.mark.releases
 
@@ -24,7 +24,7 @@ def release(python):
 
 
 def go(python, data, run, backbone, steps, *extra):
-    arguments = settings(data, run, backbone, *PLAIN, f"train.steps={steps}", *extra)
+    arguments = train_arguments(data, run, backbone, *PLAIN, f"train.steps={steps}", *extra)
     done = subprocess.run([python, "-m", "megatron_twotower", *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

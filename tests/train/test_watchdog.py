@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 
-from helpers.faults import progress_of, settings, until
+from helpers.runs import last_step, train_arguments, until
 from megatron_twotower.bench import ranks
 from megatron_twotower.train import watchdog
 
@@ -46,7 +46,7 @@ def test_a_loop_without_progress_ends_its_process_and_names_its_call(tmp_path, c
 
 def test_a_frozen_rank_is_named_and_the_job_ends(tmp_path, tiny_data, tiny_backbone):
     run = tmp_path / "run"
-    arguments = settings(
+    arguments = train_arguments(
         tiny_data,
         run,
         tiny_backbone,
@@ -56,7 +56,7 @@ def test_a_frozen_rank_is_named_and_the_job_ends(tmp_path, tiny_data, tiny_backb
     )
     job = ranks.start(2, arguments, logs=tmp_path / "logs")
     try:
-        until(lambda: progress_of(run) >= 2 or not job.running())
+        until(lambda: last_step(run) >= 2 or not job.running())
         time.sleep(2)  # heartbeats come every 0.8 s
         job.signal(signal.SIGSTOP, rank=1)
         watching, frozen = job.processes[0], job.processes[1].pid
