@@ -1,4 +1,4 @@
-"""Phases: token counts become whole global batches, everything not said is the run's, and misfits are named."""
+"""Phases: tokens become complete global batches, defaults are those of the run, and errors name the setting."""
 
 import dataclasses
 
@@ -56,7 +56,7 @@ def test_a_cursor_has_one_phase():
     assert names == ["breadth", "breadth", "quality", "quality", "short", "short", "short", "short"]
 
 
-def test_documents_begin_the_largest_block_of_the_run():
+def test_documents_are_padded_to_the_largest_block_of_the_run():
     assert document_alignment(curriculum()) == 32
     assert document_alignment(RunConfig()) == 16
     assert document_alignment(dataclasses.replace(RunConfig(), objective="ar")) == 1
@@ -75,7 +75,7 @@ def test_documents_begin_the_largest_block_of_the_run():
         (PhaseConfig("a", 30 * STEP), r"phases: found the names a, a, expected each once"),
     ],
 )
-def test_misfits_are_named(phase, message):
+def test_a_phase_that_does_not_fit_is_named(phase, message):
     with pytest.raises(UserError, match=message):
         resolve_phases(run(PhaseConfig("a", 30 * STEP), phase))
 
@@ -85,7 +85,7 @@ def test_steps_must_be_those_of_the_phases():
         resolve_phases(run(PhaseConfig("a", 30 * STEP), steps=100))
 
 
-def test_a_recipe_says_phases_and_overrides_change_them(tmp_path):
+def test_a_recipe_sets_phases_and_overrides_change_them(tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(
         "defaults: [tiny_ar, _self_]\ntrain: {steps: 0}\nschedule: {warmup_steps: 1}\nphases:\n"

@@ -1,4 +1,4 @@
-"""Hugging Face folders of every style with random weights, and what two of them have in common."""
+"""Hugging Face folders of every style with random weights, and a comparison of two of them."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Lazy
 
 
 def own_precision(name: str) -> torch.dtype:
-    """As released checkpoints mix them: a few small tensors are wider than the rest."""
+    """Mix precisions as released checkpoints do: a few small tensors are wider than the rest."""
     return torch.float32 if name.endswith(("A_log", ".D", "e_score_correction_bias")) else torch.bfloat16
 
 
@@ -53,7 +53,7 @@ def spans(folder) -> dict[str, Span]:
 
 
 def contents(folder) -> dict[str, tuple[torch.dtype, tuple[int, ...], bytes]]:
-    """Every tensor of a folder, to the bit."""
+    """The bytes, dtype and shape of every tensor of a folder."""
     return {
         name: (span.dtype, span.shape, span.read().flatten().view(torch.uint8).numpy().tobytes())
         for name, span in spans(folder).items()

@@ -1,4 +1,4 @@
-"""Five steps of training on a layout, with everything about them that must not depend on it. For `test_layouts`."""
+"""Five steps of training on a layout, and their figures that do not depend on the layout. For `test_layouts`."""
 
 import dataclasses
 import random
@@ -51,8 +51,8 @@ MODEL = ModelConfig(
 )
 TOKENS = SEQUENCES * LENGTH
 
-# What is trained, each with a run on one rank to be compared with. `hard` has everything that could
-# tell layouts apart.
+# The kinds of runs; each is compared with its run on one rank. `hard` has everything whose result
+# could depend on the layout.
 RUNS = {
     "plain": {},
     "hard": {
@@ -66,8 +66,8 @@ RUNS = {
 }
 
 
-# With this seed the choice of no token's experts is closer than 1e-5: rounding on another layout
-# cannot turn one over.
+# With this seed the scores of chosen experts differ by more than 1e-5 from others: rounding on
+# another layout cannot change a choice.
 SEED = 7
 
 
@@ -97,7 +97,7 @@ def changed(config, changes):
 
 
 def write_backbone(folder):
-    """A backbone with every tensor random, selection biases too."""
+    """Write a backbone with random values in every tensor, also in selection biases."""
     entries = parameter_map.backbone_entries(MODEL)
     random_start = initial_weights.random_backbone(dataclasses.replace(MODEL, initializer_range=0.2), seed=3)
 
@@ -119,7 +119,7 @@ def write_backbone(folder):
 
 
 def global_batch(step, *, documents):
-    """The sequences of a step; with documents, two of which end before the sequence does and leave padding."""
+    """The sequences of a step. With documents, two of them end before the sequence and leave padding."""
     generator = torch.Generator().manual_seed(100 + step)
     tokens = torch.randint(4, VOCABULARY, (SEQUENCES, LENGTH), generator=generator)
     numbers = torch.arange(step * SEQUENCES, (step + 1) * SEQUENCES)
@@ -147,9 +147,9 @@ def fields(record):
 
 
 def whole_parameters(model, config, groups):
-    """Every parameter and selection bias by its name in the table, put together from all ranks, on rank 0.
+    """Gather every parameter and selection bias from all ranks, by its name in the parameter map, on rank 0.
 
-    Replicas must be the same to the last bit.
+    Replicas must be equal bit for bit.
     """
     held = {}
     for chunk in model.chunks:
@@ -182,7 +182,7 @@ def frozen_state(model):
 
 
 def run(config):
-    """Train `STEPS` steps; what came of it, the same on every rank."""
+    """Train `STEPS` steps. Returns figures that are the same on every rank."""
     validate(config, world_size=parallel.world_size())
     groups = parallel.initialise(config)
     model = train_run.build_model(config, groups)
@@ -216,7 +216,7 @@ def run(config):
 
 
 def main():
-    """One rank of several: run the layouts of a file one after the other, since to import everything takes longest."""
+    """One rank of several. It runs all layouts of a file, because the imports take the longest."""
     torch.set_num_threads(1)
     results = {}
     for name, config in torch.load(sys.argv[1], weights_only=False).items():

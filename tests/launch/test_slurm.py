@@ -1,4 +1,4 @@
-"""`launch/slurm.sbatch` on a real Slurm of two nodes: a run finishes; one that is cut off is queued and goes on."""
+"""`launch/slurm.sbatch` on a real Slurm of two nodes: a run finishes; a run that is cut off is requeued and resumes."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Runs of the tiny recipes: golden losses, kills and resumes, ranks, and what must not move."""
+"""Runs of the tiny recipes: golden losses, kills and resumes, ranks, and frozen weights."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from megatron_twotower.train import run as train_run
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory, tiny_data, tiny_backbone):
-    """The uninterrupted two-tower run that others are compared with."""
+    """The uninterrupted two-tower run that other runs are compared with."""
     run = tmp_path_factory.mktemp("whole") / "run"
     assert train("tiny", *settings(tiny_data, run, tiny_backbone))
     return run
@@ -27,7 +27,7 @@ def whole_run(tmp_path_factory, tiny_data, tiny_backbone):
 
 @pytest.mark.parametrize("recipe", ["tiny_ar", "tiny"])
 def test_golden_losses(recipe, tmp_path, tiny_data, tiny_backbone, whole_run):
-    """Thirty steps give the committed losses. `python tests/golden/update.py` writes them anew after a meant change."""
+    """Thirty steps have the golden losses. `tests/golden/update.py` writes them again after an intended change."""
     run = whole_run
     if recipe == "tiny_ar":
         run = tmp_path / "run"
@@ -42,8 +42,7 @@ def test_golden_losses(recipe, tmp_path, tiny_data, tiny_backbone, whole_run):
 def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, tiny_data, tiny_backbone, whole_run):
     run = tmp_path / "run"
     arguments = settings(tiny_data, run, tiny_backbone)
-    # Sums differ in their last bit with the number of threads: the recipe's counts, not what the
-    # environment says.
+    # Sums depend on the number of threads: the recipe sets it, not the environment.
     process = launch(1, "tiny", *arguments, wait=False, threads=2)
     mark = checkpoint_folder(run, 15)
     deadline = time.monotonic() + 240
@@ -60,7 +59,7 @@ def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, tiny_data, tiny_b
 
 def test_sigterm_saves_at_once_and_asks_to_be_started_again(tmp_path, tiny_data, tiny_backbone, whole_run, records_of):
     run = tmp_path / "run"
-    # Records of three steps: the one under way when the signal comes must come out whole after the
+    # A record covers three steps: the one in which the signal comes must be complete after the
     # resume.
     arguments = settings(tiny_data, run, tiny_backbone, "train.checkpoint_every_steps=0", "train.log_every_steps=3")
     process = launch(1, "tiny", *arguments, wait=False)
@@ -83,8 +82,8 @@ def test_sigterm_saves_at_once_and_asks_to_be_started_again(tmp_path, tiny_data,
         assert record["loss"] == pytest.approx(mean, rel=1e-6)
 
 
-# The whole command on two ranks, and at which steps it stops, to go on from there. What every
-# layout computes is compared in test_layouts.
+# Layouts of the command on two ranks, and the steps at which it stops and resumes. test_layouts
+# compares the results of every layout.
 LAYOUTS = {
     "distributed optimizer": (
         [9],

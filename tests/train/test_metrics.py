@@ -1,4 +1,4 @@
-"""Records reach every sink once, also after a run that was cut off."""
+"""Every sink receives each record once, also after a run that was cut off."""
 
 import io
 import json

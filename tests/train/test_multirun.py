@@ -1,4 +1,4 @@
-"""Multi-run sweeps: a run for each value, each the run that the value alone gives, and mistakes in one line."""
+"""Multi-run sweeps: each value gives the run of that value alone, and mistakes are one line."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from megatron_twotower.config.recipes import load_recipe
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory, tiny_data):
-    """The folder of a sweep of two seeds, its arguments, and their status."""
+    """The folder of a sweep of two seeds, its arguments, and its exit status."""
     output = tmp_path_factory.mktemp("sweep") / "out"
     arguments = [
         "recipe=tiny_ar",
