@@ -272,7 +272,7 @@ class ParallelConfig:
     expert_tensor: int = setting(0, unit="ranks", at_least=0)
     pipeline: int = setting(1, unit="stages", at_least=1)
     pipeline_chunks: int = setting(1, unit="model chunks", at_least=1)
-    # validation.py checks the list as a whole.
+    # config/validation.py checks the list.
     pipeline_layers: list[int] = field(default_factory=list, metadata=FREE)
     context: int = setting(1, unit="ranks", at_least=1)
     moe_dispatcher: str = setting("alltoall", choices=("alltoall", "allgather", "deepep", "hybridep"))

@@ -1,6 +1,7 @@
 """Dataclass fields that state the values they accept, and the check of a configuration."""
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -39,15 +40,6 @@ class Accepts:
         """Whether some value of the type is refused."""
         return dataclasses.replace(self, unit="") != Accepts()
 
-    def _numeric(self) -> Iterable[tuple[str, float | None, Callable[[Any, Any], bool]]]:
-        return (
-            ("at least", self.at_least, lambda value, limit: value >= limit),
-            ("above", self.above, lambda value, limit: value > limit),
-            ("at most", self.at_most, lambda value, limit: value <= limit),
-            ("below", self.below, lambda value, limit: value < limit),
-            ("a multiple of", self.multiple_of, lambda value, limit: value % limit == 0),
-        )
-
     def check(self, key: str, value: Any) -> None:
         """Compare one value with the limits.
 
@@ -58,9 +50,18 @@ class Accepts:
             require(value in self.choices, f"{key}: found {value!r}, expected one of {', '.join(self.choices)}")
         if self.letters:
             require(set(value) <= set(self.letters), f"{key}: found {value!r}, expected letters of {self.letters}")
-        limits = [(words, limit, holds) for words, limit, holds in self._numeric() if limit is not None]
-        expected = " and ".join(f"{words} {limit}" for words, limit, _ in limits)
-        require(all(holds(value, limit) for _, limit, holds in limits), f"{key}: found {value}, expected {expected}")
+        table: tuple[tuple[str, Callable[[Any, Any], bool], float | None], ...] = (
+            ("at least", operator.ge, self.at_least),
+            ("above", operator.gt, self.above),
+            ("at most", operator.le, self.at_most),
+            ("below", operator.lt, self.below),
+            ("a multiple of", lambda number, divisor: number % divisor == 0, self.multiple_of),
+        )
+        limits = [(words, accepted, limit) for words, accepted, limit in table if limit is not None]
+        expected = " and ".join(f"{words} {limit}" for words, _, limit in limits)
+        require(
+            all(accepted(value, limit) for _, accepted, limit in limits), f"{key}: found {value}, expected {expected}"
+        )
 
 
 # Metadata of a free field that needs a default factory, such as a list.

@@ -65,7 +65,8 @@ def restore(checkpoint: Path, trainer: Trainer, sharded_state: ShardedState) -> 
     same_scales = fp8_state.can_restore(state.configuration, trainer.config)
     if not imported and trainer.config.train.precision == "fp8_delayed" and not same_scales and parallel.is_main():
         logging.getLogger(__name__).warning(
-            "%s: has another precision or layout, so the scales of fp8_delayed start anew", checkpoint
+            "%s: has another precision or layout, so the scales of fp8_delayed start from their initial values",
+            checkpoint,
         )
     skipped = ((OPTIMIZER_PREFIX,) if imported else ()) + (() if same_scales else (fp8_state.FP8_STATE_PREFIX,))
     loaded = files.load(checkpoint, lambda: (item for item in sharded_state() if not item.key.startswith(skipped)))

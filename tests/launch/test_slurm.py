@@ -84,7 +84,7 @@ def test_a_recipe_and_its_overrides_finish_on_two_nodes(cluster, arguments, whol
 
 
 @pytest.mark.parametrize("cut", ["signal", "preempted"])
-def test_a_job_that_is_cut_off_goes_on_to_the_same_losses(cut, cluster, arguments, whole, tmp_path, records_of):
+def test_a_job_that_is_cut_off_resumes_to_the_same_losses(cut, cluster, arguments, whole, tmp_path, records_of):
     run = tmp_path / "run"
     job = submit(
         cluster,
@@ -104,5 +104,5 @@ def test_a_job_that_is_cut_off_goes_on_to_the_same_losses(cut, cluster, argument
     assert cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT") == "COMPLETED", seen(tmp_path)
     story = (tmp_path / f"twotower-{job}.log").read_text()
     assert "start 1" in story and "start 2" in story, story
-    assert len(list((run / "checkpoints").iterdir())) == 2, "one of the signal, one of the end: it did not start anew"
+    assert len(list((run / "checkpoints").iterdir())) == 2, "one after the signal, one at the end: the run resumed"
     assert losses(records_of(run)) == pytest.approx(losses(records_of(whole)), rel=1e-5)
