@@ -1,4 +1,4 @@
-"""Set-up of every test: Megatron Core on the CPU, one thread, no network, and small shared inputs."""
+"""Set-up of all tests: Megatron Core on the CPU, one thread, no network, small shared inputs."""
 
 import gc
 import os
@@ -25,7 +25,10 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Check that a test leaves torch with one thread: else the sums of later tests round differently."""
+    """Check that a test leaves torch with one thread.
+
+    Else the sums of later tests round differently.
+    """
     yield
     left = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -34,7 +37,10 @@ def one_thread():
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
-    """The device of a test: the CPU, or a GPU. A test that was selected for a GPU fails without one."""
+    """The device of a test: the CPU, or a GPU.
+
+    A test that was selected for a GPU fails without one.
+    """
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.fail("found no CUDA device, expected one")
     return request.param
@@ -52,7 +58,10 @@ def groups():
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
-    """A prepared data folder: forty short files of generated text, a tokenizer of 512 entries, two splits."""
+    """A prepared data folder.
+
+    Forty short files of generated text, a tokenizer of 512 entries, two splits.
+    """
     from megatron_twotower.data.prepare import prepare
     from megatron_twotower.data.tokenizer import train_tokenizer
 
@@ -106,7 +115,7 @@ def records_of():
 
 @pytest.fixture(scope="session")
 def identity_folder(tiny_data, tmp_path_factory):
-    """An exported two-tower folder whose denoiser is a copy of its context tower, and the tokenizer of `tiny_data`."""
+    """An exported folder whose denoiser is its context tower, with the tokenizer of `tiny_data`."""
     from helpers.modeling import become_backbone, save, tiny_model
 
     folder = tmp_path_factory.mktemp("identity") / "model"

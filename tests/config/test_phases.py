@@ -1,4 +1,4 @@
-"""Phases: tokens become complete global batches, defaults are those of the run, and errors name the setting."""
+"""Phases: complete global batches, defaults of the run, and errors that name the setting."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Write the golden losses again, after an intended change of them: `python tests/golden/update.py`."""
+"""Write the golden losses again, after an intended change: `python tests/golden/update.py`."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Transformer Engine's modules against Megatron's own on a CUDA device: layers, fusions, FP8, and complete runs.
+"""Transformer Engine's modules against Megatron's own on a CUDA device: layers, FP8, and runs.
 
 Not run on a GPU yet. `pytest -m gpu tests/gpu/test_modules.py`
 """

@@ -60,8 +60,8 @@ def test_short_sequences_with_initial_states(precision, chunk, tokens, device):
 def test_mamba_ssm_with_initial_states(precision, chunk, tokens):
     """Report the errors of the scan of mamba-ssm with initial states.
 
-    It is said to be wrong for sequences of 16 tokens on some GPUs. This package does not use it with initial states:
-    there `chunk_scan` has its own implementation, which must be right.
+    It is said to be wrong for sequences of 16 tokens on some GPUs. This package does not use it
+    with initial states: there `chunk_scan` has its own implementation, which must be right.
     """
     assert torch.cuda.is_available(), "found no CUDA device, expected one"
     if reason := dispatch.unavailable("mamba-ssm"):

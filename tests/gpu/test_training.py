@@ -1,4 +1,4 @@
-"""Training, resuming, exporting and generating on a GPU as on the CPU (`make test-gpu`), and on the CPU itself."""
+"""Training, resuming, exporting and generating on a GPU as on the CPU (`make test-gpu`)."""
 
 import json
 
@@ -29,7 +29,7 @@ def golden(name):
 
 
 def deviations(got, want):
-    """The largest relative deviation of a loss up to each step of LIMITS, and of the mean of the last twenty."""
+    """The largest relative error of a loss up to each step of LIMITS, and of the last twenty."""
     off = [abs(a - b) / b for a, b in zip(got, want, strict=True)]
     last = abs(sum(got[-20:]) - sum(want[-20:])) / sum(want[-20:])
     return {step: max(off[:step]) for step, _ in LIMITS if step <= len(off)} | {"last twenty": last}
@@ -40,7 +40,10 @@ STEPS = {"cpu": 30, "cuda": 100}
 
 
 def test_steps_in_fp32_follow_the_golden_losses(here, tmp_path, tiny_data, tiny_backbone):
-    """The golden losses are of a CPU. `python tests/golden/update.py` writes them again after an intended change."""
+    """The golden losses are of a CPU.
+
+    `python tests/golden/update.py` writes them again after an intended change.
+    """
     run, steps = tmp_path / "run", STEPS[here]
     assert train("tiny", *settings(tiny_data, run, tiny_backbone, *PLAIN, f"train.steps={steps}"))
     found = deviations(list(losses(run).values()), golden("tiny_100")[:steps])

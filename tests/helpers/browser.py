@@ -10,7 +10,10 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def in_browser(path, profile, *, script="", fragment=""):
-    """The document after its scripts, and then `script`, have run. The console may show no error."""
+    """The document after its scripts, and then `script`, have run.
+
+    The console may show no error.
+    """
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
         pytest.skip(f"no browser: found none of {', '.join(BROWSERS)} on the PATH")

@@ -1,4 +1,7 @@
-"""Run by `test_export.py` in another process: converts a model many times larger than its memory limit."""
+"""Run by `test_export.py` in another process.
+
+Converts a model many times larger than its memory limit.
+"""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The checks of a GPU, as functions of a device: the ordinary tests run them on the CPU, at small widths.
+"""The checks of a GPU, as functions of a device: other tests run them on the CPU, at small widths.
 
 Every operation and every kind of layer is compared with its reference implementation in float64,
 value and all gradients, from the same rounded inputs. An error is the norm of the difference over
@@ -74,7 +74,7 @@ def draw(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-# --- operations ---------------------------------------------------------------------------------------------------
+# --- operations ---
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,10 @@ def operation_errors(name: str, *, device: str, precision: str) -> dict[str, flo
 
 
 def clean_state_errors(*, device: str, precision: str) -> dict[str, float]:
-    """The errors of the context tower's scan, without gradients: y, the states at chunk starts, and the last state."""
+    """The errors of the context tower's scan: y, the states at chunk starts, and the last state.
+
+    It has no gradients.
+    """
     size, dtype = widths(device), DTYPES[precision]
     own = [t.to(device, dtype if t.dim() == 4 else torch.float32) for t in _stream(size, 0)]
     chunk = chunk_length(BLOCK, preferred=size.model.chunk_size)
@@ -268,7 +271,9 @@ def clean_state_errors(*, device: str, precision: str) -> dict[str, float]:
 def initial_state_errors(
     scan: Callable[..., tuple[Tensor, Tensor]], *, device: str, precision: str, chunk: int, tokens: int = 16
 ) -> dict[str, float]:
-    """Many short sequences, each with its own initial state, against the float64 recurrence: y, and the last state.
+    """The errors of a scan of many short sequences with initial states: y, and the last state.
+
+    The reference is the float64 recurrence.
 
     Args:
         scan: (x, dt, A, B, C, D, chunk, initial) -> y and the last state.
@@ -286,7 +291,7 @@ def initial_state_errors(
     return {"y": relative(y, want), "final state": relative(last, state)}
 
 
-# --- layers -------------------------------------------------------------------------------------------------------
+# --- layers ---
 
 # bfloat16 rounds between the parts of a layer, and a close choice of an expert may change.
 LAYER_TOLERANCES = {"fp32": {"value": 1e-4, "gradients": 1e-3}, "bf16": {"value": 5e-2, "gradients": 1.5e-1}}

@@ -34,7 +34,10 @@ def own_precision(name: str) -> torch.dtype:
 
 
 def write(path, style, *, model=MODEL, precision=own_precision, change=None, shard_bytes=20_000):
-    """A folder of that style. change: applied to its tensors, by the folder's own names, before they are written."""
+    """A folder of that style.
+
+    change: applied to its tensors, by the folder's own names, before they are written.
+    """
     towers, spelling = STYLES[style]
     entries = parameter_map.folder_entries(towers, model, 256)
     tensors = {n: random_tensor(n, shape, precision(n)) for n, shape in parameter_map.hf_shapes(entries, model).items()}

@@ -29,7 +29,10 @@ def config_of(kind, *, block, length, recompute=""):
 
 
 def storages():
-    """All storages of tensors that Python knows, by address. While they are kept, no address is used again."""
+    """All storages of tensors that Python knows, by address.
+
+    While they are kept, no address is used again.
+    """
     gc.collect()
     tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter)]
     return {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)}

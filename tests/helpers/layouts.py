@@ -1,4 +1,7 @@
-"""Five steps of training on a layout, and their figures that do not depend on the layout. For `test_layouts`."""
+"""Five steps of training on a layout, and their figures that do not depend on the layout.
+
+For `test_layouts`.
+"""
 
 import dataclasses
 import random
@@ -88,7 +91,7 @@ def base(backbone):
 
 
 def changed(config, changes):
-    """A configuration with fields of sections replaced: {"section": {"field": value}} or {"field": value}."""
+    """Replace fields of a configuration: {"section": {"field": value}} or {"field": value}."""
     for key, value in changes.items():
         old = getattr(config, key)
         new = dataclasses.replace(old, **value) if dataclasses.is_dataclass(old) else value
@@ -119,7 +122,10 @@ def write_backbone(folder):
 
 
 def global_batch(step, *, documents):
-    """The sequences of a step. With documents, two of them end before the sequence and leave padding."""
+    """The sequences of a step.
+
+    With documents, two of them end before the sequence and leave padding.
+    """
     generator = torch.Generator().manual_seed(100 + step)
     tokens = torch.randint(4, VOCABULARY, (SEQUENCES, LENGTH), generator=generator)
     numbers = torch.arange(step * SEQUENCES, (step + 1) * SEQUENCES)
@@ -147,7 +153,7 @@ def fields(record):
 
 
 def whole_parameters(model, config, groups):
-    """Gather every parameter and selection bias from all ranks, by its name in the parameter map, on rank 0.
+    """Gather all parameters and selection biases on rank 0, by name in the parameter map.
 
     Replicas must be equal bit for bit.
     """

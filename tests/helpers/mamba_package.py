@@ -72,14 +72,20 @@ def memory_holds_nan(patch: pytest.MonkeyPatch) -> None:
 
 
 def fenced(tensor: torch.Tensor, *, wide: int = 4096) -> torch.Tensor:
-    """The same values with NaN (or -7) before and after them: a kernel that reads past an end shows it."""
+    """The same values with NaN (or -7) before and after them.
+
+    A kernel that reads past an end shows it.
+    """
     room = torch.full((tensor.numel() + 2 * wide,), float("nan") if tensor.is_floating_point() else -7)
     inner = room.to(tensor.dtype)[wide:-wide].view(tensor.shape)
     return inner.copy_(tensor.detach())
 
 
 def mend_bfloat16(patch: pytest.MonkeyPatch) -> None:
-    """Triton 3.9's interpreter multiplies the bits of bfloat16 as integers, and cuts off where a GPU rounds."""
+    """Fix bfloat16 in Triton 3.9's interpreter.
+
+    It multiplies the bits as integers, and truncates where a GPU rounds.
+    """
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -105,7 +111,10 @@ def mend_bfloat16(patch: pytest.MonkeyPatch) -> None:
 
 
 def multiply_in_tf32(patch: pytest.MonkeyPatch) -> None:
-    """Round as tl.dot does with float32 on tensor cores by default: factors have ten bits after the point."""
+    """Round as tl.dot does with float32 on tensor cores by default.
+
+    Factors have ten bits after the point.
+    """
     from triton.runtime import interpreter
 
     multiply = interpreter.InterpreterBuilder.create_dot

@@ -1,4 +1,6 @@
-"""One rank of a real job: what it stores and sends in a step, in bytes, for several layouts. Run by torchrun.
+"""One rank of a real job: what it stores and sends in a step, in bytes, for several layouts.
+
+Run by torchrun.
 
     python -m torch.distributed.run --nproc-per-node=2 -m helpers.measure_ranks
     '[{"parallel.expert": 2}, ...]' OUTPUT
@@ -37,7 +39,8 @@ def _counted(name, size):
     def counting(*args, group=None, **more):
         if group in NAMES:
             ranks = dist.get_world_size(group)
-            # mcore/patches.py sums complete tensors where Gloo cannot scatter the uneven parts of experts.
+            # mcore/patches.py sums complete tensors, because Gloo cannot scatter uneven parts of
+            # experts.
             twice = name == "all_reduce" and NAMES[group] != "expert tensor"
             SENT[NAMES[group], name] += size(args, ranks) * (ranks - 1) / ranks * (2 if twice else 1)
         return call(*args, group=group, **more)
@@ -108,13 +111,16 @@ def built(config, groups):
 
 
 def alive():
-    """The storages of all tensors that Python knows. While they are kept, their addresses are not used again."""
+    """The storages of all tensors that Python knows.
+
+    While they are kept, their addresses are not used again.
+    """
     gc.collect()
     return storages(found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter))
 
 
 def kept_bytes(trainer, modules, batch):
-    """Bytes kept between the forward and the backward pass of a micro-batch, in the graph and in closures."""
+    """Bytes that graph and closures keep between forward and backward pass of a micro-batch."""
     rows = towers.rows_between_stages(
         trainer.config,
         sequences=len(batch.tokens),

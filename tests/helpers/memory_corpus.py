@@ -10,7 +10,7 @@ from megatron_twotower.common.errors import UserError
 
 @dataclass(frozen=True)
 class MemoryCorpus:
-    """Replaces `shards.Corpus`: token i of the stream is `base + i`, and every document ends with `end`.
+    """Replaces `shards.Corpus`: token i is `base + i`, and every document ends with `end`.
 
     damaged: shards that cannot be read, and why. shard_tokens: of each shard.
     """

@@ -50,7 +50,10 @@ def tiny_config(
 
 
 def random_source(*, seed: int = 0, scale: float = 0.4) -> tensors.TensorSource:
-    """Normal random values for every tensor by its name: norms near one, biases and tables not at their start."""
+    """Normal random values for every tensor by its name.
+
+    Norms are near one; biases and tables are not at their initial values.
+    """
     shapes: dict[str, torch.Size] = {}
 
     def source(name: str) -> torch.Tensor:
@@ -104,7 +107,7 @@ def random_noisy_batch(config: RunConfig, *, batch: int = 2, per_block: bool = T
 
 
 def planned_config(changes: dict[str, object]) -> RunConfig:
-    """All kinds of layers, large enough that sizes show, on a layout: {"parallel.expert": 2, ...}."""
+    """A model with all kinds of layers, on a layout: {"parallel.expert": 2, ...}."""
     model = dataclasses.replace(
         TINY,
         hybrid_override_pattern="ME*-ME",

@@ -1,7 +1,7 @@
-"""A pretended CUDA device: it computes on the CPU and has the rules of a GPU, so that tests find device errors.
+"""A pretended CUDA device: it computes on the CPU with the rules of a GPU, to find device errors.
 
-Inside `pretended_cuda()` a tensor that is made on "cuda" or moved there is a `Pretended` tensor: its
-device is cuda:0, and it computes with an ordinary CPU tensor. As on a GPU,
+Inside `pretended_cuda()` a tensor that is made on "cuda" or moved there is a `Pretended` tensor:
+its device is cuda:0, and it computes with an ordinary CPU tensor. As on a GPU,
 
 * an operation that mixes it with tensors of the host fails, except for 0-dim numbers in pointwise
   operations and for indices;
@@ -117,7 +117,10 @@ class Pretended(torch.Tensor):
 
 @dataclass(frozen=True)
 class Wait:
-    """An operation for which the host waits. owner: whose code called it; where: file, line and function."""
+    """An operation for which the host waits.
+
+    owner: whose code called it; where: file, line and function.
+    """
 
     kind: str
     owner: str
@@ -196,7 +199,7 @@ def _name(func: Any) -> str:
 
 @cache
 def _returned(func: Any) -> tuple[str | None, ...]:
-    """For each result of an operation, the argument that it was written into; None for a new tensor."""
+    """The argument that each result of an operation was written into; None for a new tensor."""
     written = {
         next(iter(a.alias_info.before_set)): a.name
         for a in func._schema.arguments
@@ -218,7 +221,10 @@ def _argument(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 class _Generator(torch.Generator):
-    """A generator that draws the numbers of the host. devices: addresses of the generators of the device."""
+    """A generator that draws the numbers of the host.
+
+    devices: addresses of the generators of the device.
+    """
 
     devices: ClassVar[set[int]] = set()
 
@@ -276,9 +282,10 @@ class _Device(TorchDispatchMode):
         return after
 
     def _check(self, func, name, args, tensors, here) -> None:
-        """
+        """Check that all tensors of an operation are on one device.
+
         Raises:
-            WrongDevice: tensors of the device and of the host do not go together here.
+            WrongDevice: It mixes tensors of the device and of the host.
         """
         if not here:
             if "c10d" in func._schema.name and tensors and name != "barrier":
@@ -335,7 +342,10 @@ def _shown(value: Any) -> Any:
 
 
 def _indexed(value: Any) -> Any:
-    """`cuda` as `cuda:0`: without a number, a build for the CPU asks for a runtime that it does not have."""
+    """`cuda` as `cuda:0`.
+
+    Without a number, a build for the CPU asks for a runtime that it does not have.
+    """
     named = isinstance(value, (str, torch.device)) and str(value) == "cuda"
     return CUDA if named else value
 

@@ -1,4 +1,4 @@
-"""A Slurm cluster of two nodes on this machine, for as long as a test needs it: munged, slurmctld, two slurmd.
+"""A Slurm cluster of two nodes on one machine, for a test: munged, slurmctld, two slurmd.
 
 Debian's packages `slurm-wlm` and `munge` are all it takes, and root. Everything lives in one
 folder.
@@ -104,7 +104,7 @@ class Cluster:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Free ports below those that the system assigns, so that no other process gets them before the daemons."""
+    """Free ports below those that the system assigns, so that no other process gets them."""
     found: list[int] = []
     for port in random.sample(range(6000, 19000), 200):
         with socket.socket() as probe, contextlib.suppress(OSError):

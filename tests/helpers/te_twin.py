@@ -1,4 +1,4 @@
-"""Modules with the parameters of Transformer Engine's that compute with torch: a test of its spec on a CPU.
+"""Modules with the parameters of Transformer Engine's that compute with torch, for a CPU.
 
 Arguments are those that Megatron gives its wrappers (extensions/transformer_engine.py), names and
 shapes of parameters those of transformer-engine 2.11. Grouped experts are Megatron's own
@@ -32,7 +32,10 @@ class NormColumn(ColumnParallelLinear):
 
 
 class _Grouped(nn.Module):
-    """Replaces TEGroupedLinear: one product after the other, for the tokens of each of the rank's experts."""
+    """Replaces TEGroupedLinear.
+
+    One product after the other, for the tokens of each of the rank's experts.
+    """
 
     split: int
 
@@ -83,7 +86,7 @@ def twin():
 
 
 def install(monkeypatch):
-    """Use these modules in runs that ask for Transformer Engine and turn off the `UNFUSED` kernels."""
+    """Use these modules in runs with Transformer Engine and without the `UNFUSED` kernels."""
     monkeypatch.setitem(modules.SPECS, "transformer_engine", twin)
     monkeypatch.setattr(modules, "unavailable", lambda package: None)
 

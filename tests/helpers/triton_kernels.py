@@ -1,4 +1,4 @@
-"""Shared by tests of Triton kernels: the device they run on, and Triton's compiler without a device.
+"""Shared by tests of Triton kernels: their device, and Triton's compiler without a device.
 
 Without a GPU, Triton's interpreter runs the kernels. It has to be switched on before triton is
 first imported, which other tests may have done in this process: `test_triton.py` runs the files of

@@ -1,4 +1,7 @@
-"""The launch scripts without a scheduler: two nodes, the logs of each rank, and the environment of a rank."""
+"""The launch scripts without a scheduler.
+
+Two nodes, the logs of each rank, and the environment of a rank.
+"""
 
 import ast
 import itertools
@@ -166,7 +169,7 @@ def test_wheels_say_what_they_expect():
 
 
 def test_nvcc_for_one_architecture(tmp_path):
-    """Architectures are removed in either spelling, and other arguments reach the compiler unchanged."""
+    """Architectures are removed in either spelling; the compiler receives all other arguments."""
     compiler = tmp_path / "bin" / "nvcc"
     compiler.parent.mkdir()
     compiler.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')

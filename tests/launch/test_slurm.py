@@ -1,4 +1,7 @@
-"""`launch/slurm.sbatch` on a real Slurm of two nodes: a run finishes; a run that is cut off is requeued and resumes."""
+"""`launch/slurm.sbatch` on a real Slurm of two nodes.
+
+A run finishes; a run that is cut off is requeued and resumes.
+"""
 
 import sys
 from pathlib import Path
@@ -43,7 +46,10 @@ def whole(tmp_path_factory, arguments):
 
 
 def submit(cluster, folder, *options):
-    """Queue the shipped script from a folder of its own. `python` must be this interpreter on every node."""
+    """Queue the shipped script from a folder of its own.
+
+    `python` must be this interpreter on every node.
+    """
     path = f"{Path(sys.executable).parent}:{cluster.environment['PATH']}"
     said = cluster.run("sbatch", "--parsable", *options, cwd=folder, PATH=path, PYTHONPATH=str(ROOT))
     return said.strip().partition(";")[0]

@@ -1,4 +1,7 @@
-"""Generation and evaluation on a pretended device: the numbers of the host, and every wait is counted."""
+"""Generation and evaluation on a pretended device.
+
+The numbers of the host, and every wait is counted.
+"""
 
 import dataclasses
 import json
@@ -72,7 +75,7 @@ MODES = {
 @pytest.mark.parametrize("eos", [None, EOS])
 @pytest.mark.parametrize("mode", MODES)
 def test_text_is_that_of_the_host_and_every_wait_is_expected(mode, eos):
-    """A forward pass of the denoiser waits once for the remaining masks, and once for each layer of experts."""
+    """A forward pass of the denoiser waits for remaining masks and for each layer of experts."""
     settings, waited_for = MODES[mode]
     settings, ids = settings | {"eos_token_id": eos}, random_ids(ROWS, PROMPT)
     with as_there():
@@ -88,7 +91,7 @@ def test_text_is_that_of_the_host_and_every_wait_is_expected(mode, eos):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_clock_is_read_when_the_device_is_done(mode, monkeypatch):
-    """The clock is read after a number has arrived from the device, not when the last work is queued."""
+    """The clock is read when a number has arrived, not when the last work is queued."""
     with pretended_cuda() as waits:
         model, ids = tiny_model(dtype=torch.float32).to("cuda"), random_ids(ROWS, PROMPT).to("cuda")
         readings = []
@@ -111,7 +114,10 @@ def test_a_block_that_is_done_early_is_checked_once_more():
 @pytest.mark.parametrize("towers", [("cuda", "cuda"), ("cpu", "cuda"), ("cuda", "cpu")])
 @pytest.mark.parametrize("mode", MODES)
 def test_padding_sampling_and_towers_on_two_devices(mode, towers):
-    """`write` makes the generator where the tokens are decided on; the prompt is where the context tower is."""
+    """The prompt is on the device of the context tower.
+
+    The generator is on the device where the mode chooses tokens.
+    """
     ids = random_ids(ROWS, PROMPT)
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
@@ -144,7 +150,7 @@ def test_those_who_watch_may_look(two_tower_folder):
         assert canvas.state[0] + canvas.state[1] == on_host(text)[0, PROMPT:].tolist()
 
 
-# --- likelihoods --------------------------------------------------------------------------------------------------
+# --- likelihoods ---
 
 ALL = random_ids(4, 24)
 MEASURES = {

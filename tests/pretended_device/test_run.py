@@ -1,4 +1,7 @@
-"""A complete run on a pretended device: data, training, validation, records and checkpoints are those of the host."""
+"""A complete run on a pretended device.
+
+Data, training, validation, records and checkpoints are those of the host.
+"""
 
 import pytest
 

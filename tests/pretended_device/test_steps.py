@@ -1,4 +1,7 @@
-"""Training on a pretended device: no operation mixes devices, no step waits without need, the numbers are equal."""
+"""Training on a pretended device.
+
+No operation mixes devices, no step waits without need, the numbers are equal.
+"""
 
 import pytest
 import torch
@@ -115,7 +118,7 @@ def test_modules_move_and_train_as_on_the_host():
         assert torch.equal(on_host(parameter.grad), gradient)
 
 
-# --- training -----------------------------------------------------------------------------------------------------
+# --- training ---
 
 
 def two_tower_pass(config, groups):
@@ -158,7 +161,8 @@ def one_step(trainer, step):
 def two_steps(config, waits):
     """Two steps of training, and a validation.
 
-    Returns their sums, gradient norms, parameters and figures, and what the second step and the validation waited for.
+    Returns their sums, gradient norms, parameters and figures, and what the second step and the
+    validation waited for.
     """
     with built_trainer(config) as (trainer, model):
         sums, norms = [], []
@@ -184,7 +188,8 @@ SLOW_STEPS = [("hard", True), ("hard", False), ("bf16", True), ("bf16", False)]
 def test_steps_of_training(backbone, kind, distributed):
     """Steps with Megatron's schedule, gradient buffers and optimizers have the numbers of the host.
 
-    This package waits once, for whether the loss is finite, right after Megatron has waited for the norm.
+    This package waits once, for whether the loss is finite, right after Megatron has waited for the
+    norm.
     """
     config = layouts.changed(layouts.base(backbone), layouts.RUNS[kind])
     config = layouts.changed(config, {"optimizer": {"distributed": distributed}})
@@ -207,11 +212,11 @@ def test_steps_of_training(backbone, kind, distributed):
     assert validating.counted("ours") == {"a copy to the host: loop._figures": 1}
 
 
-# --- non-finite steps, and checkpoints ----------------------------------------------------------------------------
+# --- non-finite steps, and checkpoints ---
 
 
 def stored(trainer, model):
-    """Copies of the weights, selection biases and optimizer state that a checkpoint stores, by key and offset."""
+    """Copies of the tensors that a checkpoint stores, by key and offset."""
     shards = files.state_dict(train_run.state_of(trainer, model)())
     return {name: shard.data.clone() for name, shard in shards.items() if isinstance(shard, ShardedTensor)}
 
@@ -224,7 +229,10 @@ def assert_same(got, want):
 
 @pytest.mark.parametrize(("loss", "distributed"), [(False, True), (True, False)])
 def test_a_step_that_is_not_finite_changes_nothing(backbone, monkeypatch, loss, distributed):
-    """A gradient that is not finite shows in the norm, for which Megatron has waited: this package does not wait."""
+    """A gradient that is not finite shows in the norm, for which Megatron has waited.
+
+    This package does not wait.
+    """
     config = layouts.changed(layouts.base(backbone), {"optimizer": {"distributed": distributed}})
     with_bad_steps(monkeypatch, {2}, loss=loss)
     with pretended_cuda() as waits, built_trainer(config) as (trainer, model):
@@ -241,7 +249,10 @@ def test_a_step_that_is_not_finite_changes_nothing(backbone, monkeypatch, loss, 
 
 @pytest.mark.parametrize(("precision", "distributed"), [("fp32", False), ("bf16", True)])
 def test_a_checkpoint_of_the_device_is_that_of_the_host(backbone, precision, distributed, tmp_path):
-    """A checkpoint written on the device is read there and on the host. To list its tensors waits for nothing."""
+    """A checkpoint written on the device is read there and on the host.
+
+    To list its tensors waits for nothing.
+    """
     config = layouts.changed(layouts.base(backbone), {"optimizer": {"distributed": distributed}})
     config = layouts.changed(config, {"train": {"precision": precision}})
     with as_there(), built_trainer(config) as (trainer, model):

@@ -18,7 +18,7 @@ from megatron_twotower.mcore import parallel
 from megatron_twotower.train import loop
 from megatron_twotower.train import run as train_run
 
-# --- kills --------------------------------------------------------------------------------------------------------
+# --- kills ---
 
 
 def soaked(output, data, backbone, *, kills, counts, seed):
@@ -50,7 +50,10 @@ def test_thirty_kills_with_changing_numbers_of_ranks(tmp_path, tiny_data, tiny_b
 
 @pytest.mark.slow
 def test_torchrun_resumes_with_the_remaining_ranks(tmp_path, tiny_data, tiny_backbone):
-    """There are two agents with one rank each. The second one is killed with its rank; the first one restarts alone."""
+    """There are two agents with one rank each.
+
+    The second one is killed with its rank; the first one restarts alone.
+    """
     run, whole = tmp_path / "run", tmp_path / "whole"
     # A low learning rate and a large epsilon: rounding depends on the number of ranks, and its
     # differences must not grow.

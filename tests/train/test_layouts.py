@@ -1,4 +1,4 @@
-"""Every layout has the same losses, gradient norms, loads of experts and parameters after five steps."""
+"""Every layout has the same losses, gradient norms and parameters after five steps."""
 
 import os
 import socket
@@ -81,7 +81,10 @@ def free_port():
 
 
 def run_layouts(ranks, configs, folder):
-    """Run configurations one after the other on ranks in other processes. Returns the results of `layouts.run`."""
+    """Run configurations one after the other on ranks in other processes.
+
+    Returns the results of `layouts.run`.
+    """
     torch.save(configs, folder / "configs.pt")
     address = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-c", WORKER, str(folder / "configs.pt"), str(folder / "results.pt")]
@@ -140,13 +143,13 @@ def results_on(backbone, tmp_path_factory):
 
 
 # Largest differences of parameters from those of one rank, relative to the parameter, and relative
-# to its change. A bf16 parameter is rounded to 4e-3 of itself in each step, and a few are rounded to
-# the other side.
+# to its change. A bf16 parameter is rounded to 4e-3 of itself in each step, and a few are rounded
+# to the other side.
 TOLERANCES = {"fp32": (1e-5, 1e-3), "bf16": (1e-3, 1e-1)}
 
 
 def assert_same(got, want, precision):
-    """Losses and norms are equal to 1e-5 and counts exactly; parameters are close; frozen weights have not changed."""
+    """Losses and norms agree to 1e-5, counts exactly; parameters are close, frozen ones equal."""
     of_itself, of_the_way = TOLERANCES[precision]
     assert got["losses"] == pytest.approx(want["losses"], rel=1e-5)
     assert got["norms"] == pytest.approx(want["norms"], rel=1e-5)

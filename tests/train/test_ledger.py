@@ -16,7 +16,10 @@ def batch(*samples, epoch=0):
 
 @pytest.fixture
 def run_folder(tmp_path):
-    """Two ranks, two sequences each per step: steps 1 to 3, a kill, steps 3 and 4. Sample n is at position n."""
+    """Two ranks, two sequences each per step: steps 1 to 3, a kill, steps 3 and 4.
+
+    Sample n is at position n.
+    """
     for rank in (0, 1):
         with ledger.open_ledger(tmp_path, rank=rank) as stream:
             for start, steps in ((100, (1, 2, 3)), (200, (3, 4))):

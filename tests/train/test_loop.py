@@ -27,7 +27,10 @@ def whole_run(tmp_path_factory, tiny_data, tiny_backbone):
 
 @pytest.mark.parametrize("recipe", ["tiny_ar", "tiny"])
 def test_golden_losses(recipe, tmp_path, tiny_data, tiny_backbone, whole_run):
-    """Thirty steps have the golden losses. `tests/golden/update.py` writes them again after an intended change."""
+    """Thirty steps have the golden losses.
+
+    `tests/golden/update.py` writes them again after an intended change.
+    """
     run = whole_run
     if recipe == "tiny_ar":
         run = tmp_path / "run"

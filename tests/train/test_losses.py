@@ -74,7 +74,7 @@ def test_next_tokens_are_scored_within_their_document():
 
 
 def test_no_operation_of_a_step_asks_for_a_value():
-    """With fake tensors an operation that needs a value, such as a count or a comparison, raises an error."""
+    """With fake tensors an operation that needs a value, such as a count, raises an error."""
     noisy = corrupt(batch_of(), NOISE, seed=5)
     attention._hidden.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:

@@ -1,4 +1,7 @@
-"""Complete runs of a blend: phases, kills inside a phase, damaged shards, and separate documents."""
+"""Complete runs of a blend.
+
+Phases, kills inside a phase, damaged shards, and separate documents.
+"""
 
 import json
 import shutil
@@ -76,7 +79,10 @@ def test_it_logs_what_it_read_of_each_corpus(whole_run, records_of, two_corpora,
 
 
 def assert_same(got, want):
-    """Counts and names are equal, and floats to 1e-6: last bits differ between processes (memory alignment)."""
+    """Counts and names are equal, and floats to 1e-6.
+
+    Last bits differ between processes (memory alignment).
+    """
     assert got.keys() == want.keys()
     for key, value in want.items():
         if isinstance(value, dict):
@@ -173,7 +179,10 @@ def test_a_run_with_only_damaged_shards_stops(tmp_path, two_corpora, tiny_backbo
 
 @pytest.mark.slow
 def test_the_number_of_ranks_may_change_within_a_run(tmp_path, two_corpora, tiny_backbone, records_of):
-    """Two ranks train past a damaged shard, and one rank resumes: the result is the run of one rank."""
+    """Two ranks train past a damaged shard, and one rank resumes.
+
+    The result is the run of one rank.
+    """
     damaged(two_corpora, tmp_path / "data")
     common = ["data.damaged_shards=skip", "train.validate_every_steps=0", "schedule.warmup_steps=0"]
     first, second = "{name: breadth, tokens: 1024, warmup_tokens: 0}", "{name: quality, tokens: 1024, warmup_tokens: 0}"

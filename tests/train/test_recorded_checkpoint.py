@@ -33,7 +33,7 @@ def recorded(tmp_path, tiny_data, tiny_backbone, monkeypatch):
 
 
 def test_every_tensor_is_restored_bit_for_bit(recorded, tmp_path):
-    """The checkpoint that is restored and saved again has the tensors and the state of the first one."""
+    """A checkpoint that is restored and saved again has the same tensors and the same state."""
     first, second = checkpoint_folder(recorded, 15), checkpoint_folder(tmp_path / "again", 15)
     with built_trainer(load_recipe("run/config.yaml")) as (trainer, model):
         weight = next(model.module.parameters())

@@ -1,4 +1,7 @@
-"""Checkpoints of one release of Megatron Core, read by the other. `make test-releases OTHER_PYTHON=python3.12`"""
+"""Checkpoints of one release of Megatron Core, read by the other.
+
+`make test-releases OTHER_PYTHON=python3.12`
+"""
 
 import os
 import subprocess

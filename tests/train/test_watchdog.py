@@ -66,6 +66,6 @@ def test_a_frozen_rank_is_named_and_the_job_ends(tmp_path, tiny_data, tiny_backb
         job.kill()
     said = job.logs[0].read_text()
     assert f"watchdog: rank 1 (process {frozen} on" in said and "no heartbeat for" in said
-    # The last activity depends on when the rank was stopped, and on when its last heartbeat arrived.
+    # The last activity depends on when the rank was stopped and when its last heartbeat arrived.
     assert re.search(r"the last at (start|reading|step|validation)", said), said
     assert "watchdog: rank 0" in said and "called by" in said
