@@ -1,24 +1,26 @@
-# Environment of a training process, in one place: sourced by torchrun.sh and slurm.sbatch before anything starts.
-# What is set already is left as it is, so `NCCL_DEBUG=INFO sbatch ...` has its way. To give a cluster its own values
-# (network interfaces above all), put them in a file and name it: TWOTOWER_ENV=my/cluster.sh.
+# Environment of a training process. torchrun.sh and slurm.sbatch source this file before they start
+# anything. A variable that is already set keeps its value, as in `NCCL_DEBUG=INFO sbatch ...`. Put
+# the values of a cluster (such as network interfaces) into a file: TWOTOWER_ENV=my/cluster.sh.
 
 # shellcheck source=/dev/null
 if [[ -n ${TWOTOWER_ENV:-} ]]; then source "$TWOTOWER_ENV"; fi
 
-# Threads of a CPU rank; with a GPU they only prepare data.
+# CPU threads of a rank; with a GPU they only prepare data.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-# NCCL. One rank that fails must end the others, rather than leave them waiting in a collective.
+# NCCL. A rank that fails must end the others: else they wait in a collective.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-# Megatron's overlap of tensor-parallel collectives with products needs one queue to the GPU (not on Blackwell).
+# One queue to the GPU: Megatron needs it to overlap tensor-parallel collectives with matrix
+# products (not on Blackwell).
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-# Buffers of changing sizes (experts) fragment less.
+# Less fragmentation by buffers of changing sizes (experts).
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
-# The interfaces are the cluster's own: NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME, NCCL_IB_HCA belong into TWOTOWER_ENV.
+# Each cluster has its own interfaces: set NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and NCCL_IB_HCA in
+# the file of TWOTOWER_ENV.
 
-# W&B writes into the run folder and sends nothing, unless this or logging.wandb=online says so; then WANDB_API_KEY is
-# needed, here or in ~/.netrc. Hugging Face folders are local.
+# W&B writes into the run folder and sends nothing, unless this variable or logging.wandb is
+# `online`. Then it needs WANDB_API_KEY, here or in ~/.netrc. Hugging Face folders are local.
 export WANDB_MODE=${WANDB_MODE:-offline}
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-true}

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# nvcc for one architecture alone. mamba-ssm and causal-conv1d name theirs in setup.py (nine with CUDA 13) and read no
-# setting; torch lets another nvcc stand in, so this one drops what they name:
+# nvcc for one architecture. The setup.py of mamba-ssm and of causal-conv1d names its architectures
+# (nine with CUDA 13) and reads no setting. torch can use another nvcc: this one, which drops the
+# architectures in its arguments:
 #
 #   ARCH=90 PYTORCH_NVCC=$PWD/launch/nvcc.sh pip install --no-build-isolation '.[gpu]'
 #

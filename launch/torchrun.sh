@@ -5,13 +5,19 @@
 #   RANKS_PER_NODE=2 launch/torchrun.sh recipe=...                    # two ranks, here
 #   NODES=4 MASTER_ADDR=node0 launch/torchrun.sh recipe=...           # the same on each of four nodes, in any order
 #
-# RANKS_PER_NODE               the GPUs of this node, or 1 without any
-# NODES, MASTER_ADDR, MASTER_PORT, JOB_ID   1, localhost, 29500, twotower: where the nodes meet; their ranks are dealt
-#                              out there. NODES=2:4 begins with two and takes in up to four (see RESTARTS)
-# RESTARTS                     how often all ranks are started again when one fails, or a node comes or goes (0)
-# LOGS                         folder for the output of each rank, below JOB_ID; rank 0 of a node is printed as well
-# Environment for NCCL and W&B: env.sh. SIGTERM and SIGUSR1 reach every rank, which saves and ends; the same command
-# goes on from there.
+# Variables, and their defaults:
+#
+#   RANKS_PER_NODE   processes on this node: its GPUs, or 1 without a GPU
+#   NODES            1. NODES=2:4 starts with two nodes and accepts up to four (see RESTARTS)
+#   MASTER_ADDR      localhost: the node where all nodes meet, and which assigns the ranks
+#   MASTER_PORT      29500
+#   JOB_ID           twotower
+#   RESTARTS         0: how often all ranks start again when one fails, or a node joins or leaves
+#   LOGS             folder for the output of each rank, in a folder JOB_ID; rank 0 of a node is
+#                    printed too
+#
+# Environment for NCCL and W&B: env.sh. SIGTERM and SIGUSR1 reach every rank, which saves and ends.
+# The same command then resumes.
 set -euo pipefail
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"

@@ -1,17 +1,23 @@
 #!/usr/bin/env bash
-# Wheels for a machine without a network, of another Python too: all that this project needs but torch, triton and CUDA's
-# libraries, which the machine has.
+# Download the wheels that a machine without a network needs, also for another Python version: all
+# requirements but torch, triton and CUDA's libraries, which must be installed there.
 #
-#   launch/wheels.sh wheels 3.12 2.11.0          # into the folder `wheels`, for Python 3.12 beside torch 2.11.0
-#   KERNELS=1 launch/wheels.sh wheels 3.12 2.11.0   # and sources of mamba-ssm and causal-conv1d, to compile there
-#                                                    # or here, where nvcc and that torch are (docs/gpu.md, Install)
+#   launch/wheels.sh wheels 3.12 2.11.0
 #
-# and on that machine, from a copy of this repository:
+# fills the folder `wheels` for Python 3.12 with torch 2.11.0.
+#
+#   KERNELS=1 launch/wheels.sh wheels 3.12 2.11.0
+#
+# adds the sources of mamba-ssm and causal-conv1d, to compile on a machine with nvcc and that torch
+# (docs/gpu.md, Install). Then, on the machine without a network, in a copy of this repository:
 #
 #   python -m pip install --no-index --find-links wheels --no-deps wheels/*.whl
 #   python -m pip install --no-index --no-deps --no-build-isolation -e .
 #
-# PYTHON   the Python that downloads (python3). LEAVE_OUT   more to leave out, as a regular expression.
+# Variables, and their defaults:
+#
+#   PYTHON      python3: the Python that downloads
+#   LEAVE_OUT   none: a regular expression of more packages to leave out
 set -euo pipefail
 
 if [[ $# -ne 3 ]]; then
@@ -25,7 +31,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$folder"
 
-# What setup.py asks for, resolved for that Python with that torch, and written down without downloading anything large.
+# Resolve the requirements in setup.py for that Python with that torch, without a download.
 "$python" - "$here/setup.py" > "$work/requirements.txt" <<'PYTHON'
 import ast
 import sys
@@ -39,7 +45,7 @@ values = {
 print("\n".join([*values["REQUIRES"], *values["EXTRAS"]["data"], "pytest>=8", "hypothesis>=6"]))
 PYTHON
 echo "torch==$torch" > "$work/constraints.txt"
-# What omegaconf needs is there as a source alone, of pure Python: its wheel is made here.
+# omegaconf needs a package that exists only as a source, of pure Python: build its wheel.
 "$python" -m pip wheel --quiet --no-deps --wheel-dir "$folder" 'antlr4-python3-runtime==4.9.*'
 "$python" -m pip install --quiet --dry-run --ignore-installed --only-binary :all: --target "$work/none" \
   --python-version "$version" --implementation cp --report "$work/report.json" \
@@ -59,9 +65,9 @@ PYTHON
   --python-version "$version" --implementation cp \
   --find-links "$folder" --requirement "$work/pinned.txt"
 if [[ ${KERNELS:-0} == 1 ]]; then
-  # Their setup.py asks torch and nvcc for versions unless it is told not to build.
+  # Their setup.py asks torch and nvcc for versions, unless it skips the build.
   MAMBA_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE \
     "$python" -m pip download --quiet --no-deps --no-build-isolation --no-binary :all: --dest "$folder" \
     'mamba-ssm>=2.3.2,<3' 'causal-conv1d>=1.5,<2'
 fi
-echo "$folder: $(find "$folder" -name '*.whl' | wc -l) wheels, $(du -sm "$folder" | cut -f1) MiB, for Python $version beside torch $torch"
+echo "$folder: $(find "$folder" -name '*.whl' | wc -l) wheels, $(du -sm "$folder" | cut -f1) MiB, for Python $version with torch $torch"

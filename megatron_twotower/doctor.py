@@ -267,12 +267,10 @@ def diagnose(config: RunConfig = _ANY_RUN) -> list[Role]:
     return [*map(_kernel_role, KERNEL_ROLES), *of_spec, _optimizer_role()]
 
 
-def one_line_summary(config: RunConfig = _ANY_RUN) -> str:
-    """Device, versions and serving implementations in one line, for the log of a starting run."""
+def one_line_summary() -> str:
+    """Return the device and backend, and the versions of torch and megatron-core, in one short line."""
     where = "CPU and Gloo" if device.is_cpu() else f"{torch.cuda.get_device_name()} and NCCL"
-    megatron = _installed(_BY_NAME["megatron-core"])
-    roles = "; ".join(f"{role.role}: {role.serves}" for role in diagnose(config))
-    return f"{where}, torch {torch.__version__}, megatron-core {megatron}; {roles}"
+    return f"{where}, torch {torch.__version__}, megatron-core {_installed(_BY_NAME['megatron-core'])}"
 
 
 def _table(title: str, headings: tuple[str, ...]) -> Table:

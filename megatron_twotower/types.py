@@ -1,4 +1,4 @@
-"""The records that pass from room to room, and the legend of their dimensions.
+"""The records that pass between folders, and the legend of their dimensions.
 
 Dimension legend, used in names and docstrings everywhere:
 
@@ -19,17 +19,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Clean sequences and what identifies them.
+    """Clean sequences, and what identifies them.
 
-    tokens: (b, l) int64 token ids.
-    samples: (b,) int64 index of each sequence within its corpus, the same in every epoch.
-    epochs: (b,) int64 how often the corpus had been read before.
-    positions: (b,) int64 place of each sequence in the global order of the run.
-    documents: (b, l) int32 number of each position's document, growing along l; None to see across
-    boundaries.
-    padding: (b, l) bool, positions that fill up a block and are never scored; None where there are
-    none.
-    corpora: (b,) int64 number of the corpus each sequence is from; None with one corpus.
+    Attributes:
+        tokens: (b, l) int64 token ids.
+        samples: (b,) int64 index of each sequence within its corpus, the same in every epoch.
+        epochs: (b,) int64 number of times that the corpus had been read before.
+        positions: (b,) int64 position of each sequence in the global order of the run.
+        documents: (b, l) int32 number of the document of each position, growing along l. None:
+            tokens see across document boundaries.
+        padding: (b, l) bool, positions that fill up a block and are never scored; None without
+            padding.
+        corpora: (b,) int64 number of the corpus of each sequence; None with one corpus.
     """
 
     tokens: Tensor
@@ -41,25 +42,28 @@ class Batch:
     corpora: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
+        """Return a copy on another device."""
         return _moved(self, device)
 
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    """Clean sequences beside their corrupted copies, of which there are r for each: draw by draw, (r b, ...).
+    """Clean sequences with their r corrupted copies, ordered by draw: (r b, ...).
 
-    tokens: (b, l) int64 clean token ids, the targets.
-    noisy: (r b, l) int64, masked positions replaced by the mask token.
-    times: (r b, n) float32 noise level of each block, or (r b, 1) where a sequence has one for all.
-    scored_positions: (m,) int64 places in the flattened (r b, l) that are masked and not padding,
-        the first `num_scored`, and any places behind them. Made on the host with the noise, so that
-        no step waits for a count; rounded up, so that shapes are few.
-    num_scored: () int32, how many positions are scored. num_tokens: () int32, how many of all r b l
-    are not padding.
-    block: block size s.
-    documents, padding: (b, l) as in `Batch`.
-    sequence_weights: (r b,) float32, what each copy adds to the count that the loss is divided by;
-    None for its real positions.
+    Attributes:
+        tokens: (b, l) int64 clean token ids, the targets.
+        noisy: (r b, l) int64, with masked positions replaced by the mask token.
+        times: (r b, n) float32 noise level of each block, or (r b, 1) with one level per sequence.
+        scored_positions: (m,) int64 positions in the flattened (r b, l) that are masked and not
+            padding; only the first `num_scored` count. Computed on the host with the noise, so that
+            no step waits for a count. m is rounded up, so that there are few shapes.
+        num_scored: () int32 number of scored positions.
+        num_tokens: () int32 number of all r b l positions that are not padding.
+        block: Block size s.
+        documents: (b, l), see `Batch`.
+        padding: (b, l), see `Batch`.
+        sequence_weights: (r b,) float32, what each copy adds to the count that the loss is divided
+            by. None: the number of its positions that are not padding.
     """
 
     tokens: Tensor
@@ -74,11 +78,12 @@ class NoisyBatch:
     sequence_weights: Tensor | None = None
 
     def to(self, device: torch.device) -> "NoisyBatch":
+        """Return a copy on another device."""
         return _moved(self, device)
 
 
 def _moved(record: Any, device: torch.device) -> Any:
-    """A record with its tensors on another device; on CUDA from pinned memory, so that no step waits for it."""
+    """Copy a record to another device; to CUDA from pinned memory, so that no step waits."""
     values = {item.name: getattr(record, item.name) for item in dataclasses.fields(record)}
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     if device.type == "cuda":
@@ -89,10 +94,13 @@ def _moved(record: Any, device: torch.device) -> Any:
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a stream is cut, and what of it counts.
+    """The blocks and documents of a stream of tokens, and the weights of its sequences.
 
-    size: block size s, None where nothing is handed on. documents, padding: (b, l) as in `Batch`.
-    sequence_weights: (r b,) as in `NoisyBatch`.
+    Attributes:
+        size: Block size s; None in a stream that passes nothing to a denoiser.
+        documents: (b, l), see `Batch`.
+        padding: (b, l), see `Batch`.
+        sequence_weights: (r b,), see `NoisyBatch`.
     """
 
     size: int | None = None
@@ -103,7 +111,12 @@ class Blocks:
 
 @dataclass(frozen=True)
 class AttentionHandoff:
-    """What a context attention layer gives its denoiser twin: key and value (b, kv heads, l, head size)."""
+    """What an attention layer of the context tower passes to the same layer of the denoiser.
+
+    Attributes:
+        key: (b, kv heads, l, head size).
+        value: (b, kv heads, l, head size).
+    """
 
     key: Tensor
     value: Tensor
@@ -111,12 +124,16 @@ class AttentionHandoff:
 
 @dataclass(frozen=True)
 class MambaHandoff:
-    """What a context Mamba layer gives its denoiser twin.
+    """What a Mamba layer of the context tower passes to the same layer of the denoiser.
 
-    history: (b, n, w, c) the inputs of the convolution just before each block. x (b, l, heads, head
-    size), dt (b, l, heads) and B (b, l, groups, state size): inputs of the scan; A (heads,).
-    states: (b, chunks, heads, head size, state size), the state at the start of each chunk.
-    conv_input: (b, l, c), what history, x and B come from.
+    Attributes:
+        conv_input: (b, l, c), from which history, x and B are computed.
+        history: (b, n, w, c) inputs of the convolution just before each block.
+        x: (b, l, heads, head size) input of the scan.
+        dt: (b, l, heads) input of the scan.
+        A: (heads,) input of the scan.
+        B: (b, l, groups, state size) input of the scan.
+        states: (b, chunks, heads, head size, state size) state at the start of each chunk.
     """
 
     conv_input: Tensor
@@ -135,13 +152,41 @@ Handoff = AttentionHandoff | MambaHandoff | None
 class LossReport:
     """Sums and counts of one forward pass, never means: they add up over micro-batches and ranks.
 
-    total: () float32, the weighted sum that is trained on, in nats. count: () int32, what its
-    global sum is divided by. bucket_sums (k,) float32 and bucket_counts (k,) float32: unweighted
-    cross-entropy and scored positions by noise level, in k equal buckets of (0, 1]; one bucket for
-    the `ar` objective.
+    Attributes:
+        total: () float32, the weighted sum that is trained on, in nats.
+        count: () int32, the number whose global sum divides `total`.
+        bucket_sums: (k,) float32 unweighted cross-entropy by noise level, in k equal buckets of
+            (0, 1]; one bucket for the `ar` objective.
+        bucket_counts: (k,) float32 number of scored positions in each bucket.
     """
 
     total: Tensor
     count: Tensor
     bucket_sums: Tensor
     bucket_counts: Tensor
+
+
+@dataclass(frozen=True)
+class LogWindow:
+    """What a checkpoint stores of the steps since the last log record, summed over all ranks.
+
+    With it the next record of a resumed run is that of an uninterrupted run. The field names are
+    the keys in `state.json`.
+
+    Attributes:
+        sums: (2 + 2k,) total, count, bucket sums and bucket counts of `LossReport`; None without a
+            step that was not skipped.
+        expert_tokens: (layers, experts) tokens of each expert; None as for `sums`, and without
+            experts.
+        sequences: Sequences consumed.
+        skipped: Sequences in damaged shards.
+        nonfinite: Steps whose loss or gradients were not finite.
+        in_a_row: Such steps without interruption up to the checkpoint.
+    """
+
+    sums: list[float] | None = None
+    expert_tokens: list[list[float]] | None = None
+    sequences: int = 0
+    skipped: int = 0
+    nonfinite: int = 0
+    in_a_row: int = 0

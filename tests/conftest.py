@@ -1,7 +1,6 @@
-"""Set-up of every test: Megatron Core on the host, one thread, no network, and small things to build on."""
+"""Set-up of all tests: Megatron Core on the CPU, one thread, no network, small shared inputs."""
 
 import gc
-import json
 import os
 import random
 import shutil
@@ -19,14 +18,17 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_finish():
-    """Millions of objects of imported modules: the collector need not look through them between tests."""
+    """Exclude the objects of imported modules from garbage collection: there are millions."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """No test leaves torch with other threads than it found: the sums of later tests would round differently."""
+    """Check that a test leaves torch with one thread.
+
+    Else the sums of later tests round differently.
+    """
     yield
     left = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -35,7 +37,10 @@ def one_thread():
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
-    """Where a check runs: on the CPU, and on a GPU, which fails without one: who asks for these tests means them."""
+    """The device of a test: the CPU, or a GPU.
+
+    A test that was selected for a GPU fails without one.
+    """
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.fail("found no CUDA device, expected one")
     return request.param
@@ -53,7 +58,10 @@ def groups():
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
-    """A prepared data folder: forty short files of generated text, a tokenizer of 512 entries, two splits."""
+    """A prepared data folder.
+
+    Forty short files of generated text, a tokenizer of 512 entries, two splits.
+    """
     from megatron_twotower.data.prepare import prepare
     from megatron_twotower.data.tokenizer import train_tokenizer
 
@@ -99,18 +107,15 @@ def two_tower_folder(tiny_data, tmp_path_factory):
 
 @pytest.fixture
 def records_of():
-    """The records of a run folder of one kind, by step."""
+    """The function that reads the records of a run folder of one kind, by step."""
+    from helpers.runs import records
 
-    def read(run, kind="train"):
-        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-        return {line["step"]: line for line in lines if line["kind"] == kind}
-
-    return read
+    return records
 
 
 @pytest.fixture(scope="session")
 def identity_folder(tiny_data, tmp_path_factory):
-    """An exported two-tower folder whose denoiser is a copy of its context tower, and the tokenizer of `tiny_data`."""
+    """An exported folder whose denoiser is its context tower, with the tokenizer of `tiny_data`."""
     from helpers.modeling import become_backbone, save, tiny_model
 
     folder = tmp_path_factory.mktemp("identity") / "model"

@@ -173,12 +173,10 @@ def test_a_package_that_cannot_be_imported_does_not_count_as_working(monkeypatch
     )
 
 
-def test_summary_is_one_line_with_every_role():
+def test_summary_is_one_short_line():
     summary = one_line_summary()
-    assert "\n" not in summary
-    assert f"torch {torch.__version__}" in summary
-    for role in diagnose():
-        assert f"{role.role}: {role.serves}" in summary
+    assert "\n" not in summary and len(summary) < 80
+    assert f"torch {torch.__version__}, megatron-core" in summary
 
 
 def test_the_tables_hold_everything_at_80_columns():

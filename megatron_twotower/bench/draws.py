@@ -20,7 +20,7 @@ from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.schema import RunConfig
 from megatron_twotower.data.documents import VALIDATION, find_documents, read_text, split_documents
 from megatron_twotower.data.tokenizer import load_tokenizer, text_encoder
-from megatron_twotower.train.loop import Trainer, forward_backward
+from megatron_twotower.train.loop import MicroBatch, Trainer, forward_backward
 from megatron_twotower.types import Batch
 
 # The share of files that the shipped backbone was not trained on.
@@ -49,7 +49,7 @@ def numbered_batch(tokens: Tensor, number: int) -> Batch:
 def gradient(parts: Trainer, batch: Batch) -> Tensor:
     """The gradient of one step, flattened: (parameters,) float32."""
     parts.model.zero_grad_buffer()
-    forward_backward(parts, [(batch, None)], forward_only=False)
+    forward_backward(parts, [MicroBatch(batch, parts.config.seed)], forward_only=False)
     return torch.cat([p.main_grad.flatten().clone() for p in parts.model.only.parameters() if p.requires_grad])
 
 

@@ -122,6 +122,7 @@ def random_batch(config: RunConfig, *, length: int) -> Batch:
 
 def step_case(name: str, parts: Trainer, batch: Batch) -> Case:
     """One optimizer step, in two stages."""
+    micro_batch = loop.MicroBatch(batch, parts.config.seed)
 
     def update() -> None:
         parts.optimizer.step()
@@ -130,7 +131,7 @@ def step_case(name: str, parts: Trainer, batch: Batch) -> Case:
 
     return Case(
         name,
-        {FORWARD_BACKWARD: lambda: loop.forward_backward(parts, [(batch, None)], forward_only=False), UPDATE: update},
+        {FORWARD_BACKWARD: lambda: loop.forward_backward(parts, [micro_batch], forward_only=False), UPDATE: update},
     )
 
 

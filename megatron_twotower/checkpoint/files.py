@@ -30,6 +30,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.run_folder import CHECKPOINTS_FOLDER
 from megatron_twotower.mcore import parallel
+from megatron_twotower.types import LogWindow
 
 # Returns this rank's part of the state that a checkpoint stores: shards of tensors, as views of the
 # training state, and objects.
@@ -71,7 +72,7 @@ class CheckpointState:
     backbone: str | None
     fingerprint: str | None
     model: dict[str, Any]
-    window: dict[str, Any]
+    window: LogWindow
     configuration: dict[str, Any]
     files: dict[str, FileSum] = field(default_factory=dict)
 
@@ -116,7 +117,7 @@ def read_state(folder: Path) -> CheckpointState:
         content = json.loads(file.read_text())
         found, expected = content.pop("sha256"), _content_sum(content)
         files = {name: FileSum(**each) for name, each in content["files"].items()}
-        state = CheckpointState(**content | {"files": files})
+        state = CheckpointState(**content | {"window": LogWindow(**content["window"]), "files": files})
     except (OSError, TypeError, KeyError, AttributeError, ValueError) as error:
         raise UserError(f"{file}: not a checkpoint ({error}), expected one of this program") from error
     if found != expected:

@@ -1,7 +1,7 @@
 """The files of a run folder: their names, how they are read, and how they are written.
 
 config.yaml                  the resolved configuration, itself a recipe
-provenance.json              versions, commit, seed, fingerprints of backbone and data
+provenance.json              versions, commit, seed, fingerprints of backbone and data, roles
 metrics.jsonl                one JSON object per line: training, validation and checkpoint records
 checkpoints/step-00000100/   training state after that many optimizer steps
 ledger/rank-00000.jsonl      which samples each step consumed, if asked for

@@ -1,1 +1,1 @@
-"""Every setting of a run, and the way from a Hydra recipe to a checked configuration."""
+"""The settings of a run, and the path from a Hydra recipe to a validated configuration."""

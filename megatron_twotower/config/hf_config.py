@@ -1,4 +1,7 @@
-"""The model shape in a Hugging Face `config.json`, and the pointer of a denoiser exported alone."""
+"""What Hugging Face folders say of a model.
+
+This is the model shape in `config.json`, and the pointer from an exported denoiser to its backbone.
+"""
 
 import dataclasses
 import json
@@ -8,19 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from megatron_twotower.common.errors import UserError, require
-from megatron_twotower.config.schema import LAYER_KINDS, ModelConfig, validate_model
+from megatron_twotower.config.schema import LAYER_KINDS, ModelConfig
+from megatron_twotower.config.validation import validate_model
 
 # Older configurations spell two of the layer types differently.
 _LEGACY_KINDS = {"mamba": "linear_attention", "attention": "full_attention"}
-# In the folder of a denoiser exported alone: which backbone it goes with.
+# In the folder of a denoiser that was exported without its backbone: names that backbone.
 POINTER_FILE = "context_tower.json"
 
 
 def model_from_hf(config: Mapping[str, Any], *, source: str) -> ModelConfig:
     """Read the shape of a backbone from the fields of its Hugging Face `config.json`.
 
-    Raises: UserError: not a NemotronH configuration, a needed field is missing, or a feature is set
-        that is not built.
+    Args:
+        config: The parsed file.
+        source: Name of the file for error messages.
+
+    Raises:
+        UserError: Not a NemotronH configuration, a needed field is missing, or the model has a
+            feature that is not built.
     """
     require(
         config.get("model_type") == "nemotron_h",
@@ -58,10 +67,10 @@ def model_from_hf(config: Mapping[str, Any], *, source: str) -> ModelConfig:
 
 
 def read_hf_config(folder: str | Path) -> dict[str, Any]:
-    """The `config.json` of a Hugging Face folder.
+    """Read the `config.json` of a Hugging Face folder.
 
     Raises:
-        UserError: the folder or the file is missing, or is not JSON.
+        UserError: The folder or the file is missing, or the file is not JSON.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -73,10 +82,14 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
 
 
 def read_pointer(folder: str | Path) -> dict[str, str] | None:
-    """Of a denoiser that was exported alone: `backbone`, the folder it goes with, and the `sha256` of that.
+    """Read the pointer of a denoiser that was exported without its backbone.
+
+    Returns:
+        `backbone`, the folder of the backbone, and `sha256`, the fingerprint of the backbone. None
+        if the folder has no pointer.
 
     Raises:
-        UserError: the pointer cannot be read.
+        UserError: The pointer cannot be read.
     """
     path = Path(folder) / POINTER_FILE
     if not path.is_file():

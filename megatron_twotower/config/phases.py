@@ -1,8 +1,8 @@
-"""The phases of a run: which stretch of it has which mixture, block size and learning rates. Pure functions.
+"""The phases of a run: which steps have which mixture, block size and learning rates.
 
-A run without phases is one phase that lasts as long as the run. A cursor counts the sequences that
-all ranks have consumed, and every question about a phase is answered from it and the configuration
-alone: a resume needs no more.
+The functions are pure. A run without phases is one phase that lasts as long as the run. A cursor
+counts the sequences that all ranks have consumed. The phase of a step follows from the cursor and
+the configuration alone, so a checkpoint stores nothing else about phases.
 """
 
 import bisect
@@ -17,10 +17,15 @@ from megatron_twotower.config.schema import DataConfig, NoiseConfig, PhaseConfig
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase with everything filled in.
+    """A phase with every value filled in.
 
-    first_step, steps: optimizer steps. first, sequences: the same in sequences of all ranks, as a
-    cursor counts.
+    Attributes:
+        name: Empty in a run without phases.
+        mixture: Of the blend; empty in a run without phases.
+        first_step: The number of optimizer steps before this phase.
+        steps: The number of optimizer steps of this phase.
+        first: The number of sequences, over all ranks, before this phase: the cursor at its start.
+        sequences: The number of sequences of this phase, over all ranks.
     """
 
     name: str
@@ -37,33 +42,18 @@ class Phase:
 
 
 def resolve_phases(config: RunConfig) -> tuple[Phase, ...]:
-    """The phases of a run, in order; one without a name where the recipe has none.
+    """Return the phases of a run in order; one without a name if the recipe has no phases.
 
-    Raises: UserError: a phase without a name or of no step, a block size or a schedule that does
-        not fit, or a number of steps that is not the sum of the phases.
+    Raises:
+        UserError: A phase has no name or no step, its block size or schedule does not fit, or
+            `train.steps` is not the sum of all phases.
     """
-    schedule, optimizer = config.schedule, config.optimizer
-    batch = config.data.global_batch_size
     if not config.phases:
-        steps = config.train.steps
-        whole = Phase(
-            "",
-            "",
-            0,
-            steps,
-            0,
-            steps * batch,
-            config.noise,
-            optimizer.learning_rate,
-            schedule.minimum_learning_rate,
-            schedule.warmup_steps,
-            schedule.decay_steps,
-        )
-        return (whole,)
+        return (whole_run(config),)
     phases: list[Phase] = []
     for number, given in enumerate(config.phases):
         first = sum(phase.steps for phase in phases)
-        phases.append(_filled_in(config, given, number=number, first_step=first))
+        phases.append(_resolve_phase(config, given, number=number, first_step=first))
     names = [phase.name for phase in phases]
     if len(set(names)) < len(names):
         raise UserError(f"phases: found the names {', '.join(names)}, expected each once")
@@ -73,7 +63,26 @@ def resolve_phases(config: RunConfig) -> tuple[Phase, ...]:
     return tuple(phases)
 
 
-def _filled_in(config: RunConfig, given: PhaseConfig, *, number: int, first_step: int) -> Phase:
+def whole_run(config: RunConfig) -> Phase:
+    """Return the run as one phase, with the values of `noise`, `optimizer` and `schedule`."""
+    schedule, steps = config.schedule, config.train.steps
+    return Phase(
+        name="",
+        mixture="",
+        first_step=0,
+        steps=steps,
+        first=0,
+        sequences=steps * config.data.global_batch_size,
+        noise=config.noise,
+        learning_rate=config.optimizer.learning_rate,
+        minimum_learning_rate=schedule.minimum_learning_rate,
+        warmup_steps=schedule.warmup_steps,
+        decay_steps=schedule.decay_steps,
+    )
+
+
+def _resolve_phase(config: RunConfig, given: PhaseConfig, *, number: int, first_step: int) -> Phase:
+    """Fill in phase `number` of a recipe, and check it."""
     data, key = config.data, f"phases.{number}"
     if not given.name:
         raise UserError(f"{key}.name: found nothing, expected the name of the phase")
@@ -105,51 +114,45 @@ def _filled_in(config: RunConfig, given: PhaseConfig, *, number: int, first_step
     lowest = _or(given.minimum_learning_rate, config.schedule.minimum_learning_rate)
     if not 0 <= lowest <= highest:
         raise UserError(f"{key}.minimum_learning_rate: found {lowest}, expected between 0 and the highest, {highest}")
-    noise = dataclasses.replace(config.noise, block_size_tokens=size)
-    batch = data.global_batch_size
     return Phase(
-        given.name,
-        given.mixture or given.name,
-        first_step,
-        steps,
-        first_step * batch,
-        steps * batch,
-        noise,
-        highest,
-        lowest,
-        warmup,
-        decay,
+        name=given.name,
+        mixture=given.mixture or given.name,
+        first_step=first_step,
+        steps=steps,
+        first=first_step * data.global_batch_size,
+        sequences=steps * data.global_batch_size,
+        noise=dataclasses.replace(config.noise, block_size_tokens=size),
+        learning_rate=highest,
+        minimum_learning_rate=lowest,
+        warmup_steps=warmup,
+        decay_steps=decay,
     )
 
 
 def _or(value: Any, default: Any) -> Any:
+    """Return `value`, or `default` if it is None (0 is a value)."""
     return default if value is None else value
 
 
 def phase_number(phases: tuple[Phase, ...], cursor: int) -> int:
-    """The phase that the sequence at `cursor` belongs to; the last one goes on past the end of the run."""
+    """Return the index of the phase that the sequence at `cursor` belongs to.
+
+    A cursor after the end of the run belongs to the last phase.
+    """
     return bisect.bisect_right([phase.first for phase in phases], cursor) - 1
 
 
-def phase_of(config: RunConfig, cursor: int) -> Phase:
-    """The phase that the sequence at `cursor` belongs to."""
-    phases = resolve_phases(config)
-    return phases[phase_number(phases, cursor)]
-
-
 def document_alignment(config: RunConfig) -> int:
-    """Tokens that documents are padded to a multiple of, where boundaries are respected.
+    """Return the multiple of tokens that documents are padded to, if `data.documents` is `respect`.
 
-    One number for the whole run, so that a sequence is the same in every phase: a multiple of every
-    block size. The `ar` objective has no blocks and needs no padding.
+    It is one number for the run, a multiple of every block size, so that a sequence is the same in
+    every phase. The `ar` objective has no blocks and needs no padding.
     """
-    return (
-        math.lcm(*(phase.noise.block_size_tokens for phase in resolve_phases(config)))
-        if config.objective != "ar"
-        else 1
-    )
+    if config.objective == "ar":
+        return 1
+    return math.lcm(*(phase.noise.block_size_tokens for phase in resolve_phases(config)))
 
 
 def steps_of(tokens: int, data: DataConfig) -> int:
-    """Tokens as whole global batches, rounded to the nearest."""
+    """Return a number of tokens as complete global batches, rounded to the nearest."""
     return round(tokens / (data.sequence_length_tokens * data.global_batch_size))

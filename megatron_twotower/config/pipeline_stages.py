@@ -1,8 +1,8 @@
-"""Pipeline stages: which layers stand where. Pure functions of the configuration.
+"""Pipeline stages: which layers each pipeline rank has. Pure functions of the configuration.
 
-The layers of both towers are cut into stretches at the same places. Without interleaving a pipeline
-rank holds one stretch; with `parallel.pipeline_chunks` c it holds c of them, dealt out in turn, as
-Megatron's interleaved schedule runs them: rank p has the stretches p, p + ranks, p + 2 ranks, ...
+The layers of both towers are cut into model chunks at the same places. Without interleaving a
+pipeline rank has one model chunk. With `parallel.pipeline_chunks` c it has c of them, assigned as
+Megatron's interleaved schedule runs them: rank p has the chunks p, p + ranks, p + 2 ranks, ...
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,12 @@ from megatron_twotower.config.schema import ModelConfig, ParallelConfig
 
 @dataclass(frozen=True)
 class PipelineStage:
-    """A stretch of layers that one rank holds.
+    """A range of layers that is one model chunk of one rank.
 
-    number, count: its place among all stretches, in the order in which a token meets them. layers:
-    by their number in the whole model.
+    Attributes:
+        number: Index among all stages, in the order in which a token passes through them.
+        count: The number of all stages.
+        layers: Indices of the layers in the model over all ranks.
     """
 
     number: int
@@ -26,22 +28,22 @@ class PipelineStage:
 
     @property
     def first(self) -> bool:
-        """Whether it starts from tokens: embeddings and time conditioning are here."""
+        """Whether the stage starts from tokens: embeddings and time conditioning are here."""
         return self.number == 0
 
     @property
     def last(self) -> bool:
-        """Whether it ends in the loss: final norm and head are here."""
+        """Whether the stage ends in the loss: final norm and head are here."""
         return self.number == self.count - 1
 
 
 def whole_model(model: ModelConfig) -> PipelineStage:
-    """All layers on one rank."""
+    """Return the stage of a rank that has all layers."""
     return PipelineStage(0, 1, range(model.num_layers))
 
 
 def pipeline_stages(model: ModelConfig, parallel: ParallelConfig) -> tuple[PipelineStage, ...]:
-    """All stretches in order: of the lengths that `parallel.pipeline_layers` gives, or of one length."""
+    """Return all stages in order, with the lengths in `parallel.pipeline_layers` or equal ones."""
     count = parallel.pipeline * parallel.pipeline_chunks
     lengths: Sequence[int] = parallel.pipeline_layers or [model.num_layers // count] * count
     ends = list(accumulate(lengths))
@@ -51,5 +53,5 @@ def pipeline_stages(model: ModelConfig, parallel: ParallelConfig) -> tuple[Pipel
 
 
 def stages_of_rank(model: ModelConfig, parallel: ParallelConfig, rank: int) -> tuple[PipelineStage, ...]:
-    """The stretches of one pipeline rank, one for each of its model chunks."""
+    """Return the stages of one pipeline rank, one for each of its model chunks."""
     return pipeline_stages(model, parallel)[rank :: parallel.pipeline]

@@ -11,27 +11,42 @@ from megatron_twotower.config.phases import steps_of
 from megatron_twotower.config.schema import InitConfig, RunConfig, flatten
 
 
-def _with_backbone(init: InitConfig) -> InitConfig:
-    """`init.backbone` filled in from where the denoiser's context tower is."""
-    if init.denoiser is None:
-        return init
-    pointer = read_pointer(init.denoiser)
-    own = pointer["backbone"] if pointer else init.denoiser
-    require(
-        pointer is not None or init.backbone in (None, own),
-        f"init.backbone: found {init.backbone}, expected null: init.denoiser {init.denoiser} has its own context tower",
-    )
-    return dataclasses.replace(init, backbone=init.backbone or own)
+def load_recipe(recipe: str, overrides: Sequence[str] = (), *, planning: bool = False) -> RunConfig:
+    """Compose a recipe with Hydra overrides, and resolve it.
+
+    Args:
+        recipe: Name of a shipped recipe, or path of a YAML file.
+        overrides: Hydra overrides, `section.key=value`.
+        planning: See `resolve`.
+
+    Raises:
+        UserError: Unknown recipe, unknown key, wrong type, or a backbone that cannot be read.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    path, search = prepare_hydra(recipe, overrides)
+    try:
+        with initialize_config_dir(str(path.parent), version_base="1.3"):
+            composed = compose(path.stem, overrides=[*search, *overrides])
+        config = OmegaConf.to_object(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"recipe {recipe}: {_first_cause(error)}") from error
+    assert isinstance(config, RunConfig)
+    return resolve(config, planning=planning)
 
 
 def resolve(config: RunConfig, *, planning: bool = False) -> RunConfig:
-    """Fill in `model` from the backbone's folder where the recipe leaves it out, and the steps of all phases.
+    """Fill in the model of the backbone if the recipe has none, and the steps of all phases.
 
     Args:
-        planning: the recipe's model will do where the backbone's folder is not there (yet).
+        config: A composed configuration.
+        planning: If the backbone's folder does not exist, the recipe's model is enough.
 
     Raises:
-        UserError: neither is given, or both are and they differ.
+        UserError: The recipe has neither a model nor a backbone, or both and they differ.
     """
     if config.phases and config.train.steps == 0:
         total = sum(steps_of(phase.tokens, config.data) for phase in config.phases)
@@ -52,15 +67,28 @@ def resolve(config: RunConfig, *, planning: bool = False) -> RunConfig:
         return config
     source = f"{config.init.backbone}/config.json"
     found = model_from_hf(read_hf_config(config.init.backbone), source=source)
-    if config.model.hybrid_override_pattern:
+    if shaped:
         for key, value in flatten(config.model):
             other = getattr(found, key)
             require(other == value, f"model.{key}: found {value!r}, but {source} has {other!r}")
     return dataclasses.replace(config, model=found)
 
 
+def _with_backbone(init: InitConfig) -> InitConfig:
+    """Fill in `init.backbone` with the context tower that belongs to `init.denoiser`."""
+    if init.denoiser is None:
+        return init
+    pointer = read_pointer(init.denoiser)
+    own = pointer["backbone"] if pointer else init.denoiser
+    require(
+        pointer is not None or init.backbone in (None, own),
+        f"init.backbone: found {init.backbone}, expected null: init.denoiser {init.denoiser} has its own context tower",
+    )
+    return dataclasses.replace(init, backbone=init.backbone or own)
+
+
 def recipes_folder() -> Path:
-    """Where recipes live: inside the installed package, or beside it in a source tree."""
+    """Return the folder of the shipped recipes: in the package, or next to it in a source tree."""
     package = Path(__file__).resolve().parent.parent
     for folder in (package / "recipes", package.parent / "recipes"):
         if folder.is_dir():
@@ -69,14 +97,18 @@ def recipes_folder() -> Path:
 
 
 def recipe_names() -> list[str]:
+    """Return the names of the shipped recipes."""
     return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
 
 
-def hydra_source(recipe: str, overrides: Sequence[str]) -> tuple[Path, list[str]]:
-    """The file of a recipe, and what Hydra needs besides the overrides to read it. Tells Hydra of `RunConfig`.
+def prepare_hydra(recipe: str, overrides: Sequence[str]) -> tuple[Path, list[str]]:
+    """Find the file of a recipe, check the overrides, and register `RunConfig` with Hydra.
+
+    Returns:
+        The file, and the overrides with which Hydra finds the shipped recipes.
 
     Raises:
-        UserError: unknown recipe, or an override that adds or removes a key.
+        UserError: Unknown recipe, or an override that adds or removes a key.
     """
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
@@ -86,49 +118,25 @@ def hydra_source(recipe: str, overrides: Sequence[str]) -> tuple[Path, list[str]
         raise UserError(f"recipe {recipe!r}: not found, expected a YAML file or one of {', '.join(recipe_names())}")
     added = [item for item in overrides if item.startswith(("+", "~"))]
     require(not added, f"override {''.join(added[:1])!r}: keys cannot be added or removed, only set")
-    ConfigStore.instance().store(name="run_config", node=_writable(OmegaConf.structured(RunConfig)))
+    node = OmegaConf.structured(RunConfig)
+    _allow_changes(node)
+    ConfigStore.instance().store(name="run_config", node=node)
     return path.resolve(), [f"hydra.searchpath=[file://{recipes_folder()}]"]
 
 
-def load_recipe(recipe: str, overrides: Sequence[str] = (), *, planning: bool = False) -> RunConfig:
-    """Compose a recipe, by name or by path of a YAML file, with Hydra overrides, and resolve it.
-
-    Args:
-        planning: as for `resolve`.
-
-    Raises:
-        UserError: unknown recipe, unknown key, wrong type, or a backbone that cannot be read.
-    """
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    path, search = hydra_source(recipe, overrides)
-    try:
-        with initialize_config_dir(str(path.parent), version_base="1.3"):
-            composed = compose(path.stem, overrides=[*search, *overrides])
-        config = OmegaConf.to_object(composed)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(f"recipe {recipe}: {_first_cause(error)}") from error
-    assert isinstance(config, RunConfig)
-    return resolve(config, planning=planning)
-
-
-def _writable(node: Any) -> Any:
-    """OmegaConf marks frozen dataclasses read-only, all the way down, and then cannot merge a recipe into them."""
+def _allow_changes(node: Any) -> None:
+    """Clear the read-only flags of frozen dataclasses, or OmegaConf could not merge a recipe."""
     from omegaconf import DictConfig, OmegaConf
 
     OmegaConf.set_readonly(node, None)
     for key in node:
         child = node._get_node(key)
         if isinstance(child, DictConfig):
-            _writable(child)
-    return node
+            _allow_changes(child)
 
 
 def _first_cause(error: BaseException) -> str:
-    """Hydra wraps the telling error; the innermost one names the key and the value."""
+    """Return the innermost message of a Hydra error: it names the key and the value."""
     cause = error.__cause__
     text = f"{error}\n{cause}" if cause is not None else str(error)
     noise = ("object_type", "reference_type", "To append")
@@ -137,7 +145,7 @@ def _first_cause(error: BaseException) -> str:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The resolved configuration as YAML that `twotower train recipe=PATH` reads again."""
+    """Return a resolved configuration as YAML that `twotower train recipe=PATH` reads again."""
     from omegaconf import OmegaConf
 
     return "defaults:\n  - run_config\n  - _self_\n\n" + OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))

@@ -1,9 +1,10 @@
-"""Every name, unit, default and range of a run, and the way from a Hydra recipe to a checked `RunConfig`.
+"""Every setting of a run: its name, default, accepted values, unit and meaning.
 
-The frozen dataclasses below are the only place where a setting is declared. A recipe
-(`recipes/NAME.yaml`) may set any of them and nothing else: an unknown key is an error.
-`ModelConfig` keeps the names of a Hugging Face NemotronH `config.json`, so that a backbone's
-configuration is read word for word.
+The dataclasses below are the only place where a setting is declared. A recipe (`recipes/NAME.yaml`)
+may set any of them and nothing else: an unknown key is an error. The accepted values and the unit
+of a setting are part of its field (`setting`); rules between several settings are in
+`config/validation.py`. `ModelConfig` keeps the names of a Hugging Face NemotronH `config.json`, so
+that the configuration of a backbone is read without translation.
 """
 
 import dataclasses
@@ -11,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_twotower.common.errors import require
+from megatron_twotower.config.precision import CONTEXT_PRECISIONS, PRECISIONS
+from megatron_twotower.config.setting import FREE, setting
 
 LAYER_KINDS = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
 
@@ -20,40 +22,44 @@ LAYER_KINDS = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": 
 class ModelConfig:
     """The backbone, under the names of a NemotronH `config.json`. Both towers have this shape.
 
-    An empty pattern stands for the whole shape of `init.backbone`.
+    Attributes:
+        hybrid_override_pattern: One letter of `LAYER_KINDS` for each layer. Empty: all fields come
+            from the `config.json` of `init.backbone`.
+        chunk_size: Tokens that the Mamba scan processes at a time.
+        time_step_clamp: Lower clamp of the discretised time step. NVIDIA trains without one.
+            transformers clamps its chunked scan (and not its single step) at `time_step_min`, so
+            exported configurations say `time_step_min` 0.
     """
 
-    hybrid_override_pattern: str = ""
-    vocab_size: int = 4096
-    hidden_size: int = 256
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
-    head_dim: int = 64
-    mamba_num_heads: int = 8
-    mamba_head_dim: int = 64
-    ssm_state_size: int = 64
-    n_groups: int = 2
-    conv_kernel: int = 4
-    chunk_size: int = 64
-    intermediate_size: int = 1024
-    n_routed_experts: int = 8
-    num_experts_per_tok: int = 2
-    moe_intermediate_size: int = 256
-    moe_shared_expert_intermediate_size: int = 512
-    routed_scaling_factor: float = 2.5
-    layer_norm_epsilon: float = 1e-5
-    initializer_range: float = 0.02
-    time_step_min: float = 0.001
-    time_step_max: float = 0.1
-    time_step_floor: float = 1e-4
-    # Lower clamp of the discretised time step. NVIDIA trains without; transformers clamps its
-    # chunked scan (and not its step) at time_step_min, so exported configurations say time_step_min
-    # 0.
-    time_step_clamp: float = 0.0
-    max_position_embeddings: int = 262144
+    hybrid_override_pattern: str = setting("", letters="".join(LAYER_KINDS))
+    vocab_size: int = setting(4096, unit="tokens", at_least=1)
+    hidden_size: int = setting(256, at_least=1)
+    num_attention_heads: int = setting(4, unit="heads", at_least=1)
+    num_key_value_heads: int = setting(2, unit="heads", at_least=1)
+    head_dim: int = setting(64, at_least=1)
+    mamba_num_heads: int = setting(8, unit="heads", at_least=1)
+    mamba_head_dim: int = setting(64, at_least=1)
+    ssm_state_size: int = setting(64, at_least=1)
+    n_groups: int = setting(2, unit="groups", at_least=1)
+    conv_kernel: int = setting(4, unit="tokens", at_least=1)
+    chunk_size: int = setting(64, unit="tokens", at_least=1)
+    intermediate_size: int = setting(1024, at_least=1)
+    n_routed_experts: int = setting(8, unit="experts", at_least=1)
+    num_experts_per_tok: int = setting(2, unit="experts", at_least=1)
+    moe_intermediate_size: int = setting(256, at_least=1)
+    moe_shared_expert_intermediate_size: int = setting(512, at_least=1)
+    routed_scaling_factor: float = setting(2.5, above=0)
+    layer_norm_epsilon: float = setting(1e-5, at_least=0)
+    initializer_range: float = setting(0.02, at_least=0)
+    time_step_min: float = setting(0.001, at_least=0)
+    time_step_max: float = setting(0.1, above=0)
+    time_step_floor: float = setting(1e-4, at_least=0)
+    time_step_clamp: float = setting(0.0, at_least=0)
+    max_position_embeddings: int = setting(262144, unit="tokens", at_least=1)
 
     @property
     def num_layers(self) -> int:
+        """The number of layers of one tower."""
         return len(self.hybrid_override_pattern)
 
     @property
@@ -64,266 +70,356 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class InitConfig:
-    """Where weights come from.
+    """Where the initial weights come from.
 
-    backbone: a Hugging Face folder with a NemotronH, or of two towers, and then it is their context
-        tower; null for random numbers keyed by seed and tensor name.
-    denoiser: a two-tower folder, or a denoiser exported alone, to go on from; the backbone is then
-        the context tower in that folder, or the one it points to. null: the denoiser starts as a
-        copy of the backbone.
+    Attributes:
+        backbone: A Hugging Face folder with a NemotronH, or with two towers: then their context
+            tower is the backbone. null: random weights, keyed by seed and tensor name.
+        denoiser: A two-tower folder, or an exported denoiser without its backbone, whose denoiser
+            is trained further. The backbone is then the context tower in that folder, or the one
+            that the folder points to. null: the denoiser starts as a copy of the backbone.
     """
 
-    backbone: str | None = None
-    denoiser: str | None = None
+    backbone: str | None = setting(None, free=True)
+    denoiser: str | None = setting(None, free=True)
 
 
 @dataclass(frozen=True)
 class ConditioningConfig:
-    """adaLN-single. `identity`: the denoiser starts as the backbone; `released`: tables are randn / sqrt(hidden)."""
+    """Conditioning of the denoiser on the noise level by adaLN-single.
 
-    initialisation: str = "identity"
-    frequencies: int = 256
-    period: float = 10000.0
-    time_scale: float = 1000.0
-    round_time_to_bf16: bool = False
+    Attributes:
+        initialisation: `identity`: the denoiser starts as the backbone. `released`: the tables are
+            randn / sqrt(hidden size).
+        frequencies: Width of the sinusoidal features of the noise level, half cosines and half
+            sines.
+        period: The longest period of the features.
+        time_scale: Factor of the noise level before the features are computed.
+        round_time_to_bf16: Round the scaled noise level to bfloat16.
+    """
+
+    initialisation: str = setting("identity", choices=("identity", "released"))
+    frequencies: int = setting(256, at_least=2, multiple_of=2)
+    period: float = setting(10000.0, above=0)
+    time_scale: float = setting(1000.0, above=0)
+    round_time_to_bf16: bool = setting(False, free=True)
 
 
 @dataclass(frozen=True)
 class NoiseConfig:
-    """Absorbing diffusion with a linear schedule: a token is masked with probability t, its noise level.
+    """Absorbing diffusion with a linear schedule: a token is masked with probability t.
 
-    draws_per_context: noisy copies of each sequence that share one pass of the context tower.
+    t is the noise level.
+
+    Attributes:
+        block_size_tokens: Tokens of a block, which the denoiser predicts together.
+        mask_token_id: The token id that replaces a masked token.
+        time_per: What has one noise level: a `sequence` or a `block`.
+        time_sampling: `uniform`: noise levels are independent. `stratified`: they are spread evenly
+            over the range.
+        time_min: Lowest noise level.
+        time_max: Highest noise level.
+        weighting: `masked_mean`: mean cross-entropy over masked positions. `elbo`: each masked
+            position is weighted by 1 / t, which bounds the likelihood.
+        report_buckets: Equal ranges of the noise level for which the loss is reported.
+        draws_per_context: Noisy copies of each sequence that share one forward pass of the context
+            tower.
     """
 
-    block_size_tokens: int = 16
-    mask_token_id: int = 3
-    time_per: str = "sequence"
-    time_sampling: str = "uniform"
-    time_min: float = 0.001
-    time_max: float = 1.0
-    weighting: str = "masked_mean"
-    report_buckets: int = 5
-    draws_per_context: int = 1
+    block_size_tokens: int = setting(16, unit="tokens", at_least=1)
+    mask_token_id: int = setting(3, at_least=0)
+    time_per: str = setting("sequence", choices=("sequence", "block"))
+    time_sampling: str = setting("uniform", choices=("uniform", "stratified"))
+    time_min: float = setting(0.001, above=0, at_most=1)
+    time_max: float = setting(1.0, above=0, at_most=1)
+    weighting: str = setting("masked_mean", choices=("masked_mean", "elbo"))
+    report_buckets: int = setting(5, unit="buckets", at_least=1)
+    draws_per_context: int = setting(1, unit="copies", at_least=1)
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """What is read, and in which order.
 
-    folder: a prepared folder; with a blend, the folder its corpora are in (empty for the one the
-    blend file is in).
-    blend: a blend file (YAML), or empty for the one corpus in `folder`.
-    documents: `ignore` packs sequences across boundaries, as released; `respect` keeps documents
-        apart, each padded to whole blocks of the largest size any phase has.
-    shuffle: `full` reads from all over a corpus; `windowed` permutes runs of neighbouring sequences
-        (about a shard) and mixes `shuffle_window_runs` of them at a time; `none` reads a corpus as
-        it stands.
-    damaged_shards: `stop`, or `skip`: a sequence that touches one keeps its place, unscored, and is
-    counted.
-    verify_shards: compare each shard with its checksum when a process first reads it; without, only
-        its size (but `skip` always compares). Turn it off where shards were verified (`twotower
-        data verify`) and are many.
-    prefetch_batches: steps read ahead, by prefetch_workers threads.
+    Attributes:
+        folder: A prepared folder. With a blend: the folder of its corpora (empty: the folder of the
+            blend file).
+        blend: A blend file (YAML). Empty: the one corpus in `folder`.
+        documents: `ignore` packs sequences across document boundaries, as the released model was
+            trained. `respect` keeps documents apart and pads each one to complete blocks of the
+            largest block size of any phase.
+        shuffle: `full` reads from all places of a corpus. `windowed` permutes runs of neighbouring
+            sequences (each about as long as a shard) and mixes `shuffle_window_runs` of them at a
+            time. `none` reads a corpus in its stored order.
+        shuffle_run_tokens: Tokens of a run of `windowed`.
+        shuffle_window_runs: Runs that `windowed` mixes at a time.
+        damaged_shards: `stop` ends the run. `skip` keeps the place of a sequence that touches a
+            damaged shard, does not score it, and counts it.
+        verify_shards: Compare each shard with its checksum when a process first reads it. If false,
+            only its size is compared (but `skip` always compares checksums). Turn it off for many
+            shards that `twotower data verify` has checked.
+        micro_batch_size: Sequences of one forward pass on one data-parallel rank.
+        global_batch_size: Sequences of one optimizer step over all ranks.
+        prefetch_batches: Optimizer steps whose data is read ahead.
+        prefetch_workers: Threads that read ahead.
     """
 
-    folder: str = ""
-    blend: str = ""
-    documents: str = "ignore"
-    shuffle: str = "full"
-    shuffle_run_tokens: int = 1 << 20
-    shuffle_window_runs: int = 32
-    damaged_shards: str = "stop"
-    verify_shards: bool = True
-    sequence_length_tokens: int = 256
-    micro_batch_size: int = 8
-    global_batch_size: int = 8
-    prefetch_batches: int = 2
-    prefetch_workers: int = 1
+    folder: str = setting("", free=True)
+    blend: str = setting("", free=True)
+    documents: str = setting("ignore", choices=("ignore", "respect"))
+    shuffle: str = setting("full", choices=("full", "windowed", "none"))
+    shuffle_run_tokens: int = setting(1 << 20, unit="tokens", at_least=1)
+    shuffle_window_runs: int = setting(32, unit="runs", at_least=1)
+    damaged_shards: str = setting("stop", choices=("stop", "skip"))
+    verify_shards: bool = setting(True, free=True)
+    sequence_length_tokens: int = setting(256, unit="tokens", at_least=2)
+    micro_batch_size: int = setting(8, unit="sequences", at_least=1)
+    global_batch_size: int = setting(8, unit="sequences", at_least=1)
+    prefetch_batches: int = setting(2, unit="steps", at_least=1)
+    prefetch_workers: int = setting(1, unit="threads", at_least=1)
 
 
-# Not frozen, because OmegaConf would then refuse `phases.0.tokens=...` on the command line.
+# Not frozen: OmegaConf would then refuse `phases.0.tokens=...` on the command line.
 @dataclass
 class PhaseConfig:
-    """A stretch of the run with a mixture, a block size and a learning-rate schedule of its own.
+    """A part of the run with its own mixture, block size and learning-rate schedule.
 
-    tokens: length, rounded to whole global batches. mixture: of the blend; empty for the one named
-    as the phase. null stands for what `noise`, `optimizer` and `schedule` say.
+    A setting that is null has the value in `noise`, `optimizer` or `schedule`.
+
+    Attributes:
+        name: Name of the phase, used once in a run.
+        tokens: Length of the phase, rounded to complete global batches.
+        mixture: A mixture of the blend. Empty: the one with the name of the phase.
     """
 
-    name: str = ""
-    tokens: int = 0
-    mixture: str = ""
-    block_size_tokens: int | None = None
-    learning_rate: float | None = None
-    minimum_learning_rate: float | None = None
-    warmup_tokens: int | None = None
-    decay_tokens: int | None = None
+    name: str = setting("", free=True)
+    tokens: int = setting(0, unit="tokens", at_least=0)
+    mixture: str = setting("", free=True)
+    block_size_tokens: int | None = setting(None, unit="tokens", at_least=1)
+    learning_rate: float | None = setting(None, at_least=0)
+    minimum_learning_rate: float | None = setting(None, at_least=0)
+    warmup_tokens: int | None = setting(None, unit="tokens", at_least=0)
+    decay_tokens: int | None = setting(None, unit="tokens", at_least=0)
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW as Megatron runs it. Weight decay skips vectors and biases."""
+    """AdamW of Megatron.
 
-    learning_rate: float = 1e-3
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 0.1
-    clip_gradient_norm: float = 1.0
-    distributed: bool = False
+    Attributes:
+        learning_rate: The highest learning rate.
+        weight_decay: Not applied to vectors and biases.
+        clip_gradient_norm: The largest global gradient norm; 0: no clipping.
+        distributed: Split the optimizer state over data-parallel ranks.
+    """
+
+    learning_rate: float = setting(1e-3, at_least=0)
+    beta1: float = setting(0.9, at_least=0, below=1)
+    beta2: float = setting(0.95, at_least=0, below=1)
+    epsilon: float = setting(1e-8, above=0)
+    weight_decay: float = setting(0.1, at_least=0)
+    clip_gradient_norm: float = setting(1.0, at_least=0)
+    distributed: bool = setting(False, free=True)
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """`wsd`: warm up, stay, decay over the last `decay_steps`. `cosine` decays from warm-up to the end."""
+    """The learning rate over the steps of a run or of a phase.
 
-    kind: str = "wsd"
-    warmup_steps: int = 20
-    decay_steps: int = 0
-    decay_shape: str = "linear"
-    minimum_learning_rate: float = 0.0
+    Attributes:
+        kind: `wsd`: warm-up, constant rate, decay over the last `decay_steps`. `cosine`: decay from
+            the warm-up to the end. `constant`: no decay.
+        decay_shape: Shape of the decay of `wsd`.
+        minimum_learning_rate: The rate at the end of the decay.
+    """
+
+    kind: str = setting("wsd", choices=("wsd", "cosine", "constant"))
+    warmup_steps: int = setting(20, unit="steps", at_least=0)
+    decay_steps: int = setting(0, unit="steps", at_least=0)
+    decay_shape: str = setting("linear", choices=("linear", "cosine"))
+    minimum_learning_rate: float = setting(0.0, at_least=0)
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How ranks share the work; what is left of the world is data parallel.
+    """How the ranks divide the work. The remaining ranks are data parallel.
 
-    expert_tensor: ranks that split each expert; 0 for as many as `tensor`.
-    pipeline: stages that the layers of both towers are cut into, at the same places.
-        pipeline_chunks: stretches of layers on each stage; above 1 the schedule is interleaved.
-        pipeline_layers: layers of each of the pipeline x pipeline_chunks stretches, in order; empty
-        for equal ones.
-    context: ranks that split a sequence. Only 1 is built.
-    moe_dispatcher: how tokens travel to their experts; `deepep` and `hybridep` are kernels of the
-    package deep_ep.
-    overlap_grad_reduce: reduce the gradients of a bucket while the backward pass makes the next
-    ones.
-    overlap_param_gather: gather updated parameters while the next forward pass runs (distributed
-    optimizer).
-    bucket_parameters: how many parameters are reduced or gathered at a time; 0 for Megatron's
-    choice.
-    ranks: how many the layout is made for, 0 for any number. card: the accelerator that `twotower
-    plan` reckons with.
+    Attributes:
+        tensor: Ranks that split each layer.
+        sequence: Split activations along the sequence between tensor-parallel layers.
+        expert: Ranks that divide the experts of a layer.
+        expert_tensor: Ranks that split each expert; 0: the number in `tensor`.
+        pipeline: Pipeline stages. The layers of both towers are cut at the same places.
+        pipeline_chunks: Model chunks of each pipeline rank; above 1 the schedule is interleaved.
+        pipeline_layers: Layers of each of the pipeline x pipeline_chunks model chunks, in order.
+            Empty: all have the same number.
+        context: Ranks that split a sequence. Only 1 is built.
+        moe_dispatcher: How tokens reach their experts. `deepep` and `hybridep` are kernels of the
+            package deep_ep.
+        overlap_grad_reduce: Reduce the gradients of a bucket while the backward pass computes the
+            next ones.
+        overlap_param_gather: Gather updated parameters during the next forward pass (distributed
+            optimizer).
+        bucket_parameters: Parameters that are reduced or gathered at a time; 0: Megatron's choice.
+        threads_per_rank: CPU threads of torch; 0: torch's choice.
+        ranks: The number of ranks that the layout is made for; 0: any number.
+        card: The GPU that `twotower plan` computes for.
     """
 
-    tensor: int = 1
-    sequence: bool = False
-    expert: int = 1
-    expert_tensor: int = 0
-    pipeline: int = 1
-    pipeline_chunks: int = 1
-    pipeline_layers: list[int] = field(default_factory=list)
-    context: int = 1
-    moe_dispatcher: str = "alltoall"
-    overlap_grad_reduce: bool = False
-    overlap_param_gather: bool = False
-    bucket_parameters: int = 0
-    threads_per_rank: int = 0
-    ranks: int = 0
-    card: str = "h100"
+    tensor: int = setting(1, unit="ranks", at_least=1)
+    sequence: bool = setting(False, free=True)
+    expert: int = setting(1, unit="ranks", at_least=1)
+    expert_tensor: int = setting(0, unit="ranks", at_least=0)
+    pipeline: int = setting(1, unit="stages", at_least=1)
+    pipeline_chunks: int = setting(1, unit="model chunks", at_least=1)
+    # config/validation.py checks the list.
+    pipeline_layers: list[int] = field(default_factory=list, metadata=FREE)
+    context: int = setting(1, unit="ranks", at_least=1)
+    moe_dispatcher: str = setting("alltoall", choices=("alltoall", "allgather", "deepep", "hybridep"))
+    overlap_grad_reduce: bool = setting(False, free=True)
+    overlap_param_gather: bool = setting(False, free=True)
+    bucket_parameters: int = setting(0, unit="parameters", at_least=0)
+    threads_per_rank: int = setting(0, unit="threads", at_least=0)
+    ranks: int = setting(0, unit="ranks", at_least=0)
+    card: str = setting("h100", choices=("h100", "h200", "b200", "a100"))
 
     @property
     def expert_tensor_ranks(self) -> int:
+        """Ranks that split each expert."""
         return self.expert_tensor or self.tensor
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop. Counts of steps are optimizer steps. steps: 0 for the length of all phases.
+    """The training loop. A step is an optimizer step.
 
-    transformer_impl: whose modules layers are made of: `local` for Megatron's own,
-        `transformer_engine`, or `auto`: the latter where it and a CUDA device are there and the
-        precision is not fp32.
-    precision: of what trains. FP8 is what projections and experts multiply in; the rest is as in
-    bf16.
-    context_precision: of the frozen tower: `wide` as its parameters, or FP8, and then its weights
-    are held in it.
-    checkpoint_async: write checkpoints while training goes on, from a copy in host memory.
-    keep_checkpoints: the newest so many stay; keep_every_steps: so do those of every so many steps
-    (0: none).
-    verify_checkpoints: compare each file with its checksum before a run goes on from it.
-    on_damaged_checkpoint: `stop`, or go on from the `previous` one.
-    stop_after_nonfinite: a step whose loss or gradients are not finite is skipped; so many in a row
-    end the run.
-    hang_timeout_seconds: a rank that stands still so long ends the job, by name (0: never).
-    ledger: write down which samples every step consumed (`ledger/` in the run folder).
+    Attributes:
+        steps: Length of the run. A recipe may say 0: the sum of all phases, filled in by `resolve`.
+        transformer_impl: Whose modules the layers consist of: `local` for Megatron's own,
+            `transformer_engine`, or `auto`: Transformer Engine if it and a CUDA device are there
+            and the precision is not fp32.
+        precision: Of the trained tower. FP8 is used for products of projections and experts; the
+            rest is as with bf16.
+        context_precision: Of the frozen tower. `wide`: that of its parameters. FP8: its weights are
+            stored in FP8 too.
+        recompute_layers: Letters of layer kinds whose activations are recomputed in the backward
+            pass.
+        router_dtype: Precision of the scores of experts.
+        router_bias_update_rate: Step of the selection biases that balance the experts; 0: none.
+        sequence_aux_loss: Weight of the auxiliary loss that balances the experts of a sequence.
+        log_every_steps: Steps between log records.
+        validate_every_steps: Steps between validations; 0: none.
+        validation_sequences: Held-out sequences of a validation.
+        checkpoint_every_steps: Steps between checkpoints; 0: only at the end.
+        checkpoint_async: Write checkpoints during training, from a copy in host memory.
+        keep_checkpoints: The number of newest checkpoints that stay.
+        keep_every_steps: Checkpoints of multiples of this step stay too; 0: none.
+        verify_checkpoints: Compare each file with its checksum before a run resumes from it.
+        on_damaged_checkpoint: `stop`, or resume from the `previous` checkpoint.
+        stop_after_nonfinite: A step whose loss or gradients are not finite is skipped. This number
+            of consecutive skipped steps ends the run.
+        hang_timeout_seconds: A rank that makes no progress for this long ends the job, with an
+            error that names the rank; 0: never.
+        ledger: Record which samples every step consumed (`ledger/` in the run folder).
     """
 
-    steps: int = 100
-    transformer_impl: str = "auto"
-    precision: str = "fp32"
-    context_precision: str = "wide"
-    recompute_layers: str = ""
-    router_dtype: str = "fp32"
-    router_bias_update_rate: float = 1e-3
-    sequence_aux_loss: float = 0.0
-    log_every_steps: int = 10
-    validate_every_steps: int = 0
-    validation_sequences: int = 64
-    checkpoint_every_steps: int = 0
-    checkpoint_async: bool = True
-    keep_checkpoints: int = 2
-    keep_every_steps: int = 0
-    verify_checkpoints: bool = True
-    on_damaged_checkpoint: str = "stop"
-    stop_after_nonfinite: int = 10
-    hang_timeout_seconds: int = 900
-    ledger: bool = False
+    steps: int = setting(100, unit="steps", at_least=1)
+    transformer_impl: str = setting("auto", choices=("auto", "local", "transformer_engine"))
+    precision: str = setting("fp32", choices=PRECISIONS)
+    context_precision: str = setting("wide", choices=CONTEXT_PRECISIONS)
+    recompute_layers: str = setting("", letters="".join(LAYER_KINDS))
+    router_dtype: str = setting("fp32", choices=("fp32", "fp64"))
+    router_bias_update_rate: float = setting(1e-3, at_least=0)
+    sequence_aux_loss: float = setting(0.0, at_least=0)
+    log_every_steps: int = setting(10, unit="steps", at_least=1)
+    validate_every_steps: int = setting(0, unit="steps", at_least=0)
+    validation_sequences: int = setting(64, unit="sequences", at_least=1)
+    checkpoint_every_steps: int = setting(0, unit="steps", at_least=0)
+    checkpoint_async: bool = setting(True, free=True)
+    keep_checkpoints: int = setting(2, unit="checkpoints", at_least=1)
+    keep_every_steps: int = setting(0, unit="steps", at_least=0)
+    verify_checkpoints: bool = setting(True, free=True)
+    on_damaged_checkpoint: str = setting("stop", choices=("stop", "previous"))
+    stop_after_nonfinite: int = setting(10, unit="steps", at_least=1)
+    hang_timeout_seconds: int = setting(900, unit="seconds", at_least=0)
+    ledger: bool = setting(False, free=True)
 
 
 @dataclass(frozen=True)
 class Fp8Config:
-    """How FP8 is scaled, where `train.precision` or `train.context_precision` asks for it.
+    """How FP8 is scaled, if `train.precision` or `train.context_precision` uses it.
 
-    format: `hybrid` is e4m3, and e5m2 for gradients.
-    history_steps, margin: of fp8_delayed: a scale comes from the largest value of so many passes,
-        lowered by 2 ** margin.
-    first_layers_bf16, last_layers_bf16: so many layers at each end of both towers stay out of it
-    (not of fp8_delayed).
-    router_padding: the router itself gives every expert a multiple of 16 tokens; without, they are
-    padded by a copy.
+    Attributes:
+        format: `hybrid` is e4m3, and e5m2 for gradients.
+        history_steps: Of fp8_delayed: a scale comes from the largest value of this number of
+            forward passes.
+        margin: Of fp8_delayed: the scale is lowered by 2 ** margin.
+        first_layers_bf16: Layers at the start of both towers without FP8 (not with fp8_delayed).
+        last_layers_bf16: Layers at the end of both towers without FP8 (not with fp8_delayed).
+        router_padding: The router itself gives every expert a multiple of 16 tokens. If false, the
+            tokens are padded by a copy.
     """
 
-    format: str = "hybrid"
-    history_steps: int = 1024
-    margin: int = 0
-    first_layers_bf16: int = 0
-    last_layers_bf16: int = 0
-    router_padding: bool = False
+    format: str = setting("hybrid", choices=("hybrid", "e4m3"))
+    history_steps: int = setting(1024, unit="forward passes", at_least=1)
+    margin: int = setting(0, at_least=0)
+    first_layers_bf16: int = setting(0, unit="layers", at_least=0)
+    last_layers_bf16: int = setting(0, unit="layers", at_least=0)
+    router_padding: bool = setting(False, free=True)
 
 
 @dataclass(frozen=True)
 class FusionConfig:
-    """Kernels of Transformer Engine that do several steps in one. Without it there are none.
+    """Kernels of Transformer Engine that combine several operations; unused without the package.
 
-    permutation: of tokens to their experts and back. router: choice and weights of experts, where
-    the router is fp32.
-    gradient_accumulation: weight gradients go straight into the fp32 sums. squared_relu: of routed
-        experts, with the weight of the token.
+    Attributes:
+        permutation: Of tokens to their experts and back.
+        router: Choice and weights of experts, if `train.router_dtype` is fp32.
+        gradient_accumulation: Add weight gradients directly to the fp32 sums.
+        squared_relu: Of routed experts, with the weight of the token.
     """
 
-    permutation: bool = True
-    router: bool = True
-    gradient_accumulation: bool = True
-    squared_relu: bool = True
+    permutation: bool = setting(True, free=True)
+    router: bool = setting(True, free=True)
+    gradient_accumulation: bool = setting(True, free=True)
+    squared_relu: bool = setting(True, free=True)
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    console: bool = True
-    wandb: str = "offline"
-    project: str = "megatron-twotower"
-    name: str | None = None
+    """Where figures are shown besides `metrics.jsonl`.
+
+    Attributes:
+        console: Print a table of figures.
+        wandb: Mode of Weights & Biases.
+        project: Project in Weights & Biases.
+        name: Name of the run in Weights & Biases; null: its own choice.
+    """
+
+    console: bool = setting(True, free=True)
+    wandb: str = setting("offline", choices=("offline", "online", "disabled"))
+    project: str = setting("megatron-twotower", free=True)
+    name: str | None = setting(None, free=True)
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One training run."""
+    """One training run.
 
-    objective: str = "two_tower"
-    seed: int = 1234
-    output: str = "runs/default"
-    resume: bool = True
+    Attributes:
+        objective: `two_tower` trains a denoiser next to a frozen context tower. `ar` trains a
+            backbone on the next token.
+        seed: Seed of all random numbers.
+        output: The run folder.
+        resume: Resume from the newest checkpoint in the run folder. If false, a run folder with
+            checkpoints is an error.
+        phases: The phases of the run, in order. Empty: one phase of `train.steps`.
+    """
+
+    objective: str = setting("two_tower", choices=("two_tower", "ar"))
+    seed: int = setting(1234, at_least=0)
+    output: str = setting("runs/default", free=True)
+    resume: bool = setting(True, free=True)
     model: ModelConfig = field(default_factory=ModelConfig)
     init: InitConfig = field(default_factory=InitConfig)
     conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
@@ -335,33 +431,15 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     fp8: Fp8Config = field(default_factory=Fp8Config)
     fusion: FusionConfig = field(default_factory=FusionConfig)
-    phases: list[PhaseConfig] = field(default_factory=list)
+    phases: list[PhaseConfig] = field(default_factory=list, metadata=FREE)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested dataclasses as ("section.key", value) pairs."""
+    """Yield the leaves of nested dataclasses as ("section.key", value) pairs."""
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
             yield from flatten(value, f"{prefix}{item.name}.")
         else:
             yield f"{prefix}{item.name}", value
-
-
-def validate_model(model: ModelConfig) -> None:
-    unknown = set(model.hybrid_override_pattern) - set(LAYER_KINDS)
-    require(
-        not unknown and bool(model.hybrid_override_pattern),
-        f"model.hybrid_override_pattern: found {model.hybrid_override_pattern!r}, "
-        f"expected letters of {''.join(LAYER_KINDS)}",
-    )
-    divisors = (("num_attention_heads", "num_key_value_heads"), ("mamba_num_heads", "n_groups"))
-    for whole, part in divisors:
-        a, b = getattr(model, whole), getattr(model, part)
-        require(a % b == 0, f"model.{whole} {a}: expected a multiple of model.{part} {b}")
-    require(
-        1 <= model.num_experts_per_tok <= model.n_routed_experts,
-        f"model.num_experts_per_tok: found {model.num_experts_per_tok}, "
-        f"expected 1 to model.n_routed_experts {model.n_routed_experts}",
-    )

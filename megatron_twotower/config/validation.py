@@ -1,82 +1,28 @@
-"""What a configuration may say: choices, ranges and what must divide what, checked before anything is made."""
+"""Checks of a resolved configuration before anything is built.
+
+The accepted values of one setting are part of its field (`config/schema.py`). The functions below
+are the rules between several settings, such as what must divide what.
+"""
 
 from collections.abc import Iterator
 
 from megatron_twotower.common.errors import require
-from megatron_twotower.config.precision import CONTEXT_PRECISIONS, FP8_MULTIPLE, FP8_SQUARE, PRECISIONS
-from megatron_twotower.config.schema import LAYER_KINDS, ModelConfig, ParallelConfig, RunConfig, flatten, validate_model
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "objective": ("two_tower", "ar"),
-    "conditioning.initialisation": ("identity", "released"),
-    "noise.time_per": ("sequence", "block"),
-    "noise.time_sampling": ("uniform", "stratified"),
-    "noise.weighting": ("masked_mean", "elbo"),
-    "data.documents": ("ignore", "respect"),
-    "data.shuffle": ("full", "windowed", "none"),
-    "data.damaged_shards": ("stop", "skip"),
-    "schedule.kind": ("wsd", "cosine", "constant"),
-    "schedule.decay_shape": ("linear", "cosine"),
-    "train.transformer_impl": ("auto", "local", "transformer_engine"),
-    "train.precision": tuple(PRECISIONS),
-    "train.context_precision": tuple(CONTEXT_PRECISIONS),
-    "train.router_dtype": ("fp32", "fp64"),
-    "train.on_damaged_checkpoint": ("stop", "previous"),
-    "fp8.format": ("hybrid", "e4m3"),
-    "parallel.moe_dispatcher": ("alltoall", "allgather", "deepep", "hybridep"),
-    "parallel.card": ("h100", "h200", "b200", "a100"),
-    "logging.wandb": ("offline", "online", "disabled"),
-}
-
-# Counts that must be at least this much.
-MINIMA: dict[str, int] = {
-    "noise.block_size_tokens": 1,
-    "noise.report_buckets": 1,
-    "noise.draws_per_context": 1,
-    "data.sequence_length_tokens": 2,
-    "data.micro_batch_size": 1,
-    "data.global_batch_size": 1,
-    "data.prefetch_batches": 1,
-    "data.prefetch_workers": 1,
-    "data.shuffle_run_tokens": 1,
-    "data.shuffle_window_runs": 1,
-    "parallel.tensor": 1,
-    "parallel.expert": 1,
-    "parallel.expert_tensor": 0,
-    "parallel.pipeline": 1,
-    "parallel.pipeline_chunks": 1,
-    "parallel.context": 1,
-    "parallel.bucket_parameters": 0,
-    "parallel.threads_per_rank": 0,
-    "parallel.ranks": 0,
-    "train.steps": 1,
-    "train.log_every_steps": 1,
-    "train.validate_every_steps": 0,
-    "train.checkpoint_every_steps": 0,
-    "train.keep_checkpoints": 1,
-    "train.keep_every_steps": 0,
-    "train.stop_after_nonfinite": 1,
-    "train.hang_timeout_seconds": 0,
-    "fp8.history_steps": 1,
-    "fp8.margin": 0,
-    "fp8.first_layers_bf16": 0,
-    "fp8.last_layers_bf16": 0,
-    "schedule.warmup_steps": 0,
-    "schedule.decay_steps": 0,
-}
+from megatron_twotower.config.precision import FP8_MULTIPLE, FP8_SQUARE
+from megatron_twotower.config.schema import LAYER_KINDS, ModelConfig, ParallelConfig, RunConfig
+from megatron_twotower.config.setting import check_settings
 
 
 def validate(config: RunConfig, *, world_size: int) -> None:
-    """Check every choice, range and divisibility of a resolved configuration.
+    """Check a resolved configuration.
+
+    Args:
+        config: The configuration, with its model filled in.
+        world_size: The number of ranks.
 
     Raises:
-        UserError: one line with the key, what was found and what was expected.
+        UserError: One line with the key, what was found and what was expected.
     """
-    values = dict(flatten(config))
-    for key, allowed in CHOICES.items():
-        require(values[key] in allowed, f"{key}: found {values[key]!r}, expected one of {', '.join(allowed)}")
-    for key, minimum in MINIMA.items():
-        require(values[key] >= minimum, f"{key}: found {values[key]}, expected at least {minimum}")
+    check_settings(config)
     require(
         config.init.denoiser is None or config.objective == "two_tower",
         f"init.denoiser: found {config.init.denoiser} with objective {config.objective}, expected objective two_tower",
@@ -85,6 +31,34 @@ def validate(config: RunConfig, *, world_size: int) -> None:
     _validate_noise(config)
     _validate_layout(config, world_size)
     _validate_precision(config)
+    _validate_schedule(config)
+
+
+def validate_model(model: ModelConfig) -> None:
+    """Check the shape of a model: there are layers, and heads, groups and experts fit each other.
+
+    Raises:
+        UserError: One line with the key, what was found and what was expected.
+    """
+    unknown = set(model.hybrid_override_pattern) - set(LAYER_KINDS)
+    require(
+        not unknown and bool(model.hybrid_override_pattern),
+        f"model.hybrid_override_pattern: found {model.hybrid_override_pattern!r}, "
+        f"expected letters of {''.join(LAYER_KINDS)}",
+    )
+    divisors = (("num_attention_heads", "num_key_value_heads"), ("mamba_num_heads", "n_groups"))
+    for total, part in divisors:
+        a, b = getattr(model, total), getattr(model, part)
+        require(a % b == 0, f"model.{total} {a}: expected a multiple of model.{part} {b}")
+    require(
+        1 <= model.num_experts_per_tok <= model.n_routed_experts,
+        f"model.num_experts_per_tok: found {model.num_experts_per_tok}, "
+        f"expected 1 to model.n_routed_experts {model.n_routed_experts}",
+    )
+
+
+def _validate_schedule(config: RunConfig) -> None:
+    """The warm-up and the decay fit into the run, and the rates are in order."""
     schedule, steps = config.schedule, config.train.steps
     require(
         schedule.warmup_steps + schedule.decay_steps <= steps and schedule.warmup_steps < steps,
@@ -93,20 +67,16 @@ def validate(config: RunConfig, *, world_size: int) -> None:
     )
     lowest, highest = schedule.minimum_learning_rate, config.optimizer.learning_rate
     require(
-        0 <= lowest <= highest,
+        lowest <= highest,
         f"schedule.minimum_learning_rate: found {lowest}, expected between 0 and optimizer.learning_rate {highest}",
-    )
-    kinds = set(config.train.recompute_layers)
-    require(
-        kinds <= set(LAYER_KINDS),
-        f"train.recompute_layers: found {config.train.recompute_layers!r}, expected letters of {''.join(LAYER_KINDS)}",
     )
 
 
 def _validate_noise(config: RunConfig) -> None:
+    """Noise levels are in order; blocks divide sequences; the mask token is in the vocabulary."""
     noise, length = config.noise, config.data.sequence_length_tokens
     require(
-        0 < noise.time_min <= noise.time_max <= 1,
+        noise.time_min <= noise.time_max,
         f"noise.time_min {noise.time_min}, noise.time_max {noise.time_max}: expected 0 < time_min <= time_max <= 1",
     )
     if config.objective != "two_tower":
@@ -117,12 +87,13 @@ def _validate_noise(config: RunConfig) -> None:
         f"noise.block_size_tokens {noise.block_size_tokens}",
     )
     require(
-        0 <= noise.mask_token_id < config.model.vocab_size,
+        noise.mask_token_id < config.model.vocab_size,
         f"noise.mask_token_id: found {noise.mask_token_id}, expected less than vocab_size {config.model.vocab_size}",
     )
 
 
 def _validate_layout(config: RunConfig, world_size: int) -> None:
+    """Parallel sizes divide the ranks, the model and the batches."""
     parallel = config.parallel
     require(
         parallel.ranks in (0, world_size),
@@ -164,7 +135,7 @@ def _validate_layout(config: RunConfig, world_size: int) -> None:
 
 
 def _validate_model_split(config: RunConfig) -> None:
-    """Tensor and expert parallelism: every size divides."""
+    """Every size of the model divides over the ranks that split it."""
     parallel, model, length = config.parallel, config.model, config.data.sequence_length_tokens
     tensor, experts = parallel.tensor, "E" in model.hybrid_override_pattern
     split = {"vocab_size": tensor, "num_attention_heads": tensor, "num_key_value_heads": tensor, "n_groups": tensor}
@@ -188,14 +159,14 @@ def _validate_model_split(config: RunConfig) -> None:
 
 
 def _validate_pipeline(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Stages: there are as many stretches of layers as are asked for, and they hold all layers."""
+    """The model chunks of the pipeline contain all layers."""
     stages, chunks, lengths = parallel.pipeline, parallel.pipeline_chunks, list(parallel.pipeline_layers)
     require(
         chunks == 1 or stages > 1,
         f"parallel.pipeline_chunks: found {chunks} with parallel.pipeline {stages}, expected parallel.pipeline above 1",
     )
     wanted, layers = stages * chunks, model.num_layers
-    cut = f"{wanted} stretches (parallel.pipeline {stages} x parallel.pipeline_chunks {chunks})"
+    cut = f"{wanted} model chunks (parallel.pipeline {stages} x parallel.pipeline_chunks {chunks})"
     if not lengths:
         require(
             layers % wanted == 0,
@@ -214,10 +185,13 @@ def _validate_pipeline(model: ModelConfig, parallel: ParallelConfig) -> None:
 
 
 def _validate_micro_batches(config: RunConfig, data_parallel: int) -> None:
-    """Whole micro-batches on every rank; where there are stages, in validation too, for one shape must pass through."""
+    """Every rank has complete micro-batches.
+
+    With several pipeline stages this applies to validation too: the stages exchange one shape.
+    """
     data, parallel, train = config.data, config.parallel, config.train
-    # The interleaved schedule deals micro-batches out to its chunks in rounds of one for each
-    # stage.
+    # The interleaved schedule passes one micro-batch for each stage through a model chunk, then
+    # changes to the next chunk.
     rounds = parallel.pipeline if parallel.pipeline_chunks > 1 else 1
     step = data.micro_batch_size * data_parallel * rounds
     product = f"data.micro_batch_size {data.micro_batch_size} x {data_parallel} data-parallel ranks"
@@ -231,14 +205,14 @@ def _validate_micro_batches(config: RunConfig, data_parallel: int) -> None:
 
 
 def _validate_precision(config: RunConfig) -> None:
-    """FP8: who can serve it, which layers may stay out of it, and that every matrix has sides that it takes."""
+    """FP8 has an implementation, and matrices have the sides that it needs."""
     train, parallel, fp8 = config.train, config.parallel, config.fp8
     settings = {"train.precision": train.precision, "train.context_precision": train.context_precision}
     in_fp8 = [f"{key} {value}" for key, value in settings.items() if value.startswith("fp8")]
     require(
         train.context_precision == "wide" or (config.objective == "two_tower" and train.precision != "fp32"),
         f"train.context_precision: found {train.context_precision} with objective {config.objective} and "
-        f"train.precision {train.precision}, expected objective two_tower and bf16 or an FP8 one, or wide",
+        f"train.precision {train.precision}, expected objective two_tower with bf16 or FP8, or wide",
     )
     if not in_fp8:
         return
@@ -250,7 +224,7 @@ def _validate_precision(config: RunConfig) -> None:
     require(
         not ends or train.precision != "fp8_delayed",
         f"fp8.first_layers_bf16 {fp8.first_layers_bf16}, fp8.last_layers_bf16 {fp8.last_layers_bf16}: expected 0 with "
-        "train.precision fp8_delayed, whose scales are of all layers or none",
+        "train.precision fp8_delayed, which scales all layers or none",
     )
     longest = config.model.num_layers // parallel.pipeline
     for key, count in (("first", fp8.first_layers_bf16), ("last", fp8.last_layers_bf16)):
@@ -273,7 +247,10 @@ def _validate_precision(config: RunConfig) -> None:
 
 
 def _fp8_sides(config: RunConfig) -> Iterator[tuple[str, int]]:
-    """The sides of every matrix that one rank multiplies in FP8, and the tokens of a micro-batch, by what they are."""
+    """Yield a description and the length of each side that FP8 multiplies on one rank.
+
+    These are the sides of every matrix, and the tokens of a micro-batch.
+    """
     model, data, tensor = config.model, config.data, config.parallel.tensor
     group_states = 2 * model.n_groups * model.ssm_state_size
     heads = model.num_attention_heads + 2 * model.num_key_value_heads
@@ -295,7 +272,7 @@ def _fp8_sides(config: RunConfig) -> Iterator[tuple[str, int]]:
     yield f"model.hidden_size {model.hidden_size}", model.hidden_size
     for kind, named in widths.items():
         if kind in model.hybrid_override_pattern:
-            for name, (whole, ranks) in named.items():
-                yield f"{name} {whole} over {ranks} ranks is {whole // ranks}", whole // ranks
+            for name, (size, ranks) in named.items():
+                yield f"{name} {size} over {ranks} ranks is {size // ranks}", size // ranks
     tokens = data.sequence_length_tokens * data.micro_batch_size
     yield f"data.sequence_length_tokens x data.micro_batch_size {tokens}", tokens

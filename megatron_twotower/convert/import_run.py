@@ -18,9 +18,7 @@ from megatron_twotower.convert.initial_weights import check_pointer
 from megatron_twotower.convert.mcore_checkpoint import stored_weights, write_weights
 from megatron_twotower.convert.tensors import LazyTensor, Watch, unwatched
 from megatron_twotower.model.parameter_map import Entry, denoiser_entries, trained_backbone_entries
-
-# Nothing was logged yet; see `trainer.window`.
-_EMPTY_WINDOW = {"sums": None, "expert_tokens": None, "sequences": 0, "skipped": 0, "nonfinite": 0, "in_a_row": 0}
+from megatron_twotower.types import LogWindow
 
 
 def import_folder(source: Path, run: Path, *, backbone: Path | None = None, watch: Watch = unwatched) -> RunConfig:
@@ -66,7 +64,7 @@ def import_folder(source: Path, run: Path, *, backbone: Path | None = None, watc
         backbone=home,
         fingerprint=origin,
         model=dataclasses.asdict(model),
-        window=_EMPTY_WINDOW,
+        window=LogWindow(),
         configuration=dataclasses.asdict(config),
     )
     with atomic_folder(run, size=size) as partial:

@@ -1,9 +1,9 @@
-"""Which samples every step consumed, written down by each data-parallel rank, and what the books say after a run.
+"""The ledger: which samples every step consumed, written by each data-parallel rank, and its audit.
 
-A line of `ledger/rank-00000.jsonl` is one step of one rank: the start of the run it belongs to (a
-time, the same on all ranks), the step, and (epoch, sample) of each sequence. A step that a killed
-run took and a later one took again stands there twice: the later start counts, the earlier one is a
-lost step.
+A line of `ledger/rank-00000.jsonl` is one step of one rank: the start of the process that took the
+step (a time, the same on all ranks), the step, and (epoch, sample) of each sequence. A step that a
+killed run took and a resumed run took again has two lines: the later start counts, and the earlier
+one is a lost step.
 """
 
 import dataclasses
@@ -22,27 +22,35 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_twotower.common.run_folder import LEDGER_FOLDER, NONFINITE_FOLDER
 from megatron_twotower.config.schema import RunConfig
 from megatron_twotower.mcore import parallel
-from megatron_twotower.train import ledger
 from megatron_twotower.types import Batch
 
 
 def open_ledger(run: Path, *, rank: int) -> IO[str]:
-    """The book of a data-parallel rank, to be written on from its end. Each line is in the file once it is written."""
-    (run / LEDGER_FOLDER).mkdir(parents=True, exist_ok=True)
+    """Open the ledger file of a data-parallel rank at its end.
+
+    Each line is in the file once it is written.
+    """
     path = run / LEDGER_FOLDER / f"rank-{rank:05d}.jsonl"
-    half = False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cut_off = False
     if path.exists() and path.stat().st_size:
         with path.open("rb") as written:
             written.seek(-1, os.SEEK_END)
-            half = written.read() != b"\n"
+            cut_off = written.read() != b"\n"
     stream = path.open("a", buffering=1)
-    if half:
-        stream.write("\n")  # of a process that was killed while it wrote
+    if cut_off:
+        stream.write("\n")  # after a line of a process that was killed while it wrote
     return stream
 
 
-def entry(batches: Sequence[Batch], *, start: int, step: int) -> str:
-    """The line of one step."""
+def ledger_line(batches: Sequence[Batch], *, start: int, step: int) -> str:
+    """Return the line of one step of one rank.
+
+    Args:
+        batches: The micro-batches of the step on this rank.
+        start: The start of the process, in nanoseconds since 1970.
+        step: The optimizer step, counted from 1.
+    """
     samples = [
         [epoch, sample]
         for batch in batches
@@ -53,9 +61,13 @@ def entry(batches: Sequence[Batch], *, start: int, step: int) -> str:
 
 @dataclass(frozen=True)
 class Audit:
-    """steps: taken, each counted once. lost_steps: taken by a run that was cut off, and again later. repeated: samples
-    of an epoch that were consumed more than once. skipped: samples that were due and were not
-    consumed.
+    """The result of an audit.
+
+    Attributes:
+        steps: Steps taken, each counted once.
+        lost_steps: Steps that a killed run took and a resumed run took again.
+        repeated: Samples of an epoch that were consumed more than once.
+        skipped: Samples that were due and were not consumed.
     """
 
     steps: int
@@ -65,59 +77,67 @@ class Audit:
 
 
 def audit(run: Path, due: Iterable[tuple[int, int]], *, last_step: int) -> Audit:
-    """Compare the books with what was due.
+    """Compare the ledger with what was due.
 
-    Args: due: (epoch, sample) of every sequence that the steps up to `last_step` should have
-        consumed.
+    Args:
+        run: The run folder.
+        due: (epoch, sample) of every sequence that the steps up to `last_step` should consume.
+        last_step: Later steps in the ledger are ignored.
     """
-    lines = [
-        line for path in sorted((run / LEDGER_FOLDER).glob("rank-*.jsonl")) for line in path.read_text().split("\n")
-    ]
-    entries = [found for line in lines if (found := _parsed(line)) and found["step"] <= last_step]
+    files = sorted((run / LEDGER_FOLDER).glob("rank-*.jsonl"))
+    lines = [line for path in files for line in path.read_text().split("\n")]
+    entries = [found for line in lines if (found := _parse(line)) and found["step"] <= last_step]
     last: dict[int, int] = {}
-    for found in entries:
-        last[found["step"]] = max(found["start"], last.get(found["step"], 0))
+    for entry in entries:
+        last[entry["step"]] = max(entry["start"], last.get(entry["step"], 0))
     taken = Counter(
         (epoch, sample)
-        for found in entries
-        if found["start"] == last[found["step"]]
-        for epoch, sample in found["samples"]
+        for entry in entries
+        if entry["start"] == last[entry["step"]]
+        for epoch, sample in entry["samples"]
     )
-    lost = {(found["step"], found["start"]) for found in entries if found["start"] != last[found["step"]]}
+    lost = {(entry["step"], entry["start"]) for entry in entries if entry["start"] != last[entry["step"]]}
     expected = Counter(due)
     return Audit(len(last), len(lost), (taken - expected).total(), (expected - taken).total())
 
 
-def _parsed(line: str) -> dict | None:
+def _parse(line: str) -> dict | None:
+    """Return a line as a mapping; None for a line that a kill cut off."""
     try:
         return json.loads(line)
     except json.JSONDecodeError:
-        return None  # cut off by a kill
+        return None
 
 
 def ledger_writer(
     run: Path, config: RunConfig, groups: ProcessGroupCollection
 ) -> Callable[[Sequence[Batch], int], None]:
-    """Writes this rank's line of the ledger for a step; nothing where none is asked for, or another rank has it."""
+    """Return a function that writes this rank's line for a step.
+
+    It writes nothing without `train.ledger`, and on ranks whose samples another rank writes.
+    """
     start = parallel.broadcast_from_main(time.time_ns())
     if not config.train.ledger or groups.tp.rank() or groups.pp.rank():
         return lambda batches, step: None
-    stream = ledger.open_ledger(run, rank=groups.dp_cp.rank())
+    stream = open_ledger(run, rank=groups.dp_cp.rank())
 
     def write(batches: Sequence[Batch], step: int) -> None:
-        stream.write(ledger.entry(batches, start=start, step=step))
+        stream.write(ledger_line(batches, start=start, step=step))
 
     return write
 
 
 def nonfinite_batch_writer(run: Path) -> Callable[[Sequence[Batch], int], str]:
-    """Writes the micro-batches of a step that could not be used to the run folder, each rank its own."""
+    """Return a function that writes this rank's micro-batches of a step to the run folder.
 
-    def keep(batches: Sequence[Batch], step: int) -> str:
+    It returns the name of the file.
+    """
+
+    def write(batches: Sequence[Batch], step: int) -> str:
         folder = run / NONFINITE_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"step-{step:08d}-rank-{parallel.rank():05d}.pt"
         torch.save([dataclasses.asdict(batch) for batch in batches], file)
         return str(file)
 
-    return keep
+    return write

@@ -1,4 +1,4 @@
-"""The objectives: sums and counts of a forward pass, ready to be added up and divided once by a global count."""
+"""The objectives: sums and counts of a forward pass, which are added up and divided once."""
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -19,10 +19,15 @@ def _head(
 
 
 def autoregressive_loss(tower: Tower, hidden: Tensor, batch: Batch, groups: ProcessGroupCollection) -> LossReport:
-    """Next-token cross-entropy of every position but the last, within documents where their boundaries count.
+    """Compute the next-token cross-entropy of every position but the last.
+
+    If `batch.documents` is set, the first token of a document is not scored.
 
     Args:
-        hidden: final hidden states (l, b, h).
+        tower: The tower with the head.
+        hidden: (l, b, h) final hidden states.
+        batch: The targets.
+        groups: Process groups of this rank.
     """
     weights = torch.ones_like(batch.tokens[:, 1:], dtype=torch.float32)
     if batch.documents is not None:
@@ -36,22 +41,29 @@ def autoregressive_loss(tower: Tower, hidden: Tensor, batch: Batch, groups: Proc
 
 
 def noise_buckets(times: Tensor, buckets: int) -> Tensor:
-    """Which of the equal parts of (0, 1] each noise level falls in; the first is (0, 1 / buckets]."""
+    """Return the bucket of each noise level.
+
+    Buckets are equal parts of (0, 1]; the first is (0, 1 / buckets].
+    """
     return (times * buckets).ceil().long().clamp(1, buckets) - 1
 
 
 def masked_diffusion_loss(
     tower: Tower, hidden: Tensor, batch: NoisyBatch, noise: NoiseConfig, groups: ProcessGroupCollection
 ) -> LossReport:
-    """Cross-entropy of the clean tokens at masked positions.
+    """Compute the cross-entropy of the clean tokens at masked positions.
 
-    `masked_mean` divides by the number of masked positions (the published trainer's objective, but
-    global). `elbo` weights each by 1 / t and divides by the number of all tokens that are not
-    padding: the likelihood bound of absorbing diffusion with a linear schedule (MDLM, Sahoo et al.
-    2024, equation 10; BD3-LM section 3).
+    `masked_mean` divides by the number of masked positions: the objective of the published trainer,
+    but over the global batch. `elbo` weights each position by 1 / t and divides by the number of
+    all tokens that are not padding: the likelihood bound of absorbing diffusion with a linear
+    schedule (MDLM, Sahoo et al. 2024, equation 10; BD3-LM section 3).
 
     Args:
-        hidden: final hidden states (l, r b, h) of the noisy stream.
+        tower: The tower with the head.
+        hidden: (l, r b, h) final hidden states of the noisy stream.
+        batch: The noisy sequences and their targets.
+        noise: The settings of the noise.
+        groups: Process groups of this rank.
     """
     length = batch.noisy.shape[1]
     times = batch.times.repeat_interleave(length // batch.times.shape[1], dim=1)

@@ -1,19 +1,37 @@
-"""Where a run's figures go: the console, `metrics.jsonl` and Weights & Biases. The only room that imports wandb.
+"""Where the figures of a run go: the console, `metrics.jsonl` and Weights & Biases.
 
-A record is a mapping with `kind` and `step`; the first rank writes it to every sink, the others
-write nothing.
+A record is a mapping with `kind` and `step`. The first rank writes it to every sink; the other
+ranks write nothing.
 
-    kind "train":       step, loss (nats per scored token), loss_by_noise {"0.0-0.2": nats, ...} (empty for `ar`),
-                        learning_rate, grad_norm, tokens (consumed so far), tokens_per_second, scored_tokens,
-                        expert_load {"max_over_mean": ratio} (empty without experts), memory_gib, seconds (elapsed);
-                        with phases, phase (its name); with a blend, tokens_by_corpus {name: tokens so far}; with
-                        data.damaged_shards=skip, skipped_sequences (since the last record)
-                        and where steps were skipped, nonfinite_steps (since the last record)
-    kind "checkpoint":  step (at which it was finished), saved_step, gib, stall_seconds (that training waited for it),
-                        write_seconds (of the slowest rank, beside training)
-    kind "validation":  step, loss (nats per scored token), loss_by_noise, tokens (scored)
+Kind `train`, of the steps since the last record:
 
-A figure that is not finite is written as null, so that every line of `metrics.jsonl` is plain JSON.
+    step, seconds      at the record: optimizer steps done, and the time since the process started
+    loss               nats per scored token
+    loss_by_noise      {"0.0-0.2": nats, ...}; empty for the objective `ar`
+    learning_rate, grad_norm
+    tokens             consumed since the start of the run
+    tokens_per_second, scored_tokens
+    expert_load        {"max_over_mean": ratio}; empty without experts
+    memory_gib         largest memory so far, of the first rank
+    phase              its name; in a run with phases
+    tokens_by_corpus   {name: tokens since the start of the run}; with a blend
+    skipped_sequences  in damaged shards; with data.damaged_shards=skip
+    nonfinite_steps    skipped steps; if there were any
+
+Kind `validation`:
+
+    step
+    loss               nats per scored token
+    loss_by_noise      see above
+    tokens             scored tokens
+
+Kind `checkpoint`:
+
+    step               at which the checkpoint was finished
+    saved_step         the step of the state in the checkpoint
+    gib                its size
+    stall_seconds      how long training waited for it
+    write_seconds      how long the slowest rank wrote, during training
 """
 
 import json
@@ -43,7 +61,13 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class WandbSettings:
-    """mode: `offline`, `online` or `disabled`. name: shown in the interface; None lets W&B choose."""
+    """Settings of Weights & Biases.
+
+    Attributes:
+        mode: `offline`, `online` or `disabled`.
+        project: The project of the run.
+        name: Name of the run in the interface; None: W&B chooses one.
+    """
 
     mode: str = "offline"
     project: str = "megatron-twotower"
@@ -51,29 +75,34 @@ class WandbSettings:
 
 
 class Sink(Protocol):
-    def log(self, record: Record) -> None: ...
+    """One place where records go."""
 
-    def tick(self, step: int) -> None: ...
+    def log(self, record: Record) -> None:
+        """Write one record."""
+
+    def step_done(self, step: int) -> None:
+        """Show that `step` is done."""
 
 
 class Metrics:
-    """Hands every record to each sink. A context manager; made by `open_metrics`."""
+    """Passes every record to each sink. A context manager; `open_metrics` makes it."""
 
     def __init__(self, sinks: Sequence[Sink], resources: ExitStack) -> None:
         self._sinks = tuple(sinks)
         self._resources = resources
 
     def log(self, record: Record) -> None:
-        """Write one record, see the module's docstring."""
+        """Write one record to every sink."""
         for sink in self._sinks:
             sink.log(record)
 
-    def tick(self, step: int) -> None:
-        """Tell that `step` is done, without figures: moves the progress bar only."""
+    def step_done(self, step: int) -> None:
+        """Move the progress bar to `step`, without a record."""
         for sink in self._sinks:
-            sink.tick(step)
+            sink.step_done(step)
 
     def close(self) -> None:
+        """Close all sinks."""
         self._resources.close()
 
     def __enter__(self) -> Self:
@@ -88,28 +117,33 @@ class Metrics:
 def open_metrics(
     output: Path, *, total_steps: int, resume_step: int, console: bool, wandb: WandbSettings, config: dict[str, Any]
 ) -> Metrics:
-    """Open the sinks of a run in folder `output`; on ranks other than the first, a `Metrics` that writes nothing.
+    """Open the sinks of a run; on ranks other than the first, none.
 
-    resume_step: the step the run goes on from, 0 for a fresh run. Records of `metrics.jsonl` after
-        it were written by a run that was cut off and are dropped, so that no step stands there
-        twice.
-    config: the resolved configuration, for W&B.
+    Args:
+        output: The run folder.
+        total_steps: The number of steps of the run.
+        resume_step: The step that the run resumes from, 0 for a fresh run. Later records in
+            `metrics.jsonl` are of a run that was cut off. They are removed, so that no step has two
+            records.
+        console: Whether to print a table.
+        wandb: Settings of Weights & Biases.
+        config: The resolved configuration, for W&B.
 
     Raises:
-        UserError: `metrics.jsonl` cannot be read, or W&B is asked for and not there.
+        UserError: `metrics.jsonl` cannot be read, or W&B is not installed or does not start.
     """
     with ExitStack() as resources:
         if not _first_rank():
             return Metrics((), resources.pop_all())
         output.mkdir(parents=True, exist_ok=True)
-        sinks: list[Sink] = [_jsonl_sink(output / METRICS_FILE, resume_step=resume_step, resources=resources)]
+        sinks: list[Sink] = [_open_jsonl(output / METRICS_FILE, resume_step=resume_step, resources=resources)]
         if wandb.mode != "disabled":
             sinks.append(
-                _wandb_sink(output, settings=wandb, config=config, resume_step=resume_step, resources=resources)
+                _open_wandb(output, settings=wandb, config=config, resume_step=resume_step, resources=resources)
             )
         if console:
             sinks.append(
-                _console_sink(output.name, total_steps=total_steps, resume_step=resume_step, resources=resources)
+                _open_console(output.name, total_steps=total_steps, resume_step=resume_step, resources=resources)
             )
         return Metrics(sinks, resources.pop_all())
 
@@ -122,12 +156,12 @@ def _first_rank() -> bool:
 
 
 def peak_memory_gib() -> float:
-    """Most memory held so far, in GiB: allocated by torch on the CUDA device, or resident on the host."""
+    """Return the peak memory in GiB: of torch on the CUDA device, or of this process on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     status = Path("/proc/self/status")
     if status.is_file():
-        # Not getrusage: a process inherits ru_maxrss from the one that started it.
+        # Not getrusage: a process inherits ru_maxrss from its parent.
         kib = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(kib) / 2**20
     unit = 2**30 if sys.platform == "darwin" else 2**20
@@ -135,7 +169,7 @@ def peak_memory_gib() -> float:
 
 
 def _finite(value: Any) -> Any:
-    """The same value in plain JSON types, with null for figures that are not finite."""
+    """Return a value in plain JSON types, with null for figures that are not finite."""
     if isinstance(value, Mapping):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, (bool, str)) or value is None:
@@ -146,58 +180,63 @@ def _finite(value: Any) -> Any:
     return number if math.isfinite(number) else None
 
 
-# metrics.jsonl
-# ------------------------------------------------------------------------------------------------------
+# --- metrics.jsonl ---
 
 
 @dataclass(frozen=True)
-class _Jsonl:
+class _JsonlSink:
+    """Writes a line for every record.
+
+    A figure that is not finite becomes null, so that every line is plain JSON.
+    """
+
     write: Callable[[str], Any]
 
     def log(self, record: Record) -> None:
         self.write(json.dumps(_finite(record), allow_nan=False) + "\n")
 
-    def tick(self, step: int) -> None:
+    def step_done(self, step: int) -> None:
         pass
 
 
-def _jsonl_sink(path: Path, *, resume_step: int, resources: ExitStack) -> _Jsonl:
+def _open_jsonl(path: Path, *, resume_step: int, resources: ExitStack) -> _JsonlSink:
     kept = [] if resume_step == 0 or not path.exists() else read_metrics(path)
     kept = [record for record in kept if record["step"] <= resume_step]
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
     os.replace(partial, path)
     # Line buffering: each record is in the file once it is logged.
-    return _Jsonl(resources.enter_context(path.open("a", buffering=1)).write)
+    return _JsonlSink(resources.enter_context(path.open("a", buffering=1)).write)
 
 
-# Weights & Biases
-# ---------------------------------------------------------------------------------------------------
+# --- Weights & Biases ---
 
 
-def _flat(record: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def _flatten(record: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in record.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}/{key}")
+            yield from _flatten(value, f"{prefix}/{key}")
         else:
             yield f"{prefix}/{key}", value
 
 
 @dataclass(frozen=True)
-class _Wandb:
+class _WandbSink:
+    """Passes every record to W&B, with keys such as `train/loss_by_noise/0.0-0.2`."""
+
     write: Callable[..., Any]
 
     def log(self, record: Record) -> None:
         figures = {key: value for key, value in record.items() if key not in ("kind", "step")}
-        self.write(dict(_flat(figures, record["kind"])), step=record["step"])
+        self.write(dict(_flatten(figures, record["kind"])), step=record["step"])
 
-    def tick(self, step: int) -> None:
+    def step_done(self, step: int) -> None:
         pass
 
 
-def _wandb_sink(
+def _open_wandb(
     output: Path, *, settings: WandbSettings, config: dict[str, Any], resume_step: int, resources: ExitStack
-) -> _Wandb:
+) -> _WandbSink:
     try:
         import wandb
     except ImportError as error:
@@ -205,7 +244,7 @@ def _wandb_sink(
             f"logging.wandb: found {settings.mode!r}, but wandb is not installed; "
             "expected `pip install wandb` or logging.wandb=disabled"
         ) from error
-    # One id for all the pieces of a run that was interrupted, so that W&B joins them.
+    # A resumed run keeps its id, so that W&B joins the parts.
     id_file = output / WANDB_ID_FILE
     identity = id_file.read_text().strip() if resume_step and id_file.is_file() else secrets.token_hex(4)
     try:
@@ -227,11 +266,10 @@ def _wandb_sink(
         run.finish(exit_code=0 if kind is None else 1)
 
     resources.push(finish)
-    return _Wandb(run.log)
+    return _WandbSink(run.log)
 
 
-# Console
-# ------------------------------------------------------------------------------------------------------------
+# --- Console ---
 
 
 def _seconds(value: float) -> str:
@@ -240,7 +278,8 @@ def _seconds(value: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-# heading, path within a train record, width, how a value is written: 80 columns with the time left
+# Heading, path within a train record, width, and how a value is written. A row has less than 80
+# columns with the time left.
 _COLUMNS: tuple[tuple[str, tuple[str, ...], int, Callable[[Any], str]], ...] = (
     ("step", ("step",), 7, str),
     ("loss", ("loss",), 9, "{:.4f}".format),
@@ -264,12 +303,12 @@ def _cell(record: Record, path: tuple[str, ...], write: Callable[[Any], str]) ->
 
 
 def train_row(record: Record) -> str:
-    """One line of the console's table."""
+    """Return the row of a train record in the table."""
     return "".join(f"{_cell(record, path, write):>{width}}" for _, path, width, write in _COLUMNS)
 
 
 def validation_row(record: Record) -> str:
-    """One line for a validation: the loss, and the loss of each noise bucket, named by its upper end."""
+    """Return the row of a validation: the loss, and that of each noise bucket by its upper end."""
     by_noise = record.get("loss_by_noise") or {}
     buckets = [f"t≤{name.split('-')[-1]} {_cell(by_noise, (name,), '{:.2f}'.format)}" for name in by_noise]
     loss = _cell(record, ("loss",), "{:.4f}".format)
@@ -277,7 +316,10 @@ def validation_row(record: Record) -> str:
 
 
 class _ConsoleSink:
-    """A table row for every record, and the time left: in a live bar, or in the rows where there is no terminal."""
+    """Prints a table row for every record, and the time left.
+
+    The time left is in a live bar, or in the row without a terminal.
+    """
 
     def __init__(self, console: Console, progress: Progress | None, *, total_steps: int, resume_step: int) -> None:
         self._console, self._progress = console, progress
@@ -291,14 +333,14 @@ class _ConsoleSink:
         console.print(header, style="bold", highlight=False, soft_wrap=True)
 
     def _left(self, step: int) -> str:
-        """Time left, from the steps since the first that this process finished (which also warms everything up)."""
+        """Estimate the time left from the steps after the first one, which is slower."""
         now = time.monotonic()
         if self._start is None:
             self._start, self._first = now, step
         done = step - self._first
         return _seconds((now - self._start) / done * (self._total - step)) if done > 0 else "-"
 
-    def tick(self, step: int) -> None:
+    def step_done(self, step: int) -> None:
         left = self._left(step)
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=step, loss=self._loss, speed=self._speed, left=left)
@@ -312,10 +354,10 @@ class _ConsoleSink:
         self._speed = _cell(record, ("tokens_per_second",), "{:,.0f}".format)
         left = "" if self._progress is not None else f"{self._left(record['step']):>9}"
         self._console.print(train_row(record) + left, highlight=False, soft_wrap=True)
-        self.tick(record["step"])
+        self.step_done(record["step"])
 
 
-def _console_sink(title: str, *, total_steps: int, resume_step: int, resources: ExitStack) -> _ConsoleSink:
+def _open_console(title: str, *, total_steps: int, resume_step: int, resources: ExitStack) -> _ConsoleSink:
     console = Console()
     progress = None
     if console.is_terminal:

@@ -1,8 +1,8 @@
-"""Several runs from one command: Hydra's multi-run over a recipe, each job in a folder of its own.
+"""Several runs from one command: Hydra's multi-run of a recipe. Each job has its own folder.
 
 `twotower train --multirun recipe=tiny seed=1,2` trains twice, into OUTPUT/seed=1 and OUTPUT/seed=2.
-Hydra's launchers (`hydra/launcher=...`) decide where the jobs run; without one, here and one after
-the other.
+Hydra's launchers (`hydra/launcher=...`) decide where the jobs run; without one they run here, one
+after the other.
 """
 
 import dataclasses
@@ -13,16 +13,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_twotower.common.errors import UserError
-from megatron_twotower.config.recipes import hydra_source, load_recipe, resolve
+from megatron_twotower.config.recipes import load_recipe, prepare_hydra, resolve
 from megatron_twotower.config.schema import RunConfig
 
 
 class StoppedEarly(Exception):
-    """A signal ended a job, its state saved; the same sweep goes on from there."""
+    """A signal ended a job, and its state is saved; the same sweep resumes from there."""
 
 
 def _job(composed: Any) -> None:
-    """One run of a sweep. At the top of its module, so that a launcher can send it elsewhere."""
+    """Train one run of a sweep. A module-level function, so that a launcher can pickle it."""
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
@@ -39,8 +39,8 @@ def _job(composed: Any) -> None:
         parallel.shutdown()
 
 
-def _swept(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Keys with several values, and overrides with one, without Hydra's own."""
+def _split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the keys with several values, and the overrides with one, without Hydra's own."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -54,16 +54,20 @@ def _swept(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def run(recipe: str, overrides: Sequence[str]) -> None:
-    """Train once for each combination of values. A run that is whole already is passed over.
+    """Train once for each combination of values. A run that is complete takes no step.
+
+    Args:
+        recipe: Name of a shipped recipe, or path of a YAML file.
+        overrides: Hydra overrides; at least one has several values.
 
     Raises:
-        UserError: no key has several values, or what a single run would raise.
-        StoppedEarly: a signal ended the sweep.
+        UserError: No key has several values, or the error of a single run.
+        StoppedEarly: A signal ended the sweep.
     """
     import hydra
 
-    path, search = hydra_source(recipe, overrides)
-    keys, single = _swept(overrides)
+    path, search = prepare_hydra(recipe, overrides)
+    keys, single = _split_overrides(overrides)
     if not keys:
         raise UserError("--multirun: found no key with several values, expected one such as seed=1,2")
     if "output" in keys:
@@ -79,8 +83,8 @@ def run(recipe: str, overrides: Sequence[str]) -> None:
     before, variable = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
-    # Hydra reads the command line, keeps exceptions to itself unless this is set, and takes the
-    # root logger over.
+    # Hydra reads the command line, hides exceptions unless this variable is set, and replaces the
+    # handlers of the root logger.
     sys.argv = ["twotower", "--multirun", *search, *own, *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:

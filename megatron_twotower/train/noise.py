@@ -1,8 +1,8 @@
-"""Absorbing-diffusion noise: times, masks, and the randomness they come from. Pure functions of their arguments.
+"""Absorbing-diffusion noise: noise levels and masks. Pure functions of their arguments.
 
 Randomness is counter-based: every uniform number is a hash of (seed, purpose, epoch, sample, ...),
-computed in integers. The same sequence therefore meets the same noise on any number of ranks, in
-any micro-batch, after any resume, on CPU and CUDA alike, and no generator has a state to save.
+computed in integers. So the noise of a sequence is the same on any number of ranks, in any
+micro-batch, after any resume, on CPU and on CUDA, and no generator has a state to save.
 """
 
 import math
@@ -15,22 +15,27 @@ from megatron_twotower.common.keyed_random import keyed_uniform
 from megatron_twotower.config.schema import NoiseConfig
 from megatron_twotower.types import Batch, NoisyBatch
 
-# Separate streams of numbers under one seed; those of a sequence's later draws are this far apart.
+# Purposes: separate streams of numbers with one seed. The purposes of consecutive draws of a
+# sequence differ by `_DRAW`.
 _TIMES, _MASKS, _STRATA = 1, 2, 3
 _DRAW = 16
 
-# The list of scored places is as long as a multiple of this: few shapes for the head, and full
-# matrix products.
+# The list of scored positions is padded to a multiple of this: few shapes for the head, and full
+# tiles in matrix products.
 SCORED_MULTIPLE = 64
 
 
 def sample_times(batch: Batch, noise: NoiseConfig, *, seed: int, draw: int = 0) -> Tensor:
-    """Noise levels in (time_min, time_max] of one draw: (b, n) float32 per block, or (b, 1) per sequence.
+    """Sample the noise levels of one draw.
 
-    `stratified` spreads them evenly: over the blocks of a sequence (a random offset and a random
-    order, BD3-LM section 4), or, with one time per sequence, over consecutive samples of the run (a
-    Weyl sequence); and the draws of one sequence or block over the range. `uniform` draws are
-    independent.
+    `uniform` levels are independent. `stratified` levels are spread evenly over the range: over the
+    blocks of a sequence (a random offset and a random order, BD3-LM section 4), or, with one level
+    per sequence, over consecutive samples of the run (a Weyl sequence). The draws of one sequence
+    or block are spread evenly too.
+
+    Returns:
+        (b, n) float32 with a level per block, or (b, 1) with one per sequence, in
+        (time_min, time_max].
     """
     device, length = batch.tokens.device, batch.tokens.shape[1]
     count = length // noise.block_size_tokens if noise.time_per == "block" else 1
@@ -51,10 +56,16 @@ def sample_times(batch: Batch, noise: NoiseConfig, *, seed: int, draw: int = 0) 
 
 
 def corrupt(batch: Batch, noise: NoiseConfig, *, seed: int, times: Tensor | None = None) -> NoisyBatch:
-    """Replace each token by the mask token with probability t, its block's noise level, in `draws_per_context` draws.
+    """Replace each token by the mask token with probability t, the noise level of its block.
+
+    There are `noise.draws_per_context` draws.
 
     Args:
-        times: (b, n) or (b, 1) float32 noise levels to use instead of sampled ones, in one draw.
+        batch: The clean sequences.
+        noise: The settings of the noise.
+        seed: Seed of levels and masks.
+        times: (b, n) or (b, 1) float32 noise levels instead of sampled ones; then there is one
+            draw.
     """
     if times is not None:
         levels = [times]
@@ -65,7 +76,7 @@ def corrupt(batch: Batch, noise: NoiseConfig, *, seed: int, times: Tensor | None
 
 
 def _mask(batch: Batch, noise: NoiseConfig, seed: int, draw: int, times: Tensor) -> Tensor:
-    """(b, l) bool of one draw."""
+    """Sample the mask of one draw, (b, l) bool."""
     device, length = batch.tokens.device, batch.tokens.shape[1]
     blocks = torch.arange(length // noise.block_size_tokens, device=device).unsqueeze(-1)
     offsets = torch.arange(noise.block_size_tokens, device=device)
@@ -75,18 +86,25 @@ def _mask(batch: Batch, noise: NoiseConfig, seed: int, draw: int, times: Tensor)
 
 
 def noisy_batch(batch: Batch, masked: Tensor, times: Tensor, noise: NoiseConfig) -> NoisyBatch:
-    """The record of a mask (r b, l) bool and its noise levels. Padding is masked like the rest, and not scored."""
+    """Apply a mask to clean sequences. Padding is masked like other tokens, and not scored.
+
+    Args:
+        batch: The clean sequences.
+        masked: (r b, l) bool.
+        times: (r b, n) or (r b, 1) float32 noise levels.
+        noise: The settings of the noise.
+    """
     draws = len(masked) // len(batch.tokens)
     real = torch.ones_like(masked) if batch.padding is None else ~batch.padding.repeat(draws, 1)
     scored = masked & real
-    places = scored.flatten().nonzero().squeeze(-1)
+    positions = scored.flatten().nonzero().squeeze(-1)
     noisy = batch.tokens.repeat(draws, 1).masked_fill(masked, noise.mask_token_id)
     return NoisyBatch(
         tokens=batch.tokens,
         noisy=noisy,
         times=times,
-        scored_positions=F.pad(places, (0, -len(places) % SCORED_MULTIPLE)),
-        num_scored=torch.tensor(len(places), dtype=torch.int32),
+        scored_positions=F.pad(positions, (0, -len(positions) % SCORED_MULTIPLE)),
+        num_scored=torch.tensor(len(positions), dtype=torch.int32),
         num_tokens=real.sum(dtype=torch.int32),
         block=noise.block_size_tokens,
         documents=batch.documents,

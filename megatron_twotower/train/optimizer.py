@@ -1,7 +1,6 @@
-"""Parameter groups, AdamW and learning-rate schedule: Megatron's, configured; its step, and what it keeps."""
+"""Megatron's AdamW and learning-rate schedule, and a step that skips non-finite gradients."""
 
 import bisect
-import dataclasses
 import math
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -16,17 +15,18 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_twotower.config.phases import Phase, resolve_phases
+from megatron_twotower.config.phases import Phase, resolve_phases, whole_run
 from megatron_twotower.config.schema import RunConfig
 from megatron_twotower.mcore.optimizer_state import nonempty_optimizers
 from megatron_twotower.mcore.parallel import ModelChunks
 
-# Matrices in shape only: decay would pull gates to zero and shorten filters.
+# Parameters of two dimensions that are no weight matrices: decay would pull gates to zero and
+# shorten filters.
 NO_WEIGHT_DECAY = ("*scale_shift_table", "*conv1d_weight")
 
 
 def build_optimizer(config: RunConfig, model: ModelChunks, groups: ProcessGroupCollection) -> MegatronOptimizer:
-    """AdamW over the trained parameters, fp32 main weights, clipped by the global gradient norm."""
+    """Build AdamW with fp32 main weights, clipping by the global gradient norm."""
     ours = config.optimizer
     settings = MegatronOptimizerConfig(
         optimizer="adam",
@@ -49,7 +49,7 @@ def build_optimizer(config: RunConfig, model: ModelChunks, groups: ProcessGroupC
     )
     for inner in optimizer.chained_optimizers:
         if isinstance(inner.optimizer, torch.optim.AdamW):
-            # Megatron 0.16.1 builds torch's AdamW unfused; fused took 0.4 of its time on a CPU.
+            # Megatron 0.16.1 builds torch's AdamW unfused; fused it took 0.4 of the time on a CPU.
             for group in inner.optimizer.param_groups:
                 group["fused"], group["foreach"] = True, False
     return optimizer
@@ -57,16 +57,18 @@ def build_optimizer(config: RunConfig, model: ModelChunks, groups: ProcessGroupC
 
 @torch.no_grad()
 def guarded_step(optimizer: MegatronOptimizer, *, unusable: Tensor) -> tuple[bool, float]:
-    """One step of the optimizer, or none where the gradients are not finite: then nothing at all has changed.
+    """Take one step of the optimizer; none if the gradients are not finite.
 
-    Megatron's own step, with a look at the norm, which is the same on every rank, before anything
-    is scaled by it.
+    A step that is not taken changes nothing. It is Megatron's own step, with a check of the
+    gradient norm, which is the same on every rank, before anything is scaled by it.
 
-    Args: unusable: () bool, True to take no step in any case; the same on every rank. Looked at
-        after the norm, which the host waits for anyway.
+    Args:
+        optimizer: Megatron's optimizer, whose gradients are reduced.
+        unusable: () bool, True to take no step in any case; the same on every rank. It is read
+            after the norm, for which the host waits in any case.
 
     Returns:
-        whether a step was taken, and the global gradient norm before clipping.
+        Whether a step was taken, and the global gradient norm before clipping.
     """
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm() or 0.0)
@@ -81,7 +83,10 @@ def guarded_step(optimizer: MegatronOptimizer, *, unusable: Tensor) -> tuple[boo
 
 
 def build_schedule(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Warm-up, then `wsd`, `cosine` or `constant`, anew in every phase; one scheduler step per optimizer step."""
+    """Build the learning-rate schedule, which takes one step per optimizer step.
+
+    Every phase has a warm-up, and then `wsd`, `cosine` or `constant`.
+    """
     phases = resolve_phases(config)
     if not config.phases:
         return OptimizerParamScheduler(optimizer, **_rates(config, phases[0]))
@@ -89,22 +94,27 @@ def build_schedule(config: RunConfig, optimizer: MegatronOptimizer) -> Optimizer
 
 
 class PhasedScheduler(OptimizerParamScheduler):
-    """Megatron's schedule of each phase, one after the other. Its state is that of a schedule of the whole run."""
+    """Megatron's schedule of each phase, one after the other.
+
+    Its state is that of one schedule for the complete run.
+    """
 
     def __init__(self, optimizer: MegatronOptimizer, config: RunConfig, phases: Sequence[Phase]) -> None:
-        nothing = SimpleNamespace(param_groups=[])  # the parts only say what the rate is
+        # The schedules of phases only compute rates: they have no parameters.
+        no_parameters = SimpleNamespace(param_groups=[])
         self._starts = [phase.first_step for phase in phases]
-        self._parts = [OptimizerParamScheduler(nothing, **_rates(config, phase)) for phase in phases]
-        super().__init__(optimizer, **_rates(config, resolve_phases(dataclasses.replace(config, phases=[]))[0]))
+        self._schedules = [OptimizerParamScheduler(no_parameters, **_rates(config, phase)) for phase in phases]
+        super().__init__(optimizer, **_rates(config, whole_run(config)))
 
     def get_lr(self, param_group: dict[str, Any]) -> float:
-        """The rate at `num_steps`: of the phase whose first step has come. Groups have no rates of their own here."""
+        """Return the rate of the current phase at `num_steps`, the same for all groups."""
         number = bisect.bisect_right(self._starts, self.num_steps) - 1
-        self._parts[number].num_steps = self.num_steps - self._starts[number]
-        return self._parts[number].get_lr({})
+        self._schedules[number].num_steps = self.num_steps - self._starts[number]
+        return self._schedules[number].get_lr({})
 
 
 def _rates(config: RunConfig, phase: Phase) -> dict[str, Any]:
+    """Return the arguments of Megatron's scheduler for one phase."""
     schedule, steps = config.schedule, phase.steps
     styles = {"wsd": "WSD", "cosine": "cosine", "constant": "constant"}
     decay = config.optimizer.weight_decay
@@ -121,7 +131,7 @@ def _rates(config: RunConfig, phase: Phase) -> dict[str, Any]:
         "wd_incr_style": "constant",
         "wsd_decay_steps": phase.decay_steps,
         "lr_wsd_decay_style": schedule.decay_shape,
-        # A run that goes on follows its recipe; only the step comes from the checkpoint.
+        # A resumed run follows its recipe; only the step comes from the checkpoint.
         "use_checkpoint_opt_param_scheduler": False,
         "override_opt_param_scheduler": True,
     }

@@ -1,79 +1,97 @@
-"""Where a run is: steps done, sequences consumed, and the sums since the last log record."""
+"""How far a run is: steps done, sequences consumed, and the sums since the last log record."""
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from megatron_twotower.checkpoint.files import CheckpointState
 from megatron_twotower.common import device
 from megatron_twotower.mcore import parallel
+from megatron_twotower.types import LogWindow
 
 
 @dataclass
-class Progress:
-    """Where a run stands: optimizer steps done, sequences consumed by all ranks, and the sums since the last log.
+class TrainingProgress:
+    """How far a run is, on one rank.
 
-    updates: optimizer steps that were not skipped. nonfinite: steps skipped since the last log;
-    in_a_row: up to now.
-    sequences: consumed by all ranks since the last log. skipped: this rank's in damaged shards,
-    since the last log.
+    The log window is the steps since the last log record.
+
+    Attributes:
+        step: Optimizer steps done, with skipped ones.
+        cursor: Sequences consumed by all ranks.
+        updates: Optimizer steps that were not skipped.
+        consecutive_nonfinite: Steps skipped without interruption up to now.
+        nonfinite: Steps skipped in the log window.
+        sequences: Sequences consumed by all ranks in the log window.
+        damaged_sequences: Sequences in damaged shards that this rank skipped in the log window.
+        sums: (2 + 2k,) float64 packed loss reports of this rank in the log window; None without a
+            step that was not skipped.
+        expert_tokens: (layers, experts) tokens of each expert on this rank in the log window; None
+            as for `sums`, and without experts.
+        window_started: Time at which the log window started, in seconds of `time.perf_counter`.
     """
 
     step: int = 0
     cursor: int = 0
     updates: int = 0
+    consecutive_nonfinite: int = 0
     nonfinite: int = 0
-    in_a_row: int = 0
+    sequences: int = 0
+    damaged_sequences: int = 0
     sums: Tensor | None = None
     expert_tokens: Tensor | None = None
-    since: float = field(default_factory=time.perf_counter)
-    sequences: int = 0
-    skipped: int = 0
+    window_started: float = field(default_factory=time.perf_counter)
+
+    def start_log_window(self) -> None:
+        """Forget the sums of the log window that was just recorded."""
+        self.sums = self.expert_tokens = None
+        self.sequences = self.damaged_sequences = self.nonfinite = 0
+        self.window_started = time.perf_counter()
 
 
-def window(progress: Progress, groups: ProcessGroupCollection) -> dict[str, Any]:
-    """The sums since the last record, over all ranks, as plain numbers."""
-
+def log_window(progress: TrainingProgress, groups: ProcessGroupCollection) -> LogWindow:
+    """Sum the log window over all ranks, as plain numbers for a checkpoint."""
     sums, tokens = progress.sums, progress.expert_tokens
-    return {
-        "sums": None if sums is None else parallel.sum_over_stages(sums.double(), groups).tolist(),
-        "expert_tokens": None if tokens is None else parallel.sum_over_ranks(tokens.double()).tolist(),
-        "sequences": progress.sequences,
-        "skipped": skipped_by_all(progress, groups),
-        "nonfinite": progress.nonfinite,
-        "in_a_row": progress.in_a_row,
-    }
+    return LogWindow(
+        sums=None if sums is None else parallel.sum_over_stages(sums.double(), groups).tolist(),
+        expert_tokens=None if tokens is None else parallel.sum_over_ranks(tokens.double()).tolist(),
+        sequences=progress.sequences,
+        skipped=damaged_on_all_ranks(progress, groups),
+        nonfinite=progress.nonfinite,
+        in_a_row=progress.consecutive_nonfinite,
+    )
 
 
-def skipped_by_all(progress: Progress, groups: ProcessGroupCollection) -> int:
-    """Sequences in damaged shards since the last record, over all ranks."""
-    counted = torch.tensor([float(progress.skipped)], dtype=torch.float64, device=device.device())
+def damaged_on_all_ranks(progress: TrainingProgress, groups: ProcessGroupCollection) -> int:
+    """Return the sequences in damaged shards in the log window, over all ranks."""
+    counted = torch.tensor([float(progress.damaged_sequences)], dtype=torch.float64, device=device.device())
     return int(parallel.sum_over_data_parallel(counted, groups).item())
 
 
-def resumed(step: int, cursor: int, updates: int, saved: dict[str, Any], groups: ProcessGroupCollection) -> Progress:
-    """Progress as it was saved; the window's sums go on where they are counted once, all others start from zero."""
+def restore_progress(state: CheckpointState, groups: ProcessGroupCollection) -> TrainingProgress:
+    """Return the progress of this rank at a checkpoint.
 
-    def part(values: Any, *, here: bool) -> Tensor | None:
-        if values is None:
-            return None
-        whole = torch.tensor(values, dtype=torch.float64, device=device.device())
-        return whole if here else torch.zeros_like(whole)
+    The sums of the log window go to the one rank where they are counted once; all other ranks start
+    from zero.
+    """
 
-    sums = part(saved["sums"], here=groups.dp_cp.rank() == groups.pp.rank() == 0)
-    tokens = part(saved["expert_tokens"], here=parallel.is_main())
-    skipped = saved["skipped"] if groups.dp_cp.rank() == 0 else 0
-    return Progress(
-        step,
-        cursor,
-        updates,
-        saved["nonfinite"],
-        saved["in_a_row"],
-        sums,
-        tokens,
-        sequences=saved["sequences"],
-        skipped=skipped,
+    def tensor(values: list, *, here: bool) -> Tensor:
+        total = torch.tensor(values, dtype=torch.float64, device=device.device())
+        return total if here else torch.zeros_like(total)
+
+    window, first_data_rank = state.window, groups.dp_cp.rank() == 0
+    sums_here = first_data_rank and groups.pp.rank() == 0
+    return TrainingProgress(
+        step=state.step,
+        cursor=state.cursor,
+        updates=state.updates,
+        consecutive_nonfinite=window.in_a_row,
+        nonfinite=window.nonfinite,
+        sequences=window.sequences,
+        damaged_sequences=window.skipped if first_data_rank else 0,
+        sums=None if window.sums is None else tensor(window.sums, here=sums_here),
+        expert_tokens=None if window.expert_tokens is None else tensor(window.expert_tokens, here=parallel.is_main()),
     )

@@ -1,4 +1,4 @@
-"""The composition root: a resolved configuration in, a run that is ready to go out."""
+"""A complete training run, built from a resolved configuration."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -11,6 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from rich.console import Console
 
 from megatron_twotower import __version__
+from megatron_twotower.checkpoint.files import ShardedState
 from megatron_twotower.checkpoint.fp8_state import sharded_fp8_state
 from megatron_twotower.checkpoint.sharding import sharded_optimizer, sharded_weights
 from megatron_twotower.common import run_folder
@@ -25,7 +26,7 @@ from megatron_twotower.convert.tensors import TensorSource
 from megatron_twotower.data.blend import BlendedDataset
 from megatron_twotower.data.dataset import SequenceDataset, batches, global_batch, rank_slice, split_batch
 from megatron_twotower.data.sources import check_unchanged, data_summary, open_training, open_validation
-from megatron_twotower.doctor import one_line_summary
+from megatron_twotower.doctor import diagnose, one_line_summary
 from megatron_twotower.mcore import parallel
 from megatron_twotower.mcore.optimizer_state import optimizer_shards
 from megatron_twotower.mcore.transformer_config import transformer_config
@@ -33,19 +34,26 @@ from megatron_twotower.model import parameter_map
 from megatron_twotower.model.parameter_map import Entry
 from megatron_twotower.model.towers import BackboneModel, TwoTower, build_context_tower
 from megatron_twotower.plan.activations import step_bytes
-from megatron_twotower.train import ledger, loop, resume, signals
-from megatron_twotower.train import progress as train_progress
-from megatron_twotower.train.metrics import WandbSettings, open_metrics
+from megatron_twotower.train import checkpoints, ledger
+from megatron_twotower.train.loop import LoopHooks, Trainer, train
+from megatron_twotower.train.metrics import Metrics, WandbSettings, open_metrics
 from megatron_twotower.train.optimizer import build_optimizer, build_schedule
+from megatron_twotower.train.progress import TrainingProgress
+from megatron_twotower.train.signals import StopSignal
 from megatron_twotower.train.watchdog import watching
 from megatron_twotower.types import Batch
+
+Dataset = SequenceDataset | BlendedDataset
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What trains on this rank, by stretch of layers, and the names of all parts of the whole.
+    """The model chunks that train on this rank.
 
-    fingerprint: of the backbone it started from.
+    Attributes:
+        chunks: One module for each pipeline stage of this rank.
+        entries: The parameter map of the model over all ranks.
+        fingerprint: SHA-256 of the backbone that the run starts from; None for random weights.
     """
 
     chunks: list[BackboneModel | TwoTower]
@@ -54,44 +62,43 @@ class TrainedModel:
 
     @property
     def module(self) -> BackboneModel | TwoTower:
-        """The one chunk of a rank whose stage is not interleaved."""
+        """The only model chunk of a rank whose pipeline is not interleaved."""
         (chunk,) = self.chunks
         return chunk
 
     def sharded_state(
-        self, config: RunConfig, groups: ProcessGroupCollection, optimizer: MegatronOptimizer | None = None
+        self, config: RunConfig, groups: ProcessGroupCollection, optimizer: MegatronOptimizer
     ) -> Iterator[ShardedTensor | ShardedObject]:
-        """What a checkpoint holds of this rank: weights, what the optimizer keeps for them, and scales of FP8."""
-        held = (
-            {} if optimizer is None else optimizer_shards(optimizer, [p for c in self.chunks for p in c.parameters()])
-        )
+        """Yield what a checkpoint stores of this rank: weights, optimizer shards, FP8 scales."""
+        shards = optimizer_shards(optimizer, [p for chunk in self.chunks for p in chunk.parameters()])
         for chunk in self.chunks:
             entries = parameter_map.entries_of_stage(self.entries, chunk.tower.stage)
             yield from sharded_weights(chunk, entries, config.model, groups)
-            yield from sharded_optimizer(chunk, entries, config.model, groups, held)
+            yield from sharded_optimizer(chunk, entries, config.model, groups, shards)
             yield from sharded_fp8_state(chunk, config, groups)
 
 
 def build_model(
     config: RunConfig, groups: ProcessGroupCollection, *, backbone_source: TensorSource | None = None
 ) -> TrainedModel:
-    """Towers with their starting weights: from Hugging Face folders, or random for `ar` without one.
+    """Build the towers with their initial weights, from Hugging Face folders or random for `ar`.
 
     Args:
-        backbone_source: tensors to take in place of those that the configuration names.
+        config: A resolved configuration.
+        groups: Process groups of this rank.
+        backbone_source: Tensors to use instead of those that the configuration names.
     """
     megatron, model = transformer_config(config), config.model
-    own = stages_of_rank(model, config.parallel, groups.pp.rank())
     backbone = config.init.backbone
     source = backbone_source or initial_weights.backbone_source(config)
-    origin = hf_folder.fingerprint(backbone) if backbone else None
+    fingerprint = hf_folder.fingerprint(backbone) if backbone else None
     if config.objective == "ar":
         entries, start = parameter_map.trained_backbone_entries(model), source
     else:
         entries = parameter_map.denoiser_entries(model, config.conditioning.frequencies)
-        start = initial_weights.denoiser_source(config, source, fingerprint=origin)
+        start = initial_weights.denoiser_source(config, source, fingerprint=fingerprint)
     chunks: list[BackboneModel | TwoTower] = []
-    for stage in own:
+    for stage in stages_of_rank(model, config.parallel, groups.pp.rank()):
         chunk: BackboneModel | TwoTower
         if config.objective == "ar":
             chunk = BackboneModel(config, megatron, groups, stage)
@@ -103,37 +110,11 @@ def build_model(
         trained = parameter_map.entries_of_stage(entries, stage)
         load.load_weights(chunk, trained, start, model=model, groups=groups)
         chunks.append(chunk)
-    return TrainedModel(chunks, entries, origin)
-
-
-def _validation_batches(config: RunConfig, groups: ProcessGroupCollection) -> list[Batch]:
-    """This rank's micro-batches of held-out sequences, drawn from all of them, the same in every run of a seed."""
-    if not config.train.validate_every_steps:
-        return []
-    count = config.train.validation_sequences
-    source = open_validation(config, count)
-    first, share = rank_slice(0, count, rank=groups.dp_cp.rank(), world=groups.dp_cp.size())
-    return split_batch(global_batch(source, first=first, count=share), config.data.micro_batch_size)
-
-
-def _stream(
-    config: RunConfig, source: SequenceDataset | BlendedDataset, groups: ProcessGroupCollection, cursor: int
-) -> Iterator[tuple[list[Batch], int]]:
-    data = config.data
-    return batches(
-        source,
-        cursor=cursor,
-        global_batch_size=data.global_batch_size,
-        micro_batch_size=data.micro_batch_size,
-        rank=groups.dp_cp.rank(),
-        world=groups.dp_cp.size(),
-        workers=data.prefetch_workers,
-        depth=data.prefetch_batches,
-    )
+    return TrainedModel(chunks, entries, fingerprint)
 
 
 def dry_run(config: RunConfig) -> str:
-    """Build everything but the data, and say what a run would train. Takes no optimizer step."""
+    """Build everything but the data, take no step, and describe what a run would train."""
     validate(config, world_size=parallel.world_size())
     phases = resolve_phases(config)
     groups = parallel.initialise(config)
@@ -151,74 +132,77 @@ def dry_run(config: RunConfig) -> str:
 
 
 def run_training(config: RunConfig) -> bool:
-    """Train as configured, from the newest checkpoint of the output folder if there is one.
+    """Train as configured, from the newest checkpoint of the run folder if there is one.
 
     Returns:
-        True when all steps are done, False when a signal ended the run early, its state saved.
+        True when all steps are done, False when a signal ended the run early, with its state saved.
+
+    Raises:
+        UserError: The configuration, the data, the weights or a checkpoint does not fit.
     """
     validate(config, world_size=parallel.world_size())
-    phases = resolve_phases(config)
-    stop = signals.StopSignal()  # first: a signal while all is made ready ends the run after its first step
+    # From here on a signal ends the run after its first step.
+    stop = StopSignal()
     run, groups = Path(config.output), parallel.initialise(config)
     model = build_model(config, groups)
-    point = resume.resume_point(run, config, fingerprint=model.fingerprint)
-    parts = loop.Trainer(
-        config=config,
-        model=(wrapped := parallel.wrap(model.chunks, config, groups)),
-        optimizer=(optimizer := build_optimizer(config, wrapped, groups)),
-        schedule=build_schedule(config, optimizer),
-        phases=phases,
-        groups=groups,
-    )
-
-    def sharded_state() -> Iterator[ShardedTensor]:
-        parts.model.gather_parameters()
-        return model.sharded_state(config, groups, optimizer)
-
-    progress, so_far = train_progress.Progress(), None
-    if point is not None:
-        so_far = run_folder.read_provenance(run).get(
-            "data"
-        )  # here, because no rank gets past the loading, to write it anew, before all are
-        progress = resume.restore(point, parts, sharded_state)
-        _check_cursor(config, progress)
-    validation, source = _validation_batches(config, groups), open_training(config)
-    if so_far:
-        check_unchanged(data_summary(config, source), so_far, cursor=progress.cursor)
-    stream = _stream(config, source, groups, progress.cursor)
-    _write_run_files(run, config, model, source)
-
-    logging = config.logging
+    checkpoint = checkpoints.find_checkpoint(run, config, fingerprint=model.fingerprint)
+    trainer = build_trainer(config, model, groups)
+    sharded_state = state_of(trainer, model)
+    # Read before `restore`: the first rank writes the file again after all ranks are restored.
+    data_before = run_folder.read_provenance(run).get("data") if checkpoint else None
+    progress = checkpoints.restore(checkpoint, trainer, sharded_state) if checkpoint else TrainingProgress()
+    _check_cursor(config, progress)
+    validation, dataset = _validation_batches(config, groups), open_training(config)
+    if data_before:
+        check_unchanged(data_summary(config, dataset), data_before, cursor=progress.cursor)
+    stream = _training_stream(config, dataset, groups, progress.cursor)
+    _write_run_files(run, config, model, dataset)
+    _print_summary(config)
     with (
-        open_metrics(
-            run,
-            total_steps=config.train.steps,
-            resume_step=progress.step,
-            console=logging.console,
-            wandb=WandbSettings(logging.wandb, logging.project, logging.name),
-            config=dataclasses.asdict(config),
-        ) as metrics,
-        watching(limit_seconds=config.train.hang_timeout_seconds) as beat,
+        _open_metrics(run, config, progress) as metrics,
+        watching(limit_seconds=config.train.hang_timeout_seconds) as heartbeat,
     ):
-        keeper = resume.CheckpointHooks(run, parts, sharded_state, fingerprint=model.fingerprint, metrics=metrics)
-        hooks = loop.Hooks(
+        saver = checkpoints.CheckpointSaver(run, trainer, sharded_state, fingerprint=model.fingerprint, metrics=metrics)
+        hooks = LoopHooks(
             metrics=metrics,
-            save=keeper.save,
-            saved=keeper.saved,
+            save_checkpoint=saver.save,
+            finish_checkpoint=saver.finish,
             stop_requested=stop,
-            beat=beat,
-            consumed=ledger.ledger_writer(run, config, groups),
-            keep_batch=ledger.nonfinite_batch_writer(run),
-            tokens_by_corpus=tokens_by_corpus(config, source),
+            heartbeat=heartbeat,
+            record_samples=ledger.ledger_writer(run, config, groups),
+            write_nonfinite_batch=ledger.nonfinite_batch_writer(run),
+            count_corpus_tokens=_corpus_token_counter(config, dataset),
         )
         try:
-            return loop.train(parts, progress, stream, validation, hooks)
+            return train(trainer, progress, stream, validation, hooks)
         finally:
-            keeper.close()
+            saver.close()
 
 
-def _check_cursor(config: RunConfig, progress: train_progress.Progress) -> None:
-    """Phases begin at a step for the schedule and at a sequence for the data: both must go on at one place."""
+def build_trainer(config: RunConfig, model: TrainedModel, groups: ProcessGroupCollection) -> Trainer:
+    """Build the optimizer and the schedule of a model, and wrap it for data parallelism."""
+    wrapped = parallel.wrap(model.chunks, config, groups)
+    optimizer = build_optimizer(config, wrapped, groups)
+    schedule = build_schedule(config, optimizer)
+    return Trainer(config, wrapped, optimizer, schedule, groups, resolve_phases(config))
+
+
+def state_of(trainer: Trainer, model: TrainedModel) -> ShardedState:
+    """Return the function that yields what a checkpoint stores of this rank."""
+
+    def sharded_state() -> Iterator[ShardedTensor | ShardedObject]:
+        trainer.model.gather_parameters()
+        return model.sharded_state(trainer.config, trainer.groups, trainer.optimizer)
+
+    return sharded_state
+
+
+def _check_cursor(config: RunConfig, progress: TrainingProgress) -> None:
+    """The schedule counts the steps of a phase and the data its sequences: both must agree.
+
+    Raises:
+        UserError: The checkpoint of a run with phases has another global batch size.
+    """
     if config.phases and progress.cursor != progress.step * config.data.global_batch_size:
         raise UserError(
             f"data.global_batch_size: found {config.data.global_batch_size}, expected the one of the checkpoint, "
@@ -226,19 +210,42 @@ def _check_cursor(config: RunConfig, progress: train_progress.Progress) -> None:
         )
 
 
-def tokens_by_corpus(
-    config: RunConfig, source: SequenceDataset | BlendedDataset
-) -> Callable[[int], dict[str, int]] | None:
-    """What a run has read of each corpus of its blend at a cursor; None where there is one corpus."""
-    if isinstance(source, SequenceDataset):
+def _validation_batches(config: RunConfig, groups: ProcessGroupCollection) -> list[Batch]:
+    """Return this rank's micro-batches of held-out sequences; they depend on the seed."""
+    if not config.train.validate_every_steps:
+        return []
+    count = config.train.validation_sequences
+    dataset = open_validation(config, count)
+    first, share = rank_slice(0, count, rank=groups.dp_cp.rank(), world=groups.dp_cp.size())
+    return split_batch(global_batch(dataset, first=first, count=share), config.data.micro_batch_size)
+
+
+def _training_stream(
+    config: RunConfig, dataset: Dataset, groups: ProcessGroupCollection, cursor: int
+) -> Iterator[tuple[list[Batch], int]]:
+    data = config.data
+    return batches(
+        dataset,
+        cursor=cursor,
+        global_batch_size=data.global_batch_size,
+        micro_batch_size=data.micro_batch_size,
+        rank=groups.dp_cp.rank(),
+        world=groups.dp_cp.size(),
+        workers=data.prefetch_workers,
+        depth=data.prefetch_batches,
+    )
+
+
+def _corpus_token_counter(config: RunConfig, dataset: Dataset) -> Callable[[int], dict[str, int]] | None:
+    """Return the function from a cursor to the tokens read of each corpus; None with one corpus."""
+    if isinstance(dataset, SequenceDataset):
         return None
     length = config.data.sequence_length_tokens
-    return lambda cursor: {name: count * length for name, count in source.sequences_before(cursor).items()}
+    return lambda cursor: {name: count * length for name, count in dataset.sequences_before(cursor).items()}
 
 
-def _write_run_files(
-    run: Path, config: RunConfig, model: TrainedModel, source: SequenceDataset | BlendedDataset
-) -> None:
+def _write_run_files(run: Path, config: RunConfig, model: TrainedModel, dataset: Dataset) -> None:
+    """Write `config.yaml` and `provenance.json`, on the first rank."""
     if not parallel.is_main():
         return
     facts = run_folder.provenance(
@@ -248,9 +255,26 @@ def _write_run_files(
         backbone=config.init.backbone,
         fingerprint=model.fingerprint,
     )
-    facts |= {"data": data_summary(config, source)}
+    facts["data"] = data_summary(config, dataset)
+    facts["roles"] = {role.role: role.serves for role in diagnose(config)}
     run_folder.write_start(run, config=recipes.to_yaml(config), facts=facts)
-    if not config.logging.console:
-        return
-    start = config.init.backbone or f"random weights, seed {config.seed}"
-    Console().print(f"[bold]{config.objective}[/bold] from {start}; {one_line_summary(config)}", highlight=False)
+
+
+def _print_summary(config: RunConfig) -> None:
+    """Print what is trained, from which weights and on what, on the first rank."""
+    if parallel.is_main() and config.logging.console:
+        start = config.init.backbone or f"random weights, seed {config.seed}"
+        summary = f"[bold]{config.objective}[/bold] from {start}; {one_line_summary()}"
+        Console().print(summary, highlight=False, soft_wrap=True)
+
+
+def _open_metrics(run: Path, config: RunConfig, progress: TrainingProgress) -> Metrics:
+    logging = config.logging
+    return open_metrics(
+        run,
+        total_steps=config.train.steps,
+        resume_step=progress.step,
+        console=logging.console,
+        wandb=WandbSettings(logging.wandb, logging.project, logging.name),
+        config=dataclasses.asdict(config),
+    )

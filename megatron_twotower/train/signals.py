@@ -7,7 +7,7 @@ from megatron_twotower.mcore import parallel
 
 
 class StopSignal:
-    """Remembers SIGTERM and SIGUSR1, which Slurm sends ahead of the end of a job's time."""
+    """Remembers SIGTERM, and SIGUSR1, which Slurm sends before the time of a job ends."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -18,4 +18,5 @@ class StopSignal:
         self.received = number
 
     def __call__(self) -> bool:
+        """Return whether any rank received a signal; all ranks call it together."""
         return parallel.any_rank(self.received is not None)

@@ -1,10 +1,10 @@
-"""A watch over hanging ranks: it says which rank hangs and in which call, and ends the job instead of wasting its time.
+"""Detection of hanging ranks: name the rank and the call in which it hangs, and end the job.
 
-Every rank has a thread that publishes a sign of life through the store that the ranks met at, and
-looks at two clocks: its own training loop's, and the sign of life of the next rank. A loop that
-stands still is reported by its own thread, with the call it is in; a process that is frozen, or
-whose interpreter is, by the rank before it. Then the process ends with status 76; torchrun and
-Slurm end the others.
+Every rank has a thread that publishes a heartbeat through the store of torch.distributed, and looks
+at two clocks: that of its own training loop, and the heartbeat of the next rank. A loop that makes
+no progress is reported by its own thread, with the call it is in. A process that is frozen, or
+whose interpreter is, is reported by the rank before it. Then the process ends with status 76, and
+torchrun and Slurm end the others.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -26,97 +26,107 @@ import torch.distributed as dist
 import megatron_twotower
 from megatron_twotower.mcore import parallel
 
-# The status of a process whose job hangs.
+# Exit status of a process whose job hangs.
 HUNG = 76
-# What a loop that has ended is at.
+# The activity of a loop that has ended.
 FINISHED = "the end"
 
 
 class Watchdog:
-    """The watch of one rank. `beat` is what the training loop calls; the rest happens in a thread.
+    """The watchdog of one rank. The training loop calls `heartbeat`; the rest happens in a thread.
 
-    limit_seconds: how long a loop may stand still, or a process give no sign of life.
+    Args:
+        limit_seconds: How long a loop may make no progress, or a process publish no heartbeat.
     """
 
     def __init__(self, *, limit_seconds: float) -> None:
         self._limit = limit_seconds
-        self._every = min(max(limit_seconds / 10, 0.1), 30.0)
-        self._doing, self._since = "start", time.monotonic()
+        self._interval = min(max(limit_seconds / 10, 0.1), 30.0)
+        self._activity, self._since = "start", time.monotonic()
         self._main = threading.main_thread().ident
         self._name = f"{parallel.rank()} (process {os.getpid()} on {socket.gethostname()})"
-        self._count, self._sign, self._sign_since = 0, b"", time.monotonic()
-        self._said_own = self._said_neighbour = False
+        self._count, self._neighbour_beat, self._neighbour_since = 0, b"", time.monotonic()
+        self._reported_own = self._reported_neighbour = False
         self._store: Any = None
-        self._over = threading.Event()
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def beat(self, doing: str) -> None:
-        """The loop has come to `doing`."""
-        self._doing, self._since = doing, time.monotonic()
+    def heartbeat(self, activity: str) -> None:
+        """Note that the loop now begins `activity`."""
+        self._activity, self._since = activity, time.monotonic()
 
     def start(self) -> None:
-        """Give a first sign of life, before any rank can have taken a step, and go on in a thread."""
-        self.beat("start")
-        self._store = self._connected()
+        """Publish a first heartbeat, before any rank can take a step, and start the thread."""
+        self.heartbeat("start")
+        self._store = self._connect()
         if self._store is not None:
             self._publish()
         self._thread.start()
 
     def _publish(self) -> None:
         self._count += 1
-        self._store.set(f"watchdog/{parallel.rank()}", json.dumps([self._count, self._doing, self._name]))
+        self._store.set(f"watchdog/{parallel.rank()}", json.dumps([self._count, self._activity, self._name]))
 
     def stop(self) -> None:
-        self._over.set()
+        """End the thread."""
+        self._stopped.set()
         self._thread.join()
 
     def _watch(self) -> None:
-        """Look at both clocks until the run is over. What is found is said at once; the end comes a little later, so
-        that other ranks can say theirs."""
+        """Look at both clocks until the run ends.
+
+        A problem is reported at once. The process ends a little later, so that other ranks can
+        report theirs.
+        """
         end: float | None = None
-        while not self._over.wait(self._every):
-            found = [self._own_loop(), self._neighbour()]
+        while not self._stopped.wait(self._interval):
+            found = [self._check_own_loop(), self._check_neighbour()]
             for text in filter(None, found):
                 print(f"watchdog: {text}", file=sys.stderr, flush=True)
             if any(found) and end is None:
                 faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
-                end = time.monotonic() + 3 * self._every
+                end = time.monotonic() + 3 * self._interval
             if end is not None and time.monotonic() > end:
                 os._exit(HUNG)
 
-    def _own_loop(self) -> str | None:
-        """What is wrong with the training loop of this rank, said once."""
+    def _check_own_loop(self) -> str | None:
+        """Return what is wrong with the training loop of this rank; only the first time."""
         seconds = time.monotonic() - self._since
-        if seconds < self._limit or self._said_own:
+        if seconds < self._limit or self._reported_own:
             return None
-        self._said_own = True
+        self._reported_own = True
         frame = sys._current_frames().get(self._main or 0)
-        state = "waits for others" if _in_collective(frame) else "stands still"
-        return f"rank {self._name}: {state} since {seconds:.0f} s, at {self._doing}, in {innermost_call(frame)}"
+        state = "has waited for other ranks" if _in_collective(frame) else "has made no progress"
+        return f"rank {self._name}: {state} for {seconds:.0f} s, at {self._activity}, in {describe_call(frame)}"
 
-    def _neighbour(self) -> str | None:
-        """Publish this rank's sign of life, and look at the next one's. What is wrong with it, said once."""
-        if self._store is None or self._said_neighbour:
+    def _check_neighbour(self) -> str | None:
+        """Publish this rank's heartbeat and read that of the next rank.
+
+        Returns:
+            What is wrong with the next rank; only the first time.
+        """
+        if self._store is None or self._reported_neighbour:
             return None
         number = (parallel.rank() + 1) % parallel.world_size()
         try:
             self._publish()
-            sign = self._store.get(f"watchdog/{number}")
-        except RuntimeError as error:  # the process that keeps the store is frozen or gone, or all is over
-            self._said_neighbour = True
+            beat = self._store.get(f"watchdog/{number}")
+        except RuntimeError as error:
+            # The process with the store is frozen or has ended, or the run is over.
+            self._reported_neighbour = True
             reason = str(error).strip().splitlines()[0]
-            return None if self._over.is_set() else f"rank {self._name}: the job's store does not answer ({reason})"
-        if sign != self._sign:
-            self._sign, self._sign_since = sign, time.monotonic()
-        _, doing, name = json.loads(sign)
-        seconds = time.monotonic() - self._sign_since
-        if seconds < self._limit or doing == FINISHED:
+            return None if self._stopped.is_set() else f"rank {self._name}: the job's store does not answer ({reason})"
+        if beat != self._neighbour_beat:
+            self._neighbour_beat, self._neighbour_since = beat, time.monotonic()
+        _, activity, name = json.loads(beat)
+        seconds = time.monotonic() - self._neighbour_since
+        if seconds < self._limit or activity == FINISHED:
             return None
-        self._said_neighbour = True
-        return f"rank {name}: no sign of life since {seconds:.0f} s, the last at {doing}"
+        self._reported_neighbour = True
+        return f"rank {name}: no heartbeat for {seconds:.0f} s, the last at {activity}"
 
-    def _connected(self) -> Any:
-        """A connection of its own to the job's store: the loop's may be waiting for an answer."""
+    def _connect(self) -> Any:
+        """Open a second connection to the job's store: the loop's may be waiting for an answer."""
         if parallel.world_size() == 1:
             return None
         store: Any = dist.distributed_c10d._get_default_store()
@@ -129,27 +139,31 @@ def _in_collective(frame: FrameType | None) -> bool:
     return frame is not None and f"{os.sep}torch{os.sep}distributed{os.sep}" in frame.f_code.co_filename
 
 
-def innermost_call(frame: FrameType | None) -> str:
-    """`function (file:line)` of the call a thread is in, and the innermost one of this package around it."""
+def describe_call(frame: FrameType | None) -> str:
+    """Return `function (file:line)` of the current call and of its caller in this package."""
     if frame is None:
         return "no Python call"
     stack = traceback.extract_stack(frame)
-    here = os.path.dirname(megatron_twotower.__file__)
-    ours = [entry for entry in stack if entry.filename.startswith(here)]
-    named = [f"{entry.name} ({os.path.basename(entry.filename)}:{entry.lineno})" for entry in (stack[-1], *ours[-1:])]
+    package = os.path.dirname(megatron_twotower.__file__)
+    ours = [call for call in stack if call.filename.startswith(package)]
+    named = [f"{call.name} ({os.path.basename(call.filename)}:{call.lineno})" for call in (stack[-1], *ours[-1:])]
     return ", called by ".join(dict.fromkeys(named))
 
 
 @contextlib.contextmanager
-def watching(*, limit_seconds: float) -> Iterator[Any]:
-    """The watch as long as a run lasts; gives what to call for a sign of life. No watch where the limit is 0."""
+def watching(*, limit_seconds: float) -> Iterator[Callable[[str], None]]:
+    """Run a watchdog for the duration of a run; none if the limit is 0.
+
+    Yields:
+        The function that receives the activity of the loop.
+    """
     if not limit_seconds:
-        yield lambda doing: None
+        yield lambda activity: None
         return
-    watch = Watchdog(limit_seconds=limit_seconds)
-    watch.start()
+    watchdog = Watchdog(limit_seconds=limit_seconds)
+    watchdog.start()
     try:
-        yield watch.beat
+        yield watchdog.heartbeat
     finally:
-        watch.beat(FINISHED)
-        watch.stop()
+        watchdog.heartbeat(FINISHED)
+        watchdog.stop()

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from helpers.faults import losses, records, settings
+from helpers.runs import losses, records, train_arguments
 from megatron_twotower.bench import ranks
 from megatron_twotower.checkpoint import files
 from megatron_twotower.cli.main import main
@@ -34,7 +34,7 @@ def whole_run(tmp_path_factory, tiny_data, tiny_backbone):
     """An uninterrupted run of fourteen steps on one rank, with a checkpoint every two steps."""
     folder = tmp_path_factory.mktemp("whole")
     extra = [*PLAIN, "train.steps=14", "train.checkpoint_every_steps=2", "train.keep_checkpoints=99"]
-    train(1, settings(tiny_data, folder / "run", tiny_backbone, *extra), folder / "logs")
+    train(1, train_arguments(tiny_data, folder / "run", tiny_backbone, *extra), folder / "logs")
     return folder / "run"
 
 
@@ -54,7 +54,7 @@ def test_any_layout_resumes_from_any_other(tmp_path, tiny_data, tiny_backbone, w
     run = tmp_path / "run"
     for number, (count, layout) in enumerate(LAYOUTS, start=1):
         extra = [*PLAIN, *layout, f"train.steps={2 * number}", "train.ledger=true"]
-        train(count, settings(tiny_data, run, tiny_backbone, *extra), tmp_path / "logs")
+        train(count, train_arguments(tiny_data, run, tiny_backbone, *extra), tmp_path / "logs")
     got, want = records(run), records(whole_run)
     assert sorted(got) == sorted(want) == list(range(1, 15))
     for step, record in want.items():
@@ -84,7 +84,7 @@ def test_four_ranks_resume_from_four_others(first, second, tmp_path, tiny_data, 
     run = tmp_path / "run"
     for steps, layout in ((3, first), (8, second)):
         extra = [*PLAIN, *FOUR[layout], f"train.steps={steps}"]
-        train(4, settings(tiny_data, run, tiny_backbone, *extra), tmp_path / "logs")
+        train(4, train_arguments(tiny_data, run, tiny_backbone, *extra), tmp_path / "logs")
     got, want = losses(run), losses(whole_run)
     assert sorted(got) == list(range(1, 9))
     assert all(got[step] == pytest.approx(want[step], rel=1e-5) for step in got)
@@ -96,7 +96,7 @@ def test_bf16_resumes_bit_for_bit(layout, tmp_path, tiny_data, tiny_backbone):
     extra = [*PLAIN, *layout, "train.precision=bf16", "train.steps=6"]
     for name, stops in (("whole", (6,)), ("parts", (3, 6))):
         for steps in stops:
-            arguments = settings(tiny_data, tmp_path / name, tiny_backbone, *extra, f"train.steps={steps}")
+            arguments = train_arguments(tiny_data, tmp_path / name, tiny_backbone, *extra, f"train.steps={steps}")
             train(2, arguments, tmp_path / "logs")
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
@@ -110,7 +110,7 @@ def test_the_newest_checkpoints_and_those_of_every_third_step_stay(tmp_path, tin
         "train.keep_checkpoints=2",
         "train.validate_every_steps=0",
     ]
-    assert main(settings(tiny_data, run, tiny_backbone, *extra)) == 0
+    assert main(train_arguments(tiny_data, run, tiny_backbone, *extra)) == 0
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [f"step-{step:08d}" for step in (3, 6, 7)]
     assert [files.damaged(path) for path in files.find_checkpoints(run)] == [None] * 3
     saved = records(run, "checkpoint")
@@ -149,7 +149,7 @@ def truncate(file):
 def test_a_damaged_file_is_named(name, damage, told, copied, tmp_path, tiny_data, tiny_backbone, capsys):
     newest = files.find_checkpoints(copied)[-1]
     damage(newest / name)
-    assert main(settings(tiny_data, copied, tiny_backbone, *PLAIN, "train.steps=16")) == 2
+    assert main(train_arguments(tiny_data, copied, tiny_backbone, *PLAIN, "train.steps=16")) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and f"{newest / name}: " in said and told in said
     assert "train.on_damaged_checkpoint=previous" in said
@@ -166,7 +166,7 @@ def test_the_previous_checkpoint_is_used_on_request(copied, whole_run, tiny_data
     newest = files.find_checkpoints(copied)[-1]
     flip(newest / "__0_0.distcp")
     extra = [*PLAIN, "train.steps=14", "train.on_damaged_checkpoint=previous"]
-    assert main(settings(tiny_data, copied, tiny_backbone, *extra)) == 0
+    assert main(train_arguments(tiny_data, copied, tiny_backbone, *extra)) == 0
     assert losses(copied) == losses(whole_run)
     assert files.damaged(newest) is None, "written again"
     assert newest.with_name(f"{newest.name}.damaged").is_dir(), "kept for inspection"
@@ -180,7 +180,7 @@ def test_incomplete_checkpoints_are_ignored_and_removed(copied, whole_run, tiny_
     shutil.copytree(whole, folder / "step-00000016.removed")
     os.makedirs(folder / "step-00000099")
     assert files.find_checkpoints(copied)[-1] == whole
-    assert main(settings(tiny_data, copied, tiny_backbone, *PLAIN, "train.steps=16")) == 0
+    assert main(train_arguments(tiny_data, copied, tiny_backbone, *PLAIN, "train.steps=16")) == 0
     assert not list(folder.glob("*.*"))
     assert sorted(losses(copied)) == list(range(1, 17))
 
@@ -199,7 +199,7 @@ def test_killed_in_the_middle_of_every_part_of_a_save(tmp_path, whole_run, tiny_
     extra = [*PLAIN, "train.steps=14", "train.checkpoint_every_steps=2"]
     for number, place in enumerate(KILLED_AT):
         process = ranks.context().Process(
-            target=train_killed_at, args=(place, settings(tiny_data, run, tiny_backbone, *extra))
+            target=train_killed_at, args=(place, train_arguments(tiny_data, run, tiny_backbone, *extra))
         )
         process.start()
         process.join(300)
@@ -207,7 +207,7 @@ def test_killed_in_the_middle_of_every_part_of_a_save(tmp_path, whole_run, tiny_
         found = files.find_checkpoints(run)
         assert all(files.damaged(path) is None for path in found)
         assert number == 0 or found, "there was one before"
-    assert main(settings(tiny_data, run, tiny_backbone, *extra)) == 0
+    assert main(train_arguments(tiny_data, run, tiny_backbone, *extra)) == 0
     assert losses(run) == losses(whole_run)
 
 
@@ -244,7 +244,7 @@ def train_killed_at(place, arguments):
 def test_a_full_disk_ends_in_one_line_and_leaves_what_is_there(tmp_path, whole_run, tiny_data, tiny_backbone):
     run = tmp_path / "run"
     extra = [*PLAIN, "train.checkpoint_every_steps=2", "train.steps=14"]
-    train(1, settings(tiny_data, run, tiny_backbone, *extra, "train.steps=4"), tmp_path / "logs")
+    train(1, train_arguments(tiny_data, run, tiny_backbone, *extra, "train.steps=4"), tmp_path / "logs")
     before = files.find_checkpoints(run)
     for mode in ("true", "false"):
         process = ranks.context().Process(
@@ -252,7 +252,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_what_is_there(tmp_path, whole_r
             args=(
                 100_000,
                 tmp_path / "said",
-                settings(tiny_data, run, tiny_backbone, *extra, f"train.checkpoint_async={mode}"),
+                train_arguments(tiny_data, run, tiny_backbone, *extra, f"train.checkpoint_async={mode}"),
             ),
         )
         process.start()
@@ -264,7 +264,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_what_is_there(tmp_path, whole_r
         assert files.find_checkpoints(run) == before
         assert [files.damaged(path) for path in before] == [None] * len(before)
         assert not list((run / "checkpoints").glob("*.partial")), "its space is given back"
-    train(1, settings(tiny_data, run, tiny_backbone, *extra), tmp_path / "logs")
+    train(1, train_arguments(tiny_data, run, tiny_backbone, *extra), tmp_path / "logs")
     assert losses(run) == losses(whole_run)
 
 

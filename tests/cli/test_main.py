@@ -137,7 +137,7 @@ def test_a_checkpoint_of_another_shape_is_refused_and_export_needs_one(tiny_data
     error = capsys.readouterr().err
     assert "found model" in error and error.count("\n") == 1
     assert main.main([*base, "resume=false"]) == 2
-    assert "holds checkpoints" in capsys.readouterr().err
+    assert "found checkpoints" in capsys.readouterr().err
     state = max((run / "checkpoints").glob("*/state.json"))
     state.write_text("{}")
     assert main.main(base) == 2

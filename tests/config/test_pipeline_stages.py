@@ -1,4 +1,4 @@
-"""Where layers are cut, and that every parameter stands on one stage."""
+"""Pipeline stages contain all layers in order, and every parameter is on one stage."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_stages_hold_all_layers_in_order(layout):
+def test_stages_have_all_layers_in_order(layout):
     cut = pipeline_stages(MODEL, LAYOUTS[layout])
     assert [i for stage in cut for i in stage.layers] == list(range(8))
     assert [stage.first for stage in cut] == [True, *[False] * (len(cut) - 1)]
@@ -32,7 +32,7 @@ def test_lengths_are_those_of_the_recipe_or_equal():
     assert pipeline_stages(MODEL, LAYOUTS["one"]) == (whole_model(MODEL),)
 
 
-def test_interleaved_stages_take_their_stretches_in_turn():
+def test_interleaved_model_chunks_alternate_between_ranks():
     ranks = [stages_of_rank(MODEL, LAYOUTS["interleaved"], rank) for rank in (0, 1)]
     assert [[list(stage.layers) for stage in own] for own in ranks] == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
 
@@ -49,8 +49,8 @@ def test_interleaved_stages_take_their_stretches_in_turn():
 )
 def test_every_parameter_is_on_one_stage(layout, entries):
     cut = pipeline_stages(MODEL, LAYOUTS[layout])
-    held = [parameter_map.entries_of_stage(entries, stage) for stage in cut]
-    assert sorted(e.megatron_name for own in held for e in own) == sorted(entry.megatron_name for entry in entries)
-    first, last = ({entry.megatron_name.removeprefix("tower.") for entry in held[i]} for i in (0, -1))
+    parts = [parameter_map.entries_of_stage(entries, stage) for stage in cut]
+    assert sorted(e.megatron_name for own in parts for e in own) == sorted(entry.megatron_name for entry in entries)
+    first, last = ({entry.megatron_name.removeprefix("tower.") for entry in parts[i]} for i in (0, -1))
     assert "embedding.weight" in first and {"final_norm.weight", "output_layer.weight"} <= last
     assert all(name in first for name in first | last if name.startswith("conditioning"))

@@ -1,4 +1,4 @@
-"""FP8: which shapes, layers and settings it takes, and what is said of the rest."""
+"""FP8: the shapes, layers and settings that it accepts, and the errors for others."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ def check(config):
 
 @pytest.mark.parametrize("precision", FP8)
 @pytest.mark.parametrize("parallel", ["h100x8", "h200x8", "h100x64", "h100x256", "h100x1024"])
-def test_nano_fits_on_every_layout_that_there_is(parallel, precision):
+def test_nano_is_accepted_on_every_shipped_layout(parallel, precision):
     check(nano(parallel, **{"train.precision": precision}))
     check(nano(parallel, **{"train.precision": precision, "train.context_precision": "fp8_blockwise"}))
 
@@ -95,7 +95,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_is_refused_in_one_line(case):
+def test_what_fp8_cannot_compute_is_refused_in_one_line(case):
     changes, message = REFUSED[case]
     with pytest.raises(UserError) as caught:
         check(nano(**changes))
@@ -108,8 +108,8 @@ def test_a_backbone_alone_has_no_context_tower():
         check(dataclasses.replace(config, objective="ar"))
 
 
-def test_only_layers_that_are_there_have_to_fit():
-    """Two experts of an odd width trouble nobody in a model without experts."""
+def test_only_layers_of_the_pattern_must_fit():
+    """An odd width of experts is accepted in a model without experts."""
     odd = {"model.moe_intermediate_size": 1857, "parallel.expert": 1}
     with pytest.raises(UserError, match=r"model\.moe_intermediate_size 1857"):
         check(nano(**odd))

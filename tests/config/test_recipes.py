@@ -1,4 +1,4 @@
-"""The recipes of the real model: every phase on every layout is valid at its number of ranks, and is what is public."""
+"""The recipes of the real model: all are valid on every layout, and have the public settings."""
 
 import pytest
 
@@ -14,7 +14,7 @@ def nano(recipe, layout="h100x64"):
     return load_recipe(recipe, [f"parallel={layout}"], planning=True)
 
 
-def test_there_are_layouts_for_the_sizes_that_are_asked_for():
+def test_there_are_layouts_for_the_usual_sizes():
     assert {"h100x8", "h100x64", "h100x256", "h100x1024"} <= set(LAYOUTS)
 
 
@@ -48,8 +48,8 @@ def test_the_curriculum_is_that_of_the_paper():
     assert config.train.precision == "bf16" and config.noise.time_per == "sequence"
 
 
-def test_a_later_phase_goes_on_from_the_one_before():
-    """Each recipe is the whole training up to the end of its phase, in one output folder."""
+def test_a_later_phase_resumes_from_the_phase_before():
+    """Each recipe trains up to the end of its phase, all in one output folder."""
     whole = nano(PHASES[0])
     for number, recipe in enumerate(PHASES[1:], start=1):
         config = nano(recipe)

@@ -135,9 +135,9 @@ def test_an_import_goes_on_as_a_run_that_reads_the_folder_does(tmp_path, tiny_da
     assert train("tiny", *common, f"output={tmp_path / 'read'}")
     assert train("tiny", *short, f"init.backbone={model}", f"output={tmp_path / 'imported'}")
     assert train("tiny", *short, f"init.backbone={model}", f"output={tmp_path / 'anew'}")
-    read, imported, anew = (losses(records_of(tmp_path / name)) for name in ("read", "imported", "anew"))
+    read, imported, anew = (losses(tmp_path / name) for name in ("read", "imported", "anew"))
     assert len(read) == 6 and read == imported
-    assert read[0] < anew[0] - 0.05, "six steps must have taught something"
+    assert read[1] < anew[1] - 0.05, "six steps must have taught something"
     assert load_recipe(str(tmp_path / "imported" / "config.yaml")).init.backbone == str(model)
 
 

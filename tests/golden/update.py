@@ -1,4 +1,4 @@
-"""Write the golden losses anew: `python tests/golden/update.py`, after a change that is meant to move them."""
+"""Write the golden losses again, after an intended change: `python tests/golden/update.py`."""
 
 import json
 import sys
@@ -14,14 +14,13 @@ if __name__ == "__main__":
     from helpers.runs import LONG, losses, settings, train
 
     class Folders:
-        """What pytest's factory of temporary folders does, for the fixtures called by hand."""
+        """Makes temporary folders for the fixtures, as the factory of pytest does."""
 
         def mktemp(self, name: str) -> Path:
             return Path(tempfile.mkdtemp(prefix=name))
 
     data = conftest.tiny_data.__wrapped__(Folders())
     backbone = conftest.tiny_backbone.__wrapped__(Folders())
-    read = conftest.records_of.__wrapped__()
     for name, recipe, start, extra in (
         ("tiny_ar", "tiny_ar", None, ()),
         ("tiny", "tiny", backbone, ()),
@@ -29,5 +28,5 @@ if __name__ == "__main__":
     ):
         run = Folders().mktemp(name) / "run"
         train(recipe, *settings(data, run, start, *extra))
-        (HERE / f"{name}.json").write_text(json.dumps([round(x, 7) for x in losses(read(run))], indent=0) + "\n")
+        (HERE / f"{name}.json").write_text(json.dumps([round(x, 7) for x in losses(run).values()], indent=0) + "\n")
         print(f"{name}: written")

@@ -1,5 +1,8 @@
-"""Every kind of layer of both towers, in one pass, against blocks computed one by one: logits and all gradients. On a
-GPU at the real model's widths (`make test-gpu`), and by the same functions on the CPU at small ones."""
+"""Every kind of layer of both towers against blocks that are computed one by one.
+
+Logits and all gradients are compared: on a GPU at the widths of the real model (`make test-gpu`),
+and on the CPU at small widths.
+"""
 
 import pytest
 

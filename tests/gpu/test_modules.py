@@ -1,6 +1,6 @@
-"""Transformer Engine's spec against Megatron's own on a CUDA device: layers, fusions, FP8, a run that changes over.
+"""Transformer Engine's modules against Megatron's own on a CUDA device: layers, FP8, and runs.
 
-Not run on a GPU yet. `pytest -m gpu tests/test_gpu_spec.py`
+Not run on a GPU yet. `pytest -m gpu tests/gpu/test_modules.py`
 """
 
 import dataclasses
@@ -9,8 +9,8 @@ import math
 import pytest
 import torch
 
-from helpers.faults import losses, settings
 from helpers.models import TINY, build_two_tower, random_noisy_batch, tiny_config, write_backbone
+from helpers.runs import losses, train_arguments
 from megatron_twotower import doctor
 from megatron_twotower.cli.main import main
 from megatron_twotower.common import device
@@ -55,7 +55,7 @@ def to_device(batch):
 
 
 def computed(config, groups, *, dtype):
-    """Final hidden states, and every gradient by its name in the table."""
+    """Final hidden states, and every gradient by its name in the parameter map."""
     model, _ = build_two_tower(config, groups, dtype=dtype)
     hidden = model(to_device(random_noisy_batch(config)))
     generator = torch.Generator().manual_seed(1)
@@ -66,7 +66,7 @@ def computed(config, groups, *, dtype):
 
 
 def error(got, want):
-    """Of a tensor, against its size."""
+    """The error of a tensor, relative to its norm."""
     return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-12))
 
 
@@ -113,7 +113,7 @@ def test_fp8_is_near_bf16(groups, precision, pattern):
 
 
 def test_layers_at_the_ends_stay_in_bf16(groups):
-    """With every layer at an end, FP8 changes not a bit."""
+    """If every layer is at an end, the result with FP8 is that of bf16, bit for bit."""
     of = {"served": "transformer_engine"}
     want, _ = computed(config_of("M*", precision="bf16", **of), groups, dtype=torch.bfloat16)
     config = config_of("M*", precision="fp8_current", **of)
@@ -124,7 +124,7 @@ def test_layers_at_the_ends_stay_in_bf16(groups):
 
 @pytest.mark.parametrize("precision", ["fp8_current", "fp8_blockwise"])
 @pytest.mark.parametrize("trained", ["bf16", "fp8_delayed"])
-def test_a_frozen_tower_in_fp8_holds_its_weights_in_it(groups, precision, trained):
+def test_a_frozen_tower_in_fp8_stores_its_weights_in_fp8(groups, precision, trained):
     from transformer_engine.pytorch.quantized_tensor import QuantizedTensor
 
     of = {"served": "transformer_engine", "precision": trained}
@@ -160,17 +160,17 @@ PLAIN = [
 
 
 def go(data, run, backbone, steps, *extra):
-    assert main(settings(data, run, backbone, *PLAIN, f"train.steps={steps}", *extra)) == 0
+    assert main(train_arguments(data, run, backbone, *PLAIN, f"train.steps={steps}", *extra)) == 0
     return losses(run)
 
 
-def test_a_run_goes_on_with_the_other_spec(tmp_path, tiny_data, backbone):
+def test_a_run_resumes_with_the_other_modules(tmp_path, tiny_data, backbone):
     impl = "train.transformer_impl"
     want = go(tiny_data, tmp_path / "whole", backbone, 6, f"{impl}=local")
-    for road in (("local", "transformer_engine"), ("transformer_engine", "local")):
-        run = tmp_path / "-".join(road)
-        go(tiny_data, run, backbone, 3, f"{impl}={road[0]}")
-        got = go(tiny_data, run, backbone, 6, f"{impl}={road[1]}")
+    for first, second in (("local", "transformer_engine"), ("transformer_engine", "local")):
+        run = tmp_path / first
+        go(tiny_data, run, backbone, 3, f"{impl}={first}")
+        got = go(tiny_data, run, backbone, 6, f"{impl}={second}")
         assert got == pytest.approx(want, rel=2e-3)
 
 

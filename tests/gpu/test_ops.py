@@ -1,5 +1,7 @@
-"""Every operation against its slow twin, value and all gradients: on a GPU at the real model's widths (`make
-test-gpu`), and by the same functions on the CPU at small ones."""
+"""Every operation against its reference implementation, value and all gradients.
+
+On a GPU at the widths of the real model (`make test-gpu`), and on the CPU at small widths.
+"""
 
 import subprocess
 import sys
@@ -19,14 +21,14 @@ def within(errors, precision):
 
 @pytest.mark.parametrize("precision", TOLERANCES)
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_an_operation_follows_its_twin(name, precision, device):
+def test_an_operation_follows_its_reference(name, precision, device):
     errors = gpu_checks.operation_errors(name, device=device, precision=precision)
     gpu_checks.report(f"operation: {name}, {precision}", errors=errors)
     assert within(errors, precision), errors
 
 
 @pytest.mark.parametrize("precision", TOLERANCES)
-def test_the_context_tower_s_scan_hands_on_the_right_states(precision, device):
+def test_the_scan_of_the_context_tower_passes_the_right_states(precision, device):
     errors = gpu_checks.clean_state_errors(device=device, precision=precision)
     gpu_checks.report(f"states of the context tower's scan, {precision}", errors=errors)
     assert len(errors) > 2 and within(errors, precision), errors
@@ -46,7 +48,7 @@ def theirs(x, dt, A, B, C, D, chunk, initial):
 @pytest.mark.parametrize("precision", TOLERANCES)
 @pytest.mark.parametrize("tokens", [16, 40])
 @pytest.mark.parametrize("chunk", [16, 64])
-def test_short_sequences_from_states_of_their_own(precision, chunk, tokens, device):
+def test_short_sequences_with_initial_states(precision, chunk, tokens, device):
     errors = initial_state_errors(ours, device=device, precision=precision, chunk=chunk, tokens=tokens)
     assert within(errors, precision), errors
 
@@ -55,9 +57,12 @@ def test_short_sequences_from_states_of_their_own(precision, chunk, tokens, devi
 @pytest.mark.parametrize("precision", TOLERANCES)
 @pytest.mark.parametrize("tokens", [16, 40, 256])
 @pytest.mark.parametrize("chunk", [16, 64, 128, 256])
-def test_what_mamba_ssm_makes_of_initial_states(precision, chunk, tokens):
-    """Its scan is said to be wrong with initial states and sequences of 16 tokens on some GPUs. Nothing here calls it
-    so (with initial states `chunk_scan` is this project's), and what it gives is written down, right or wrong."""
+def test_mamba_ssm_with_initial_states(precision, chunk, tokens):
+    """Report the errors of the scan of mamba-ssm with initial states.
+
+    It is said to be wrong for sequences of 16 tokens on some GPUs. This package does not use it
+    with initial states: there `chunk_scan` has its own implementation, which must be right.
+    """
     assert torch.cuda.is_available(), "found no CUDA device, expected one"
     if reason := dispatch.unavailable("mamba-ssm"):
         gpu_checks.report("mamba-ssm with initial states", not_run=reason)
@@ -68,8 +73,7 @@ def test_what_mamba_ssm_makes_of_initial_states(precision, chunk, tokens):
     assert within(initial_state_errors(ours, **shape), precision)
 
 
-def test_an_error_shows(device):
-    """The comparison fails where an operation is wrong."""
+def test_the_comparison_finds_an_error(device):
     right = OPERATIONS["norm"]
 
     def wrong(size):
@@ -82,7 +86,7 @@ def test_an_error_shows(device):
     assert not within(errors, "fp32") and min(errors.values()) > 5e-4
 
 
-def test_figures_are_written_down(tmp_path, monkeypatch):
+def test_figures_are_written_to_the_report(tmp_path, monkeypatch):
     monkeypatch.setenv("TWOTOWER_GPU_REPORT", str(tmp_path / "some" / "report.jsonl"))
     gpu_checks.report("one", errors={"y": 0.5})
     gpu_checks.report("two", right=True)
@@ -91,7 +95,7 @@ def test_figures_are_written_down(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_the_tests_of_one_fail_and_are_not_skipped():
+def test_without_a_gpu_its_tests_fail_and_are_not_skipped():
     command = [sys.executable, "-m", "pytest", __file__, "-m", "gpu", "-k", "gated", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "found no CUDA device, expected one" in done.stdout

@@ -1,4 +1,4 @@
-"""Training, resuming, exporting and generating as on the CPU: on a GPU (`make test-gpu`), and the same on the CPU."""
+"""Training, resuming, exporting and generating on a GPU as on the CPU (`make test-gpu`)."""
 
 import json
 
@@ -11,14 +11,14 @@ from helpers.runs import GOLDEN, PLAIN, losses, settings, train
 from megatron_twotower.common import device as common_device
 from megatron_twotower.convert import export
 
-# Rounding differs between devices, and steps at this rate make differences grow: what a loss may be
-# off, by step.
+# Rounding differs between devices, and steps at this learning rate increase the differences: the
+# largest relative error of a loss, up to each step.
 LIMITS = ((1, 2e-5), (10, 1e-3), (30, 5e-3), (100, 5e-2))
 
 
 @pytest.fixture
 def here(device):
-    """Training runs where there is a GPU on it."""
+    """The device, if training runs on it: with a GPU training runs on the GPU only."""
     if common_device.device().type != device:
         pytest.skip("training runs on the GPU that is here, where the same is tested")
     return device
@@ -29,38 +29,41 @@ def golden(name):
 
 
 def deviations(got, want):
-    """The largest relative deviation of a loss up to each step of LIMITS, and of the mean of the last twenty."""
+    """The largest relative error of a loss up to each step of LIMITS, and of the last twenty."""
     off = [abs(a - b) / b for a, b in zip(got, want, strict=True)]
     last = abs(sum(got[-20:]) - sum(want[-20:])) / sum(want[-20:])
     return {step: max(off[:step]) for step, _ in LIMITS if step <= len(off)} | {"last twenty": last}
 
 
-# Steps of the golden run that are taken again.
+# The number of steps that are compared with the golden run.
 STEPS = {"cpu": 30, "cuda": 100}
 
 
-def test_steps_in_fp32_follow_the_golden_losses(here, tmp_path, tiny_data, tiny_backbone, records_of):
-    """A hundred, of a CPU. `python tests/golden/update.py` writes them anew after a meant change."""
+def test_steps_in_fp32_follow_the_golden_losses(here, tmp_path, tiny_data, tiny_backbone):
+    """The golden losses are of a CPU.
+
+    `python tests/golden/update.py` writes them again after an intended change.
+    """
     run, steps = tmp_path / "run", STEPS[here]
     assert train("tiny", *settings(tiny_data, run, tiny_backbone, *PLAIN, f"train.steps={steps}"))
-    found = deviations(losses(records_of(run)), golden("tiny_100")[:steps])
+    found = deviations(list(losses(run).values()), golden("tiny_100")[:steps])
     gpu_checks.report(f"{steps} steps in fp32", deviations=found)
     assert {step: off for step, off in found.items() if off > dict(LIMITS).get(step, 1e-2)} == {}
 
 
-def test_bf16_stays_close_to_fp32(here, tmp_path, tiny_data, tiny_backbone, records_of):
+def test_bf16_stays_close_to_fp32(here, tmp_path, tiny_data, tiny_backbone):
     run, steps = tmp_path / "run", STEPS[here]
     bf16 = (f"train.steps={steps}", "train.precision=bf16")
     assert train("tiny", *settings(tiny_data, run, tiny_backbone, *PLAIN, *bf16))
-    found = deviations(losses(records_of(run)), golden("tiny_100")[:steps])
+    found = deviations(list(losses(run).values()), golden("tiny_100")[:steps])
     gpu_checks.report(f"{steps} steps in bf16", deviations=found)
     assert 0 < found["last twenty"] < 0.03
 
 
-def test_stopped_and_resumed_goes_on_as_if_it_had_not(here, tmp_path, tiny_data, tiny_backbone, records_of):
+def test_a_resumed_run_is_the_uninterrupted_run(here, tmp_path, tiny_data, tiny_backbone):
     for name, ends in (("whole", [12]), ("resumed", [5, 12])):
         for steps in ends:
-            # The schedule is that of the whole run: a rate that stays after the warm-up.
+            # A rate that is constant after the warm-up: the schedule does not depend on the end.
             train(
                 "tiny",
                 *settings(
@@ -73,13 +76,13 @@ def test_stopped_and_resumed_goes_on_as_if_it_had_not(here, tmp_path, tiny_data,
                     "schedule.warmup_steps=2",
                 ),
             )
-    whole, resumed = (losses(records_of(tmp_path / name)) for name in ("whole", "resumed"))
+    whole, resumed = (list(losses(tmp_path / name).values()) for name in ("whole", "resumed"))
     gpu_checks.report("resumed after 5 of 12 steps", deviations=deviations(resumed, whole))
-    # Where sums have no fixed order, as of tokens sent back from experts, not to the last bit.
+    # On a GPU some sums have no fixed order, such as those of tokens from experts.
     assert resumed == pytest.approx(whole, rel=0 if here == "cpu" else 1e-4)
 
 
-def test_an_exported_run_scores_alike_everywhere_and_writes(here, tmp_path, tiny_data, tiny_backbone):
+def test_an_exported_run_scores_alike_on_both_devices_and_generates(here, tmp_path, tiny_data, tiny_backbone):
     run, folder = tmp_path / "run", tmp_path / "model"
     train("tiny", *settings(tiny_data, run, tiny_backbone, "train.steps=6", "train.validate_every_steps=0"))
     export.export(run, folder)

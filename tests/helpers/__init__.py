@@ -1,4 +1,4 @@
-"""What tests share: small models, corpora, runs, and stand-ins."""
+"""Shared by tests: small models, corpora, runs, and stand-ins for devices and packages."""
 
 from pathlib import Path
 

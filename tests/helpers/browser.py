@@ -6,13 +6,14 @@ import subprocess
 
 import pytest
 
-# --- in a browser -------------------------------------------------------------------------------------------------
-
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def in_browser(path, profile, *, script="", fragment=""):
-    """The document after its scripts, and `script` behind them, have run; nothing may go wrong in the console."""
+    """The document after its scripts, and then `script`, have run.
+
+    The console may show no error.
+    """
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
         pytest.skip(f"no browser: found none of {', '.join(BROWSERS)} on the PATH")
@@ -39,6 +40,6 @@ def in_browser(path, profile, *, script="", fragment=""):
 
 
 def tiles(document):
-    """Class and text of every tile of the text that is shown."""
+    """Class and text of every visible tile."""
     found = re.findall(r'<span class="rp-token ([^"]*)"([^>]*)>([^<]*)</span>', document)
     return [(name, text) for name, more, text in found if "hidden" not in more]

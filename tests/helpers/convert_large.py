@@ -1,4 +1,7 @@
-"""Run by `test_exports.py` in a process of its own: converts a model many times larger than it may hold in memory."""
+"""Run by `test_export.py` in another process.
+
+Converts a model many times larger than its memory limit.
+"""
 
 import dataclasses
 import json

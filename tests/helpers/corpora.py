@@ -9,7 +9,7 @@ from megatron_twotower.data.tokenizer import train_tokenizer
 
 
 def write_tree(root, count=60):
-    """Python files of various lengths in nested folders, and everything that must be passed over."""
+    """Python files of various lengths in nested folders, and files that must be skipped."""
     for number in range(count):
         path = root / f"package{number % 5}" / f"module{number}.py"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""What is checked on a GPU, as functions of a device: the ordinary tests run the same on the CPU, at small widths.
+"""The checks of a GPU, as functions of a device: other tests run them on the CPU, at small widths.
 
-Every operation and every kind of layer is compared with its slow twin in float64, value and all
-gradients, from the same rounded inputs. An error is the norm of the difference over the norm of
-what is expected.
+Every operation and every kind of layer is compared with its reference implementation in float64,
+value and all gradients, from the same rounded inputs. An error is the norm of the difference over
+the norm of the expected tensor.
 """
 
 import dataclasses
@@ -29,22 +29,22 @@ from megatron_twotower.ops.scan import chunk_length, chunk_scan, scan_ref, strea
 from megatron_twotower.ops.scan import two_stream_scan_ref as slow_two_stream_scan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Of operations. bfloat16 rounds inputs alike for both, but each product, sum and output of the fast
-# one alone.
+# Of operations. bfloat16 rounds the inputs of both implementations alike, but products, sums and
+# outputs only of the fast one.
 TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2}
 BLOCK = 16
 
 
 @dataclass(frozen=True)
 class Widths:
-    """A model whose widths count, and the tokens of a sequence."""
+    """A model, used for its widths, and the tokens of a sequence."""
 
     model: ModelConfig
     length: int
 
 
 def widths(device: str) -> Widths:
-    """Those of the real model on a GPU; on the CPU small ones of the same proportions."""
+    """The widths of the real model on a GPU; small ones of the same proportions on the CPU."""
     if device == "cuda":
         return Widths(load_recipe("bench_gpu").model, 256)
     model = load_recipe("bench_gpu", ["model=tiny"]).model
@@ -52,8 +52,10 @@ def widths(device: str) -> Widths:
 
 
 def report(name: str, **figures: object) -> None:
-    """Write figures of a test down, one JSON line each: those of a GPU in runs/test-gpu.jsonl, or any where
-    TWOTOWER_GPU_REPORT says."""
+    """Append the figures of a test as one JSON line to a file.
+
+    The file is TWOTOWER_GPU_REPORT, or runs/test-gpu.jsonl on a GPU; else nothing is written.
+    """
     named = os.environ.get("TWOTOWER_GPU_REPORT")
     if named is None and not torch.cuda.is_available():
         return
@@ -72,12 +74,16 @@ def draw(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-# --- operations ---------------------------------------------------------------------------------------------------
+# --- operations ---
 
 
 @dataclass(frozen=True)
 class Operation:
-    """A fast operation and its twin, of the same tensors. wide: those that stay float32 whatever the precision."""
+    """A fast operation and its reference implementation, with the same arguments.
+
+    Attributes:
+        wide: Indices of the tensors that are float32 in every precision.
+    """
 
     fast: Callable[..., Tensor]
     twin: Callable[..., Tensor]
@@ -94,7 +100,7 @@ def _stream(size: Widths, seed: int) -> tuple[Tensor, ...]:
 
 
 def _rounded(tensor: Tensor, like: Tensor) -> Tensor:
-    """Of a clean stream: on the device and in the precision of the noisy one."""
+    """Move a tensor of the clean stream to the device and precision of one of the noisy stream."""
     return tensor.to(like.device, like.dtype)
 
 
@@ -149,7 +155,7 @@ def _block_attention(size: Widths) -> Operation:
 
 def _causal_attention(size: Widths) -> Operation:
     def twin(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Blocks of one token whose noisy stream is the clean one."""
+        """Blocks of one token, whose noisy stream is the clean stream."""
         return block_attention_ref(query, key, value, clean_key=key, clean_value=value, block=1)
 
     return Operation(causal_attention, twin, _heads(size, 0))
@@ -228,7 +234,7 @@ OPERATIONS: dict[str, Callable[[Widths], Operation]] = {
 
 
 def operation_errors(name: str, *, device: str, precision: str) -> dict[str, float]:
-    """Of the value, and of the gradient of each tensor by its place."""
+    """The errors of the value, and of the gradient of each tensor by its index."""
     operation, dtype = OPERATIONS[name](widths(device)), DTYPES[precision]
     own = [
         tensor.to(device, torch.float32 if i in operation.wide else dtype).requires_grad_()
@@ -244,7 +250,10 @@ def operation_errors(name: str, *, device: str, precision: str) -> dict[str, flo
 
 
 def clean_state_errors(*, device: str, precision: str) -> dict[str, float]:
-    """Of the context tower's scan: y, the states at chunk starts, and the last one; without gradients, as it runs."""
+    """The errors of the context tower's scan: y, the states at chunk starts, and the last state.
+
+    It has no gradients.
+    """
     size, dtype = widths(device), DTYPES[precision]
     own = [t.to(device, dtype if t.dim() == 4 else torch.float32) for t in _stream(size, 0)]
     chunk = chunk_length(BLOCK, preferred=size.model.chunk_size)
@@ -262,7 +271,9 @@ def clean_state_errors(*, device: str, precision: str) -> dict[str, float]:
 def initial_state_errors(
     scan: Callable[..., tuple[Tensor, Tensor]], *, device: str, precision: str, chunk: int, tokens: int = 16
 ) -> dict[str, float]:
-    """Many short sequences, each from a state of its own, against the float64 recurrence: y, and the state at the end.
+    """The errors of a scan of many short sequences with initial states: y, and the last state.
+
+    The reference is the float64 recurrence.
 
     Args:
         scan: (x, dt, A, B, C, D, chunk, initial) -> y and the last state.
@@ -280,16 +291,17 @@ def initial_state_errors(
     return {"y": relative(y, want), "final state": relative(last, state)}
 
 
-# --- layers -------------------------------------------------------------------------------------------------------
+# --- layers ---
 
-# bfloat16 rounds between the parts of a layer, and an expert that is chosen by a hair may be
-# another one.
+# bfloat16 rounds between the parts of a layer, and a close choice of an expert may change.
 LAYER_TOLERANCES = {"fp32": {"value": 1e-4, "gradients": 1e-3}, "bf16": {"value": 5e-2, "gradients": 1.5e-1}}
 
 
 def layer_model(device: str) -> ModelConfig:
-    """The widths of the real model but for the vocabulary and the number of experts: the twin works in float64 on the
-    CPU, expert by expert."""
+    """A model with the widths of the real one, but with a smaller vocabulary and fewer experts.
+
+    The reference implementation computes in float64 on the CPU, expert by expert.
+    """
     if device != "cuda":
         return tiny_config().model
     model = load_recipe("bench_gpu").model
@@ -297,8 +309,10 @@ def layer_model(device: str) -> ModelConfig:
 
 
 def layer_errors(pattern: str, groups, *, device: str, precision: str) -> dict[str, float]:
-    """Two towers of such layers against blocks computed one by one: logits, and the gradient of every trained tensor,
-    summed up as the norm of all differences over the norm of all gradients, by the kind of tensor."""
+    """Compare two towers of such layers with blocks that are computed one by one.
+
+    Returns the errors of the logits, and of the gradients of all trained tensors by their kind.
+    """
     config = tiny_config(pattern, block=BLOCK, length=4 * BLOCK, precision=precision)
     model = dataclasses.replace(layer_model(device), hybrid_override_pattern=pattern)
     config, dtype = dataclasses.replace(config, model=model), DTYPES[precision]

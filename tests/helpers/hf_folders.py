@@ -1,4 +1,4 @@
-"""Hugging Face folders of every style with random weights, and what two of them have in common."""
+"""Hugging Face folders of every style with random weights, and a comparison of two of them."""
 
 import dataclasses
 import json
@@ -29,12 +29,15 @@ def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Lazy
 
 
 def own_precision(name: str) -> torch.dtype:
-    """As released checkpoints mix them: a few small tensors are wider than the rest."""
+    """Mix precisions as released checkpoints do: a few small tensors are wider than the rest."""
     return torch.float32 if name.endswith(("A_log", ".D", "e_score_correction_bias")) else torch.bfloat16
 
 
 def write(path, style, *, model=MODEL, precision=own_precision, change=None, shard_bytes=20_000):
-    """A folder of that style. change: applied to its tensors, by the folder's own names, before they are written."""
+    """A folder of that style.
+
+    change: applied to its tensors, by the folder's own names, before they are written.
+    """
     towers, spelling = STYLES[style]
     entries = parameter_map.folder_entries(towers, model, 256)
     tensors = {n: random_tensor(n, shape, precision(n)) for n, shape in parameter_map.hf_shapes(entries, model).items()}
@@ -53,7 +56,7 @@ def spans(folder) -> dict[str, Span]:
 
 
 def contents(folder) -> dict[str, tuple[torch.dtype, tuple[int, ...], bytes]]:
-    """Every tensor of a folder, to the bit."""
+    """The bytes, dtype and shape of every tensor of a folder."""
     return {
         name: (span.dtype, span.shape, span.read().flatten().view(torch.uint8).numpy().tobytes())
         for name, span in spans(folder).items()

@@ -1,4 +1,4 @@
-"""Bytes that one layer holds between its forward and backward pass."""
+"""Bytes that one layer keeps between its forward and backward pass."""
 
 import dataclasses
 import gc
@@ -29,15 +29,20 @@ def config_of(kind, *, block, length, recompute=""):
 
 
 def storages():
-    """Every storage that a tensor known to Python lives in, by address; while it is held, no other one's."""
+    """All storages of tensors that Python knows, by address.
+
+    While they are kept, no address is used again.
+    """
     gc.collect()
     tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter)]
     return {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
 
 
 def kept_bytes(model, batch, dtype):
-    """Bytes of all storages that live on between the passes because of the one layer: those that the graph holds, and
-    those in a closure, where recompute holds the hand-off."""
+    """Bytes of all storages that one layer keeps between the passes.
+
+    They are in the graph, or in a closure: there recompute keeps the handoff.
+    """
     blocks = Blocks(batch.block)
     with torch.no_grad():
         clean = model.context.embed(batch.tokens).to(dtype)

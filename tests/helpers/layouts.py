@@ -1,4 +1,7 @@
-"""Five steps of training on a layout, with everything about them that must not depend on it. For `test_layouts`."""
+"""Five steps of training on a layout, and their figures that do not depend on the layout.
+
+For `test_layouts`.
+"""
 
 import dataclasses
 import random
@@ -51,8 +54,8 @@ MODEL = ModelConfig(
 )
 TOKENS = SEQUENCES * LENGTH
 
-# What is trained, each with a run on one rank to be compared with. `hard` has everything that could
-# tell layouts apart.
+# The kinds of runs; each is compared with its run on one rank. `hard` has everything whose result
+# could depend on the layout.
 RUNS = {
     "plain": {},
     "hard": {
@@ -66,8 +69,8 @@ RUNS = {
 }
 
 
-# With this seed the choice of no token's experts is closer than 1e-5: rounding on another layout
-# cannot turn one over.
+# With this seed the scores of chosen experts differ by more than 1e-5 from others: rounding on
+# another layout cannot change a choice.
 SEED = 7
 
 
@@ -88,7 +91,7 @@ def base(backbone):
 
 
 def changed(config, changes):
-    """A configuration with fields of sections replaced: {"section": {"field": value}} or {"field": value}."""
+    """Replace fields of a configuration: {"section": {"field": value}} or {"field": value}."""
     for key, value in changes.items():
         old = getattr(config, key)
         new = dataclasses.replace(old, **value) if dataclasses.is_dataclass(old) else value
@@ -97,7 +100,7 @@ def changed(config, changes):
 
 
 def write_backbone(folder):
-    """A backbone with every tensor random, selection biases too."""
+    """Write a backbone with random values in every tensor, also in selection biases."""
     entries = parameter_map.backbone_entries(MODEL)
     random_start = initial_weights.random_backbone(dataclasses.replace(MODEL, initializer_range=0.2), seed=3)
 
@@ -119,7 +122,10 @@ def write_backbone(folder):
 
 
 def global_batch(step, *, documents):
-    """The sequences of a step; with documents, two of which end before the sequence does and leave padding."""
+    """The sequences of a step.
+
+    With documents, two of them end before the sequence and leave padding.
+    """
     generator = torch.Generator().manual_seed(100 + step)
     tokens = torch.randint(4, VOCABULARY, (SEQUENCES, LENGTH), generator=generator)
     numbers = torch.arange(step * SEQUENCES, (step + 1) * SEQUENCES)
@@ -157,9 +163,9 @@ def join_shards(shards, entry):
 
 
 def whole_parameters(model, config, groups):
-    """Every parameter and selection bias by its name in the table, put together from all ranks, on rank 0.
+    """Gather all parameters and selection biases on rank 0, by name in the parameter map.
 
-    Replicas must be the same to the last bit.
+    Replicas must be equal bit for bit.
     """
     held = {}
     for chunk in model.chunks:
@@ -192,7 +198,7 @@ def frozen_state(model):
 
 
 def run(config):
-    """Train `STEPS` steps; what came of it, the same on every rank."""
+    """Train `STEPS` steps. Returns figures that are the same on every rank."""
     validate(config, world_size=parallel.world_size())
     groups = parallel.initialise(config)
     model = train_run.build_model(config, groups)
@@ -200,20 +206,19 @@ def run(config):
     wrapped = parallel.wrap(model.chunks, config, groups)
     optimizer = build_optimizer(config, wrapped, groups)
     schedule = build_schedule(config, optimizer)
-    parts = loop.Trainer(config, wrapped, optimizer, schedule, groups, resolve_phases(config))
+    trainer = loop.Trainer(config, wrapped, optimizer, schedule, groups, resolve_phases(config))
     start, losses, norms, loads, shares = whole_parameters(model, config, groups), [], [], [], []
     for step in range(STEPS):
-        done = loop.train_step(parts.at(step * SEQUENCES), micro_batches(config, groups, step))
-        sums, norm = done.sums, done.norm
-        total = parallel.sum_over_stages(sums, groups)
+        result = loop.train_step(trainer.in_phase_of(step * SEQUENCES), micro_batches(config, groups, step))
+        total = parallel.sum_over_stages(result.sums, groups)
         losses.append((total[0] / total[1]).item())
-        norms.append(norm)
+        norms.append(result.grad_norm)
         loads.append(parallel.sum_over_ranks(wrapped.expert_tokens))
         counts = [None] * dist.get_world_size()
-        dist.all_gather_object(counts, sums[1].item())
+        dist.all_gather_object(counts, result.sums[1].item())
         shares.append([count for count in counts if count])
     wrapped.gather_parameters()
-    validation = [] if config.objective == "ar" else [loop.validate(parts, micro_batches(config, groups, 0))["loss"]]
+    validation = [] if config.objective == "ar" else [loop.validate(trainer, micro_batches(config, groups, 0))["loss"]]
     same = all(torch.equal(*pair) for pair in zip(frozen, frozen_state(model), strict=True))
     return {
         "losses": losses + validation,
@@ -227,7 +232,7 @@ def run(config):
 
 
 def main():
-    """One rank of several: run the layouts of a file one after the other, since to import everything takes longest."""
+    """One rank of several. It runs all layouts of a file, because the imports take the longest."""
     torch.set_num_threads(1)
     results = {}
     for name, config in torch.load(sys.argv[1], weights_only=False).items():

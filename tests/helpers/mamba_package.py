@@ -39,7 +39,7 @@ def kernels() -> dict[str, object]:
 
 @contextlib.contextmanager
 def block_sizes(number: int) -> Iterator[None]:
-    """Every kernel with the `number`th of the configurations that the package offers for it, counted round."""
+    """Use configuration `number` of each kernel, modulo the number of its configurations."""
     tuned = kernels().values()
     offered = [kernel.configs for kernel in tuned]
     for kernel, configs in zip(tuned, offered, strict=True):
@@ -52,7 +52,7 @@ def block_sizes(number: int) -> Iterator[None]:
 
 
 def on_the_host(patch: pytest.MonkeyPatch) -> None:
-    """Stand in for CUDA."""
+    """Replace the functions of CUDA."""
     for context in ("device", "device_of"):
         patch.setattr(torch.cuda, context, lambda *_: contextlib.nullcontext())
     properties = SimpleNamespace(multi_processor_count=132)
@@ -60,7 +60,7 @@ def on_the_host(patch: pytest.MonkeyPatch) -> None:
 
 
 def memory_holds_nan(patch: pytest.MonkeyPatch) -> None:
-    """What torch.empty gives is NaN until it is written: whoever reads it first shows it."""
+    """Let torch.empty return NaN: a kernel that reads before it writes gives NaN."""
     for name in ("empty", "empty_like"):
         plain = getattr(torch, name)
 
@@ -72,14 +72,20 @@ def memory_holds_nan(patch: pytest.MonkeyPatch) -> None:
 
 
 def fenced(tensor: torch.Tensor, *, wide: int = 4096) -> torch.Tensor:
-    """The same values with NaN (or -7) before and after: whoever reads past an end shows it."""
+    """The same values with NaN (or -7) before and after them.
+
+    A kernel that reads past an end shows it.
+    """
     room = torch.full((tensor.numel() + 2 * wide,), float("nan") if tensor.is_floating_point() else -7)
     inner = room.to(tensor.dtype)[wide:-wide].view(tensor.shape)
     return inner.copy_(tensor.detach())
 
 
 def mend_bfloat16(patch: pytest.MonkeyPatch) -> None:
-    """Triton 3.9's interpreter multiplies the bits of bfloat16 as integers, and cuts off where a GPU rounds."""
+    """Fix bfloat16 in Triton 3.9's interpreter.
+
+    It multiplies the bits as integers, and truncates where a GPU rounds.
+    """
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -105,7 +111,10 @@ def mend_bfloat16(patch: pytest.MonkeyPatch) -> None:
 
 
 def multiply_in_tf32(patch: pytest.MonkeyPatch) -> None:
-    """What tl.dot makes of float32 on tensor cores unless told otherwise: factors of ten bits behind the point."""
+    """Round as tl.dot does with float32 on tensor cores by default.
+
+    Factors have ten bits after the point.
+    """
     from triton.runtime import interpreter
 
     multiply = interpreter.InterpreterBuilder.create_dot

@@ -1,10 +1,12 @@
-"""One rank of a real job: what it holds and sends in a step, in bytes, for each of some layouts. Run by torchrun.
+"""One rank of a real job: what it stores and sends in a step, in bytes, for several layouts.
+
+Run by torchrun.
 
     python -m torch.distributed.run --nproc-per-node=2 -m helpers.measure_ranks
     '[{"parallel.expert": 2}, ...]' OUTPUT
 
-Every rank writes OUTPUT/RANK.json with one record a layout. Collectives are counted where torch is
-called, so that nothing of what Megatron sends is missed.
+Every rank writes OUTPUT/RANK.json with one record per layout. Collectives are counted at the calls
+of torch, so that everything that Megatron sends is counted.
 """
 
 import collections
@@ -19,8 +21,8 @@ import torch.distributed as dist
 
 SENT = collections.Counter()
 NAMES = {}
-# Of (arguments) what all ranks of the group have together, or each sends, as `plan.traffic` counts
-# it.
+# Bytes from the arguments of a call: of all ranks of the group together, or of one send, as
+# `plan.traffic` counts them.
 OPERATIONS = {
     "all_reduce": lambda args, ranks: args[0].nbytes,
     "all_gather_into_tensor": lambda args, ranks: args[0].nbytes,
@@ -37,7 +39,8 @@ def _counted(name, size):
     def counting(*args, group=None, **more):
         if group in NAMES:
             ranks = dist.get_world_size(group)
-            # host.py sums whole tensors where Gloo cannot scatter the uneven parts of experts.
+            # mcore/patches.py sums complete tensors, because Gloo cannot scatter uneven parts of
+            # experts.
             twice = name == "all_reduce" and NAMES[group] != "expert tensor"
             SENT[NAMES[group], name] += size(args, ranks) * (ranks - 1) / ranks * (2 if twice else 1)
         return call(*args, group=group, **more)
@@ -80,7 +83,7 @@ from megatron_twotower.types import Batch  # noqa: E402
 
 
 def storages(tensors):
-    """The storages behind some tensors, by address."""
+    """The storages of some tensors, by address."""
     return {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
 
 
@@ -89,7 +92,7 @@ def nbytes(held):
 
 
 def built(config, groups):
-    """The stretches of layers of this rank with random weights, wrapped, as a run builds them."""
+    """The model chunks of this rank with random weights, wrapped, as a run builds them."""
     model, megatron = config.model, transformer_config.transformer_config(config)
     entries, frozen = (
         parameter_map.denoiser_entries(model, config.conditioning.frequencies),
@@ -108,25 +111,29 @@ def built(config, groups):
 
 
 def alive():
-    """The storages of all tensors that Python knows of; while they are held here, their addresses are not used anew."""
+    """The storages of all tensors that Python knows.
+
+    While they are kept, their addresses are not used again.
+    """
     gc.collect()
     return storages(found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter))
 
 
-def kept_bytes(parts, modules, batch):
-    """What lives on between the forward pass of a micro-batch and its backward pass, in the graph and in closures."""
+def kept_bytes(trainer, modules, batch):
+    """Bytes that graph and closures keep between forward and backward pass of a micro-batch."""
     rows = towers.rows_between_stages(
-        parts.config,
+        trainer.config,
         sequences=len(batch.tokens),
         times=None,
-        ranks=parts.groups.tp.size() if parts.config.parallel.sequence else 1,
+        ranks=trainer.groups.tp.size() if trainer.config.parallel.sequence else 1,
     )
-    hidden, dtype = parts.config.model.hidden_size, modules[0].config.params_dtype
+    hidden, dtype = trainer.config.model.hidden_size, modules[0].config.params_dtype
 
     def forward(module):
         if not module.tower.stage.first:
             module.set_input_tensor([torch.randn(rows, 1, hidden, dtype=dtype).requires_grad_()])
-        return loop.two_tower_forward(_Chunk(module), batch, parts.config, parts.groups, None)
+        micro_batch = loop.MicroBatch(batch, trainer.config.seed)
+        return loop.two_tower_forward(_Chunk(module), micro_batch, trainer.config, trainer.groups)
 
     total = 0
     for module in modules:
@@ -140,7 +147,7 @@ def kept_bytes(parts, modules, batch):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            # The trainer lets go of what a stage sends on, and of final states once there is a
+            # Training frees the output of a stage once it is sent, and final states once there is a
             # loss.
             graph = [output.grad_fn for output in forward(module)[:1]]
         assert graph[0] is not None
@@ -149,7 +156,7 @@ def kept_bytes(parts, modules, batch):
 
 
 class _Chunk:
-    """A module as the trainer knows it: wrapped, but without a wrapper that counts gradients."""
+    """A module as training uses it: with the attribute `module`, but without gradient buffers."""
 
     def __init__(self, module):
         self.module = module
@@ -159,7 +166,7 @@ class _Chunk:
 
 
 def measured(changes):
-    """One layout: build, take a step, and count."""
+    """Build one layout, take a step, and count."""
     config = models.planned_config(changes)
     groups = parallel.initialise(config)
     NAMES.clear()
@@ -176,7 +183,7 @@ def measured(changes):
     )
     modules, wrapped = built(config, groups)
     adam = optimizer.build_optimizer(config, wrapped, groups)
-    parts = loop.Trainer(
+    trainer = loop.Trainer(
         config=config,
         model=wrapped,
         optimizer=adam,
@@ -197,18 +204,18 @@ def measured(changes):
     scored = []
     plain_loss = loop.masked_diffusion_loss
     loop.masked_diffusion_loss = _noting(plain_loss, scored)
-    kept = kept_bytes(parts, modules, batches[0])
+    kept = kept_bytes(trainer, modules, batches[0])
     kept_scored = scored[-1] if scored else 0
     scored.clear()
     SENT.clear()
-    loop.train_step(parts, batches)
+    loop.train_step(trainer, batches)
     sent = collections.Counter()
     for (group, _), count in SENT.items():
         sent[group] += count
     own, state = storages(p for module in modules for p in module.parameters()), []
     for inner in adam.chained_optimizers:
         mains = [p for group in inner.optimizer.param_groups for p in group["params"]]
-        # Main parameters that are views of model parameters are no memory of their own.
+        # Main parameters that are views of model parameters need no memory.
         state += [p for p in mains if p.untyped_storage().data_ptr() not in own]
         state += [v for values in inner.optimizer.state.values() for k, v in values.items() if k.startswith("exp_")]
     buffers = [buffer for chunk in wrapped.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]

@@ -1,4 +1,4 @@
-"""Corpora in memory, for tests of what is read from them and in which order."""
+"""Corpora in memory, for tests of the reading order."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +10,7 @@ from megatron_twotower.common.errors import UserError
 
 @dataclass(frozen=True)
 class MemoryCorpus:
-    """Stands in for `shards.Corpus`: token i of the stream is `base + i`, and every document ends with `end`.
+    """Replaces `shards.Corpus`: token i is `base + i`, and every document ends with `end`.
 
     damaged: shards that cannot be read, and why. shard_tokens: of each shard.
     """

@@ -90,7 +90,7 @@ def become_backbone(model):
 
 
 def save(folder, model, *, pattern=PATTERN, **changes):
-    """A folder as the exporter writes it."""
+    """Write a folder as the exporter does."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
     fields = tiny_fields(pattern, torch_dtype=str(model.dtype).removeprefix("torch."), **changes)

@@ -1,4 +1,4 @@
-"""Small models with every tensor random, for tests that compare one way of computing with another."""
+"""Small models with random values in every tensor, for tests that compare two computations."""
 
 import dataclasses
 
@@ -50,7 +50,10 @@ def tiny_config(
 
 
 def random_source(*, seed: int = 0, scale: float = 0.4) -> tensors.TensorSource:
-    """Every tensor, by its name, from normal numbers: norms near one, biases and tables far from their start."""
+    """Normal random values for every tensor by its name.
+
+    Norms are near one; biases and tables are not at their initial values.
+    """
     shapes: dict[str, torch.Size] = {}
 
     def source(name: str) -> torch.Tensor:
@@ -76,7 +79,7 @@ def with_shapes(source, entries, model):
 
 
 def build_two_tower(config: RunConfig, groups, *, seed: int = 0, dtype: torch.dtype = torch.float64):
-    """A two-tower model with random weights everywhere, and the source they can be read from again."""
+    """A two-tower model with random weights, and the source of the weights."""
     megatron = transformer_config.transformer_config(config)
     model = config.model
     context_entries = parameter_map.context_entries(model)
@@ -104,7 +107,7 @@ def random_noisy_batch(config: RunConfig, *, batch: int = 2, per_block: bool = T
 
 
 def planned_config(changes: dict[str, object]) -> RunConfig:
-    """All kinds of layers, large enough that sizes show, on a layout: {"parallel.expert": 2, ...}."""
+    """A model with all kinds of layers, on a layout: {"parallel.expert": 2, ...}."""
     model = dataclasses.replace(
         TINY,
         hybrid_override_pattern="ME*-ME",
@@ -132,7 +135,7 @@ def planned_config(changes: dict[str, object]) -> RunConfig:
 
 
 def write_backbone(folder, model):
-    """A Hugging Face folder of a NemotronH with random weights, fp32."""
+    """Write a Hugging Face folder of a NemotronH with random weights, fp32."""
     source, entries = initial_weights.random_backbone(model, seed=11), parameter_map.backbone_entries(model)
     hf_folder.write_folder(
         folder,

@@ -1,13 +1,13 @@
-"""A pretended CUDA device: real numbers on the CPU and the manners of a card, so that mistakes with devices show here.
+"""A pretended CUDA device: it computes on the CPU with the rules of a GPU, to find device errors.
 
-Inside `pretended_cuda()` a tensor made on or moved to "cuda" is a `Pretended` one: it says that it
-lives on cuda:0, holds an ordinary CPU tensor, and computes with it. As on a card,
+Inside `pretended_cuda()` a tensor that is made on "cuda" or moved there is a `Pretended` tensor:
+its device is cuda:0, and it computes with an ordinary CPU tensor. As on a GPU,
 
-* an operation that mixes it with tensors of the host fails, but for numbers (0-dim) in pointwise
-  ones and indices;
-* what makes the host wait for the device is noted, with the line that asked: `.item()`, copies
-  between the two, boolean indexing, `nonzero`, and the like. Copies from pinned memory that ask not
-  to wait are free.
+* an operation that mixes it with tensors of the host fails, except for 0-dim numbers in pointwise
+  operations and for indices;
+* each operation for which the host waits is recorded with its line: `.item()`, copies between host
+  and device, boolean indexing, `nonzero`, and so on. Non-blocking copies from pinned memory are not
+  recorded.
 
 For C++ these tensors are on the meta device, the one that every build of torch can send through
 autograd; the classes and modes here never show it. What is not pretended: streams, memory, Triton,
@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch._dynamo  # before `pretended_cuda`: its import checks the signature of a function patched there
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,6 +33,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 import megatron_twotower
 from megatron_twotower.common import device as common_device
+from megatron_twotower.mcore import patches
 
 CUDA = torch.device("cuda", 0)
 HERE, PACKAGE = Path(__file__), str(Path(megatron_twotower.__file__).parent)
@@ -40,11 +42,11 @@ aten = torch.ops.aten
 
 
 class WrongDevice(RuntimeError):
-    """What torch would say on a card."""
+    """The error that torch raises on a GPU."""
 
 
 class Pretended(torch.Tensor):
-    """A tensor on cuda:0. held: where its numbers are."""
+    """A tensor on cuda:0. `held` is the CPU tensor with its values."""
 
     held: torch.Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -76,7 +78,7 @@ class Pretended(torch.Tensor):
 
     @data.setter
     def data(self, value):
-        """What torch does in C++, where nothing of it is seen here."""
+        """Set the data; torch does this in C++, invisible to the dispatch mode."""
         torch.Tensor.data.__set__(self, value)
         self.held = value.held
 
@@ -115,7 +117,10 @@ class Pretended(torch.Tensor):
 
 @dataclass(frozen=True)
 class Wait:
-    """Something that the host waits for. owner: whose line asked for it; where: its file, line and function."""
+    """An operation for which the host waits.
+
+    owner: whose code called it; where: file, line and function.
+    """
 
     kind: str
     owner: str
@@ -124,7 +129,7 @@ class Wait:
 
 @dataclass
 class Waits:
-    """What was noted, in order."""
+    """The recorded waits, in order."""
 
     found: list[Wait] = field(default_factory=list)
 
@@ -132,20 +137,20 @@ class Waits:
         return [wait for wait in self.found if wait.owner == owner]
 
     def counted(self, *owners: str) -> dict[str, int]:
-        """How often, by kind and place, without line numbers."""
+        """The number of waits by kind and function, without line numbers."""
         kept = [wait for wait in self.found if not owners or wait.owner in owners]
         return dict(collections.Counter(f"{wait.kind}: {wait.where.partition(' ')[2]}" for wait in kept))
 
     @contextlib.contextmanager
     def during(self) -> Iterator["Waits"]:
-        """Those of a stretch of work alone."""
+        """Yields the waits inside the `with` block only."""
         start, part = len(self.found), Waits()
         yield part
         part.found = self.found[start:]
 
 
 def _asker() -> tuple[str, str]:
-    """Who called torch, by the innermost frame outside of torch and this file."""
+    """The caller of torch: the innermost frame outside of torch and this file."""
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
@@ -160,8 +165,7 @@ def _asker() -> tuple[str, str]:
     return owner, f"{path.name}:{frame.f_lineno} {path.stem}.{frame.f_code.co_name}"
 
 
-# The values that these operations look at on the device decide about a shape or about what the host
-# does next.
+# These operations read values of the device that determine a shape or the next action of the host.
 WAITING = {
     "_local_scalar_dense": "a number",
     "nonzero": "nonzero",
@@ -174,10 +178,10 @@ WAITING = {
     "equal": "a number",
     "is_nonzero": "a number",
 }
-# What takes one number of the host where a tensor of the device would stand, as all pointwise
+# Operations that accept a number of the host instead of a tensor of the device, as all pointwise
 # operations do.
 NUMBERS_ALLOWED = {"fill_", "fill", "masked_fill", "masked_fill_", "index_put_", "index_put", "_index_put_impl_"}
-# Whose indices may be on the host: they are copied over.
+# Operations whose indices may be on the host: they are copied.
 INDICES_ALLOWED = {"index", "index_put_", "index_put", "_index_put_impl_"}
 
 
@@ -185,7 +189,7 @@ def _addmm_in_wide(total, left, right, dtype, *, beta=1, alpha=1, out):
     return out.copy_(torch.addmm(total, left.to(dtype), right.to(dtype), beta=beta, alpha=alpha))
 
 
-# What torch has for a card alone, in terms of what it has for the host.
+# Operations that torch has only for a GPU, as operations of the host.
 ONLY_THERE = {"aten::addmm.dtype_out": _addmm_in_wide}
 
 
@@ -195,7 +199,7 @@ def _name(func: Any) -> str:
 
 @cache
 def _returned(func: Any) -> tuple[str | None, ...]:
-    """For each result of an operation, the argument that it is, written to in place; None for a new tensor."""
+    """The argument that each result of an operation was written into; None for a new tensor."""
     written = {
         next(iter(a.alias_info.before_set)): a.name
         for a in func._schema.arguments
@@ -217,7 +221,10 @@ def _argument(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 class _Generator(torch.Generator):
-    """One that may be the device's: its numbers are the host's. devices: addresses of those that are."""
+    """A generator that draws the numbers of the host.
+
+    devices: addresses of the generators of the device.
+    """
 
     devices: ClassVar[set[int]] = set()
 
@@ -260,7 +267,7 @@ class _Device(TorchDispatchMode):
         return self._results(func, args, kwargs, out) if on_device else out
 
     def _copied(self, func, name, named, args, kwargs) -> bool:
-        """Note a copy from one to the other. Whether the result is on the device."""
+        """Record a copy between host and device. Returns whether the result is on the device."""
         source = args[1] if name == "copy_" else args[0]
         before = isinstance(source, Pretended)
         if name == "copy_":
@@ -275,9 +282,10 @@ class _Device(TorchDispatchMode):
         return after
 
     def _check(self, func, name, args, tensors, here) -> None:
-        """
+        """Check that all tensors of an operation are on one device.
+
         Raises:
-            WrongDevice: tensors of the device and of the host do not go together here.
+            WrongDevice: It mixes tensors of the device and of the host.
         """
         if not here:
             if "c10d" in func._schema.name and tensors and name != "barrier":
@@ -300,7 +308,7 @@ class _Device(TorchDispatchMode):
         if not all(isinstance(index, Pretended) for index in indices):
             self.note("a copy from the host")
         masks = [index for index in indices if index.dtype in (torch.bool, torch.uint8)]
-        # index_put of one number under one mask is masked_fill, also there.
+        # index_put of one number under one mask is masked_fill, also on a GPU.
         filled = name != "index" and len(indices) == 1 and args[2].numel() == 1 and not (args[3:4] and args[3])
         if masks and not filled:
             self.note("nonzero")
@@ -334,7 +342,10 @@ def _shown(value: Any) -> Any:
 
 
 def _indexed(value: Any) -> Any:
-    """`cuda` as `cuda:0`: without a number, a build for the CPU asks for a runtime that it does not have."""
+    """`cuda` as `cuda:0`.
+
+    Without a number, a build for the CPU asks for a runtime that it does not have.
+    """
     named = isinstance(value, (str, torch.device)) and str(value) == "cuda"
     return CUDA if named else value
 
@@ -353,7 +364,7 @@ def _moving(to: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 
 def _told(tensor: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """`torch.tensor` with a device: made on the host and copied, as it is there."""
+    """`torch.tensor` with a device: made on the host and copied, as on a GPU."""
 
     def told(data: Any, *, device: Any = None, **settings: Any) -> torch.Tensor:
         requires_grad = settings.pop("requires_grad", False)
@@ -371,24 +382,24 @@ def _pinned(tensor: torch.Tensor, *_: Any) -> torch.Tensor:
 
 @contextlib.contextmanager
 def pretended_cuda() -> Iterator[Waits]:
-    """This process has a CUDA device, and `host.device()` says so. Gives what the host has waited for."""
+    """Pretend that `common.device.device()` is a CUDA device. Yields what the host waits for."""
     mode = _Device()
     compatible = torch._has_compatible_shallow_copy_type
     with pytest.MonkeyPatch.context() as patch, mode:
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-        patch.setattr(common_device, "CPU", CUDA)
+        for module in (common_device, patches):
+            patch.setattr(module, "CPU", CUDA)
         patch.setattr(torch.Tensor, "to", _moving(torch.Tensor.to))
         patch.setattr(torch, "tensor", _told(torch.tensor))
         patch.setattr(torch, "Generator", _Generator)
         patch.setattr(torch.Tensor, "pin_memory", _pinned)
         patch.setattr(torch.Tensor, "is_pinned", lambda *_: False)
-        # Kept from step to step in the class: made where the first one was.
+        # Kept in the class from step to step, on the device of the first step.
         patch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)
         # Objects travel through NCCL as tensors of the device.
         patch.setattr(torch.distributed.distributed_c10d, "_get_object_coll_device", lambda *_: str(CUDA))
-        # A module that moves puts new parameters in the place of those that cannot turn into the
-        # others.
+        # A module that moves replaces parameters that cannot be changed in place.
         patch.setattr(
             torch,
             "_has_compatible_shallow_copy_type",
@@ -398,10 +409,10 @@ def pretended_cuda() -> Iterator[Waits]:
 
 
 def as_there() -> contextlib.AbstractContextManager[None]:
-    """On the host, attention by the same operations as there."""
+    """On the host, compute attention by the operations that the pretended device uses."""
     return sdpa_kernel(SDPBackend.MATH)
 
 
 def on_host(value: Any) -> Any:
-    """Tensors as the host would have them after a copy, without one."""
+    """The tensors of the host in a nested value, without a recorded copy."""
     return tree_map(_held, value)

@@ -1,4 +1,4 @@
-"""The two-tower model in the plainest way: one block at a time, from Hugging Face tensors and explicit caches.
+"""The two-tower model, one block at a time, from Hugging Face tensors and explicit caches.
 
 Written apart from the package, in float64 and by the recurrences, to be compared with the one-pass
 training forward. Weights are looked up by their released names through `w(name)`.
@@ -15,7 +15,10 @@ def rms(x, weight, eps):
 
 
 def mamba(w, p, m, x, state):
-    """x (t, h); state (conv inputs (3, c), ssm (heads, e, d)). Returns output (t, h) and the state after it."""
+    """Mamba for x (t, h) and a state (conv inputs (3, c), ssm (heads, e, d)).
+
+    Returns output (t, h) and the state after it.
+    """
     inner, bc, heads = m.mamba_num_heads * m.mamba_head_dim, m.n_groups * m.ssm_state_size, m.mamba_num_heads
     conv_state, ssm = state
     z, xbc, dt = (x @ w(f"{p}in_proj.weight").T).split([inner, inner + 2 * bc, heads], dim=-1)
@@ -38,7 +41,10 @@ def mamba(w, p, m, x, state):
 
 
 def attention(w, p, m, x, past, *, causal):
-    """x (t, h) against past keys and values and its own; returns output and keys and values of x."""
+    """Attention of x (t, h) to past keys and values and to its own.
+
+    Returns the output, and keys and values of x.
+    """
     q, k, v = ((x @ w(f"{p}{n}_proj.weight").T).view(x.shape[0], -1, m.head_dim) for n in "qkv")
     keys, values = torch.cat([past[0], k]), torch.cat([past[1], v])
     group = m.num_attention_heads // m.num_key_value_heads
@@ -94,7 +100,10 @@ def empty_cache(m, kind):
 
 
 def context_caches(w, m, tokens):
-    """The context tower over tokens (t,): what every layer remembers after them, and final hidden states."""
+    """Run the context tower on tokens (t,).
+
+    Returns the cache of every layer after them, and final hidden states.
+    """
     x = w("context_tower.embeddings.weight")[tokens]
     caches = []
     for i, kind in enumerate(m.hybrid_override_pattern):
@@ -117,7 +126,7 @@ def conditioning(w, frequencies, t):
 
 
 def denoise_block(w, m, frequencies, block, t, caches):
-    """Logits (s, v) of one noisy block (s,) at noise level t, given what the context tower remembers before it."""
+    """Logits (s, v) of one noisy block (s,) at noise level t, given the caches before it."""
     c = conditioning(w, frequencies, t)
     x = w("denoiser_tower.embeddings.weight")[block]
     for i, kind in enumerate(m.hybrid_override_pattern):
@@ -133,7 +142,7 @@ def denoise_block(w, m, frequencies, block, t, caches):
 
 
 def block_by_block(w, m, frequencies, tokens, noisy, times, block):
-    """Logits (l, v) of every block of one sequence, each computed by itself."""
+    """Logits (l, v) of all blocks of one sequence, each computed separately."""
     logits = []
     for b, start in enumerate(range(0, len(tokens), block)):
         caches, _ = context_caches(w, m, tokens[:start])

@@ -1,8 +1,10 @@
-"""Runs of the tiny recipes, in this process and in others."""
+"""Runs of the tiny recipes, in this process and in others, and what they have written."""
 
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from megatron_twotower.config.recipes import load_recipe
@@ -16,11 +18,18 @@ CLI = [sys.executable, "-m", "megatron_twotower"]
 
 
 def settings(data, run, backbone=None, *extra):
+    """The overrides of a tiny recipe."""
     start = [f"init.backbone={backbone}"] if backbone else []
     return [f"data.folder={data}", f"output={run}", *start, *extra]
 
 
+def train_arguments(data, run, backbone, *extra):
+    """The arguments of `twotower` for a run of the recipe `tiny`."""
+    return ["train", "recipe=tiny", *settings(data, run, backbone, *extra)]
+
+
 def train(recipe, *overrides):
+    """Train in this process. Returns whether all steps are done."""
     try:
         return train_run.run_training(load_recipe(recipe, list(overrides)))
     finally:
@@ -28,7 +37,7 @@ def train(recipe, *overrides):
 
 
 def launch(ranks, recipe, *overrides, wait=True, threads=1):
-    """The command line in processes of its own, under torchrun where there are several ranks."""
+    """Train in other processes by the command line, with torchrun for several ranks."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
     start = [*torchrun, "megatron_twotower"] if ranks > 1 else CLI
     process = subprocess.Popen(
@@ -45,5 +54,28 @@ def launch(ranks, recipe, *overrides, wait=True, threads=1):
     return process
 
 
-def losses(records):
-    return [records[step]["loss"] for step in sorted(records)]
+def until(condition, seconds=240):
+    """Wait for a condition. Returns whether it became true."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.005)
+    return False
+
+
+def records(run, kind="train"):
+    """The records of a run by step. The last line of the file may be incomplete."""
+    file = run / "metrics.jsonl"
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    return {each["step"]: each for each in map(json.loads, lines) if each["kind"] == kind}
+
+
+def losses(run, kind="train"):
+    """The losses of a run by step."""
+    return {step: record["loss"] for step, record in records(run, kind).items()}
+
+
+def last_step(run):
+    """The last step that a run has recorded."""
+    return max(records(run), default=0)

@@ -13,7 +13,10 @@ def cross_entropy(logits, target):
 
 
 def exact_score(model, context, continuation, block):
-    """Every mask of the text in each block, all behind it masked: (k - 1)! (n - k)! / n! x masked nats."""
+    """All masks of the text in each block, with all later blocks masked.
+
+    (k - 1)! (n - k)! / n! x masked nats.
+    """
     total = 0.0
     for start in range(0, len(continuation), block):
         text = continuation[start : start + block]

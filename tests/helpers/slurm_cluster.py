@@ -1,4 +1,4 @@
-"""A Slurm cluster of two nodes on this machine, for as long as a test needs it: munged, slurmctld, two slurmd.
+"""A Slurm cluster of two nodes on one machine, for a test: munged, slurmctld, two slurmd.
 
 Debian's packages `slurm-wlm` and `munge` are all it takes, and root. Everything lives in one
 folder.
@@ -20,7 +20,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sque
 
 
 def missing() -> str | None:
-    """What stands in the way of a cluster here, in a few words."""
+    """Why a cluster cannot start here, in a few words."""
     search = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
     absent = [name for name in PROGRAMS if shutil.which(name, path=search) is None]
     if absent:
@@ -66,7 +66,12 @@ PartitionName=high Nodes=n1,n2 MaxTime=60 State=UP PriorityTier=2 PreemptMode=OF
 
 @dataclass(frozen=True)
 class Cluster:
-    """A running cluster. folder: its logs and state. environment: for Slurm's commands."""
+    """A running cluster.
+
+    Attributes:
+        folder: Its logs and state.
+        environment: The environment of Slurm's commands.
+    """
 
     folder: Path
     environment: dict[str, str]
@@ -80,7 +85,7 @@ class Cluster:
         return result.stdout
 
     def state(self, job: str) -> str:
-        """COMPLETED, PENDING, RUNNING, ..."""
+        """The state of a job: COMPLETED, PENDING, RUNNING, ..."""
         fields = dict(item.split("=", 1) for item in self.run("scontrol", "show", "job", job).split() if "=" in item)
         return fields["JobState"]
 
@@ -99,7 +104,7 @@ class Cluster:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports below those that the system hands out, so that nobody gets them before the daemons have."""
+    """Free ports below those that the system assigns, so that no other process gets them."""
     found: list[int] = []
     for port in random.sample(range(6000, 19000), 200):
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -110,7 +115,7 @@ def _free_ports(count: int) -> list[int]:
 
 @contextlib.contextmanager
 def cluster(folder: Path) -> Iterator[Cluster]:
-    """Start a cluster in an empty folder, and take it down again, jobs and all."""
+    """Start a cluster in an empty folder, and stop it with its jobs."""
     host, ports = socket.gethostname().split(".")[0], _free_ports(3)
     (folder / "state").mkdir(parents=True)
     folder.chmod(0o755)
@@ -139,7 +144,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
                 _wait_for((folder / "munge.socket").exists)
         found = Cluster(folder, environment)
         _wait_for(lambda: _idle(found) == 2, found.logs)
-        # What is still queued or running must not outlive the daemons.
+        # Jobs that are queued or running must end before the daemons.
         stack.callback(_cancel_all, found)
         yield found
 

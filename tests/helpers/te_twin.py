@@ -1,4 +1,4 @@
-"""Modules that hold weights as Transformer Engine's do and compute with torch: its spec, tried without it on a CPU.
+"""Modules with the parameters of Transformer Engine's that compute with torch, for a CPU.
 
 Arguments are those that Megatron gives its wrappers (extensions/transformer_engine.py), names and
 shapes of parameters those of transformer-engine 2.11. Grouped experts are Megatron's own
@@ -19,7 +19,7 @@ from megatron_twotower.ops.norm import rms_norm
 
 
 class NormColumn(ColumnParallelLinear):
-    """Stands for TELayerNormColumnParallelLinear."""
+    """Replaces TELayerNormColumnParallelLinear."""
 
     def __init__(self, input_size, output_size, *, config, **arguments):
         super().__init__(input_size, output_size, config=config, **arguments)
@@ -32,7 +32,10 @@ class NormColumn(ColumnParallelLinear):
 
 
 class _Grouped(nn.Module):
-    """Stands for TEGroupedLinear: a product for the tokens of each of the rank's experts, one behind the other."""
+    """Replaces TEGroupedLinear.
+
+    One product after the other, for the tokens of each of the rank's experts.
+    """
 
     split: int
 
@@ -83,10 +86,10 @@ def twin():
 
 
 def install(monkeypatch):
-    """Let the twin serve, for runs that ask for it and switch `UNFUSED` kernels off."""
+    """Use these modules in runs with Transformer Engine and without the `UNFUSED` kernels."""
     monkeypatch.setitem(modules.LAYER_MODULES, "transformer_engine", twin)
     monkeypatch.setattr(modules, "unavailable", lambda package: None)
 
 
-# What only Transformer Engine itself has.
+# Kernels that only Transformer Engine itself has.
 UNFUSED = {"permutation": False, "router": False, "gradient_accumulation": False, "squared_relu": False}

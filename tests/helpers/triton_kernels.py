@@ -1,4 +1,4 @@
-"""What the tests of Triton kernels share: where they run, and Triton's compiler without a device.
+"""Shared by tests of Triton kernels: their device, and Triton's compiler without a device.
 
 Without a GPU, Triton's interpreter runs the kernels. It has to be switched on before triton is
 first imported, which other tests may have done in this process: `test_triton.py` runs the files of
@@ -17,7 +17,7 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 runs_kernels = (lambda test: test) if INTERPRETED else pytest.mark.gpu
-# Of a kernel that the interpreter has not taken the place of.
+# A kernel that Triton's interpreter has not replaced.
 compiles_kernels = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 SHARED_MEMORY = 227 * 1024  # bytes that a program may have at compute capability 9.0
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
@@ -30,7 +30,7 @@ def on_device(tensor):
 
 
 def largest_errors(got, wanted):
-    """By name: the largest difference over the largest value expected."""
+    """The largest difference over the largest expected value, by name."""
     pairs = zip(got, wanted.values(), strict=True)
     found = (((a.cpu().double() - b).abs().max() / (b.abs().max() + 1e-30)).item() for a, b in pairs)
     return dict(zip(wanted, found, strict=True))
@@ -60,7 +60,7 @@ def compiled(kernel, types, numbers, **options):
 
 
 def spilled_bytes(kernel):
-    """What a thread of a compiled kernel keeps in memory for want of registers."""
+    """Bytes that a thread of a compiled kernel spills to memory for lack of registers."""
     import triton
 
     reader = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -4,7 +4,7 @@ from megatron_twotower.data.prepare import prepare
 
 
 def write_two_corpora(root, *, tokenizer):
-    """Fill the folder `root` with `blend.yaml` and what it names: `numbers` and `calls`."""
+    """Write `blend.yaml` and its corpora `numbers` and `calls` into the folder `root`."""
     for name, word in (("numbers", "value = {}"), ("calls", "def total(count): return index({})")):
         (root / "texts" / name).mkdir(parents=True)
         for file in range(12):

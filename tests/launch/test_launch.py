@@ -1,4 +1,7 @@
-"""The launch scripts without a scheduler: two nodes that meet, logs of each rank, and the environment of a rank."""
+"""The launch scripts without a scheduler.
+
+Two nodes, the logs of each rank, and the environment of a rank.
+"""
 
 import ast
 import itertools
@@ -75,7 +78,7 @@ def test_the_scripts_are_whole(script):
 
 
 def dockerfile():
-    """(instruction, what follows) of each line of launch/Dockerfile, continued lines joined."""
+    """(instruction, arguments) of each line of launch/Dockerfile, with continued lines joined."""
     text = (LAUNCH / "Dockerfile").read_text()
     lines = "\n".join(line for line in text.splitlines() if not line.startswith("#")).replace("\\\n", " ").splitlines()
     return [tuple(line.split(maxsplit=1)) for line in lines if line.strip()]
@@ -135,7 +138,7 @@ def test_settings_of_h100_nodes_stay_behind_what_is_set_and_before_what_is_gener
 
 
 def test_a_container_is_asked_for_by_its_name(tmp_path):
-    """slurm.sbatch with stand-ins for Slurm's commands: what it hands to srun."""
+    """The arguments that slurm.sbatch passes to srun, with replacements for Slurm's commands."""
     for name, body in {
         "scontrol": f'echo " Command={LAUNCH}/slurm.sbatch NodeAddr=n1 "',
         "srun": 'printf "%s\\n" "$@"',
@@ -166,7 +169,7 @@ def test_wheels_say_what_they_expect():
 
 
 def test_nvcc_for_one_architecture(tmp_path):
-    """What a setup.py names is dropped, in either spelling, and the rest goes to the compiler as it is."""
+    """Architectures are removed in either spelling; the compiler receives all other arguments."""
     compiler = tmp_path / "bin" / "nvcc"
     compiler.parent.mkdir()
     compiler.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')

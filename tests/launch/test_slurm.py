@@ -1,4 +1,7 @@
-"""`launch/slurm.sbatch` on a real Slurm of two nodes: a run finishes; one that is cut off is queued and goes on."""
+"""`launch/slurm.sbatch` on a real Slurm of two nodes.
+
+A run finishes; a run that is cut off is requeued and resumes.
+"""
 
 import sys
 from pathlib import Path
@@ -43,7 +46,10 @@ def whole(tmp_path_factory, arguments):
 
 
 def submit(cluster, folder, *options):
-    """Queue the shipped script from a folder of its own. `python` must be this interpreter on every node."""
+    """Queue the shipped script from a folder of its own.
+
+    `python` must be this interpreter on every node.
+    """
     path = f"{Path(sys.executable).parent}:{cluster.environment['PATH']}"
     said = cluster.run("sbatch", "--parsable", *options, cwd=folder, PATH=path, PYTHONPATH=str(ROOT))
     return said.strip().partition(";")[0]
@@ -84,7 +90,7 @@ def test_a_recipe_and_its_overrides_finish_on_two_nodes(cluster, arguments, whol
 
 
 @pytest.mark.parametrize("cut", ["signal", "preempted"])
-def test_a_job_that_is_cut_off_goes_on_to_the_same_losses(cut, cluster, arguments, whole, tmp_path, records_of):
+def test_a_job_that_is_cut_off_resumes_to_the_same_losses(cut, cluster, arguments, whole, tmp_path, records_of):
     run = tmp_path / "run"
     job = submit(
         cluster,
@@ -104,5 +110,5 @@ def test_a_job_that_is_cut_off_goes_on_to_the_same_losses(cut, cluster, argument
     assert cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT") == "COMPLETED", seen(tmp_path)
     story = (tmp_path / f"twotower-{job}.log").read_text()
     assert "start 1" in story and "start 2" in story, story
-    assert len(list((run / "checkpoints").iterdir())) == 2, "one of the signal, one of the end: it did not start anew"
+    assert len(list((run / "checkpoints").iterdir())) == 2, "one after the signal, one at the end: the run resumed"
     assert losses(records_of(run)) == pytest.approx(losses(records_of(whole)), rel=1e-5)

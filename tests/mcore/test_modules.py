@@ -12,8 +12,8 @@ from megatron.core import dist_checkpointing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helpers import te_twin
-from helpers.faults import records, settings
 from helpers.models import build_two_tower, random_noisy_batch, tiny_config
+from helpers.runs import records, train_arguments
 from megatron_twotower.checkpoint import files
 from megatron_twotower.cli.main import main
 from megatron_twotower.common.errors import UserError
@@ -85,7 +85,7 @@ def test_a_run_resumes_with_the_other_implementation(order, monkeypatch, tmp_pat
 
     def go(run, name, steps):
         extra = [*plain, f"train.transformer_impl={name}", f"train.steps={steps}"]
-        assert main(settings(tiny_data, tmp_path / run, tiny_backbone, *extra)) == 0
+        assert main(train_arguments(tiny_data, tmp_path / run, tiny_backbone, *extra)) == 0
 
     go("whole", "local", 6)
     for steps, name in zip((3, 6), order, strict=True):
@@ -269,6 +269,6 @@ def test_a_dispatcher_that_is_not_available_is_reported_in_one_line(monkeypatch)
 )
 def test_the_command_reports_it_in_one_line(override, message, tmp_path, tiny_data, tiny_backbone, capsys, monkeypatch):
     monkeypatch.setattr(modules, "unavailable", lambda package: "no CUDA device")
-    assert main(settings(tiny_data, tmp_path / "run", tiny_backbone, override)) == 2
+    assert main(train_arguments(tiny_data, tmp_path / "run", tiny_backbone, override)) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

@@ -180,6 +180,7 @@ def test_a_mistake_is_one_line(arguments, named, capsys):
 
 
 def test_every_card_a_recipe_can_name_is_known():
-    from megatron_twotower.config.validation import CHOICES
+    from megatron_twotower.config.schema import ParallelConfig
+    from megatron_twotower.config.setting import accepts
 
-    assert set(CHOICES["parallel.card"]) == set(CARDS)
+    assert set(accepts(ParallelConfig, "card").choices) == set(CARDS)

@@ -1,4 +1,4 @@
-"""What the benchmarks do on a GPU, on a pretended one: nothing mixed, and nothing waited for within a step."""
+"""The benchmarks on a pretended GPU: no operation mixes devices, and no step waits."""
 
 import io
 
@@ -24,21 +24,21 @@ def test_steps_of_the_real_layers(console, tmp_path):
     with pretended_cuda() as waits:
         assert gpu.run(tmp_path, quick=True, wanted=gpu.Settings(rungs=rungs), console=console)
     assert "failed" not in console.file.getvalue()
-    # Weights are given once to each model; a figure is read at the end.
+    # Each model loads its weights once; a figure is read at the end.
     places = {place.partition(": ")[2] for place in waits.counted("ours")}
-    assert places == {"weights.load_weights", "gpu.busiest"}
+    assert places == {"load.load_weights", "gpu.busiest"}
 
 
 @pytest.mark.slow
-def test_steps_by_turns_and_draws(console, tmp_path, monkeypatch):
-    # FlexAttention is compiled there, which cannot be pretended.
+def test_alternating_steps_and_draws(console, tmp_path, monkeypatch):
+    # FlexAttention is compiled on a GPU, which cannot be pretended.
     monkeypatch.setattr(concatenated, "flex_block_attention", block_attention_ref)
     with pretended_cuda():
         step.run(tmp_path, threads=1, quick=True, console=console)
     assert (tmp_path / "step.json").is_file()
 
 
-def test_operations_and_their_rivals(console, tmp_path, monkeypatch):
+def test_operations_and_their_baselines(console, tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "apart", lambda function, *arguments, preload: function(*arguments))
     with pretended_cuda():
         ops.run(tmp_path, blocks=[8], threads=1, quick=True, repeats=1, budget_seconds=0.0, console=console)

@@ -1,4 +1,7 @@
-"""Generation and evaluation on a pretended device: nothing mixed, the numbers of the host, and every wait counted."""
+"""Generation and evaluation on a pretended device.
+
+The numbers of the host, and every wait is counted.
+"""
 
 import dataclasses
 import json
@@ -20,23 +23,23 @@ from megatron_twotower.hf import modeling_nemotron_h_twotower as modeling
 
 ROWS, PROMPT, NEW, BLOCK, EOS = 3, 9, 10, 4, 11
 BLOCKS = -(-NEW // BLOCK)
-# Each tower of `tiny_model` has one layer of experts: what it sends to whom is the one thing that a
-# layer waits for.
+# Each tower of `tiny_model` has one layer of experts. A layer waits only for what it sends to which
+# expert.
 EXPERTS, PLACES = "a copy to the host: modeling_nemotron_h_twotower.{}", "nonzero: modeling_nemotron_h_twotower.{}"
 NUMBER = "a number: modeling_nemotron_h_twotower.{}"
 
 
 def written(mode, model, ids, **arguments):
-    """Ids, and figures but for the time."""
+    """Ids, and all figures without the time."""
     ids = getattr(model, f"generate_{mode}")(ids, NEW, **arguments)
     return ids, dataclasses.replace(model.last_generation, seconds=0.0)
 
 
-# What else each mode is told; and how often the host waits, from the figures of what was written
-# and the end of a row.
+# The other arguments of each mode, and how often the host waits, given the statistics and the id
+# that ends a row.
 MODES = {
     "mask_diffusion": (
-        # Three passes finish a block, and no fourth looks for what is left.
+        # Three passes finish a block, and no fourth looks for remaining masks.
         {"block_size": BLOCK, "steps_per_block": 3, "confidence_threshold": 1.0},
         lambda stats, eos: {
             EXPERTS.format("routed_experts"): stats.passes + BLOCKS,
@@ -71,8 +74,8 @@ MODES = {
 
 @pytest.mark.parametrize("eos", [None, EOS])
 @pytest.mark.parametrize("mode", MODES)
-def test_text_is_that_of_the_host_and_every_wait_has_its_reason(mode, eos):
-    """A pass of the denoiser waits once, to learn where masks are left, and once for each layer of experts."""
+def test_text_is_that_of_the_host_and_every_wait_is_expected(mode, eos):
+    """A forward pass of the denoiser waits for remaining masks and for each layer of experts."""
     settings, waited_for = MODES[mode]
     settings, ids = settings | {"eos_token_id": eos}, random_ids(ROWS, PROMPT)
     with as_there():
@@ -88,7 +91,7 @@ def test_text_is_that_of_the_host_and_every_wait_has_its_reason(mode, eos):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_clock_is_read_when_the_device_is_done(mode, monkeypatch):
-    """Not when its last work is only asked for: behind a number that came from there."""
+    """The clock is read when a number has arrived, not when the last work is queued."""
     with pretended_cuda() as waits:
         model, ids = tiny_model(dtype=torch.float32).to("cuda"), random_ids(ROWS, PROMPT).to("cuda")
         readings = []
@@ -98,7 +101,7 @@ def test_the_clock_is_read_when_the_device_is_done(mode, monkeypatch):
     assert readings[-1] == len(waits.found) and waits.found[-1].kind == "a number"
 
 
-def test_a_block_that_is_done_early_is_asked_about_once_more():
+def test_a_block_that_is_done_early_is_checked_once_more():
     settings = {"block_size": BLOCK, "confidence_threshold": 0.05}
     with pretended_cuda() as waits:
         model, ids = tiny_model(dtype=torch.float32).to("cuda"), random_ids(ROWS, PROMPT).to("cuda")
@@ -111,7 +114,10 @@ def test_a_block_that_is_done_early_is_asked_about_once_more():
 @pytest.mark.parametrize("towers", [("cuda", "cuda"), ("cpu", "cuda"), ("cuda", "cpu")])
 @pytest.mark.parametrize("mode", MODES)
 def test_padding_sampling_and_towers_on_two_devices(mode, towers):
-    """`write` makes the generator where the tokens are decided on; the prompt is where the context tower is."""
+    """The prompt is on the device of the context tower.
+
+    The generator is on the device where the mode chooses tokens.
+    """
     ids = random_ids(ROWS, PROMPT)
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
@@ -144,7 +150,7 @@ def test_those_who_watch_may_look(two_tower_folder):
         assert canvas.state[0] + canvas.state[1] == on_host(text)[0, PROMPT:].tolist()
 
 
-# --- likelihoods --------------------------------------------------------------------------------------------------
+# --- likelihoods ---
 
 ALL = random_ids(4, 24)
 MEASURES = {
@@ -207,7 +213,7 @@ SMALL = EvaluationSettings(
 
 
 def plain(figures):
-    """Those that neither the clock nor the device decides about."""
+    """The figures that depend neither on the clock nor on the device."""
     if isinstance(figures, list):
         return [plain(each) for each in figures]
     if not isinstance(figures, dict):
@@ -226,7 +232,7 @@ def test_an_evaluation_of_a_folder(two_tower_folder, tiny_data, monkeypatch):
     assert plain(found) == plain(want)
 
 
-def test_text_for_a_denoiser_is_written_where_the_device_is(two_tower_folder, tiny_data, monkeypatch, tmp_path):
+def test_distilled_text_is_that_of_the_host(two_tower_folder, tiny_data, monkeypatch, tmp_path):
     small = {"sequences": 3, "prompt_tokens": 8, "new_tokens": 6, "batch_size": 2}
     with as_there():
         distil.distil(two_tower_folder, tiny_data, tmp_path / "host", **small)
@@ -234,7 +240,8 @@ def test_text_for_a_denoiser_is_written_where_the_device_is(two_tower_folder, ti
     with pretended_cuda() as waits:
         distil.distil(two_tower_folder, tiny_data, tmp_path / "there", **small)
     assert (tmp_path / "there").read_text() == (tmp_path / "host").read_text()
-    # Two batches: prompts over and text back, and nothing for a token but in its layer of experts.
+    # Two batches: prompts are copied to the device and text back. A token waits only in its layer
+    # of experts.
     assert waits.counted("ours") == {
         "a copy from the host: distil.distil": 2,
         "a copy to the host: distil.distil": 2,
@@ -244,7 +251,7 @@ def test_text_for_a_denoiser_is_written_where_the_device_is(two_tower_folder, ti
 
 
 @pytest.mark.parametrize("scoring", ["ar", "bound", "mock_ar"])
-def test_the_harness_scores_and_writes_there(scoring, two_tower_folder):
+def test_the_harness_scores_and_writes_as_on_the_host(scoring, two_tower_folder):
     pytest.importorskip("lm_eval", reason="lm_eval is not installed (extra `eval`): the harness is not tested")
     from megatron_twotower.evaluate.harness import TwoTower, Wanted
 

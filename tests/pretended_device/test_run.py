@@ -1,4 +1,7 @@
-"""A whole run on a pretended device: data, training, validation, records and checkpoints, as on the host."""
+"""A complete run on a pretended device.
+
+Data, training, validation, records and checkpoints are those of the host.
+"""
 
 import pytest
 
@@ -13,13 +16,13 @@ EVERY_TWO = [
     "schedule.kind=constant",
 ]
 FIGURES = ("loss", "loss_by_noise", "grad_norm", "learning_rate", "scored_tokens", "expert_load", "tokens")
-# Of four steps with two records, three validations and two checkpoints.
+# Four steps, two records, three validations and two checkpoints.
 WAITS = {
     "a number: optimizer.guarded_step": 4,
-    "a copy to the host: trainer._figures": 2 + 3,
-    "a number: trainer._record": 2,
-    "a copy from the host: trainer.skipped_by_all": 2,
-    "a number: trainer.skipped_by_all": 2,
+    "a copy to the host: loop._figures": 2 + 3,
+    "a number: loop._train_record": 2,
+    "a copy from the host: progress.damaged_on_all_ranks": 2,
+    "a number: progress.damaged_on_all_ranks": 2,
 }
 
 
@@ -33,13 +36,13 @@ def run(tmp_path, tiny_data, tiny_backbone, records_of):
     return once
 
 
-def test_a_run_is_the_one_of_the_host_and_goes_on_there(run):
+def test_a_run_is_that_of_the_host_and_resumes_on_either(run):
     with as_there():
         want = run("host", 4)
     with pretended_cuda() as waits:
         assert run("there", 4) == want
     counted = waits.counted("ours")
-    assert counted.pop("a copy from the host: weights.load_weights") > 0
+    assert counted.pop("a copy from the host: load.load_weights") > 0
     assert counted == WAITS
     with pretended_cuda():
         run("moved", 2)

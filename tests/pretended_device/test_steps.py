@@ -1,6 +1,7 @@
-"""The program on a device that is not the host: nothing mixed, nothing waited for in vain, the same numbers."""
+"""Training on a pretended device.
 
-import contextlib
+No operation mixes devices, no step waits without need, the numbers are equal.
+"""
 
 import pytest
 import torch
@@ -10,23 +11,19 @@ from helpers import layouts
 from helpers.faults import with_bad_steps
 from helpers.models import build_two_tower, tiny_config
 from helpers.pretended_device import Pretended, Waits, WrongDevice, as_there, on_host, pretended_cuda
+from helpers.trainers import built_trainer, restore, save
 from megatron_twotower.checkpoint import files
 from megatron_twotower.common import device
-from megatron_twotower.config.phases import resolve_phases
-from megatron_twotower.config.validation import validate
-from megatron_twotower.mcore import parallel
 from megatron_twotower.mcore.releases import RELEASE
-from megatron_twotower.train import loop, resume
-from megatron_twotower.train import progress as train_progress
+from megatron_twotower.train import loop
 from megatron_twotower.train import run as train_run
 from megatron_twotower.train.losses import masked_diffusion_loss
-from megatron_twotower.train.metrics import Metrics
 from megatron_twotower.train.noise import corrupt
-from megatron_twotower.train.optimizer import build_optimizer, build_schedule
+from megatron_twotower.train.progress import TrainingProgress
 from megatron_twotower.types import Batch
 
 
-def test_a_planted_mix_up_is_found():
+def test_an_operation_that_mixes_devices_fails():
     with pretended_cuda():
         x, stranger = torch.ones(3, device="cuda"), torch.ones(3)
         with pytest.raises(WrongDevice, match="same device"):
@@ -37,7 +34,7 @@ def test_a_planted_mix_up_is_found():
             stranger.add_(x)
         with pytest.raises(WrongDevice, match="same device"):
             x.unsqueeze(0) @ torch.tensor(2.0).view(1, 1).expand(3, 1)
-        # What a card takes: numbers of the host in pointwise operations, and its indices.
+        # A GPU accepts numbers of the host in pointwise operations, and indices.
         assert on_host(x * torch.tensor(2.0)).tolist() == [2.0] * 3
         assert on_host(x[torch.tensor([0, 2])]).tolist() == [1.0] * 2
         with pytest.raises(WrongDevice):
@@ -86,7 +83,7 @@ def test_what_waits_for_the_device_is_counted(name):
         x = torch.ones(3, device="cuda")
         ask(x)
     assert [wait.kind for wait in waits.found] == [kind]
-    assert waits.found[0].where.startswith("test_pretended_device.py:")
+    assert waits.found[0].where.startswith("test_steps.py:")
 
 
 @pytest.mark.parametrize("name", FREE)
@@ -96,7 +93,7 @@ def test_what_does_not_wait_is_not_counted(name):
     assert waits.found == []
 
 
-def test_a_product_that_a_card_alone_sums_in_a_wider_precision():
+def test_a_product_that_only_a_gpu_sums_in_a_wider_precision():
     left, right = (torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)).bfloat16() for seed in (0, 1))
     with pretended_cuda():
         total = torch.ones(4, 4, device="cuda")
@@ -104,7 +101,7 @@ def test_a_product_that_a_card_alone_sums_in_a_wider_precision():
     assert torch.equal(on_host(total), torch.ones(4, 4).addmm_(left.t().float(), right.float()))
 
 
-def test_modules_move_and_learn_there_as_on_the_host():
+def test_modules_move_and_train_as_on_the_host():
     torch.manual_seed(0)
     module, x = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.SiLU(), torch.nn.Linear(4, 1)), torch.randn(5, 3)
     module(x).sum().backward()
@@ -121,7 +118,7 @@ def test_modules_move_and_learn_there_as_on_the_host():
         assert torch.equal(on_host(parameter.grad), gradient)
 
 
-# --- training -----------------------------------------------------------------------------------------------------
+# --- training ---
 
 
 def two_tower_pass(config, groups):
@@ -147,8 +144,8 @@ def test_two_towers_forward_and_backward(groups, recompute):
     assert there.keys() == gradients.keys()
     for name, gradient in there.items():
         assert torch.equal(on_host(gradient), gradients[name]), name
-    # Of our own lines, those alone that read the weights wait.
-    assert {wait.where.partition(" ")[2] for wait in waits.of("ours")} == {"weights.load_weights"}
+    # Of this package only the loading of weights waits.
+    assert {wait.where.partition(" ")[2] for wait in waits.of("ours")} == {"load.load_weights"}
 
 
 @pytest.fixture(scope="module")
@@ -156,39 +153,28 @@ def backbone(tmp_path_factory):
     return layouts.write_backbone(tmp_path_factory.mktemp("backbone") / "hf")
 
 
-@contextlib.contextmanager
-def training(config):
-    """A trainer as `build.run_training` makes it, and the model in it."""
-    validate(config, world_size=1)
-    groups = parallel.initialise(config)
-    try:
-        model = train_run.build_model(config, groups)
-        wrapped = parallel.wrap(model.chunks, config, groups)
-        optimizer = build_optimizer(config, wrapped, groups)
-        schedule = build_schedule(config, optimizer)
-        yield loop.Trainer(config, wrapped, optimizer, schedule, groups, resolve_phases(config)), model
-    finally:
-        parallel.shutdown()
-
-
-def one_step(parts, step):
-    return loop.train_step(parts.at(step * layouts.SEQUENCES), layouts.micro_batches(parts.config, parts.groups, step))
+def one_step(trainer, step):
+    batches = layouts.micro_batches(trainer.config, trainer.groups, step)
+    return loop.train_step(trainer.in_phase_of(step * layouts.SEQUENCES), batches)
 
 
 def two_steps(config, waits):
-    """Sums, gradient norms and parameters of two steps of training, and a validation; what the second step waited for,
-    and what the validation did."""
-    with training(config) as (parts, model):
+    """Two steps of training, and a validation.
+
+    Returns their sums, gradient norms, parameters and figures, and what the second step and the
+    validation waited for.
+    """
+    with built_trainer(config) as (trainer, model):
         sums, norms = [], []
         for step in range(2):
             with waits.during() as second:
-                done = one_step(parts, step)
-            assert done.taken
-            sums.append(done.sums)
-            norms.append(done.norm)
+                result = one_step(trainer, step)
+            assert result.taken
+            sums.append(result.sums)
+            norms.append(result.grad_norm)
         parameters = {name: p.detach() for chunk in model.chunks for name, p in chunk.named_parameters()}
         with waits.during() as validating:
-            validation = loop.validate(parts, layouts.micro_batches(config, parts.groups, 0))
+            validation = loop.validate(trainer, layouts.micro_batches(config, trainer.groups, 0))
         return sums, norms, parameters, validation, second, validating
 
 
@@ -200,8 +186,11 @@ SLOW_STEPS = [("hard", True), ("hard", False), ("bf16", True), ("bf16", False)]
     ("kind", "distributed"), [*STEPS, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW_STEPS)]
 )
 def test_steps_of_training(backbone, kind, distributed):
-    """Megatron's schedule, gradient buffers and optimizers too. Nothing of ours waits but for whether the loss is
-    finite, once, right after Megatron has waited for the norm."""
+    """Steps with Megatron's schedule, gradient buffers and optimizers have the numbers of the host.
+
+    This package waits once, for whether the loss is finite, right after Megatron has waited for the
+    norm.
+    """
     config = layouts.changed(layouts.base(backbone), layouts.RUNS[kind])
     config = layouts.changed(config, {"optimizer": {"distributed": distributed}})
     with as_there():
@@ -213,23 +202,23 @@ def test_steps_of_training(backbone, kind, distributed):
     for name, got in there[2].items():
         assert torch.equal(on_host(got), parameters[name]), name
     assert second.counted("ours") == {"a number: optimizer.guarded_step": 1}
-    # Megatron's: the sum of tokens (up to 0.16), and the norm; and, in layers of experts, what each
-    # micro-batch sends to whom.
+    # Megatron waits for the sum of tokens (up to 0.16), for the norm, and in layers of experts for
+    # what each micro-batch sends to whom.
     counted = second.counted("megatron")
     assert counted.pop("a number: finalize_model_grads.finalize_model_grads", 0) == (RELEASE == "0.16")
     assert counted.pop("a number: clip_grads.get_grad_norm_fp32") == 1
     assert {place.partition(": ")[2].partition(".")[0] for place in counted} == {"moe_utils", "experts"}
     assert len(second.of("others")) == 0
-    assert validating.counted("ours") == {"a copy to the host: trainer._figures": 1}
+    assert validating.counted("ours") == {"a copy to the host: loop._figures": 1}
 
 
-# --- what goes wrong, and what is kept ----------------------------------------------------------------------------
+# --- non-finite steps, and checkpoints ---
 
 
-def kept(parts, model):
-    """Copies of all that a checkpoint holds of weights, selection biases and optimizer, by key and place."""
-    pieces = files.state_dict(model.sharded_state(parts.config, parts.groups, parts.optimizer))
-    return {name: piece.data.clone() for name, piece in pieces.items() if isinstance(piece, ShardedTensor)}
+def stored(trainer, model):
+    """Copies of the tensors that a checkpoint stores, by key and offset."""
+    shards = files.state_dict(train_run.state_of(trainer, model)())
+    return {name: shard.data.clone() for name, shard in shards.items() if isinstance(shard, ShardedTensor)}
 
 
 def assert_same(got, want):
@@ -240,67 +229,55 @@ def assert_same(got, want):
 
 @pytest.mark.parametrize(("loss", "distributed"), [(False, True), (True, False)])
 def test_a_step_that_is_not_finite_changes_nothing(backbone, monkeypatch, loss, distributed):
-    """A gradient that is not finite shows in the norm, which Megatron has waited for: then nothing of ours waits."""
+    """A gradient that is not finite shows in the norm, for which Megatron has waited.
+
+    This package does not wait.
+    """
     config = layouts.changed(layouts.base(backbone), {"optimizer": {"distributed": distributed}})
     with_bad_steps(monkeypatch, {2}, loss=loss)
-    with pretended_cuda() as waits, training(config) as (parts, model):
-        assert one_step(parts, 0).taken
-        before = kept(parts, model)
+    with pretended_cuda() as waits, built_trainer(config) as (trainer, model):
+        assert one_step(trainer, 0).taken
+        before = stored(trainer, model)
         assert any(name.endswith("expert_bias@0") and on_host(tensor).any() for name, tensor in before.items())
         with waits.during() as second:
-            assert not one_step(parts, 1).taken
-        assert_same(kept(parts, model), before)
-        assert one_step(parts, 2).taken
+            assert not one_step(trainer, 1).taken
+        assert_same(stored(trainer, model), before)
+        assert one_step(trainer, 2).taken
     assert second.counted("ours") == ({"a number: optimizer.guarded_step": 1} if loss else {})
     assert second.counted("megatron")["a number: clip_grads.get_grad_norm_fp32"] == 1
 
 
 @pytest.mark.parametrize(("precision", "distributed"), [("fp32", False), ("bf16", True)])
-def test_checkpoints_hold_there_what_they_hold_on_the_host(backbone, precision, distributed, tmp_path):
-    """One that is written there is read there and on the host; and to describe what is held, nothing waits."""
+def test_a_checkpoint_of_the_device_is_that_of_the_host(backbone, precision, distributed, tmp_path):
+    """A checkpoint written on the device is read there and on the host.
+
+    To list its tensors waits for nothing.
+    """
     config = layouts.changed(layouts.base(backbone), {"optimizer": {"distributed": distributed}})
     config = layouts.changed(config, {"train": {"precision": precision}})
-    with as_there(), training(config) as (parts, model):
-        one_step(parts, 0)
-        want = kept(parts, model)
-    with pretended_cuda() as waits, training(config) as (parts, model):
-        done = one_step(parts, 0)
-        with waits.during() as describing:
-            held = kept(parts, model)
-        assert all(tensor.is_cuda for tensor in held.values()) and describing.found == []
-        assert_same(held, want)
-        progress = train_progress.Progress(
-            1, layouts.SEQUENCES, 1, sums=done.sums, expert_tokens=parts.model.expert_tokens
+    with as_there(), built_trainer(config) as (trainer, model):
+        one_step(trainer, 0)
+        want = stored(trainer, model)
+    with pretended_cuda() as waits, built_trainer(config) as (trainer, model):
+        result = one_step(trainer, 0)
+        with waits.during() as listing:
+            got = stored(trainer, model)
+        assert all(tensor.is_cuda for tensor in got.values()) and listing.found == []
+        assert_same(got, want)
+        progress = TrainingProgress(
+            step=1, cursor=layouts.SEQUENCES, updates=1, sums=result.sums, expert_tokens=trainer.model.expert_tokens
         )
         with waits.during() as saving:
-            save(tmp_path, parts, model, progress)
-        one_step(parts, 1)
-        found = restored(tmp_path, parts, model)
-        assert found.sums.is_cuda and torch.equal(on_host(found.sums), on_host(done.sums))
-        assert_same(kept(parts, model), want)
-    # For state.json; the tensors themselves are Megatron's to copy, all at once.
+            save(tmp_path, trainer, model, progress)
+        one_step(trainer, 1)
+        found = restore(tmp_path, trainer, model)
+        assert found.sums.is_cuda and torch.equal(on_host(found.sums), on_host(result.sums))
+        assert_same(stored(trainer, model), want)
+    # For state.json. Megatron copies the tensors themselves, all at once.
     assert {place.partition(": ")[2] for place in saving.counted("ours")} == {
-        "trainer.window",
-        "trainer.skipped_by_all",
+        "progress.log_window",
+        "progress.damaged_on_all_ranks",
     }
-    with training(config) as (parts, model):
-        restored(tmp_path, parts, model)
-        assert_same(kept(parts, model), want)
-
-
-def save(run, parts, model, progress):
-    keeper = resume.CheckpointHooks(
-        run,
-        parts,
-        lambda: model.sharded_state(parts.config, parts.groups, parts.optimizer),
-        fingerprint=model.fingerprint,
-        metrics=Metrics((), contextlib.ExitStack()),
-    )
-    keeper.save(progress)
-    keeper.saved(progress, wait=True)
-    keeper.close()
-
-
-def restored(run, parts, model):
-    point = resume.resume_point(run, parts.config, fingerprint=model.fingerprint)
-    return resume.restore(point, parts, lambda: model.sharded_state(parts.config, parts.groups, parts.optimizer))
+    with built_trainer(config) as (trainer, model):
+        restore(tmp_path, trainer, model)
+        assert_same(stored(trainer, model), want)

@@ -1,4 +1,4 @@
-"""The two towers in recipes/models are what their README says."""
+"""The model in recipes/models has the figures in its README."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def shipped():
 
 
 @pytest.mark.parametrize(("threshold", "least"), [(0.8, 1.8), (0.5, 2.2)])
-def test_the_denoiser_on_bytes_is_sure_of_several_tokens_that_the_context_tower_would_write(shipped, threshold, least):
+def test_the_denoiser_on_bytes_commits_several_tokens_in_a_forward_pass(shipped, threshold, least):
     model, tokenizer = shipped
     passes, agreement = 0, []
     for prompt in PROMPTS:

@@ -1,4 +1,4 @@
-"""Faults that really happen: kills at random moments, numbers that are not finite, fewer ranks than before."""
+"""Faults: kills at random moments, figures that are not finite, fewer ranks than before."""
 
 import os
 import signal
@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from helpers.faults import losses, progress_of, records, settings, until, with_bad_steps
+from helpers.faults import with_bad_steps
+from helpers.runs import last_step, losses, records, train_arguments, until
 from megatron_twotower.bench import soak
 from megatron_twotower.checkpoint import files
 from megatron_twotower.cli.main import main
@@ -17,7 +18,7 @@ from megatron_twotower.mcore import parallel
 from megatron_twotower.train import loop
 from megatron_twotower.train import run as train_run
 
-# --- kills --------------------------------------------------------------------------------------------------------
+# --- kills ---
 
 
 def soaked(output, data, backbone, *, kills, counts, seed):
@@ -29,32 +30,33 @@ def soaked(output, data, backbone, *, kills, counts, seed):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_nothing_is_lost_or_read_twice(tmp_path, tiny_data, tiny_backbone):
+def test_kills_at_random_moments_lose_and_repeat_nothing(tmp_path, tiny_data, tiny_backbone):
     found = soaked(tmp_path, tiny_data, tiny_backbone, kills=4, counts=(2, 1), seed=3)
     assert len(found.kills) >= 3 and found.clean and found.largest_difference < 1e-5
     assert "samples repeated" in [str(cell) for cell in soak.table(found).columns[0].cells]
 
 
 @pytest.mark.slow
-def test_killed_at_thirty_random_moments_on_one_layout_it_is_the_uninterrupted_run_to_the_last_bit(
-    tmp_path, tiny_data, tiny_backbone
-):
+def test_thirty_kills_on_one_layout_give_the_uninterrupted_run_bit_for_bit(tmp_path, tiny_data, tiny_backbone):
     found = soaked(tmp_path, tiny_data, tiny_backbone, kills=30, counts=(2,), seed=1)
     assert found.largest_difference == 0 and found.kills.keys() == soak.ENDINGS.keys()
     assert found.steps_lost > 0
 
 
 @pytest.mark.slow
-def test_killed_at_thirty_random_moments_on_changing_numbers_of_ranks(tmp_path, tiny_data, tiny_backbone):
+def test_thirty_kills_with_changing_numbers_of_ranks(tmp_path, tiny_data, tiny_backbone):
     assert soaked(tmp_path, tiny_data, tiny_backbone, kills=30, counts=(1, 2, 4), seed=2).clean
 
 
 @pytest.mark.slow
-def test_torchrun_goes_on_with_the_ranks_that_are_left(tmp_path, tiny_data, tiny_backbone):
-    """Two agents of one rank each; the second is killed with its rank, and the first starts anew, alone."""
+def test_torchrun_resumes_with_the_remaining_ranks(tmp_path, tiny_data, tiny_backbone):
+    """There are two agents with one rank each.
+
+    The second one is killed with its rank; the first one restarts alone.
+    """
     run, whole = tmp_path / "run", tmp_path / "whole"
-    # A low rate, and an epsilon that is not: rounding, which differs with the number of ranks, is
-    # not to grow.
+    # A low learning rate and a large epsilon: rounding depends on the number of ranks, and its
+    # differences must not grow.
     extra = [
         *SHORT,
         "train.steps=40",
@@ -62,7 +64,7 @@ def test_torchrun_goes_on_with_the_ranks_that_are_left(tmp_path, tiny_data, tiny
         "optimizer.learning_rate=1e-4",
         "optimizer.epsilon=1e-5",
     ]
-    assert main(settings(tiny_data, whole, tiny_backbone, *extra)) == 0
+    assert main(train_arguments(tiny_data, whole, tiny_backbone, *extra)) == 0
     rendezvous = [
         "--nnodes=1:2",
         "--nproc-per-node=1",
@@ -75,7 +77,7 @@ def test_torchrun_goes_on_with_the_ranks_that_are_left(tmp_path, tiny_data, tiny
     command = [sys.executable, "-m", "torch.distributed.run", *rendezvous, "-m", "megatron_twotower"]
     agents = [
         subprocess.Popen(
-            [*command, *settings(tiny_data, run, tiny_backbone, *extra)],
+            [*command, *train_arguments(tiny_data, run, tiny_backbone, *extra)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -84,8 +86,8 @@ def test_torchrun_goes_on_with_the_ranks_that_are_left(tmp_path, tiny_data, tiny
         for _ in range(2)
     ]
     try:
-        assert until(lambda: progress_of(run) >= 6, 300)
-        # The one that does not keep the rendezvous, with the rank that it started.
+        assert until(lambda: last_step(run) >= 6, 300)
+        # The agent that does not keep the rendezvous, and the rank that it started.
         ranks_of = {agent: children_of(agent.pid) for agent in agents}
         victim = next(agent for agent in agents if not keeps_port(agent.pid, 29713))
         assert files.read_state(files.find_checkpoints(run)[-1]).configuration["output"] == str(run)
@@ -125,7 +127,7 @@ def keeps_port(process, port):
 
 
 def trained_parameters(monkeypatch):
-    """The module of the next run in this process, once it is built."""
+    """A dict that receives the `module` of the next run in this process."""
     kept, original = {}, train_run.build_model
 
     def remember(config, groups):
@@ -154,12 +156,12 @@ def run_in_process(arguments):
 @pytest.mark.parametrize("loss", [False, True])
 @pytest.mark.parametrize("layout", [[], ["optimizer.distributed=true", "train.precision=bf16"]])
 def test_a_step_that_is_not_finite_changes_nothing(loss, layout, tmp_path, tiny_data, tiny_backbone, monkeypatch):
-    """The second step is bad: what trains is after it what it was before, and training goes on."""
+    """The second and third step are not finite: they change no state, and training continues."""
     kept, states = trained_parameters(monkeypatch), []
     original = loop.train_step
 
-    def train_step(parts, batches):
-        step = original(parts, batches)
+    def train_step(trainer, batches):
+        result = original(trainer, batches)
         states.append(
             {
                 name: tensor.clone()
@@ -167,13 +169,13 @@ def test_a_step_that_is_not_finite_changes_nothing(loss, layout, tmp_path, tiny_
                 if isinstance(tensor, torch.Tensor) and "local_tokens" not in name
             }
         )
-        return step
+        return result
 
     monkeypatch.setattr(loop, "train_step", train_step)
     with_bad_steps(monkeypatch, {2, 3}, loss=loss)
     run = tmp_path / "run"
     extra = [*SHORT, *layout, "train.steps=5", "train.router_bias_update_rate=0.1"]
-    assert run_in_process(settings(tiny_data, run, tiny_backbone, *extra))
+    assert run_in_process(train_arguments(tiny_data, run, tiny_backbone, *extra))
     for bad in (1, 2):
         assert all(torch.equal(states[bad][name], states[0][name]) for name in states[0])
     assert any(not torch.equal(states[3][name], states[0][name]) for name in states[0])
@@ -185,19 +187,17 @@ def test_a_step_that_is_not_finite_changes_nothing(loss, layout, tmp_path, tiny_
 
 
 def test_a_skipped_step_is_counted_across_a_resume(tmp_path, tiny_data, tiny_backbone, monkeypatch):
-    """Two in a row before the end of the first start, one after it: the third is one too many."""
+    """Two steps without interruption before the resume and one after it: the third ends the run."""
     run = tmp_path / "run"
     common = [*SHORT, "train.stop_after_nonfinite=3", "train.log_every_steps=10"]
     with_bad_steps(monkeypatch, {3, 4})
-    assert run_in_process(settings(tiny_data, run, tiny_backbone, *common, "train.steps=4"))
+    assert run_in_process(train_arguments(tiny_data, run, tiny_backbone, *common, "train.steps=4"))
     with_bad_steps(monkeypatch, {1})
     with pytest.raises(ValueError, match=r"step 5: .* 3 steps in a row"):
-        run_in_process(settings(tiny_data, run, tiny_backbone, *common, "train.steps=9"))
+        run_in_process(train_arguments(tiny_data, run, tiny_backbone, *common, "train.steps=9"))
 
 
-def test_a_backbone_with_a_weight_that_is_no_number_stops_the_run_and_leaves_the_batch(
-    tmp_path, tiny_data, tiny_backbone, capsys
-):
+def test_a_weight_that_is_nan_stops_the_run_and_the_batch_is_written(tmp_path, tiny_data, tiny_backbone, capsys):
     import shutil
 
     from safetensors.torch import load_file, save_file
@@ -209,7 +209,7 @@ def test_a_backbone_with_a_weight_that_is_no_number_stops_the_run_and_leaves_the
     name = next(name for name in tensors if name.endswith("norm_f.weight"))
     tensors[name][0] = float("nan")
     save_file(tensors, file, metadata={"format": "pt"})
-    assert main(settings(tiny_data, run, broken, *SHORT, "train.steps=9", "train.stop_after_nonfinite=3")) == 2
+    assert main(train_arguments(tiny_data, run, broken, *SHORT, "train.steps=9", "train.stop_after_nonfinite=3")) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "step 3: the loss or its gradients are not finite, 3 steps in a row" in said
     kept = run / "nonfinite" / "step-00000003-rank-00000.pt"

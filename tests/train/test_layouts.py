@@ -1,4 +1,4 @@
-"""The same numbers on every layout: losses, gradient norms, loads of experts, and every parameter, after five steps."""
+"""Every layout has the same losses, gradient norms and parameters after five steps."""
 
 import os
 import socket
@@ -81,7 +81,10 @@ def free_port():
 
 
 def run_layouts(ranks, configs, folder):
-    """Run configurations one after the other on ranks in processes of their own. Returns what `layouts.run` gives."""
+    """Run configurations one after the other on ranks in other processes.
+
+    Returns the results of `layouts.run`.
+    """
     torch.save(configs, folder / "configs.pt")
     address = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-c", WORKER, str(folder / "configs.pt"), str(folder / "results.pt")]
@@ -139,14 +142,14 @@ def results_on(backbone, tmp_path_factory):
     return of
 
 
-# How far parameters may be from those of one rank, as a part of themselves and as a part of how far
-# they moved. A bf16 parameter is rounded to 4e-3 of itself in each step, and a few round the other
-# way.
+# Largest differences of parameters from those of one rank, relative to the parameter, and relative
+# to its change. A bf16 parameter is rounded to 4e-3 of itself in each step, and a few are rounded
+# to the other side.
 TOLERANCES = {"fp32": (1e-5, 1e-3), "bf16": (1e-3, 1e-1)}
 
 
 def assert_same(got, want, precision):
-    """Losses and norms to 1e-5, counts exactly, every parameter, and nothing that is frozen has moved."""
+    """Losses and norms agree to 1e-5, counts exactly; parameters are close, frozen ones equal."""
     of_itself, of_the_way = TOLERANCES[precision]
     assert got["losses"] == pytest.approx(want["losses"], rel=1e-5)
     assert got["norms"] == pytest.approx(want["norms"], rel=1e-5)
@@ -179,7 +182,7 @@ def test_a_layout_gives_the_numbers_of_one_rank(ranks, name, one_rank, results_o
         assert any(len(set(counts)) > 1 for counts in got["shares"]), "ranks must have different counts"
 
 
-# layout of a model of 8 layers on a number of ranks: what its one line must say
+# A layout of a model of 8 layers on a number of ranks, and what the error must say.
 MISTAKES = {
     "tensor x pipeline": (
         6,
@@ -194,12 +197,12 @@ MISTAKES = {
     "layers": (
         3,
         {"pipeline": 3},
-        "8 layers do not divide into 3 stretches (parallel.pipeline 3 x parallel.pipeline_chunks 1)",
+        "8 layers do not divide into 3 model chunks (parallel.pipeline 3 x parallel.pipeline_chunks 1)",
     ),
     "layers of chunks": (
         2,
         {"pipeline": 2, "pipeline_chunks": 3},
-        "8 layers do not divide into 6 stretches (parallel.pipeline 2 x parallel.pipeline_chunks 3)",
+        "8 layers do not divide into 6 model chunks (parallel.pipeline 2 x parallel.pipeline_chunks 3)",
     ),
     "too few lengths": (2, {"pipeline": 2, "pipeline_layers": [8]}, "found [8], expected a number of layers for each"),
     "an empty stage": (2, {"pipeline": 2, "pipeline_layers": [8, 0]}, "found [8, 0], expected a number of layers"),
@@ -227,7 +230,7 @@ def test_a_layout_that_does_not_divide_is_refused_in_one_line(mistake, backbone)
     assert expected in str(error.value) and "\n" not in str(error.value)
 
 
-def test_validation_goes_through_stages_in_whole_micro_batches(backbone):
+def test_validation_has_complete_micro_batches_on_pipeline_stages(backbone):
     train = {"validate_every_steps": 1, "validation_sequences": 7}
     validate(config_of(backbone, "plain", {}, {"train": train}), world_size=1)
     with pytest.raises(UserError, match=r"train\.validation_sequences 7: expected a multiple of 2"):

@@ -1,4 +1,4 @@
-"""Runs of the tiny recipes: golden losses, kills and resumes, ranks, and what must not move."""
+"""Runs of the tiny recipes: golden losses, kills and resumes, ranks, and frozen weights."""
 
 import json
 import os
@@ -19,31 +19,33 @@ from megatron_twotower.train import run as train_run
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory, tiny_data, tiny_backbone):
-    """The uninterrupted two-tower run that others are compared with."""
+    """The uninterrupted two-tower run that other runs are compared with."""
     run = tmp_path_factory.mktemp("whole") / "run"
     assert train("tiny", *settings(tiny_data, run, tiny_backbone))
     return run
 
 
 @pytest.mark.parametrize("recipe", ["tiny_ar", "tiny"])
-def test_golden_losses(recipe, tmp_path, tiny_data, tiny_backbone, whole_run, records_of):
-    """Thirty steps give the committed losses. `python tests/golden/update.py` writes them anew after a meant change."""
+def test_golden_losses(recipe, tmp_path, tiny_data, tiny_backbone, whole_run):
+    """Thirty steps have the golden losses.
+
+    `tests/golden/update.py` writes them again after an intended change.
+    """
     run = whole_run
     if recipe == "tiny_ar":
         run = tmp_path / "run"
         assert train(recipe, *settings(tiny_data, run))
-    got = losses(records_of(run))
+    got = list(losses(run).values())
     want = json.loads((GOLDEN / f"{recipe}.json").read_text())
     assert len(got) == len(want) == 30
     torch.testing.assert_close(torch.tensor(got), torch.tensor(want), rtol=1e-4, atol=0)
     assert sum(got[-5:]) < 0.9 * sum(got[:5]), "thirty steps must teach something"
 
 
-def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, tiny_data, tiny_backbone, whole_run, records_of):
+def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, tiny_data, tiny_backbone, whole_run):
     run = tmp_path / "run"
     arguments = settings(tiny_data, run, tiny_backbone)
-    # Sums differ in their last bit with the number of threads: the recipe's counts, not what the
-    # environment says.
+    # Sums depend on the number of threads: the recipe sets it, not the environment.
     process = launch(1, "tiny", *arguments, wait=False, threads=2)
     mark = checkpoint_folder(run, 15)
     deadline = time.monotonic() + 240
@@ -54,13 +56,13 @@ def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, tiny_data, tiny_b
     assert mark.exists() and process.returncode == -signal.SIGKILL, "killed before the end"
     assert not checkpoint_folder(run, 30).exists()
     launch(1, "tiny", *arguments)
-    assert losses(records_of(run)) == losses(records_of(whole_run))
-    assert losses(records_of(run, "validation")) == losses(records_of(whole_run, "validation"))
+    assert losses(run) == losses(whole_run)
+    assert losses(run, "validation") == losses(whole_run, "validation")
 
 
 def test_sigterm_saves_at_once_and_asks_to_be_started_again(tmp_path, tiny_data, tiny_backbone, whole_run, records_of):
     run = tmp_path / "run"
-    # Records of three steps: the one under way when the signal comes must come out whole after the
+    # A record covers three steps: the one in which the signal comes must be complete after the
     # resume.
     arguments = settings(tiny_data, run, tiny_backbone, "train.checkpoint_every_steps=0", "train.log_every_steps=3")
     process = launch(1, "tiny", *arguments, wait=False)
@@ -83,8 +85,8 @@ def test_sigterm_saves_at_once_and_asks_to_be_started_again(tmp_path, tiny_data,
         assert record["loss"] == pytest.approx(mean, rel=1e-6)
 
 
-# The whole command on two ranks, and at which steps it stops, to go on from there. What every
-# layout computes is compared in test_layouts.
+# Layouts of the command on two ranks, and the steps at which it stops and resumes. test_layouts
+# compares the results of every layout.
 LAYOUTS = {
     "distributed optimizer": (
         [9],
@@ -118,9 +120,7 @@ def test_two_ranks_give_the_losses_of_one(layout, tmp_path, tiny_data, tiny_back
 
 @pytest.mark.parametrize("overrides", [["data.micro_batch_size=8"], ["data.micro_batch_size=1"]])
 @pytest.mark.parametrize(("weighting", "draws"), [("masked_mean", 1), ("elbo", 1), ("masked_mean", 3)])
-def test_accumulation_does_not_change_the_losses(
-    overrides, weighting, draws, tmp_path, tiny_data, tiny_backbone, records_of
-):
+def test_accumulation_does_not_change_the_losses(overrides, weighting, draws, tmp_path, tiny_data, tiny_backbone):
     common = [
         f"noise.weighting={weighting}",
         "noise.time_per=block",
@@ -131,8 +131,7 @@ def test_accumulation_does_not_change_the_losses(
     ]
     for name, extra in (("plain", []), ("other", overrides)):
         train("tiny", *settings(tiny_data, tmp_path / name, tiny_backbone, *common, *extra))
-    got, want = records_of(tmp_path / "other"), records_of(tmp_path / "plain")
-    assert losses(got) == pytest.approx(losses(want), rel=1e-5)
+    assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
 
 
 def test_frozen_means_bitwise_unchanged_and_the_rest_moves(tmp_path, tiny_data, tiny_backbone):
@@ -165,9 +164,9 @@ def test_frozen_means_bitwise_unchanged_and_the_rest_moves(tmp_path, tiny_data, 
     assert not still, f"every trained parameter moves: {still}"
 
 
-def test_bf16_follows_fp32(tmp_path, tiny_data, tiny_backbone, whole_run, records_of):
+def test_bf16_follows_fp32(tmp_path, tiny_data, tiny_backbone, whole_run):
     train("tiny", *settings(tiny_data, tmp_path / "run", tiny_backbone, "train.precision=bf16"))
-    got, want = losses(records_of(tmp_path / "run")), losses(records_of(whole_run))
+    got, want = losses(tmp_path / "run"), losses(whole_run)
     assert got == pytest.approx(want, rel=0.03)
     assert got != want
 

@@ -1,4 +1,4 @@
-"""The objectives: what is scored, what it is divided by, and that a step waits for no count."""
+"""The objectives: what they score, what divides the sum, and that a step waits for no count."""
 
 from types import SimpleNamespace
 
@@ -74,7 +74,7 @@ def test_next_tokens_are_scored_within_their_document():
 
 
 def test_no_operation_of_a_step_asks_for_a_value():
-    """On tensors without values, a count, a comparison or a list of places would have to stop and wait."""
+    """With fake tensors an operation that needs a value, such as a count, raises an error."""
     noisy = corrupt(batch_of(), NOISE, seed=5)
     attention._hidden.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:

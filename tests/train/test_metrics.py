@@ -1,4 +1,4 @@
-"""Records reach every sink once, also after a run that was cut off."""
+"""Every sink receives each record once, also after a run that was cut off."""
 
 import io
 import json
@@ -150,7 +150,7 @@ def test_live_bar_in_a_terminal():
     line = "{task.completed:.0f}/{task.total:.0f} {task.fields[loss]} {task.fields[speed]}"
     with Progress(line, console=console) as bar:
         sink = metrics._ConsoleSink(console, bar, total_steps=10, resume_step=2)
-        sink.tick(3)
+        sink.step_done(3)
         assert bar.tasks[0].completed == 3
         sink.log(train_record(4))
         assert (bar.tasks[0].completed, bar.tasks[0].fields["loss"]) == (4, "7.6000")

@@ -1,14 +1,15 @@
-"""Multi-run sweeps: a run for each value, each the run that the value alone gives, and mistakes in one line."""
+"""Multi-run sweeps: each value gives the run of that value alone, and mistakes are one line."""
 
 import pytest
 
+from helpers.runs import losses, records
 from megatron_twotower.cli import main
 from megatron_twotower.config.recipes import load_recipe
 
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory, tiny_data):
-    """The folder of a sweep of two seeds, its arguments, and their status."""
+    """The folder of a sweep of two seeds, its arguments, and its exit status."""
     output = tmp_path_factory.mktemp("sweep") / "out"
     arguments = [
         "recipe=tiny_ar",
@@ -20,11 +21,7 @@ def sweep(tmp_path_factory, tiny_data):
     return output, arguments, main.main(["train", "--multirun", *arguments, "seed=1,2"])
 
 
-def losses(records):
-    return [records[step]["loss"] for step in sorted(records)]
-
-
-def test_a_sweep_of_two_values_is_two_runs(sweep, records_of):
+def test_a_sweep_of_two_values_is_two_runs(sweep):
     output, _, status = sweep
     assert status == 0
     runs = {path.name: path for path in output.iterdir() if path.is_dir()}
@@ -32,17 +29,17 @@ def test_a_sweep_of_two_values_is_two_runs(sweep, records_of):
     for seed, path in ((1, runs["seed=1"]), (2, runs["seed=2"])):
         config = load_recipe(str(path / "config.yaml"))
         assert (config.seed, config.output) == (seed, str(path))
-        assert len(records_of(path)) == 6
-    assert losses(records_of(runs["seed=1"])) != losses(records_of(runs["seed=2"]))
+        assert len(records(path)) == 6
+    assert losses(runs["seed=1"]) != losses(runs["seed=2"])
 
 
-def test_each_run_is_what_its_value_alone_gives(sweep, tmp_path, records_of):
+def test_each_run_is_that_of_its_value_alone(sweep, tmp_path):
     output, arguments, _ = sweep
     assert main.main(["train", *arguments, f"output={tmp_path}/alone", "seed=2"]) == 0
-    assert losses(records_of(tmp_path / "alone")) == losses(records_of(output / "seed=2"))
+    assert losses(tmp_path / "alone") == losses(output / "seed=2")
 
 
-def test_the_same_sweep_again_takes_no_step(sweep, records_of):
+def test_the_same_sweep_again_takes_no_step(sweep):
     output, arguments, _ = sweep
     before = {path: (path / "metrics.jsonl").read_text() for path in output.glob("seed=*")}
     assert main.main(["train", "--multirun", *arguments, "seed=1,2"]) == 0

@@ -1,4 +1,4 @@
-"""Noise: what it depends on, its distribution, and its exact values on any layout."""
+"""Noise: what it depends on, its distribution, and its exact values."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ def batch_of(samples, epoch=0, length=16):
 
 @pytest.mark.parametrize("time_per", ["sequence", "block"])
 @pytest.mark.parametrize("sampling", ["uniform", "stratified"])
-def test_a_sample_meets_the_same_noise_in_any_company(time_per, sampling):
+def test_the_noise_of_a_sample_does_not_depend_on_its_batch(time_per, sampling):
     noise = dataclasses.replace(NOISE, time_per=time_per, time_sampling=sampling)
     together = corrupt(batch_of(range(8)), noise, seed=1)
     for i in range(8):
@@ -45,7 +45,7 @@ def test_mask_fraction_is_the_noise_level_at_every_position():
     assert torch.equal(noisy.noisy[~masked], batch.tokens[~masked])
 
 
-def test_scored_places_are_the_masked_ones_then_filling_to_few_lengths():
+def test_scored_positions_are_the_masked_ones_then_padding():
     padding = torch.zeros(6, 16, dtype=torch.bool)
     padding[:, 13:] = True
     for draws in (1, 3):
@@ -63,7 +63,7 @@ def test_scored_places_are_the_masked_ones_then_filling_to_few_lengths():
 
 @pytest.mark.parametrize("sampling", ["uniform", "stratified"])
 @pytest.mark.parametrize("time_per", ["sequence", "block"])
-def test_draws_share_a_sequence_and_nothing_else(sampling, time_per):
+def test_draws_of_a_sequence_have_independent_noise(sampling, time_per):
     noise = dataclasses.replace(NOISE, time_per=time_per, time_sampling=sampling, time_min=1e-6)
     one, three = (
         corrupt(batch_of(range(200)), dataclasses.replace(noise, draws_per_context=k), seed=3) for k in (1, 3)
@@ -106,7 +106,7 @@ def test_uniform_numbers_are_uniform_and_known():
     assert (histogram / 10_000 - 1).abs().max() < 0.05
     lag = torch.corrcoef(torch.stack([values[:-1], values[1:]]))[0, 1]
     assert abs(lag) < 0.01
-    # Fixed for good: a change here changes the noise of every run.
+    # A change of these values changes the noise of every run.
     expected = torch.tensor(GOLDEN, dtype=torch.float64)
     torch.testing.assert_close(keyed_uniform(1234, 1, torch.arange(4)), expected, rtol=0, atol=0)
 

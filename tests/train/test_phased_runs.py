@@ -1,4 +1,7 @@
-"""Whole runs over a blend: through phases, killed inside one and resumed, around damaged shards, documents apart."""
+"""Complete runs of a blend.
+
+Phases, kills inside a phase, damaged shards, and separate documents.
+"""
 
 import json
 import shutil
@@ -43,11 +46,11 @@ def whole_run(tmp_path_factory, two_corpora, tiny_backbone):
 
 
 def figures(record):
-    """What a record says that does not depend on the clock."""
+    """The figures of a record that do not depend on the clock."""
     return {key: value for key, value in record.items() if key not in ("seconds", "tokens_per_second", "memory_gib")}
 
 
-def test_a_run_crosses_its_phases(whole_run, records_of):
+def test_a_run_passes_through_its_phases(whole_run, records_of):
     records = records_of(whole_run)
     assert sorted(records) == list(range(1, 31))
     names = ["breadth"] * 11 + ["quality"] * 10 + ["short-blocks"] * 9
@@ -76,7 +79,10 @@ def test_it_logs_what_it_read_of_each_corpus(whole_run, records_of, two_corpora,
 
 
 def assert_same(got, want):
-    """Counts and names equal; floats up to their last bits, which differ between processes (memory alignment)."""
+    """Counts and names are equal, and floats to 1e-6.
+
+    Last bits differ between processes (memory alignment).
+    """
     assert got.keys() == want.keys()
     for key, value in want.items():
         if isinstance(value, dict):
@@ -85,7 +91,7 @@ def assert_same(got, want):
             assert got[key] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), key
 
 
-def test_killed_inside_a_phase_and_resumed_it_is_the_same_run(
+def test_a_run_killed_inside_a_phase_resumes_to_the_same_run(
     tmp_path, two_corpora, tiny_backbone, whole_run, records_of
 ):
     run = tmp_path / "run"
@@ -106,7 +112,7 @@ def test_killed_inside_a_phase_and_resumed_it_is_the_same_run(
             assert_same(figures(got[step]), figures(record))
 
 
-def test_a_run_goes_on_with_the_data_it_has_read_or_not_at_all(tmp_path, two_corpora, tiny_backbone, records_of):
+def test_a_run_resumes_only_with_the_data_it_has_read(tmp_path, two_corpora, tiny_backbone, records_of):
     run, short = tmp_path / "run", "phases=[{name: breadth, tokens: 512, warmup_tokens: 0}"
     common = settings(two_corpora, run, tiny_backbone, "schedule.warmup_steps=0", "train.validate_every_steps=0")
     assert train(*common, short + "]")
@@ -119,7 +125,7 @@ def test_a_run_goes_on_with_the_data_it_has_read_or_not_at_all(tmp_path, two_cor
     assert [record["phase"] for record in records_of(run).values()] == ["breadth", "breadth", "quality"]
 
 
-def test_another_batch_size_cannot_go_on_in_a_run_with_phases(tmp_path, two_corpora, tiny_backbone):
+def test_a_run_with_phases_resumes_only_with_its_batch_size(tmp_path, two_corpora, tiny_backbone):
     short = [
         "phases=[{name: breadth, tokens: 512, warmup_tokens: 0}]",
         "schedule.warmup_steps=0",
@@ -132,7 +138,7 @@ def test_another_batch_size_cannot_go_on_in_a_run_with_phases(tmp_path, two_corp
 
 
 def damaged(two_corpora, folder):
-    """A copy of the corpora with one bit of one shard turned over."""
+    """Copy the corpora and flip one bit of one shard."""
     shutil.copytree(two_corpora, folder)
     shard = sorted((folder / "numbers" / "train").glob("*.tar"))[1]
     content = bytearray(shard.read_bytes())
@@ -162,7 +168,7 @@ def test_a_damaged_shard_is_skipped_and_counted(tmp_path, two_corpora, tiny_back
     assert all(record["loss"] < 100 for record in records.values())
 
 
-def test_a_run_of_nothing_but_damage_stops(tmp_path, two_corpora, tiny_backbone):
+def test_a_run_with_only_damaged_shards_stops(tmp_path, two_corpora, tiny_backbone):
     shutil.copytree(two_corpora, tmp_path / "data")
     for shard in (tmp_path / "data").glob("*/train/*.tar"):
         shard.write_bytes(shard.read_bytes()[:-512])
@@ -173,7 +179,10 @@ def test_a_run_of_nothing_but_damage_stops(tmp_path, two_corpora, tiny_backbone)
 
 @pytest.mark.slow
 def test_the_number_of_ranks_may_change_within_a_run(tmp_path, two_corpora, tiny_backbone, records_of):
-    """Two ranks, then one that goes on from their checkpoint, around a damaged shard: the run of one rank."""
+    """Two ranks train past a damaged shard, and one rank resumes.
+
+    The result is the run of one rank.
+    """
     damaged(two_corpora, tmp_path / "data")
     common = ["data.damaged_shards=skip", "train.validate_every_steps=0", "schedule.warmup_steps=0"]
     first, second = "{name: breadth, tokens: 1024, warmup_tokens: 0}", "{name: quality, tokens: 1024, warmup_tokens: 0}"

@@ -1,4 +1,7 @@
-"""Checkpoints of one release of Megatron Core, read by the other. `make test-releases OTHER_PYTHON=python3.12`"""
+"""Checkpoints of one release of Megatron Core, read by the other.
+
+`make test-releases OTHER_PYTHON=python3.12`
+"""
 
 import os
 import subprocess
@@ -6,7 +9,7 @@ import sys
 
 import pytest
 
-from helpers.faults import losses, settings
+from helpers.runs import losses, train_arguments
 
 pytestmark = pytest.mark.releases
 
@@ -14,7 +17,7 @@ PLAIN = ["schedule.kind=constant", "schedule.warmup_steps=0", "train.validate_ev
 
 
 def other_python():
-    """Of an environment with this program and another release."""
+    """The Python of an environment with this program and another release."""
     return os.environ["TWOTOWER_OTHER_PYTHON"]
 
 
@@ -24,7 +27,7 @@ def release(python):
 
 
 def go(python, data, run, backbone, steps, *extra):
-    arguments = settings(data, run, backbone, *PLAIN, f"train.steps={steps}", *extra)
+    arguments = train_arguments(data, run, backbone, *PLAIN, f"train.steps={steps}", *extra)
     done = subprocess.run([python, "-m", "megatron_twotower", *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -32,7 +35,7 @@ def go(python, data, run, backbone, steps, *extra):
 
 
 @pytest.mark.parametrize("extra", [[], ["optimizer.distributed=true", "train.precision=bf16"]], ids=["fp32", "bf16"])
-def test_a_run_goes_on_under_the_other_release(tmp_path, tiny_data, tiny_backbone, extra):
+def test_a_run_resumes_under_the_other_release(tmp_path, tiny_data, tiny_backbone, extra):
     pythons = {release(each): each for each in (sys.executable, other_python())}
     assert len(pythons) == 2, "two releases, one in each environment"
     want = go(sys.executable, tiny_data, tmp_path / "whole", tiny_backbone, 8, *extra)
@@ -41,5 +44,5 @@ def test_a_run_goes_on_under_the_other_release(tmp_path, tiny_data, tiny_backbon
         run = tmp_path / first
         go(pythons[first], tiny_data, run, tiny_backbone, 4, *extra)
         got = go(pythons[second], tiny_data, run, tiny_backbone, 8, *extra)
-        # Two releases of torch, too, which sum in another order.
+        # The releases of torch differ too, and sum in another order.
         assert got == pytest.approx(want, rel=2e-3 if "train.precision=bf16" in extra else 1e-5)

@@ -1,0 +1,142 @@
+"""Resuming a run from its newest checkpoint, and saving checkpoints during a run."""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_twotower.checkpoint import files, fp8_state
+from megatron_twotower.checkpoint.files import ShardedState
+from megatron_twotower.checkpoint.sharding import OPTIMIZER_PREFIX
+from megatron_twotower.checkpoint.writer import CheckpointWriter, SavedCheckpoint
+from megatron_twotower.common.errors import UserError
+from megatron_twotower.config.schema import RunConfig
+from megatron_twotower.mcore import parallel
+from megatron_twotower.mcore.optimizer_state import set_update_count
+from megatron_twotower.train.loop import Trainer
+from megatron_twotower.train.metrics import Metrics
+from megatron_twotower.train.progress import TrainingProgress, log_window, restore_progress
+
+
+def find_checkpoint(run: Path, config: RunConfig, *, fingerprint: str | None) -> Path | None:
+    """Return the newest complete checkpoint of a run; None without one.
+
+    Args:
+        run: The run folder.
+        config: The configuration that the checkpoint must fit.
+        fingerprint: SHA-256 of the backbone that the run starts from.
+
+    Raises:
+        UserError: The checkpoint is damaged, or of another model, objective or backbone; or there
+            is one and `resume` is false.
+    """
+    if parallel.broadcast_from_main(bool(files.find_checkpoints(run))) and not config.resume:
+        raise UserError(f"{run}: found checkpoints, expected resume=true or another output folder")
+    settings = config.train
+    found = files.newest_complete(run, verify=settings.verify_checkpoints, on_damaged=settings.on_damaged_checkpoint)
+    if parallel.is_main():
+        files.clear_leftovers(run)
+    if found is None:
+        return None
+    state = files.read_state(found)
+    expected = {"objective": config.objective, "model": dataclasses.asdict(config.model), "fingerprint": fingerprint}
+    for key, value in expected.items():
+        other = getattr(state, key)
+        if other != value:
+            raise UserError(f"{found}: found {key} {other}, expected {value}")
+    return found
+
+
+def restore(checkpoint: Path, trainer: Trainer, sharded_state: ShardedState) -> TrainingProgress:
+    """Fill weights, optimizer and schedule from a checkpoint that any layout wrote.
+
+    The checkpoint of an import contains only weights. FP8 scales of another precision or layout are
+    not loaded: they start from their initial values.
+
+    Returns:
+        How far the run is.
+
+    Raises:
+        UserError: The checkpoint cannot be read.
+    """
+    state = files.read_state(checkpoint)
+    imported = state.step == 0
+    same_scales = fp8_state.can_restore(state.configuration, trainer.config)
+    if not imported and trainer.config.train.precision == "fp8_delayed" and not same_scales and parallel.is_main():
+        logging.getLogger(__name__).warning(
+            "%s: has another precision or layout, so the scales of fp8_delayed start from their initial values",
+            checkpoint,
+        )
+    skipped = ((OPTIMIZER_PREFIX,) if imported else ()) + (() if same_scales else (fp8_state.FP8_STATE_PREFIX,))
+    loaded = files.load(checkpoint, lambda: (item for item in sharded_state() if not item.key.startswith(skipped)))
+    fp8_state.restore_fp8_state([chunk.module for chunk in trainer.model.chunks], loaded)
+    if imported:
+        trainer.optimizer.reload_model_params()
+    else:
+        set_update_count(trainer.optimizer, state.updates)
+        trainer.schedule.load_state_dict(loaded["schedule"])
+    return restore_progress(state, trainer.groups)
+
+
+class CheckpointSaver:
+    """Saves the checkpoints of a run, and logs a record of each.
+
+    Args:
+        run: The run folder.
+        trainer: What this rank trains with.
+        sharded_state: Returns what a checkpoint stores of this rank.
+        fingerprint: SHA-256 of the backbone that the run starts from.
+        metrics: Receives the records.
+    """
+
+    def __init__(
+        self, run: Path, trainer: Trainer, sharded_state: ShardedState, *, fingerprint: str | None, metrics: Metrics
+    ) -> None:
+        settings = trainer.config.train
+        self._trainer, self._fingerprint, self._metrics = trainer, fingerprint, metrics
+        self._writer = CheckpointWriter(
+            run,
+            sharded_state,
+            background=settings.checkpoint_async,
+            keep=settings.keep_checkpoints,
+            keep_every=settings.keep_every_steps,
+        )
+
+    def save(self, progress: TrainingProgress) -> None:
+        """Begin to save the state; called by all ranks at the same step."""
+        config = self._trainer.config
+        state = files.CheckpointState(
+            step=progress.step,
+            cursor=progress.cursor,
+            updates=progress.updates,
+            objective=config.objective,
+            backbone=config.init.backbone,
+            fingerprint=self._fingerprint,
+            model=dataclasses.asdict(config.model),
+            window=log_window(progress, self._trainer.groups),
+            configuration=dataclasses.asdict(config),
+        )
+        self._log(self._writer.begin(state, self._trainer.schedule.state_dict()), progress)
+        progress.window_started = time.perf_counter()
+
+    def finish(self, progress: TrainingProgress, *, wait: bool) -> None:
+        """Finish a save whose files are written; with `wait`, wait for them."""
+        self._log(self._writer.finish() if wait else self._writer.poll(), progress)
+
+    def _log(self, saved: Sequence[SavedCheckpoint], progress: TrainingProgress) -> None:
+        for each in saved:
+            self._metrics.log(
+                {
+                    "kind": "checkpoint",
+                    "step": progress.step,
+                    "saved_step": each.step,
+                    "gib": each.size / 2**30,
+                    "stall_seconds": each.stall_seconds,
+                    "write_seconds": each.write_seconds,
+                }
+            )
+
+    def close(self) -> None:
+        """End the thread that writes."""
+        self._writer.close()
