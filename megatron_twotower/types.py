@@ -93,12 +93,14 @@ class Blocks:
 
     size: block size s, None where nothing is handed on. documents, padding: (b, l) as in `Batch`.
     sequence_weights: (r b,) as in `NoisyBatch`.
+    attention_mask: that of `ops.attention.block_mask`, or `None`.
     """
 
     size: int | None = None
     documents: Tensor | None = None
     padding: Tensor | None = None
     sequence_weights: Tensor | None = None
+    attention_mask: Any = None
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,7 @@ class SelfAttention(Mixer):
                 clean_value=handoff.value,
                 block=blocks.size,
                 documents=blocks.documents,
+                mask=blocks.attention_mask,
             )
             outs.append(out)
         return self._output(_joined(outs))
@@ -194,7 +195,7 @@ class MambaMixer(Mixer):
         # A copy of z: the view would keep the whole projection for the backward pass. With this
         # project's kernels the convolution keeps it in any case, and the gated norm reads z where
         # it lies.
-        z = z if dispatch.triton_serves(z, "convolution") else z.contiguous()
+        z = z if dispatch.uses_triton(z, "convolution") else z.contiguous()
         return z, conv_input, dt.clamp(min=self.clamp) if self.clamp else dt
 
     def _split(self, conv_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -32,6 +32,7 @@ from megatron_twotower.config.schema import ModelConfig, RunConfig
 from megatron_twotower.mcore import modules
 from megatron_twotower.model.adaln import TimeConditioning
 from megatron_twotower.model.layers import HANDING_ON, DenoiserLayer, Layer
+from megatron_twotower.ops.attention import block_mask
 from megatron_twotower.types import Blocks, Handoff, NoisyBatch
 
 
@@ -175,6 +176,7 @@ class TwoTower(PipelineModel):
         # The context tower goes no further than the last layer that hands something on.
         handing_on = [i for i, kind in enumerate(config.model.hybrid_override_pattern) if kind in HANDING_ON]
         self.context_layers = max(handing_on, default=-1) + 1
+        self.has_attention = any(config.model.hybrid_override_pattern[i] == "*" for i in context.stage.layers)
 
     @property
     def context(self) -> Tower:
@@ -185,7 +187,10 @@ class TwoTower(PipelineModel):
 
         A stage that is not the last gives what the next one receives.
         """
-        blocks, stage = Blocks(batch.block, batch.documents, batch.padding, batch.sequence_weights), self.tower.stage
+        # Built once for all attention layers.
+        mask = block_mask(batch.tokens, block=batch.block, documents=batch.documents) if self.has_attention else None
+        blocks = Blocks(batch.block, batch.documents, batch.padding, batch.sequence_weights, mask)
+        stage = self.tower.stage
         clean, noisy, conditioning = self._start(batch) if stage.first else self._continue(batch)
         with modules.model_computing(self.config):
             for number in stage.layers:

@@ -8,7 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from megatron_twotower.ops import dispatch, scan
-from megatron_twotower.ops.dispatch import causal_conv_kernel, chunk_scan_kernel, conv_unsupported, scan_kernel
+from megatron_twotower.ops.dispatch import (
+    causal_conv1d,
+    causal_conv1d_unsupported,
+    mamba_ssm_chunk_scan,
+    mamba_ssm_scan,
+)
 from megatron_twotower.ops.scan import scan_ref, stream_scan
 
 
@@ -156,7 +161,7 @@ DOCUMENTS = [None, torch.tensor([[0] * 5 + [1] * 4 + [2] * 10, [0] * 19]), torch
 @pytest.mark.parametrize("chunk", [4, 8])
 def test_the_scan_is_the_recurrence_with_its_states(stand_ins, documents, chunk):
     tensors = stream(19)
-    y, states, final = chunk_scan_kernel(*tensors, chunk=chunk, documents=documents)
+    y, states, final = mamba_ssm_chunk_scan(*tensors, chunk=chunk, documents=documents)
     expected, last = scan_ref(*tensors, documents=documents)
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(final, last, rtol=1e-10, atol=1e-10)
@@ -169,9 +174,11 @@ def test_the_scan_is_the_recurrence_with_its_states(stand_ins, documents, chunk)
 
 def test_the_scan_keeps_no_graph_and_the_trained_one_does(stand_ins):
     tensors = stream(8, grad=True)
-    assert not any(t.requires_grad for t in chunk_scan_kernel(*tensors, chunk=4))
-    torch.testing.assert_close(scan_kernel(*tensors, chunk=4), stream_scan(*tensors, chunk=4), rtol=1e-10, atol=1e-10)
-    y = scan_kernel(*tensors, chunk=4, documents=torch.tensor([[0] * 4 + [1] * 4] * 2))
+    assert not any(t.requires_grad for t in mamba_ssm_chunk_scan(*tensors, chunk=4))
+    torch.testing.assert_close(
+        mamba_ssm_scan(*tensors, chunk=4), stream_scan(*tensors, chunk=4), rtol=1e-10, atol=1e-10
+    )
+    y = mamba_ssm_scan(*tensors, chunk=4, documents=torch.tensor([[0] * 4 + [1] * 4] * 2))
     assert all(gradient.abs().sum() > 0 for gradient in torch.autograd.grad(y.sum(), tensors))
 
 
@@ -189,19 +196,19 @@ def test_the_convolution_of_a_view_is_torch_s(stand_ins, documents, offset):
             of_document = numbers == number
             part = F.pad(x[row, of_document].T, (3, 0)).unsqueeze(0)
             expected[row, of_document] = F.silu(F.conv1d(part, weight.unsqueeze(1), bias, groups=16))[0].T
-    got = causal_conv_kernel(x, weight, bias, documents=documents)
+    got = causal_conv1d(x, weight, bias, documents=documents)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_bias_takes_the_dtype_of_the_weight(stand_ins):
     x, weight, bias = torch.randn(1, 4, 8), torch.randn(8, 4, dtype=torch.bfloat16), torch.randn(8)
-    assert causal_conv_kernel(x, weight, bias).shape == x.shape
+    assert causal_conv1d(x, weight, bias).shape == x.shape
 
 
 def test_what_the_convolution_does_not_take():
-    assert conv_unsupported(6144, 4) is None
-    assert conv_unsupported(12, 4) == "12 channels, expected a multiple of 8"
-    assert conv_unsupported(16, 5) == "5 taps, expected 2 to 4"
+    assert causal_conv1d_unsupported(6144, 4) is None
+    assert causal_conv1d_unsupported(12, 4) == "12 channels, expected a multiple of 8"
+    assert causal_conv1d_unsupported(16, 5) == "5 taps, expected 2 to 4"
 
 
 @pytest.fixture
@@ -244,7 +251,7 @@ def test_mamba_ssm_is_not_asked_for_float32(monkeypatch):
     """Its products would be TF32's there."""
     monkeypatch.setattr(dispatch, "unavailable", lambda package: None)
     dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    served = [dtype for dtype in dtypes if scan._mamba_ssm_serves(SimpleNamespace(is_cuda=True, dtype=dtype))]
+    served = [dtype for dtype in dtypes if scan._uses_mamba_ssm(SimpleNamespace(is_cuda=True, dtype=dtype))]
     assert served == [torch.float16, torch.bfloat16]
 
 
@@ -253,10 +260,10 @@ def test_each_of_our_own_kernels_can_be_switched_off(monkeypatch):
     monkeypatch.setattr(dispatch.unavailable, "cache_clear", lambda: None, raising=False)
     there = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
     with dispatch.without("scan", "gated norm"):
-        serving = [name for name in dispatch.OWN if dispatch.triton_serves(there, name)]
+        serving = [name for name in dispatch.TRITON_KERNELS if dispatch.uses_triton(there, name)]
     assert serving == ["convolution", "modulation", "cross-entropy"]
-    assert all(dispatch.triton_serves(there, name) for name in dispatch.OWN)
+    assert all(dispatch.uses_triton(there, name) for name in dispatch.TRITON_KERNELS)
     for other in ({"is_cuda": False}, {"dtype": torch.float64}, {"dtype": torch.float16}):
-        assert not dispatch.triton_serves(SimpleNamespace(**vars(there) | other), "scan")
+        assert not dispatch.uses_triton(SimpleNamespace(**vars(there) | other), "scan")
     monkeypatch.setattr(dispatch, "unavailable", lambda package: "no triton")
-    assert not dispatch.triton_serves(there, "scan")
+    assert not dispatch.uses_triton(there, "scan")

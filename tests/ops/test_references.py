@@ -65,7 +65,7 @@ def test_seeded_convolution(block, blocks, taps, packed, cached, channels):
     history = block_history(clean, taps=taps, block=block)
     assert history.shape == (2, blocks, taps - 1, channels)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convolution, "CACHED", cached)
+        patch.setattr(convolution, "CPU_ELEMENTS", cached)
         got = seeded_block_conv(x, history, weight, bias, documents=documents)
         want = seeded_block_conv_ref(x, clean, weight, bias, block=block, documents=documents)
         assert_same_gradients(got, want, (x, weight, bias))
@@ -96,7 +96,7 @@ def test_block_attention(block, blocks, rows, packed, shared, seed):
     shape = {"block": block, "documents": random_documents(length, seed) if packed else None}
     want = block_attention_ref(query, key, value, **clean, **shape)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "ROWS", rows)
+        patch.setattr(attention, "SCORE_ROWS", rows)
         got = block_attention(query, key, value, **clean, **shape)
         assert_same_gradients(got, want, (query, key, value))
 
@@ -162,7 +162,7 @@ def tiles_of(mask, which):
 def test_flex_tiles_are_those_of_the_whole_mask(length, block, packed):
     """FlexAttention builds the same table from all pairs. Where documents meet, ours may look at a tile in vain."""
     documents = (torch.arange(length) // 100).to(torch.int32).expand(2, -1) if packed else None
-    mask = attention._flex_mask(length, block, torch.device("cpu"), documents)
+    mask = attention._build_mask(length, block, torch.device("cpu"), documents)
     whole = create_block_mask(mask.mask_mod, 2 if packed else None, None, length, 2 * length, device="cpu")
     assert tiles_of(mask, "full_kv_") == tiles_of(whole, "full_kv_")
     assert tiles_of(mask, "full_q_") == tiles_of(whole, "full_q_")

@@ -75,7 +75,7 @@ def test_two_streams_equal_block_by_block_with_all_gradients(case, dtype):
     shape = {"block": block, "documents": documents}
     names = ("clean_x", "clean_dt", "clean_A", "clean_B")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scan_chunks, "CACHED", case["cached"])
+        patch.setattr(scan_chunks, "CPU_ELEMENTS", case["cached"])
         _, states, _ = chunk_scan(*clean, chunk=chunk, documents=documents)
         got = two_stream_scan(*noisy, **dict(zip(names, clean, strict=False)), states=states, chunk=chunk, **shape)
         assert got.dtype == dtype
@@ -92,8 +92,8 @@ def test_chunk_scan_equals_the_recurrence_with_all_gradients(case, length):
     initial = torch.randn(case["batch"], 4, 3, 5, dtype=torch.float64)
     chunk = chunk_length(1, preferred=case["preferred"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scan_chunks, "CACHED", case["cached"])
-        patch.setattr(scan_chunks, "TILE", 4)
+        patch.setattr(scan_chunks, "CPU_ELEMENTS", case["cached"])
+        patch.setattr(scan_chunks, "MAX_TILE", 4)
         got, states, final = chunk_scan(*tensors, chunk=chunk, initial=initial, documents=documents)
         want, last = scan_ref(*tensors, initial=initial, documents=documents)
         assert_same(got, want, tensors, tensors, tolerance=1e-10)

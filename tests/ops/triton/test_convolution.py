@@ -82,7 +82,6 @@ def test_it_compiles_for_hopper_without_spills(name):
     x = torch.empty(1, 8192, 6144, dtype=torch.bfloat16)
     weight, documents = torch.empty(6144, 4), torch.empty(1, 8192, dtype=torch.int32)
     _, _, numbers = convolution._arguments(x, x, weight, weight[:, 0], documents, 16)
-    numbers = (*numbers[:-1], False)
     narrow = dict.fromkeys(("x", "history", "weight", "bias", "out", "grad", "grad_x"), POINTERS[torch.bfloat16])
     whole = dict.fromkeys(("blocks", "x_b", "x_l", "docs_b", "docs_l"), "i32") | {"documents": "*i32"}
     if name == "backward":

@@ -19,7 +19,7 @@ from megatron_twotower.plan.activations import StepSize, layer_parts
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="with a GPU, the tests of layers run the kernels")
 
 OF_LAYERS = {
-    scan_kernels: ("decay", "forward", "backward_left", "backward_own", "decay_backward"),
+    scan_kernels: ("decay", "forward", "backward_clean", "backward_block", "decay_backward"),
     convolution: ("block_conv_forward", "block_conv_backward"),
     modulation: ("modulation_forward", "modulation_backward"),
     norm: ("gated_norm_forward", "gated_norm_backward"),
@@ -40,7 +40,7 @@ class Counted:
 @pytest.fixture
 def serving(monkeypatch):
     """The kernels serve tensors of the host."""
-    monkeypatch.setattr(dispatch, "triton_serves", lambda x, kernel: x.dtype in (torch.bfloat16, torch.float32))
+    monkeypatch.setattr(dispatch, "uses_triton", lambda x, kernel: x.dtype in (torch.bfloat16, torch.float32))
 
 
 @pytest.mark.parametrize("precision", gpu_checks.LAYER_TOLERANCES)

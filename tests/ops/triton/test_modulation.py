@@ -72,4 +72,4 @@ def test_it_compiles_for_hopper_without_spills(name, by_position, stretch):
     narrow = dict.fromkeys(("x", "factor", "base", "out", "grad", "grad_x"), POINTERS[torch.bfloat16])
     whole = dict.fromkeys(("stretch_length", "batches", "factor_k", "factor_b", "base_k", "base_b"), "i32")
     kernel = getattr(modulation, f"modulation_{name}_kernel")
-    assert spilled_bytes(compiled(kernel, narrow | whole, (*numbers[:-1], False))) == 0
+    assert spilled_bytes(compiled(kernel, narrow | whole, numbers)) == 0

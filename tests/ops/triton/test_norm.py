@@ -69,7 +69,7 @@ def test_batches_and_views(transposed):
 @pytest.mark.parametrize("name", ["forward", "backward"])
 def test_it_compiles_for_hopper_without_spills(name):
     weight = torch.empty(8, 512)
-    numbers = norm._numbers(weight, interpreted=False) + ((norm.ROWS,) if name == "backward" else ())
+    numbers = norm._constants(weight) + ((norm.ROWS,) if name == "backward" else ())
     narrow = dict.fromkeys(("y", "z", "weight", "out", "grad", "grad_y", "grad_z"), POINTERS[torch.bfloat16])
     kernel = compiled(
         getattr(norm, f"gated_norm_{name}_kernel"),

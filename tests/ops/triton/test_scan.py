@@ -21,8 +21,8 @@ from helpers.triton_kernels import (
 from megatron_twotower.ops.scan import scan_ref, two_stream_scan_ref
 
 pytest.importorskip("triton")
-from megatron_twotower.ops.triton import scan, scan_kernels
-from megatron_twotower.ops.triton.scan import supported, tile_numbers, two_stream_scan_triton
+from megatron_twotower.ops.triton import scan_kernels
+from megatron_twotower.ops.triton.scan import tile_constants, two_stream_scan_triton, unsupported
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 NAMES = ("y", "x", "dt", "A", "B", "C", "D")
@@ -178,7 +178,7 @@ def test_head_dimensions_of_nano(dtype, documents):
 # --- in this process, without a device ----------------------------------------------------------------------------
 
 
-KERNELS = ("decay", "decay_backward", "forward", "backward_left", "backward_own")
+KERNELS = ("decay", "decay_backward", "forward", "backward_clean", "backward_block")
 
 
 def compiled_for_hopper(name, dtype, *, block=16, chunk=128, heads=64, groups=8, size=64, state=128):
@@ -187,7 +187,7 @@ def compiled_for_hopper(name, dtype, *, block=16, chunk=128, heads=64, groups=8,
     if name.startswith("decay"):
         numbers, options = (heads, block, chunk, chunk, 32), {"num_warps": 4}
     else:
-        numbers, launch = tile_numbers(name, x, B, block=block, chunk=chunk, documents=True, interpreted=False)
+        numbers, launch = tile_constants(name, x, B, block=block, chunk=chunk, documents=True)
         options = {"num_warps": launch.warps, "num_stages": launch.stages}
     inputs = {"x", "B", "C", "clean_x", "clean_B", "y", "grad", "grad_x", "grad_B", "grad_C"}
     types = dict.fromkeys(inputs, POINTERS[dtype]) | {"documents": "*i32"}
@@ -222,28 +222,27 @@ def test_every_kernel_compiles_for_hopper_at_the_limits(name, changed, dtype):
 
 def test_what_is_supported():
     x, B = torch.empty(1, 64, 8, 64, dtype=torch.bfloat16), torch.empty(1, 64, 2, 128, dtype=torch.bfloat16)
-    assert supported(x, B, block=16, chunk=128) is None
-    assert supported(x.half(), B, block=16, chunk=128) == "dtype torch.float16, expected bfloat16 or float32"
-    assert supported(x, B, block=16, chunk=24) == "blocks of 16 tokens in chunks of 24, expected whole blocks"
-    assert supported(x, B, block=256, chunk=256) == "block 256, expected at most 128"
-    assert supported(x, B.new_empty(1, 64, 2, 512), block=16, chunk=64) == "state size 512, expected at most 256"
-    assert supported(x, B, block=8, chunk=136) == "chunk 136, expected at most 128"
-    assert supported(x.float(), B.float(), block=128, chunk=128) == "block 128, expected at most 64"
+    assert unsupported(x, B, block=16, chunk=128) is None
+    assert unsupported(x.half(), B, block=16, chunk=128) == "dtype torch.float16, expected bfloat16 or float32"
+    assert unsupported(x, B, block=16, chunk=24) == "blocks of 16 tokens in chunks of 24, expected whole blocks"
+    assert unsupported(x, B, block=256, chunk=256) == "block 256, expected at most 128"
+    assert unsupported(x, B.new_empty(1, 64, 2, 512), block=16, chunk=64) == "state size 512, expected at most 256"
+    assert unsupported(x, B, block=8, chunk=136) == "chunk 136, expected at most 128"
+    assert unsupported(x.float(), B.float(), block=128, chunk=128) == "block 128, expected at most 64"
 
 
-@pytest.mark.parametrize("name", ["forward", "backward_left", "backward_own"])
+@pytest.mark.parametrize("name", ["forward", "backward_clean", "backward_block"])
 @pytest.mark.parametrize(("block", "chunk"), [(1, 1), (3, 126), (16, 128), (24, 120), (48, 96), (100, 100), (128, 128)])
 def test_tiles_are_whole_blocks_and_cover_the_chunk(name, block, chunk):
     x, B = torch.empty(1, 1, 8, 64), torch.empty(1, 1, 2, 128)
-    numbers, _ = tile_numbers(name, x, B, block=block, chunk=chunk, documents=False, interpreted=True)
+    numbers, _ = tile_constants(name, x, B, block=block, chunk=chunk, documents=False)
     assert numbers.tile % block == 0
     assert (numbers.tiles - 1) * numbers.tile < chunk <= numbers.tiles * numbers.tile
-    assert numbers.tile <= numbers.rows_padded and chunk <= 2 * numbers.keys
-    assert numbers.rows_padded & (numbers.rows_padded - 1) == 0 and numbers.rows_padded >= 16
+    assert numbers.tile <= numbers.rows and chunk <= 2 * numbers.keys
+    assert numbers.rows & (numbers.rows - 1) == 0 and numbers.rows >= 16
 
 
 def test_the_scan_does_not_import_triton():
     code = "import sys, megatron_twotower.ops.scan; print('megatron_twotower.ops.triton.scan' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
-    assert scan.MAX_CHUNK == 128
