@@ -24,7 +24,10 @@ FLEX_TILE = 128
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, documents: Tensor | None = None) -> Tensor:
-    """Attention of the context tower (b, heads, l, e): position i attends to j <= i of its document."""
+    """Causal attention of the context tower: (b, heads, l, e).
+
+    Position i attends to the positions j <= i of its document.
+    """
     if documents is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     positions = torch.arange(query.shape[2], device=query.device)
@@ -55,18 +58,15 @@ def block_attention(
 ) -> Tensor:
     """Attention of the denoiser, all blocks at once.
 
-    A query of block b attends to the clean keys of all earlier blocks and to the noisy keys of block
-    b, before and after it. On CUDA with triton this is FlexAttention. Elsewhere each chunk of
+    A query of block b attends to the clean keys of all earlier blocks and to the noisy keys of
+    block b, before and after it. On CUDA with triton this is FlexAttention. Elsewhere each chunk of
     queries is multiplied with exactly the keys that it may need, and the backward pass recomputes
     its scores, so the memory between the passes is linear in l. No gradient flows into the clean
     keys and values there, which saves two of the five products of a backward pass.
 
     Args:
         query: of the noisy stream, like key and value.
-        key: of the noisy stream.
-        value: of the noisy stream.
-        clean_key: of the clean stream.
-        clean_value: of the clean stream.
+        clean_key: key of the clean stream, like clean_value.
         block: block size s, a divisor of l.
         documents: (b, l), or `None` for one document.
         mask: from `block_mask`. FlexAttention builds it itself if it is `None`.
@@ -116,11 +116,11 @@ class _QueryChunk:
         self.clean_key, self.clean_value = clean_key[: self.clean], clean_value[: self.clean]
 
     def scores(self, buffer: Tensor) -> Tensor:
-        """Scores (rows, clean + noisy) in the memory of `buffer`; masked ones are minus infinity."""
+        """Scores (rows, clean + noisy) in the memory of `buffer`, minus infinity if masked."""
         return self._masked(self.products(self.query, self.clean_key, self.key, buffer))
 
     def products(self, rows: Tensor, clean: Tensor, noisy: Tensor, buffer: Tensor) -> Tensor:
-        """rows (rows, e) times all clean and noisy vectors, in the memory of `buffer`."""
+        """Products of rows (rows, e) and all clean and noisy vectors, in the memory of `buffer`."""
         out = buffer[: rows.shape[0] * (len(clean) + len(noisy))].view(rows.shape[0], -1)
         torch.mm(rows, clean.t(), out=out[:, : len(clean)])
         torch.mm(rows, noisy.t(), out=out[:, len(clean) :])
@@ -137,7 +137,7 @@ class _QueryChunk:
         return scores
 
     def weighted_sum(self, weights: Tensor, clean: Tensor, noisy: Tensor) -> Tensor:
-        """weights (rows, clean + noisy) times the clean and noisy vectors: (heads, queries, e)."""
+        """Sums of the vectors, weighted by weights (rows, clean + noisy): (heads, queries, e)."""
         out = torch.mm(weights[:, self.clean :], noisy)
         out.addmm_(weights[:, : self.clean], clean)
         return out.view(self.heads, -1, out.shape[-1])
@@ -283,8 +283,8 @@ def _build_mask(length: int, block: int, device: torch.device, documents: Tensor
     clean = _ranges(firsts, lasts.clamp(max=length - 1), block, documents)
     noisy = _ranges((firsts - length).clamp(min=0), lasts - length, block, documents)
     by_clean, by_noisy = _allowed_tiles(queries, clean, clean=True), _allowed_tiles(queries, noisy, clean=False)
-    whole = (firsts[:rows] + FLEX_TILE <= length).unsqueeze(-1) & (firsts + FLEX_TILE <= 2 * length)
-    every = by_clean[1] & by_noisy[1] & whole
+    full = (firsts[:rows] + FLEX_TILE <= length).unsqueeze(-1) & (firsts + FLEX_TILE <= 2 * length)
+    every = by_clean[1] & by_noisy[1] & full
     some = (by_clean[0] | by_noisy[0]) & ~every
     tables = (*_tile_lists(some), *_tile_lists(every))
     return BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=FLEX_TILE, mask_mod=allowed, seq_lengths=(length, 2 * length))
@@ -325,7 +325,9 @@ def block_mask(tokens: Tensor, *, block: int, documents: Tensor | None = None) -
 
 
 def _flex_mask(length: int, block: int, device: torch.device, documents: Tensor | None) -> Any:
-    return _mask_of_shape(length, block, device) if documents is None else _build_mask(length, block, device, documents)
+    if documents is None:
+        return _mask_of_shape(length, block, device)
+    return _build_mask(length, block, device, documents)
 
 
 @lru_cache(maxsize=2)
@@ -346,7 +348,7 @@ def flex_block_attention(
     documents: Tensor | None = None,
     mask: Any = None,
 ) -> Tensor:
-    """`block_attention` by FlexAttention, compiled on CUDA. Elsewhere, for tests, not compiled.
+    """`block_attention` by FlexAttention, compiled on CUDA, not compiled elsewhere for tests.
 
     Gradients flow into the clean keys and values too, if they require them.
     """
@@ -356,7 +358,7 @@ def flex_block_attention(
     return _flex(query.is_cuda)(query, keys, values, block_mask=mask, enable_gqa=True)
 
 
-# --- the slow twin ------------------------------------------------------------------------------------------------
+# --- reference implementation ---
 
 
 def block_attention_ref(
@@ -369,7 +371,7 @@ def block_attention_ref(
     block: int,
     documents: Tensor | None = None,
 ) -> Tensor:
-    """Reference implementation of `block_attention`: one dense l x 2l mask and an explicit softmax."""
+    """Reference of `block_attention`: a dense l x 2l mask and an explicit softmax."""
     heads, length, size = query.shape[1:]
     keys, values = torch.cat([clean_key, key], dim=2), torch.cat([clean_value, value], dim=2)
     keys, values = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (keys, values))

@@ -73,7 +73,7 @@ class _Filter(torch.autograd.Function):
 
 
 def _filter(padded: Tensor, documents: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-    """padded (rows, k - 1 + l, c) -> (rows, l, c); documents (rows, k - 1 + l)."""
+    """The filter of padded (rows, k - 1 + l, c): (rows, l, c); documents (rows, k - 1 + l)."""
     same, taps = None, weight.shape[1]
     if documents is not None:
         length = padded.shape[1] - taps + 1
@@ -120,8 +120,6 @@ def seeded_block_conv(
     Args:
         x: (b, l, c), the noisy inputs.
         history: (b, n, k - 1, c), the clean inputs, from `block_history`.
-        weight: (c, k).
-        bias: (c,).
         documents: (b, l), or `None` for one document.
 
     Returns:

@@ -24,7 +24,9 @@ KERNEL_CHUNK = 4096
 def chunk_cross_entropy_torch(
     logits: Tensor, targets: Tensor, weights: Tensor, *, group: Any, first: int, gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of one chunk of logits over the vocabulary slices of all ranks, and its gradient.
+    """Cross-entropy of one chunk of logits, and its gradient.
+
+    The vocabulary is divided among the ranks of `group`.
 
     Args:
         logits: (m, v / tensor parallel size).
@@ -60,7 +62,7 @@ def chunk_cross_entropy_torch(
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left^T right, in float32.
+    """Add left^T right to `total`, in float32.
 
     CUDA multiplies bfloat16 directly and sums in float32. With casts to float32 first, it would
     take ten times as long.

@@ -57,7 +57,7 @@ _switched_off: set[str] = set()
 
 @contextlib.contextmanager
 def without(*names: str) -> Iterator[None]:
-    """Switch packages of MODULES or kernels of TRITON_KERNELS off, to measure what each one gains."""
+    """Switch packages of MODULES or kernels of TRITON_KERNELS off, to measure their gain."""
     assert {*MODULES, *TRITON_KERNELS} >= set(names), names
     before = set(_switched_off)
     _switched_off.update(names)
@@ -71,7 +71,7 @@ def without(*names: str) -> Iterator[None]:
 
 
 def uses_triton(x: Tensor, kernel: str) -> bool:
-    """Whether a kernel of TRITON_KERNELS is used for x: on CUDA with triton, in bfloat16 or float32."""
+    """Whether x goes to a kernel of TRITON_KERNELS: on CUDA with triton, bfloat16 or float32."""
     assert kernel in TRITON_KERNELS, kernel
     supported = x.dtype in (torch.bfloat16, torch.float32)
     return x.is_cuda and supported and kernel not in _switched_off and unavailable("triton") is None
@@ -91,12 +91,8 @@ def mamba_ssm_chunk_scan(
     start from. For y, the kernel still rounds them to C's dtype.
 
     Args:
-        x: (b, l, m, p), of the dtype of B and C.
-        dt: (b, l, m).
-        A: (m,).
-        B: (b, l, g, d).
-        C: (b, l, g, d).
-        D: (m,).
+        x: (b, l, m, p), of the dtype of B and C; dt is (b, l, m), B and C are (b, l, g, d), A and D
+            are (m,).
         chunk: positions of a chunk.
         documents: (b, l), or `None` for one document.
 

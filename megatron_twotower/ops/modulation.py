@@ -7,7 +7,7 @@ from megatron_twotower.ops import dispatch
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift, for x (l, b, h), shift and scale (k, b, h).
+    """Compute x * (1 + scale) + shift, for x (l, b, h), shift and scale (k, b, h).
 
     Each row of shift and scale is applied to l / k positions. On CUDA with triton, the kernels of
     `ops.triton.modulation` compute it.
@@ -21,7 +21,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def add_gated(x: Tensor, gate: Tensor, out: Tensor) -> Tensor:
-    """x + gate * out, for x and out (l, b, h), gate (k, b, h).
+    """Compute x + gate * out, for x and out (l, b, h), gate (k, b, h).
 
     Each row of the gate is applied to l / k positions. On CUDA with triton, the kernels of
     `ops.triton.modulation` compute it.

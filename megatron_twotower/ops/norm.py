@@ -14,7 +14,7 @@ from megatron_twotower.ops import dispatch
 
 
 def _widen(x: Tensor) -> Tensor:
-    """x in the working dtype."""
+    """Cast x to the working dtype."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -68,7 +68,7 @@ class _GatedRMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension, for weight (h,)."""
+    """Compute x / rms(x) * weight over the last dimension, for weight (h,)."""
     return _RMSNorm.apply(x, weight, epsilon)
 
 

@@ -80,7 +80,7 @@ class _StateFactors(NamedTuple):
 
 
 def _stream_decays(dt: Tensor, A: Tensor, documents: Tensor | None, batch: int) -> tuple[Decays, _StateFactors]:
-    """dt (c, q, m) and A (m,) in the working dtype; documents (b, l)."""
+    """The decays of one stream. dt (c, q, m), A (m,) in the working dtype; documents (b, l)."""
     chunk = dt.shape[1]
     tile = tile_length(chunk)
     running, rows = (dt * A).cumsum(1), documents_in_chunks(documents, chunk)
@@ -210,12 +210,7 @@ def chunk_scan(
     On CUDA in half precision, if no gradient is needed, by mamba-ssm.
 
     Args:
-        x: shapes of the inputs as in the module's docstring, like the others.
-        dt: time steps.
-        A: decay rates.
-        B: what is written into the state.
-        C: what is read from it.
-        D: the skip connection.
+        x: (b, l, m, p); the other shapes are in the module's docstring.
         chunk: q.
         initial: (b, m, p, d), the state before position 0, of its document; zeros if `None`. No
             gradient flows into it.
@@ -250,7 +245,10 @@ def stream_scan(
 def _two_stream_decays(
     dt: Tensor, A: Tensor, clean_dt: Tensor, clean_A: Tensor, documents: Tensor | None, *, batch: int, block: int
 ) -> Decays:
-    """dt, clean_dt (c, q, m), A and clean_A (m,) in the working dtype; documents (b, l)."""
+    """The decays of the noisy stream.
+
+    dt, clean_dt (c, q, m), A and clean_A (m,) in the working dtype; documents (b, l).
+    """
     rows = documents_in_chunks(documents, dt.shape[1])
     running = (dt * A).unflatten(1, (-1, block)).cumsum(2).flatten(1, 2)
     clean = (clean_dt * clean_A).cumsum(1)
@@ -343,16 +341,8 @@ def two_stream_scan(
     `ops.triton.scan` compute it if they take the shapes.
 
     Args:
-        x: shapes of the inputs as in the module's docstring, like the others.
-        dt: time steps.
-        A: decay rates.
-        B: what is written into the state.
-        C: what is read from it.
-        D: the skip connection.
-        clean_x: x of the clean stream, into which no gradient flows.
-        clean_dt: dt of the clean stream.
-        clean_A: A of the clean stream.
-        clean_B: B of the clean stream.
+        x: (b, l, m, p); the other shapes are in the module's docstring.
+        clean_x: x of the clean stream, as clean_dt, clean_A and clean_B. No gradient flows into it.
         states: the state of the clean stream at the start of each chunk, from `chunk_scan` with the
             same `chunk`.
         block: s, a divisor of l.
@@ -384,7 +374,7 @@ def two_stream_scan(
 
 
 def uses_triton_scan(x: Tensor, B: Tensor, *, block: int, chunk: int) -> bool:
-    """Whether `two_stream_scan` uses the Triton kernels: on CUDA with triton, if they take the shapes."""
+    """Whether `two_stream_scan` uses the Triton kernels: on CUDA, if they take the shapes."""
     if not dispatch.uses_triton(x, "scan"):
         return False
     from megatron_twotower.ops.triton.scan import unsupported

@@ -121,7 +121,7 @@ def from_head_matrices(tensor: Tensor, heads: int) -> Tensor:
 
 
 def half(tensor: Tensor, h: int, which: int) -> Tensor:
-    """The first (0) or second (1) half of every window of 2 h positions: (c, q, ...) -> (c k, h, ...)."""
+    """The halves 0 or 1 of all windows of 2 h positions: (c, q, ...) -> (c k, h, ...)."""
     return tensor.unflatten(1, (-1, 2, h))[:, :, which].flatten(0, 1)
 
 
@@ -292,7 +292,7 @@ def inter_tile_backward(
 def chunk_outputs(
     stream: Stream, C: Tensor, D: Tensor, *, read: Stream | None, states: Tensor, decays: Decays
 ) -> Tensor:
-    """y (c, q, m, p) of all chunks, in the working dtype.
+    """The y (c, q, m, p) of all chunks, in the working dtype.
 
     Args:
         stream: the stream of the positions.

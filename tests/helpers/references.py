@@ -29,7 +29,7 @@ def assert_same_gradients(got, want, tensors):
 
 
 def assert_follows(operation, reference, tensors, dtype):
-    """Value and gradients in a narrow dtype, against the reference in float64 from the same rounded inputs."""
+    """In a narrow dtype, value and gradients follow the reference in float64."""
     narrow = [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
     wide = [tensor.detach().double().requires_grad_() for tensor in narrow]
     got, want = operation(*narrow), reference(*wide)

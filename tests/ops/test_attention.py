@@ -18,7 +18,7 @@ from megatron_twotower.ops.attention import (
 
 
 def attended(length, *, size=6, shared=2, seed=0, grad=True):
-    """Query, key and value of two sequences; clean key and clean value by name, without gradients."""
+    """Query, key and value of two sequences; by name the clean key and value, without gradients."""
     own = [draw(2, heads, length, size, seed=seed + i, grad=grad) for i, heads in enumerate((4, shared, shared))]
     names = ("clean_key", "clean_value")
     return own, {name: draw(2, shared, length, size, seed=seed + 3 + i, grad=False) for i, name in enumerate(names)}
@@ -69,7 +69,7 @@ def test_block_attention_in_narrow_dtypes(dtype, block, blocks, packed, seed):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("length", "block"), [(24, 4), (24, 8), (160, 16)])
 def test_flex_attention_has_the_same_mask(length, block, packed):
-    """In FlexAttention without compilation, which runs anywhere, forward only; compiled it needs CUDA."""
+    """Not compiled, which runs anywhere, forward only; compiled, FlexAttention needs CUDA."""
     own, clean = attended(length, size=8, grad=False)
     shape = {"block": block, "documents": random_documents(length, 1) if packed else None}
     got = flex_block_attention(*own, **clean, **shape)
@@ -103,7 +103,7 @@ def tiles_of(mask, which):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("length", "block"), [(384, 16), (256, 128), (640, 40), (528, 176), (400, 4)])
 def test_flex_tiles_are_those_of_the_whole_mask(length, block, packed):
-    """FlexAttention builds the same table from all pairs. At the ends of documents, ours may add a tile."""
+    """As FlexAttention builds it from all pairs. At the ends of documents, ours may add a tile."""
     documents = (torch.arange(length) // 100).to(torch.int32).expand(2, -1) if packed else None
     mask = attention._build_mask(length, block, torch.device("cpu"), documents)
     whole = create_block_mask(mask.mask_mod, 2 if packed else None, None, length, 2 * length, device="cpu")

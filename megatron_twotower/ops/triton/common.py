@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Whether Triton's interpreter runs the kernels. Triton reads the same variable when it is first imported.
+# Whether Triton's interpreter runs the kernels. Triton reads the same variable when it is imported.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
@@ -23,7 +23,10 @@ def round_to(values, dtype: tl.constexpr):
 
 
 def padded_size(size: int) -> int:
-    """The next power of two, at least 16: `tl.arange` takes powers of two, `tl.dot` no less than 16."""
+    """The next power of two, at least 16.
+
+    `tl.arange` takes powers of two, and `tl.dot` no dimension under 16.
+    """
     return max(16, 1 << (size - 1).bit_length())
 
 

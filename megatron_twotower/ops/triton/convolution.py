@@ -187,8 +187,8 @@ def block_conv_backward_kernel(
         i = part * ALL_ROWS + first + tl.arange(0, ROWS)
         grad_x_i = tl.zeros([ROWS, COLS], tl.float32)
         # Position i is an input of the outputs i + k - 1, ..., i of its block, in this order. After
-        # the loop, `upstream` is that of i itself. Not unrolled: the loads of all taps at once would
-        # need more registers than there are.
+        # the loop, `upstream` is that of i itself. Not unrolled: the loads of all taps at once
+        # would need more registers than there are.
         upstream = grad_x_i
         for tap in tl.range(0, TAPS, loop_unroll_factor=1):
             at = i + TAPS - 1 - tap

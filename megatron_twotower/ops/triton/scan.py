@@ -51,13 +51,13 @@ from megatron_twotower.ops.scan_chunks import MAX_CHUNK
 from megatron_twotower.ops.triton import scan_kernels as kernels
 from megatron_twotower.ops.triton.common import dense_last_dimension, padded_size
 
-# The largest block, head size and state size of the kernels, by bytes of an input element: they have
-# to fit into 227 KiB of shared memory.
+# The largest block, head size and state size of the kernels, by bytes of an input element: they
+# have to fit into 227 KiB of shared memory.
 LIMITS = {2: {"block": 128, "head size": 128, "state size": 256}, 4: {"block": 64, "head size": 64, "state size": 128}}
 
 
 def unsupported(x: Tensor, B: Tensor, *, block: int, chunk: int) -> str | None:
-    """`None`, or why the kernels do not take x (b, l, m, p) and B (b, l, g, d), in a few words."""
+    """`None`, or why the kernels do not take x (b, l, m, p) and B (b, l, g, d)."""
     if x.dtype not in (torch.bfloat16, torch.float32):
         return f"dtype {x.dtype}, expected bfloat16 or float32"
     if chunk % block:
@@ -320,17 +320,10 @@ def two_stream_scan_triton(
     """`ops.scan.two_stream_scan` for inputs that are not `unsupported`.
 
     Args:
-        x: (b, l, m, p), bfloat16 or float32, as B, C, clean_x and clean_B. Views whose last
+        x: (b, l, m, p), bfloat16 or float32, like B, C, clean_x and clean_B. Views whose last
             dimension is contiguous are read without a copy.
-        dt: (b, l, m) float32.
-        A: (m,), of any floating dtype, as D and clean_A.
-        B: (b, l, g, d).
-        C: (b, l, g, d).
-        D: (m,).
-        clean_x: (b, l, m, p), the clean stream's.
-        clean_dt: (b, l, m) float32, the clean stream's.
-        clean_A: (m,), the clean stream's.
-        clean_B: (b, l, g, d), the clean stream's.
+        dt: (b, l, m) float32, like clean_dt.
+        A: (m,), of any floating dtype, like D and clean_A.
         states: (b, ceil(l / chunk), m, p, d) float32, the clean state at the start of each chunk.
         block: s.
         chunk: q, a multiple of `block`.

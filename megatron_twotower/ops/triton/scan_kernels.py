@@ -1,4 +1,4 @@
-"""Triton kernels of the two-stream scan. `ops.triton.scan` launches them and says what they compute.
+"""Triton kernels of the two-stream scan. `ops.triton.scan` launches and documents them.
 
 Names: i, the positions of the tile, counted from the chunk's start, as rows; j, the same or clean
 positions as columns; p, n, the indices of a head's values and of its state; x_l, the stride of x
@@ -28,7 +28,7 @@ def _decays(row, col):
 
 @triton.jit
 def _dot(a, b, acc):
-    """acc + a b, summed in float32; acc may be `None`."""
+    """Compute acc + a b in float32; acc may be `None`."""
     if INTERPRETED:
         # The interpreter of Triton 3.9 would multiply the bits of bfloat16 as integers.
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
@@ -37,7 +37,7 @@ def _dot(a, b, acc):
 
 @triton.jit
 def _times_state(a, state):
-    """a (i, k) times a float32 state (k, j), in bfloat16 as products with its high and low part."""
+    """Multiply a (i, k) with a float32 state (k, j), in bfloat16 with its high and low part."""
     if a.dtype == tl.float32:
         return _dot(a, state, None)
     high = round_to(state, a.dtype)
@@ -109,7 +109,7 @@ def _clean_factors(clean_decay, dt, dt_l, j, length):
 
 @triton.jit
 def _add_clean(out, scores, chunk_decay_i, clean_decay, dt, dt_l, x, x_l, j, p, length, HEAD_SIZE: tl.constexpr):
-    """out (i, p) plus the term of the clean positions j; scores are zero for masked pairs."""
+    """Add the term of the clean positions j to out (i, p); scores are zero for masked pairs."""
     clean_decay_j, dt_j = _clean_factors(clean_decay, dt, dt_l, j, length)
     x_j = _matrix(x, j, x_l, p, j < length, HEAD_SIZE)
     weights = scores * _decays(chunk_decay_i, clean_decay_j) * dt_j[None, :]
@@ -120,7 +120,7 @@ def _add_clean(out, scores, chunk_decay_i, clean_decay, dt, dt_l, x, x_l, j, p, 
 def _add_clean_backward(
     grad_C_i, g_i, B_j, pairs, chunk_decay_i, clean_decay, dt, dt_l, x, x_l, j, p, length, HEAD_SIZE: tl.constexpr
 ):
-    """grad_C (i, d) of one head plus the term of the clean positions j."""
+    """Add the term of the clean positions j to grad_C_i (i, d) of one head."""
     clean_decay_j, dt_j = _clean_factors(clean_decay, dt, dt_l, j, length)
     x_j = _matrix(x, j, x_l, p, j < length, HEAD_SIZE)
     weights = _dot(g_i, tl.trans(x_j), None) * _decays(chunk_decay_i, clean_decay_j) * dt_j[None, :]
@@ -408,7 +408,7 @@ def backward_clean_kernel(
     N: tl.constexpr,
     DOCUMENTS: tl.constexpr,
 ):
-    """The gradient through the clean stream: the state at the chunk's start and the clean positions.
+    """The gradient through the clean stream: the state at the chunk's start, the clean positions.
 
     One tile of positions, all heads of one group. Grid (b chunks TILES, g). Writes this term of the
     gradient of C to grad_C (b, l, g, d), contiguous, and the gradient of chunk_decay (b, m, l').

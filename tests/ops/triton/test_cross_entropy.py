@@ -1,4 +1,4 @@
-"""The Triton kernel of the loss against the one in torch and the slow twin, and through Triton's compiler."""
+"""The Triton kernel of the loss against float64, and compiled."""
 
 import pytest
 import torch
@@ -65,7 +65,10 @@ def test_losses_and_gradient(rows, columns, dtype, scale, seed, gradient):
 
 
 class TwoRanks:
-    """Collectives of two ranks that run one after the other, again and again: a round later each knows the other's."""
+    """Collectives of two ranks that run one after the other.
+
+    Each round repeats all collectives, and uses what the other rank sent in the round before.
+    """
 
     ReduceOp = dist.ReduceOp
 
@@ -111,5 +114,5 @@ def test_two_slices_of_the_vocabulary_are_one(monkeypatch, columns):
 @pytest.mark.parametrize(("sums", "gradient"), [(True, True), (True, False), (False, True)])
 def test_it_compiles_for_hopper_without_spills(sums, gradient):
     types = {"logits": POINTERS[torch.bfloat16], "targets": "*i64", "first": "i32"}
-    numbers = (131072, cross_entropy.MAX_COLUMNS, sums, gradient)
-    assert spilled_bytes(compiled(cross_entropy.cross_entropy_kernel, types, numbers, num_warps=8)) == 0
+    constants = (131072, cross_entropy.MAX_COLUMNS, sums, gradient)
+    assert spilled_bytes(compiled(cross_entropy.cross_entropy_kernel, types, constants, num_warps=8)) == 0
