@@ -1,11 +1,14 @@
 """Attention against its reference implementations, all gradients included."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
+from helpers.models import build_two_tower, random_noisy_batch, tiny_config
 from helpers.references import TOLERANCES, assert_follows, assert_same_gradients, draw, random_documents
 from megatron_twotower.ops import attention
 from megatron_twotower.ops.attention import (
@@ -91,6 +94,23 @@ def test_one_mask_is_built_for_all_layers_of_a_micro_batch(monkeypatch, packed):
     for _ in range(2):
         got = block_attention(*own, **clean, **shape, mask=mask)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_layers_of_a_model_share_the_mask(monkeypatch, groups, packed):
+    """Not compiled, forward only, on the CPU."""
+    config = tiny_config("*M*")
+    model, _ = build_two_tower(config, groups)
+    batch = random_noisy_batch(config)
+    if packed:
+        batch = dataclasses.replace(batch, documents=(torch.arange(batch.tokens.shape[1]) // 8).int().expand(2, -1))
+    built, build = [], attention._flex_mask
+    with torch.no_grad():
+        want = model(batch)
+        monkeypatch.setattr(attention, "_uses_flex", lambda x: True)
+        monkeypatch.setattr(attention, "_flex_mask", lambda *shape: built.append(build(*shape)) or built[-1])
+        torch.testing.assert_close(model(batch), want)
+    assert len(built) == 1
 
 
 def tiles_of(mask, which):
