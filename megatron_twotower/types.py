@@ -101,12 +101,14 @@ class Blocks:
         documents: (b, l), see `Batch`.
         padding: (b, l), see `Batch`.
         sequence_weights: (r b,), see `NoisyBatch`.
+        attention_mask: What `ops.attention.block_mask` built for all attention layers, or None.
     """
 
     size: int | None = None
     documents: Tensor | None = None
     padding: Tensor | None = None
     sequence_weights: Tensor | None = None
+    attention_mask: Any = None
 
 
 @dataclass(frozen=True)

@@ -245,7 +245,7 @@ def measure_rung(config: RunConfig, rung: Rung, wanted: Settings, groups: Proces
     it `failed`, which is no reason to lose what the others bring."""
     row: dict[str, Any] = {"rung": rung.name, "overrides": list(rung.overrides), "without": list(rung.without)}
     row["failed"] = None
-    needed = ("triton" if name in dispatch.OWN else name for name in rung.without)
+    needed = ("triton" if name in dispatch.TRITON_KERNELS else name for name in rung.without)
     missing = {package: reason for package in needed if (reason := dispatch.unavailable(package))}
     if len(missing) == len(rung.without) > 0:
         return row | {"skipped": "; ".join(f"{package}: {reason}" for package, reason in missing.items())}

@@ -23,7 +23,7 @@ PATTERNS = (
     ("communication", r"nccl|all_?reduce|all_?gather|reduce_?scatter|all_?to_?all|gloo|c10d|broadcast_"),
     (
         "scan",
-        r"^(decay|decay_backward|forward|backward_left|backward_own)_kernel|TwoStream|ChunkScan|"
+        r"^(decay|decay_backward|forward|backward_clean|backward_block)_kernel|TwoStream|ChunkScan|"
         r"_chunk_(cumsum|state|scan)|_state_passing|_bmm_chunk|cumsum|_scan_",
     ),
     ("convolution", r"causal_conv1d|conv1d|block_conv|BlockConv|SeededConv"),

@@ -27,7 +27,13 @@ from megatron_twotower.config.schema import ModelConfig
 from megatron_twotower.ops.attention import block_attention
 from megatron_twotower.ops.convolution import block_history, seeded_block_conv
 from megatron_twotower.ops.cross_entropy import linear_cross_entropy
-from megatron_twotower.ops.scan import chunk_length, chunk_scan, triton_scans, two_stream_scan, two_stream_scan_torch
+from megatron_twotower.ops.scan import (
+    chunk_length,
+    chunk_scan,
+    two_stream_scan,
+    two_stream_scan_torch,
+    uses_triton_scan,
+)
 
 OURS = "ours"
 MODEL, QUICK_MODEL = "nemotron_3_nano_30b_a3b", "tiny"
@@ -98,7 +104,7 @@ def scan_cases(shape: Shape) -> Iterator[Case]:
         return run
 
     yield Case(OURS, {"clean": lambda: hand_on(chunk_scan, chunk), "noisy": two_streams(two_stream_scan)})
-    if triton_scans(x, B, block=block, chunk=chunk):
+    if uses_triton_scan(x, B, block=block, chunk=chunk):
         in_torch = two_streams(two_stream_scan_torch)
         yield Case("ours in torch", {"clean": lambda: hand_on(chunk_scan, chunk), "noisy": in_torch})
     for name, scan in (

@@ -177,6 +177,7 @@ class SelfAttention(Mixer):
                 clean_value=handoff.value,
                 block=blocks.size,
                 documents=blocks.documents,
+                mask=blocks.attention_mask,
             )
             outs.append(out)
         return self._output(_join_draws(outs))
@@ -227,7 +228,7 @@ class MambaMixer(Mixer):
         # A copy, because a view of z would keep the output of the projection in memory for the
         # backward pass. This project's kernels need no copy: their convolution keeps that output
         # anyway, and their gated norm reads z from the view.
-        z = z if dispatch.triton_serves(z, "convolution") else z.contiguous()
+        z = z if dispatch.uses_triton(z, "convolution") else z.contiguous()
         return z, conv_input, dt.clamp(min=self.clamp) if self.clamp else dt
 
     def _split(self, conv_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -33,6 +33,7 @@ from megatron_twotower.mcore import modules
 from megatron_twotower.model.adaln import TimeConditioning
 from megatron_twotower.model.layers import DenoiserLayer, Layer
 from megatron_twotower.model.mixers import HANDOFF_KINDS
+from megatron_twotower.ops.attention import block_mask
 from megatron_twotower.types import Blocks, Handoff, NoisyBatch
 
 
@@ -205,6 +206,7 @@ class TwoTower(PipelineModel):
         self._context = (context,)  # a tuple, so that it does not become a submodule
         with_handoff = [i for i, kind in enumerate(config.model.hybrid_override_pattern) if kind in HANDOFF_KINDS]
         self.context_layers = max(with_handoff, default=-1) + 1
+        self.has_attention = any(config.model.hybrid_override_pattern[i] == "*" for i in context.stage.layers)
 
     @property
     def context(self) -> Tower:
@@ -216,7 +218,10 @@ class TwoTower(PipelineModel):
 
         A stage that is not the last returns the tensor for the next stage instead.
         """
-        blocks, stage = Blocks(batch.block, batch.documents, batch.padding, batch.sequence_weights), self.tower.stage
+        # Built once for all attention layers.
+        mask = block_mask(batch.tokens, block=batch.block, documents=batch.documents) if self.has_attention else None
+        blocks = Blocks(batch.block, batch.documents, batch.padding, batch.sequence_weights, mask)
+        stage = self.tower.stage
         clean, noisy, conditioning = self._first_inputs(batch) if stage.first else self._received_inputs(batch)
         with modules.fp8_model_context(self.config):
             for number in stage.layers:

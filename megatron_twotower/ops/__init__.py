@@ -1,1 +1,4 @@
-"""The two-stream operations. Each has a slow twin, `*_ref`, that says in the plainest way what it computes."""
+"""The operations of the two streams.
+
+Each has a reference implementation, `*_ref`, that computes the same in the simplest way.
+"""

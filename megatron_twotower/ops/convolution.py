@@ -1,8 +1,8 @@
-"""The short causal convolution in front of the Mamba scan, for one stream and for seeded blocks.
+"""The short causal convolution before the Mamba scan, for one stream and for blocks with a history.
 
-Shapes: inputs (b, l, c) before the activation; weight (c, k); bias (c,); history (b, n, k - 1, c);
-documents (b, l) int32. One filter per channel, SiLU after it. What lies before the sequence, or in
-another document, counts as zeros.
+Shapes: inputs (b, l, c); weight (c, k); bias (c,); history (b, n, k - 1, c); documents (b, l)
+int32. One filter per channel, followed by SiLU. Inputs before the sequence or in another document
+count as zeros.
 """
 
 from collections.abc import Iterator
@@ -14,20 +14,19 @@ from torch import Tensor
 
 from megatron_twotower.ops import dispatch
 
-# Inputs worked on at a time on a CPU: what passes between operations takes no more memory than
-# this.
-CACHED = 1 << 20
+# Inputs that are filtered at a time on a CPU: intermediate results have no more elements.
+CPU_ELEMENTS = 1 << 20
 
 
-def _channels(padded: Tensor) -> Iterator[slice]:
-    """The channels in pieces."""
+def _channel_slices(padded: Tensor) -> Iterator[slice]:
+    """The slices of channels that are filtered at a time; on CUDA one."""
     rows, channels = padded.shape[0] * padded.shape[1], padded.shape[2]
-    step = channels if padded.is_cuda else max(16, CACHED // rows)
+    step = channels if padded.is_cuda else max(16, CPU_ELEMENTS // rows)
     return (slice(start, start + step) for start in range(0, channels, step))
 
 
 def _taps(padded: Tensor, same: list[Tensor] | None, taps: int) -> Iterator[tuple[int, slice, Tensor]]:
-    """Each tap: its number, the positions it reads, and what it reads, (rows, l, c)."""
+    """Of each tap: its index, the positions that it reads, and the inputs there (rows, l, c)."""
     length = padded.shape[1] - taps + 1
     for i in range(taps):
         read = slice(i, i + length)
@@ -35,22 +34,25 @@ def _taps(padded: Tensor, same: list[Tensor] | None, taps: int) -> Iterator[tupl
 
 
 def _preactivation(padded: Tensor, same: list[Tensor] | None, weight: Tensor, bias: Tensor) -> Tensor:
+    """The convolution (rows, l, c) of padded (rows, k - 1 + l, c), before its activation."""
     out = bias.expand(len(padded), padded.shape[1] - weight.shape[1] + 1, -1)
-    for i, _, seen in _taps(padded, same, weight.shape[1]):
-        out = torch.addcmul(out, seen, weight[:, i]) if i == 0 else out.addcmul_(seen, weight[:, i])
+    for i, _, inputs in _taps(padded, same, weight.shape[1]):
+        out = torch.addcmul(out, inputs, weight[:, i]) if i == 0 else out.addcmul_(inputs, weight[:, i])
     return out
 
 
 class _Filter(torch.autograd.Function):
-    """silu of the convolution (rows, l, c) of padded (rows, k - 1 + l, c); what is before the activation is made again
-    in the backward pass. same: for each tap, (rows, l, 1) bool, or None."""
+    """The convolution with its activation; the backward pass recomputes the preactivation.
+
+    same: for each tap, whether it reads the document of the position (rows, l, 1) bool, or `None`.
+    """
 
     @staticmethod
     def forward(ctx: Any, padded: Tensor, weight: Tensor, bias: Tensor, same: list[Tensor] | None) -> Tensor:
         ctx.save_for_backward(padded, weight, bias)
         ctx.same = same
         out = padded.new_empty(len(padded), padded.shape[1] - weight.shape[1] + 1, padded.shape[2])
-        for part in _channels(padded):
+        for part in _channel_slices(padded):
             out[..., part] = F.silu(_preactivation(padded[..., part], same, weight[part], bias[part]), inplace=True)
         return out
 
@@ -59,19 +61,19 @@ class _Filter(torch.autograd.Function):
         padded, weight, bias = ctx.saved_tensors
         grad_padded, grad_weight = torch.zeros_like(padded), torch.empty_like(weight)
         grad_bias = torch.empty_like(bias)
-        for part in _channels(padded):
+        for part in _channel_slices(padded):
             before = _preactivation(padded[..., part], ctx.same, weight[part], bias[part])
             upstream = torch.ops.aten.silu_backward(grad[..., part], before)
             grad_bias[part] = upstream.sum((0, 1))
-            for i, read, seen in _taps(padded[..., part], ctx.same, weight.shape[1]):
-                grad_weight[part, i] = torch.mul(upstream, seen, out=before).sum((0, 1))
-                taken = upstream if ctx.same is None else upstream * ctx.same[i]
-                grad_padded[:, read, part].addcmul_(taken, weight[part, i])
+            for i, read, inputs in _taps(padded[..., part], ctx.same, weight.shape[1]):
+                grad_weight[part, i] = torch.mul(upstream, inputs, out=before).sum((0, 1))
+                masked = upstream if ctx.same is None else upstream * ctx.same[i]
+                grad_padded[:, read, part].addcmul_(masked, weight[part, i])
         return grad_padded, grad_weight, grad_bias, None
 
 
 def _filter(padded: Tensor, documents: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-    """padded (rows, k - 1 + l, c) -> (rows, l, c); documents (rows, k - 1 + l)."""
+    """The filter of padded (rows, k - 1 + l, c): (rows, l, c); documents (rows, k - 1 + l)."""
     same, taps = None, weight.shape[1]
     if documents is not None:
         length = padded.shape[1] - taps + 1
@@ -81,15 +83,15 @@ def _filter(padded: Tensor, documents: Tensor | None, weight: Tensor, bias: Tens
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, *, documents: Tensor | None = None) -> Tensor:
-    """silu(bias + sum_i weight[:, i] x[l - k + 1 + i]), with zeros before the sequence. Returns (b, l, c).
+    """silu(bias + sum_i weight[:, i] x[l - k + 1 + i]): (b, l, c), with zeros before the sequence.
 
-    On CUDA by causal-conv1d, if it is installed and takes such shapes, else by the kernels of
-    `convolution_triton`.
+    On CUDA, causal-conv1d computes it if it is installed and takes the shapes, otherwise the
+    kernels of `ops.triton.convolution`.
     """
-    narrow = x.is_cuda and x.dtype != torch.float64
-    if narrow and dispatch.unavailable("causal-conv1d") is None and dispatch.conv_unsupported(*weight.shape) is None:
-        return dispatch.causal_conv_kernel(x, weight, bias, documents=documents)
-    if dispatch.triton_serves(x, "convolution"):
+    available = x.is_cuda and x.dtype != torch.float64 and dispatch.unavailable("causal-conv1d") is None
+    if available and dispatch.causal_conv1d_unsupported(*weight.shape) is None:
+        return dispatch.causal_conv1d(x, weight, bias, documents=documents)
+    if dispatch.uses_triton(x, "convolution"):
         from megatron_twotower.ops.triton.convolution import block_conv_triton
 
         return block_conv_triton(x, None, weight, bias, block=x.shape[1], documents=documents)
@@ -100,7 +102,10 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, *, documents: Tensor | 
 
 
 def block_history(x: Tensor, *, taps: int, block: int) -> Tensor:
-    """The k - 1 inputs just before each block, all that the noisy stream needs of a clean one: (b, n, k - 1, c)."""
+    """The k - 1 inputs before each block: (b, n, k - 1, c).
+
+    The convolution of the noisy stream needs nothing else of the clean stream.
+    """
     windows = F.pad(x, (0, 0, taps - 1, 0)).unfold(1, taps - 1, block)[:, : x.shape[1] // block]
     return windows.transpose(-1, -2).contiguous()
 
@@ -108,19 +113,20 @@ def block_history(x: Tensor, *, taps: int, block: int) -> Tensor:
 def seeded_block_conv(
     x: Tensor, history: Tensor, weight: Tensor, bias: Tensor, *, documents: Tensor | None = None
 ) -> Tensor:
-    """The convolution inside every block of the noisy stream, its past the clean inputs just before the block.
+    """The convolution in every block of the noisy stream, with clean inputs before the block.
 
-    On CUDA, with triton, by the kernels of `convolution_triton`.
+    On CUDA with triton, the kernels of `ops.triton.convolution` compute it.
 
     Args:
-        x: noisy inputs (b, l, c).
-        history: (b, n, k - 1, c) of the clean stream, from `block_history`.
+        x: (b, l, c), the noisy inputs.
+        history: (b, n, k - 1, c), the clean inputs, from `block_history`.
+        documents: (b, l), or `None` for one document.
 
     Returns:
         (b, l, c).
     """
     (b, l, c), n, before = x.shape, history.shape[1], history.shape[2]
-    if dispatch.triton_serves(x, "convolution"):
+    if dispatch.uses_triton(x, "convolution"):
         from megatron_twotower.ops.triton.convolution import block_conv_triton
 
         return block_conv_triton(x, history, weight, bias, block=l // n, documents=documents)
@@ -133,7 +139,7 @@ def seeded_block_conv(
 def seeded_block_conv_ref(
     x: Tensor, clean: Tensor, weight: Tensor, bias: Tensor, *, block: int, documents: Tensor | None = None
 ) -> Tensor:
-    """Every position by itself, from its window of clean inputs and the inputs of its block."""
+    """Reference implementation of `seeded_block_conv`: each position by itself."""
     (_, l, _), taps = x.shape, weight.shape[1]
     outs = []
     for i in range(l):

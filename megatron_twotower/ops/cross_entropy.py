@@ -1,9 +1,8 @@
-"""Cross-entropy of a vocabulary-parallel head, without ever holding all logits.
+"""Cross-entropy of a vocabulary-parallel head, with the logits of one chunk of positions at a time.
 
-Positions go through the head a chunk at a time, and the gradients are made while a chunk's logits
-are there: the backward pass only scales them. Memory beyond inputs and gradients is one chunk of
-logits. On CUDA, with triton, each chunk of logits becomes its gradient in place, by the kernel of
-`cross_entropy_triton`.
+The forward pass computes the gradients too, while it has the logits of a chunk. The backward pass
+only scales them. The memory beyond inputs and gradients is one chunk of logits. On CUDA with
+triton, the kernel of `ops.triton.cross_entropy` overwrites each chunk of logits with its gradient.
 """
 
 from typing import Any
@@ -15,25 +14,31 @@ from torch import Tensor
 
 from megatron_twotower.ops import dispatch
 
-# Positions per chunk in torch: 512 x 131072 logits in fp32 are 256 MiB.
+# Positions of a chunk in torch: 512 x 131072 logits in fp32 are 256 MiB.
 POSITION_CHUNK = 512
-# And with the kernels, which need no more than the logits as the head's product gives them: 1 GiB
-# in bf16. Each chunk reads and writes the sum of the head's gradient once, which is larger than
-# that.
+# Positions of a chunk with the Triton kernel, which needs only the logits: 1 GiB in bf16. Each
+# chunk reads and writes the gradient of the head once, and that is larger than the logits.
 KERNEL_CHUNK = 4096
 
 
-def rows_torch(
+def chunk_cross_entropy_torch(
     logits: Tensor, targets: Tensor, weights: Tensor, *, group: Any, first: int, gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (m,) float32 of logits (m, v / tp) over all ranks' vocabulary slices, and what follows.
+    """Cross-entropy of one chunk of logits, and its gradient.
+
+    The vocabulary is divided among the ranks of `group`.
 
     Args:
-        first: the first vocabulary entry of this rank's slice.
-        gradient: whether the gradient of the weighted sum into the logits is wanted.
+        logits: (m, v / tensor parallel size).
+        targets: (m,) int64 token ids.
+        weights: (m,) float32 weight of each position in the sum of losses.
+        group: tensor-parallel process group, or `None`.
+        first: first vocabulary entry of this rank's slice.
+        gradient: whether to compute the gradient of the weighted sum.
 
-    Returns: the losses; and the gradient, in the dtype of the logits, or anything where it is not
-        wanted.
+    Returns:
+        The losses (m,) float32, and the gradient of the logits in their dtype, undefined if
+        `gradient` is false.
     """
     wide, shared = logits.float(), group is not None and dist.get_world_size(group) > 1
     highest = wide.max(dim=-1).values
@@ -41,8 +46,8 @@ def rows_torch(
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
     wide -= highest.unsqueeze(-1)
     local = targets - first
-    here, index = (local >= 0) & (local < wide.shape[1]), local.clamp(0, wide.shape[1] - 1).unsqueeze(-1)
-    at_target = wide.gather(1, index).squeeze(-1) * here
+    in_slice, index = (local >= 0) & (local < wide.shape[1]), local.clamp(0, wide.shape[1] - 1).unsqueeze(-1)
+    at_target = wide.gather(1, index).squeeze(-1) * in_slice
     probabilities = wide.exp_()
     total = probabilities.sum(-1)
     if shared:
@@ -51,14 +56,17 @@ def rows_torch(
     losses = total.log() - at_target
     if gradient:
         probabilities /= total.unsqueeze(-1)
-        probabilities.scatter_add_(1, index, -here.to(probabilities.dtype).unsqueeze(-1))
+        probabilities.scatter_add_(1, index, -in_slice.to(probabilities.dtype).unsqueeze(-1))
         probabilities *= weights.unsqueeze(-1)
     return losses, probabilities.to(logits.dtype) if gradient else logits
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left^T right, in float32. CUDA multiplies bfloat16 as it is and sums in float32; cast before that, it
-    would take ten times as long there."""
+    """Add left^T right to `total`, in float32.
+
+    CUDA multiplies bfloat16 directly and sums in float32. With casts to float32 first, it would
+    take ten times as long.
+    """
     if left.is_cuda and left.dtype == torch.bfloat16:
         torch.addmm(total, left.t(), right, out_dtype=torch.float32, out=total)
     else:
@@ -70,19 +78,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, group: Any, first: int
     ) -> tuple[Tensor, Tensor]:
-        rows, chunk = rows_torch, POSITION_CHUNK
-        if dispatch.triton_serves(hidden, "cross-entropy"):
-            from megatron_twotower.ops.triton.cross_entropy import rows_triton as rows
+        compute, chunk = chunk_cross_entropy_torch, POSITION_CHUNK
+        if dispatch.uses_triton(hidden, "cross-entropy"):
+            from megatron_twotower.ops.triton.cross_entropy import chunk_cross_entropy_triton as compute
 
             chunk = KERNEL_CHUNK
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        needs = hidden.requires_grad or weight.requires_grad
-        grad_hidden = torch.empty_like(hidden) if needs else None
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs else None
+        needed = hidden.requires_grad or weight.requires_grad
+        grad_hidden = torch.empty_like(hidden) if needed else None
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needed else None
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
-            losses[part], gradient = rows(
-                F.linear(hidden[part], weight), targets[part], weights[part], group=group, first=first, gradient=needs
+            losses[part], gradient = compute(
+                F.linear(hidden[part], weight), targets[part], weights[part], group=group, first=first, gradient=needed
             )
             if grad_hidden is not None and grad_weight is not None:
                 grad_hidden[part] = gradient @ weight
@@ -97,8 +105,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        # In place: a second one of the size of the head would be as large as all else together.
-        # Autograd refuses a second backward pass of its own accord, since what it saved has
+        # In place: a second tensor of the size of the head would need as much memory as everything
+        # else together. Autograd itself refuses a second backward pass, because a saved tensor has
         # changed.
         scaled = grad_weight.mul_(grad).to(ctx.weight_dtype)
         return grad_hidden.mul_(grad.to(grad_hidden.dtype)), scaled, None, None, None, None
@@ -107,23 +115,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, *, group: Any = None, first: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Weighted sum of cross-entropies of `hidden @ weight.T`, and each position's own.
+    """Weighted sum of the cross-entropies of `hidden @ weight.T`, and the losses of the positions.
 
     Args:
-        hidden: (m, h), the scored positions only.
+        hidden: (m, h), of the scored positions only.
         weight: (v / tensor parallel size, h), this rank's slice of the head.
         targets: (m,) int64 token ids.
         weights: (m,) float32 weight of each position in the sum.
-        group: tensor-parallel process group, or None.
+        group: tensor-parallel process group, or `None`.
         first: first vocabulary entry of this rank's slice.
 
-    Returns: the sum, a float32 scalar with gradients into `hidden` and `weight`; and losses (m,) in
-        nats, without.
+    Returns:
+        The sum, a float32 scalar with gradients into `hidden` and `weight`; the losses (m,) in
+        nats, without gradients.
     """
     return _LinearCrossEntropy.apply(hidden, weight, targets, weights.float(), group, first)
 
 
 def linear_cross_entropy_ref(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The same with all logits at once, by autograd."""
+    """Reference implementation of `linear_cross_entropy`: all logits at once, by autograd."""
     losses = F.cross_entropy(F.linear(hidden, weight), targets, reduction="none")
     return (losses * weights).sum(), losses.detach()

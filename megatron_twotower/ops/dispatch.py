@@ -1,14 +1,15 @@
-"""Which kernels serve on CUDA, and third-party ones with this project's signatures. Not run on a GPU here.
+"""Decides which kernels are used on CUDA, and calls those of other packages.
 
-mamba-ssm for the scan of one stream, causal-conv1d for the convolution: `chunk_scan_kernel` and
-`causal_conv_kernel` stand for `ops.scan.chunk_scan` and `ops.convolution.causal_conv`, on CUDA
-tensors. Argument orders, layouts and dtypes are from the sources of mamba-ssm 2.2.2, 2.2.4 and
-2.3.2.post1 (ops/triton/ssd_*.py) and causal-conv1d 1.5.0.post8 and 1.7.0
-(causal_conv1d_interface.py, csrc/causal_conv1d.cpp). `make test-mamba` runs mamba-ssm's own in an
-interpreter.
+Other packages: mamba-ssm for the scan of one stream, causal-conv1d for the convolution.
+`mamba_ssm_chunk_scan`, `mamba_ssm_scan` and `causal_conv1d` take the arguments of
+`ops.scan.chunk_scan`, `ops.scan.stream_scan` and `ops.convolution.causal_conv`, on CUDA. The order
+of arguments, layouts and dtypes follow the sources of mamba-ssm 2.2.2, 2.2.4 and 2.3.2.post1
+(ops/triton/ssd_*.py) and causal-conv1d 1.5.0.post8 and 1.7.0 (causal_conv1d_interface.py,
+csrc/causal_conv1d.cpp). `make test-mamba` runs the kernels of mamba-ssm in Triton's interpreter.
+The calls have not been run on a GPU.
 
 Shapes: b batch, l length, m heads, p head size, g groups, d state size, c channels, k taps;
-documents (b, l) int32, 0 or more, growing along l.
+documents (b, l) int32, not negative, growing along l.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-# The module whose functions are called, by package.
+# By package: the module to import.
 MODULES = {
     "mamba-ssm": "mamba_ssm.ops.triton.ssd_combined",
     "causal-conv1d": "causal_conv1d",
@@ -28,13 +29,16 @@ MODULES = {
     "transformer-engine": "transformer_engine.pytorch",  # called by Megatron's modules (spec.py)
     "deep-ep": "deep_ep",  # called by Megatron's dispatchers
 }
-# This project's Triton kernels, by what they stand for.
-OWN = ("scan", "convolution", "gated norm", "modulation", "cross-entropy")
+# The operations that have Triton kernels in this project (`ops.triton`).
+TRITON_KERNELS = ("scan", "convolution", "gated norm", "modulation", "cross-entropy")
 
 
 @functools.cache
 def unavailable(package: str) -> str | None:
-    """Why a package of MODULES does not serve here, in one line; None when it does. Imports it only with CUDA."""
+    """`None` if a package of MODULES can be used here, otherwise why not, in one line.
+
+    The package is imported only if there is a CUDA device.
+    """
     if not torch.cuda.is_available():
         return "no CUDA device"
     if package in _switched_off:
@@ -53,8 +57,8 @@ _switched_off: set[str] = set()
 
 @contextlib.contextmanager
 def without(*names: str) -> Iterator[None]:
-    """As if packages of MODULES, or kernels of OWN, were not there: for measuring what each of them brings."""
-    assert {*MODULES, *OWN} >= set(names), names
+    """Switch packages of MODULES or kernels of TRITON_KERNELS off, to measure their gain."""
+    assert {*MODULES, *TRITON_KERNELS} >= set(names), names
     before = set(_switched_off)
     _switched_off.update(names)
     unavailable.cache_clear()
@@ -66,27 +70,35 @@ def without(*names: str) -> Iterator[None]:
         unavailable.cache_clear()
 
 
-def triton_serves(x: Tensor, kernel: str) -> bool:
-    """True where a kernel of OWN takes a tensor: on CUDA, with triton, in bfloat16 or float32."""
-    assert kernel in OWN, kernel
-    narrow = x.dtype in (torch.bfloat16, torch.float32)
-    return x.is_cuda and narrow and kernel not in _switched_off and unavailable("triton") is None
+def uses_triton(x: Tensor, kernel: str) -> bool:
+    """Whether x goes to a kernel of TRITON_KERNELS: on CUDA with triton, bfloat16 or float32."""
+    assert kernel in TRITON_KERNELS, kernel
+    supported = x.dtype in (torch.bfloat16, torch.float32)
+    return x.is_cuda and supported and kernel not in _switched_off and unavailable("triton") is None
 
 
 def _module(package: str) -> ModuleType:
     return importlib.import_module(MODULES[package])
 
 
-def chunk_scan_kernel(
+def mamba_ssm_chunk_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, chunk: int, documents: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The scan of one stream without gradients: y (b, l, m, p) in x's dtype, states (b, ceil(l / chunk), m, p, d) at
-    the start of each chunk, and the final state (b, m, p, d), both float32.
+    """The scan of one stream by mamba-ssm, without gradients.
 
-    x (b, l, m, p) and B, C (b, l, g, d) of one dtype, dt (b, l, m), A and D (m,). It takes the
-    steps of mamba-ssm's `_mamba_chunk_scan_combined_fwd` one by one, because that gives states in
-    C's dtype: bfloat16 would round what every block starts from. Inside y, the kernel rounds them
-    to C's dtype all the same.
+    It calls the steps of mamba-ssm's `_mamba_chunk_scan_combined_fwd` one by one, because that
+    function returns the states in C's dtype, and bfloat16 would round the states that the blocks
+    start from. For y, the kernel still rounds them to C's dtype.
+
+    Args:
+        x: (b, l, m, p), of the dtype of B and C; dt is (b, l, m), B and C are (b, l, g, d), A and D
+            are (m,).
+        chunk: positions of a chunk.
+        documents: (b, l), or `None` for one document.
+
+    Returns:
+        y (b, l, m, p) in x's dtype; states (b, ceil(l / chunk), m, p, d) at the start of each chunk
+        and the final state (b, m, p, d), both float32.
     """
     ssd = _module("mamba-ssm")
     with torch.no_grad(), torch.cuda.device_of(x):
@@ -101,16 +113,16 @@ def chunk_scan_kernel(
     return y, states, final
 
 
-def scan_kernel(
+def mamba_ssm_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, chunk: int, documents: Tensor | None = None
 ) -> Tensor:
-    """The scan of one stream with gradients into all six tensors, for next-token training: y (b, l, m, p) alone."""
+    """The y (b, l, m, p) of one stream by mamba-ssm, with gradients into all six tensors."""
     with torch.cuda.device_of(x):
         return _module("mamba-ssm").mamba_chunk_scan_combined(x, dt, A, B, C, chunk, D=D, seq_idx=documents)
 
 
-def conv_unsupported(channels: int, taps: int) -> str | None:
-    """Why causal-conv1d does not take such a convolution, in a few words; None when it does."""
+def causal_conv1d_unsupported(channels: int, taps: int) -> str | None:
+    """`None`, or why causal-conv1d does not take such a convolution, in a few words."""
     if channels % 8:
         return f"{channels} channels, expected a multiple of 8"
     if not 2 <= taps <= 4:
@@ -118,17 +130,20 @@ def conv_unsupported(channels: int, taps: int) -> str | None:
     return None
 
 
-def causal_conv_kernel(x: Tensor, weight: Tensor, bias: Tensor, *, documents: Tensor | None = None) -> Tensor:
-    """silu(bias + sum_i weight[:, i] x[l - k + 1 + i]) for x (b, l, c), weight (c, k), bias (c,); returns (b, l, c).
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, *, documents: Tensor | None = None) -> Tensor:
+    """`ops.convolution.causal_conv` by causal-conv1d: (b, l, c), with gradients into all tensors.
 
-    Gradients flow into x, weight and bias, which are bfloat16, float16 or float32; bias is cast to
-    weight's dtype.
+    Args:
+        x: (b, l, c), bfloat16, float16 or float32, like weight and bias.
+        weight: (c, k).
+        bias: (c,), cast to the dtype of `weight`.
+        documents: (b, l), or `None` for one document.
     """
-    reason = conv_unsupported(*weight.shape)
+    reason = causal_conv1d_unsupported(*weight.shape)
     assert reason is None, reason
-    # Rows of channels are read 16 bytes at a time.
-    eights = x.stride(-1) == 1 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 and x.data_ptr() % 16 == 0
-    x = x if eights else x.clone(memory_format=torch.contiguous_format)
+    # The kernel reads rows of channels 16 bytes at a time.
+    aligned = x.stride(-1) == 1 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 and x.data_ptr() % 16 == 0
+    x = x if aligned else x.clone(memory_format=torch.contiguous_format)
     rows = None if documents is None else documents.to(torch.int32).contiguous()
     with torch.cuda.device_of(x):
         out = _module("causal-conv1d").causal_conv1d_fn(

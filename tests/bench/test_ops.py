@@ -51,7 +51,7 @@ def test_every_case_runs_again_and_again(operation, dtype, tiny):
 
 
 def test_the_torch_scan_stands_beside_the_triton_one_where_that_serves(tiny, monkeypatch):
-    monkeypatch.setattr(bench_ops, "triton_scans", lambda x, B, block, chunk: True)
+    monkeypatch.setattr(bench_ops, "uses_triton_scan", lambda x, B, block, chunk: True)
     cases = cases_of(Shape("scan", 32, 8, "fp32", tiny))
     assert [case.name for case in cases][:2] == [OURS, "ours in torch"]
     cases[1].run()

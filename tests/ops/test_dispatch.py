@@ -1,4 +1,4 @@
-"""The calls of third-party kernels, against stand-ins of the same signatures that compute in plain torch."""
+"""The calls of other packages' kernels, with stand-ins of the same signatures in torch."""
 
 import sys
 from types import ModuleType, SimpleNamespace
@@ -8,7 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from megatron_twotower.ops import dispatch, scan
-from megatron_twotower.ops.dispatch import causal_conv_kernel, chunk_scan_kernel, conv_unsupported, scan_kernel
+from megatron_twotower.ops.dispatch import (
+    causal_conv1d,
+    causal_conv1d_unsupported,
+    mamba_ssm_chunk_scan,
+    mamba_ssm_scan,
+)
 from megatron_twotower.ops.scan import scan_ref, stream_scan
 
 
@@ -36,7 +41,7 @@ def _each_chunk(t, chunk):
 
 
 def _same(seq_idx, chunk, chunks, batch):
-    """(b, c, q, q) whether two places of a chunk are of one document."""
+    """Whether two positions of a chunk are of one document: (b, c, q, q)."""
     if seq_idx is None:
         return torch.ones(batch, chunks, chunk, chunk, dtype=torch.bool)
     rows = _each_chunk(seq_idx.unsqueeze(-1), chunk).squeeze(-1)
@@ -79,14 +84,14 @@ def _chunk_scan_fwd(cb, x, dt, dA_cumsum, C, states, D=None, z=None, seq_idx=Non
     assert states.shape == (batch, chunks, x.shape[2], x.shape[3], C.shape[3])
     decays = (dA_cumsum.unsqueeze(-1) - dA_cumsum.unsqueeze(-2)).tril().exp().tril()
     xs, Cs = _each_chunk(x, chunk), _each_chunk(C.repeat_interleave(heads, 2), chunk)
-    own = torch.einsum("bcmij,bmcij,bmcj,bcjmp->bcimp", cb.repeat_interleave(heads, 2), decays, dt, xs)
+    intra_chunk = torch.einsum("bcmij,bmcij,bmcj,bcjmp->bcimp", cb.repeat_interleave(heads, 2), decays, dt, xs)
     read = dA_cumsum.exp()
     if seq_idx is not None:
         rows = _each_chunk(seq_idx.unsqueeze(-1), chunk).squeeze(-1)
         before = F.pad(seq_idx[:, chunk - 1 : -1 : chunk], (1, 0))
         read = read * (rows == before.unsqueeze(-1)).unsqueeze(1)
     carried = torch.einsum("bmcq,bcqmd,bcmpd->bcqmp", read, Cs, states)
-    return (own + carried).flatten(1, 2)[:, : x.shape[1]] + D.unsqueeze(-1) * x, None
+    return (intra_chunk + carried).flatten(1, 2)[:, : x.shape[1]] + D.unsqueeze(-1) * x, None
 
 
 def mamba_chunk_scan_combined(
@@ -156,7 +161,7 @@ DOCUMENTS = [None, torch.tensor([[0] * 5 + [1] * 4 + [2] * 10, [0] * 19]), torch
 @pytest.mark.parametrize("chunk", [4, 8])
 def test_the_scan_is_the_recurrence_with_its_states(stand_ins, documents, chunk):
     tensors = stream(19)
-    y, states, final = chunk_scan_kernel(*tensors, chunk=chunk, documents=documents)
+    y, states, final = mamba_ssm_chunk_scan(*tensors, chunk=chunk, documents=documents)
     expected, last = scan_ref(*tensors, documents=documents)
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(final, last, rtol=1e-10, atol=1e-10)
@@ -167,18 +172,20 @@ def test_the_scan_is_the_recurrence_with_its_states(stand_ins, documents, chunk)
         torch.testing.assert_close(states[:, c], scan_ref(*past, documents=rows)[1], rtol=1e-10, atol=1e-10)
 
 
-def test_the_scan_keeps_no_graph_and_the_trained_one_does(stand_ins):
+def test_only_the_scan_for_training_has_gradients(stand_ins):
     tensors = stream(8, grad=True)
-    assert not any(t.requires_grad for t in chunk_scan_kernel(*tensors, chunk=4))
-    torch.testing.assert_close(scan_kernel(*tensors, chunk=4), stream_scan(*tensors, chunk=4), rtol=1e-10, atol=1e-10)
-    y = scan_kernel(*tensors, chunk=4, documents=torch.tensor([[0] * 4 + [1] * 4] * 2))
+    assert not any(t.requires_grad for t in mamba_ssm_chunk_scan(*tensors, chunk=4))
+    torch.testing.assert_close(
+        mamba_ssm_scan(*tensors, chunk=4), stream_scan(*tensors, chunk=4), rtol=1e-10, atol=1e-10
+    )
+    y = mamba_ssm_scan(*tensors, chunk=4, documents=torch.tensor([[0] * 4 + [1] * 4] * 2))
     assert all(gradient.abs().sum() > 0 for gradient in torch.autograd.grad(y.sum(), tensors))
 
 
 @pytest.mark.parametrize("documents", DOCUMENTS)
 @pytest.mark.parametrize("offset", [0, 3, 8])
-def test_the_convolution_of_a_view_is_torch_s(stand_ins, documents, offset):
-    """Whatever the alignment of the view, the kernel gets a layout that it takes."""
+def test_the_convolution_of_a_view_equals_torch(stand_ins, documents, offset):
+    """The kernel receives a layout that it takes, whatever the alignment of the view."""
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn(2, 19, 32, generator=generator)
     x, weight, bias = wide[..., offset : offset + 16], torch.randn(16, 4, generator=generator), torch.randn(16)
@@ -189,35 +196,35 @@ def test_the_convolution_of_a_view_is_torch_s(stand_ins, documents, offset):
             of_document = numbers == number
             part = F.pad(x[row, of_document].T, (3, 0)).unsqueeze(0)
             expected[row, of_document] = F.silu(F.conv1d(part, weight.unsqueeze(1), bias, groups=16))[0].T
-    got = causal_conv_kernel(x, weight, bias, documents=documents)
+    got = causal_conv1d(x, weight, bias, documents=documents)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_bias_takes_the_dtype_of_the_weight(stand_ins):
     x, weight, bias = torch.randn(1, 4, 8), torch.randn(8, 4, dtype=torch.bfloat16), torch.randn(8)
-    assert causal_conv_kernel(x, weight, bias).shape == x.shape
+    assert causal_conv1d(x, weight, bias).shape == x.shape
 
 
-def test_what_the_convolution_does_not_take():
-    assert conv_unsupported(6144, 4) is None
-    assert conv_unsupported(12, 4) == "12 channels, expected a multiple of 8"
-    assert conv_unsupported(16, 5) == "5 taps, expected 2 to 4"
+def test_why_causal_conv1d_does_not_take_a_convolution():
+    assert causal_conv1d_unsupported(6144, 4) is None
+    assert causal_conv1d_unsupported(12, 4) == "12 channels, expected a multiple of 8"
+    assert causal_conv1d_unsupported(16, 5) == "5 taps, expected 2 to 4"
 
 
 @pytest.fixture
-def asked_anew():
+def fresh_cache():
     dispatch.unavailable.cache_clear()
     yield
     dispatch.unavailable.cache_clear()
 
 
-def test_nothing_is_imported_without_a_device(asked_anew, monkeypatch):
+def test_nothing_is_imported_without_a_device(fresh_cache, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(dispatch.importlib, "import_module", None)
     assert {dispatch.unavailable(package) for package in dispatch.MODULES} == {"no CUDA device"}
 
 
-def test_why_a_package_does_not_serve(asked_anew, monkeypatch, stand_ins):
+def test_why_a_package_is_unavailable(fresh_cache, monkeypatch, stand_ins):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert dispatch.unavailable("mamba-ssm") is None
     monkeypatch.setitem(dispatch.MODULES, "triton", "triton_that_is_not_there")
@@ -231,7 +238,7 @@ def test_why_a_package_does_not_serve(asked_anew, monkeypatch, stand_ins):
     assert dispatch.unavailable("causal-conv1d") == reason
 
 
-def test_a_package_can_be_switched_off_for_a_while(asked_anew, monkeypatch, stand_ins):
+def test_a_package_can_be_switched_off_for_a_while(fresh_cache, monkeypatch, stand_ins):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with dispatch.without("mamba-ssm"):
         with dispatch.without("causal-conv1d"):
@@ -240,12 +247,12 @@ def test_a_package_can_be_switched_off_for_a_while(asked_anew, monkeypatch, stan
     assert dispatch.unavailable("mamba-ssm") is None
 
 
-def test_mamba_ssm_is_not_asked_for_float32(monkeypatch):
-    """Its products would be TF32's there."""
+def test_mamba_ssm_is_not_used_in_float32(monkeypatch):
+    """It would multiply in TF32."""
     monkeypatch.setattr(dispatch, "unavailable", lambda package: None)
     dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    served = [dtype for dtype in dtypes if scan._mamba_ssm_serves(SimpleNamespace(is_cuda=True, dtype=dtype))]
-    assert served == [torch.float16, torch.bfloat16]
+    used = [dtype for dtype in dtypes if scan._uses_mamba_ssm(SimpleNamespace(is_cuda=True, dtype=dtype))]
+    assert used == [torch.float16, torch.bfloat16]
 
 
 def test_each_of_our_own_kernels_can_be_switched_off(monkeypatch):
@@ -253,10 +260,10 @@ def test_each_of_our_own_kernels_can_be_switched_off(monkeypatch):
     monkeypatch.setattr(dispatch.unavailable, "cache_clear", lambda: None, raising=False)
     there = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
     with dispatch.without("scan", "gated norm"):
-        serving = [name for name in dispatch.OWN if dispatch.triton_serves(there, name)]
-    assert serving == ["convolution", "modulation", "cross-entropy"]
-    assert all(dispatch.triton_serves(there, name) for name in dispatch.OWN)
+        used = [name for name in dispatch.TRITON_KERNELS if dispatch.uses_triton(there, name)]
+    assert used == ["convolution", "modulation", "cross-entropy"]
+    assert all(dispatch.uses_triton(there, name) for name in dispatch.TRITON_KERNELS)
     for other in ({"is_cuda": False}, {"dtype": torch.float64}, {"dtype": torch.float16}):
-        assert not dispatch.triton_serves(SimpleNamespace(**vars(there) | other), "scan")
+        assert not dispatch.uses_triton(SimpleNamespace(**vars(there) | other), "scan")
     monkeypatch.setattr(dispatch, "unavailable", lambda package: "no triton")
-    assert not dispatch.triton_serves(there, "scan")
+    assert not dispatch.uses_triton(there, "scan")

@@ -1,8 +1,8 @@
 """The real mamba-ssm against the float64 recurrence, without a GPU: `make test-mamba`.
 
 The kernels run in Triton's interpreter, which has to be switched on before triton is first
-imported: one test here runs this file again in a process of its own. What the interpreter gets
-right leaves the compiler and the hardware to doubt, and the compiler is asked for Hopper code.
+imported: one test here runs this file again in a process of its own. The interpreter checks neither
+the compiler nor the hardware, so the kernels are also compiled for Hopper.
 """
 
 import itertools
@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from helpers import mamba_package
 from helpers.gpu_checks import relative
 from helpers.mamba_package import block_sizes, fenced, scan_module
-from megatron_twotower.ops.dispatch import chunk_scan_kernel, scan_kernel
+from megatron_twotower.ops.dispatch import mamba_ssm_chunk_scan, mamba_ssm_scan
 from megatron_twotower.ops.scan import scan_ref
 
 pytestmark = pytest.mark.mamba
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="of the process in which the interpreter is on")
-compiled_only = pytest.mark.skipif(INTERPRETED, reason="of the process in which the compiler is on")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+compiled_only = pytest.mark.skipif(INTERPRETED, reason="needs Triton's compiler")
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 NAMES = ("x", "dt", "A", "B", "C", "D")
 HEADS, GROUPS, SIZE, STATE = 4, 2, 8, 16
@@ -38,7 +38,7 @@ def host(monkeypatch):
 
 
 def stream(length, *, dtype=torch.float32, batch=2, seed=0):
-    """x, dt, A, B, C, D; x, B and C are views of one projection, as in the layers."""
+    """The inputs x, dt, A, B, C, D; x, B and C are views of one projection, as in the layers."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -55,7 +55,7 @@ def initial_states(batch=2):
 
 
 def documents(length, *, first=0):
-    """One row of three, the other of one."""
+    """One row of three documents, one row of one document."""
     places = torch.arange(length)
     three = (places >= (length + 2) // 3).int() + (places >= (length + 1) // 2).int()
     return torch.stack([three - three[0], torch.zeros(length).int()]) + first
@@ -65,7 +65,7 @@ def too_large(errors, dtype):
     return {name: error for name, error in errors.items() if not error <= TOLERANCES[dtype]}
 
 
-# --- our calls of the package -------------------------------------------------------------------------------------
+# --- this project's calls of the package ---
 
 
 @interpreted
@@ -75,7 +75,7 @@ def too_large(errors, dtype):
 def test_the_context_tower_s_scan_is_the_recurrence_with_its_states(host, length, chunk, apart, dtype):
     tensors, rows = stream(length, dtype=dtype), documents(length, first=3) if apart else None
     with block_sizes(length + apart):
-        y, states, final = chunk_scan_kernel(*tensors, chunk=chunk, documents=rows)
+        y, states, final = mamba_ssm_chunk_scan(*tensors, chunk=chunk, documents=rows)
     assert y.dtype == dtype and states.dtype == final.dtype == torch.float32
     exact = [t.double() for t in tensors]
     expected, last = scan_ref(*exact, documents=rows)
@@ -99,14 +99,14 @@ def test_next_token_training_has_the_recurrence_s_gradients(host, length, chunk,
     expected = scan_ref(*exact, documents=rows)[0]
     upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
     with block_sizes(length + apart):
-        y = scan_kernel(*own, chunk=chunk, documents=rows)
+        y = mamba_ssm_scan(*own, chunk=chunk, documents=rows)
         got = torch.autograd.grad(y, own, upstream)
     assert [t.dtype for t in got] == [t.dtype for t in own]
     pairs = zip(NAMES, got, torch.autograd.grad(expected, exact, upstream.double()), strict=True)
     assert too_large({"y": relative(y, expected)} | {name: relative(a, b) for name, a, b in pairs}, dtype) == {}
 
 
-# --- what it makes of initial states and short sequences, which nothing here asks of it ------------------------------
+# --- initial states and short sequences, which this project does not use ---
 
 # Lengths and chunks. All of (1, 8, 16, 17, 64) x (16, 64, 128, 256) were run once, which takes
 # twenty minutes.
@@ -117,8 +117,11 @@ SHORT = [(*sizes, apart, dtype) for sizes, apart, dtype in itertools.product(SIZ
 @interpreted
 @pytest.mark.parametrize(("number", "length", "chunk", "apart", "dtype"), [(i, *case) for i, case in enumerate(SHORT)])
 def test_short_sequences_from_initial_states(host, number, length, chunk, apart, dtype):
-    """Value, final state and all gradients, that of the initial states too; with block sizes larger and smaller than
-    the sequence, nothing but NaN in memory that is not written yet and around the inputs."""
+    """Value, final state and all gradients, also of the initial states.
+
+    The block sizes are larger and smaller than the sequence. Memory that is not yet written is NaN,
+    and so is the memory around the inputs.
+    """
     tensors, initial, rows = stream(length, dtype=dtype), initial_states(), documents(length) if apart else None
     own = [fenced(t).requires_grad_() for t in (*tensors, initial)]
     exact = [t.double().requires_grad_() for t in (*tensors, initial)]
@@ -181,9 +184,12 @@ def test_packed_sequences_without_an_initial_state(host, lengths, chunk):
 @pytest.mark.parametrize("chunk", [16, 64])
 @pytest.mark.parametrize("lengths", [[16], [1, 15, 17], [16, 16], [70, 16]], ids=str)
 def test_the_state_of_a_packed_first_sequence_of_one_chunk_lacks_the_initial_one(host, lengths, chunk):
-    """A mistake of mamba-ssm 2.2 and 2.3: `_chunk_state_varlen_kernel` adds what was there before the last chunk only
-    where the sequence starts before that chunk. One that ends within the first chunk loses the
-    initial state, though its y has it. (The day this fails, upstream has mended it.)"""
+    """A bug of mamba-ssm 2.2 and 2.3 in the final states of packed sequences.
+
+    `_chunk_state_varlen_kernel` adds the state before the last chunk only if the sequence starts
+    before that chunk. A sequence that ends in the first chunk loses the initial state, although its
+    y includes it. When this test fails, upstream has fixed the bug.
+    """
     (y, state), *others = states_of_packed(lengths, chunk=chunk, initial=True)
     assert y < TOLERANCES[torch.float32] and all(max(pair) < TOLERANCES[torch.float32] for pair in others)
     assert (state > 1e-4) == (lengths[0] <= chunk), state
@@ -191,7 +197,7 @@ def test_the_state_of_a_packed_first_sequence_of_one_chunk_lacks_the_initial_one
 
 @interpreted
 def test_an_initial_state_belongs_to_document_zero(host):
-    """Rows whose seq_idx starts at another number start from zeros: sequences are numbered from 0 there."""
+    """Rows whose seq_idx does not start at 0 start from a state of zeros."""
     tensors, initial = stream(17), initial_states()
     x, dt, A, B, C, D = tensors
     with block_sizes(0):
@@ -204,7 +210,7 @@ def test_an_initial_state_belongs_to_document_zero(host):
 
 @interpreted
 def test_a_state_is_rounded_to_the_dtype_of_c(host):
-    """A state of ten thousand that C cancels: in bfloat16 the package's y is off by a tenth."""
+    """C cancels states of ten thousand: in bfloat16 the package's y has an error of a tenth."""
     x, dt, A, B, C, D = stream(16, dtype=torch.bfloat16)
     C = torch.tensor([1.0, -1.0]).repeat(STATE // 2).expand_as(C).to(torch.bfloat16)
     initial = 1e4 + initial_states() / 10
@@ -216,17 +222,17 @@ def test_a_state_is_rounded_to_the_dtype_of_c(host):
 
 @interpreted
 def test_float32_is_multiplied_in_tf32_on_a_gpu(host):
-    """Why `ops.scan` does not ask it for float32: a thousandth of the value, where 1e-4 is promised."""
+    """Why `ops.scan` does not use it in float32: the error is a thousandth, not 1e-4."""
     tensors = stream(40)
     mamba_package.multiply_in_tf32(host)
     with block_sizes(6):
-        y, _, final = chunk_scan_kernel(*tensors, chunk=16)
+        y, _, final = mamba_ssm_chunk_scan(*tensors, chunk=16)
     expected, last = scan_ref(*(t.double() for t in tensors))
     errors = (relative(y, expected), relative(final, last))
     assert min(errors) > 1e-4 and max(errors) < 2e-3
 
 
-# --- through the compiler -------------------------------------------------------------------------------------------
+# --- compiled ---
 
 FORWARD = (
     "_chunk_cumsum_fwd_kernel",
@@ -250,8 +256,10 @@ SHARED_MEMORY = 227 * 1024  # bytes a program may have at compute capability 9.0
 
 
 def compiled(name, dtype, *, number):
-    """A kernel for compute capability 9.0 at the real model's head sizes, chunks of 128, with initial states, without
-    documents, and with the `number`th of its configurations."""
+    """A kernel for compute capability 9.0 at the head sizes of the real model.
+
+    Chunks of 128, with initial states, without documents. number: the index of its configuration.
+    """
     import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
@@ -315,7 +323,7 @@ def test_a_kernel_compiles_for_hopper_in_bfloat16(name):
 @compiled_only
 @pytest.mark.parametrize("name", FORWARD[3:])
 def test_float32_is_compiled_to_tf32(name):
-    """What `test_float32_is_multiplied_in_tf32_on_a_gpu` counts on."""
+    """What `test_float32_is_multiplied_in_tf32_on_a_gpu` assumes."""
     assert re.search(r"mma.*\.tf32\.tf32", compiled(name, torch.float32, number=6).asm["ptx"])
 
 

@@ -1,4 +1,4 @@
-"""The scans against the plain recurrence, in float64, all gradients included."""
+"""The scans against the recurrence in float64, all gradients included."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def random_documents(batch, length, seed, *, share=0.2):
 
 
 def assert_same(got, want, tensors, wide, *, tolerance):
-    """Values and all gradients, against the largest value of each (some are zero but for rounding)."""
+    """Errors of y and all gradients relative to the largest value; some are zero up to rounding."""
     upstream = torch.randn(want.shape, generator=torch.Generator().manual_seed(9), dtype=want.dtype)
     ours = torch.autograd.grad(got, tensors, upstream.to(got.dtype))
     theirs = torch.autograd.grad(want, wide, upstream.to(got.dtype).double())
@@ -51,8 +51,8 @@ shapes = st.fixed_dictionaries(
 )
 
 
-# Largest error over largest value. The gradient of A, a sum of differences, is the least exact in
-# float32; bfloat16 rounds y and the gradients themselves.
+# Largest error over largest value. In float32 the gradient of A, a sum of differences, is the least
+# accurate. bfloat16 rounds y and the gradients themselves.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 2e-2}
 
 
@@ -75,7 +75,7 @@ def test_two_streams_equal_block_by_block_with_all_gradients(case, dtype):
     shape = {"block": block, "documents": documents}
     names = ("clean_x", "clean_dt", "clean_A", "clean_B")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scan_chunks, "CACHED", case["cached"])
+        patch.setattr(scan_chunks, "CPU_ELEMENTS", case["cached"])
         _, states, _ = chunk_scan(*clean, chunk=chunk, documents=documents)
         got = two_stream_scan(*noisy, **dict(zip(names, clean, strict=False)), states=states, chunk=chunk, **shape)
         assert got.dtype == dtype
@@ -92,8 +92,8 @@ def test_chunk_scan_equals_the_recurrence_with_all_gradients(case, length):
     initial = torch.randn(case["batch"], 4, 3, 5, dtype=torch.float64)
     chunk = chunk_length(1, preferred=case["preferred"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scan_chunks, "CACHED", case["cached"])
-        patch.setattr(scan_chunks, "TILE", 4)
+        patch.setattr(scan_chunks, "CPU_ELEMENTS", case["cached"])
+        patch.setattr(scan_chunks, "MAX_TILE", 4)
         got, states, final = chunk_scan(*tensors, chunk=chunk, initial=initial, documents=documents)
         want, last = scan_ref(*tensors, initial=initial, documents=documents)
         assert_same(got, want, tensors, tensors, tolerance=1e-10)
@@ -101,8 +101,10 @@ def test_chunk_scan_equals_the_recurrence_with_all_gradients(case, length):
     x, dt, A, B, C, D = tensors
     for c in range(1, states.shape[1]):
         past = slice(0, c * chunk)
-        of_past = None if documents is None else documents[:, past]
-        _, state = scan_ref(x[:, past], dt[:, past], A, B[:, past], C[:, past], D, initial=initial, documents=of_past)
+        past_documents = None if documents is None else documents[:, past]
+        _, state = scan_ref(
+            x[:, past], dt[:, past], A, B[:, past], C[:, past], D, initial=initial, documents=past_documents
+        )
         torch.testing.assert_close(states[:, c], state.detach(), rtol=1e-11, atol=1e-11)
 
 
@@ -118,7 +120,7 @@ def test_large_states_stay_finite_in_bfloat16():
 
 
 def test_only_the_state_of_each_chunk_is_kept():
-    """What lives between forward and backward does not grow when blocks shrink."""
+    """The memory between forward and backward does not grow with the number of blocks."""
     kept = {}
     for block in (2, 32):
         noisy, clean = inputs(64, seed=1, grad=True), inputs(64, seed=2)

@@ -76,7 +76,7 @@ def test_next_tokens_are_scored_within_their_document():
 def test_no_operation_of_a_step_asks_for_a_value():
     """With fake tensors an operation that needs a value, such as a count, raises an error."""
     noisy = corrupt(batch_of(), NOISE, seed=5)
-    attention._hidden.cache_clear()
+    attention._masked_pairs.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         with pytest.raises(DataDependentOutputException):
             torch.ones(3).sum().item()
@@ -113,4 +113,4 @@ def test_no_operation_of_a_step_asks_for_a_value():
         history = block_history(inputs.detach(), taps=4, block=4)
         seeded_block_conv(inputs, history, filters, bias).sum().backward()
         assert all(t.grad is not None for t in (weight, hidden, x, dt, A, B, C, D, query, key, inputs, filters, bias))
-    attention._hidden.cache_clear()
+    attention._masked_pairs.cache_clear()

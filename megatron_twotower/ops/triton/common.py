@@ -1,27 +1,35 @@
-"""What the Triton kernels of this folder share. Importing this module imports triton."""
+"""Helpers of the Triton kernels in this folder. Importing this module imports triton."""
+
+import os
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+# Whether Triton's interpreter runs the kernels. Triton reads the same variable when it is imported.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
 
 @triton.jit
-def narrow(values, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """To dtype, rounded to nearest even."""
+def round_to(values, dtype: tl.constexpr):
+    """The float32 values in `dtype`, rounded to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:
-        # Triton 3.9's interpreter cuts off, or loses a carry into the exponent: round before it
-        # does.
+        # The interpreter of Triton 3.9 truncates, or loses a carry into the exponent. Round here,
+        # before it converts.
         bits = values.to(tl.int32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         values = (bits >> 16 << 16).to(tl.float32, bitcast=True)
     return values.to(dtype)
 
 
-def padded(size: int) -> int:
-    """tl.dot takes no dimension under 16, tl.arange powers of two."""
+def padded_size(size: int) -> int:
+    """The next power of two, at least 16.
+
+    `tl.arange` takes powers of two, and `tl.dot` no dimension under 16.
+    """
     return max(16, 1 << (size - 1).bit_length())
 
 
-def last_dense(tensor: Tensor) -> Tensor:
-    """As it is where the last dimension is dense, else a copy."""
+def dense_last_dimension(tensor: Tensor) -> Tensor:
+    """The tensor itself if its last dimension is contiguous, otherwise a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

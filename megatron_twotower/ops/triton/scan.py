@@ -1,43 +1,45 @@
-"""The two-stream scan of `ops.scan` in Triton, forward and backward. Importing this module imports triton.
+"""The two-stream scan of `ops.scan` in Triton, forward and backward.
 
-Tested in Triton's interpreter, and compiled for compute capability 9.0; not yet run or timed on a
-GPU.
+Importing this module imports triton. The kernels are tested in Triton's interpreter and compiled
+for compute capability 9.0. They have not yet been run or timed on a GPU.
 
-Dimensions: b batch, l length, m heads, p head size, g groups, d state size, r = m / g heads per
-group, s block, q chunk. A program takes the positions of a few whole blocks of one chunk (a tile)
-for the heads of one group, one after the other: the products C B^T are made once for all heads of a
-group, and the gradients of B and C are summed over them in registers, without atomics. Tiles, p, d
-and q are padded to powers of two of at least 16 by masks.
+Dimensions: b batch, l length, m heads, p head size, g groups, d state size, s block, q chunk. One
+program computes a tile, a few complete blocks of one chunk, for all heads of one group, one head
+after another. It computes the products C B^T once for all heads of the group, and sums the
+gradients of B and C over the heads in registers, without atomics. Tiles, p, d and q are padded to
+powers of two of at least 16, with masks.
 
-Log decays come from a first small kernel, by position, in float32 (b, m, l'), l' the length in
-whole chunks:
+A first small kernel computes three log decays by position, float32 (b, m, l'), where l' is the
+length rounded up to complete chunks. A tilde marks the noisy stream:
 
-    own_i   = sum of dt~ A~ from the start of i's block to i
-    since_i = own_i + sum of clean dt A from the chunk's start to just before i's block
-    clean_j = sum of clean dt A from the chunk's start to j
+    block_decay_i = sum of dt~ A~ from the start of i's block to i
+    chunk_decay_i = block_decay_i + sum of clean dt A from the chunk's start to before i's block
+    clean_decay_j = sum of clean dt A from the chunk's start to j
 
-Then, with scores C~_i . B_j of either stream and h the clean state at the chunk's start,
+With the scores C~_i . B_j, the noisy scores~ C~_i . B~_j, and h the clean state at the chunk's
+start, the output is an inter-chunk term, two intra-chunk terms and the skip connection:
 
-    y_i = exp(since_i) C~_i h + sum_{j before i's block} scores_ij exp(since_i - clean_j) dt_j x_j
-        + sum_{j <= i in i's block} scores~_ij exp(own_i - own_j) dt~_j x~_j + D x~_i
+    y_i = exp(chunk_decay_i) C~_i h
+        + sum_{j before i's block} scores_ij exp(chunk_decay_i - clean_decay_j) dt_j x_j
+        + sum_{j <= i in i's block} scores~_ij exp(block_decay_i - block_decay_j) dt~_j x~_j
+        + D x~_i
 
-Exponents of pairs that do not count can be positive: they are cut off at 0 before the exponential,
-and their scores are zero. The backward pass needs nothing of the forward pass but its inputs: the
-gradient of a log decay is the sum of its row of weighted scores' gradients, less that of its
-column, all in float32. (The shorter g . y - u . du is the difference of two large sums, and y would
-be rounded to bfloat16.)
+The exponents of masked pairs can be positive. They are limited to 0 before the exponential, and the
+scores of these pairs are zero. The backward pass keeps only the inputs of the forward pass. The
+gradient of a log decay is the sum over its row of the gradients of the weighted scores, minus the
+sum over its column, all in float32. (The shorter formula g . y - u . du of `ops.scan` is the
+difference of two large sums, and here y would be rounded to bfloat16.)
 
-Precision: sums in float32. Float32 inputs are multiplied as three TF32 products, which keeps
-float32's accuracy. Bfloat16 inputs enter products as they are, dt and exp(...) folded into the
-scores, which are rounded to bfloat16 once; the clean state, which can be thousands of times the
-inputs, as a high and a low bfloat16 part.
+Precision: all sums are in float32. Float32 inputs are multiplied as three TF32 products, which
+keeps the accuracy of float32. Bfloat16 inputs enter the products unchanged: dt and exp(...) are
+multiplied into the scores, which are rounded to bfloat16 once. The clean state can be thousands of
+times larger than the inputs, and enters as a high and a low bfloat16 part.
 
-Memory traffic, in units of x, with B and C g d / (m p) each and the float32 states 2 d / q
-(bfloat16) or d / q: forward reads x, clean x, C, B, clean B and the states and writes y; backward
-reads y's gradient twice, x, clean x, C twice, B, clean B and the states, writes the gradients of x
-and B, and that of C twice, reading it once. At Nano's dimensions (m 64, p 64, g 8, d 128, q 128,
-bfloat16) that is 5.75 and 9 units of 8 KiB per position. Between forward and backward only the
-inputs are kept.
+Memory traffic, in units of x: B and C are g d / (m p) each, the float32 states 2 d / q (bfloat16)
+or d / q. Forward reads x, clean x, C, B, clean B and the states and writes y. Backward reads the
+gradient of y twice, x, clean x, C twice, B, clean B and the states, writes the gradients of x and
+B, writes the gradient of C twice and reads it once. At the dimensions of Nano (m 64, p 64, g 8,
+d 128, q 128, bfloat16) this is 5.75 and 9 units of 8 KiB per position.
 """
 
 from typing import Any, NamedTuple
@@ -45,130 +47,154 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_twotower.ops.scan_chunks import MAX_CHUNK
 from megatron_twotower.ops.triton import scan_kernels as kernels
-from megatron_twotower.ops.triton.common import last_dense, padded
+from megatron_twotower.ops.triton.common import dense_last_dimension, padded_size
 
-# Most that the kernels take of block, head size and state size, by bytes per input element: what
-# fits in 227 KiB of shared memory.
-MOST = {2: {"block": 128, "head size": 128, "state size": 256}, 4: {"block": 64, "head size": 64, "state size": 128}}
-MAX_CHUNK = 128
+# The largest block, head size and state size of the kernels, by bytes of an input element: they
+# have to fit into 227 KiB of shared memory.
+LIMITS = {2: {"block": 128, "head size": 128, "state size": 256}, 4: {"block": 64, "head size": 64, "state size": 128}}
 
 
-def supported(x: Tensor, B: Tensor, *, block: int, chunk: int) -> str | None:
-    """Why the kernels do not take these inputs, in a few words; None when they do. x (b, l, m, p), B (b, l, g, d)."""
+def unsupported(x: Tensor, B: Tensor, *, block: int, chunk: int) -> str | None:
+    """`None`, or why the kernels do not take x (b, l, m, p) and B (b, l, g, d)."""
     if x.dtype not in (torch.bfloat16, torch.float32):
         return f"dtype {x.dtype}, expected bfloat16 or float32"
     if chunk % block:
         return f"blocks of {block} tokens in chunks of {chunk}, expected whole blocks"
     found = {"block": block, "head size": x.shape[-1], "state size": B.shape[-1], "chunk": chunk}
-    most = {**MOST[x.element_size()], "chunk": MAX_CHUNK}
-    too_large = (f"{name} {found[name]}, expected at most {most[name]}" for name in found if found[name] > most[name])
+    limits = {**LIMITS[x.element_size()], "chunk": MAX_CHUNK}
+    too_large = (
+        f"{name} {size}, expected at most {limits[name]}" for name, size in found.items() if size > limits[name]
+    )
     return next(too_large, None)
 
 
-class TileNumbers(NamedTuple):
-    """Compile-time numbers of the kernels of tiles, in the order of their last parameters."""
+class TileConstants(NamedTuple):
+    """Compile-time constants of the kernels of tiles, in the order of their last parameters.
+
+    Attributes:
+        heads: of one rank.
+        group_heads: heads of one group.
+        head_size: p.
+        state: d.
+        block: s.
+        chunk: q.
+        tile: positions of a tile, a multiple of `block`.
+        tiles: tiles of a chunk.
+        rows: `tile`, padded.
+        keys: clean positions that are multiplied with a tile at once: all of a chunk, or half.
+        head_size_padded: `head_size`, padded.
+        state_padded: `state`, padded.
+        documents: whether documents separate positions.
+    """
 
     heads: int
-    share: int  # heads of a group
+    group_heads: int
     head_size: int
     state: int
     block: int
     chunk: int
-    tile: int  # positions of a tile, whole blocks
-    tiles: int  # of a chunk
-    rows_padded: int
-    keys: int  # clean positions of the chunk that meet a tile at once: all, or half of them
+    tile: int
+    tiles: int
+    rows: int
+    keys: int
     head_size_padded: int
     state_padded: int
     documents: bool
-    interpreted: bool
 
 
 class Launch(NamedTuple):
-    """Positions that a tile aims at, and how its kernel is compiled."""
+    """How a kernel of tiles is launched.
+
+    Attributes:
+        tile: the most positions of a tile, unless one block has more.
+        warps: Triton's num_warps.
+        stages: Triton's num_stages.
+    """
 
     tile: int
     warps: int
     stages: int
 
 
-# By kernel and bytes per input element, at head sizes and states up to Nano's. From the compiler's
-# reports for compute capability 9.0, not from timings. With bfloat16: eight warps per
-# multiprocessor, loads of the next head under way, and loops that reload some registers from memory
-# but write hardly any.
+# By kernel and bytes of an input element, at head sizes and states up to those of Nano. Chosen from
+# the compiler's reports for compute capability 9.0, not from timings. In bfloat16: eight warps per
+# multiprocessor, the loads of the next head overlap with the current one, and the loops read some
+# spilled registers from memory but write hardly any.
 LAUNCHES = {
     ("forward", 2): Launch(128, 8, 2),
     ("forward", 4): Launch(64, 4, 1),
-    ("backward_left", 2): Launch(128, 8, 2),
-    ("backward_left", 4): Launch(64, 8, 1),
-    ("backward_own", 2): Launch(64, 4, 2),
-    ("backward_own", 4): Launch(32, 4, 1),
+    ("backward_clean", 2): Launch(128, 8, 2),
+    ("backward_clean", 4): Launch(64, 8, 1),
+    ("backward_block", 2): Launch(64, 4, 2),
+    ("backward_block", 4): Launch(32, 4, 1),
 }
 NANO_HEAD = 64 * 128
 
 
-def tile_numbers(
-    kernel: str, x: Tensor, B: Tensor, *, block: int, chunk: int, documents: bool, interpreted: bool
-) -> tuple[TileNumbers, Launch]:
-    """What to compile a kernel for, and how. x (b, l, m, p), B (b, l, g, d)."""
+def tile_constants(
+    kernel: str, x: Tensor, B: Tensor, *, block: int, chunk: int, documents: bool
+) -> tuple[TileConstants, Launch]:
+    """The constants and the launch of a kernel. x (b, l, m, p), B (b, l, g, d)."""
     m, p, g, d = *x.shape[2:], *B.shape[2:]
     launch = LAUNCHES[kernel, x.element_size()]
-    if padded(p) * padded(d) > NANO_HEAD:
+    if padded_size(p) * padded_size(d) > NANO_HEAD:
         launch = Launch(min(launch.tile, 64), 4, 1)
     tile = block * min(max(1, launch.tile // block), chunk // block)
-    if padded(tile) > launch.tile:
+    if padded_size(tile) > launch.tile:
         launch = launch._replace(warps=8)
-    numbers = TileNumbers(
+    constants = TileConstants(
         heads=m,
-        share=m // g,
+        group_heads=m // g,
         head_size=p,
         state=d,
         block=block,
         chunk=chunk,
         tile=tile,
         tiles=-(-chunk // tile),
-        rows_padded=padded(tile),
-        keys=min(padded(chunk), MAX_CHUNK // 2),
-        head_size_padded=padded(p),
-        state_padded=padded(d),
+        rows=padded_size(tile),
+        keys=min(padded_size(chunk), MAX_CHUNK // 2),
+        head_size_padded=padded_size(p),
+        state_padded=padded_size(d),
         documents=documents,
-        interpreted=interpreted,
     )
-    return numbers, launch
+    return constants, launch
 
 
-def _steps(tensor: Tensor) -> tuple[int, ...]:
-    """Strides that a kernel takes: all of (b, l) and (b, l, m), all but the last, which is 1, of the others."""
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """The strides that a kernel takes: all of (b, l) and (b, l, m), all but the last of others."""
     return tensor.stride()[: max(3, tensor.dim() - 1)]
 
 
-def _run_by_head(
+def _launch_by_head(
     kernel: Any, tensors: list[Tensor], *, like: Tensor, strided: list[Tensor], block: int, chunk: int
 ) -> None:
-    """One program per head and chunk. like: dt (b, l, m)."""
+    """Launch one program per head and chunk. like: dt (b, l, m)."""
     b, l, m = like.shape
-    steps = [step for tensor in strided for step in _steps(tensor)]
-    sizes = (m, block, chunk, padded(chunk), min(32, padded(chunk)))
-    kernel[(b * m * -(-l // chunk),)](*tensors, *steps, l, *sizes, num_warps=4, enable_fp_fusion=True)
+    strides = [stride for tensor in strided for stride in _strides(tensor)]
+    sizes = (m, block, chunk, padded_size(chunk), min(32, padded_size(chunk)))
+    kernel[(b * m * -(-l // chunk),)](*tensors, *strides, l, *sizes, num_warps=4, enable_fp_fusion=True)
 
 
-def _run_tiles(name: str, planned: tuple[TileNumbers, Launch], tensors: list[Tensor], *, strided: list[Tensor]) -> None:
-    """One program per tile and group. strided begins with a tensor (b, l, m, p)."""
-    numbers, launch = planned
+def _launch_tiles(
+    name: str, compiled: tuple[TileConstants, Launch], tensors: list[Tensor], *, strided: list[Tensor]
+) -> None:
+    """Launch one program per tile and group. strided starts with a tensor (b, l, m, p)."""
+    constants, launch = compiled
     b, l = strided[0].shape[:2]
-    steps = [step for tensor in strided for step in _steps(tensor)]
-    grid = (b * -(-l // numbers.chunk) * numbers.tiles, numbers.heads // numbers.share)
+    strides = [stride for tensor in strided for stride in _strides(tensor)]
+    grid = (b * -(-l // constants.chunk) * constants.tiles, constants.heads // constants.group_heads)
     kernel = getattr(kernels, f"{name}_kernel")
-    # Multiplications and additions join where they can, as is Triton's default up to 3.9.
+    # Fused multiply-add, the default of Triton up to 3.9.
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
-    kernel[grid](*tensors, *steps, l, *numbers, **options)
+    kernel[grid](*tensors, *strides, l, *constants, **options)
 
 
 def _decays(dt: Tensor, A: Tensor, clean_dt: Tensor, clean_A: Tensor, block: int, chunk: int) -> list[Tensor]:
-    """own, since and clean of the module's docstring: (b, m, l') float32 each."""
+    """block_decay, chunk_decay and clean_decay of the module's docstring."""
     out = [_by_head(dt, chunk) for _ in range(3)]
-    _run_by_head(
+    _launch_by_head(
         kernels.decay_kernel,
         [dt, A, clean_dt, clean_A, *out],
         like=dt,
@@ -180,7 +206,7 @@ def _decays(dt: Tensor, A: Tensor, clean_dt: Tensor, clean_A: Tensor, block: int
 
 
 def _by_head(dt: Tensor, chunk: int) -> Tensor:
-    """An empty (b, m, l')."""
+    """An uninitialised float32 tensor (b, m, l')."""
     b, l, m = dt.shape
     return torch.empty(b, m, -(-l // chunk) * chunk, dtype=torch.float32, device=dt.device)
 
@@ -206,16 +232,14 @@ class _TwoStreamScan(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, dt, A, B, C, D, clean_x, clean_dt, clean_A, clean_B, states, documents)
         ctx.block, ctx.chunk = block, chunk
-        rows = dt[..., 0] if documents is None else documents  # not read without documents
-        planned = tile_numbers(
-            "forward", x, B, block=block, chunk=chunk, documents=documents is not None, interpreted=not x.is_cuda
-        )
+        rows = dt[..., 0] if documents is None else documents  # the kernels do not read them without documents
+        compiled = tile_constants("forward", x, B, block=block, chunk=chunk, documents=documents is not None)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         with torch.cuda.device_of(x):
             decays = _decays(dt, A, clean_dt, clean_A, block, chunk)
-            _run_tiles(
+            _launch_tiles(
                 "forward",
-                planned,
+                compiled,
                 [x, dt, B, C, D, clean_x, clean_dt, clean_B, states, *decays, rows, y],
                 strided=[x, dt, B, C, clean_x, clean_dt, clean_B, states, y, rows],
             )
@@ -226,34 +250,47 @@ class _TwoStreamScan(torch.autograd.Function):
         x, dt, A, B, C, D, clean_x, clean_dt, clean_A, clean_B, states, documents = ctx.saved_tensors
         block, chunk, m = ctx.block, ctx.chunk, x.shape[2]
         rows = dt[..., 0] if documents is None else documents
-        grad = last_dense(grad)
-        left, own = (
-            tile_numbers(
-                name, x, B, block=block, chunk=chunk, documents=documents is not None, interpreted=not x.is_cuda
-            )
-            for name in ("backward_left", "backward_own")
+        grad = dense_last_dimension(grad)
+        through_clean, in_block = (
+            tile_constants(name, x, B, block=block, chunk=chunk, documents=documents is not None)
+            for name in ("backward_clean", "backward_block")
         )
         grad_x, grad_dt, grad_B, grad_C = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
         parts = x.shape[0] * states.shape[1]
-        grad_A, grad_D = (dt.new_empty(count, m) for count in (parts, parts * own[0].tiles))
-        into_dt, into_own, into_since = (_by_head(dt, chunk) for _ in range(3))
+        grad_A, grad_D = (dt.new_empty(count, m) for count in (parts, parts * in_block[0].tiles))
+        grad_dt_direct, grad_block_decay, grad_chunk_decay = (_by_head(dt, chunk) for _ in range(3))
         with torch.cuda.device_of(x):
             decays = _decays(dt, A, clean_dt, clean_A, block, chunk)
-            _run_tiles(
-                "backward_left",
-                left,
-                [grad, C, clean_x, clean_dt, clean_B, states, *decays[1:], rows, grad_C, into_since],
+            _launch_tiles(
+                "backward_clean",
+                through_clean,
+                [grad, C, clean_x, clean_dt, clean_B, states, *decays[1:], rows, grad_C, grad_chunk_decay],
                 strided=[grad, C, clean_x, clean_dt, clean_B, states, rows],
             )
-            _run_tiles(
-                "backward_own",
-                own,
-                [grad, x, dt, B, C, D, decays[0], rows, grad_x, grad_B, grad_C, grad_D, into_dt, into_own],
+            _launch_tiles(
+                "backward_block",
+                in_block,
+                [
+                    grad,
+                    x,
+                    dt,
+                    B,
+                    C,
+                    D,
+                    decays[0],
+                    rows,
+                    grad_x,
+                    grad_B,
+                    grad_C,
+                    grad_D,
+                    grad_dt_direct,
+                    grad_block_decay,
+                ],
                 strided=[grad, x, dt, B, C, rows],
             )
-            _run_by_head(
+            _launch_by_head(
                 kernels.decay_backward_kernel,
-                [dt, A, into_dt, into_own, into_since, grad_dt, grad_A],
+                [dt, A, grad_dt_direct, grad_block_decay, grad_chunk_decay, grad_dt, grad_A],
                 like=dt,
                 strided=[dt],
                 block=block,
@@ -280,22 +317,28 @@ def two_stream_scan_triton(
     chunk: int,
     documents: Tensor | None = None,
 ) -> Tensor:
-    """`ops.scan.two_stream_scan` for what `supported` takes, in one kernel forward and two backward.
+    """`ops.scan.two_stream_scan` for inputs that are not `unsupported`.
 
-    Args: x, B, C, clean_x, clean_B: of one dtype, bfloat16 or float32; views are read by their
-        strides, without copies, as long as their last dimension is dense. A, D and clean_A: dense,
-        of any floating dtype. dt, clean_dt: (b, l, m) float32. states: (b, ceil(l / chunk), m, p,
-        d) float32. documents: (b, l), of an integer dtype, 0 or more.
+    Args:
+        x: (b, l, m, p), bfloat16 or float32, like B, C, clean_x and clean_B. Views whose last
+            dimension is contiguous are read without a copy.
+        dt: (b, l, m) float32, like clean_dt.
+        A: (m,), of any floating dtype, like D and clean_A.
+        states: (b, ceil(l / chunk), m, p, d) float32, the clean state at the start of each chunk.
+        block: s.
+        chunk: q, a multiple of `block`.
+        documents: (b, l), of an integer dtype, not negative.
 
-    Returns: y (b, l, m, p) in x's dtype, contiguous. Gradients of x, dt, A, B, C and D, none into
+    Returns:
+        y (b, l, m, p) in x's dtype, contiguous. Gradients flow into x, dt, A, B, C and D, not into
         the clean stream.
     """
-    reason = supported(x, B, block=block, chunk=chunk)
+    reason = unsupported(x, B, block=block, chunk=chunk)
     assert reason is None, reason
     assert x.shape[1] % block == 0, (x.shape, block)
     assert {t.dtype for t in (B, C, clean_x, clean_B)} == {x.dtype}
     assert {t.dtype for t in (dt, clean_dt, states)} == {torch.float32}
     assert states.shape == (x.shape[0], -(-x.shape[1] // chunk), *x.shape[2:], B.shape[3]), states.shape
-    x, B, C, clean_x, clean_B, states = (last_dense(t) for t in (x, B, C, clean_x, clean_B, states))
+    x, B, C, clean_x, clean_B, states = (dense_last_dimension(t) for t in (x, B, C, clean_x, clean_B, states))
     clean = (clean_x, clean_dt, clean_A.contiguous(), clean_B, states)
     return _TwoStreamScan.apply(x, dt, A.contiguous(), B, C, D.contiguous(), *clean, block, chunk, documents)

@@ -1,4 +1,4 @@
-"""The Triton kernels of the convolution inside blocks against its slow twin, and through Triton's compiler."""
+"""The Triton kernels of the convolution against the reference implementation, and compiled."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_value_and_all_gradients(data, block, taps, channels, dtype, batch, pack
 @runs_kernels
 @pytest.mark.parametrize("packed", [False, True])
 def test_one_block_without_history_is_the_causal_convolution(monkeypatch, packed):
-    """A sequence of several programs, the last of them not full."""
+    """The sequence is divided among several programs, the last of which is not full."""
     monkeypatch.setattr(convolution, "POSITIONS", 32)
     generator = torch.Generator().manual_seed(1)
     x, weight = torch.randn(2, 90, 5, generator=generator), torch.randn(5, 4, generator=generator)
@@ -81,11 +81,10 @@ def test_one_block_without_history_is_the_causal_convolution(monkeypatch, packed
 def test_it_compiles_for_hopper_without_spills(name):
     x = torch.empty(1, 8192, 6144, dtype=torch.bfloat16)
     weight, documents = torch.empty(6144, 4), torch.empty(1, 8192, dtype=torch.int32)
-    _, _, numbers = convolution._arguments(x, x, weight, weight[:, 0], documents, 16)
-    numbers = (*numbers[:-1], False)
+    _, _, constants = convolution._arguments(x, x, weight, weight[:, 0], documents, 16)
     narrow = dict.fromkeys(("x", "history", "weight", "bias", "out", "grad", "grad_x"), POINTERS[torch.bfloat16])
     whole = dict.fromkeys(("blocks", "x_b", "x_l", "docs_b", "docs_l"), "i32") | {"documents": "*i32"}
     if name == "backward":
-        numbers += (convolution.POSITIONS, 4)
-    kernel = compiled(getattr(convolution, f"block_conv_{name}_kernel"), narrow | whole, numbers)
+        constants += (convolution.POSITIONS, 4)
+    kernel = compiled(getattr(convolution, f"block_conv_{name}_kernel"), narrow | whole, constants)
     assert spilled_bytes(kernel) == 0

@@ -1,4 +1,4 @@
-"""The Triton kernel of the loss against the one in torch and the slow twin, and through Triton's compiler."""
+"""The Triton kernel of the loss against float64, and compiled."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 from helpers.triton_kernels import POINTERS, compiled, compiles_kernels, on_device, runs_kernels, spilled_bytes
 from megatron_twotower.ops.triton import cross_entropy
-from megatron_twotower.ops.triton.cross_entropy import rows_triton
+from megatron_twotower.ops.triton.cross_entropy import chunk_cross_entropy_triton
 
 # The gradient is rounded once, the loss not at all.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
@@ -52,7 +52,9 @@ def test_losses_and_gradient(rows, columns, dtype, scale, seed, gradient):
     logits, targets, weights = drawn(rows, columns, dtype, scale, seed)
     wanted = wanted_rows(logits, targets, weights)
     ours = on_device(logits)
-    losses, found = rows_triton(ours, on_device(targets), on_device(weights), group=None, first=0, gradient=gradient)
+    losses, found = chunk_cross_entropy_triton(
+        ours, on_device(targets), on_device(weights), group=None, first=0, gradient=gradient
+    )
     assert losses.dtype == torch.float32 and found.dtype == dtype
     assert found.data_ptr() == ours.data_ptr()
     if not gradient:
@@ -63,7 +65,10 @@ def test_losses_and_gradient(rows, columns, dtype, scale, seed, gradient):
 
 
 class TwoRanks:
-    """Collectives of two ranks that run one after the other, again and again: a round later each knows the other's."""
+    """Collectives of two ranks that run one after the other.
+
+    Each round repeats all collectives, and uses what the other rank sent in the round before.
+    """
 
     ReduceOp = dist.ReduceOp
 
@@ -96,7 +101,7 @@ def test_two_slices_of_the_vocabulary_are_one(monkeypatch, columns):
             ranks.begin(rank)
             own = on_device(logits[:, rank * columns :][:, :columns].contiguous())
             found.append(
-                rows_triton(
+                chunk_cross_entropy_triton(
                     own, on_device(targets), on_device(weights), group="both", first=rank * columns, gradient=True
                 )
             )
@@ -109,5 +114,5 @@ def test_two_slices_of_the_vocabulary_are_one(monkeypatch, columns):
 @pytest.mark.parametrize(("sums", "gradient"), [(True, True), (True, False), (False, True)])
 def test_it_compiles_for_hopper_without_spills(sums, gradient):
     types = {"logits": POINTERS[torch.bfloat16], "targets": "*i64", "first": "i32"}
-    numbers = (131072, cross_entropy.LONGEST, sums, gradient, False)
-    assert spilled_bytes(compiled(cross_entropy.cross_entropy_kernel, types, numbers, num_warps=8)) == 0
+    constants = (131072, cross_entropy.MAX_COLUMNS, sums, gradient)
+    assert spilled_bytes(compiled(cross_entropy.cross_entropy_kernel, types, constants, num_warps=8)) == 0

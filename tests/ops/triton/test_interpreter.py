@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter, in a process of its own (`triton_kernels.py`)."""
+"""The tests of the Triton kernels in Triton's interpreter, in a process of its own."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Whole layers and the loss with every Triton kernel of this project in its place, in Triton's interpreter."""
+"""Layers and the loss with all Triton kernels of this project, in Triton's interpreter."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ from megatron_twotower.plan.activations import StepSize, layer_parts
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="with a GPU, the tests of layers run the kernels")
 
 OF_LAYERS = {
-    scan_kernels: ("decay", "forward", "backward_left", "backward_own", "decay_backward"),
+    scan_kernels: ("decay", "forward", "backward_clean", "backward_block", "decay_backward"),
     convolution: ("block_conv_forward", "block_conv_backward"),
     modulation: ("modulation_forward", "modulation_backward"),
     norm: ("gated_norm_forward", "gated_norm_backward"),
@@ -27,7 +27,7 @@ OF_LAYERS = {
 
 
 class Counted:
-    """A kernel, and how often it was launched."""
+    """A kernel that counts its launches."""
 
     def __init__(self, kernel):
         self.kernel, self.launches = kernel, 0
@@ -38,13 +38,13 @@ class Counted:
 
 
 @pytest.fixture
-def serving(monkeypatch):
-    """The kernels serve tensors of the host."""
-    monkeypatch.setattr(dispatch, "triton_serves", lambda x, kernel: x.dtype in (torch.bfloat16, torch.float32))
+def kernels_on_cpu(monkeypatch):
+    """Use the kernels for tensors of the CPU."""
+    monkeypatch.setattr(dispatch, "uses_triton", lambda x, kernel: x.dtype in (torch.bfloat16, torch.float32))
 
 
 @pytest.mark.parametrize("precision", gpu_checks.LAYER_TOLERANCES)
-def test_layers_follow_their_twin(groups, monkeypatch, serving, precision):
+def test_layers_follow_their_reference(groups, monkeypatch, kernels_on_cpu, precision):
     launched = {}
     for module, names in OF_LAYERS.items():
         for name in names:
@@ -52,25 +52,25 @@ def test_layers_follow_their_twin(groups, monkeypatch, serving, precision):
             monkeypatch.setattr(module, f"{name}_kernel", launched[name])
     model = dataclasses.replace(gpu_checks.layer_model("cpu"), chunk_size=2 * gpu_checks.BLOCK)
     monkeypatch.setattr(gpu_checks, "layer_model", lambda device: model)
-    # Two layers: the second one's gradients go through all of the first. None of experts, which a
-    # rounding may change.
+    # Two layers, so that gradients pass through all of the first. No expert layers: rounding may
+    # change their routing.
     errors = gpu_checks.layer_errors("MM", groups, device="cpu", precision=precision)
     assert gpu_checks.too_large(errors, precision) == {}
     assert {name for name, kernel in launched.items() if not kernel.launches} == set()
 
 
 @pytest.mark.parametrize("kind", "M*-E")
-def test_layers_keep_no_more_than_the_formulas_say(groups, serving, kind):
+def test_layers_keep_no_more_than_the_formulas_say(groups, kernels_on_cpu, kind):
     config = kept_bytes.config_of(kind, block=16, length=128)
     model, _ = build_two_tower(config, groups, dtype=torch.bfloat16)
     size = StepSize(2, 128, 16, time_per_block=True, activation_bytes=2)
     predicted = sum(part.bytes for part in layer_parts(config.model, kind, size))
     measured = kept_bytes.kept_bytes(model.train(), random_noisy_batch(config), torch.bfloat16)
-    # In experts, what the router keeps is approximate.
+    # For experts the formula of what the router keeps is approximate.
     assert (0.8 if kind == "M" else 0.98) * predicted <= measured <= (1.05 if kind == "E" else 1.0) * predicted
 
 
-def test_the_loss_is_the_sum_over_chunks(monkeypatch, serving):
+def test_the_loss_is_the_sum_over_chunks(monkeypatch, kernels_on_cpu):
     rows = Counted(triton_cross_entropy.cross_entropy_kernel)
     monkeypatch.setattr(triton_cross_entropy, "cross_entropy_kernel", rows)
     monkeypatch.setattr(cross_entropy, "KERNEL_CHUNK", 4)

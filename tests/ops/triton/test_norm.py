@@ -1,4 +1,4 @@
-"""The Triton kernels of the gated norm against its float64 twin, and through Triton's compiler."""
+"""The Triton kernels of the gated norm against the reference in float64, and compiled."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from megatron_twotower.ops.norm import gated_rms_norm_ref
 from megatron_twotower.ops.triton import norm
 from megatron_twotower.ops.triton.norm import gated_rms_norm_triton
 
-# Each result is rounded once; what is summed is of float32.
+# Each result is rounded once; sums are in float32.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
 
 
@@ -69,11 +69,11 @@ def test_batches_and_views(transposed):
 @pytest.mark.parametrize("name", ["forward", "backward"])
 def test_it_compiles_for_hopper_without_spills(name):
     weight = torch.empty(8, 512)
-    numbers = norm._numbers(weight, interpreted=False) + ((norm.ROWS,) if name == "backward" else ())
+    constants = norm._constants(weight) + ((norm.ROWS,) if name == "backward" else ())
     narrow = dict.fromkeys(("y", "z", "weight", "out", "grad", "grad_y", "grad_z"), POINTERS[torch.bfloat16])
     kernel = compiled(
         getattr(norm, f"gated_norm_{name}_kernel"),
         narrow | {"rows": "i32", "epsilon": "fp32", "length": "i32", "z_b": "i32", "z_l": "i32"},
-        numbers,
+        constants,
     )
     assert spilled_bytes(kernel) == 0

@@ -1,4 +1,4 @@
-"""The Triton kernels of the two-stream scan against the float64 recurrence, and through Triton's compiler."""
+"""The Triton kernels of the two-stream scan against the recurrence in float64, and compiled."""
 
 import re
 import subprocess
@@ -21,8 +21,8 @@ from helpers.triton_kernels import (
 from megatron_twotower.ops.scan import scan_ref, two_stream_scan_ref
 
 pytest.importorskip("triton")
-from megatron_twotower.ops.triton import scan, scan_kernels
-from megatron_twotower.ops.triton.scan import supported, tile_numbers, two_stream_scan_triton
+from megatron_twotower.ops.triton import scan_kernels
+from megatron_twotower.ops.triton.scan import tile_constants, two_stream_scan_triton, unsupported
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 NAMES = ("y", "x", "dt", "A", "B", "C", "D")
@@ -30,7 +30,7 @@ NANO = {"heads": 64, "groups": 8, "size": 64, "state": 128}
 
 
 def stream(length, *, batch, heads, groups, size, state, dtype, seed, scale=1.0):
-    """x, dt, A, B, C, D of one stream; x, B and C are views of one projection, as in the layers."""
+    """The inputs of one stream; x, B and C are views of one projection, as in the layers."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -44,7 +44,7 @@ def stream(length, *, batch, heads, groups, size, state, dtype, seed, scale=1.0)
 
 
 def start_states(clean, chunk, documents):
-    """The clean state before each chunk, in float64: zeros, then the recurrence up to there."""
+    """The clean state before each chunk by the recurrence, in float64."""
     x, dt, A, B, C, D = (t.double() for t in clean)
     states = [x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3])]
     for end in range(chunk, x.shape[1], chunk):
@@ -59,7 +59,7 @@ def start_states(clean, chunk, documents):
 
 
 def errors(noisy, clean, *, block, chunk, documents=None):
-    """By name, of y and all gradients: largest difference from the float64 twin over the twin's largest value."""
+    """By name, of y and all gradients: largest error over the largest value in float64."""
     clean_x, clean_dt, clean_A, clean_B = clean[:4]
     exact = [t.double().requires_grad_() for t in noisy]
     given_clean = {"clean_x": clean_x, "clean_dt": clean_dt, "clean_A": clean_A, "clean_B": clean_B}
@@ -86,7 +86,7 @@ def check(noisy, clean, **settings):
 
 
 @runs_kernels
-# Without shrinking, which takes minutes in the interpreter.
+# Without shrinking, which would take minutes in the interpreter.
 @settings(
     max_examples=10, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
 )
@@ -128,7 +128,7 @@ def test_states_of_ten_thousand_give_no_nan(dtype):
 
 @runs_kernels
 def test_large_states_are_not_rounded_to_bfloat16():
-    """A state of ten thousand that C cancels: rounded to eight bits, it would leave tens where ones should be."""
+    """C cancels states of ten thousand, which in bfloat16 would leave errors of tens."""
     sizes = {"batch": 1, "heads": 2, "groups": 1, "size": 16, "state": 16, "dtype": torch.bfloat16}
     (x, dt, A, B, C, D), clean = stream(16, seed=1, **sizes), stream(16, seed=2, **sizes)
     C = torch.tensor([1.0, -1.0]).repeat(8).expand_as(C).to(torch.bfloat16)
@@ -175,19 +175,19 @@ def test_head_dimensions_of_nano(dtype, documents):
     check(stream(256, seed=1, **sizes), stream(256, seed=2, **sizes), block=16, chunk=128, documents=rows)
 
 
-# --- in this process, without a device ----------------------------------------------------------------------------
+# --- without a device ---
 
 
-KERNELS = ("decay", "decay_backward", "forward", "backward_left", "backward_own")
+KERNELS = ("decay", "decay_backward", "forward", "backward_clean", "backward_block")
 
 
 def compiled_for_hopper(name, dtype, *, block=16, chunk=128, heads=64, groups=8, size=64, state=128):
     kernel = getattr(scan_kernels, f"{name}_kernel")
     x, B = torch.empty(1, 1, heads, size, dtype=dtype), torch.empty(1, 1, groups, state, dtype=dtype)
     if name.startswith("decay"):
-        numbers, options = (heads, block, chunk, chunk, 32), {"num_warps": 4}
+        constants, options = (heads, block, chunk, chunk, 32), {"num_warps": 4}
     else:
-        numbers, launch = tile_numbers(name, x, B, block=block, chunk=chunk, documents=True, interpreted=False)
+        constants, launch = tile_constants(name, x, B, block=block, chunk=chunk, documents=True)
         options = {"num_warps": launch.warps, "num_stages": launch.stages}
     inputs = {"x", "B", "C", "clean_x", "clean_B", "y", "grad", "grad_x", "grad_B", "grad_C"}
     types = dict.fromkeys(inputs, POINTERS[dtype]) | {"documents": "*i32"}
@@ -196,7 +196,7 @@ def compiled_for_hopper(name, dtype, *, block=16, chunk=128, heads=64, groups=8,
         for argument in kernel.arg_names
         if re.fullmatch(r"(x|dt|B|C|cx|cdt|cB|h|y|g|docs)_[a-z]|length", argument)
     }
-    return compiled(kernel, types, numbers, **options)
+    return compiled(kernel, types, constants, **options)
 
 
 @compiles_kernels
@@ -222,28 +222,27 @@ def test_every_kernel_compiles_for_hopper_at_the_limits(name, changed, dtype):
 
 def test_what_is_supported():
     x, B = torch.empty(1, 64, 8, 64, dtype=torch.bfloat16), torch.empty(1, 64, 2, 128, dtype=torch.bfloat16)
-    assert supported(x, B, block=16, chunk=128) is None
-    assert supported(x.half(), B, block=16, chunk=128) == "dtype torch.float16, expected bfloat16 or float32"
-    assert supported(x, B, block=16, chunk=24) == "blocks of 16 tokens in chunks of 24, expected whole blocks"
-    assert supported(x, B, block=256, chunk=256) == "block 256, expected at most 128"
-    assert supported(x, B.new_empty(1, 64, 2, 512), block=16, chunk=64) == "state size 512, expected at most 256"
-    assert supported(x, B, block=8, chunk=136) == "chunk 136, expected at most 128"
-    assert supported(x.float(), B.float(), block=128, chunk=128) == "block 128, expected at most 64"
+    assert unsupported(x, B, block=16, chunk=128) is None
+    assert unsupported(x.half(), B, block=16, chunk=128) == "dtype torch.float16, expected bfloat16 or float32"
+    assert unsupported(x, B, block=16, chunk=24) == "blocks of 16 tokens in chunks of 24, expected whole blocks"
+    assert unsupported(x, B, block=256, chunk=256) == "block 256, expected at most 128"
+    assert unsupported(x, B.new_empty(1, 64, 2, 512), block=16, chunk=64) == "state size 512, expected at most 256"
+    assert unsupported(x, B, block=8, chunk=136) == "chunk 136, expected at most 128"
+    assert unsupported(x.float(), B.float(), block=128, chunk=128) == "block 128, expected at most 64"
 
 
-@pytest.mark.parametrize("name", ["forward", "backward_left", "backward_own"])
+@pytest.mark.parametrize("name", ["forward", "backward_clean", "backward_block"])
 @pytest.mark.parametrize(("block", "chunk"), [(1, 1), (3, 126), (16, 128), (24, 120), (48, 96), (100, 100), (128, 128)])
-def test_tiles_are_whole_blocks_and_cover_the_chunk(name, block, chunk):
+def test_tiles_are_complete_blocks_and_cover_the_chunk(name, block, chunk):
     x, B = torch.empty(1, 1, 8, 64), torch.empty(1, 1, 2, 128)
-    numbers, _ = tile_numbers(name, x, B, block=block, chunk=chunk, documents=False, interpreted=True)
-    assert numbers.tile % block == 0
-    assert (numbers.tiles - 1) * numbers.tile < chunk <= numbers.tiles * numbers.tile
-    assert numbers.tile <= numbers.rows_padded and chunk <= 2 * numbers.keys
-    assert numbers.rows_padded & (numbers.rows_padded - 1) == 0 and numbers.rows_padded >= 16
+    constants, _ = tile_constants(name, x, B, block=block, chunk=chunk, documents=False)
+    assert constants.tile % block == 0
+    assert (constants.tiles - 1) * constants.tile < chunk <= constants.tiles * constants.tile
+    assert constants.tile <= constants.rows and chunk <= 2 * constants.keys
+    assert constants.rows & (constants.rows - 1) == 0 and constants.rows >= 16
 
 
 def test_the_scan_does_not_import_triton():
     code = "import sys, megatron_twotower.ops.scan; print('megatron_twotower.ops.triton.scan' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
-    assert scan.MAX_CHUNK == 128
