@@ -48,14 +48,14 @@ MODES = {
         {},
         lambda stats, eos: {
             EXPERTS.format("routed_experts"): stats.passes,
-            NUMBER.format("_one_by_one"): 1 + (stats.passes if eos else 0),
+            NUMBER.format("_generate_by_token"): 1 + (stats.passes if eos else 0),
         },
     ),
     "mock_ar": (
         {},
         lambda stats, eos: {
             EXPERTS.format("routed_experts"): 2 * stats.passes,
-            NUMBER.format("_one_by_one"): 1 + (stats.passes if eos else 0),
+            NUMBER.format("_generate_by_token"): 1 + (stats.passes if eos else 0),
         },
     ),
     "speculative": (
@@ -82,7 +82,7 @@ def test_text_is_that_of_the_host_and_every_wait_has_its_reason(mode, eos):
         with waits.during() as waited:
             found, figures = written(mode, model, there, **settings)
     assert isinstance(found, Pretended) and torch.equal(on_host(found), text) and figures == stats
-    expected = waited_for(stats, eos) | ({NUMBER.format("end_rows"): 2} if eos else {})
+    expected = waited_for(stats, eos) | ({NUMBER.format("fill_after_eos"): 2} if eos else {})
     assert waited.counted() == expected
 
 
@@ -238,7 +238,7 @@ def test_text_for_a_denoiser_is_written_where_the_device_is(two_tower_folder, ti
     assert waits.counted("ours") == {
         "a copy from the host: distil.distil": 2,
         "a copy to the host: distil.distil": 2,
-        NUMBER.format("_one_by_one"): 2,
+        NUMBER.format("_generate_by_token"): 2,
         EXPERTS.format("routed_experts"): 2 * 6,
     }
 
