@@ -45,7 +45,7 @@ ONLY_IN = {
     "webdataset": {"data", "bench"},
     "pyarrow": {"data"},
     "zstandard": {"data"},
-    "lm_eval": {"evaluate.harness"},
+    "lm_eval": {"evaluate.harness", "evaluate.task_runner"},
     # A folder that imports Megatron Core imports `mcore` first, in its `__init__`.
     "megatron": {"mcore", "model", "checkpoint", "train", "doctor", "bench.data"},
 }

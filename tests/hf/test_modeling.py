@@ -35,8 +35,8 @@ from megatron_twotower.hf.modeling_nemotron_h_twotower import (
     ContextCache,
     NemotronHTwoTowerForCausalLM,
     Sampling,
-    positions_to_commit,
     fill_after_eos,
+    positions_to_commit,
     time_features,
 )
 from megatron_twotower.model.adaln import sinusoid

@@ -13,8 +13,8 @@ from megatron_twotower.data.tokenizer import load_tokenizer
 from megatron_twotower.evaluate import held_out, likelihood
 from megatron_twotower.evaluate.held_out import EvaluationSettings
 from megatron_twotower.generate import distil
-from megatron_twotower.generate.engine import GenerationSettings, write
-from megatron_twotower.generate.replay import Recorder
+from megatron_twotower.generate.engine import GenerationSettings, generate_ids
+from megatron_twotower.generate.replay.recording import Recorder
 from megatron_twotower.generate.terminal import Canvas
 from megatron_twotower.hf import modeling_nemotron_h_twotower as modeling
 
@@ -118,7 +118,7 @@ def test_padding_sampling_and_towers_on_two_devices(mode, towers):
     wanted = GenerationSettings(NEW, BLOCK, 3, 0.2, temperature=0.9, top_k=20, top_p=0.95, draft_steps=2, seed=3)
 
     def once(model, ids, mask):
-        return write(model, ids, mode=mode, settings=wanted, mask_id=MASK, eos_id=EOS, attention_mask=mask)
+        return generate_ids(model, ids, mode=mode, settings=wanted, mask_id=MASK, eos_id=EOS, attention_mask=mask)
 
     with as_there():
         text, stats = once(tiny_model(dtype=torch.float32), ids, mask)
@@ -246,10 +246,11 @@ def test_text_for_a_denoiser_is_written_where_the_device_is(two_tower_folder, ti
 @pytest.mark.parametrize("scoring", ["ar", "bound", "mock_ar"])
 def test_the_harness_scores_and_writes_there(scoring, two_tower_folder):
     pytest.importorskip("lm_eval", reason="lm_eval is not installed (extra `eval`): the harness is not tested")
-    from megatron_twotower.evaluate.harness import TwoTower, Wanted
+    from megatron_twotower.evaluate.harness import TwoTower
+    from megatron_twotower.evaluate.harness_settings import AnswerSettings
 
     pairs = [([5, 9, 17], [4, 6]), ([5, 9, 17], [8]), ([21], [11, 30, 7]), ([6, 8], [7])]
-    prompts, wanted = [[5, 9, 17], [21]], Wanted(max_new_tokens=8)
+    prompts, wanted = [[5, 9, 17], [21]], AnswerSettings(max_new_tokens=8)
 
     def all_of(device):
         lm = TwoTower(
@@ -267,5 +268,5 @@ def test_the_harness_scores_and_writes_there(scoring, two_tower_folder):
         want = all_of("cpu")
     with pretended_cuda() as waits:
         assert all_of("cuda") == want
-    rows = {place for place in waits.counted("ours") if "_read_off" in place}
-    assert rows <= {"a copy to the host: harness._read_off"}
+    rows = {place for place in waits.counted("ours") if "_row_scores" in place}
+    assert rows <= {"a copy to the host: answer_scores._row_scores"}
