@@ -44,15 +44,15 @@ class TwoTower(TemplateLM):
         pretrained: the folder.
         max_length: `max_length_tokens` of `HarnessSettings`.
         max_gen_toks: `max_new_tokens` of `HarnessSettings`.
-        device: of the model; None for `default_devices`.
+        device: device of the model; None for `default_devices`.
         max_batch_size: not supported.
 
     The other arguments are fields of `HarnessSettings`.
 
     Attributes:
-        passes: of all generations so far, summed over rows.
-        new_tokens: of all generations so far.
-        seconds: of all generations so far.
+        passes: forward passes of all generations so far, summed over rows.
+        new_tokens: new tokens of all generations so far.
+        seconds: wall-clock time of all generations so far.
     """
 
     def __init__(

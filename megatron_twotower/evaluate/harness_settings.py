@@ -21,15 +21,15 @@ class HarnessSettings:
             denoiser, from `bound_draws` draws of noise for each block; `mock_ar`, by the denoiser
             as a next-token model.
         batch_size: rows at a time.
-        max_length_tokens: of context and answer together; a longer context loses its beginning.
-            None for the maximum of the model.
-        max_new_tokens: of an answer, if the task does not say.
-        block_size: see `GenerationSettings`.
-        steps_per_block: see `GenerationSettings`.
-        confidence_threshold: see `GenerationSettings`.
-        draft_steps: see `GenerationSettings`.
+        max_length_tokens: maximum number of tokens of context and answer together; a longer
+            context loses its beginning. None for the maximum of the model.
+        max_new_tokens: maximum tokens of an answer, if the task does not say.
+        block_size: tokens that the denoiser sees at once.
+        steps_per_block: maximum number of denoiser passes for a block.
+        confidence_threshold: mask diffusion commits every token more probable than this at once.
+        draft_steps: denoiser passes for a draft, of speculative generation only.
         bound_draws: draws of noise for each block, in scoring `bound`.
-        seed: of sampling and noise.
+        seed: seed of the sampling and the noise.
     """
 
     mode: str = "mask_diffusion"
@@ -59,10 +59,10 @@ class AnswerSettings:
 
     Attributes:
         until: strings that end the answer.
-        max_new_tokens: None if the task does not say.
+        max_new_tokens: maximum tokens of the answer; None if the task does not say.
         temperature: 0 is greedy.
-        top_k: see `GenerationSettings`.
-        top_p: see `GenerationSettings`.
+        top_k: number of most probable tokens to sample among; None for all.
+        top_p: probability mass of the most probable tokens to sample among; None for all.
     """
 
     until: tuple[str, ...] = ()

@@ -56,7 +56,7 @@ class EvaluationSettings:
         prompt_tokens: tokens of a prompt.
         new_tokens: tokens that are generated after a prompt.
         samples: number of prompts whose text is shown in every mode.
-        seed: of the noise.
+        seed: seed of the noise.
     """
 
     sequences: int = 32

@@ -156,7 +156,7 @@ def masked_loss_by_noise(
         sequences: (n, l) int64 on the CPU.
         block_size: s.
         levels: noise levels.
-        seed: of the uniform numbers.
+        seed: seed of the uniform numbers.
         mask_id: id of the mask token.
         progress: called after every block.
 
@@ -237,8 +237,8 @@ def bound_nats(
         model: two-tower model.
         sequences: (n, l) int64 on the CPU.
         block_size: s.
-        draws: of noise for each block.
-        seed: of the noise.
+        draws: draws of noise for each block.
+        seed: seed of the noise.
         mask_id: id of the mask token.
         progress: called after every block.
 
@@ -270,7 +270,7 @@ def ar_scores(model: TwoTowerModel, cache: ContextCache, ids: Tensor) -> tuple[T
 
     Args:
         model: two-tower model.
-        cache: of the text before the continuations.
+        cache: the cache of the text before the continuations.
         ids: (b, l) continuations, padded on the right. Padding does not change other scores.
 
     Returns:
@@ -304,12 +304,12 @@ def bound_scores(
 
     Args:
         model: two-tower model.
-        cache: of the text before the continuations; it is extended.
+        cache: the cache of the text before the continuations; it is extended.
         ids: (b, l) continuations, padded on the right.
         lengths: (b,) tokens of each continuation.
         block_size: s.
-        draws: of noise for each block.
-        seed: of the noise.
+        draws: draws of noise for each block.
+        seed: seed of the noise.
         mask_id: id of the mask token.
 
     Returns:
@@ -339,7 +339,8 @@ def mock_ar_scores(model: TwoTowerModel, cache: ContextCache, last: Tensor, ids:
 
     Args:
         model: two-tower model.
-        cache: of the text before the continuations, without its last token; it is extended.
+        cache: the cache of the text before the continuations, without the last token of that text.
+            It is extended.
         last: (b, 1) the last token of that text.
         ids: (b, l) continuations, padded on the right.
 

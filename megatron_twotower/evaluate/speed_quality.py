@@ -107,7 +107,7 @@ def sweep_points(
         steps: steps per block, tried at `threshold` and the trained block size. Numbers above the
             block size change nothing and are left out.
         trained_block: the block size that the denoiser was trained with.
-        threshold: for the points that do not vary the threshold.
+        threshold: confidence threshold of the points that vary block size or steps.
         every: try all combinations of the three lists instead.
     """
     if every:
@@ -178,8 +178,8 @@ def sweep(
     Args:
         model: two-tower model.
         prompts: (n, l) int64.
-        points: to try.
-        max_new_tokens: of each text.
+        points: the settings to try.
+        max_new_tokens: new tokens of each text.
         mask_id: id of the mask token.
         progress: called after every text.
 
@@ -217,7 +217,7 @@ def pareto_front(rows: Sequence[dict[str, Any]], quality: str) -> list[dict[str,
     """The rows for which no other row is both faster and as good, the fastest last.
 
     Args:
-        rows: of a sweep.
+        rows: rows of a sweep.
         quality: the key of a figure; more is better.
     """
     best: list[dict[str, Any]] = []

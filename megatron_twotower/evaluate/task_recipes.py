@@ -16,13 +16,13 @@ class HarnessTask:
     """One row of the table of results.
 
     Attributes:
-        name: of the row.
+        name: name of the row.
         tasks: names of tasks, groups or tags of the harness; the result is their plain mean.
         shots: examples before a question; None for the number of the task.
-        metric: as the harness names it, such as "acc,none"; None for its first one.
+        metric: the metric as the harness names it, such as "acc,none"; None for its first one.
         card: results in the card of the released model, in percent, by mode.
         overrides: settings that replace those of the task.
-        note: for the reader of the results.
+        note: a remark for the reader of the results.
     """
 
     name: str

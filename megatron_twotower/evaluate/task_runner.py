@@ -34,7 +34,7 @@ def run_tasks(
 
     Args:
         folder: two-tower Hugging Face folder.
-        tasks: to run.
+        tasks: the tasks to run.
         settings: how the model answers.
         limit: documents of each task; None for all.
         include_path: folder of further task files.

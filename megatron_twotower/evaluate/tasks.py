@@ -67,14 +67,14 @@ def run(
 
     Args:
         folder: two-tower Hugging Face folder.
-        chosen: see `chosen_tasks`.
+        chosen: names of recipes, paths of recipe files, and names of tasks of the harness.
         output: JSON file.
         settings: fields of `HarnessSettings` that differ from their defaults.
-        shots: see `chosen_tasks`.
+        shots: replaces the number of examples in recipes and tasks; None keeps it.
         limit: documents of each task; None for all.
         task_files: folder of further task files.
         allow_code_execution: run code that the model has generated, for tasks that need it.
-        console: to print on; None for standard output.
+        console: the console to print on; None for standard output.
 
     Raises:
         UserError: the harness is not installed, or see `run_tasks`; nothing is written then.

@@ -37,8 +37,8 @@ def distil(
         output: JSON lines with a field `text`, as `data prepare` reads them. The file appears only
             when it is complete.
         sequences: number of texts.
-        prompt_tokens: of a window of training text.
-        new_tokens: that the context tower adds to a window.
+        prompt_tokens: tokens of a window of training text.
+        new_tokens: tokens that the context tower adds to a window.
         batch_size: texts at a time.
         progress: called after every batch.
 

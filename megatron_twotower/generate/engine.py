@@ -36,7 +36,7 @@ class GenerationSettings:
         confidence_threshold: mask diffusion commits every token more probable than this at once.
         temperature: 0 is greedy.
         top_k: number of most probable tokens to sample among; None for all.
-        seed: of the sampling.
+        seed: seed of the sampling.
         top_p: probability mass of the most probable tokens to sample among; None for all.
         draft_steps: denoiser passes for a draft, of speculative generation only.
     """
@@ -73,9 +73,9 @@ class Generation:
     """Text that was generated from one prompt.
 
     Attributes:
-        mode: of the generation.
+        mode: one of `MODES`.
         prompt: the text that was continued.
-        text: of the new ids, without the EOS that may end them.
+        text: the new text, without the EOS that may end it.
         ids: (l + new,) int64 on the CPU, those of the prompt first.
         new_tokens: number of new tokens, including EOS.
         passes: forward passes of the tower that decides, see `DECIDING_TOWER`.
@@ -115,8 +115,8 @@ def load(
 
     Args:
         folder: two-tower Hugging Face folder.
-        dtype: of the weights; None for that of `config.json`.
-        device: of the whole model.
+        dtype: dtype of the weights; None for that of `config.json`.
+        device: device of both towers.
 
     Returns:
         The model in evaluation mode, and its tokenizer.

@@ -73,7 +73,7 @@ def rows_in_order(stream: IO[bytes], window_batches: int) -> Iterator[dict[str, 
     """Yield the rows of all batches in the order of their prompts.
 
     Args:
-        stream: of a journal whose batches are all finished.
+        stream: the file of a journal whose batches are all finished.
         window_batches: batches in a window; prompts of different windows never share a batch, so
             that one window at a time is in memory.
     """

@@ -156,7 +156,7 @@ class PromptBatch:
     Attributes:
         number: index of the batch in the run.
         positions: index of each prompt in the file.
-        records: of the prompts file.
+        records: the records of the prompts in the file.
         ids: token ids of each prompt.
     """
 
@@ -260,11 +260,11 @@ def generate_all(
 
     Args:
         model: two-tower model.
-        tokenizer: of the model.
+        tokenizer: the tokenizer of the model.
         prompts: file of prompts.
         output: file of JSON lines.
-        mode: of the generation.
-        settings: of the generation.
+        mode: one of `engine.MODES`.
+        settings: how text is generated.
         batching: how prompts are grouped.
         request: everything that decides the text; `prompts` in it is the number of prompts.
         report: called after every batch.
@@ -320,11 +320,11 @@ def run(
         folder: two-tower Hugging Face folder.
         prompts: file of prompts.
         output: file of JSON lines.
-        mode: of the generation.
-        settings: of the generation.
+        mode: one of `engine.MODES`.
+        settings: how text is generated.
         batching: how prompts are grouped.
         devices: one, or one for each tower; empty for `default_devices`.
-        console: for the line of figures; None for standard output.
+        console: the console for the line of figures; None for standard output.
 
     Raises:
         UserError: before the model is loaded: an unknown mode, a prompt that cannot be used, or an

@@ -178,10 +178,10 @@ def run(
         folder: two-tower Hugging Face folder.
         prompt: text to continue.
         mode: one of `MODES`, or `all`.
-        settings: of the generation.
+        settings: how text is generated.
         page: HTML file for a replay of the denoising; None for no replay.
         devices: one, or one for each tower; empty for `default_devices`.
-        console: to print on; None for standard output.
+        console: the console to print on; None for standard output.
 
     Returns:
         The exit status.
