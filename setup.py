@@ -70,7 +70,10 @@ setup(
     # recipes/ stands at the top of the repository and is installed inside the package, as data.
     packages=[*find_packages(include=["megatron_twotower", "megatron_twotower.*"]), "megatron_twotower.recipes"],
     package_dir={"megatron_twotower": "megatron_twotower", "megatron_twotower.recipes": "recipes"},
-    package_data={"megatron_twotower.recipes": ["**/*"], "megatron_twotower.generate.replay": ["*.css", "*.js"]},
+    package_data={
+        "megatron_twotower.recipes": ["**/*"],
+        "megatron_twotower.generate.replay": ["*.css", "*.html", "*.js"],
+    },
     entry_points={"console_scripts": ["twotower = megatron_twotower.cli.main:main"]},
     classifiers=[
         "Programming Language :: Python :: 3.11",

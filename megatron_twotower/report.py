@@ -25,7 +25,7 @@ from megatron_twotower.common import plots
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.plots import Curve, Theme
 from megatron_twotower.common.run_folder import CONFIG_FILE, METRICS_FILE, PROVENANCE_FILE, read_metrics
-from megatron_twotower.generate import replay
+from megatron_twotower.generate.replay import page as replay
 
 # What evaluation.json must hold.
 EVALUATION_KEYS = (

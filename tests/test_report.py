@@ -14,7 +14,7 @@ from helpers.browser import in_browser, tiles
 from megatron_twotower.common import plots
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.run_folder import METRICS_FILE
-from megatron_twotower.generate import replay
+from megatron_twotower.generate.replay import page as replay
 from megatron_twotower.report import read_findings, summary_rows, write_report
 
 BUCKETS = ("0.0-0.2", "0.2-0.4", "0.4-0.6", "0.6-0.8", "0.8-1.0")

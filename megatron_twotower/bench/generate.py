@@ -28,12 +28,12 @@ from megatron_twotower.generate.engine import (
     GenerationSettings,
     check_mode,
     default_devices,
+    generate_ids,
     load,
     mask_token_id,
-    place,
-    write,
+    pad_left,
+    place_towers,
 )
-from megatron_twotower.generate.prompt_file import padded
 from megatron_twotower.hf.modeling_nemotron_h_twotower import GenerationStats
 from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as Model
 
@@ -97,7 +97,7 @@ def source_prompts(tokenizer: PreTrainedTokenizerFast, wanted: Settings) -> list
 def batched(prompts: Sequence[list[int]], size: int, *, by_length: bool) -> list[tuple[Tensor, Tensor | None]]:
     """Padded ids and attention mask of every batch."""
     rows = sorted(prompts, key=len, reverse=True) if by_length else list(prompts)
-    return [padded(rows[start : start + size]) for start in range(0, len(rows), size)]
+    return [pad_left(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
 def padding(batches: Sequence[tuple[Tensor, Tensor | None]]) -> float:
@@ -120,7 +120,7 @@ class Bulk:
         def work() -> None:
             self.stats.clear()
             for ids, mask in self.batches:
-                _, stats = write(
+                _, stats = generate_ids(
                     model, ids, mode=self.mode, settings=settings, mask_id=mask_id, eos_id=None, attention_mask=mask
                 )
                 self.stats.append(stats)
@@ -181,7 +181,7 @@ def run(
     check(wanted)
     console = console or tables.wide_console()
     towers, tokenizer = load(model)
-    place(towers, devices or default_devices())
+    place_towers(towers, devices or default_devices())
     settings = GenerationSettings(max_new_tokens=wanted.new_tokens, confidence_threshold=wanted.confidence_threshold)
     device = towers.context_tower.device
     bulks = cases(source_prompts(tokenizer, wanted), wanted, lambda tensor: tensor.to(device))

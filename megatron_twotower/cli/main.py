@@ -226,7 +226,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         output=arguments.output,
         mode=arguments.mode,
         settings=settings,
-        bulk=prompt_file.BulkSettings(batch_size=arguments.batch_size),
+        batching=prompt_file.BatchingSettings(batch_size=arguments.batch_size),
         devices=arguments.device,
     )
 

@@ -1,1 +1,1 @@
-"""What an exported folder is worth: likelihoods, speed against quality, benchmark tasks."""
+"""Evaluation of exported folders: likelihoods, speed against quality, benchmark tasks."""

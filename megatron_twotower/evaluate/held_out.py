@@ -1,48 +1,63 @@
-"""What an exported two-tower folder is worth on held-out text: likelihoods, and speed against quality. Needs no
-Megatron.
+"""The command `evaluate --data`: likelihoods, and speed against quality, on held-out text.
+
+It does not need Megatron.
 """
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from megatron_twotower.common import plots
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.files import write_file
-from megatron_twotower.common.machine import machine, machine_line
+from megatron_twotower.common.machine import machine
 from megatron_twotower.common.progress import OnProgress, silent, stage_bars
-from megatron_twotower.common.tables import number, plain_table, wide_console, with_error
+from megatron_twotower.common.tables import wide_console
 from megatron_twotower.data.dataset import evenly_spaced_windows
 from megatron_twotower.data.documents import VALIDATION
 from megatron_twotower.data.shards import Corpus
 from megatron_twotower.data.tokenizer import tokenizer_fingerprint
 from megatron_twotower.evaluate import likelihood
+from megatron_twotower.evaluate.held_out_figures import PLOTS, print_figures
 from megatron_twotower.evaluate.likelihood import LEVELS, Estimate
-from megatron_twotower.evaluate.speed_quality import front, points, sweep
-from megatron_twotower.generate.engine import GenerationSettings, decode, default_devices, load, mask_token_id, write
-from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as Model
+from megatron_twotower.evaluate.speed_quality import sweep, sweep_points, threshold_rows
+from megatron_twotower.generate.engine import (
+    GenerationSettings,
+    decode,
+    default_devices,
+    generate_ids,
+    load,
+    mask_token_id,
+)
+from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as TwoTowerModel
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What to measure on, in the order of cost.
+    """What to measure, in the order of cost.
 
-    block_size_tokens: what the denoiser was trained with. bound_draws: noise draws per block of the
-    likelihood bound.
-    prompts: how many stretches of held-out text of `prompt_tokens` each setting of the sweep
-    continues by
-    `new_tokens`: the thresholds at that block size and a step per token, other block sizes and
-    fewer steps at `threshold`; or, with `every`, all combinations. samples: how many of the prompts
-    to show in every mode.
+    Attributes:
+        sequences: number of windows of held-out text for the likelihoods.
+        sequence_length_tokens: tokens of a window.
+        block_size_tokens: the block size that the denoiser was trained with.
+        levels: noise levels of the masked loss.
+        bound_draws: noise draws for each block, of the likelihood bound.
+        thresholds: confidence thresholds of the sweep, at the trained block size with a step per
+            token.
+        threshold: confidence threshold where the sweep varies block sizes or steps.
+        block_sizes: other block sizes of the sweep, with a step per token.
+        steps: fewer steps per block in the sweep, at the trained block size.
+        every: sweep all combinations of thresholds, block sizes and steps instead.
+        prompts: number of prompts that each setting of the sweep continues.
+        prompt_tokens: tokens of a prompt.
+        new_tokens: tokens that are generated after a prompt.
+        samples: number of prompts whose text is shown in every mode.
+        seed: seed of the noise.
     """
 
     sequences: int = 32
@@ -88,11 +103,11 @@ class EvaluationSettings:
                 raise UserError(f"{name}: found {min(values)}, expected at least 1")
 
 
-# --- figures ------------------------------------------------------------------------------------------------------
+# --- figures ------------------------------------------------------------------------------------
 
 
-def write_samples(
-    model: Model,
+def generate_samples(
+    model: TwoTowerModel,
     tokenizer: PreTrainedTokenizerFast,
     prompts: Tensor,
     *,
@@ -100,13 +115,13 @@ def write_samples(
     block_size: int,
     progress: OnProgress = silent,
 ) -> list[dict[str, Any]]:
-    """Text in every mode from prompts (n, l), greedy, with `GenerationSettings`' own threshold."""
+    """Greedy text in three modes from prompts (n, l), with the default threshold."""
     settings = GenerationSettings(max_new_tokens=max_new_tokens, block_size=block_size, steps_per_block=block_size)
     samples: list[dict[str, Any]] = []
     modes = ("mask_diffusion", "mock_ar", "ar")
     for row in prompts:
         for mode in modes:
-            ids, stats = write(
+            ids, stats = generate_ids(
                 model,
                 row.unsqueeze(0),
                 mode=mode,
@@ -129,13 +144,21 @@ def write_samples(
 
 
 def likelihoods(
-    model: Model, sequences: Tensor, *, settings: EvaluationSettings, mask_id: int, progress: OnProgress = silent
+    model: TwoTowerModel,
+    sequences: Tensor,
+    *,
+    settings: EvaluationSettings,
+    mask_id: int,
+    progress: OnProgress = silent,
 ) -> dict[str, Any]:
-    """Nats per token of (n, l) sequences under both towers: over all, by noise level, and by position in the block."""
+    """Nats per token of sequences (n, l) under both towers.
+
+    They are given as means over all tokens, by noise level, and by position in the block.
+    """
     block = settings.block_size_tokens
-    nats = likelihood.ar_nats(model, sequences, progress=progress)
-    # Of the tokens that the bound scores: all blocks but the first.
-    same = nats[:, block - 1 :]
+    ar_nats = likelihood.ar_nats(model, sequences, progress=progress)
+    # Of the tokens that the bound scores: all blocks except the first.
+    ar_nats_on_bound_tokens = ar_nats[:, block - 1 :]
     by_noise = likelihood.masked_loss_by_noise(
         model,
         sequences,
@@ -159,13 +182,38 @@ def likelihoods(
         return {name: found.nats_per_token, f"{name}_stderr": found.stderr, f"{name}_tokens": found.tokens}
 
     return {
-        **named("ar_loss", likelihood.estimate(nats)),
-        **named("ar_loss_on_bound_tokens", likelihood.estimate(same)),
+        **named("ar_loss", likelihood.estimate(ar_nats)),
+        **named("ar_loss_on_bound_tokens", likelihood.estimate(ar_nats_on_bound_tokens)),
         **named("diffusion_bound", likelihood.estimate(bound)),
         "masked_loss_by_noise": by_noise,
-        "ar_loss_by_position": [asdict(each) for each in likelihood.by_position(same, block)],
+        "ar_loss_by_position": [asdict(each) for each in likelihood.by_position(ar_nats_on_bound_tokens, block)],
         "diffusion_bound_by_position": [asdict(each) for each in likelihood.by_position(bound, block)],
     }
+
+
+def _generation(
+    model: TwoTowerModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Tensor,
+    *,
+    settings: EvaluationSettings,
+    progress: OnProgress,
+) -> dict[str, Any]:
+    """The sweep over prompts (n, l), and samples of text in every mode."""
+    block = settings.block_size_tokens
+    points = sweep_points(
+        thresholds=settings.thresholds,
+        block_sizes=settings.block_sizes,
+        steps=settings.steps,
+        trained_block=block,
+        threshold=settings.threshold,
+        every=settings.every,
+    )
+    mask_id, new_tokens = mask_token_id(tokenizer), settings.new_tokens
+    rows = sweep(model, prompts, points=points, max_new_tokens=new_tokens, mask_id=mask_id, progress=progress)
+    first = prompts[: settings.samples]
+    samples = generate_samples(model, tokenizer, first, max_new_tokens=new_tokens, block_size=block, progress=progress)
+    return {"ar_generation": rows[0], "sweep": threshold_rows(rows, block), "generation": rows, "samples": samples}
 
 
 def evaluate(
@@ -175,10 +223,19 @@ def evaluate(
     settings: EvaluationSettings = EvaluationSettings(),
     progress: OnProgress = silent,
 ) -> dict[str, Any]:
-    """Measure an exported folder on the held-out part of a prepared data folder. The result is ready for JSON.
+    """Measure an exported folder on the held-out part of a prepared data folder.
+
+    Args:
+        folder: two-tower Hugging Face folder.
+        data: prepared data folder, in the tokenizer of the model.
+        settings: what to measure.
+        progress: called with the progress of each stage.
+
+    Returns:
+        The figures, ready for JSON.
 
     Raises:
-        UserError: a folder that is not what it should be, or data of another tokenizer.
+        UserError: no two-tower folder, no data folder, or data of another tokenizer.
     """
     started = time.perf_counter()
     corpus = Corpus.open(Path(data) / VALIDATION)
@@ -187,37 +244,17 @@ def evaluate(
     if found != expected:
         raise UserError(f"{folder}: found a tokenizer with sha256 {found}, expected that of {data}, {expected}")
     sequences = evenly_spaced_windows(corpus, count=settings.sequences, length=settings.sequence_length_tokens)
-    block, mask_id = settings.block_size_tokens, mask_token_id(tokenizer)
-    likelihood.check_sequences(sequences, block)
+    likelihood.check_sequences(sequences, settings.block_size_tokens)
 
-    scored = likelihoods(model, sequences, settings=settings, mask_id=mask_id, progress=progress)
+    scored = likelihoods(model, sequences, settings=settings, mask_id=mask_token_id(tokenizer), progress=progress)
     prompts = sequences[: settings.prompts, : settings.prompt_tokens].to(model.context_tower.device)
-    tried = points(
-        thresholds=settings.thresholds,
-        block_sizes=settings.block_sizes,
-        steps=settings.steps,
-        trained_block=block,
-        threshold=settings.threshold,
-        every=settings.every,
-    )
-    rows = sweep(model, prompts, points=tried, max_new_tokens=settings.new_tokens, mask_id=mask_id, progress=progress)
-    samples = write_samples(
-        model,
-        tokenizer,
-        prompts[: settings.samples],
-        max_new_tokens=settings.new_tokens,
-        block_size=block,
-        progress=progress,
-    )
+    generated = _generation(model, tokenizer, prompts, settings=settings, progress=progress)
     bytes_per_token = corpus.total_bytes / corpus.total_tokens
     return {
         **scored,
         "ar_loss_per_byte": scored["ar_loss"] / bytes_per_token,
         "bytes_per_token": bytes_per_token,
-        "ar_generation": rows[0],
-        "sweep": _by_threshold(rows, block),
-        "generation": rows,
-        "samples": samples,
+        **generated,
         "model": str(folder),
         "data": str(data),
         "tokenizer_sha256": found,
@@ -231,131 +268,27 @@ def evaluate(
     }
 
 
-def _by_threshold(rows: Sequence[dict[str, Any]], block: int) -> list[dict[str, Any]]:
-    """Those of the sweep that differ by their threshold alone."""
-    return [row for row in rows[1:] if row["block_size"] == block == row["steps_per_block"]]
-
-
-def _position_tables(found: Mapping[str, Any]) -> list[Table]:
-    levels = found["masked_loss_by_noise"]
-    noise = [(f"{e['t']:g}", with_error(e["loss"], e["stderr"]), f"{e['count']:,}") for e in levels]
-    block = len(found["ar_loss_by_position"])
-    chosen = levels[:: max(1, len(levels) // 5)]
-    rows = [
-        [str(j + 1)]
-        + [with_error(e["by_position"][j]["loss"], e["by_position"][j]["stderr"]) for e in chosen]
-        + [
-            with_error(found[key][j]["nats_per_token"], found[key][j]["stderr"])
-            for key in ("diffusion_bound_by_position", "ar_loss_by_position")
-        ]
-        for j in range(block)
-    ]
-    headings = ["position", *(f"t {e['t']:g}" for e in chosen), "bound", "AR"]
-    return [
-        plain_table("masked loss by noise level", ("noise level t", "nats per masked token", "tokens"), noise),
-        plain_table("nats per token by position in the block", headings, rows),
-    ]
-
-
-def _sweep_table(found: Mapping[str, Any]) -> Table:
-    headings = (
-        "S",
-        "steps",
-        "threshold",
-        "tokens/pass",
-        "tokens/s",
-        "x AR",
-        "nats/token",
-        "agree %",
-        "as AR %",
-        "distinct-2 %",
-        "repeated-4 %",
-    )
-    rows = [
-        [
-            "AR" if row["block_size"] is None else str(row["block_size"]),
-            *("-" if row[key] is None else f"{row[key]:g}" for key in ("steps_per_block", "confidence_threshold")),
-            number(row["tokens_per_pass"]),
-            number(row["tokens_per_second"], 1),
-            number(row["speedup"]),
-            with_error(row["nats_per_token"], row["nats_per_token_stderr"]),
-            *(number(100 * row[key], 1) for key in ("agreement", "same_as_ar", "distinct_2", "repeated_4")),
-        ]
-        for row in found["generation"]
-    ]
-    settings = found["settings"]
-    title = f"mask diffusion against cached AR, {settings['prompts']} prompts x {settings['new_tokens']} tokens"
-    return plain_table(title, headings, rows)
-
-
-def print_figures(found: Mapping[str, Any], console: Console) -> None:
-    lines = {
-        "AR, context tower": "ar_loss",
-        "AR, tokens of the bound": "ar_loss_on_bound_tokens",
-        "diffusion bound": "diffusion_bound",
-    }
-    rows = [
-        (name, with_error(found[key], found[f"{key}_stderr"]), f"{found[f'{key}_tokens']:,}")
-        for name, key in lines.items()
-    ]
-    for table in (plain_table("held-out text", ("", "nats per token", "tokens"), rows), *_position_tables(found)):
-        console.print(table)
-    console.print(_sweep_table(found))
-    console.print(machine_line(found["machine"]), highlight=False)
-
-
-def positions_picture(found: Mapping[str, Any]) -> bytes:
-    levels = found["masked_loss_by_noise"]
-    chosen = [levels[i] for i in sorted({0, (len(levels) - 1) // 2, len(levels) - 1})]
-    losses = {f"t = {e['t']:g}": [(cell["loss"], cell["stderr"]) for cell in e["by_position"]] for e in chosen}
-    references = {
-        name: [(cell["nats_per_token"], cell["stderr"]) for cell in found[key]]
-        for name, key in (("bound", "diffusion_bound_by_position"), ("AR", "ar_loss_by_position"))
-    }
-    return plots.positions(losses, references, theme=plots.LIGHT)
-
-
-def pareto_picture(found: Mapping[str, Any]) -> bytes:
-    rows, block = found["generation"][1:], found["settings"]["block_size_tokens"]
-    thresholds = _by_threshold(found["generation"], block)
-    sizes = [row for row in rows if row["block_size"] != block]
-    fewer = [row for row in rows if row["block_size"] == block != row["steps_per_block"]]
-    sizes, fewer = sorted(sizes, key=lambda row: row["block_size"]), sorted(fewer, key=lambda r: r["steps_per_block"])
-    every = found["settings"]["every"]
-    kinds: list[tuple[str, Sequence[dict[str, Any]], Callable[[dict[str, Any]], str], bool]] = [
-        (
-            f"threshold, S = {block}",
-            sorted(thresholds, key=lambda row: row["confidence_threshold"]),
-            lambda row: f"{row['confidence_threshold']:g}",
-            True,
-        ),
-        ("other block sizes", sizes, lambda row: f"S {row['block_size']}", not every),
-        ("fewer steps", fewer, lambda row: f"{row['steps_per_block']} steps", not every),
-    ]
-    families = [
-        plots.Family(name, [(label(row), row) for row in some], joined) for name, some, label, joined in kinds if some
-    ]
-    best = front(rows, "agreement")
-    return plots.pareto(families, found["ar_generation"], best, theme=plots.LIGHT)
-
-
-# name behind that of the JSON file, and how to draw it
-PICTURES: dict[str, Callable[[Mapping[str, Any]], bytes]] = {"positions": positions_picture, "pareto": pareto_picture}
+# --- the command --------------------------------------------------------------------------------
 
 
 def run(
     folder: str | Path, *, data: str | Path, output: str | Path, settings: EvaluationSettings = EvaluationSettings()
 ) -> None:
-    """The command `evaluate`: measure with progress bars, print tables, and write `output`, a JSON file, and its
-    pictures beside it.
+    """Run the command: measure with progress bars, write a JSON file and plots, print tables.
+
+    Args:
+        folder: two-tower Hugging Face folder.
+        data: prepared data folder.
+        output: JSON file; the plots are written next to it.
+        settings: what to measure.
 
     Raises:
-        UserError: see `evaluate`; nothing is written then.
+        UserError: see `evaluate`; then nothing is written.
     """
     with stage_bars() as progress:
         figures = evaluate(folder, data, settings=settings, progress=progress)
     target = Path(output)
-    for name, draw in PICTURES.items():
+    for name, draw in PLOTS.items():
         write_file(target.with_name(f"{target.stem}-{name}.png"), draw(figures))
     write_file(target, (json.dumps(figures, indent=1) + "\n").encode())
     print_figures(figures, wide_console())

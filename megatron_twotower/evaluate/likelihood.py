@@ -1,11 +1,11 @@
-"""How probable held-out text is: under the context tower, and under the denoiser by its variational bound.
+"""The likelihood of text under the context tower, and its variational bound under the denoiser.
 
-What is measured comes as nats per token and sequence; `estimate` and `by_position` make means of
-it, with standard errors over sequences. Dimensions: n sequences, l length, s block size, b rows of
-a batch.
+The measures return nats for each token and sequence. `estimate` and `by_position` compute means
+with standard errors over sequences. Dimensions: n sequences, l length, s block size, b rows of a
+batch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,18 +16,26 @@ from torch import Tensor
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.progress import OnProgress, silent
 from megatron_twotower.hf.modeling_nemotron_h_twotower import ContextCache
-from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as Model
+from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as TwoTowerModel
 
+# Noise levels at which the masked loss is measured.
 LEVELS = tuple(level / 10 for level in range(1, 11))
-ROWS = 32  # sequences evaluated at a time
+# Sequences in a batch.
+BATCH_ROWS = 32
 
 
-# --- means --------------------------------------------------------------------------------------------------------
+# --- means --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean in nats per token over `tokens` tokens; its standard error is that over sequences."""
+    """A mean over tokens.
+
+    Attributes:
+        nats_per_token: the mean.
+        stderr: its standard error over sequences.
+        tokens: number of tokens.
+    """
 
     nats_per_token: float
     stderr: float
@@ -35,10 +43,17 @@ class Estimate:
 
 
 def ratio(sums: Tensor, counts: Tensor) -> tuple[float | None, float | None, int]:
-    """A mean over all tokens, its standard error and their count, from sums and counts (n,) of n sequences.
+    """The mean over all tokens, its standard error and the number of tokens.
 
-    The error is that of a ratio of two sums, to first order: sequences, not tokens, are
-    independent. None of nothing.
+    The error is that of a ratio of two sums, to first order, because sequences are independent but
+    tokens are not.
+
+    Args:
+        sums: (n,) sum over the tokens of each sequence.
+        counts: (n,) tokens of each sequence.
+
+    Returns:
+        Mean and error are None if there are no tokens.
     """
     total, n = int(counts.sum()), len(counts)
     if not total:
@@ -49,18 +64,19 @@ def ratio(sums: Tensor, counts: Tensor) -> tuple[float | None, float | None, int
 
 
 def estimate(nats: Tensor) -> Estimate:
-    """From nats (n, tokens)."""
+    """The mean of nats (n, tokens)."""
     mean, stderr, tokens = ratio(nats.double().sum(-1), torch.full((len(nats),), nats.shape[1]))
     assert mean is not None and stderr is not None
     return Estimate(mean, stderr, tokens)
 
 
 def by_position(nats: Tensor, block_size: int) -> list[Estimate]:
-    """From nats (n, blocks x s): one estimate for each position in the block."""
+    """The mean of nats (n, blocks x s) at each position in the block."""
     return [estimate(nats[:, position::block_size]) for position in range(block_size)]
 
 
 def check_sequences(sequences: Tensor, block_size: int) -> None:
+    """Raise a `UserError` unless (n, l) is two or more sequences of two or more whole blocks."""
     count, length = sequences.shape
     if count < 2:
         raise UserError(f"sequences: found {count}, expected at least 2 for a standard error")
@@ -68,30 +84,40 @@ def check_sequences(sequences: Tensor, block_size: int) -> None:
         raise UserError(f"sequence length {length}: expected two or more blocks of {block_size} tokens")
 
 
-# --- measures -----------------------------------------------------------------------------------------------------
+# --- measures -----------------------------------------------------------------------------------
 
 
 def token_nats(logits: Tensor, targets: Tensor) -> Tensor:
-    """(b, l) cross-entropy of targets (b, l) under logits (b, l, v), float32 or wider."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(wide.transpose(1, 2), targets.to(logits.device), reduction="none")
+    """Cross-entropy (b, l) of targets (b, l) under logits (b, l, v), in float32 or float64."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(logits.transpose(1, 2), targets.to(logits.device), reduction="none")
 
 
 @torch.no_grad()
-def ar_nats(model: Model, sequences: Tensor, *, progress: OnProgress = silent) -> Tensor:
-    """(n, l - 1) float64: next-token cross-entropy of the context tower at every position of (n, l) but the first."""
+def ar_nats(model: TwoTowerModel, sequences: Tensor, *, progress: OnProgress = silent) -> Tensor:
+    """Next-token cross-entropy of the context tower on sequences (n, l): (n, l - 1) float64.
+
+    The first token of a sequence has none.
+    """
     parts = []
-    for first in range(0, len(sequences), ROWS):
-        rows = sequences[first : first + ROWS]
+    for first in range(0, len(sequences), BATCH_ROWS):
+        rows = sequences[first : first + BATCH_ROWS]
         parts.append(-model.score(rows)[:, 1:].double().cpu())
-        progress("AR loss", min(first + ROWS, len(sequences)), len(sequences))
+        progress("AR loss", min(first + BATCH_ROWS, len(sequences)), len(sequences))
     return torch.cat(parts)
 
 
-def _blocks(model: Model, sequences: Tensor, block_size: int) -> Iterator[tuple[slice, slice, Tensor, ContextCache]]:
-    """Every block with the context tower's states before it: rows, columns, clean ids (b, s), cache."""
-    for first in range(0, len(sequences), ROWS):
-        rows = slice(first, first + ROWS)
+def _blocks(
+    model: TwoTowerModel, sequences: Tensor, block_size: int
+) -> Iterator[tuple[slice, slice, Tensor, ContextCache]]:
+    """Yield every block of every batch.
+
+    Yields:
+        Its rows and columns in `sequences`, its clean ids (b, s), and the cache of the text before
+        it.
+    """
+    for first in range(0, len(sequences), BATCH_ROWS):
+        rows = slice(first, first + BATCH_ROWS)
         cache = model.prefill(sequences[rows, :0])
         for start in range(0, sequences.shape[1], block_size):
             columns = slice(start, start + block_size)
@@ -101,15 +127,17 @@ def _blocks(model: Model, sequences: Tensor, block_size: int) -> Iterator[tuple[
                 model.extend(cache, clean)
 
 
-def _masked_nats(model: Model, clean: Tensor, masked: Tensor, t: Tensor, cache: ContextCache, mask_id: int) -> Tensor:
-    """(b, s) cross-entropy of the denoiser where masked, else 0."""
+def _masked_nats(
+    model: TwoTowerModel, clean: Tensor, masked: Tensor, t: Tensor, cache: ContextCache, mask_id: int
+) -> Tensor:
+    """Cross-entropy of the denoiser (b, s); 0 where a token is not masked."""
     logits = model.denoise_block(clean.masked_fill(masked, mask_id), t, cache)
     return token_nats(logits, clean).cpu() * masked
 
 
 @torch.no_grad()
 def masked_loss_by_noise(
-    model: Model,
+    model: TwoTowerModel,
     sequences: Tensor,
     *,
     block_size: int,
@@ -118,17 +146,24 @@ def masked_loss_by_noise(
     mask_id: int,
     progress: OnProgress = silent,
 ) -> list[dict[str, Any]]:
-    """The denoiser's cross-entropy at masked positions, every block beside its clean past, at fixed noise levels.
+    """The cross-entropy of the denoiser at masked positions, at fixed noise levels.
 
-    The uniform numbers are the same for all levels, so that a level masks what every lower one
-    does, and more.
+    Every block is predicted after its clean context. All levels use the same uniform numbers, so
+    that a level masks every token that a lower level masks.
 
     Args:
+        model: two-tower model.
         sequences: (n, l) int64 on the CPU.
+        block_size: s.
+        levels: noise levels.
+        seed: seed of the uniform numbers.
+        mask_id: id of the mask token.
+        progress: called after every block.
 
-    Returns: For every level {"t": level, "loss": nats per masked token, "stderr", "count": of
-        those, "by_position": the same three for each position in the block}; None where nothing was
-        masked.
+    Returns:
+        For every level a dict. `t` is the level, `loss` the nats per masked token, `stderr` its
+        error and `count` the number of masked tokens. `by_position` has the last three for each
+        position in the block. Loss and error are None if no token was masked.
     """
     check_sequences(sequences, block_size)
     uniform = torch.rand(sequences.shape, generator=torch.Generator().manual_seed(seed))
@@ -155,61 +190,61 @@ def masked_loss_by_noise(
 
 
 def masks_by_count(u: Tensor, noise: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Exactly k tokens masked, k uniform on 1..s; conditioned on t = k / s, as at generation.
+    """Mask exactly k tokens of a block, k uniform on 1..s, at noise level t = k / s.
 
-    The integral of the bound over t, done exactly for every mask: int C(s, k) t^k (1 - t)^(s - k)
-    dt / t = 1 / k (LLaDA, Nie et al. 2025, equation 6, by block). It is the bound of writing a
-    block one token at a time in a random order, and no weight exceeds s, where 1 / t is unbounded.
+    The bound is an integral over t. For every mask it is computed exactly: int C(s, k) t^k
+    (1 - t)^(s - k) dt / t = 1 / k (LLaDA, Nie et al. 2025, equation 6, by block). This is also the
+    bound of generating a block one token at a time in a random order. No weight exceeds s, whereas
+    1 / t is unbounded.
 
-    lengths: (b,) of blocks that hold less than s tokens of text. What stands behind those is masked
-    always, as when the text was written first: k is uniform on 1..length, and t counts all masks.
+    Args:
+        u: (b,) float64, uniform; gives k.
+        noise: (b, s) uniform; the k smallest numbers are masked.
+        lengths: (b,) text tokens of blocks with less text than s; None for s. The positions after
+            the text are always masked, as during generation. Then k is uniform on 1..length, and t
+            counts all masks.
+
+    Returns:
+        Masked positions (b, s) bool, noise levels (b,) and weights (b,).
     """
     size = noise.shape[1]
     if lengths is None:
         lengths = torch.full((len(noise),), size)
-    behind = torch.arange(size) >= lengths.unsqueeze(-1)
+    after_text = torch.arange(size) >= lengths.unsqueeze(-1)
     k = (u * lengths).floor() + 1
-    masked = noise.masked_fill(behind, 2.0).argsort(-1).argsort(-1) < k.unsqueeze(-1)
-    return masked | behind, (k + size - lengths) / size, lengths / k
-
-
-def _masks_by_time(u: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each token masked with probability t, t uniform on (0.001, 1], weight 1 / t (MDLM; BD3-LM, section 3)."""
-    t = 1 - u * (1 - 1e-3)
-    return noise < t.unsqueeze(-1), t, 1 / t
-
-
-# u (b,) float64 and noise (b, s), uniform -> masked (b, s) bool, noise levels (b,), weights (b,)
-BOUND_NOISE: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]] = {
-    "count": masks_by_count,
-    "time": _masks_by_time,
-}
+    masked = noise.masked_fill(after_text, 2.0).argsort(-1).argsort(-1) < k.unsqueeze(-1)
+    return masked | after_text, (k + size - lengths) / size, lengths / k
 
 
 @torch.no_grad()
 def bound_nats(
-    model: Model,
+    model: TwoTowerModel,
     sequences: Tensor,
     *,
     block_size: int,
     draws: int,
     seed: int,
     mask_id: int,
-    noise: str = "count",
     progress: OnProgress = silent,
 ) -> Tensor:
-    """An upper bound on the denoiser's negative log-likelihood of every block after the first, by Monte Carlo.
+    """An upper bound on the negative log-likelihood of blocks under the denoiser, by Monte Carlo.
 
-    Per block E[weight x sum of the cross-entropies at masked positions], noise drawn as
-    `BOUND_NOISE` says, in `draws` strata. The first block is left out, so that `ar_nats(...)[:, s -
-    1:]` scores the very same tokens, with text before them in both.
+    The bound of a block is E[weight x sum of the cross-entropies at masked positions], with the
+    noise of `masks_by_count` in `draws` strata. The first block is left out: then `ar_nats(...)[:,
+    s - 1:]` scores exactly the same tokens, and in both there is text before them.
 
     Args:
+        model: two-tower model.
         sequences: (n, l) int64 on the CPU.
+        block_size: s.
+        draws: draws of noise for each block.
+        seed: seed of the noise.
+        mask_id: id of the mask token.
+        progress: called after every block.
 
-    Returns: (n, l - s) float64, what each token adds to the bound, so that a mean over tokens is
-        the bound per token; a standard error over sequences covers the choice of text and the
-        noise.
+    Returns:
+        (n, l - s) float64, the contribution of each token to the bound. The mean over tokens is the
+        bound per token. Its standard error over sequences covers the choice of text and the noise.
     """
     check_sequences(sequences, block_size)
     generator = torch.Generator().manual_seed(seed)
@@ -219,31 +254,39 @@ def bound_nats(
             continue
         for draw in range(draws):
             u = (draw + torch.rand(len(clean), generator=generator, dtype=torch.float64)) / draws
-            masked, t, weight = BOUND_NOISE[noise](u, torch.rand(clean.shape, generator=generator))
-            each = _masked_nats(model, clean, masked, t, cache, mask_id)
-            nats[rows, columns] += weight.unsqueeze(-1) * each.double() / draws
+            masked, t, weight = masks_by_count(u, torch.rand(clean.shape, generator=generator))
+            block_nats = _masked_nats(model, clean, masked, t, cache, mask_id)
+            nats[rows, columns] += weight.unsqueeze(-1) * block_nats.double() / draws
         progress("likelihood bound", rows.start * sequences.shape[1] + len(clean) * columns.stop, sequences.numel())
     return nats[:, block_size:]
 
 
-# --- scores of continuations --------------------------------------------------------------------------------------
+# --- scores of continuations --------------------------------------------------------------------
 
 
 @torch.no_grad()
-def ar_scores(model: Model, cache: ContextCache, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Continuations (b, l) of the cached text under the context tower: log-probabilities (b, l), and which tokens are
-    the most probable ones (b, l) bool. What stands behind a row's end is of no consequence for what is before it."""
+def ar_scores(model: TwoTowerModel, cache: ContextCache, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Score continuations of the cached text by the context tower.
+
+    Args:
+        model: two-tower model.
+        cache: the cache of the text before the continuations.
+        ids: (b, l) continuations, padded on the right. Padding does not change other scores.
+
+    Returns:
+        Log-probabilities (b, l), and whether each token is the most probable one, (b, l) bool.
+    """
     assert cache.hidden is not None
     logits = model.context_lm_head(cache.hidden).unsqueeze(1)
     if ids.shape[1] > 1:
         logits = torch.cat([logits, model.verify(cache, ids[:, :-1])], dim=1)
-    wanted = ids.to(logits.device)
-    return -token_nats(logits, wanted), logits.argmax(-1) == wanted
+    targets = ids.to(logits.device)
+    return -token_nats(logits, targets), logits.argmax(-1) == targets
 
 
 @torch.no_grad()
 def bound_scores(
-    model: Model,
+    model: TwoTowerModel,
     cache: ContextCache,
     ids: Tensor,
     lengths: Tensor,
@@ -253,14 +296,24 @@ def bound_scores(
     seed: int,
     mask_id: int,
 ) -> Tensor:
-    """A lower bound (b,) on the log-probability of continuations under the denoiser, by Monte Carlo.
+    """A lower bound on the log-probability of continuations under the denoiser, by Monte Carlo.
 
-    Blocks begin behind the cached text. All rows meet the same noise, so that what is compared
-    differs by its text alone. One token behind the text is scored without noise, from a block of
-    masks. The cache is extended.
+    The first block begins directly after the cached text. All rows have the same noise, so that
+    only their text makes a difference. A last block with one token of text needs no noise: the
+    token is predicted from a block of masks.
 
     Args:
-        ids: (b, l); lengths: (b,) of each row's continuation, what stands behind it is ignored.
+        model: two-tower model.
+        cache: the cache of the text before the continuations; it is extended.
+        ids: (b, l) continuations, padded on the right.
+        lengths: (b,) tokens of each continuation.
+        block_size: s.
+        draws: draws of noise for each block.
+        seed: seed of the noise.
+        mask_id: id of the mask token.
+
+    Returns:
+        (b,) float64, in nats.
     """
     generator = torch.Generator().manual_seed(seed)
     ids, total = ids.cpu(), torch.zeros(len(ids), dtype=torch.float64)
@@ -268,24 +321,36 @@ def bound_scores(
         if start:
             model.extend(cache, ids[:, start - block_size : start])
         clean = F.pad(ids[:, start : start + block_size], (0, max(0, start + block_size - ids.shape[1])))
-        some = (lengths - start).clamp(0, block_size)
-        text = torch.arange(block_size) < some.unsqueeze(-1)
-        for draw in range(draws if int(some.max()) > 1 else 1):
+        text_lengths = (lengths - start).clamp(0, block_size)
+        is_text = torch.arange(block_size) < text_lengths.unsqueeze(-1)
+        block_draws = draws if int(text_lengths.max()) > 1 else 1
+        for draw in range(block_draws):
             u = (draw + torch.rand(1, generator=generator, dtype=torch.float64)).expand(len(ids)) / draws
             noise = torch.rand(1, block_size, generator=generator).expand(len(ids), -1)
-            masked, t, weight = masks_by_count(u, noise, some.clamp(min=1))
-            nats = _masked_nats(model, clean, masked, t.float(), cache, mask_id) * text
-            total -= weight * nats.double().sum(-1) / (draws if int(some.max()) > 1 else 1)
+            masked, t, weight = masks_by_count(u, noise, text_lengths.clamp(min=1))
+            nats = _masked_nats(model, clean, masked, t.float(), cache, mask_id) * is_text
+            total -= weight * nats.double().sum(-1) / block_draws
     return total
 
 
 @torch.no_grad()
-def mock_ar_scores(model: Model, cache: ContextCache, last: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """As `ar_scores`, by the denoiser as a next-token model; the cache holds all text but its last token (b, 1)."""
+def mock_ar_scores(model: TwoTowerModel, cache: ContextCache, last: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Score continuations by the denoiser as a next-token model.
+
+    Args:
+        model: two-tower model.
+        cache: the cache of the text before the continuations, without the last token of that text.
+            It is extended.
+        last: (b, 1) the last token of that text.
+        ids: (b, l) continuations, padded on the right.
+
+    Returns:
+        As `ar_scores`.
+    """
     parts = []
     for token in torch.cat([last, ids[:, :-1].to(last.device)], dim=1).split(1, dim=1):
         parts.append(model.denoise_block(token, None, cache))
         model.extend(cache, token)
     logits = torch.cat(parts, dim=1)
-    wanted = ids.to(logits.device)
-    return -token_nats(logits, wanted), logits.argmax(-1) == wanted
+    targets = ids.to(logits.device)
+    return -token_nats(logits, targets), logits.argmax(-1) == targets

@@ -1,13 +1,13 @@
-"""What generation costs and what it writes, over confidence threshold, block size and passes per block.
+"""The speed and quality of mask diffusion by confidence threshold, block size and steps per block.
 
-Every setting continues the same prompts, and cached AR generation does in the same run: speed is
-quoted against it, and what was written is held against what it would have written.
+Every setting continues the same prompts. Cached AR generation continues them in the same run: the
+speed is relative to it, and the text is compared with its text.
 """
 
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,56 +15,73 @@ from torch import Tensor
 
 from megatron_twotower.common.progress import OnProgress, silent
 from megatron_twotower.evaluate.likelihood import token_nats
-from megatron_twotower.generate.engine import GenerationSettings, write
+from megatron_twotower.generate.engine import GenerationSettings, generate_ids
 from megatron_twotower.hf.modeling_nemotron_h_twotower import GenerationStats
-from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as Model
+from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as TwoTowerModel
 
-# --- quality ------------------------------------------------------------------------------------------------------
+# --- quality ------------------------------------------------------------------------------------
 
 
 def ngrams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    """All runs of n consecutive ids."""
     return list(zip(*(ids[i:] for i in range(n)), strict=False))
 
 
-def distinct(ids: Sequence[int], n: int) -> float:
-    """Of the n-grams of a text, the share that differ from each other: 1 where none comes twice."""
+def distinct_fraction(ids: Sequence[int], n: int) -> float:
+    """The number of different n-grams of a text over the number of all; 1 if none is repeated."""
     found = ngrams(ids, n)
     return len(set(found)) / len(found) if found else 1.0
 
 
 @torch.no_grad()
-def judge(model: Model, ids: Tensor, prompt_tokens: int, ar_text: Tensor) -> dict[str, float]:
-    """What one text (1, l) is worth behind its prompt; every figure a mean over its new tokens.
+def text_quality(model: TwoTowerModel, ids: Tensor, prompt_tokens: int, ar_text: Tensor) -> dict[str, float]:
+    """The quality of one generated text, as means over its new tokens.
 
-    nats_per_token: under the context tower. agreement: of the tokens, the share that the context
-    tower would have chosen, greedily, behind the same text. same_as_ar: the share that stands where
-    AR's text (n,) has the same token; it falls to nothing behind the first that differs.
-    distinct_2: of pairs of tokens, the share that are no repetition; repeated_4: of runs of four,
-    the share that are one.
+    Args:
+        model: two-tower model.
+        ids: (1, l) prompt and new tokens.
+        prompt_tokens: tokens of the prompt.
+        ar_text: (n,) the new tokens of AR generation from the same prompt.
+
+    Returns:
+        nats_per_token: under the context tower.
+        agreement: fraction of the tokens that the context tower would choose greedily after the
+            same text.
+        same_as_ar: fraction of the tokens that AR has at the same position. It falls off after the
+            first difference.
+        distinct_2: fraction of different pairs of tokens.
+        repeated_4: fraction of runs of four tokens that are repetitions.
     """
     logits, new = model(ids).logits[:, prompt_tokens - 1 : -1], ids[:, prompt_tokens:]
-    written = new[0].tolist()
+    new_ids = new[0].tolist()
     return {
         "nats_per_token": float(token_nats(logits, new).double().mean()),
         "agreement": float((logits.argmax(-1) == new.to(logits.device)).double().mean()),
         "same_as_ar": float((new[0].cpu() == ar_text.cpu()).double().mean()),
-        "distinct_2": distinct(written, 2),
-        "repeated_4": 1 - distinct(written, 4),
+        "distinct_2": distinct_fraction(new_ids, 2),
+        "repeated_4": 1 - distinct_fraction(new_ids, 4),
     }
 
 
-# --- the sweep ----------------------------------------------------------------------------------------------------
+# --- the sweep ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Point:
-    """A setting of mask diffusion: None for steps is one for each token of the block."""
+class SweepPoint:
+    """One setting of mask diffusion in a sweep.
+
+    Attributes:
+        threshold: confidence threshold.
+        block_size: tokens in a block.
+        steps: maximum number of denoiser passes for a block; None for one for each token.
+    """
 
     threshold: float
     block_size: int
     steps: int | None = None
 
     def settings(self, new_tokens: int) -> GenerationSettings:
+        """The settings of a generation of `new_tokens` tokens."""
         return GenerationSettings(
             max_new_tokens=new_tokens,
             block_size=self.block_size,
@@ -73,7 +90,7 @@ class Point:
         )
 
 
-def points(
+def sweep_points(
     *,
     thresholds: Sequence[float],
     block_sizes: Sequence[int],
@@ -81,37 +98,47 @@ def points(
     trained_block: int,
     threshold: float,
     every: bool = False,
-) -> list[Point]:
-    """What to try: each list alone, the others as `trained_block`, one step per token and `threshold` say; or, with
-    `every`, all combinations. Steps beyond the block's size change nothing and are left out."""
+) -> list[SweepPoint]:
+    """The settings to try.
+
+    Args:
+        thresholds: confidence thresholds, tried at the trained block size with a step per token.
+        block_sizes: tried at `threshold` with a step per token.
+        steps: steps per block, tried at `threshold` and the trained block size. Numbers above the
+            block size change nothing and are left out.
+        trained_block: the block size that the denoiser was trained with.
+        threshold: confidence threshold of the points that vary block size or steps.
+        every: try all combinations of the three lists instead.
+    """
     if every:
         return [
-            Point(*chosen)
+            SweepPoint(*chosen)
             for chosen in itertools.product(thresholds, block_sizes, (None, *steps))
             if chosen[2] is None or chosen[2] < chosen[1]
         ]
-    star = [Point(each, trained_block) for each in thresholds]
-    star += [Point(threshold, size) for size in block_sizes if size != trained_block]
-    star += [Point(threshold, trained_block, count) for count in steps if count < trained_block]
+    star = [SweepPoint(each, trained_block) for each in thresholds]
+    star += [SweepPoint(threshold, size) for size in block_sizes if size != trained_block]
+    star += [SweepPoint(threshold, trained_block, count) for count in steps if count < trained_block]
     return list(dict.fromkeys(star))
 
 
 @dataclass
-class _Tally:
-    """One row of the sweep: sums over prompts, and the judgement of each text."""
+class _PointTotals:
+    """Sums over the prompts of one point, and the quality of each text."""
 
     passes: int = 0
     new_tokens: int = 0
     seconds: float = 0.0
-    judged: list[dict[str, float]] = field(default_factory=list)
+    qualities: list[dict[str, float]] = field(default_factory=list)
 
-    def add(self, stats: GenerationStats, judged: dict[str, float]) -> None:
+    def add(self, stats: GenerationStats, quality: dict[str, float]) -> None:
         self.passes += stats.passes
         self.new_tokens += stats.new_tokens
         self.seconds += stats.seconds
-        self.judged.append(judged)
+        self.qualities.append(quality)
 
-    def row(self, point: Point | None, ar_rate: float) -> dict[str, Any]:
+    def row(self, point: SweepPoint | None, ar_rate: float) -> dict[str, Any]:
+        """The row of the sweep; `point` None is AR, and `ar_rate` its tokens per second."""
         rate = self.new_tokens / self.seconds
         row: dict[str, Any] = {
             "mode": "ar" if point is None else "mask_diffusion",
@@ -124,65 +151,82 @@ class _Tally:
             "seconds": self.seconds,
             "tokens_per_second": rate,
             "speedup": rate / ar_rate,
-            "prompts": len(self.judged),
+            "prompts": len(self.qualities),
         }
-        for key in self.judged[0]:
-            values = torch.tensor([each[key] for each in self.judged], dtype=torch.float64)
+        for key in self.qualities[0]:
+            values = torch.tensor([each[key] for each in self.qualities], dtype=torch.float64)
             row[key] = float(values.mean())
             row[f"{key}_stderr"] = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
         return row
 
 
 def sweep(
-    model: Model,
+    model: TwoTowerModel,
     prompts: Tensor,
     *,
-    points: Sequence[Point],
+    points: Sequence[SweepPoint],
     max_new_tokens: int,
     mask_id: int,
     progress: OnProgress = silent,
 ) -> list[dict[str, Any]]:
-    """Speed and quality of mask diffusion at each point, against cached AR generation in the same run.
+    """Measure speed and quality of mask diffusion at each point, and of cached AR generation.
 
-    Greedy, one prompt at a time, always `max_new_tokens` long (no EOS, so that all write the same
-    amount); for every prompt AR first and then all points, so that a drift of the machine meets all
-    alike.
+    Generation is greedy, one prompt at a time. It ignores EOS, so that every text has
+    `max_new_tokens` tokens. For each prompt AR runs first and then all points, so that a drift of
+    the speed of the machine affects all of them equally.
 
     Args:
+        model: two-tower model.
         prompts: (n, l) int64.
+        points: the settings to try.
+        max_new_tokens: new tokens of each text.
+        mask_id: id of the mask token.
+        progress: called after every text.
 
-    Returns: Rows, the first of which is AR's (confidence_threshold None, speedup 1): passes of the
-        tower that predicts, new tokens, seconds, tokens per pass and per second, speedup over AR,
-        and what `judge` says, each as a mean over prompts and its standard error (None of one
-        prompt).
+    Returns:
+        One row for AR (confidence_threshold None, speedup 1) and one for each point: passes of the
+        tower that decides on tokens, new tokens, seconds, tokens per pass and per second, speedup
+        over AR, and the figures of `text_quality` as means over prompts with standard errors (None
+        with one prompt).
     """
-    base = GenerationSettings(max_new_tokens=max_new_tokens)
-    kinds: list[Point | None] = [None, *points]
-    tallies = [_Tally() for _ in kinds]
+    settings: list[SweepPoint | None] = [None, *points]
+    totals = [_PointTotals() for _ in settings]
 
-    def once(ids: Tensor, point: Point | None, new_tokens: int) -> tuple[Tensor, GenerationStats]:
-        mode = "ar" if point is None else "mask_diffusion"
-        settings = replace(base, max_new_tokens=new_tokens) if point is None else point.settings(new_tokens)
-        return write(model, ids, mode=mode, settings=settings, mask_id=mask_id, eos_id=None)
+    def generate(ids: Tensor, point: SweepPoint | None, new_tokens: int) -> tuple[Tensor, GenerationStats]:
+        if point is None:
+            mode, own = "ar", GenerationSettings(max_new_tokens=new_tokens)
+        else:
+            mode, own = "mask_diffusion", point.settings(new_tokens)
+        return generate_ids(model, ids, mode=mode, settings=own, mask_id=mask_id, eos_id=None)
 
-    for point in kinds[:2]:  # the first calls of any kind are slower
-        once(prompts[:1], point, min(32, max_new_tokens))
+    for point in settings[:2]:  # the first call in each mode is slower
+        generate(prompts[:1], point, min(32, max_new_tokens))
     for number in range(len(prompts)):
         ids, ar_text = prompts[number : number + 1], None
-        for i, point in enumerate(kinds):
-            written, stats = once(ids, point, max_new_tokens)
-            new = written[0, ids.shape[1] :]
+        for i, point in enumerate(settings):
+            output, stats = generate(ids, point, max_new_tokens)
+            new = output[0, ids.shape[1] :]
             ar_text = new if ar_text is None else ar_text
-            tallies[i].add(stats, judge(model, written, ids.shape[1], ar_text))
-            progress("sweep", number * len(kinds) + i + 1, len(prompts) * len(kinds))
-    ar_rate = tallies[0].new_tokens / tallies[0].seconds
-    return [tally.row(kind, ar_rate) for kind, tally in zip(kinds, tallies, strict=True)]
+            totals[i].add(stats, text_quality(model, output, ids.shape[1], ar_text))
+            progress("sweep", number * len(settings) + i + 1, len(prompts) * len(settings))
+    ar_rate = totals[0].new_tokens / totals[0].seconds
+    return [each.row(point, ar_rate) for point, each in zip(settings, totals, strict=True)]
 
 
-def front(rows: Sequence[dict[str, Any]], quality: str) -> list[dict[str, Any]]:
-    """The rows that none is both faster than and as good as, fastest last. quality: a key; more is better."""
+def pareto_front(rows: Sequence[dict[str, Any]], quality: str) -> list[dict[str, Any]]:
+    """The rows for which no other row is both faster and as good, the fastest last.
+
+    Args:
+        rows: rows of a sweep.
+        quality: the key of a figure; more is better.
+    """
     best: list[dict[str, Any]] = []
     for row in sorted(rows, key=lambda row: (-row["speedup"], -row[quality])):
         if not best or row[quality] > best[-1][quality]:
             best.append(row)
     return best[::-1]
+
+
+def threshold_rows(rows: Sequence[dict[str, Any]], block: int) -> list[dict[str, Any]]:
+    """The rows of a sweep that vary the threshold only."""
+    return [row for row in rows[1:] if row["block_size"] == block == row["steps_per_block"]]

@@ -1,4 +1,4 @@
-"""Which tasks of lm-evaluation-harness to run: recipes in `recipes/evaluation/`, or names on the command line."""
+"""Tasks of lm-evaluation-harness to run, from recipes in `recipes/evaluation/` or from names."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,12 +13,16 @@ from megatron_twotower.config.recipes import recipes_folder
 
 @dataclass(frozen=True)
 class HarnessTask:
-    """One line of the table.
+    """One row of the table of results.
 
-    tasks: names of tasks, groups or tags of the harness; of several, the plain mean counts. shots:
-    examples before a question; None for the task's own. metric: as the harness names it,
-    "acc,none"; None for the first one. card: what the released model's card reports, in percent, by
-    mode. overrides: of the tasks' own settings. note: for the reader.
+    Attributes:
+        name: name of the row.
+        tasks: names of tasks, groups or tags of the harness; the result is their plain mean.
+        shots: examples before a question; None for the number of the task.
+        metric: the metric as the harness names it, such as "acc,none"; None for its first one.
+        card: results in the card of the released model, in percent, by mode.
+        overrides: settings that replace those of the task.
+        note: a remark for the reader of the results.
     """
 
     name: str
@@ -31,14 +35,15 @@ class HarnessTask:
 
 
 def task_recipe_names() -> list[str]:
+    """Names of the recipes in `recipes/evaluation/`."""
     return sorted(path.stem for path in (recipes_folder() / "evaluation").glob("*.yaml"))
 
 
 def read_task_recipe(path: Path) -> list[HarnessTask]:
-    """The tasks of a recipe file.
+    """Read the tasks of a recipe file.
 
     Raises:
-        UserError: not such a file; the message names the entry.
+        UserError: not a recipe of tasks; the message names the entry.
     """
     try:
         content = yaml.safe_load(path.read_text())
@@ -61,9 +66,11 @@ def read_task_recipe(path: Path) -> list[HarnessTask]:
 
 
 def chosen_tasks(chosen: Sequence[str], *, shots: int | None = None) -> list[HarnessTask]:
-    """From the command line: names of recipes, paths of recipe files, and names of the harness's own tasks.
+    """The tasks that the command line names.
 
-    shots: in place of what recipes and tasks say.
+    Args:
+        chosen: names of recipes, paths of recipe files, and names of tasks of the harness.
+        shots: replaces the number of examples in recipes and tasks; None keeps it.
     """
     found: list[HarnessTask] = []
     for name in chosen:

@@ -1,4 +1,4 @@
-"""The command `evaluate --tasks`: benchmark tasks through lm-evaluation-harness, one table, one JSON file."""
+"""The command `evaluate --tasks`: benchmark tasks of lm-evaluation-harness."""
 
 import importlib.util
 import json
@@ -13,13 +13,13 @@ from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.files import write_file
 from megatron_twotower.common.machine import machine_line
 from megatron_twotower.common.tables import number, plain_table, wide_console, with_error
+from megatron_twotower.evaluate.harness_settings import HarnessSettings
 from megatron_twotower.evaluate.task_recipes import chosen_tasks
 
 
 def results_table(found: Mapping[str, Any]) -> Table:
-    """A line for each task, in percent; what the released model's card reports for the same mode beside it."""
-    own = found["settings"]
-    mode = own["mode"]
+    """A row for each task, in percent, with the results in the card of the released model."""
+    settings = found["settings"]
     with_card = any(row["card"] for row in found["tasks"])
     headings = [
         "task",
@@ -47,7 +47,8 @@ def results_table(found: Mapping[str, Any]) -> Table:
         for row in found["tasks"]
     ]
     part = "" if found["limit"] is None else f", the first {found['limit']} documents of each"
-    return plain_table(f"{found['model']}: writing by {mode}, scoring by {own['scoring']}{part}", headings, rows)
+    title = f"{found['model']}: writing by {settings['mode']}, scoring by {settings['scoring']}{part}"
+    return plain_table(title, headings, rows)
 
 
 def run(
@@ -62,10 +63,18 @@ def run(
     allow_code_execution: bool = False,
     console: Console | None = None,
 ) -> None:
-    """Run the tasks, print their table and write `output`.
+    """Run the command: run the tasks, write `output` and print the table.
 
     Args:
-        chosen: see `chosen_tasks`. settings: fields of `HarnessSettings` that differ from its own.
+        folder: two-tower Hugging Face folder.
+        chosen: names of recipes, paths of recipe files, and names of tasks of the harness.
+        output: JSON file.
+        settings: fields of `HarnessSettings` that differ from their defaults.
+        shots: replaces the number of examples in recipes and tasks; None keeps it.
+        limit: documents of each task; None for all.
+        task_files: folder of further task files.
+        allow_code_execution: run code that the model has generated, for tasks that need it.
+        console: the console to print on; None for standard output.
 
     Raises:
         UserError: the harness is not installed, or see `run_tasks`; nothing is written then.
@@ -73,12 +82,12 @@ def run(
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("lm_eval: not installed, expected for --tasks (pip install 'megatron-twotower[eval]')")
     tasks = chosen_tasks(chosen, shots=shots)
-    from megatron_twotower.evaluate import harness
+    from megatron_twotower.evaluate.task_runner import run_tasks  # needs lm_eval
 
-    found = harness.run_tasks(
+    found = run_tasks(
         folder,
         tasks,
-        settings=harness.HarnessSettings(**(settings or {})),
+        settings=HarnessSettings(**(settings or {})),
         limit=limit,
         include_path=task_files,
         allow_code_execution=allow_code_execution,

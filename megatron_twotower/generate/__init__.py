@@ -1,1 +1,1 @@
-"""Text from an exported two-tower folder."""
+"""Generation of text with an exported two-tower folder."""

@@ -1,4 +1,4 @@
-"""Writing text with an exported two-tower folder."""
+"""Load an exported two-tower folder and generate text with it, in four modes."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,27 +15,30 @@ from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.hf_config import read_hf_config
 from megatron_twotower.data.tokenizer import load_tokenizer, text_encoder
 from megatron_twotower.hf import ARCHITECTURE
-from megatron_twotower.hf.modeling_nemotron_h_twotower import (
-    ArgumentError,
-    GenerationStats,
-    NemotronHTwoTowerForCausalLM,
-    OnStep,
-    OnTokens,
-)
+from megatron_twotower.hf.modeling_nemotron_h_twotower import ArgumentError, GenerationStats, OnStep, OnTokens
+from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as TwoTowerModel
 
-# Where a tokenizer names no mask token: the id of the released checkpoint.
+# The mask token of the released checkpoint, for a tokenizer that names none.
 MASK_TOKEN_ID = 3
+
+
+# --- settings and results -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How to write.
+    """How text is generated.
 
-    block_size: tokens that the denoiser sees at once. steps_per_block, confidence_threshold (more
-    probable tokens are committed at once): of mask diffusion alone. temperature: 0 is greedy.
-    top_k, top_p: among how many tokens, and among how much of their probability, to sample; None
-    for all. seed: of the sampling. draft_steps: passes of the denoiser to a draft, of speculative
-    generation alone.
+    Attributes:
+        max_new_tokens: maximum number of new tokens.
+        block_size: tokens that the denoiser sees at once.
+        steps_per_block: maximum number of denoiser passes for a block, of mask diffusion only.
+        confidence_threshold: mask diffusion commits every token more probable than this at once.
+        temperature: 0 is greedy.
+        top_k: number of most probable tokens to sample among; None for all.
+        seed: seed of the sampling.
+        top_p: probability mass of the most probable tokens to sample among; None for all.
+        draft_steps: denoiser passes for a draft, of speculative generation only.
     """
 
     max_new_tokens: int = 128
@@ -50,23 +53,34 @@ class GenerationSettings:
 
 
 @dataclass(frozen=True)
-class Watch:
-    """Who is told while text is written: `on_step` by mask diffusion, `on_tokens` by the other modes."""
+class Callbacks:
+    """Functions that are called while text is generated.
+
+    Attributes:
+        on_step: called after every step of mask diffusion.
+        on_tokens: called by the other modes when text grows.
+    """
 
     on_step: OnStep | None = None
     on_tokens: OnTokens | None = None
 
 
-UNWATCHED = Watch()
+NO_CALLBACKS = Callbacks()
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What was written. ids: (l + new,) int64 on the CPU, the prompt's first. text: of the new ids, up to EOS.
+    """Text that was generated from one prompt.
 
-    passes: of the denoiser, or, in modes `ar` and `speculative`, of the context tower. seconds:
-    wall-clock, with the prompt's prefill. accepted: of the drafted tokens, those that stayed, in
-    mode `speculative`; else None.
+    Attributes:
+        mode: one of `MODES`.
+        prompt: the text that was continued.
+        text: the new text, without the EOS that may end it.
+        ids: (l + new,) int64 on the CPU, those of the prompt first.
+        new_tokens: number of new tokens, including EOS.
+        passes: forward passes of the tower that decides, see `DECIDING_TOWER`.
+        seconds: wall-clock time, including the prefill of the prompt.
+        accepted: number of drafted tokens that were accepted, in mode `speculative`; else None.
     """
 
     mode: str
@@ -80,23 +94,36 @@ class Generation:
 
     @property
     def tokens_per_pass(self) -> float:
+        """New tokens per forward pass."""
         return self.new_tokens / self.passes
 
     @property
     def tokens_per_second(self) -> float:
+        """New tokens per second."""
         return self.new_tokens / self.seconds
+
+
+# --- loading ------------------------------------------------------------------------------------
 
 
 def load(
     folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
-) -> tuple[NemotronHTwoTowerForCausalLM, PreTrainedTokenizerFast]:
-    """Open a two-tower folder with this package's own modelling code: nothing in the folder is executed.
+) -> tuple[TwoTowerModel, PreTrainedTokenizerFast]:
+    """Load a two-tower folder with the modelling code of this package.
+
+    No code in the folder is executed.
 
     Args:
-        dtype: of the weights; None for that of `config.json`.
+        folder: two-tower Hugging Face folder.
+        dtype: dtype of the weights; None for that of `config.json`.
+        device: device of both towers.
 
-    Raises: UserError: not a two-tower folder, or its weights are not exactly those of its
-        configuration.
+    Returns:
+        The model in evaluation mode, and its tokenizer.
+
+    Raises:
+        UserError: not a two-tower folder, or weights that are not exactly those of its
+            configuration.
     """
     architectures = read_hf_config(folder).get("architectures")
     if architectures != [ARCHITECTURE]:
@@ -105,7 +132,7 @@ def load(
     if not sys.stderr.isatty():
         disable_progress_bar()
     try:
-        model, info = NemotronHTwoTowerForCausalLM.from_pretrained(
+        model, info = TwoTowerModel.from_pretrained(
             str(folder), dtype="auto" if dtype is None else dtype, local_files_only=True, output_loading_info=True
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
@@ -113,20 +140,21 @@ def load(
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(map(str, info[problem]))
         if names:
-            some = ", ".join(names[:3])
-            raise UserError(f"{folder}: {problem.replace('_', ' ')}: found {len(names)} ({some}), expected none")
+            first = ", ".join(names[:3])
+            raise UserError(f"{folder}: {problem.replace('_', ' ')}: found {len(names)} ({first}), expected none")
     return model.eval().to(device), tokenizer
 
 
 def default_devices() -> tuple[str, ...]:
+    """CUDA if it is available, else the CPU."""
     return ("cuda",) if torch.cuda.is_available() else ("cpu",)
 
 
-def place(model: NemotronHTwoTowerForCausalLM, devices: Sequence[str]) -> None:
-    """Put the model on one device, or its context tower on the first and its denoiser on the second.
+def place_towers(model: TwoTowerModel, devices: Sequence[str]) -> None:
+    """Put the model on one device, or the context tower on one and the denoiser on another.
 
     Raises:
-        UserError: a device that is not there.
+        UserError: more than two devices, or a device that does not exist.
     """
     if len(devices) > 2:
         raise UserError(f"device: found {' '.join(devices)}, expected one or two")
@@ -138,125 +166,92 @@ def place(model: NemotronHTwoTowerForCausalLM, devices: Sequence[str]) -> None:
 
 
 def mask_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The mask token of a tokenizer, or that of the released checkpoint if it names none."""
     found = tokenizer.mask_token_id
     return MASK_TOKEN_ID if found is None else int(found)
 
 
-def write(
-    model: NemotronHTwoTowerForCausalLM,
-    ids: Tensor,
-    *,
-    mode: str,
-    settings: GenerationSettings,
-    mask_id: int,
-    eos_id: int | None,
-    attention_mask: Tensor | None = None,
-    watch: Watch = UNWATCHED,
-) -> tuple[Tensor, GenerationStats]:
-    """Continue prompts.
-
-    Args: ids: (b, l) int64. attention_mask: (b, l), 0 for padding on the left of shorter prompts;
-        None: all are of one length. eos_id: ends a row; None always writes `max_new_tokens`.
-
-    Returns:
-        (b, l + new) ids and what they took.
-
-    Raises:
-        UserError: an unknown mode, or a setting out of range.
-    """
-    check_mode(mode)
-    try:
-        written = MODES[mode](model, Request(ids, attention_mask, mask_id, eos_id, watch), settings)
-    except ArgumentError as error:
-        raise UserError(str(error)) from error
-    assert model.last_generation is not None
-    return written, model.last_generation
-
-
-def check_mode(mode: str, *more: str) -> None:
-    """Refuse what is neither a mode nor one of `more`."""
-    if mode not in (*MODES, *more):
-        raise UserError(f"mode: found {mode!r}, expected one of {', '.join((*MODES, *more))}")
+# --- modes --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Request:
-    """What to continue; see `write`."""
+class Prompts:
+    """Prompts to continue; see `generate_ids`."""
 
     ids: Tensor
     attention_mask: Tensor | None
     mask_id: int
     eos_id: int | None
-    watch: Watch
+    callbacks: Callbacks
 
 
-Mode = Callable[[NemotronHTwoTowerForCausalLM, Request, GenerationSettings], Tensor]
+Mode = Callable[[TwoTowerModel, Prompts, GenerationSettings], Tensor]
 
 
 def _generator(device: torch.device, settings: GenerationSettings) -> torch.Generator:
     return torch.Generator(device).manual_seed(settings.seed)
 
 
-def _mask_diffusion(model: NemotronHTwoTowerForCausalLM, what: Request, settings: GenerationSettings) -> Tensor:
+def _mask_diffusion(model: TwoTowerModel, prompts: Prompts, settings: GenerationSettings) -> Tensor:
     return model.generate_mask_diffusion(
-        what.ids,
+        prompts.ids,
         settings.max_new_tokens,
         settings.block_size,
         settings.steps_per_block,
-        what.mask_id,
+        prompts.mask_id,
         settings.temperature,
         settings.top_k,
         settings.confidence_threshold,
-        what.eos_id,
-        attention_mask=what.attention_mask,
+        prompts.eos_id,
+        attention_mask=prompts.attention_mask,
         top_p=settings.top_p,
         generator=_generator(model.denoiser_tower.device, settings),
-        on_step=what.watch.on_step,
+        on_step=prompts.callbacks.on_step,
     )
 
 
-def _mock_ar(model: NemotronHTwoTowerForCausalLM, what: Request, settings: GenerationSettings) -> Tensor:
+def _mock_ar(model: TwoTowerModel, prompts: Prompts, settings: GenerationSettings) -> Tensor:
     return model.generate_mock_ar(
-        what.ids,
+        prompts.ids,
         settings.max_new_tokens,
         settings.temperature,
         settings.top_k,
-        what.eos_id,
-        attention_mask=what.attention_mask,
+        prompts.eos_id,
+        attention_mask=prompts.attention_mask,
         top_p=settings.top_p,
         generator=_generator(model.denoiser_tower.device, settings),
-        on_tokens=what.watch.on_tokens,
+        on_tokens=prompts.callbacks.on_tokens,
     )
 
 
-def _ar(model: NemotronHTwoTowerForCausalLM, what: Request, settings: GenerationSettings) -> Tensor:
+def _ar(model: TwoTowerModel, prompts: Prompts, settings: GenerationSettings) -> Tensor:
     return model.generate_ar(
-        what.ids,
+        prompts.ids,
         settings.max_new_tokens,
         settings.temperature,
         settings.top_k,
-        what.eos_id,
-        attention_mask=what.attention_mask,
+        prompts.eos_id,
+        attention_mask=prompts.attention_mask,
         top_p=settings.top_p,
         generator=_generator(model.context_tower.device, settings),
-        on_tokens=what.watch.on_tokens,
+        on_tokens=prompts.callbacks.on_tokens,
     )
 
 
-def _speculative(model: NemotronHTwoTowerForCausalLM, what: Request, settings: GenerationSettings) -> Tensor:
+def _speculative(model: TwoTowerModel, prompts: Prompts, settings: GenerationSettings) -> Tensor:
     return model.generate_speculative(
-        what.ids,
+        prompts.ids,
         settings.max_new_tokens,
         settings.block_size,
         settings.draft_steps,
-        what.mask_id,
+        prompts.mask_id,
         settings.temperature,
         settings.top_k,
-        what.eos_id,
-        attention_mask=what.attention_mask,
+        prompts.eos_id,
+        attention_mask=prompts.attention_mask,
         top_p=settings.top_p,
         generator=_generator(model.context_tower.device, settings),
-        on_tokens=what.watch.on_tokens,
+        on_tokens=prompts.callbacks.on_tokens,
     )
 
 
@@ -266,25 +261,86 @@ MODES: Mapping[str, Mode] = {
     "ar": _ar,
     "speculative": _speculative,
 }
-DECIDED_BY = {name: "context tower" if name in ("ar", "speculative") else "denoiser" for name in MODES}
+# The tower that decides on tokens. Its passes are counted.
+DECIDING_TOWER = {name: "context tower" if name in ("ar", "speculative") else "denoiser" for name in MODES}
+
+
+def check_mode(mode: str, *more: str) -> None:
+    """Raise a `UserError` for a name that is neither a mode nor one of `more`."""
+    if mode not in (*MODES, *more):
+        raise UserError(f"mode: found {mode!r}, expected one of {', '.join((*MODES, *more))}")
+
+
+# --- generation ---------------------------------------------------------------------------------
+
+
+def pad_left(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
+    """Pad rows of ids on the left to one length.
+
+    Returns:
+        Ids (b, l), and their attention mask (b, l), 0 at padding; None without padding.
+    """
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows])
+    lengths = torch.tensor([[len(row)] for row in rows])
+    mask = torch.arange(longest) >= longest - lengths
+    return ids, None if bool(mask.all()) else mask.long()
+
+
+def generate_ids(
+    model: TwoTowerModel,
+    ids: Tensor,
+    *,
+    mode: str,
+    settings: GenerationSettings,
+    mask_id: int,
+    eos_id: int | None,
+    attention_mask: Tensor | None = None,
+    callbacks: Callbacks = NO_CALLBACKS,
+) -> tuple[Tensor, GenerationStats]:
+    """Continue prompts.
+
+    Args:
+        model: two-tower model.
+        ids: (b, l) int64, on the device of the context tower.
+        mode: one of `MODES`.
+        settings: how to generate.
+        mask_id: id of the mask token.
+        eos_id: ends a row; with None every row gets `max_new_tokens`.
+        attention_mask: (b, l), 0 at padding on the left of shorter prompts; None without padding.
+        callbacks: functions to call while text is generated.
+
+    Returns:
+        Ids (b, l + new) and the cost of the generation.
+
+    Raises:
+        UserError: an unknown mode, or a setting out of range.
+    """
+    check_mode(mode)
+    try:
+        output = MODES[mode](model, Prompts(ids, attention_mask, mask_id, eos_id, callbacks), settings)
+    except ArgumentError as error:
+        raise UserError(str(error)) from error
+    assert model.last_generation is not None
+    return output, model.last_generation
 
 
 def decode(tokenizer: PreTrainedTokenizerFast, new: Tensor) -> str:
-    """Text of new ids (n,), without the EOS that may end them."""
+    """Decode new ids (n,) to text, without the EOS that may end them."""
     ids = new.tolist()
     return tokenizer.decode(ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids)
 
 
 def generate(
-    model: NemotronHTwoTowerForCausalLM,
+    model: TwoTowerModel,
     tokenizer: PreTrainedTokenizerFast,
     prompt: str,
     *,
     mode: str = "mask_diffusion",
     settings: GenerationSettings = GenerationSettings(),
-    watch: Watch = UNWATCHED,
+    callbacks: Callbacks = NO_CALLBACKS,
 ) -> Generation:
-    """Continue a prompt, up to the tokenizer's end-of-text token.
+    """Continue one prompt, up to the end-of-text token of the tokenizer.
 
     Raises:
         UserError: an empty prompt, an unknown mode, or a setting out of range.
@@ -293,16 +349,16 @@ def generate(
     if not ids:
         raise UserError("prompt: found no text, expected at least one token")
     inputs = torch.tensor([ids], device=model.context_tower.device)
-    output, stats = write(
+    output, stats = generate_ids(
         model,
         inputs,
         mode=mode,
         settings=settings,
         mask_id=mask_token_id(tokenizer),
         eos_id=tokenizer.eos_token_id,
-        watch=watch,
+        callbacks=callbacks,
     )
-    written = output[0].cpu()
-    text = decode(tokenizer, written[len(ids) :])
+    all_ids = output[0].cpu()
+    text = decode(tokenizer, all_ids[len(ids) :])
     accepted = stats.accepted if mode == "speculative" else None
-    return Generation(mode, prompt, text, written, stats.new_tokens, stats.passes, stats.seconds, accepted)
+    return Generation(mode, prompt, text, all_ids, stats.new_tokens, stats.passes, stats.seconds, accepted)

@@ -1,4 +1,4 @@
-"""The command `generate` for one prompt: blocks that fill up in the terminal, figures, a table of the modes."""
+"""The command `generate` for one prompt: a live view, figures, and a table of the modes."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -15,19 +15,20 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.generate.engine import (
-    DECIDED_BY,
+    DECIDING_TOWER,
     MODES,
+    Callbacks,
     Generation,
     GenerationSettings,
-    Watch,
     check_mode,
     default_devices,
     generate,
     load,
     mask_token_id,
-    place,
+    place_towers,
 )
-from megatron_twotower.generate.replay import Recorder, write_page
+from megatron_twotower.generate.replay.page import write_page
+from megatron_twotower.generate.replay.recording import Recorder
 from megatron_twotower.hf.modeling_nemotron_h_twotower import DenoisingStep
 
 MASK = "░"
@@ -37,33 +38,32 @@ _WARM_UP_TOKENS = 8
 
 
 class Canvas:
-    """One row of text while it is written: the prompt dim, masks dim, what was committed last highlighted.
+    """One text while it is generated, for a terminal.
 
-    A terminal shows its last lines: as many as fit.
+    The prompt and masks are dim, and the newest tokens are highlighted. Of a long text the terminal
+    shows the last lines that fit.
     """
 
     def __init__(self, prompt: str, tokenizer: PreTrainedTokenizerFast) -> None:
         self.prompt, self.tokenizer, self.mask_id = prompt, tokenizer, mask_token_id(tokenizer)
         self.pieces: dict[int, str] = {}
         self.block = 0
-        # Settled ids, those of the part at work, which of these are new: replaced at once, as
-        # another thread draws.
+        # Finished ids, ids of the current block or pass, and which of the latter are new. Replaced
+        # as one tuple, because another thread draws it.
         self.state: tuple[list[int], list[int], list[bool]] = ([], [], [])
 
-    def on_step(self, seen: DenoisingStep) -> None:
-        settled, part, _ = self.state
-        if seen.block != self.block:
-            settled, self.block = settled + part, seen.block
-        self.state = (settled, seen.ids[0].tolist(), seen.committed[0].tolist())
+    def on_step(self, step: DenoisingStep) -> None:
+        """Show a step of mask diffusion."""
+        finished, current, _ = self.state
+        if step.block != self.block:
+            finished, self.block = finished + current, step.block
+        self.state = (finished, step.ids[0].tolist(), step.committed[0].tolist())
 
     def on_tokens(self, ids: Tensor, is_text: Tensor) -> None:
-        settled, part, _ = self.state
+        """Show new tokens of the other modes."""
+        finished, current, _ = self.state
         new = ids[0][is_text[0]].tolist()
-        self.state = (settled + part, new, [True] * len(new))
-
-    @property
-    def watch(self) -> Watch:
-        return Watch(self.on_step, self.on_tokens)
+        self.state = (finished + current, new, [True] * len(new))
 
     def _piece(self, token: int) -> str:
         if token not in self.pieces:
@@ -71,18 +71,19 @@ class Canvas:
         return self.pieces[token]
 
     def text(self) -> Text:
-        settled, part, fresh = self.state
+        """The whole text with its styles."""
+        finished, current, is_new = self.state
         text = Text(self.prompt, style="dim")
-        text.append("".join(map(self._piece, settled)), style="not dim")
-        for token, new in zip(part, fresh, strict=True):
+        text.append("".join(map(self._piece, finished)), style="not dim")
+        for token, new in zip(current, is_new, strict=True):
             style = "dim cyan" if token == self.mask_id else "not dim bold black on bright_green" if new else "not dim"
             text.append(self._piece(token), style=style)
         return text
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         text = self.text()
-        # From the start of a line, so that nothing wraps anew; a long prompt would else be wrapped
-        # for every frame.
+        # Only the end of the text is wrapped: wrapping a long prompt for every frame is slow. The
+        # cut is at the start of a line, so that the lines wrap as in the whole text.
         start = text.plain.rfind("\n", 0, max(0, len(text) - console.width * console.height)) + 1
         lines = console.render_lines(text[start:], options.update(height=None), pad=False)
         for line in lines[-max(console.height - 1, 1) :]:
@@ -91,32 +92,35 @@ class Canvas:
 
 
 @contextlib.contextmanager
-def watched(
+def live_callbacks(
     console: Console, prompt: str, tokenizer: PreTrainedTokenizerFast, recorder: Recorder | None
-) -> Iterator[Watch]:
-    """What to give to `generate`: a live view where the console is a terminal, and the recorder where there is one."""
+) -> Iterator[Callbacks]:
+    """Yield the callbacks of a generation.
+
+    They draw a live view if the console is a terminal, and record the steps if there is a recorder.
+    """
     canvas = Canvas(prompt, tokenizer)
 
-    def on_step(seen: DenoisingStep) -> None:
+    def on_step(step: DenoisingStep) -> None:
         if console.is_interactive:
-            canvas.on_step(seen)
+            canvas.on_step(step)
         if recorder is not None:
-            recorder(seen)
+            recorder(step)
 
     if not console.is_interactive:
-        yield Watch(on_step=on_step if recorder is not None else None)
+        yield Callbacks(on_step=on_step if recorder is not None else None)
         return
-    # Wiped at the end: the whole text is printed in its place.
+    # The view is removed at the end, because the complete text is printed in its place.
     with Live(canvas, console=console, refresh_per_second=FRAMES_PER_SECOND, transient=True):
-        yield Watch(on_step, canvas.on_tokens)
+        yield Callbacks(on_step, canvas.on_tokens)
 
 
 def print_generation(generation: Generation, console: Console) -> None:
-    """The prompt dim, what was written bright, and a line of figures."""
+    """Print the prompt dim, the new text bright, and a line of figures."""
     text = Text.assemble((generation.prompt, "dim"), (generation.text, "bold"))
     figures = (
         f"{generation.mode}: {generation.new_tokens} tokens in {generation.passes} passes of the "
-        f"{DECIDED_BY[generation.mode]} ({generation.tokens_per_pass:.2f} per pass), {generation.seconds:.2f} s, "
+        f"{DECIDING_TOWER[generation.mode]} ({generation.tokens_per_pass:.2f} per pass), {generation.seconds:.2f} s, "
         f"{generation.tokens_per_second:.0f} tokens/s"
     )
     if generation.accepted is not None:
@@ -126,7 +130,11 @@ def print_generation(generation: Generation, console: Console) -> None:
 
 
 def print_comparison(generations: Sequence[Generation], console: Console) -> None:
-    """The modes beside each other; accepted: drafted tokens that were kept, per pass; speed in multiples of AR's."""
+    """Print a table with a row for each mode.
+
+    `accepted` is the number of accepted drafted tokens per pass, and `x AR` the speed as a multiple
+    of that of AR.
+    """
     speeds = {each.mode: each.tokens_per_second for each in generations}
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for heading in ("mode", "tokens", "passes", "tokens/pass", "accepted", "seconds", "tokens/s", "x AR"):
@@ -147,7 +155,7 @@ def print_comparison(generations: Sequence[Generation], console: Console) -> Non
 
 
 def check_page(page: Path, mode: str) -> None:
-    """Refuse, before any work, a page that could not be written."""
+    """Raise a `UserError` for a page that could not be written, before any work."""
     if mode not in ("mask_diffusion", ALL):
         raise UserError(f"html: found mode {mode}, expected mask_diffusion or {ALL}: the others denoise nothing")
     if not page.parent.is_dir() or page.is_dir():
@@ -164,30 +172,39 @@ def run(
     devices: Sequence[str] = (),
     console: Console | None = None,
 ) -> int:
-    """Load, write, print; mode `all` writes in every mode and compares them. Returns the exit status.
+    """Run the command; mode `all` generates in every mode and compares them.
 
     Args:
-        page: HTML file for a replay of the denoising.
-        devices: one, or one for each tower; empty for what is here.
+        folder: two-tower Hugging Face folder.
+        prompt: text to continue.
+        mode: one of `MODES`, or `all`.
+        settings: how text is generated.
+        page: HTML file for a replay of the denoising; None for no replay.
+        devices: one, or one for each tower; empty for `default_devices`.
+        console: the console to print on; None for standard output.
 
-    Raises: UserError: an empty prompt, an unknown mode, a setting out of range, a folder that is no
-        model.
+    Returns:
+        The exit status.
+
+    Raises:
+        UserError: an empty prompt, an unknown mode, a setting out of range, a folder that is no
+            model.
     """
     check_mode(mode, ALL)
     if page is not None:
         check_page(page, mode)
     console = console or Console()
     model, tokenizer = load(folder)
-    place(model, devices or default_devices())
-    if mode == ALL:  # the first calls of any kind are slower, and would be compared
+    place_towers(model, devices or default_devices())
+    if mode == ALL:  # the first call in each mode is slower, and speeds are compared
         for each in MODES:
-            warm = GenerationSettings(max_new_tokens=_WARM_UP_TOKENS)
-            generate(model, tokenizer, prompt, mode=each, settings=warm)
+            warm_up = GenerationSettings(max_new_tokens=_WARM_UP_TOKENS)
+            generate(model, tokenizer, prompt, mode=each, settings=warm_up)
     generations: list[Generation] = []
     for each in MODES if mode == ALL else (mode,):
         recorder = Recorder() if page is not None and each == "mask_diffusion" else None
-        with watched(console, prompt, tokenizer, recorder) as watch:
-            generations.append(generate(model, tokenizer, prompt, mode=each, settings=settings, watch=watch))
+        with live_callbacks(console, prompt, tokenizer, recorder) as callbacks:
+            generations.append(generate(model, tokenizer, prompt, mode=each, settings=settings, callbacks=callbacks))
         print_generation(generations[-1], console)
         if recorder is not None and page is not None:
             write_page(page, recorder.recording(generations[-1], tokenizer, model=str(folder), settings=settings))

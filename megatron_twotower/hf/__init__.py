@@ -1,4 +1,4 @@
-"""What ships inside exported Hugging Face folders: the modelling file, and the configuration that names it."""
+"""Parts of exported two-tower Hugging Face folders: the modelling file and the configuration."""
 
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,10 @@ ARCHITECTURE = "NemotronHTwoTowerForCausalLM"
 
 
 def twotower_config_json(backbone_config: dict[str, Any]) -> dict[str, Any]:
-    """The `config.json` of a two-tower folder, from that of its backbone.
+    """Make the `config.json` of a two-tower folder from that of its backbone.
 
-    Only the class changes: `model_type` stays `nemotron_h` and no diffusion key is added, as in the
-    released checkpoint. `auto_map` leads `AutoModelForCausalLM` (with trust_remote_code) to the
+    Only the class changes. As in the released checkpoint, `model_type` stays `nemotron_h` and no
+    diffusion key is added. With trust_remote_code, `auto_map` makes `AutoModelForCausalLM` load the
     modelling file in the folder.
     """
     auto_map = {"AutoModelForCausalLM": f"{MODELING_FILE.stem}.{ARCHITECTURE}"}

@@ -1,4 +1,4 @@
-"""The model class for lm-evaluation-harness, run by the real harness on task files that the tests write."""
+"""The model class for lm-evaluation-harness, run by the harness on task files of the tests."""
 
 import json
 import shutil
@@ -14,14 +14,20 @@ from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.recipes import recipes_folder
 from megatron_twotower.evaluate.task_recipes import HarnessTask, chosen_tasks, read_task_recipe
 
-# Aloud: without the harness nothing here is tested, and `pytest -ra` lists this reason.
+# Without the harness nothing here is tested; `pytest -ra` lists this reason.
 pytest.importorskip("lm_eval", reason="lm_eval is not installed (extra `eval`): the harness is not tested")
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
-from megatron_twotower.evaluate import harness
-from megatron_twotower.evaluate.harness import TwoTower, Wanted, cut, wanted
+from megatron_twotower.evaluate import task_runner
+from megatron_twotower.evaluate.harness import TwoTower
+from megatron_twotower.evaluate.harness_settings import (
+    AnswerSettings,
+    HarnessSettings,
+    read_generation_kwargs,
+    text_before_stop,
+)
 
 VOCABULARY = 512
 
@@ -59,7 +65,7 @@ def ids_of(lm, pair):
 # --- scoring ------------------------------------------------------------------------------------------------------
 
 
-def test_the_harness_makes_one_by_its_registered_name(folder):
+def test_the_harness_finds_the_model_by_its_name(folder):
     assert get_model("twotower") is TwoTower
     text = f"pretrained={folder},mode=ar,scoring=bound,block_size=4,confidence_threshold=0.5"
     lm = get_model("twotower").create_from_arg_string(text, {"batch_size": 2, "device": None})
@@ -114,7 +120,7 @@ def test_scores_do_not_depend_on_the_batch(folder, scoring):
     assert [score for score, _ in together] == pytest.approx([score for score, _ in alone])
 
 
-def test_rolling_scores_are_of_whole_texts(folder):
+def test_rolling_scores_cover_whole_texts(folder):
     texts = ["def alpha(beta): return gamma", "x", ""]
     lm = opened(folder)
     expected = []
@@ -124,7 +130,7 @@ def test_rolling_scores_are_of_whole_texts(folder):
         expected.append(-sum(cross_entropy(logits[i], token) for i, token in enumerate(ids[1:])))
     rolling = asked("loglikelihood_rolling", *[(text,) for text in texts])
     assert lm.loglikelihood_rolling(rolling, True) == pytest.approx(expected)
-    # In windows of four: each token once, behind what is left of the text before it.
+    # In windows of four: each token is scored once, after the text before it that fits.
     short, ids = opened(folder, max_length=4), lm.tok_encode(texts[0])
     total, text = 0.0, [lm.eot_token_id, *ids]
     for start in range(0, len(ids), 4):
@@ -149,7 +155,7 @@ PROMPTS = ["def alpha(", "x", "if value > index: return name", "count = total +"
 
 
 @pytest.mark.parametrize("mode", ["mask_diffusion", "mock_ar", "ar", "speculative"])
-def test_every_mode_writes_a_batch_as_each_prompt_alone(folder, mode):
+def test_every_mode_generates_in_a_batch_the_text_of_each_prompt_alone(folder, mode):
     lm = opened(folder, mode=mode)
     kwargs = {"until": [], "max_gen_toks": 70, "do_sample": False}
     texts = lm.generate_until(asked("generate_until", *[(prompt, kwargs) for prompt in PROMPTS]), True)
@@ -175,16 +181,20 @@ def test_text_ends_before_the_first_stop_string(folder):
     lm.new_tokens = 0
     texts = lm.generate_until(asked("generate_until", (PROMPTS[0], kwargs), (PROMPTS[1], {"max_gen_toks": 9})), True)
     assert texts[0] == whole[: whole.index(stop)]
-    assert lm.new_tokens <= 64 + 9  # nothing was written behind the stretch that ended it
-    assert cut("abcd", ["d", "b"]) == "a" and cut("abcd", ["x", ""]) is None
+    assert lm.new_tokens <= 64 + 9  # no turn follows the one with the stop string
+    assert text_before_stop("abcd", ["d", "b"]) == "a" and text_before_stop("abcd", ["x", ""]) is None
 
 
-def test_what_a_task_asks_for_is_read():
-    assert wanted({"until": "\n", "do_sample": False, "temperature": 0.7}) == Wanted(("\n",))
-    assert wanted({"until": ["a", "b"], "max_gen_toks": 5, "temperature": 0.0}) == Wanted(("a", "b"), 5)
-    assert wanted({"do_sample": True, "temperature": 0.7, "top_p": 0.9}) == Wanted((), None, 0.7, None, 0.9)
+def test_generation_kwargs_of_a_task_are_read():
+    assert read_generation_kwargs({"until": "\n", "do_sample": False, "temperature": 0.7}) == AnswerSettings(("\n",))
+    assert read_generation_kwargs({"until": ["a", "b"], "max_gen_toks": 5, "temperature": 0.0}) == AnswerSettings(
+        ("a", "b"), 5
+    )
+    assert read_generation_kwargs({"do_sample": True, "temperature": 0.7, "top_p": 0.9}) == AnswerSettings(
+        (), None, 0.7, None, 0.9
+    )
     with pytest.raises(UserError, match="found num_beams"):
-        wanted({"num_beams": 4})
+        read_generation_kwargs({"num_beams": 4})
 
 
 def test_sampled_text_follows_the_seed(folder):
@@ -236,7 +246,7 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 
 @pytest.fixture
 def task_files(folder, tmp_path, monkeypatch):
-    """Task files and their data: of four questions the context tower likes the right answer best in three."""
+    """Task files and their data: four questions, of which the context tower answers three right."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     import datasets
 
@@ -303,8 +313,8 @@ def test_the_command_runs_local_tasks_from_end_to_end(folder, task_files, tmp_pa
 
 def test_shots_and_limit_and_every_scoring_reach_the_harness(folder, task_files):
     for scoring, shots in (("ar", 2), ("bound", 0), ("mock_ar", 0)):
-        settings = harness.HarnessSettings(scoring=scoring, bound_draws=2, block_size=4, steps_per_block=4)
-        found = harness.run_tasks(
+        settings = HarnessSettings(scoring=scoring, bound_draws=2, block_size=4, steps_per_block=4)
+        found = task_runner.run_tasks(
             folder,
             [HarnessTask("choice", ("tiny_choice",), shots)],
             settings=settings,
@@ -340,10 +350,10 @@ CARD = recipes_folder() / "evaluation" / "card.yaml"
 
 @pytest.fixture(scope="module")
 def manager():
-    return harness.task_manager(read_task_recipe(CARD))
+    return task_runner.task_manager(read_task_recipe(CARD))
 
 
-def test_the_card_s_eleven_tasks_are_there(manager):
+def test_the_recipe_has_the_eleven_tasks_of_the_card(manager):
     tasks = read_task_recipe(CARD)
     names = [
         "MMLU",
@@ -386,7 +396,7 @@ def test_math_500_shows_its_examples_and_reads_boxed_answers(manager, local):
     recipe = {task.name: task for task in read_task_recipe(CARD)}["MATH-500"]
     document = {"problem": "What is $1/2 + 1/4$?", "solution": "It is $\\boxed{\\frac{3}{4}}$.", "answer": "3/4"}
     here = replace(recipe, overrides={**recipe.overrides, **local(document)})
-    (task,) = harness.load_tasks(here, manager)
+    (task,) = task_runner.load_tasks(here, manager)
     task.set_config(key="num_fewshot", value=recipe.shots)
     context = task.fewshot_context(task.test_docs()[0], num_fewshot=recipe.shots)
     assert context.count("Problem:") == 5 and context.count("\\boxed{") == 4
@@ -401,7 +411,7 @@ def test_math_500_shows_its_examples_and_reads_boxed_answers(manager, local):
         assert found["exact_match"] == right, text
 
 
-def test_names_of_recipes_tasks_and_files_are_told_apart(tmp_path):
+def test_recipes_tasks_and_files_are_distinguished_by_name(tmp_path):
     assert [task.name for task in chosen_tasks(["card"])][:2] == ["MMLU", "MMLU-Pro"]
     assert chosen_tasks(["gsm8k", "card"], shots=1)[0] == HarnessTask("gsm8k", ("gsm8k",), 1)
     assert {task.shots for task in chosen_tasks(["card"], shots=1)} == {1}

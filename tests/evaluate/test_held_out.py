@@ -8,7 +8,7 @@ import pytest
 
 from megatron_twotower.cli import main
 from megatron_twotower.common.errors import UserError
-from megatron_twotower.evaluate import held_out
+from megatron_twotower.evaluate import held_out, held_out_figures
 from megatron_twotower.evaluate.held_out import EvaluationSettings
 from megatron_twotower.evaluate.likelihood import LEVELS
 
@@ -54,7 +54,7 @@ ARGUMENTS = [
 ]
 
 
-def test_evaluate_gives_every_figure_and_its_count(identity_folder, tiny_data):
+def test_evaluate_returns_every_figure_and_its_count(identity_folder, tiny_data):
     stages = {}
     found = held_out.evaluate(
         identity_folder,
@@ -86,7 +86,7 @@ def test_evaluate_gives_every_figure_and_its_count(identity_folder, tiny_data):
         assert again[key] == found[key]
 
 
-def test_the_command_writes_json_and_pictures_and_prints_tables(identity_folder, tiny_data, tmp_path, capsys):
+def test_the_command_writes_json_and_plots_and_prints_tables(identity_folder, tiny_data, tmp_path, capsys):
     output = tmp_path / "new" / "evaluation.json"
     arguments = ["--model", str(identity_folder), "--data", str(tiny_data), "--output", str(output), *ARGUMENTS]
     assert main.main(["evaluate", *arguments]) == 0
@@ -109,7 +109,7 @@ def test_every_combination(identity_folder, tiny_data):
     assert len(found["generation"]) == 1 + 2 * 2 * 2
     assert [row["confidence_threshold"] for row in found["sweep"]] == [0.2, 0.9]
     assert {row["block_size"] for row in found["sweep"]} == {8}
-    assert held_out.pareto_picture(found)[1:4] == b"PNG"
+    assert held_out_figures.pareto_plot(found)[1:4] == b"PNG"
 
 
 def test_settings_out_of_range_are_named():
@@ -126,7 +126,7 @@ def test_settings_out_of_range_are_named():
             EvaluationSettings(**changes)
 
 
-def test_something_must_be_asked_for(identity_folder, tmp_path, capsys):
+def test_data_or_tasks_are_required(identity_folder, tmp_path, capsys):
     assert main.main(["evaluate", "--model", str(identity_folder), "--output", str(tmp_path / "x.json")]) == 2
     assert "found neither --data nor --tasks" in capsys.readouterr().err
 

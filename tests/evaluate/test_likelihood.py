@@ -11,7 +11,6 @@ from helpers.scores import cross_entropy, exact_score
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.evaluate import likelihood
 from megatron_twotower.evaluate.likelihood import (
-    BOUND_NOISE,
     ar_nats,
     ar_scores,
     bound_nats,
@@ -19,6 +18,7 @@ from megatron_twotower.evaluate.likelihood import (
     by_position,
     estimate,
     masked_loss_by_noise,
+    masks_by_count,
     mock_ar_scores,
     ratio,
 )
@@ -39,7 +39,7 @@ def test_a_ratio_of_sums_has_the_error_of_its_sequences():
     assert ratio(torch.zeros(2), torch.zeros(2)) == (None, None, 0)
 
 
-def test_the_error_of_a_ratio_is_how_much_it_scatters():
+def test_the_error_of_a_ratio_is_its_standard_deviation():
     generator = torch.Generator().manual_seed(0)
     counts = torch.randint(1, 9, (2000, 40), generator=generator)
     sums = counts * (1 + torch.randn(2000, 40, generator=generator).double() * 0.3)
@@ -56,7 +56,7 @@ def test_positions_are_those_of_blocks():
 
 
 def test_ar_loss_is_that_of_the_context_tower(monkeypatch):
-    monkeypatch.setattr(likelihood, "ROWS", 2)
+    monkeypatch.setattr(likelihood, "BATCH_ROWS", 2)
     model, ids = tiny_model(), random_ids(5, 12)
     with torch.no_grad():
         logits = model(ids).logits
@@ -69,7 +69,7 @@ def test_ar_loss_is_that_of_the_context_tower(monkeypatch):
 
 
 def test_masked_loss_is_the_denoiser_s_at_masked_positions(monkeypatch):
-    monkeypatch.setattr(likelihood, "ROWS", 2)
+    monkeypatch.setattr(likelihood, "BATCH_ROWS", 2)
     model, ids, levels = tiny_model(), random_ids(3, 12), (0.0, 0.3, 0.7, 1.0)
     found = masked_loss_by_noise(model, ids, block_size=4, levels=levels, seed=5, mask_id=MASK)
     uniform = torch.rand(ids.shape, generator=torch.Generator().manual_seed(5))
@@ -110,15 +110,21 @@ def test_the_bound_is_the_sum_over_all_masks():
     assert found.nats_per_token == pytest.approx(exact_bound(model, ids, 4), rel=0.02)
 
 
-def test_both_ways_of_drawing_noise_estimate_one_bound():
-    """They agree where the denoiser does not look at t, which is where the integral over t can be done exactly."""
+def masks_by_time(u, noise):
+    """Each token is masked with probability t, t uniform on (0.001, 1], weight 1 / t (MDLM; BD3-LM, section 3)."""
+    t = 1 - u * (1 - 1e-3)
+    return noise < t.unsqueeze(-1), t, 1 / t
+
+
+@pytest.mark.parametrize(("draw_masks", "tolerance"), [(masks_by_count, 0.01), (masks_by_time, 0.04)])
+def test_noise_by_count_and_by_time_estimate_the_same_bound(draw_masks, tolerance, monkeypatch):
+    """They agree if the denoiser ignores t: then the integral over t can be computed exactly."""
+    monkeypatch.setattr(likelihood, "masks_by_count", draw_masks)
     model, ids = tiny_model("M*"), random_ids(2, 12)
     with torch.no_grad():
         model.t_block[1].weight.zero_()
-    exact, many = exact_bound(model, ids, 4), ids.repeat(80, 1)
-    for noise, tolerance in (("count", 0.01), ("time", 0.04)):
-        found = estimate_bound(model, many, block_size=4, draws=25, seed=0, mask_id=MASK, noise=noise)
-        assert found.nats_per_token == pytest.approx(exact, rel=tolerance)
+    found = estimate_bound(model, ids.repeat(80, 1), block_size=4, draws=25, seed=0, mask_id=MASK)
+    assert found.nats_per_token == pytest.approx(exact_bound(model, ids, 4), rel=tolerance)
 
 
 def test_a_uniform_denoiser_has_the_bound_of_its_vocabulary_without_error():
@@ -130,20 +136,20 @@ def test_a_uniform_denoiser_has_the_bound_of_its_vocabulary_without_error():
     assert found.stderr == pytest.approx(0.0, abs=1e-12)
 
 
-@pytest.mark.parametrize("noise", BOUND_NOISE)
-def test_weights_make_every_position_count_once_on_average(noise):
+@pytest.mark.parametrize("draw_masks", [masks_by_count, masks_by_time])
+def test_weights_make_every_position_count_once_on_average(draw_masks):
     u = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
-    masked, t, weight = BOUND_NOISE[noise](u, torch.rand(20000, 8, generator=torch.Generator().manual_seed(0)))
-    often = (weight.unsqueeze(-1) * masked).mean(0)
-    torch.testing.assert_close(often, torch.ones(8, dtype=torch.float64), atol=0.1, rtol=0)
+    masked, t, weight = draw_masks(u, torch.rand(20000, 8, generator=torch.Generator().manual_seed(0)))
+    counted = (weight.unsqueeze(-1) * masked).mean(0)
+    torch.testing.assert_close(counted, torch.ones(8, dtype=torch.float64), atol=0.1, rtol=0)
     assert t.min() > 0 and t.max() <= 1
-    if noise == "count":
+    if draw_masks is masks_by_count:
         torch.testing.assert_close(masked.double().mean(-1), t)
         assert set(masked.sum(-1).tolist()) == set(range(1, 9))
 
 
 @pytest.mark.parametrize("shape", [(1, 16), (4, 8), (4, 18)])
-def test_sequences_must_be_blocks(shape):
+def test_sequences_must_be_whole_blocks(shape):
     with pytest.raises(UserError, match="expected"):
         bound_nats(tiny_model("M"), random_ids(*shape), block_size=8, draws=1, seed=0, mask_id=MASK)
 
@@ -202,7 +208,7 @@ def test_mock_ar_scores_are_the_denoiser_s_token_by_token():
             assert float(scores[i, j]) == pytest.approx(-cross_entropy(logits[0, 0], continuation[j]))
 
 
-def test_bound_scores_are_the_sum_over_all_masks_of_what_was_written():
+def test_bound_scores_are_the_sum_over_all_masks_of_the_text():
     model, continuations = tiny_model(), ([7, 8, 9, 30, 31, 4], [12], [4, 40])
     ids, lengths = right(continuations)
     found = bound_scores(

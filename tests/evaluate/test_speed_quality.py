@@ -5,46 +5,56 @@ import torch
 
 from helpers.modeling import MASK, random_ids, tiny_model
 from helpers.scores import cross_entropy
-from megatron_twotower.evaluate.speed_quality import Point, distinct, front, judge, ngrams, points, sweep
+from megatron_twotower.evaluate.speed_quality import (
+    SweepPoint,
+    distinct_fraction,
+    ngrams,
+    pareto_front,
+    sweep,
+    sweep_points,
+    text_quality,
+)
 
 
 def test_repetition_is_counted():
     assert ngrams([1, 2, 3], 2) == [(1, 2), (2, 3)]
-    assert distinct([1, 2, 3, 4], 2) == 1.0
-    assert distinct([1, 1, 1, 1, 1], 2) == 0.25
-    assert distinct([1, 2, 1, 2, 1, 2, 1], 4) == 0.5
-    assert distinct([1, 2], 4) == 1.0  # nothing that could be repeated
+    assert distinct_fraction([1, 2, 3, 4], 2) == 1.0
+    assert distinct_fraction([1, 1, 1, 1, 1], 2) == 0.25
+    assert distinct_fraction([1, 2, 1, 2, 1, 2, 1], 4) == 0.5
+    assert distinct_fraction([1, 2], 4) == 1.0  # too short for a repetition
 
 
 def test_the_points_of_a_star_and_of_a_grid():
-    star = points(thresholds=(0.5, 0.8), block_sizes=(8, 16), steps=(4, 16), trained_block=16, threshold=0.8)
-    assert star == [Point(0.5, 16), Point(0.8, 16), Point(0.8, 8), Point(0.8, 16, 4)]
-    grid = points(thresholds=(0.5, 0.8), block_sizes=(8, 16), steps=(4, 8), trained_block=16, threshold=0.8, every=True)
+    star = sweep_points(thresholds=(0.5, 0.8), block_sizes=(8, 16), steps=(4, 16), trained_block=16, threshold=0.8)
+    assert star == [SweepPoint(0.5, 16), SweepPoint(0.8, 16), SweepPoint(0.8, 8), SweepPoint(0.8, 16, 4)]
+    grid = sweep_points(
+        thresholds=(0.5, 0.8), block_sizes=(8, 16), steps=(4, 8), trained_block=16, threshold=0.8, every=True
+    )
     assert len(grid) == len(set(grid)) == 2 * (2 + 3)
-    assert Point(0.5, 8, 8) not in grid and Point(0.5, 8, 4) in grid
+    assert SweepPoint(0.5, 8, 8) not in grid and SweepPoint(0.5, 8, 4) in grid
 
 
-def test_what_ar_wrote_agrees_with_ar():
+def test_text_of_ar_agrees_with_ar():
     model, prompt = tiny_model(), random_ids(1, 6)
     ids = model.generate_ar(prompt, 16)
-    found = judge(model, ids, 6, ids[0, 6:])
+    found = text_quality(model, ids, 6, ids[0, 6:])
     assert (found["agreement"], found["same_as_ar"]) == (1.0, 1.0)
     logits = model(ids).logits[0, 5:-1].detach()
     assert found["nats_per_token"] == pytest.approx(-float(logits.log_softmax(-1).amax(-1).mean()))
-    # One token that AR would not have chosen: it alone disagrees, and all behind it stand where AR
-    # had others.
+    # Replace one token by one that AR would not choose, and continue. Only this token disagrees, and
+    # the tokens after it differ from those of the first text.
     other = ids.clone()
     other[0, 10] = (ids[0, 10] + 1) % 48
     other = model.generate_ar(other[:, :11], 11)
-    changed = judge(model, other, 6, ids[0, 6:])
+    changed = text_quality(model, other, 6, ids[0, 6:])
     assert changed["agreement"] == pytest.approx(15 / 16)
     assert 4 / 16 <= changed["same_as_ar"] < 1
     assert changed["nats_per_token"] > found["nats_per_token"]
 
 
-def test_the_sweep_counts_what_is_written():
+def test_the_sweep_counts_passes_and_tokens():
     model, prompts = tiny_model(), random_ids(2, 6)
-    tried = [Point(0.0, 8), Point(0.3, 8), Point(1.0, 8), Point(1.0, 8, 2), Point(1.0, 4, 1)]
+    tried = [SweepPoint(0.0, 8), SweepPoint(0.3, 8), SweepPoint(1.0, 8), SweepPoint(1.0, 8, 2), SweepPoint(1.0, 4, 1)]
     rows = sweep(model, prompts, points=tried, max_new_tokens=16, mask_id=MASK)
     assert [row["confidence_threshold"] for row in rows] == [None, 0.0, 0.3, 1.0, 1.0, 1.0]
     assert [row["mode"] for row in rows] == ["ar"] + 5 * ["mask_diffusion"]
@@ -72,6 +82,6 @@ def test_the_sweep_counts_what_is_written():
     assert one[0]["nats_per_token_stderr"] is None
 
 
-def test_the_front_is_what_nothing_beats():
+def test_no_other_row_beats_a_row_of_the_pareto_front():
     rows = [{"speedup": s, "agreement": a} for s, a in ((1.0, 0.9), (2.0, 0.8), (1.5, 0.7), (3.0, 0.1), (0.5, 0.9))]
-    assert [row["speedup"] for row in front(rows, "agreement")] == [1.0, 2.0, 3.0]
+    assert [row["speedup"] for row in pareto_front(rows, "agreement")] == [1.0, 2.0, 3.0]

@@ -15,7 +15,7 @@ from megatron_twotower.generate.distil import distil
 SMALL = {"sequences": 5, "prompt_tokens": 8, "new_tokens": 6, "batch_size": 2}
 
 
-def test_every_line_is_training_text_and_what_the_context_tower_writes_behind_it(two_tower_folder, tiny_data, tmp_path):
+def test_every_line_is_training_text_with_its_greedy_continuation(two_tower_folder, tiny_data, tmp_path):
     output = tmp_path / "texts.jsonl"
     assert distil(two_tower_folder, tiny_data, output, **SMALL) == 5
     model, tokenizer = engine.load(two_tower_folder)
@@ -26,7 +26,7 @@ def test_every_line_is_training_text_and_what_the_context_tower_writes_behind_it
     assert [path.name for path in tmp_path.iterdir()] == ["texts.jsonl"]
 
 
-def test_what_it_writes_is_prepared_like_any_text(two_tower_folder, tiny_data, tmp_path, capsys):
+def test_the_output_is_prepared_like_any_text(two_tower_folder, tiny_data, tmp_path, capsys):
     output = tmp_path / "texts.jsonl"
     words = ["--sequences", "30", "--prompt-tokens", "16", "--new-tokens", "16"]
     arguments = ["--model", str(two_tower_folder), "--data", str(tiny_data), "--output", str(output)]
@@ -37,7 +37,7 @@ def test_what_it_writes_is_prepared_like_any_text(two_tower_folder, tiny_data, t
     assert Corpus.open(tmp_path / "data" / "train").total_tokens > 0
 
 
-def test_mistakes_leave_nothing(two_tower_folder, tiny_data, tmp_path, monkeypatch):
+def test_mistakes_leave_no_file(two_tower_folder, tiny_data, tmp_path, monkeypatch):
     output = tmp_path / "texts.jsonl"
     with pytest.raises(UserError, match="--new-tokens: found 0, expected at least 1"):
         distil(two_tower_folder, tiny_data, output, **SMALL | {"new_tokens": 0})

@@ -1,4 +1,4 @@
-"""Loading folders strictly, and writing in every mode."""
+"""Folders are loaded strictly, and every mode generates text."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.generate import engine
-from megatron_twotower.generate.engine import MODES, GenerationSettings, Watch
+from megatron_twotower.generate.engine import MODES, Callbacks, GenerationSettings, pad_left
 
 PROMPT = "def alpha(beta):\n"
 
@@ -82,7 +82,7 @@ def truncate(folder):
         (add_tensor, r"unexpected keys: found 1 \(extra.weight\), expected none"),
     ],
 )
-def test_a_folder_that_is_not_whole_is_refused_in_one_line(copy, spoil, message):
+def test_an_incomplete_folder_is_refused_in_one_line(copy, spoil, message):
     spoil(copy)
     with pytest.raises(UserError, match=message) as caught:
         engine.load(copy)
@@ -91,7 +91,7 @@ def test_a_folder_that_is_not_whole_is_refused_in_one_line(copy, spoil, message)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_writes(loaded, mode):
+def test_every_mode_generates(loaded, mode):
     model, tokenizer = loaded
     settings = GenerationSettings(max_new_tokens=20)
     found = engine.generate(model, tokenizer, PROMPT, mode=mode, settings=settings)
@@ -157,7 +157,7 @@ def test_greedy_speculation_is_ar(loaded):
     assert speculative.accepted is not None
 
 
-def test_prompts_of_different_lengths_are_written_together(loaded):
+def test_prompts_of_different_lengths_share_a_batch(loaded):
     model, tokenizer = loaded
     prompts = tokenizer([PROMPT, "x"], add_special_tokens=False)["input_ids"]
     longest = max(map(len, prompts))
@@ -165,18 +165,29 @@ def test_prompts_of_different_lengths_are_written_together(loaded):
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts])
     settings = GenerationSettings(max_new_tokens=12)
     for mode in MODES:
-        written, _ = engine.write(model, ids, mode=mode, settings=settings, mask_id=3, eos_id=None, attention_mask=mask)
+        written, _ = engine.generate_ids(
+            model, ids, mode=mode, settings=settings, mask_id=3, eos_id=None, attention_mask=mask
+        )
         for row, prompt in zip(written, prompts, strict=True):
-            alone, _ = engine.write(model, torch.tensor([prompt]), mode=mode, settings=settings, mask_id=3, eos_id=None)
+            alone, _ = engine.generate_ids(
+                model, torch.tensor([prompt]), mode=mode, settings=settings, mask_id=3, eos_id=None
+            )
             assert torch.equal(row[longest:], alone[0, len(prompt) :])
 
 
-def test_a_watch_sees_every_token(loaded):
+def test_padding_is_on_the_left_and_only_where_needed():
+    ids, mask = pad_left([[5, 6, 7], [8]])
+    assert ids.tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert pad_left([[5, 6], [7, 8]])[1] is None
+
+
+def test_callbacks_receive_every_token(loaded):
     settings = GenerationSettings(max_new_tokens=20, block_size=8)
     for mode in MODES:
         steps, tokens = [], []
-        watch = Watch(steps.append, lambda ids, is_text, into=tokens: into.extend(ids[is_text].tolist()))
-        found = engine.generate(*loaded, PROMPT, mode=mode, settings=settings, watch=watch)
+        callbacks = Callbacks(steps.append, lambda ids, is_text, into=tokens: into.extend(ids[is_text].tolist()))
+        found = engine.generate(*loaded, PROMPT, mode=mode, settings=settings, callbacks=callbacks)
         new = found.ids[-found.new_tokens :].tolist()
         if mode == "mask_diffusion":
             last = {step.block: step.ids[0].tolist() for step in steps}
@@ -188,14 +199,14 @@ def test_a_watch_sees_every_token(loaded):
             assert not steps
 
 
-def test_towers_are_placed_where_it_says(loaded):
+def test_towers_are_placed_on_the_named_devices(loaded):
     model, tokenizer = loaded
     settings = GenerationSettings(max_new_tokens=8)
     expected = engine.generate(model, tokenizer, PROMPT, settings=settings)
-    engine.place(model, ("cpu", "cpu"))
+    engine.place_towers(model, ("cpu", "cpu"))
     assert torch.equal(engine.generate(model, tokenizer, PROMPT, settings=settings).ids, expected.ids)
     with pytest.raises(UserError, match="device: found nowhere, expected one"):
-        engine.place(model, ("nowhere",))
+        engine.place_towers(model, ("nowhere",))
     with pytest.raises(UserError, match=r"found cpu cpu cpu, expected one or two$"):
-        engine.place(model, ("cpu",) * 3)
+        engine.place_towers(model, ("cpu",) * 3)
     assert str(model.context_tower.device) == "cpu"

@@ -1,4 +1,4 @@
-"""Prompts from a file: what is read, in which batches it is written, how a killed run goes on, what comes out."""
+"""A file of prompts: what is read, how it is batched, how a killed run resumes, what is written."""
 
 import json
 import os
@@ -15,10 +15,11 @@ from megatron_twotower.common.errors import UserError
 from megatron_twotower.data.tokenizer import text_encoder
 from megatron_twotower.generate import engine, prompt_file
 from megatron_twotower.generate.engine import GenerationSettings
-from megatron_twotower.generate.prompt_file import BulkSettings, batches, padded, read_prompts
+from megatron_twotower.generate.journal import open_journal
+from megatron_twotower.generate.prompt_file import BatchingSettings, batches, read_prompts
 
 SETTINGS = GenerationSettings(max_new_tokens=6, block_size=4)
-SMALL = BulkSettings(batch_size=3, window_batches=2)
+SMALL = BatchingSettings(batch_size=3, window_batches=2)
 WORDS = ("alpha", "beta", "gamma", "delta", "count")
 
 
@@ -39,14 +40,16 @@ def prompts(tmp_path):
     return path
 
 
-def run(folder, prompts, output, *, mode="mask_diffusion", settings=SETTINGS, sizes=SMALL):
+def run(folder, prompts, output, *, mode="mask_diffusion", settings=SETTINGS, batching=SMALL):
     quiet = Console(quiet=True)
-    prompt_file.run(folder, prompts=prompts, output=output, mode=mode, settings=settings, bulk=sizes, console=quiet)
+    prompt_file.run(
+        folder, prompts=prompts, output=output, mode=mode, settings=settings, batching=batching, console=quiet
+    )
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("mode", ["mask_diffusion", "speculative"])
-def test_rows_are_those_of_each_prompt_alone_in_the_order_of_the_file(loaded, two_tower_folder, prompts, mode):
+def test_rows_have_the_order_of_the_file_and_the_text_of_each_prompt_alone(loaded, two_tower_folder, prompts, mode):
     rows = run(two_tower_folder, prompts, prompts.with_name("out.jsonl"), mode=mode)
     assert [row["id"] for row in rows] == list(range(20))
     for number, row in enumerate(rows):
@@ -62,73 +65,68 @@ def test_rows_are_those_of_each_prompt_alone_in_the_order_of_the_file(loaded, tw
     assert sorted(path.name for path in prompts.parent.iterdir()) == ["out.jsonl", "prompts.jsonl"]
 
 
-def test_rows_that_end_say_so(loaded, tmp_path, monkeypatch):
+def test_rows_that_end_have_the_finish_reason_stop(loaded, tmp_path, monkeypatch):
     model, tokenizer = loaded
     ids = [text_encoder(tokenizer)([prompt(i)])[0] for i in range(4)]
     batch = prompt_file.PromptBatch(0, [0, 1, 2, 3], [{"prompt": prompt(i)} for i in range(4)], ids)
-    whole = prompt_file.write_batch(model, tokenizer, batch, mode="ar", settings=SETTINGS)
+    whole = prompt_file.generate_batch(model, tokenizer, batch, mode="ar", settings=SETTINGS)
     assert {row["finish_reason"] for row in whole} == {"length"}
     new = engine.generate(model, tokenizer, prompt(0), mode="ar", settings=SETTINGS).ids[len(ids[0]) :]
     monkeypatch.setattr(type(tokenizer), "eos_token_id", int(new[2]), raising=False)
     first = int((new == new[2]).nonzero()[0])
-    row = prompt_file.write_batch(model, tokenizer, batch, mode="ar", settings=SETTINGS)[0]
+    row = prompt_file.generate_batch(model, tokenizer, batch, mode="ar", settings=SETTINGS)[0]
     assert (row["finish_reason"], row["new_tokens"]) == ("stop", first + 1)
     assert row["text"] == tokenizer.decode(new[:first].tolist())
 
 
-def test_batches_are_of_like_lengths_within_a_window(loaded, prompts):
+def test_a_batch_has_prompts_of_similar_lengths_within_a_window(loaded, prompts):
     encode = text_encoder(loaded[1])
     made = list(batches(prompts, encode, SMALL))
     assert [batch.number for batch in made] == list(range(7))
     assert [len(batch.ids) for batch in made] == [3] * 6 + [2]  # windows of 6, 6, 6 and 2 prompts
     for first in range(0, len(made), 2):
         window = made[first : first + 2]
-        places = [place for batch in window for place in batch.places]
+        places = [place for batch in window for place in batch.positions]
         assert sorted(places) == list(range(first * 3, first * 3 + len(places)))
         lengths = [len(ids) for batch in window for ids in batch.ids]
         assert lengths == sorted(lengths, reverse=True)
     for batch in made:
-        assert batch.ids == encode([prompt(place) for place in batch.places])
-
-
-def test_padding_stands_on_the_left_and_only_where_needed():
-    ids, mask = padded([[5, 6, 7], [8]])
-    assert ids.tolist() == [[5, 6, 7], [0, 0, 8]]
-    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
-    assert padded([[5, 6], [7, 8]])[1] is None
+        assert batch.ids == encode([prompt(place) for place in batch.positions])
 
 
 @pytest.mark.parametrize("stop", [0, 1, 3, 6])
-def test_a_killed_run_goes_on_where_it_stopped(two_tower_folder, prompts, monkeypatch, stop):
-    """Sampled text too: the rows are those of a run that was never stopped, and no batch is written twice."""
+def test_a_killed_run_resumes_where_it_stopped(two_tower_folder, prompts, monkeypatch, stop):
+    """The rows equal those of an uninterrupted run, sampled text too; no batch is generated twice."""
     settings = GenerationSettings(max_new_tokens=6, block_size=4, temperature=1.0, seed=5)
     expected = run(two_tower_folder, prompts, prompts.with_name("whole.jsonl"), settings=settings)
-    written, write_batch = [], prompt_file.write_batch
+    written, generate_batch = [], prompt_file.generate_batch
 
     def failing(*arguments, **settings):
         if len(written) == stop:
             raise MemoryError
         written.append(arguments[2].number)
-        return write_batch(*arguments, **settings)
+        return generate_batch(*arguments, **settings)
 
     output = prompts.with_name("out.jsonl")
-    monkeypatch.setattr(prompt_file, "write_batch", failing)
+    monkeypatch.setattr(prompt_file, "generate_batch", failing)
     with pytest.raises(MemoryError):
         run(two_tower_folder, prompts, output, settings=settings)
     assert not output.exists()
     partial = prompts.with_name("out.jsonl.partial")
     with open(partial, "ab") as stream:
         stream.write(b'{"batch": 99, "rows": [[0, {"prompt": "torn')
-    monkeypatch.setattr(prompt_file, "write_batch", lambda *a, **s: written.append(a[2].number) or write_batch(*a, **s))
+    monkeypatch.setattr(
+        prompt_file, "generate_batch", lambda *a, **s: written.append(a[2].number) or generate_batch(*a, **s)
+    )
     assert run(two_tower_folder, prompts, output, settings=settings) == expected
     assert written == list(range(7))
     assert not partial.exists()
     assert len({row["text"] for row in expected}) > 10
 
 
-def test_what_goes_on_must_be_the_same_run(two_tower_folder, prompts, monkeypatch):
+def test_only_the_same_request_resumes(two_tower_folder, prompts, monkeypatch):
     output = prompts.with_name("out.jsonl")
-    monkeypatch.setattr(prompt_file, "write_batch", lambda *a, **s: (_ for _ in ()).throw(MemoryError))
+    monkeypatch.setattr(prompt_file, "generate_batch", lambda *a, **s: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(MemoryError):
         run(two_tower_folder, prompts, output)
     with pytest.raises(UserError, match="found an interrupted run with max_new_tokens 6, expected 7"):
@@ -138,12 +136,9 @@ def test_what_goes_on_must_be_the_same_run(two_tower_folder, prompts, monkeypatc
         run(two_tower_folder, prompts, output)
 
 
-def test_two_runs_do_not_write_one_output(two_tower_folder, prompts):
+def test_two_processes_cannot_write_one_output(two_tower_folder, prompts):
     output = prompts.with_name("out.jsonl")
-    with (
-        prompt_file.journal(prompts.with_name("out.jsonl.partial"), {}),
-        pytest.raises(UserError, match="in use, expected"),
-    ):
+    with open_journal(prompts.with_name("out.jsonl.partial"), {}), pytest.raises(UserError, match="in use, expected"):
         run(two_tower_folder, prompts, output)
 
 
@@ -155,16 +150,16 @@ def test_text_files_have_a_prompt_on_each_line(two_tower_folder, tmp_path):
         assert [row["prompt"] for row in rows] == expected
 
 
-def test_a_model_is_known_by_its_weights(two_tower_folder, tmp_path):
-    before = prompt_file.model_mark(two_tower_folder)
-    assert prompt_file.model_mark(two_tower_folder) == before
+def test_the_fingerprint_changes_with_configuration_and_weights(two_tower_folder, tmp_path):
+    before = prompt_file.model_fingerprint(two_tower_folder)
+    assert prompt_file.model_fingerprint(two_tower_folder) == before
     for name in ("config.json", "model.safetensors"):
         folder = tmp_path / name
         folder.mkdir()
         for path in two_tower_folder.iterdir():
             content = path.read_bytes()
             (folder / path.name).write_bytes(content[:-1] + b" " if path.name == name else content)
-        assert prompt_file.model_mark(folder) != before
+        assert prompt_file.model_fingerprint(folder) != before
 
 
 MISTAKES = {
@@ -207,7 +202,7 @@ def test_a_prompt_that_cannot_be_used_is_named_by_file_and_line(mistake, two_tow
         (["--model", "/no/such"], "/no/such/config.json: not found"),
     ],
 )
-def test_a_mistake_leaves_nothing_behind(more, expected, two_tower_folder, prompts, capsys):
+def test_a_mistake_leaves_no_file(more, expected, two_tower_folder, prompts, capsys):
     assert main.main(arguments(two_tower_folder, prompts, *more)) == 2
     error = capsys.readouterr().err
     assert expected in error and error.startswith("twotower: ") and error.count("\n") == 1
@@ -222,7 +217,7 @@ def test_an_output_that_exists_is_kept(two_tower_folder, prompts, capsys):
 
 
 @pytest.mark.slow
-def test_a_process_that_was_killed_goes_on(two_tower_folder, tmp_path):
+def test_a_killed_process_resumes(two_tower_folder, tmp_path):
     """SIGKILL in the middle, through the command."""
     path = tmp_path / "prompts.txt"
     path.write_text("".join(prompt(i) + "\n" for i in range(120)))

@@ -9,8 +9,9 @@ import torch
 from helpers.browser import in_browser, tiles
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.generate import engine
-from megatron_twotower.generate.engine import GenerationSettings, Watch
-from megatron_twotower.generate.replay import Recorder, fragment, page, read_page, write_page
+from megatron_twotower.generate.engine import Callbacks, GenerationSettings
+from megatron_twotower.generate.replay.page import fragment, read_page, render_page, write_page
+from megatron_twotower.generate.replay.recording import Recorder
 
 PROMPT = "def </script><!--alpha(b & c):\n"
 SETTINGS = GenerationSettings(max_new_tokens=20, block_size=8, confidence_threshold=0.1)
@@ -23,14 +24,14 @@ def loaded(two_tower_folder):
 
 @pytest.fixture(scope="module")
 def recorded(loaded):
-    """The steps as they came, the recording, and what was written."""
+    """The steps, their recording, and the generation."""
     steps, recorder = [], Recorder()
-    watch = Watch(on_step=lambda seen: (steps.append(seen), recorder(seen)))
-    written = engine.generate(*loaded, PROMPT, settings=SETTINGS, watch=watch)
+    callbacks = Callbacks(on_step=lambda seen: (steps.append(seen), recorder(seen)))
+    written = engine.generate(*loaded, PROMPT, settings=SETTINGS, callbacks=callbacks)
     return steps, recorder.recording(written, loaded[1], model="runs/a<b>", settings=SETTINGS), written
 
 
-def test_a_recording_holds_every_step(recorded, loaded):
+def test_a_recording_contains_every_step(recorded, loaded):
     steps, recording, written = recorded
     assert json.loads(json.dumps(recording)) == recording
     assert [len(block) for block in recording["blocks"]] == [
@@ -56,7 +57,7 @@ def test_a_recording_holds_every_step(recorded, loaded):
     assert recording["settings"]["confidence_threshold"] == 0.1
 
 
-def test_a_row_that_has_ended_records_nothing(loaded):
+def test_no_step_is_recorded_after_the_end_of_a_row(loaded):
     model, tokenizer = loaded
     ids = torch.tensor([tokenizer("alpha", add_special_tokens=False)["input_ids"][:1]] * 2)
     ids[1] += 1
@@ -86,7 +87,7 @@ def test_other_pages_are_refused(recorded, tmp_path):
     path.write_text("<p>nothing</p>")
     with pytest.raises(UserError, match=r"a\.html: found no recording, expected a page"):
         read_page(path)
-    path.write_text(page(recorded[1] | {"version": 99}))
+    path.write_text(render_page(recorded[1] | {"version": 99}))
     with pytest.raises(UserError, match="found a recording of version 99, expected 1"):
         read_page(path)
     with pytest.raises(UserError, match="cannot be written"):
@@ -111,7 +112,7 @@ def test_a_browser_shows_a_step(recorded, tmp_path):
     assert f"{8 - committed} left" in document
     assert document.count('class="rp-map"') == 1
     assert len(re.findall(r'<td class="fresh"', document)) == 8
-    # Without a step in the address: all of it, and what lies behind the end is crossed out.
+    # Without a step in the address the page shows all tokens; those after the end are crossed out.
     shown = tiles(in_browser(tmp_path / "a.html", tmp_path / "profile"))
     assert len(shown) == 24 and not any("masked" in name for name, _ in shown)
     assert [" cut" in name for name, _ in shown] == [index >= written.new_tokens for index in range(24)]

@@ -1,4 +1,4 @@
-"""What a terminal shows while text is written, and what stays: text, figures, a table, a page."""
+"""What a terminal shows during a generation and after it: text, figures, a table, a page."""
 
 import io
 import re
@@ -11,7 +11,7 @@ from megatron_twotower.cli import main
 from megatron_twotower.generate import engine
 from megatron_twotower.generate import terminal as generate_terminal
 from megatron_twotower.generate.engine import MODES, Generation, GenerationSettings
-from megatron_twotower.generate.replay import read_page
+from megatron_twotower.generate.replay.page import read_page
 from megatron_twotower.generate.terminal import MASK, Canvas
 from megatron_twotower.hf.modeling_nemotron_h_twotower import DenoisingStep
 
@@ -33,7 +33,7 @@ def step(block, ids, committed):
     return DenoisingStep(block, 0, torch.ones(1), ids, ids, committed.float(), committed)
 
 
-def test_masks_are_dim_and_what_is_new_stands_out(loaded):
+def test_masks_are_dim_and_new_tokens_are_highlighted(loaded):
     tokenizer = loaded[1]
     a, b, c = tokenizer("alpha beta\n", add_special_tokens=False)["input_ids"][:3]
     canvas = Canvas("x = [bold]", tokenizer)
@@ -50,7 +50,7 @@ def test_masks_are_dim_and_what_is_new_stands_out(loaded):
     assert [str(span.style) for span in text.spans if text.plain[span.start : span.end] == MASK] == ["dim cyan"] * 2
 
 
-def test_tokens_of_the_other_modes_stream_in(loaded):
+def test_tokens_of_the_other_modes_are_shown_as_they_come(loaded):
     tokenizer = loaded[1]
     a, b = tokenizer("alpha beta", add_special_tokens=False)["input_ids"][:2]
     canvas = Canvas("", tokenizer)
@@ -63,7 +63,7 @@ def test_tokens_of_the_other_modes_stream_in(loaded):
 
 
 @pytest.mark.parametrize("count", [40, 4000])
-def test_a_long_text_is_shown_by_its_end(loaded, count):
+def test_a_long_text_is_shown_from_its_end(loaded, count):
     console = terminal()
     console.print(Canvas("".join(f"line {i}\n" for i in range(count)) + "x" * 200, loaded[1]), end="")
     lines = console.file.getvalue().split("\n")
@@ -73,11 +73,11 @@ def test_a_long_text_is_shown_by_its_end(loaded, count):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_terminal_sees_blocks_fill_up(loaded, two_tower_folder, mode, monkeypatch):
+def test_a_terminal_shows_every_step(loaded, two_tower_folder, mode, monkeypatch):
     drawn = []
 
     class EveryStep(Canvas):
-        """Looked at after every step; a terminal draws a few times a second."""
+        """Drawn after every step; a terminal draws only a few times a second."""
 
         def on_step(self, seen):
             super().on_step(seen)
@@ -99,7 +99,7 @@ def test_a_terminal_sees_blocks_fill_up(loaded, two_tower_folder, mode, monkeypa
     assert f"{mode}: {expected.new_tokens} tokens in {expected.passes} passes" in out
 
 
-def test_a_pipe_gets_plain_text_alone(loaded, two_tower_folder):
+def test_a_pipe_receives_plain_text_only(loaded, two_tower_folder):
     console = terminal()
     generate_terminal.run(two_tower_folder, prompt=PROMPT, mode="mask_diffusion", settings=SETTINGS, console=console)
     expected = engine.generate(*loaded, PROMPT, settings=SETTINGS)
@@ -109,7 +109,7 @@ def test_a_pipe_gets_plain_text_alone(loaded, two_tower_folder):
 
 
 @pytest.mark.parametrize(("mode", "tower"), [("ar", "context tower"), ("mask_diffusion", "denoiser")])
-def test_printing_takes_text_as_it_is(mode, tower):
+def test_text_is_printed_without_markup(mode, tower):
     found = Generation(mode, "x = [bold]", "1[/bold] # :smile:\n", torch.arange(3), 12, 4, 0.5)
     console = terminal()
     generate_terminal.print_generation(found, console)
@@ -118,7 +118,7 @@ def test_printing_takes_text_as_it_is(mode, tower):
     assert figures == f"{mode}: 12 tokens in 4 passes of the {tower} (3.00 per pass), 0.50 s, 24 tokens/s"
 
 
-def test_printing_says_how_much_of_the_drafts_was_accepted():
+def test_figures_have_the_accepted_drafted_tokens():
     found = Generation("speculative", "x", "y", torch.arange(3), 12, 4, 0.5, accepted=9)
     console = terminal()
     generate_terminal.print_generation(found, console)
@@ -126,7 +126,7 @@ def test_printing_says_how_much_of_the_drafts_was_accepted():
     assert console.file.getvalue().endswith("24 tokens/s, 2.25 drafted tokens accepted per pass\n")
 
 
-def test_all_modes_stand_in_one_table_that_fits_a_terminal():
+def test_the_table_of_all_modes_fits_a_terminal():
     seconds = {"mask_diffusion": 1.0, "mock_ar": 4.0, "ar": 2.0, "speculative": 8.0}
     generations = [
         Generation(mode, "", "", torch.arange(3), 1000, 100, s, accepted=150 if mode == "speculative" else None)

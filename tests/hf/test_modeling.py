@@ -35,8 +35,8 @@ from megatron_twotower.hf.modeling_nemotron_h_twotower import (
     ContextCache,
     NemotronHTwoTowerForCausalLM,
     Sampling,
-    commit,
-    end_rows,
+    fill_after_eos,
+    positions_to_commit,
     time_features,
 )
 from megatron_twotower.model.adaln import sinusoid
@@ -249,10 +249,10 @@ def test_rows_end_by_themselves(mode):
 
 def test_rows_after_their_end():
     new = torch.tensor([[5, 2, 7, 2, 9], [5, 6, 7, 2, 9], [2, 2, 2, 2, 2]])
-    cut, count = end_rows(new, 2)
+    cut, count = fill_after_eos(new, 2)
     assert cut.tolist() == [[5, 2, 2, 2], [5, 6, 7, 2], [2, 2, 2, 2]]
     assert count == 2 + 4 + 1
-    assert end_rows(new, None)[1] == 15
+    assert fill_after_eos(new, None)[1] == 15
 
 
 # --- mask diffusion -----------------------------------------------------------------------------------------------
@@ -261,12 +261,12 @@ def test_rows_after_their_end():
 def test_commit_takes_the_most_confident_as_many_as_the_rule_says():
     confidence = torch.tensor([[0.95, 0.2, 0.99, 0.5], [0.1, 0.3, 0.2, 0.4], [0.9] * 4, [1.0] * 4])
     masked = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0]], dtype=torch.bool)
-    few = commit(masked, confidence, threshold=0.9, steps_left=16)
+    few = positions_to_commit(masked, confidence, threshold=0.9, steps_left=16)
     assert few.long().tolist() == [[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
-    half = commit(masked, confidence, threshold=0.9, steps_left=2)  # ceil(3 / 2) = 2 of the second row
+    half = positions_to_commit(masked, confidence, threshold=0.9, steps_left=2)  # ceil(3 / 2) = 2 of the second row
     assert half.long().tolist() == [[1, 0, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
-    assert torch.equal(commit(masked, confidence, threshold=0.9, steps_left=1), masked)
-    assert torch.equal(commit(masked, confidence, threshold=0.0, steps_left=16), masked)
+    assert torch.equal(positions_to_commit(masked, confidence, threshold=0.9, steps_left=1), masked)
+    assert torch.equal(positions_to_commit(masked, confidence, threshold=0.0, steps_left=16), masked)
 
 
 def record_steps(model, ids, *, new, **settings):
@@ -462,7 +462,7 @@ def test_scores_are_those_of_the_logits(monkeypatch):
         expected[row, first + 1 : last] = logits.gather(-1, ids[row, first + 1 : last].unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(model.score(ids, mask), expected)
     torch.testing.assert_close(model.score(ids)[2], expected[2])
-    monkeypatch.setitem(type(model).score.__globals__, "SCORED_TOGETHER", 4)
+    monkeypatch.setitem(type(model).score.__globals__, "SCORE_CHUNK", 4)
     torch.testing.assert_close(model.score(ids, mask), expected)
     assert model.score(ids[:, :1]).tolist() == [[0.0]] * 3
 

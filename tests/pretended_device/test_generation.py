@@ -16,8 +16,8 @@ from megatron_twotower.data.tokenizer import load_tokenizer
 from megatron_twotower.evaluate import held_out, likelihood
 from megatron_twotower.evaluate.held_out import EvaluationSettings
 from megatron_twotower.generate import distil
-from megatron_twotower.generate.engine import GenerationSettings, write
-from megatron_twotower.generate.replay import Recorder
+from megatron_twotower.generate.engine import GenerationSettings, generate_ids
+from megatron_twotower.generate.replay.recording import Recorder
 from megatron_twotower.generate.terminal import Canvas
 from megatron_twotower.hf import modeling_nemotron_h_twotower as modeling
 
@@ -51,14 +51,14 @@ MODES = {
         {},
         lambda stats, eos: {
             EXPERTS.format("routed_experts"): stats.passes,
-            NUMBER.format("_one_by_one"): 1 + (stats.passes if eos else 0),
+            NUMBER.format("_generate_by_token"): 1 + (stats.passes if eos else 0),
         },
     ),
     "mock_ar": (
         {},
         lambda stats, eos: {
             EXPERTS.format("routed_experts"): 2 * stats.passes,
-            NUMBER.format("_one_by_one"): 1 + (stats.passes if eos else 0),
+            NUMBER.format("_generate_by_token"): 1 + (stats.passes if eos else 0),
         },
     ),
     "speculative": (
@@ -85,7 +85,7 @@ def test_text_is_that_of_the_host_and_every_wait_is_expected(mode, eos):
         with waits.during() as waited:
             found, figures = written(mode, model, there, **settings)
     assert isinstance(found, Pretended) and torch.equal(on_host(found), text) and figures == stats
-    expected = waited_for(stats, eos) | ({NUMBER.format("end_rows"): 2} if eos else {})
+    expected = waited_for(stats, eos) | ({NUMBER.format("fill_after_eos"): 2} if eos else {})
     assert waited.counted() == expected
 
 
@@ -124,7 +124,7 @@ def test_padding_sampling_and_towers_on_two_devices(mode, towers):
     wanted = GenerationSettings(NEW, BLOCK, 3, 0.2, temperature=0.9, top_k=20, top_p=0.95, draft_steps=2, seed=3)
 
     def once(model, ids, mask):
-        return write(model, ids, mode=mode, settings=wanted, mask_id=MASK, eos_id=EOS, attention_mask=mask)
+        return generate_ids(model, ids, mode=mode, settings=wanted, mask_id=MASK, eos_id=EOS, attention_mask=mask)
 
     with as_there():
         text, stats = once(tiny_model(dtype=torch.float32), ids, mask)
@@ -245,7 +245,7 @@ def test_distilled_text_is_that_of_the_host(two_tower_folder, tiny_data, monkeyp
     assert waits.counted("ours") == {
         "a copy from the host: distil.distil": 2,
         "a copy to the host: distil.distil": 2,
-        NUMBER.format("_one_by_one"): 2,
+        NUMBER.format("_generate_by_token"): 2,
         EXPERTS.format("routed_experts"): 2 * 6,
     }
 
@@ -253,10 +253,11 @@ def test_distilled_text_is_that_of_the_host(two_tower_folder, tiny_data, monkeyp
 @pytest.mark.parametrize("scoring", ["ar", "bound", "mock_ar"])
 def test_the_harness_scores_and_writes_as_on_the_host(scoring, two_tower_folder):
     pytest.importorskip("lm_eval", reason="lm_eval is not installed (extra `eval`): the harness is not tested")
-    from megatron_twotower.evaluate.harness import TwoTower, Wanted
+    from megatron_twotower.evaluate.harness import TwoTower
+    from megatron_twotower.evaluate.harness_settings import AnswerSettings
 
     pairs = [([5, 9, 17], [4, 6]), ([5, 9, 17], [8]), ([21], [11, 30, 7]), ([6, 8], [7])]
-    prompts, wanted = [[5, 9, 17], [21]], Wanted(max_new_tokens=8)
+    prompts, wanted = [[5, 9, 17], [21]], AnswerSettings(max_new_tokens=8)
 
     def all_of(device):
         lm = TwoTower(
@@ -274,5 +275,5 @@ def test_the_harness_scores_and_writes_as_on_the_host(scoring, two_tower_folder)
         want = all_of("cpu")
     with pretended_cuda() as waits:
         assert all_of("cuda") == want
-    rows = {place for place in waits.counted("ours") if "_read_off" in place}
-    assert rows <= {"a copy to the host: harness._read_off"}
+    rows = {place for place in waits.counted("ours") if "_row_scores" in place}
+    assert rows <= {"a copy to the host: answer_scores._row_scores"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_twotower.config.recipes import recipes_folder
-from megatron_twotower.evaluate.speed_quality import judge
+from megatron_twotower.evaluate.speed_quality import text_quality
 from megatron_twotower.generate.engine import load
 
 PROMPTS = (
@@ -29,6 +29,6 @@ def test_the_denoiser_on_bytes_commits_several_tokens_in_a_forward_pass(shipped,
         assert ids.shape[1] == len(prompt), "a token is a byte"
         text = model.generate_mask_diffusion(ids, 96, confidence_threshold=threshold)
         passes += model.last_generation.passes
-        agreement.append(judge(model, text, ids.shape[1], model.generate_ar(ids, 96)[0, -96:])["agreement"])
+        agreement.append(text_quality(model, text, ids.shape[1], model.generate_ar(ids, 96)[0, -96:])["agreement"])
     assert 96 * len(PROMPTS) / passes > least
     assert sum(agreement) / len(agreement) > 0.8

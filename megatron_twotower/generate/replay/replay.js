@@ -1,4 +1,5 @@
-// Plays a recording of mask diffusion: each `.replay` element holds one as JSON and gets its controls here.
+// Plays a recording of mask diffusion. Each `.replay` element contains a recording as JSON; this script
+// adds its controls.
 // `#step=N` in the address opens a page at that step.
 (() => {
   "use strict";
@@ -13,7 +14,7 @@
   const visible = (piece) => piece.replaceAll("\n", "↵").replaceAll("\t", "→");
   const quoted = (piece) => `“${visible(piece)}”`;
 
-  // Every position of the text: the step that commits it, and what each step of its block would write there.
+  // Every position of the text: the step that commits it, and the prediction of each step up to that one.
   const readPositions = (recording) => {
     const positions = [];
     recording.blocks.forEach((steps, block) => {
@@ -29,7 +30,7 @@
     return positions;
   };
 
-  // What can be looked at: every block before its first step (step -1) and after each step.
+  // The frames to show: every block before its first step (step -1) and after each step.
   const readFrames = (recording) =>
     recording.blocks.flatMap((steps, block) => [{ block, step: -1 }, ...steps.map((_, step) => ({ block, step }))]);
 
@@ -44,7 +45,7 @@
     if (position.block < frame.block || position.step <= frame.step) {
       line("token ", quoted(position.piece));
       line(`committed at step ${position.step + 1}, with ${percent(position.sure)}`);
-      line(`${where}, id ${position.id}${position.cut ? ", behind the end" : ""}`);
+      line(`${where}, id ${position.id}${position.cut ? ", after the end" : ""}`);
     } else if (frame.step < 0) {
       line(`masked, ${where}`);
     } else {
@@ -60,7 +61,7 @@
     const text = element("pre", "rp-text");
     text.append(element("span", "rp-prompt", recording.prompt));
     for (const position of positions) {
-      // Of a line break only the sign stands in the tile; the break and its indentation follow it.
+      // The tile of a line break shows a sign only; the break and its indentation follow the tile.
       const line = position.piece.indexOf("\n");
       const tile = element("span", "rp-token", line < 0 ? position.piece : visible(position.piece).trimEnd());
       const rest = element("span", "", line < 0 ? "" : position.piece.slice(line));

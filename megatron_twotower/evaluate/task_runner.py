@@ -1,0 +1,199 @@
+"""Runs tasks of lm-evaluation-harness on a two-tower folder. It needs the extra `eval`."""
+
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+from megatron_twotower.common.errors import UserError
+from megatron_twotower.common.machine import machine
+from megatron_twotower.evaluate.harness import TwoTower
+from megatron_twotower.evaluate.harness_settings import HarnessSettings
+from megatron_twotower.evaluate.task_recipes import HarnessTask
+
+
+def run_tasks(
+    folder: str | Path,
+    tasks: Sequence[HarnessTask],
+    *,
+    settings: HarnessSettings,
+    limit: int | None = None,
+    include_path: str | Path | None = None,
+    allow_code_execution: bool = False,
+) -> dict[str, Any]:
+    """Run tasks of lm-evaluation-harness.
+
+    Args:
+        folder: two-tower Hugging Face folder.
+        tasks: the tasks to run.
+        settings: how the model answers.
+        limit: documents of each task; None for all.
+        include_path: folder of further task files.
+        allow_code_execution: run code that the model has generated, for tasks that need it.
+
+    Returns:
+        The results, ready for JSON.
+
+    Raises:
+        UserError: a task that does not exist or that cannot be run.
+    """
+    started = time.perf_counter()
+    manager = task_manager(tasks, include_path)
+    model = TwoTower(
+        folder,
+        mode=settings.mode,
+        scoring=settings.scoring,
+        batch_size=settings.batch_size,
+        max_length=settings.max_length_tokens,
+        max_gen_toks=settings.max_new_tokens,
+        block_size=settings.block_size,
+        steps_per_block=settings.steps_per_block,
+        confidence_threshold=settings.confidence_threshold,
+        draft_steps=settings.draft_steps,
+        bound_draws=settings.bound_draws,
+        seed=settings.seed,
+    )
+    rows = [_run_task(model, task, manager, limit=limit, allow_code_execution=allow_code_execution) for task in tasks]
+    return {
+        "tasks": rows,
+        "settings": asdict(settings),
+        "limit": limit,
+        "model": str(folder),
+        "weights_sample_sha256": weights_sample(Path(folder)),
+        "lm_eval": metadata.version("lm_eval"),
+        "machine": machine(),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _run_task(
+    model: TwoTower, task: HarnessTask, manager: TaskManager, *, limit: int | None, allow_code_execution: bool
+) -> dict[str, Any]:
+    """Run one task; returns its row of the table."""
+    model.passes, model.new_tokens, model.seconds, started = 0, 0, 0.0, time.perf_counter()
+    seed = model.settings.seed
+    try:
+        results = simple_evaluate(
+            model,
+            tasks=load_tasks(task, manager),
+            num_fewshot=task.shots,
+            limit=limit,
+            task_manager=manager,
+            log_samples=False,
+            confirm_run_unsafe_code=allow_code_execution,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    except (OSError, ValueError, ConnectionError, ImportError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"task {', '.join(task.tasks)}: cannot be run ({reason})") from error
+    return {
+        "name": task.name,
+        "tasks": list(task.tasks),
+        "shots": task.shots,
+        "note": task.note,
+        "card": dict(task.card),
+        **_outcome(results, task),
+        "seconds": time.perf_counter() - started,
+        "new_tokens": model.new_tokens,
+        "tokens_per_pass": model.new_tokens / model.passes if model.passes else None,
+        "tokens_per_second": model.new_tokens / model.seconds if model.passes else None,
+    }
+
+
+def _outcome(results: Mapping[str, Any], task: HarnessTask) -> dict[str, Any]:
+    """The metric of a task; of several harness tasks, their plain mean."""
+    tables = results["results"]
+    # A tag of the harness has no table of its own, but its tasks have.
+    names = list(task.tasks) if all(name in tables for name in task.tasks) else list(tables)
+    metric = task.metric or _metrics(tables[names[0]])[0]
+    missing = [name for name in names if metric not in tables[name]]
+    if missing:
+        found = ", ".join(_metrics(tables[missing[0]]))
+        raise UserError(f"task {missing[0]}: metric {metric!r}: not found, expected one of {found}")
+    errors = [tables[name].get(metric.replace(",", "_stderr,")) for name in names]
+    known_errors = [error for error in errors if isinstance(error, float)]
+    has_stderr = len(known_errors) == len(names)
+    return {
+        "metric": metric,
+        "value": sum(tables[name][metric] for name in names) / len(names),
+        "stderr": sum(error**2 for error in known_errors) ** 0.5 / len(names) if has_stderr else None,
+        "documents": sum(count["effective"] for count in results["n-samples"].values()),
+        "versions": {name: results["versions"].get(name) for name in names},
+    }
+
+
+def _metrics(table: Mapping[str, Any]) -> list[str]:
+    """The metrics in a table of results, as "acc,none"; the other keys are "alias" and errors."""
+    return [key for key in table if "," in key and "_stderr" not in key]
+
+
+def task_manager(tasks: Sequence[HarnessTask], include_path: str | Path | None = None) -> TaskManager:
+    """The harness's index of tasks, with all of these tasks.
+
+    The harness has thousands of task files of its own. They are read only if a task is not found in
+    `include_path`.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    names = [name for task in tasks for name in task.tasks]
+    path = None if include_path is None else str(include_path)
+    if path is not None:
+        manager = TaskManager(include_path=path, include_defaults=False)
+        if set(names) <= set(manager.all_tasks):
+            return manager
+    manager = TaskManager(include_path=path)
+    for name in names:
+        if name not in manager.all_tasks:
+            raise UserError(f"task {name!r}: not found, expected one of lm-evaluation-harness's or of --task-files")
+    return manager
+
+
+def load_tasks(task: HarnessTask, manager: TaskManager) -> list[Any]:
+    """The tasks for the harness to run: names, or loaded tasks with our overrides.
+
+    The harness merges settings when one task file includes another. So this writes a temporary file
+    that includes the task and has the overrides, and loads it.
+    """
+    if not task.overrides:
+        return list(task.tasks)
+    loaded: list[Any] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in task.tasks:
+            file = Path(folder) / f"{name}.yaml"
+            own = {"include": str(manager.task_index[name].yaml_path), "task": name, **task.overrides}
+            file.write_text(yaml.safe_dump(own))
+            loaded += manager.load([str(file)])["tasks"].values()
+    return loaded
+
+
+def weights_sample(folder: Path) -> str:
+    """A SHA-256 over samples of a model folder, to tell folders apart in seconds.
+
+    It covers the configuration, and of each weight file the name, the size and 64 samples of 64
+    KiB. Equal values do not prove that two folders are equal.
+    """
+    samples, size = 64, 65536
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        total = file.stat().st_size
+        digest.update(json.dumps([file.name, total]).encode())
+        with file.open("rb") as stream:
+            for number in range(samples):
+                stream.seek(number * max(0, total - size) // (samples - 1))
+                digest.update(stream.read(size))
+    return digest.hexdigest()
