@@ -185,7 +185,7 @@ def _is_on(name: str, stage: PipelineStage) -> bool:
 
 
 @dataclass(frozen=True)
-class Spelling:
+class TensorNaming:
     """How a folder spells what the table calls by its hub-style names.
 
     prefix: in place of `backbone.`. stacked: the experts of a layer are the rows of one tensor.
@@ -194,7 +194,7 @@ class Spelling:
     prefix: str = "backbone."
     stacked: bool = False
 
-    def key(self, name: str) -> tuple[str, int | None]:
+    def locate(self, name: str) -> tuple[str, int | None]:
         """The tensor of the folder that holds a name, and the row of it, or None where it is all of it."""
         if name.startswith("backbone."):
             name = self.prefix + name.removeprefix("backbone.")
@@ -206,14 +206,14 @@ class Spelling:
 
 
 # A plain NemotronH on the hub, and as `transformers` holds it in memory.
-SPELLINGS = {"hub": Spelling(), "transformers": Spelling("model.", stacked=True)}
+TENSOR_NAMINGS = {"hub": TensorNaming(), "transformers": TensorNaming("model.", stacked=True)}
 
 
-def spelled_shapes(entries: Iterable[Entry], model: ModelConfig, spelling: Spelling) -> dict[str, tuple[int, ...]]:
+def folder_shapes(entries: Iterable[Entry], model: ModelConfig, naming: TensorNaming) -> dict[str, tuple[int, ...]]:
     """The tensors of a folder that holds some entries, with their shapes."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in hf_shapes(entries, model).items():
-        key, row = spelling.key(name)
+        key, row = naming.locate(name)
         shapes[key] = shape if row is None else (model.n_routed_experts, *shape)
     return shapes
 
