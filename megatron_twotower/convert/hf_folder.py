@@ -123,7 +123,7 @@ class HfFolder:
         return {hub: self.tensor(name).lazy() for hub, name in self.backbone_names(model).items()}
 
     def backbone_names(self, model: ModelConfig) -> dict[str, str]:
-        """The names of the backbone's tensors: on the hub, and in the parameter map for this folder.
+        """The names of the backbone's tensors on the hub, and their names in the parameter map.
 
         Raises:
             UserError: The folder has a denoiser alone.

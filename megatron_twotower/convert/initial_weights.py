@@ -65,8 +65,8 @@ def fresh_conditioning(model: ModelConfig, config: ConditioningConfig, *, seed: 
 
     `conditioning.initialisation` `identity` sets gate 1, shift 0 and scale 0, so that the denoiser
     starts as the backbone. `released` draws the scale-shift tables from a normal distribution with
-    the standard deviation 1 / sqrt(hidden), as in the released model. Other matrices are normal with
-    the standard deviation `initializer_range`, and biases are 0.
+    the standard deviation 1 / sqrt(hidden), as in the released model. Other matrices have the
+    standard deviation `initializer_range`, and biases are 0.
     """
     hidden = model.hidden_size
     fixed = identity_state(hidden, model.num_layers, config) if config.initialisation == "identity" else {}
@@ -128,7 +128,7 @@ def _copied(model: ModelConfig, backbone: TensorSource, conditioning: TensorSour
     backbone_names, denoiser_names = (
         hf_shapes(entries, model) for entries in (backbone_entries(model), denoiser_entries(model, 0))
     )
-    # The tower's entries are in the order of the backbone's. The time conditioning comes after them.
+    # The tower's entries are in the order of the backbone's, before the time conditioning.
     copies = dict(zip(denoiser_names, backbone_names, strict=False))
     return lambda name: backbone(copies[name]) if name in copies else conditioning(name)
 

@@ -112,7 +112,7 @@ def generation_config(folder: Path | None, config: Mapping[str, Any]) -> dict[st
 
 
 def block_defaults(config: RunConfig) -> dict[str, Any]:
-    """The defaults of generation by mask diffusion: mask token, and block size of the last phase."""
+    """The defaults of generation by mask diffusion: mask token, and the last block size."""
     sizes = [phase.block_size_tokens for phase in config.phases if phase.block_size_tokens is not None]
     return {"mask_token_id": config.noise.mask_token_id, "block_size": (sizes or [config.noise.block_size_tokens])[-1]}
 

@@ -237,7 +237,7 @@ def test_a_checkpoint_that_is_not_the_model_is_refused_with_names(run, tmp_path)
         saved.check([*entries, parameter_map.Entry("tower.other", ("other",), (3,))])
 
 
-# --- complete or not there -----------------------------------------------------------------------------------------
+# --- complete or not there ------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -126,7 +126,7 @@ def test_an_index_must_agree_with_its_files(tmp_path):
         hf_folder.HfFolder.open(source)
 
 
-# --- training on --------------------------------------------------------------------------------------------------
+# --- training on ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
