@@ -151,8 +151,8 @@ def _ways(source: Path, run: Path, out: Path) -> dict[str, Callable[[], Any]]:
         "fingerprint alone": lambda: hf_folder.fingerprint(source),
         "import": fresh(lambda: import_run.import_folder(source, out)),
         "export a run": fresh(lambda: export.export(run, out)),
-        "hub to transformers": fresh(lambda: export.export(source, out, choices=stacked)),
-        "bf16 to fp16": fresh(lambda: export.export(source, out, choices=wide)),
+        "hub to transformers": fresh(lambda: export.export(source, out, options=stacked)),
+        "bf16 to fp16": fresh(lambda: export.export(source, out, options=wide)),
     }
 
 

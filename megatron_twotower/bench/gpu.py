@@ -44,7 +44,7 @@ from megatron_twotower.model.parameter_map import backbone_entries, hf_shapes
 from megatron_twotower.ops import dispatch
 from megatron_twotower.plan.estimate import Memory, estimate
 from megatron_twotower.plan.flops import step_flops
-from megatron_twotower.plan.layout import CARDS, GIB, Card
+from megatron_twotower.plan.layout import ACCELERATORS, GIB, Accelerator
 from megatron_twotower.train.loop import Trainer
 from megatron_twotower.types import Batch
 
@@ -154,16 +154,16 @@ def fitting(config: RunConfig, *, layers: int, memory_bytes: int) -> RunConfig:
     raise UserError(f"memory: found {found:.1f} GiB, expected {needed:.1f} for one layer (--quick is tiny)")
 
 
-def card_named(name: str) -> Card | None:
+def card_named(name: str) -> Accelerator | None:
     """What is known of an accelerator by the name that its driver gives, for its peak; None where nothing is. Cards of
     less power and parts of a card have lower peaks than the data sheet's."""
     words = set(re.split(r"[^a-z0-9]+", name.lower()))
     if words & {"pcie", "nvl", "mig"}:
         return None
-    return next((found for key, found in CARDS.items() if key in words), None)
+    return next((found for key, found in ACCELERATORS.items() if key in words), None)
 
 
-def card() -> Card | None:
+def card() -> Accelerator | None:
     return None if device.is_cpu() else card_named(torch.cuda.get_device_name())
 
 

@@ -161,8 +161,8 @@ def _import(arguments: argparse.Namespace) -> int:
     from megatron_twotower.common.progress import bytes_bar
     from megatron_twotower.convert.import_run import import_folder
 
-    with bytes_bar("importing") as watch:
-        config = import_folder(arguments.source, arguments.to, backbone=arguments.backbone, watch=watch)
+    with bytes_bar("importing") as progress:
+        config = import_folder(arguments.source, arguments.to, backbone=arguments.backbone, progress=progress)
     print(
         f"{arguments.to}: imported from {arguments.source}, objective {config.objective}; go on with\n"
         f"  twotower train recipe={arguments.to}/config.yaml data.folder=... train.steps=..."
@@ -178,15 +178,15 @@ def _export(arguments: argparse.Namespace) -> int:
     from megatron_twotower.convert.export import ExportOptions, export
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}
-    choices = ExportOptions(
+    options = ExportOptions(
         what=arguments.what,
         dtype=dtypes[arguments.dtype],
         style=arguments.style,
         step=arguments.step,
         backbone=arguments.backbone,
     )
-    with bytes_bar("exporting") as watch:
-        what = export(arguments.source, arguments.to, choices=choices, watch=watch)
+    with bytes_bar("exporting") as progress:
+        what = export(arguments.source, arguments.to, options=options, progress=progress)
     print(f"{arguments.to}: {what} exported from {arguments.source}")
     return 0
 

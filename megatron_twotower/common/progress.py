@@ -12,6 +12,15 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 # Called with: the stage, how much of it is done, how much there is.
 OnProgress = Callable[[str, int, int], None]
+# Called with each number of bytes that is done.
+OnBytes = Callable[[int], None]
+# Called with the number of bytes of all the work before it begins, returns its `OnBytes`.
+BytesProgress = Callable[[int], OnBytes]
+
+
+def silent_bytes(total: int) -> OnBytes:
+    """The `BytesProgress` that shows nothing."""
+    return lambda count: None
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -64,11 +73,11 @@ def per_second() -> Callable[[int], float]:
 
 
 @contextlib.contextmanager
-def bytes_bar(stage: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
-    """Yields a function of the total number of bytes; it returns the function to call with each number of new bytes."""
+def bytes_bar(stage: str) -> Iterator[BytesProgress]:
+    """Yields a `BytesProgress` that draws a bar, with the bytes per second."""
     with stage_bars() as bars:
 
-        def begin(total: int) -> Callable[[int], None]:
+        def begin(total: int) -> OnBytes:
             rate, done = per_second(), 0
 
             def advance(count: int) -> None:

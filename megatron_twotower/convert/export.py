@@ -1,4 +1,7 @@
-"""Export: a run's checkpoint, or a Hugging Face folder, as a Hugging Face folder. Tensor by tensor, in one process."""
+"""Export of a run's checkpoint, or of a Hugging Face folder, as a Hugging Face folder.
+
+It runs in one process and reads one tensor at a time.
+"""
 
 import json
 import os
@@ -12,38 +15,41 @@ import torch
 from megatron_twotower.checkpoint import files as checkpoint_files
 from megatron_twotower.common import run_folder
 from megatron_twotower.common.errors import UserError
-from megatron_twotower.config import hf_config
-from megatron_twotower.config import recipes as settings
+from megatron_twotower.common.progress import BytesProgress, silent_bytes
+from megatron_twotower.config import hf_config, recipes
 from megatron_twotower.config.hf_config import POINTER_FILE
 from megatron_twotower.config.schema import ConditioningConfig, RunConfig
 from megatron_twotower.convert import model_card
-from megatron_twotower.convert.hf_folder import SHARD_BYTES, HfFolder, fingerprint, spell, write_folder
+from megatron_twotower.convert.hf_folder import HfFolder, fingerprint, rename_tensors, write_folder
 from megatron_twotower.convert.initial_weights import check_pointer
-from megatron_twotower.convert.mcore_checkpoint import SavedWeights
-from megatron_twotower.convert.tensors import LazyTensor, Watch, unwatched
+from megatron_twotower.convert.mcore_checkpoint import CheckpointWeights
+from megatron_twotower.convert.tensors import LazyTensor
 from megatron_twotower.data.sources import tokenizer_folder
 from megatron_twotower.hf import MODELING_FILE
 from megatron_twotower.model.parameter_map import (
-    SPELLINGS,
-    Spelling,
+    TENSOR_NAMINGS,
+    TensorNaming,
     context_name,
     denoiser_entries,
     trained_backbone_entries,
 )
 
-Tensors = Mapping[str, LazyTensor]
+LazyTensors = Mapping[str, LazyTensor]
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What an export can be told.
+    """The choices of an export.
 
-    what: a key of `KINDS`; None for all there is.
-    dtype: of the tensors (router biases stay float32); None for each as it is stored.
-    style: a key of `SPELLINGS`, for a plain NemotronH; None for that of the folder it comes from,
-    or "hub".
-    step: of the checkpoint; None for the newest.
-    backbone: the folder that a denoiser alone goes with; None for the one it points to.
+    Attributes:
+        what: A key of `FOLDER_KINDS`; `None` for all towers of the source.
+        dtype: The dtype of all tensors but router biases, which stay float32; `None` for the dtype
+            that each tensor is stored in.
+        style: A key of `TENSOR_NAMINGS`, for a plain NemotronH; `None` for the style of the
+            backbone's folder, or "hub".
+        step: The optimizer step of the checkpoint; `None` for the newest.
+        backbone: The folder of the backbone of a denoiser alone; `None` for the folder in its
+            pointer file.
     """
 
     what: str | None = None
@@ -51,24 +57,28 @@ class ExportOptions:
     style: str | None = None
     step: int | None = None
     backbone: Path | None = None
-    shard_bytes: int = SHARD_BYTES
 
 
 @dataclass(frozen=True)
-class ExportSource:
-    """What can be exported. None of its tensors is read yet.
+class ExportableModel:
+    """A model that can be exported. Its tensors are not read yet.
 
-    backbone: the context tower, or the one tower of a plain NemotronH, by hub-style names.
-    denoiser: with the time conditioning; empty where there is one tower.
-    config: fields of its `config.json`. spelling: of its backbone.
-    origin: the folder of the context tower, and its fingerprint.
-    facts, recipe: for the model card.
+    Attributes:
+        backbone: The context tower, or the tower of a plain NemotronH, by names on the hub.
+        denoiser: The denoiser with the time conditioning; empty for a plain NemotronH.
+        config: The content of the source's `config.json`.
+        naming: How the folder of the backbone names its tensors.
+        origin: The folder of the context tower, and its fingerprint; `None` if a run has none.
+        generation: The defaults of generation.
+        tokenizer: The files of the tokenizer.
+        facts: The facts of the model card.
+        recipe: The text of the run's recipe; `None` if the source is a Hugging Face folder.
     """
 
-    backbone: Tensors
-    denoiser: Tensors
+    backbone: LazyTensors
+    denoiser: LazyTensors
     config: Mapping[str, Any]
-    spelling: Spelling
+    naming: TensorNaming
     origin: tuple[Path, str] | None
     generation: Mapping[str, Any]
     tokenizer: list[Path]
@@ -76,28 +86,32 @@ class ExportSource:
     recipe: str | None = None
 
 
-def export(source: Path, output: Path, *, choices: ExportOptions = ExportOptions(), watch: Watch = unwatched) -> str:
+def export(
+    source: Path, output: Path, *, options: ExportOptions = ExportOptions(), progress: BytesProgress = silent_bytes
+) -> str:
     """Write a model as a Hugging Face folder.
 
     Args:
-        source: output folder of a training run, or a Hugging Face folder.
-        watch: told the bytes that will be written, gives the report of progress.
+        source: The output folder of a training run, or a Hugging Face folder.
+        output: The new folder.
+        options: What to write, and how.
+        progress: Counts the bytes of the tensors.
 
     Returns:
-        which of `KINDS` it is.
+        The key in `FOLDER_KINDS` of what was written.
 
     Raises:
-        UserError: nothing to export, something in it is not as it should be, or `output` exists.
+        UserError: There is nothing to export, the source has faults, or `output` exists.
     """
     if output.exists():
         raise UserError(f"{output}: exists, expected a folder that is not there yet")
-    model = from_folder(source, choices) if (source / "config.json").is_file() else from_run(source, choices)
-    what = choices.what or ("two_tower" if model.denoiser else "context")
+    model = _open_folder(source, options) if (source / "config.json").is_file() else _open_run(source, options)
+    what = options.what or ("two_tower" if model.denoiser else "context")
     if what != "context" and not model.denoiser:
         raise UserError(f"{source}: found one tower, expected two to export {what}")
-    kind = KINDS[what]
-    tensors = {name: _precise(name, tensor, choices.dtype) for name, tensor in kind.tensors(model, choices).items()}
-    card = model_card.Card(what, model.facts, recipe=model.recipe is not None)
+    kind = FOLDER_KINDS[what]
+    tensors = {name: _converted(name, tensor, options.dtype) for name, tensor in kind.tensors(model, options).items()}
+    card = model_card.ModelCard(what, model.facts, recipe=model.recipe is not None)
     files = {
         "README.md": card.text(name=output.name),
         model_card.GENERATION_FILE: json.dumps(model.generation, indent=2),
@@ -111,160 +125,168 @@ def export(source: Path, output: Path, *, choices: ExportOptions = ExportOptions
         config=kind.config(model.config, dtype=tensors["lm_head.weight"].dtype),
         files=files,
         copies=[*model.tokenizer, *kind.code],
-        shard_bytes=choices.shard_bytes,
-        watch=watch,
+        progress=progress,
     )
     return what
 
 
-def _precise(name: str, tensor: LazyTensor, dtype: torch.dtype | None) -> LazyTensor:
+def _converted(name: str, tensor: LazyTensor, dtype: torch.dtype | None) -> LazyTensor:
     if dtype is None:
         return tensor
     return tensor.to(torch.float32 if name.endswith("e_score_correction_bias") else dtype)
 
 
-# --- what is exported ---------------------------------------------------------------------------------------------
+# --- sources --------------------------------------------------------------------------------------
 
 
-def from_run(run: Path, choices: ExportOptions) -> ExportSource:
-    """A checkpoint of a run, and the backbone it was started from."""
-    folder = _checkpoint(run, choices.step)
-    state, config = checkpoint_files.read_state(folder), settings.load_recipe(str(run / run_folder.CONFIG_FILE))
-    two, base = config.objective == "two_tower", config.init.backbone
-    if two:
+def _open_run(run: Path, options: ExportOptions) -> ExportableModel:
+    """A checkpoint of a run, and the backbone that the run started from."""
+    checkpoint = _find_checkpoint(run, options.step)
+    state = checkpoint_files.read_state(checkpoint)
+    config = recipes.load_recipe(str(run / run_folder.CONFIG_FILE))
+    model, two_tower, backbone_path = config.model, config.objective == "two_tower", config.init.backbone
+    if two_tower:
         _check_conditioning(config.conditioning)
-    model, saved = config.model, SavedWeights.open(folder)
-    entries = denoiser_entries(model, config.conditioning.frequencies) if two else trained_backbone_entries(model)
-    saved.check(entries)
-    trained = saved.lazy(entries, model)
-    origin = (Path(base), fingerprint(base)) if base and two else None
+    weights = CheckpointWeights.open(checkpoint)
+    entries = denoiser_entries(model, config.conditioning.frequencies) if two_tower else trained_backbone_entries(model)
+    weights.check(entries)
+    trained = weights.entry_tensors(entries, model)
+    origin = (Path(backbone_path), fingerprint(backbone_path)) if backbone_path and two_tower else None
     if origin and origin[1] != state.fingerprint:
-        raise UserError(f"{base}: changed since the run, found sha256 {origin[1]}, expected {state.fingerprint}")
-    source = HfFolder.open(base) if base else None
-    if source and base:
-        described = hf_config.read_hf_config(base)
+        raise UserError(
+            f"{backbone_path}: changed since the run, found sha256 {origin[1]}, expected {state.fingerprint}"
+        )
+    if backbone_path:
+        backbone = HfFolder.open(backbone_path)
+        config_json = hf_config.read_hf_config(backbone_path)
     else:
-        described = model_card.backbone_config_json(model, dtype=trained["lm_head.weight"].dtype)
-    data = tokenizer_folder(config) if config.data.folder or config.data.blend else None
-    provenance = run_folder.read_provenance(run)
-    return ExportSource(
-        backbone=_backbone(source, config) if two and source else trained,
-        denoiser=trained if two else {},
-        config=model_card.trained_config(described, config) if state.step else described,
-        spelling=source.spelling if source and "backbone" in source.towers else SPELLINGS["hub"],
+        backbone = None
+        config_json = model_card.backbone_config_json(model, dtype=trained["lm_head.weight"].dtype)
+    backbone_folder = backbone.path if backbone else None
+    data_tokenizer = tokenizer_folder(config) if config.data.folder or config.data.blend else None
+    return ExportableModel(
+        backbone=backbone.backbone_tensors(model) if two_tower and backbone else trained,
+        denoiser=trained if two_tower else {},
+        config=model_card.trained_config(config_json, config) if state.step else config_json,
+        naming=backbone.naming if backbone and "backbone" in backbone.towers else TENSOR_NAMINGS["hub"],
         origin=origin,
-        generation=model_card.generation_config(source.path if source else None, described)
-        | (model_card.block_defaults(config) if two and state.step else {}),
-        tokenizer=model_card.tokenizer_files(data, source.path if source else None),
-        facts=model_card.run_facts(config, provenance, step=state.step, cursor=state.cursor),
+        generation=model_card.generation_config(backbone_folder, config_json)
+        | (model_card.block_defaults(config) if two_tower and state.step else {}),
+        tokenizer=model_card.tokenizer_files(data_tokenizer, backbone_folder),
+        facts=model_card.run_facts(config, run_folder.read_provenance(run), step=state.step, cursor=state.cursor),
         recipe=(run / run_folder.CONFIG_FILE).read_text(),
     )
 
 
-def from_folder(path: Path, choices: ExportOptions) -> ExportSource:
-    """A Hugging Face folder; a denoiser alone together with the backbone it goes with."""
-    folder, described = HfFolder.open(path), hf_config.read_hf_config(path)
-    config = RunConfig(model=hf_config.model_from_hf(described, source=f"{path}/config.json"))
+def _open_folder(path: Path, options: ExportOptions) -> ExportableModel:
+    """A Hugging Face folder. If it has a denoiser alone, also the folder of its backbone."""
+    folder, config_json = HfFolder.open(path), hf_config.read_hf_config(path)
+    config = RunConfig(model=hf_config.model_from_hf(config_json, source=f"{path}/config.json"))
     folder.check(config)
-    home, sha256 = folder, fingerprint(path)
+    backbone, sha256 = folder, fingerprint(path)
     facts = {"converted from": path.name, "sha256": sha256}
-    denoiser: Tensors = {}
+    denoiser: LazyTensors = {}
     if "denoiser" in folder.towers:
-        denoiser = folder.lazy(denoiser_entries(config.model, config.conditioning.frequencies), config.model)
+        entries = denoiser_entries(config.model, config.conditioning.frequencies)
+        denoiser = folder.entry_tensors(entries, config.model)
         if "context" not in folder.towers:
-            home = HfFolder.open(_home(path, choices))
-            home.check(config)
-            sha256 = fingerprint(home.path)
-            check_pointer(path, home.path, sha256)
-            facts |= {"backbone": home.path.name, "backbone_sha256": sha256}
-    return ExportSource(
-        backbone=_backbone(home, config),
+            backbone = HfFolder.open(_backbone_of(path, options))
+            backbone.check(config)
+            sha256 = fingerprint(backbone.path)
+            check_pointer(path, backbone.path, sha256)
+            facts |= {"backbone": backbone.path.name, "backbone_sha256": sha256}
+    return ExportableModel(
+        backbone=backbone.backbone_tensors(config.model),
         denoiser=denoiser,
-        config=described,
-        spelling=home.spelling if "backbone" in home.towers else SPELLINGS["hub"],
-        origin=(home.path, sha256),
-        generation=model_card.generation_config(path, described),
-        tokenizer=model_card.tokenizer_files(path, home.path),
+        config=config_json,
+        naming=backbone.naming if "backbone" in backbone.towers else TENSOR_NAMINGS["hub"],
+        origin=(backbone.path, sha256),
+        generation=model_card.generation_config(path, config_json),
+        tokenizer=model_card.tokenizer_files(path, backbone.path),
         facts=facts,
     )
 
 
-def _checkpoint(run: Path, step: int | None) -> Path:
-    found = checkpoint_files.find_checkpoints(run)
-    if not found:
+def _find_checkpoint(run: Path, step: int | None) -> Path:
+    checkpoints = checkpoint_files.find_checkpoints(run)
+    if not checkpoints:
         raise UserError(f"{run}: no checkpoint found, expected the output of a training run, or a Hugging Face folder")
     if step is None:
-        return found[-1]
+        return checkpoints[-1]
     wanted = run_folder.checkpoint_folder(run, step)
-    if wanted not in found:
-        steps = ", ".join(str(checkpoint_files.read_state(folder).step) for folder in found)
+    if wanted not in checkpoints:
+        steps = ", ".join(str(checkpoint_files.read_state(folder).step) for folder in checkpoints)
         raise UserError(f"{run}: found no checkpoint of step {step}, expected one of {steps}")
     return wanted
 
 
-def _home(denoiser: Path, choices: ExportOptions) -> Path:
-    """The folder of a denoiser's context tower."""
+def _backbone_of(denoiser: Path, options: ExportOptions) -> Path:
+    """The folder of the backbone of a denoiser alone."""
     pointer = hf_config.read_pointer(denoiser)
-    if choices.backbone is None and pointer is None:
+    if options.backbone is None and pointer is None:
         raise UserError(f"{denoiser}: found a denoiser without {POINTER_FILE}, expected --backbone")
-    home = choices.backbone or Path((pointer or {})["backbone"])
-    if not home.is_dir():
-        raise UserError(f"{home}: not found, expected the backbone of {denoiser} (--backbone names it where it moved)")
-    return home
+    backbone = options.backbone or Path((pointer or {})["backbone"])
+    if not backbone.is_dir():
+        raise UserError(
+            f"{backbone}: not found, expected the backbone of {denoiser} (if it moved, name it with --backbone)"
+        )
+    return backbone
 
 
-def _backbone(folder: HfFolder, config: RunConfig) -> Tensors:
-    return {hub: folder.span(own).lazy() for hub, own in folder.backbone_names(config.model).items()}
-
-
-def _check_conditioning(found: ConditioningConfig) -> None:
-    """The released format has no key for these: a model that needs others could not be read back."""
+def _check_conditioning(config: ConditioningConfig) -> None:
+    """Refuse a time conditioning that the released format has no keys for."""
     released = ConditioningConfig()
     for key in ("frequencies", "period", "time_scale"):
-        if getattr(found, key) != getattr(released, key):
-            raise UserError(
-                f"conditioning.{key}: found {getattr(found, key)}, expected {getattr(released, key)} for an export"
-            )
+        found, expected = getattr(config, key), getattr(released, key)
+        if found != expected:
+            raise UserError(f"conditioning.{key}: found {found}, expected {expected} for an export")
 
 
-# --- as what ------------------------------------------------------------------------------------------------------
+# --- kinds of folders -----------------------------------------------------------------------------
 
 
-def _context(model: ExportSource, choices: ExportOptions) -> Tensors:
-    return spell(model.backbone, SPELLINGS[choices.style] if choices.style else model.spelling)
+def _context_tensors(model: ExportableModel, options: ExportOptions) -> LazyTensors:
+    return rename_tensors(model.backbone, TENSOR_NAMINGS[options.style] if options.style else model.naming)
 
 
-def _denoiser(model: ExportSource, _: ExportOptions) -> Tensors:
+def _denoiser_tensors(model: ExportableModel, _: ExportOptions) -> LazyTensors:
     return model.denoiser
 
 
-def _two_tower(model: ExportSource, _: ExportOptions) -> Tensors:
+def _two_tower_tensors(model: ExportableModel, _: ExportOptions) -> LazyTensors:
     return {context_name(name): tensor for name, tensor in model.backbone.items()} | dict(model.denoiser)
 
 
-def _pointer(model: ExportSource, output: Path) -> dict[str, str]:
+def _pointer_file(model: ExportableModel, output: Path) -> dict[str, str]:
     assert model.origin is not None
     folder, sha256 = model.origin
     pointer = {"backbone": os.path.relpath(folder.resolve(), output.resolve()), "sha256": sha256}
     return {POINTER_FILE: json.dumps(pointer, indent=2)}
 
 
-def _nothing(_: ExportSource, __: Path) -> dict[str, str]:
+def _no_files(_: ExportableModel, __: Path) -> dict[str, str]:
     return {}
 
 
 @dataclass(frozen=True)
-class Kind:
-    """One kind of folder: its tensors, its `config.json`, and what else stands in it."""
+class FolderKind:
+    """The content of one kind of folder.
 
-    tensors: Callable[[ExportSource, ExportOptions], Tensors]
+    Attributes:
+        tensors: Returns the tensors, by their names in the folder.
+        config: Returns the content of `config.json` for the source's `config.json` and a dtype.
+        files: Returns the text of other files, by file name.
+        code: Files of code to copy.
+    """
+
+    tensors: Callable[[ExportableModel, ExportOptions], LazyTensors]
     config: Callable[..., dict[str, Any]]
-    files: Callable[[ExportSource, Path], dict[str, str]]
+    files: Callable[[ExportableModel, Path], dict[str, str]]
     code: tuple[Path, ...]
 
 
-KINDS = {
-    "two_tower": Kind(_two_tower, model_card.two_tower_config, _nothing, (MODELING_FILE,)),
-    "context": Kind(_context, model_card.plain_config, _nothing, ()),
-    "denoiser": Kind(_denoiser, model_card.two_tower_config, _pointer, (MODELING_FILE,)),
+FOLDER_KINDS = {
+    "two_tower": FolderKind(_two_tower_tensors, model_card.two_tower_config, _no_files, (MODELING_FILE,)),
+    "context": FolderKind(_context_tensors, model_card.plain_config, _no_files, ()),
+    "denoiser": FolderKind(_denoiser_tensors, model_card.two_tower_config, _pointer_file, (MODELING_FILE,)),
 }

@@ -1,4 +1,4 @@
-"""Hugging Face model folders: read by name, checked as a whole, and written in one step."""
+"""Hugging Face model folders: reading by name, checking all tensors, and writing in one step."""
 
 import hashlib
 import json
@@ -14,132 +14,149 @@ from torch import Tensor
 
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.files import atomic_folder
+from megatron_twotower.common.progress import BytesProgress, silent_bytes
 from megatron_twotower.config.schema import ModelConfig, RunConfig
 from megatron_twotower.convert.tensors import (
+    FileTensor,
     LazyTensor,
-    Span,
     TensorSource,
-    Watch,
-    read_header,
+    file_tensors,
     stack,
-    unwatched,
     write_safetensors,
 )
 from megatron_twotower.model.parameter_map import (
     Entry,
-    Spelling,
+    TensorNaming,
     backbone_entries,
     context_name,
     folder_entries,
+    folder_shapes,
     hf_shapes,
-    spelled_shapes,
 )
 
+# The largest size of a written safetensors file, unless one tensor is larger.
 SHARD_BYTES = 4 * 2**30
 PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 INDEX_FILE = "model.safetensors.index.json"
-# Names that an error lists of each kind.
-_LISTED = 3
-# The tower that names with such a beginning belong to.
+# How many names an error quotes.
+_QUOTED_NAMES = 3
+# Prefixes of tensor names, and the towers that they belong to.
 _TOWERS = {"backbone": "backbone", "model": "backbone", "context_tower": "context", "denoiser_tower": "denoiser"}
-_STACKED = re.compile(r"\.mixer\.experts\.(up_proj|down_proj)$")
+_STACKED_EXPERTS = re.compile(r"\.mixer\.experts\.(up_proj|down_proj)$")
 
 
 @dataclass(frozen=True)
 class HfFolder:
-    """The tensors of a Hugging Face folder by the names of the table, read one at a time.
+    """The tensors of a Hugging Face folder, by the names of the parameter map.
 
-    Reads hub-style NemotronH (`backbone.`, a tensor per expert), the style of `transformers`
-    (`model.`, experts stacked in one tensor), two-tower folders, and denoisers alone.
+    It is a `TensorSource`: a call with a name reads that tensor. Folders may have the NemotronH of
+    the hub (prefix `backbone.`, one tensor per expert), that of `transformers` (prefix `model.`,
+    the experts of a layer stacked in one tensor), two towers, or a denoiser alone.
 
-    tensors: by the folder's own names. towers: which it has, of "backbone", "context" and
-    "denoiser".
+    Attributes:
+        path: The folder.
+        tensors: All tensors, by the names in the folder.
+        naming: How the folder names the tensors of its backbone.
+        towers: The towers in the folder, of "backbone", "context" and "denoiser".
     """
 
     path: Path
-    tensors: Mapping[str, Span]
-    spelling: Spelling
+    tensors: Mapping[str, FileTensor]
+    naming: TensorNaming
     towers: frozenset[str]
 
     @classmethod
     def open(cls, path: str | Path) -> "HfFolder":
-        """
-        Raises: UserError: no weights, an index that does not agree with its files, or a file that
-            is not whole.
+        """Read the index and the headers of all safetensors files.
+
+        Raises:
+            UserError: The folder has no weights, its index does not agree with its files, or a file
+                is not complete.
         """
         folder = Path(path)
-        wanted = _indexed(folder)
-        files = sorted(set(wanted.values())) or sorted(file.name for file in folder.glob("*.safetensors"))
+        file_of = _read_index(folder)
+        files = sorted(set(file_of.values())) or sorted(file.name for file in folder.glob("*.safetensors"))
         if not files:
             raise UserError(f"{folder}: no *.safetensors found, expected a Hugging Face model folder")
-        found: dict[str, Span] = {}
+        tensors: dict[str, FileTensor] = {}
         for file in files:
-            spans = read_header(folder / file)
-            twice = found.keys() & spans.keys()
-            if twice:
-                raise UserError(f"{folder / file}: found {min(twice)} in another file too, expected it once")
-            found |= spans
-        lost = [name for name, file in wanted.items() if name not in found or found[name].path.name != file]
-        if lost:
-            raise UserError(f"{folder / wanted[lost[0]]}: {listed(lost)} not found, expected as in {INDEX_FILE}")
-        tops = {name.partition(".")[0] for name in found}
-        prefix = "model." if "model" in tops else "backbone."
-        spelling = Spelling(prefix, any(_STACKED.search(name) for name in found))
-        return cls(folder, found, spelling, frozenset(_TOWERS[top] for top in tops & _TOWERS.keys()))
+            found = file_tensors(folder / file)
+            duplicates = tensors.keys() & found.keys()
+            if duplicates:
+                raise UserError(f"{folder / file}: found {min(duplicates)} in another file too, expected it once")
+            tensors |= found
+        absent = [name for name, file in file_of.items() if name not in tensors or tensors[name].path.name != file]
+        if absent:
+            file = file_of[absent[0]]
+            raise UserError(f"{folder / file}: {quote_names(absent)} not found, expected as in {INDEX_FILE}")
+        prefixes = {name.partition(".")[0] for name in tensors}
+        naming = TensorNaming(
+            "model." if "model" in prefixes else "backbone.", any(_STACKED_EXPERTS.search(name) for name in tensors)
+        )
+        return cls(folder, tensors, naming, frozenset(_TOWERS[prefix] for prefix in prefixes & _TOWERS.keys()))
 
     def __call__(self, name: str) -> Tensor:
-        """The tensor of that name of the table.
+        """Read a tensor by its name in the parameter map.
 
         Raises:
-            UserError: the folder has no such tensor.
+            UserError: The folder has no such tensor.
         """
-        return self.span(name).read()
+        return self.tensor(name).read()
 
-    def span(self, name: str) -> Span:
-        """Where the tensor of that name stands. Raises `UserError` as a call does."""
-        key, row = self.spelling.key(name)
+    def tensor(self, name: str) -> FileTensor:
+        """A tensor by its name in the parameter map, not read yet.
+
+        Raises:
+            UserError: The folder has no such tensor.
+        """
+        key, row = self.naming.locate(name)
         if key not in self.tensors:
             raise UserError(f"{self.path}: tensor {key} not found, expected it in a NemotronH folder")
-        return self.tensors[key] if row is None else self.tensors[key].row(row)
+        return self.tensors[key] if row is None else self.tensors[key].at(row)
 
-    def lazy(self, entries: Iterable[Entry], model: ModelConfig) -> dict[str, LazyTensor]:
-        """The tensors of some entries by their names of the table, none of them read."""
-        return {name: self.span(name).lazy() for name in hf_shapes(entries, model)}
+    def entry_tensors(self, entries: Iterable[Entry], model: ModelConfig) -> dict[str, LazyTensor]:
+        """The tensors of some entries, by their names in the parameter map."""
+        return {name: self.tensor(name).lazy() for name in hf_shapes(entries, model)}
+
+    def backbone_tensors(self, model: ModelConfig) -> dict[str, LazyTensor]:
+        """The tensors of the backbone, by their names on the hub."""
+        return {hub: self.tensor(name).lazy() for hub, name in self.backbone_names(model).items()}
 
     def backbone_names(self, model: ModelConfig) -> dict[str, str]:
-        """The name in this folder of each tensor of its backbone, by its hub-style name.
+        """The names of the backbone's tensors on the hub, and their names in the parameter map.
 
         Raises:
-            UserError: a denoiser alone.
+            UserError: The folder has a denoiser alone.
         """
         if self.towers == {"denoiser"}:
             raise UserError(f"{self.path}: found a denoiser alone, expected a folder with its backbone")
-        own = context_name if "context" in self.towers else str
-        return {name: own(name) for name in hf_shapes(backbone_entries(model), model)}
+        rename = context_name if "context" in self.towers else str
+        return {name: rename(name) for name in hf_shapes(backbone_entries(model), model)}
 
     def check(self, config: RunConfig) -> None:
-        """Compare all tensors with those of the towers that the folder has, in the shape that the run has.
+        """Compare all tensors with those of the folder's towers in the model of a run.
 
-        Raises: UserError: one that lists what is missing, of another shape or precision, or without
-            a place in the model.
+        Raises:
+            UserError: Tensors are missing, unknown, or of another shape or dtype. The error has
+                one line with all faults.
         """
         model = config.model
         entries = folder_entries(self.towers or {"backbone"}, model, config.conditioning.frequencies)
-        expected = spelled_shapes(entries, model, self.spelling)
+        expected = folder_shapes(entries, model, self.naming)
         shared = [name for name in expected if name in self.tensors]
         shapes = [name for name in shared if self.tensors[name].shape != expected[name]]
-        kinds = [name for name in shared if self.tensors[name].dtype not in PRECISIONS]
+        dtypes = [name for name in shared if self.tensors[name].dtype not in PRECISIONS]
         faults = [
             ("missing", [name for name in expected if name not in self.tensors]),
             ("of another shape", [f"{name} {self.tensors[name].shape} for {expected[name]}" for name in shapes]),
-            ("of another dtype", [f"{name} {short(self.tensors[name].dtype)}" for name in kinds]),
+            ("of another dtype", [f"{name} {dtype_name(self.tensors[name].dtype)}" for name in dtypes]),
             ("without a place in the model", sorted(self.tensors.keys() - expected.keys())),
         ]
-        refuse(self.path, faults)
+        raise_faults(self.path, faults)
 
 
-def _indexed(folder: Path) -> dict[str, str]:
-    """The file of each tensor by the folder's index; empty where it has none."""
+def _read_index(folder: Path) -> dict[str, str]:
+    """The file of each tensor by the folder's index; empty if the folder has no index."""
     index = folder / INDEX_FILE
     if not index.is_file():
         return {}
@@ -149,19 +166,28 @@ def _indexed(folder: Path) -> dict[str, str]:
         raise UserError(f"{index}: not an index of safetensors ({error}), expected a weight_map") from error
 
 
-def short(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype without `torch.`, as in `config.json`."""
     return str(dtype).removeprefix("torch.")
 
 
-def listed(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = len(names) - _LISTED
-    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+def quote_names(names: Sequence[str]) -> str:
+    """The first few names, and the number of the others."""
+    others = len(names) - _QUOTED_NAMES
+    return ", ".join(names[:_QUOTED_NAMES]) + (f" and {others} more" if others > 0 else "")
 
 
-def refuse(path: Path, faults: Sequence[tuple[str, Sequence[str]]]) -> None:
-    """Raise one `UserError` that lists the faulty tensors of each kind, if there are any."""
-    lines = [f"{len(names)} {kind} ({listed(names)})" for kind, names in faults if names]
+def raise_faults(path: Path, faults: Sequence[tuple[str, Sequence[str]]]) -> None:
+    """Do nothing if no tensor has a fault.
+
+    Args:
+        path: The folder that has the tensors.
+        faults: Pairs of a fault and the names of the tensors that have it.
+
+    Raises:
+        UserError: Tensors have faults. The error has one line with all of them.
+    """
+    lines = [f"{len(names)} {fault} ({quote_names(names)})" for fault, names in faults if names]
     if lines:
         raise UserError(f"{path}: tensors {'; '.join(lines)}; expected those of its config.json")
 
@@ -169,7 +195,7 @@ def refuse(path: Path, faults: Sequence[tuple[str, Sequence[str]]]) -> None:
 def lazy_tensors(
     source: TensorSource, entries: Iterable[Entry], model: ModelConfig, *, dtype: torch.dtype
 ) -> dict[str, LazyTensor]:
-    """The tensors of some entries by name, each made by `source` when it is written."""
+    """The tensors of some entries by name. Each calls `source` when it is written."""
 
     def lazy(name: str, shape: tuple[int, ...]) -> LazyTensor:
         return LazyTensor(dtype, shape, lambda: iter((source(name).to(dtype).flatten(),)))
@@ -184,29 +210,31 @@ def write_folder(
     config: Mapping[str, Any],
     files: Mapping[str, str],
     copies: Sequence[Path],
-    shard_bytes: int = SHARD_BYTES,
-    watch: Watch = unwatched,
+    progress: BytesProgress = silent_bytes,
 ) -> None:
-    """Write a Hugging Face folder: safetensors shards with an index, `config.json` and what goes with them.
+    """Write a Hugging Face folder: safetensors files with an index, `config.json` and other files.
 
-    All of it is written beside `output` first and renamed at the end: a folder is whole or not
-    there.
+    The folder is written under another name next to `output` and renamed at the end. So `output` is
+    complete, or it does not exist.
 
     Args:
-        files: further text files by name.
-        copies: files to copy in.
-        watch: told the bytes of all tensors, gives the report of progress.
+        output: The new folder.
+        tensors: By their names in the folder.
+        config: The content of `config.json`.
+        files: The text of other files, by file name.
+        copies: Files to copy into the folder.
+        progress: Counts the bytes of the tensors.
 
     Raises:
         UserError: `output` exists, or the disk is full.
     """
     size = sum(tensor.nbytes for tensor in tensors.values())
     with atomic_folder(output, size=size) as partial:
-        shards, report = _shards(tensors, shard_bytes), watch(size)
+        shards, on_bytes = _shards(tensors), progress(size)
         weight_map: dict[str, str] = {}
         for i, names in enumerate(shards, start=1):
             file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            write_safetensors(partial / file, {name: tensors[name] for name in names}, report=report)
+            write_safetensors(partial / file, {name: tensors[name] for name in names}, on_bytes=on_bytes)
             weight_map |= dict.fromkeys(names, file)
         for path in copies:
             shutil.copyfile(path, partial / path.name)
@@ -217,12 +245,12 @@ def write_folder(
             (partial / name).write_text(text if text.endswith("\n") else text + "\n")
 
 
-def _shards(tensors: Mapping[str, LazyTensor], shard_bytes: int) -> list[list[str]]:
-    """Names of the tensors of each file: as many as fit into `shard_bytes`, at least one."""
+def _shards(tensors: Mapping[str, LazyTensor]) -> list[list[str]]:
+    """The tensor names of each file: as many tensors as fit into `SHARD_BYTES`, at least one."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
             shards.append([])
             size = 0
         shards[-1].append(name)
@@ -230,21 +258,21 @@ def _shards(tensors: Mapping[str, LazyTensor], shard_bytes: int) -> list[list[st
     return shards
 
 
-def spell(tensors: Mapping[str, LazyTensor], spelling: Spelling) -> dict[str, LazyTensor]:
-    """Tensors by the names of the table -> tensors as a folder spells them."""
-    spelled: dict[str, LazyTensor] = {}
+def rename_tensors(tensors: Mapping[str, LazyTensor], naming: TensorNaming) -> dict[str, LazyTensor]:
+    """Tensors by their names in the parameter map -> tensors by their names in a folder."""
+    renamed: dict[str, LazyTensor] = {}
     rows: dict[str, list[LazyTensor]] = {}
     for name, tensor in tensors.items():
-        key, row = spelling.key(name)
+        key, row = naming.locate(name)
         if row is not None:
             rows.setdefault(key, []).append(tensor)
             tensor = stack(rows[key])
-        spelled[key] = tensor
-    return spelled
+        renamed[key] = tensor
+    return renamed
 
 
 def fingerprint(folder: str | Path) -> str:
-    """SHA-256 over the names and contents of a folder's configuration and weights: what it was started from."""
+    """SHA-256, in hex, of the names and contents of `config.json` and all safetensors files."""
     digest = hashlib.sha256()
     for path in sorted([Path(folder) / "config.json", *Path(folder).glob("*.safetensors")]):
         digest.update(path.name.encode())

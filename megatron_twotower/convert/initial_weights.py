@@ -1,4 +1,4 @@
-"""Where the weights of a run start: random numbers, a backbone's folder, or towers that were trained before."""
+"""The initial weights of a run: random numbers, a backbone's folder, or towers trained before."""
 
 import hashlib
 import math
@@ -17,22 +17,26 @@ from megatron_twotower.model.adaln import identity_state
 from megatron_twotower.model.parameter_map import backbone_entries, denoiser_entries, hf_shapes
 
 
-def random_backbone(model: ModelConfig, *, seed: int) -> TensorSource:
-    """A fresh NemotronH: every tensor drawn by its own name, so that it is the same on every layout.
+def _uniform(name: str, shape: tuple[int, ...], *, seed: int, stream: int = 0) -> Tensor:
+    """Uniform float64 numbers in [0, 1), a function of the tensor's name and the seed."""
+    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
+    return keyed_uniform(seed, key, stream, torch.arange(math.prod(shape))).reshape(shape)
 
-    Matrices are normal with `initializer_range`, those that write to the residual stream divided by
-    sqrt(layers); Mamba starts as `transformers` starts it.
+
+def _normal(name: str, shape: tuple[int, ...], *, seed: int) -> Tensor:
+    """Normal float64 numbers by the Box-Muller transform, a function of name and seed."""
+    radius = (-2 * (1 - _uniform(name, shape, seed=seed)).log()).sqrt()
+    return radius * (2 * math.pi * _uniform(name, shape, seed=seed, stream=1)).cos()
+
+
+def random_backbone(model: ModelConfig, *, seed: int) -> TensorSource:
+    """A randomly initialised NemotronH, by names on the hub.
+
+    Every tensor is a function of its name and the seed, so it is the same on every layout. Matrices
+    are normal with the standard deviation `initializer_range`. Matrices that write to the residual
+    stream are divided by sqrt(layers). Mamba's other tensors are initialised as in `transformers`.
     """
     shapes = hf_shapes(backbone_entries(model), model)
-
-    def uniform(name: str, *, stream: int = 0) -> Tensor:
-        key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-        count = math.prod(shapes[name])
-        return keyed_uniform(seed, key, stream, torch.arange(count)).reshape(shapes[name])
-
-    def normal(name: str) -> Tensor:
-        radius = (-2 * (1 - uniform(name)).log()).sqrt()
-        return radius * (2 * math.pi * uniform(name, stream=1)).cos()
 
     def source(name: str) -> Tensor:
         shape = shapes[name]
@@ -40,24 +44,30 @@ def random_backbone(model: ModelConfig, *, seed: int) -> TensorSource:
             return torch.arange(1, shape[0] + 1).float().log()
         if name.endswith("dt_bias"):
             low, high = math.log(model.time_step_min), math.log(model.time_step_max)
-            dt = (low + uniform(name) * (high - low)).exp().clamp(min=model.time_step_floor)
+            dt = (low + _uniform(name, shape, seed=seed) * (high - low)).exp().clamp(min=model.time_step_floor)
             return (dt + (-torch.expm1(-dt)).log()).float()
         if name.endswith(("conv1d.weight", "conv1d.bias")):
             bound = model.conv_kernel**-0.5
-            return ((2 * uniform(name) - 1) * bound).float()
+            return ((2 * _uniform(name, shape, seed=seed) - 1) * bound).float()
         if name.endswith("e_score_correction_bias"):
             return torch.zeros(shape)
         if len(shape) == 1:
             return torch.ones(shape)
         residual = name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight"))
         scale = model.initializer_range / (math.sqrt(model.num_layers) if residual else 1.0)
-        return (normal(name) * scale).float()
+        return (_normal(name, shape, seed=seed) * scale).float()
 
     return source
 
 
 def fresh_conditioning(model: ModelConfig, config: ConditioningConfig, *, seed: int) -> TensorSource:
-    """Start of the time conditioning, under the released names: `identity` or `released`."""
+    """The initial time conditioning, by the released names.
+
+    `conditioning.initialisation` `identity` sets gate 1, shift 0 and scale 0, so that the denoiser
+    starts as the backbone. `released` draws the scale-shift tables from a normal distribution with
+    the standard deviation 1 / sqrt(hidden), as in the released model. Other matrices have the
+    standard deviation `initializer_range`, and biases are 0.
+    """
     hidden = model.hidden_size
     fixed = identity_state(hidden, model.num_layers, config) if config.initialisation == "identity" else {}
 
@@ -66,39 +76,42 @@ def fresh_conditioning(model: ModelConfig, config: ConditioningConfig, *, seed: 
             return fixed[name]
         if name.endswith("bias"):
             return torch.zeros(3 * hidden if name.startswith("t_block") else hidden)
-        fan_out = 3 if name.startswith("scale_shift") else 3 * hidden if name.startswith("t_block") else hidden
-        shape = (fan_out, config.frequencies if name == "t_embedder.mlp.0.weight" else hidden)
-        key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-        first, second = (keyed_uniform(seed, key, i, torch.arange(math.prod(shape))) for i in (0, 1))
-        normal = ((-2 * (1 - first).log()).sqrt() * (2 * math.pi * second).cos()).reshape(shape).float()
-        return normal * (hidden**-0.5 if name.startswith("scale_shift") else model.initializer_range)
+        rows = 3 if name.startswith("scale_shift") else 3 * hidden if name.startswith("t_block") else hidden
+        shape = (rows, config.frequencies if name == "t_embedder.mlp.0.weight" else hidden)
+        scale = hidden**-0.5 if name.startswith("scale_shift") else model.initializer_range
+        return _normal(name, shape, seed=seed).float() * scale
 
     return source
 
 
 def backbone_source(config: RunConfig) -> TensorSource:
-    """The tensors of the backbone by hub-style names: of `init.backbone`, or random.
+    """The tensors of the backbone by names on the hub: of `init.backbone`, or random.
 
-    Raises: UserError: the folder does not hold the model that its configuration describes, or no
-        backbone.
+    Raises:
+        UserError: The folder has another model than its configuration describes, or no backbone.
     """
     backbone, model = config.init.backbone, config.model
     if backbone is None:
         return random_backbone(model, seed=config.seed)
     folder = HfFolder.open(backbone)
     folder.check(config)
-    own = folder.backbone_names(model)
-    return lambda name: folder(own[name])
+    names = folder.backbone_names(model)
+    return lambda name: folder(names[name])
 
 
 def denoiser_source(config: RunConfig, backbone: TensorSource, *, fingerprint: str | None) -> TensorSource:
-    """The tensors the denoiser starts from: those of `init.denoiser`, or the backbone's and a fresh time conditioning.
+    """The initial tensors of the denoiser, by the released names.
+
+    They are those of `init.denoiser`. If it is `None`, they are copies of the backbone and a fresh
+    time conditioning.
 
     Args:
-        fingerprint: of the backbone.
+        config: The configuration of the run.
+        backbone: The tensors of the backbone.
+        fingerprint: The fingerprint of the backbone's folder; `None` if the backbone is random.
 
     Raises:
-        UserError: no denoiser, another model, or one that goes with another backbone.
+        UserError: The folder has no denoiser, another model, or belongs to another backbone.
     """
     if config.init.denoiser is None:
         return _copied(config.model, backbone, fresh_conditioning(config.model, config.conditioning, seed=config.seed))
@@ -111,13 +124,26 @@ def denoiser_source(config: RunConfig, backbone: TensorSource, *, fingerprint: s
 
 
 def _copied(model: ModelConfig, backbone: TensorSource, conditioning: TensorSource) -> TensorSource:
-    tower, conditioned = hf_shapes(backbone_entries(model), model), hf_shapes(denoiser_entries(model, 0), model)
-    copies = dict(zip(conditioned, tower, strict=False))  # the conditioning stands behind the tower
+    """A denoiser whose tower is a copy of the backbone."""
+    backbone_names, denoiser_names = (
+        hf_shapes(entries, model) for entries in (backbone_entries(model), denoiser_entries(model, 0))
+    )
+    # The tower's entries are in the order of the backbone's, before the time conditioning.
+    copies = dict(zip(denoiser_names, backbone_names, strict=False))
     return lambda name: backbone(copies[name]) if name in copies else conditioning(name)
 
 
 def check_pointer(denoiser: Path, backbone: str | Path | None, fingerprint: str | None) -> None:
-    """Refuse a backbone that is not the one a denoiser goes with."""
+    """Check that a denoiser belongs to a backbone.
+
+    Args:
+        denoiser: A folder. Without a pointer file, which names its backbone, it passes the check.
+        backbone: The folder of the backbone, for the error.
+        fingerprint: The fingerprint of the backbone.
+
+    Raises:
+        UserError: The fingerprint is not the one in the pointer file.
+    """
     pointer = read_pointer(denoiser)
     if pointer is not None and pointer["sha256"] != fingerprint:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Named Hugging Face tensors into Megatron modules, each rank its part."""
+"""Loading of named Hugging Face tensors into Megatron modules. Each rank loads its part."""
 
 from collections.abc import Sequence
 
@@ -28,11 +28,18 @@ def load_weights(
     model: ModelConfig,
     groups: ProcessGroupCollection,
 ) -> None:
-    """Fill every parameter of a module from named tensors, each rank its own part.
+    """Fill every parameter of a module from named tensors. Each rank fills its part.
+
+    Args:
+        module: The module on this rank.
+        entries: The entries of all parameters of the module.
+        source: The Hugging Face tensors.
+        model: The shapes of the model.
+        groups: The process groups of this rank.
 
     Raises:
-        UserError: a tensor is missing or has another shape.
-        AssertionError: a parameter of the module is in no entry.
+        UserError: A tensor is missing or has another shape.
+        AssertionError: A parameter of the module has no entry.
     """
     targets = canonical_tensors(module)
     for entry in entries:
@@ -41,18 +48,14 @@ def load_weights(
         if name is None:
             continue
         target = targets.pop(name)
-        whole = whole_parameter(entry, [source(hf) for hf in entry.hf_names], model)
+        parameter = _complete_parameter(entry, [source(hf) for hf in entry.hf_names], model)
         group = groups.tp if entry.expert is None else groups.expt_tp
-        target.copy_(shard(whole, entry, rank=group.rank(), ranks=group.size()))
+        target.copy_(shard(parameter, entry, rank=group.rank(), ranks=group.size()))
     assert not targets, f"parameters without an entry: {sorted(targets)}"
 
 
-def whole_parameter(entry: Entry, tensors: list[Tensor], model: ModelConfig) -> Tensor:
-    """Hugging Face tensors -> Megatron's layout, checked.
-
-    Raises:
-        UserError: the shape is not the configuration's.
-    """
+def _complete_parameter(entry: Entry, tensors: list[Tensor], model: ModelConfig) -> Tensor:
+    """Check the shapes of Hugging Face tensors, and convert them to the complete parameter."""
     for (name, shape), tensor in zip(hf_shapes([entry], model).items(), tensors, strict=True):
         if tensor.shape != shape:
             raise UserError(f"tensor {name}: found shape {tuple(tensor.shape)}, expected {shape}")

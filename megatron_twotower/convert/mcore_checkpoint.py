@@ -1,7 +1,7 @@
-"""The weights of Megatron's distributed checkpoints, read and written tensor by tensor, without a model or ranks.
+"""The weights of Megatron's distributed checkpoints, read and written one parameter at a time.
 
-A checkpoint of any layout has the same names, and says of each tensor where the pieces are that
-ranks have written.
+This needs no model and no other ranks. Checkpoints of all layouts have the same tensor names, and
+their metadata lists where the shards of each tensor are.
 """
 
 import functools
@@ -26,20 +26,15 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_twotower.common.errors import UserError
+from megatron_twotower.common.progress import OnBytes
 from megatron_twotower.config.schema import ModelConfig
-from megatron_twotower.convert.hf_folder import refuse
-from megatron_twotower.convert.tensors import LazyTensor, Report
-from megatron_twotower.model.parameter_map import (
-    Entry,
-    hf_from_parameter,
-    hf_shapes,
-    parameter_from_hf,
-    stored_sections,
-)
+from megatron_twotower.convert.hf_folder import raise_faults
+from megatron_twotower.convert.tensors import LazyTensor
+from megatron_twotower.model.parameter_map import LAYOUTS, Entry, hf_shapes, stored_sections
 
 _WEIGHTS_FILE = "__0_0.distcp"
-# What Megatron writes beside the tensors: which format they are in, and what is not a tensor
-# (nothing, of weights).
+# What Megatron writes to `metadata.json`: the format of the tensors and of all other state. A
+# checkpoint of weights has no other state.
 _FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -48,83 +43,92 @@ _FORMAT = {
 }
 
 
-class _Reader(FileSystemReader):
-    """Reads the metadata once, however many tensors are loaded."""
+class _CachedReader(FileSystemReader):
+    """A reader that reads the metadata once. `dcp.load` asks for it on every call."""
 
-    _held: Metadata | None = None
+    _metadata: Metadata | None = None
 
     def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
-        if self._held is None:
-            self._held = super().read_metadata(*args, **kwargs)
-        return self._held
+        if self._metadata is None:
+            self._metadata = super().read_metadata(*args, **kwargs)
+        return self._metadata
 
 
 @dataclass
-class SavedWeights:
-    """The weights in a checkpoint, as whole parameters.
+class CheckpointWeights:
+    """The weights in a checkpoint, as complete parameters.
 
-    The last one read is kept, because several Hugging Face tensors may be made of it.
+    The last parameter is cached, because several Hugging Face tensors may be made of it.
+
+    Attributes:
+        folder: The checkpoint.
+        metadata: The metadata of each tensor, by its name in the checkpoint.
+        reader: Reads the tensors.
     """
 
     folder: Path
-    stored: Mapping[str, TensorStorageMetadata]
+    metadata: Mapping[str, TensorStorageMetadata]
     reader: FileSystemReader
     _last: tuple[str, Tensor] | None = field(default=None, repr=False)
 
     @classmethod
-    def open(cls, folder: Path) -> "SavedWeights":
-        """
+    def open(cls, folder: Path) -> "CheckpointWeights":
+        """Read the metadata of a checkpoint.
+
         Raises:
-            UserError: not a distributed checkpoint.
+            UserError: The folder is not a distributed checkpoint.
         """
         try:
-            reader = _Reader(folder)
+            reader = _CachedReader(folder)
             found = reader.read_metadata().state_dict_metadata
         except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
-            raise UserError(f"{folder}/.metadata: cannot be read ({error}), expected a whole checkpoint") from error
-        stored = {name: item for name, item in found.items() if isinstance(item, TensorStorageMetadata)}
-        return cls(folder, stored, reader)
+            raise UserError(f"{folder}/.metadata: cannot be read ({error}), expected a complete checkpoint") from error
+        tensors = {name: item for name, item in found.items() if isinstance(item, TensorStorageMetadata)}
+        return cls(folder, tensors, reader)
 
     def check(self, entries: Sequence[Entry]) -> None:
-        """Compare what is stored with what some entries are.
-
-        Raises: UserError: one that lists what is missing, of another shape, or without a place in
-            the model.
-        """
-        expected = {name: shape for entry in entries for name, shape in stored_sections(entry)}
-        tops = {name.partition(".")[0] for name in expected}
-        weights = {name: tuple(item.size) for name, item in self.stored.items() if name.partition(".")[0] in tops}
-        shapes = [name for name, shape in expected.items() if weights.get(name, shape) != shape]
-        faults = [
-            ("missing", [name for name in expected if name not in weights]),
-            ("of another shape", [f"{name} {weights[name]} for {expected[name]}" for name in shapes]),
-            ("without a place in the model", sorted(weights.keys() - expected.keys())),
-        ]
-        refuse(self.folder, faults)
-
-    def parameter(self, entry: Entry) -> Tensor:
-        """A whole parameter, in Megatron's layout.
+        """Compare the tensors of the checkpoint with some entries.
 
         Raises:
-            UserError: its bytes cannot be read.
+            UserError: Tensors are missing, unknown, or of another shape. The error has one line
+                with all faults.
+        """
+        expected = {name: shape for entry in entries for name, shape in stored_sections(entry)}
+        prefixes = {name.partition(".")[0] for name in expected}
+        # A checkpoint also has the state of the optimizer, under other prefixes.
+        found = {name: tuple(item.size) for name, item in self.metadata.items() if name.partition(".")[0] in prefixes}
+        shapes = [name for name, shape in expected.items() if found.get(name, shape) != shape]
+        faults = [
+            ("missing", [name for name in expected if name not in found]),
+            ("of another shape", [f"{name} {found[name]} for {expected[name]}" for name in shapes]),
+            ("without a place in the model", sorted(found.keys() - expected.keys())),
+        ]
+        raise_faults(self.folder, faults)
+
+    def parameter(self, entry: Entry) -> Tensor:
+        """Read a complete parameter, in Megatron's layout.
+
+        Raises:
+            UserError: The parameter cannot be read.
         """
         if self._last is not None and self._last[0] == entry.megatron_name:
             return self._last[1]
         self._last = None
-        parts = {name: torch.empty(shape, dtype=self._dtype(name)) for name, shape in stored_sections(entry)}
+        sections = {name: torch.empty(shape, dtype=self._dtype(name)) for name, shape in stored_sections(entry)}
         try:
-            with warnings.catch_warnings():  # that there is one process
+            with warnings.catch_warnings():  # torch warns that there is only one process
                 warnings.simplefilter("ignore", UserWarning)
-                dcp.load(parts, storage_reader=self.reader, no_dist=True)
+                dcp.load(sections, storage_reader=self.reader, no_dist=True)
         except (dcp.CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(f"{self.folder}: {entry.megatron_name} cannot be read ({reason[-1]})") from error
-        whole = next(iter(parts.values())) if len(parts) == 1 else torch.cat(list(parts.values()), entry.split_dim or 0)
-        self._last = (entry.megatron_name, whole)
-        return whole
+        values = list(sections.values())
+        parameter = values[0] if len(values) == 1 else torch.cat(values, entry.split_dim or 0)
+        self._last = (entry.megatron_name, parameter)
+        return parameter
 
-    def lazy(self, entries: Iterable[Entry], model: ModelConfig) -> dict[str, LazyTensor]:
-        """The Hugging Face tensors of some entries by their names of the table, none of them read."""
+    def entry_tensors(self, entries: Iterable[Entry], model: ModelConfig) -> dict[str, LazyTensor]:
+        """The Hugging Face tensors of some entries, by their names in the parameter map."""
         tensors: dict[str, LazyTensor] = {}
         for entry in entries:
             dtype = self._dtype(stored_sections(entry)[0][0])
@@ -132,60 +136,80 @@ class SavedWeights:
                 tensors[name] = LazyTensor(dtype, shape, self._pieces(entry, i, model))
         return tensors
 
-    def _pieces(self, entry: Entry, number: int, model: ModelConfig) -> Callable[[], Iterator[Tensor]]:
+    def _pieces(self, entry: Entry, index: int, model: ModelConfig) -> Callable[[], Iterator[Tensor]]:
         def pieces() -> Iterator[Tensor]:
-            yield hf_from_parameter(entry, self.parameter(entry), model)[number].reshape(-1)
+            yield LAYOUTS[entry.conversion][1](self.parameter(entry), model)[index].reshape(-1)
 
         return pieces
 
     def _dtype(self, name: str) -> torch.dtype:
-        return self.stored[name].properties.dtype
+        return self.metadata[name].properties.dtype
 
 
-def stored_weights(
+def checkpoint_tensors(
     tensors: Mapping[str, LazyTensor], entries: Iterable[Entry], model: ModelConfig
 ) -> dict[str, LazyTensor]:
-    """What a checkpoint holds of some entries, by its own names, made of Hugging Face tensors of the table's names."""
+    """The tensors of a checkpoint for some entries, by their names in the checkpoint.
+
+    Args:
+        tensors: The Hugging Face tensors of the entries, by their names in the parameter map.
+        entries: The parameters of the checkpoint.
+        model: The shapes of the model.
+    """
 
     def parameter(entry: Entry) -> Tensor:
         return parameter_from_hf(entry, [tensors[name].read() for name in entry.hf_names], model)
 
-    kept = functools.lru_cache(maxsize=1)(parameter)  # several parts are made of one
+    # The sections of a parameter are written one after the other.
+    cached_parameter = functools.lru_cache(maxsize=1)(parameter)
 
-    def part(entry: Entry, number: int) -> Callable[[], Iterator[Tensor]]:
+    def section(entry: Entry, index: int) -> Callable[[], Iterator[Tensor]]:
         def pieces() -> Iterator[Tensor]:
             if entry.section_sizes:
-                yield kept(entry).split(list(entry.section_sizes), dim=entry.split_dim or 0)[number].reshape(-1)
+                yield (
+                    cached_parameter(entry)
+                    .split(list(entry.section_sizes), dim=entry.split_dim or 0)[index]
+                    .reshape(-1)
+                )
             else:
                 yield parameter(entry).reshape(-1)
 
         return pieces
 
-    stored: dict[str, LazyTensor] = {}
+    found: dict[str, LazyTensor] = {}
     for entry in entries:
         dtype = tensors[entry.hf_names[0]].dtype
         for i, (name, shape) in enumerate(stored_sections(entry)):
-            stored[name] = LazyTensor(dtype, shape, part(entry, i))
-    return stored
+            found[name] = LazyTensor(dtype, shape, section(entry, i))
+    return found
 
 
-def write_weights(folder: Path, tensors: Mapping[str, LazyTensor], *, report: Report) -> None:
-    """Write a distributed checkpoint of weights alone into an empty folder, one tensor at a time.
+def write_weights(folder: Path, tensors: Mapping[str, LazyTensor], *, on_bytes: OnBytes) -> None:
+    """Write a distributed checkpoint that has only weights into an empty folder.
 
-    `torch.distributed.checkpoint.save` wants all of them in memory (and in torch 2.13 keeps each
-    until its file is closed), so the two files of the format are written here: every tensor as
-    `torch.save` writes it, one behind another, and where each begins.
+    `torch.distributed.checkpoint.save` needs all tensors in memory, and in torch 2.13 keeps each
+    until its file is closed. So this function writes the two files of the format, one tensor at a
+    time. The weights file has the tensors one after the other, each as `torch.save` writes it. The
+    metadata file has the offset of each.
+
+    Args:
+        folder: The folder.
+        tensors: By their names in the checkpoint.
+        on_bytes: Called with the size of each tensor that is written.
     """
     metadata = Metadata({}, storage_data={})
     with open(folder / _WEIGHTS_FILE, "wb") as file:
         for name, tensor in tensors.items():
             begin, origin, size = file.tell(), torch.Size([0] * len(tensor.shape)), torch.Size(tensor.shape)
-            torch.save(tensor.read(), file)
+            values = tensor.read()
+            if values.untyped_storage().nbytes() > values.nbytes:
+                values = values.clone()  # `torch.save` writes the storage of a view, not the view alone
+            torch.save(values, file)
             chunks = [ChunkStorageMetadata(origin, size)]
             metadata.state_dict_metadata[name] = TensorStorageMetadata(TensorProperties(tensor.dtype), size, chunks)
             index = MetadataIndex(name, origin)
             metadata.storage_data[index] = _StorageInfo(_WEIGHTS_FILE, begin, file.tell() - begin)
-            report(tensor.nbytes)
+            on_bytes(tensor.nbytes)
         file.flush()
         os.fsync(file.fileno())
     with open(folder / ".metadata", "wb") as file:

@@ -1,16 +1,19 @@
-"""What stands beside the weights in an exported folder: config.json, generation defaults, model card, tokenizer."""
+"""The files of an exported folder besides the weights.
+
+These are `config.json`, the defaults of generation, the model card, and the files of the tokenizer.
+"""
 
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_twotower.config.schema import ModelConfig, RunConfig
-from megatron_twotower.convert.hf_folder import short
+from megatron_twotower.convert.hf_folder import dtype_name
 from megatron_twotower.hf import twotower_config_json
 
 GENERATION_FILE = "generation_config.json"
@@ -24,13 +27,13 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
-# transformers >= 5.3 clamps the time step at `time_step_min` in one of its two paths; training does
-# not. It takes its logarithm, so that next to zero is as close as one gets.
+# transformers >= 5.3 clamps the time step at `time_step_min` in one of its two paths. Training does
+# not clamp. `transformers` also takes the logarithm of this value, so it cannot be 0.
 _NO_CLAMP = 1e-30
 
 
 def backbone_config_json(model: ModelConfig, *, dtype: torch.dtype) -> dict[str, Any]:
-    """The `config.json` of a backbone trained here, for `transformers`."""
+    """The `config.json` for `transformers` of a backbone that was trained from random weights."""
     fields = dataclasses.asdict(model)
     clamp = fields.pop("time_step_clamp")
     return fields | {
@@ -56,27 +59,38 @@ def backbone_config_json(model: ModelConfig, *, dtype: torch.dtype) -> dict[str,
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
-        "torch_dtype": short(dtype),
+        "torch_dtype": dtype_name(dtype),
     }
 
 
 def plain_config(found: Mapping[str, Any], *, dtype: torch.dtype) -> dict[str, Any]:
-    """The `config.json` of a plain NemotronH, from one of a folder that may have had two towers or code of its own."""
-    own = {key: value for key, value in found.items() if key != "auto_map"}
-    return in_precision(own | {"architectures": ["NemotronHForCausalLM"]}, dtype)
+    """The `config.json` of a plain NemotronH.
+
+    Args:
+        found: The `config.json` of the source, which may have two towers, or code in the folder.
+        dtype: The dtype of the exported tensors.
+    """
+    plain = {key: value for key, value in found.items() if key != "auto_map"}
+    return _with_dtype(plain | {"architectures": ["NemotronHForCausalLM"]}, dtype)
 
 
 def two_tower_config(found: Mapping[str, Any], *, dtype: torch.dtype) -> dict[str, Any]:
-    return in_precision(twotower_config_json(dict(found)), dtype)
+    """The `config.json` of a folder with two towers, or with a denoiser alone.
+
+    Args:
+        found: The `config.json` of the source.
+        dtype: The dtype of the exported tensors.
+    """
+    return _with_dtype(twotower_config_json(dict(found)), dtype)
 
 
-def in_precision(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The same with the precision of the tensors, under the key that it already has (transformers 5 writes `dtype`)."""
-    return config | {"dtype" if "dtype" in config else "torch_dtype": short(dtype)}
+def _with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The same with another dtype, under the key that is there. transformers 5 writes `dtype`."""
+    return config | {"dtype" if "dtype" in config else "torch_dtype": dtype_name(dtype)}
 
 
 def trained_config(found: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
-    """The `config.json` of a backbone's folder, as it is right for what a run has trained."""
+    """The `config.json` of a backbone's folder, with the clamp of time steps that a run used."""
     clamp = config.model.time_step_clamp
     if config.objective == "ar":
         return {**found, "time_step_min": max(clamp, _NO_CLAMP)}
@@ -84,7 +98,12 @@ def trained_config(found: Mapping[str, Any], config: RunConfig) -> dict[str, Any
 
 
 def generation_config(folder: Path | None, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults of a folder, or where it has none, the special tokens of `config.json`."""
+    """The defaults of generation of a folder, or the special tokens of `config.json`.
+
+    Args:
+        folder: The source; `None` if there is none.
+        config: The `config.json` of the source.
+    """
     path = folder / GENERATION_FILE if folder else None
     if path and path.is_file():
         return dict(json.loads(path.read_text()))
@@ -93,13 +112,13 @@ def generation_config(folder: Path | None, config: Mapping[str, Any]) -> dict[st
 
 
 def block_defaults(config: RunConfig) -> dict[str, Any]:
-    """What mask diffusion was trained for: the mask token, and the block size of the last phase."""
+    """The defaults of generation by mask diffusion: mask token, and the last block size."""
     sizes = [phase.block_size_tokens for phase in config.phases if phase.block_size_tokens is not None]
     return {"mask_token_id": config.noise.mask_token_id, "block_size": (sizes or [config.noise.block_size_tokens])[-1]}
 
 
 def tokenizer_files(*folders: Path | None) -> list[Path]:
-    """The tokenizer's files in the first folder that has one."""
+    """The files of the tokenizer in the first folder that has one; empty if no folder has."""
     for folder in folders:
         if folder and (folder / TOKENIZER_FILES[0]).is_file():
             return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
@@ -107,16 +126,26 @@ def tokenizer_files(*folders: Path | None) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class Card:
-    """A model card. facts: where the model comes from, one line each. recipe: the folder has the recipe of its run."""
+class ModelCard:
+    """The content of a model card.
+
+    Attributes:
+        what: The content of the folder, a key of `export.FOLDER_KINDS`.
+        facts: The origin of the model, a row of a table each.
+        recipe: Whether the folder has the recipe of the run.
+    """
 
     what: str
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    recipe: bool = False
+    facts: Mapping[str, Any]
+    recipe: bool
 
     def text(self, *, name: str) -> str:
-        """Markdown. name: of the folder, for the lines that load it."""
-        title, about, usage = (text.replace("{name}", name) for text in _CARDS[self.what])
+        """The card in Markdown.
+
+        Args:
+            name: The name of the folder, for the code that loads it.
+        """
+        title, about, usage = (text.replace("{name}", name) for text in _TEXTS[self.what])
         rows = [f"| {key} | {_cell(value)} |" for key, value in self.facts.items() if value is not None]
         tags = ", ".join(("nemotron_h", *_TAGS[self.what]))
         parts = [
@@ -140,15 +169,22 @@ def _cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def run_facts(config: RunConfig, run: Mapping[str, Any], *, step: int, cursor: int) -> dict[str, Any]:
-    """What a card says of a run. run: its `provenance.json`."""
+def run_facts(config: RunConfig, provenance: Mapping[str, Any], *, step: int, cursor: int) -> dict[str, Any]:
+    """The facts of a model card for a model of a run.
+
+    Args:
+        config: The configuration of the run.
+        provenance: Its `provenance.json`.
+        step: The optimizer step of the checkpoint.
+        cursor: The number of sequences that were read up to this step.
+    """
     facts = {"objective": config.objective, "steps": step, "tokens": cursor * config.data.sequence_length_tokens}
     if config.objective == "two_tower":
         facts |= {"block size": block_defaults(config)["block_size"], "noise": _noise(config)}
-    facts |= {"seed": str(config.seed), "ranks": run.get("ranks"), "precision": config.train.precision}
-    facts |= {"backbone": run.get("backbone"), "backbone_sha256": run.get("backbone_sha256")}
-    versions = {"megatron_twotower": run.get("megatron_twotower"), "python": run.get("python")}
-    return facts | {"commit": run.get("commit"), "versions": versions | dict(run.get("packages", {}))}
+    facts |= {"seed": str(config.seed), "ranks": provenance.get("ranks"), "precision": config.train.precision}
+    facts |= {key: provenance.get(key) for key in ("backbone", "backbone_sha256", "commit")}
+    versions = {key: provenance.get(key) for key in ("megatron_twotower", "python")}
+    return facts | {"versions": versions | dict(provenance.get("packages", {}))}
 
 
 def _noise(config: RunConfig) -> str:
@@ -181,7 +217,8 @@ outputs = model.generate_mask_diffusion(
 print(tokenizer.decode(outputs[0], skip_special_tokens=True))
 """
 )
-_CARDS = {
+# Title, description and usage of each kind of folder.
+_TEXTS = {
     "context": ("NemotronH", "A NemotronH language model, which writes one token after another.", _PLAIN),
     "two_tower": (
         "Two-tower block-diffusion language model",

@@ -1,8 +1,11 @@
-"""Tensors on disk that are not read yet, and the safetensors format: read by its header, written piece by piece.
+"""Tensors on disk that are not read yet, and files in the safetensors format.
 
-Nothing here holds more than a piece of a tensor at a time, unless a caller asks for a whole one.
+No function here keeps more than one tensor in memory. Reading is done by the safetensors library.
+Writing is done here, because the library has no function that writes a file piece by piece: its
+`save_file` needs all tensors of the file in memory.
 """
 
+import itertools
 import json
 import math
 import os
@@ -13,15 +16,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_twotower.common.errors import UserError
+from megatron_twotower.common.progress import OnBytes
 
-# The allocator gives blocks of this size back and forth without asking the system; larger ones it
-# maps each time.
+# The size of the largest piece. Memory allocators reuse blocks of this size; they map and unmap
+# larger ones each time.
 PIECE_BYTES = 8 * 2**20
-# Longer headers are refused by the safetensors library, too.
-LONGEST_HEADER_BYTES = 100_000_000
 
 DTYPES = {
     "F64": torch.float64,
@@ -40,29 +43,20 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
-# The tensor of a name.
+# Called with the name of a tensor, returns the tensor.
 TensorSource = Callable[[str], Tensor]
-# Called with a number of bytes whenever so many more are done; and with how many there will be,
-# before the first.
-Report = Callable[[int], None]
-Watch = Callable[[int], Report]
-
-
-def silent(_: int) -> None:
-    """The report of who does not watch."""
-
-
-def unwatched(_: int) -> Report:
-    return silent
 
 
 @dataclass(frozen=True)
 class LazyTensor:
     """A tensor that is not read yet.
 
-    pieces: reads it anew, as flat pieces in the order of its elements.
+    Attributes:
+        dtype: The dtype of the pieces.
+        shape: The shape of the complete tensor.
+        pieces: Reads the tensor on every call. Yields flat pieces in the order of the elements.
     """
 
     dtype: torch.dtype
@@ -71,10 +65,11 @@ class LazyTensor:
 
     @property
     def nbytes(self) -> int:
+        """The size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def to(self, dtype: torch.dtype) -> "LazyTensor":
-        """The same in another precision, converted as it is read."""
+        """The same tensor in another dtype. Each piece is converted when it is read."""
         if dtype == self.dtype:
             return self
         count = PIECE_BYTES // max(dtype.itemsize, self.dtype.itemsize)
@@ -86,22 +81,21 @@ class LazyTensor:
         return LazyTensor(dtype, self.shape, pieces)
 
     def read(self) -> Tensor:
-        """All of it, in memory."""
-        count, done = math.prod(self.shape), 0
-        whole = torch.empty(0, dtype=self.dtype)
-        for piece in self.pieces():
-            if piece.numel() == count:
-                return piece.view(self.shape)
-            if not done:
-                whole = torch.empty(count, dtype=self.dtype)
-            whole[done : done + piece.numel()] = piece
+        """Read the complete tensor."""
+        count, pieces = math.prod(self.shape), self.pieces()
+        first = next(pieces, torch.empty(0, dtype=self.dtype))
+        if first.numel() == count:
+            return first.view(self.shape)
+        values, done = torch.empty(count, dtype=self.dtype), 0
+        for piece in itertools.chain([first], pieces):
+            values[done : done + piece.numel()] = piece
             done += piece.numel()
         assert done == count, f"{done} of {count} values"
-        return whole.view(self.shape)
+        return values.view(self.shape)
 
 
 def stack(tensors: Sequence[LazyTensor]) -> LazyTensor:
-    """Tensors of one shape as rows of a new one."""
+    """Tensors of one shape as the rows of one tensor."""
 
     def pieces() -> Iterator[Tensor]:
         for tensor in tensors:
@@ -111,109 +105,99 @@ def stack(tensors: Sequence[LazyTensor]) -> LazyTensor:
 
 
 @dataclass(frozen=True)
-class Span:
-    """Where a tensor stands in a file."""
+class FileTensor:
+    """A tensor of a safetensors file, or one row of it.
+
+    Attributes:
+        path: The file.
+        name: The name in the file.
+        dtype: The dtype in the file.
+        shape: The shape of the tensor, or of the row.
+        row: The index of the row along the first dimension; `None` for the complete tensor.
+    """
 
     path: Path
-    offset: int
+    name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    row: int | None = None
 
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def row(self, number: int) -> "Span":
+    def at(self, row: int) -> "FileTensor":
         """One row of the first dimension."""
-        shape = self.shape[1:]
-        return Span(self.path, self.offset + number * math.prod(shape) * self.dtype.itemsize, self.dtype, shape)
+        return FileTensor(self.path, self.name, self.dtype, self.shape[1:], row)
 
     def lazy(self) -> LazyTensor:
+        """The same as a `LazyTensor`."""
         return LazyTensor(self.dtype, self.shape, self._pieces)
 
     def read(self) -> Tensor:
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self.offset)
-            return self._next(file, math.prod(self.shape)).view(self.shape)
+        """The values, in memory that is mapped to the file.
+
+        The library maps the complete file. Pages that were read count as resident memory until the
+        last tensor of the mapping is freed. So the file is opened again for each tensor.
+
+        Raises:
+            UserError: The file is gone, or has changed and is not complete any more.
+        """
+        file = _open(self.path)
+        return file.get_tensor(self.name) if self.row is None else file.get_slice(self.name)[self.row]
 
     def _pieces(self) -> Iterator[Tensor]:
-        left, count = math.prod(self.shape), PIECE_BYTES // self.dtype.itemsize
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self.offset)
-            while left:
-                yield self._next(file, min(left, count))
-                left -= min(left, count)
-
-    def _next(self, file: Any, count: int) -> Tensor:
-        tensor = torch.empty(count, dtype=self.dtype)
-        view = tensor.view(torch.uint8).numpy().data
-        while view:
-            read = file.readinto(view)
-            if not read:
-                raise UserError(f"{self.path}: ended while it was read, expected {len(view)} more bytes")
-            view = view[read:]
-        return tensor
+        yield from self.read().reshape(-1).split(PIECE_BYTES // self.dtype.itemsize)
 
 
-def read_header(path: Path) -> dict[str, Span]:
-    """Where the tensors of a safetensors file are, by name.
+def file_tensors(path: Path) -> dict[str, FileTensor]:
+    """The tensors of a safetensors file by name.
 
     Raises:
-        UserError: not a whole safetensors file.
+        UserError: The file is not a complete safetensors file, or has a dtype that torch lacks.
     """
+    file = _open(path)
+    tensors = {}
+    for name in sorted(file.keys()):
+        stored = file.get_slice(name)
+        code, shape = stored.get_dtype(), tuple(stored.get_shape())
+        if code not in DTYPES:
+            raise UserError(f"{path}: not a complete safetensors file ({name} has the unknown dtype {code})")
+        tensors[name] = FileTensor(path, name, DTYPES[code], shape)
+    return tensors
+
+
+def _open(path: Path) -> Any:
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else LONGEST_HEADER_BYTES
-            if length > min(size, LONGEST_HEADER_BYTES):
-                raise ValueError("it is too short for its header")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        spans = {name: _span(path, 8 + length, item) for name, item in header.items()}
-        end = max((span.offset + span.nbytes for span in spans.values()), default=8 + length)
-        if end != size:
-            raise ValueError(f"{size} bytes, and its header counts {end}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from error
-    return spans
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a complete safetensors file ({error})") from error
 
 
-def _span(path: Path, base: int, item: Mapping[str, Any]) -> Span:
-    begin, end = item["data_offsets"]
-    if item["dtype"] not in DTYPES:
-        raise ValueError(f"unknown dtype {item['dtype']}")
-    span = Span(path, base + begin, DTYPES[item["dtype"]], tuple(item["shape"]))
-    if span.nbytes != end - begin:
-        raise ValueError("sizes in its header do not agree")
-    return span
+def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], *, on_bytes: OnBytes) -> None:
+    """Write a safetensors file piece by piece, and flush it to the disk.
 
+    The tensors with the widest values come first, so that every tensor is aligned.
 
-def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], *, report: Report = silent) -> None:
-    """Write one safetensors file: its header, then the bytes of one piece after another, flushed to the disk.
-
-    The widest values come first, so that every tensor is aligned.
+    Args:
+        on_bytes: Called with the size of each piece that is written.
     """
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in ordered:
         end = offset + tensor.nbytes
-        header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        header[name] = {"dtype": _DTYPE_CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, tensor in ordered:
-            written = sum(_write(file, piece, report) for piece in tensor.pieces())
+            written = sum(_write(file, piece, on_bytes) for piece in tensor.pieces())
             assert written == tensor.nbytes, f"{name}: {written} of {tensor.nbytes} bytes"
         file.flush()
         os.fsync(file.fileno())
 
 
-def _write(file: BinaryIO, piece: Tensor, report: Report) -> int:
+def _write(file: BinaryIO, piece: Tensor, on_bytes: OnBytes) -> int:
     raw = piece.contiguous().view(-1).view(torch.uint8).numpy().data
     file.write(raw)
-    report(len(raw))
+    on_bytes(len(raw))
     return len(raw)

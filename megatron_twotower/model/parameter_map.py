@@ -206,8 +206,8 @@ def _is_on_stage(name: str, stage: PipelineStage) -> bool:
 
 
 @dataclass(frozen=True)
-class Spelling:
-    """How a folder names the tensors that the table lists by their names on the hub.
+class TensorNaming:
+    """How a folder spells what the table calls by its hub-style names.
 
     Attributes:
         prefix: Replaces `backbone.`.
@@ -217,12 +217,8 @@ class Spelling:
     prefix: str = "backbone."
     stacked: bool = False
 
-    def key(self, name: str) -> tuple[str, int | None]:
-        """The name in the folder for a hub name.
-
-        Returns:
-            The tensor of the folder, and the row of it that has the name; `None` for all rows.
-        """
+    def locate(self, name: str) -> tuple[str, int | None]:
+        """The tensor of the folder that holds a name, and the row of it, or None where it is all of it."""
         if name.startswith("backbone."):
             name = self.prefix + name.removeprefix("backbone.")
         before, experts, after = name.partition(".mixer.experts.")
@@ -232,15 +228,15 @@ class Spelling:
         return f"{before}{experts}{projection}", int(number)
 
 
-# How a plain NemotronH names its tensors on the hub, and in memory in `transformers`.
-SPELLINGS = {"hub": Spelling(), "transformers": Spelling("model.", stacked=True)}
+# A plain NemotronH on the hub, and as `transformers` holds it in memory.
+TENSOR_NAMINGS = {"hub": TensorNaming(), "transformers": TensorNaming("model.", stacked=True)}
 
 
-def spelled_shapes(entries: Iterable[Entry], model: ModelConfig, spelling: Spelling) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of the tensors of a folder that contains some entries."""
+def folder_shapes(entries: Iterable[Entry], model: ModelConfig, naming: TensorNaming) -> dict[str, tuple[int, ...]]:
+    """The tensors of a folder that holds some entries, with their shapes."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in hf_shapes(entries, model).items():
-        key, row = spelling.key(name)
+        key, row = naming.locate(name)
         shapes[key] = shape if row is None else (model.n_routed_experts, *shape)
     return shapes
 

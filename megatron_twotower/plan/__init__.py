@@ -1,1 +1,1 @@
-"""Memory, traffic and time of a layout, reckoned before any GPU is taken."""
+"""Estimates of memory, traffic and time of a layout, before any GPU is used."""

@@ -1,45 +1,71 @@
-"""What a training step keeps between its forward and backward passes, layer by layer, as formulas.
+"""Formulas of the activations that a training step keeps between forward and backward pass.
 
-Symbols: T = r b l noisy positions and L = b l clean ones of a micro-batch, N = T / S blocks (r b
-where a sequence has one time), h hidden size, w bytes of an activation. Mamba: i channels, c
-channels of the convolution, m heads, p head size, d state size, Q chunk. Attention: H heads, K kv
-heads, e head size. f: width of a dense MLP. E experts, k for a token, x width of an expert, s of
-the shared one. The formulas are those of one tensor-parallel rank of one; of t ranks each keeps a
-t-th of what is inside a mixer, and with sequence parallelism a t-th of what is between them. A test
-holds each formula against the tensors that autograd really keeps, in torch; with this project's
-kernels a Mamba layer in bfloat16 keeps a tenth less, the other layers as much.
+Symbols of the formulas:
+
+    T  noisy positions of a micro-batch, r b l
+    L  clean positions of a micro-batch, b l
+    S  block size
+    N  noise levels of a micro-batch: its blocks T / S, or r b with one level per sequence
+    h  hidden size
+    w  bytes of an activation
+    V  vocabulary size
+    m  scored positions (in the loss), heads (in Mamba)
+    Mamba: i inner channels, c channels of the convolution, p head size, d state size, Q chunk
+    Attention: H heads, K key-value heads, e head size
+    MLP: f width
+    Experts: E experts, k experts of a token, x width of an expert, s width of the shared expert
+
+The formulas describe a tensor-parallel group of one rank. Of t ranks, each keeps 1 / t of the
+activations inside a mixer. With sequence parallelism it also keeps 1 / t of those between mixers.
+A test compares each formula with the tensors that autograd keeps, with operations in torch. With
+the kernels of this project, a Mamba layer in bfloat16 keeps a tenth less, other layers as much.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_twotower.config.precision import PRECISIONS
 from megatron_twotower.config.schema import ModelConfig, RunConfig
 from megatron_twotower.ops.scan import chunk_length
 
-# Bytes of an element of the working precision of scans and routers.
-_WIDE = 4
+# Bytes of an element in scans and routers, whose precision is float32.
+_FP32 = 4
 
 
 @dataclass(frozen=True)
-class Part:
-    """One kept thing of one layer. handoff: it comes from the context tower. recompute: it is kept with recompute; with
-    recompute alone, if `only`."""
+class KeptTensor:
+    """One tensor, or several, that a layer keeps until its backward pass.
 
-    what: str
+    Attributes:
+        name: What it is.
+        formula: Its bytes, in the symbols of this module.
+        bytes: Its bytes.
+        handoff: Whether it comes from the context tower.
+        kept_by: The layers that keep it: "stored" (without recompute), "recomputed", or "all".
+    """
+
+    name: str
     formula: str
     bytes: int
     handoff: bool = False
-    recompute: bool = False
-    only: bool = False
+    kept_by: Literal["stored", "recomputed", "all"] = "stored"
 
 
 @dataclass(frozen=True)
-class StepSize:
-    """A micro-batch: b sequences of l tokens in blocks of s, r draws of each; times per block or per sequence.
+class MicroBatchShape:
+    """The shape of a micro-batch on one rank. Experts are assumed to be equally busy.
 
-    tensor: ranks that share what is inside a mixer. sequence: ranks that share what is between
-    mixers. expert_tensor: ranks that share each expert. Experts are taken to be equally busy.
+    Attributes:
+        sequences: The number of sequences b.
+        length: Their length l in tokens.
+        block: The block size S.
+        draws: Noise draws r per sequence.
+        time_per_block: Whether each block has a noise level, and not each sequence.
+        activation_bytes: Bytes of an activation.
+        tensor: The ranks that split the activations inside a mixer.
+        sequence: The ranks that split the activations between mixers.
+        expert_tensor: The ranks that split each expert.
     """
 
     sequences: int
@@ -54,103 +80,120 @@ class StepSize:
 
     @property
     def clean(self) -> int:
+        """Clean positions L."""
         return self.sequences * self.length
 
     @property
     def noisy(self) -> int:
+        """Noisy positions T."""
         return self.draws * self.clean
 
     @property
-    def own(self) -> int:
-        """Noisy positions that this rank has between mixers."""
+    def noisy_on_rank(self) -> int:
+        """The noisy positions of this rank between mixers."""
         return self.noisy // self.sequence
 
     @property
-    def rows(self) -> int:
+    def levels(self) -> int:
+        """Noise levels N."""
         return self.noisy // self.block if self.time_per_block else self.draws * self.sequences
 
 
-def _common(model: ModelConfig, size: StepSize) -> Iterator[Part]:
-    h, w = model.hidden_size, size.activation_bytes
-    # Every rank makes all rows of shift, scale and gate, and takes its own.
-    rows = 3 * size.rows + (size.rows // size.sequence if size.time_per_block else size.rows)
-    yield Part("input of the layer", "h w T", h * w * size.own, recompute=True)
-    yield Part("between norm and modulation, after both, mixer's output", "3 h w T", 3 * h * w * size.own)
-    yield Part("shift, scale and gate", "4 h w N", rows * h * w)
+def _common(model: ModelConfig, shape: MicroBatchShape) -> Iterator[KeptTensor]:
+    h, w, positions = model.hidden_size, shape.activation_bytes, shape.noisy_on_rank
+    # Every rank computes shift, scale and gate of all levels, then selects those of its positions.
+    modulation = 3 * shape.levels + (shape.levels // shape.sequence if shape.time_per_block else shape.levels)
+    yield KeptTensor("input of the layer", "h w T", h * w * positions, kept_by="all")
+    yield KeptTensor("outputs of norm, modulation and mixer", "3 h w T", 3 * h * w * positions)
+    yield KeptTensor("shift, scale and gate", "4 h w N", modulation * h * w)
 
 
-def _mamba(model: ModelConfig, size: StepSize) -> Iterator[Part]:
-    w, T, L, heads = size.activation_bytes, size.noisy, size.clean, model.mamba_num_heads // size.tensor
-    inner, taps = model.mamba_inner // size.tensor, model.conv_kernel - 1
-    channels = inner + 2 * model.n_groups // size.tensor * model.ssm_state_size
-    chunk = chunk_length(size.block, preferred=model.chunk_size)
+def _mamba(model: ModelConfig, shape: MicroBatchShape) -> Iterator[KeptTensor]:
+    w, T, L, heads = shape.activation_bytes, shape.noisy, shape.clean, model.mamba_num_heads // shape.tensor
+    inner, taps = model.mamba_inner // shape.tensor, model.conv_kernel - 1
+    channels = inner + 2 * model.n_groups // shape.tensor * model.ssm_state_size
+    chunk = chunk_length(shape.block, preferred=model.chunk_size)
     state = heads * model.mamba_head_dim * model.ssm_state_size
-    chunks = size.sequences * -(-size.length // chunk)
-    cast = w if w != _WIDE else 0
-    yield Part(
-        "convolution's input, with its histories", "c w T (1 + 3/S)", channels * w * (T + taps * T // size.block)
+    chunks = shape.sequences * -(-shape.length // chunk)
+    cast = w if w != _FP32 else 0
+    yield KeptTensor(
+        "input of the convolution, with history", "c w T (1 + 3/S)", channels * w * (T + taps * T // shape.block)
     )
-    yield Part("convolution's output: x, B, C", "c w T", channels * w * T)
-    yield Part("time steps before and after softplus", "2 m 4 T", 2 * heads * _WIDE * T)
-    yield Part("scan's output", "4 i T (+ i w T in bf16)", inner * (_WIDE + cast) * T)
-    yield Part("gate z", "i w T", inner * w * T)
-    yield Part("input of out_proj", "i w T", inner * w * T)
-    yield Part("clean x, B, C", "c w L", channels * w * L, handoff=True)
-    held = {"handoff": True, "recompute": True}
-    yield Part("clean input of the convolution", "c w L", channels * w * L, **held, only=True)
-    yield Part("clean time steps", "4 m L", heads * _WIDE * L, **held)
-    yield Part("clean states, one a chunk", "4 m p d L/Q", state * _WIDE * chunks, **held)
+    yield KeptTensor("output of the convolution: x, B, C", "c w T", channels * w * T)
+    yield KeptTensor("time steps before and after softplus", "2 m 4 T", 2 * heads * _FP32 * T)
+    yield KeptTensor("output of the scan", "4 i T (+ i w T in bf16)", inner * (_FP32 + cast) * T)
+    yield KeptTensor("gate z", "i w T", inner * w * T)
+    yield KeptTensor("input of out_proj", "i w T", inner * w * T)
+    yield KeptTensor("clean x, B, C", "c w L", channels * w * L, handoff=True)
+    yield KeptTensor("clean input of the convolution", "c w L", channels * w * L, handoff=True, kept_by="recomputed")
+    yield KeptTensor("clean time steps", "4 m L", heads * _FP32 * L, handoff=True, kept_by="all")
+    yield KeptTensor("clean states, one per chunk", "4 m p d L/Q", state * _FP32 * chunks, handoff=True, kept_by="all")
 
 
-def _attention(model: ModelConfig, size: StepSize) -> Iterator[Part]:
-    w, T, e = size.activation_bytes, size.noisy, model.head_dim
-    queries, keys = model.num_attention_heads * e // size.tensor, 2 * model.num_key_value_heads * e // size.tensor
-    yield Part("query, key, value", "(H + 2 K) e w T", (queries + keys) * w * T)
-    yield Part("input of linear_proj", "H e w T", queries * w * T)
-    yield Part("clean key and value", "2 K e w L", keys * w * size.clean, handoff=True, recompute=True)
+def _attention(model: ModelConfig, shape: MicroBatchShape) -> Iterator[KeptTensor]:
+    w, T, e = shape.activation_bytes, shape.noisy, model.head_dim
+    queries, keys = model.num_attention_heads * e // shape.tensor, 2 * model.num_key_value_heads * e // shape.tensor
+    yield KeptTensor("query, key, value", "(H + 2 K) e w T", (queries + keys) * w * T)
+    yield KeptTensor("input of linear_proj", "H e w T", queries * w * T)
+    yield KeptTensor("clean key and value", "2 K e w L", keys * w * shape.clean, handoff=True, kept_by="all")
 
 
-def _mlp(model: ModelConfig, size: StepSize) -> Iterator[Part]:
-    width = model.intermediate_size // size.tensor
-    yield Part("relu and its square", "2 f w T", 2 * width * size.activation_bytes * size.noisy)
+def _mlp(model: ModelConfig, shape: MicroBatchShape) -> Iterator[KeptTensor]:
+    width = model.intermediate_size // shape.tensor
+    yield KeptTensor("relu and its square", "2 f w T", 2 * width * shape.activation_bytes * shape.noisy)
 
 
-def _experts(model: ModelConfig, size: StepSize) -> Iterator[Part]:
-    w, k = size.activation_bytes, model.num_experts_per_tok
-    # A rank routes its own positions. Each expert's ranks see what all of them sent, and hold a
-    # part of the width.
-    routed, width = k * size.own * size.expert_tensor, model.moe_intermediate_size // size.expert_tensor
-    shared = model.moe_shared_expert_intermediate_size // size.tensor
-    yield Part("each token at its experts", "k h w T", model.hidden_size * w * routed)
-    yield Part("relu, its square, weighted", "3 k x w T", 3 * width * w * routed)
-    yield Part("shared expert", "2 s w T", 2 * shared * w * size.noisy)
-    yield Part("router", "about 12 E T + 40 k T", (12 * model.n_routed_experts + 40 * k) * size.own)
+def _experts(model: ModelConfig, shape: MicroBatchShape) -> Iterator[KeptTensor]:
+    w, k, positions = shape.activation_bytes, model.num_experts_per_tok, shape.noisy_on_rank
+    # A rank routes its positions. The ranks of an expert gather the positions of all of them, and
+    # each has a part of the width.
+    routed, width = k * positions * shape.expert_tensor, model.moe_intermediate_size // shape.expert_tensor
+    shared = model.moe_shared_expert_intermediate_size // shape.tensor
+    yield KeptTensor("tokens at their experts", "k h w T", model.hidden_size * w * routed)
+    yield KeptTensor("relu, its square, weighted", "3 k x w T", 3 * width * w * routed)
+    yield KeptTensor("shared expert", "2 s w T", 2 * shared * w * shape.noisy)
+    yield KeptTensor("router", "about 12 E T + 40 k T", (12 * model.n_routed_experts + 40 * k) * positions)
 
 
 _MIXERS = {"M": _mamba, "*": _attention, "-": _mlp, "E": _experts}
 
 
-def layer_parts(model: ModelConfig, kind: str, size: StepSize, *, recompute: bool = False) -> list[Part]:
-    """What one denoiser layer keeps. With recompute: its input, and what its hand-off is made from again."""
-    parts = [*_common(model, size), *_MIXERS[kind](model, size)]
-    return [part for part in parts if (part.recompute if recompute else not part.only)]
+def layer_tensors(
+    model: ModelConfig, kind: str, shape: MicroBatchShape, *, recompute: bool = False
+) -> list[KeptTensor]:
+    """What a layer of the denoiser keeps.
+
+    Args:
+        model: The shapes of the model.
+        kind: The letter of the layer in the pattern.
+        shape: The micro-batch.
+        recompute: Whether the layer is recomputed. Then it keeps its input, and what its handoff is
+            recomputed from.
+    """
+    tensors = [*_common(model, shape), *_MIXERS[kind](model, shape)]
+    return [tensor for tensor in tensors if tensor.kept_by in ("all", "recomputed" if recompute else "stored")]
 
 
-def head_parts(model: ModelConfig, size: StepSize, *, scored: int) -> list[Part]:
-    """What the final norm and the loss keep, for so many scored positions. m: scored, V: vocabulary."""
-    h, w, T = model.hidden_size, size.activation_bytes, size.noisy
+def head_tensors(model: ModelConfig, shape: MicroBatchShape, *, scored: int) -> list[KeptTensor]:
+    """What the final norm and the loss keep, for `scored` scored positions."""
+    h, w, T = model.hidden_size, shape.activation_bytes, shape.noisy
     return [
-        Part("input and output of the final norm", "2 h w T", 2 * h * w * size.own),
-        Part("scored positions and their gradient", "2 h w m", 2 * h * w * scored),
-        Part("gradient of the head", "4 V h", _WIDE * model.vocab_size // size.tensor * h),
-        Part("tokens, places, levels and losses", "8 T + 36 m", 8 * T + 36 * scored),
+        KeptTensor("input and output of the final norm", "2 h w T", 2 * h * w * shape.noisy_on_rank),
+        KeptTensor("scored positions and their gradient", "2 h w m", 2 * h * w * scored),
+        KeptTensor("gradient of the head", "4 V h", _FP32 * model.vocab_size // shape.tensor * h),
+        KeptTensor("tokens, positions, levels and losses", "8 T + 36 m", 8 * T + 36 * scored),
     ]
 
 
-def step_size(config: RunConfig, *, block: int | None = None) -> StepSize:
-    """The micro-batch of a configuration on one of its ranks, with its block size or another."""
+def micro_batch_shape(config: RunConfig, *, block: int | None = None) -> MicroBatchShape:
+    """The micro-batch of a configuration on one of its ranks.
+
+    Args:
+        config: The configuration.
+        block: A block size; `None` for `noise.block_size_tokens`.
+    """
     parallel = config.parallel
-    return StepSize(
+    return MicroBatchShape(
         sequences=config.data.micro_batch_size,
         length=config.data.sequence_length_tokens,
         block=block or config.noise.block_size_tokens,
@@ -163,13 +206,13 @@ def step_size(config: RunConfig, *, block: int | None = None) -> StepSize:
     )
 
 
-def step_bytes(config: RunConfig) -> dict[str, int]:
-    """Bytes kept by all layers of each kind, for the micro-batch of a configuration on one rank."""
-    size = step_size(config)
+def bytes_by_kind(config: RunConfig) -> dict[str, int]:
+    """The bytes that all layers of each kind keep of a micro-batch, on a rank with all layers."""
+    shape = micro_batch_shape(config)
     pattern, recomputed = config.model.hybrid_override_pattern, config.train.recompute_layers
     return {
         kind: pattern.count(kind)
-        * sum(part.bytes for part in layer_parts(config.model, kind, size, recompute=kind in recomputed))
+        * sum(tensor.bytes for tensor in layer_tensors(config.model, kind, shape, recompute=kind in recomputed))
         for kind in _MIXERS
         if kind in pattern
     }

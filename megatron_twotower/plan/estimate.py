@@ -1,28 +1,36 @@
-"""Memory, traffic and time of a run on a layout, put together from the formulas."""
+"""Estimates of memory, traffic and time of a run on a layout."""
 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_twotower.config.phases import Phase, resolve_phases
 from megatron_twotower.config.pipeline_stages import PipelineStage, stages_of_rank, whole_model
 from megatron_twotower.config.schema import RunConfig
 from megatron_twotower.ops.cross_entropy import KERNEL_CHUNK
-from megatron_twotower.plan.activations import Part, StepSize, head_parts, layer_parts, step_size
+from megatron_twotower.plan.activations import (
+    KeptTensor,
+    MicroBatchShape,
+    head_tensors,
+    layer_tensors,
+    micro_batch_shape,
+)
 from megatron_twotower.plan.flops import StepFlops, step_flops
-from megatron_twotower.plan.layout import CARDS, GIB, Card, Layout, layout_of, micro_batches
-from megatron_twotower.plan.traffic import Transfer, crosses_nodes, group_sizes, sent_by_group, transfers
-from megatron_twotower.plan.weights import RankParameters, WeightBytes, checkpoint_bytes, rank_parameters, weight_bytes
+from megatron_twotower.plan.layout import ACCELERATORS, GIB, Accelerator, Layout, layout_of, micro_batches
+from megatron_twotower.plan.traffic import Collective, collectives, crosses_nodes, group_sizes, sent_by_group
+from megatron_twotower.plan.weights import WeightBytes, checkpoint_bytes, rank_parameters, weight_bytes
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What is not reckoned but taken.
+    """Values that are not computed.
 
-    utilisation: floating-point operations a second while computing, as a share of the card's dense
-        BF16 peak, with recomputation and without the time for communication.
-    link_share: of a link's speed that a collective reaches.
-    reserve_bytes: CUDA's context, NCCL's buffers, fragmentation.
+    Attributes:
+        utilisation: The share of the accelerator's dense BF16 peak in the time of computation. It
+            counts recomputed operations.
+        link_share: The share of a link's speed that a collective reaches.
+        reserve_bytes: Memory for CUDA's context, NCCL's buffers and fragmentation.
     """
 
     utilisation: float = 0.25
@@ -32,7 +40,18 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the rank that needs most. kept: between forward and backward; working: while one layer is at work."""
+    """The memory of the rank that needs most, in bytes.
+
+    Attributes:
+        context: The context tower.
+        parameters: The trained parameters.
+        gradients: Their gradients.
+        optimizer: The optimizer shard.
+        kept: The activations of the denoiser between forward and backward pass.
+        handoff: The handoff between the towers.
+        working: Temporary tensors of a layer's backward pass, or of the loss.
+        reserve: See `Assumptions.reserve_bytes`.
+    """
 
     context: int
     parameters: int
@@ -45,12 +64,26 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """The sum."""
         return sum(dataclasses.asdict(self).values())
 
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """A phase of the run: its length, and what its steps cost. ar: of an `ar` step on the same tokens."""
+    """The cost of a phase of a run.
+
+    Attributes:
+        name: The name of the phase.
+        block: Its block size.
+        tokens: Its tokens.
+        steps: Its steps.
+        flops: The operations of a step per token.
+        ar: The operations of an `ar` step per token.
+        compute_seconds: The time of computation in a step.
+        transfer_seconds: The time of communication in a step.
+        step_seconds: The time of a step.
+        seconds: The time of the phase.
+    """
 
     name: str
     block: int
@@ -66,173 +99,220 @@ class PhaseCost:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run needs on a layout."""
+    """What a run needs on a layout.
+
+    Attributes:
+        config: The configuration of the run.
+        layout: The layout.
+        accelerator: The accelerators.
+        assumptions: The values that are not computed.
+        memory: The memory of the pipeline rank that needs most.
+        collectives: The collectives of the pipeline rank whose communication takes longest.
+        phases: The cost of each phase.
+        checkpoint: The bytes of a checkpoint.
+    """
 
     config: RunConfig
     layout: Layout
-    card: Card
+    accelerator: Accelerator
     assumptions: Assumptions
     memory: Memory
-    transfers: list[Transfer]
+    collectives: list[Collective]
     phases: list[PhaseCost]
     checkpoint: int
 
     @property
     def fits(self) -> bool:
-        return self.memory.total <= self.card.memory_bytes
+        """Whether the memory of an accelerator is enough."""
+        return self.memory.total <= self.accelerator.memory_bytes
 
     @property
     def seconds(self) -> float:
+        """The time of the run."""
         return sum(phase.seconds for phase in self.phases)
 
     @property
+    def tokens_per_second(self) -> float:
+        """Tokens per second of one accelerator."""
+        return sum(phase.tokens for phase in self.phases) / self.seconds / self.layout.ranks
+
+    @property
     def sent(self) -> dict[str, float]:
-        return sent_by_group(self.transfers, self.layout)
+        """The bytes that a rank sends in a step, by kind of group."""
+        return sent_by_group(self.collectives, self.layout)
 
 
-def _own(parts: list[Part]) -> int:
-    return sum(part.bytes for part in parts if not part.handoff)
+class KeptBytes(NamedTuple):
+    """What a rank keeps of a micro-batch between forward and backward pass, in bytes."""
+
+    denoiser: int
+    handoff: int
+
+
+def _denoiser_bytes(tensors: Sequence[KeptTensor]) -> int:
+    return sum(tensor.bytes for tensor in tensors if not tensor.handoff)
 
 
 def kept_bytes(
-    config: RunConfig, *, block: int, own: Sequence[PipelineStage] | None = None, scored: int | None = None
-) -> tuple[int, int]:
-    """What one micro-batch keeps between forward and backward on a rank: the denoiser's own, and what is handed over.
+    config: RunConfig, *, block: int, stages: Sequence[PipelineStage] | None = None, scored: int | None = None
+) -> KeptBytes:
+    """What a rank keeps of a micro-batch between forward and backward pass.
 
     Args:
-        own: the rank's stretches of layers; None for the whole model.
-        scored: positions that the loss looks at; None for all, the most there can be.
+        config: The configuration.
+        block: The block size.
+        stages: The pipeline stages of the rank; `None` for the whole model.
+        scored: The scored positions; `None` for all positions, the largest number.
     """
-    held = own if own is not None else (whole_model(config.model),)
-    size, recomputed = step_size(config, block=block), config.train.recompute_layers
-    parts = [
-        layer_parts(config.model, kind, size, recompute=kind in recomputed)
-        for kind in (config.model.hybrid_override_pattern[number] for stage in held for number in stage.layers)
-    ]
-    row = config.model.hidden_size * size.activation_bytes
-    kept = sum(map(_own, parts))
-    for stage in held:
-        # The time conditioning is made on the first; the others keep what they received, of which
-        # the noisy stream is the input of their first layer.
-        kept += row * (8 * size.rows if stage.first else size.clean // size.sequence + 3 * size.rows)
+    stages = stages if stages is not None else (whole_model(config.model),)
+    shape, recomputed = micro_batch_shape(config, block=block), config.train.recompute_layers
+    kinds = [config.model.hybrid_override_pattern[layer] for stage in stages for layer in stage.layers]
+    layers = [layer_tensors(config.model, kind, shape, recompute=kind in recomputed) for kind in kinds]
+    row = config.model.hidden_size * shape.activation_bytes
+    denoiser = sum(map(_denoiser_bytes, layers))
+    for stage in stages:
+        # The first stage computes the time conditioning. The others keep what they received: the
+        # conditioning and the clean stream. The noisy stream is the input of their first layer.
+        denoiser += row * (8 * shape.levels if stage.first else shape.clean // shape.sequence + 3 * shape.levels)
         if stage.last:
-            kept += _own(head_parts(config.model, size, scored=size.noisy if scored is None else scored))
-    return kept, sum(part.bytes for layer in parts for part in layer if part.handoff)
+            positions = shape.noisy if scored is None else scored
+            denoiser += _denoiser_bytes(head_tensors(config.model, shape, scored=positions))
+    return KeptBytes(denoiser, sum(tensor.bytes for layer in layers for tensor in layer if tensor.handoff))
 
 
 def in_flight(layout: Layout, *, pipeline_rank: int, micro_batches: int) -> float:
-    """Micro-batches of all its stretches that a pipeline rank keeps at a time: 1F1B, or Megatron's interleaving."""
-    after = layout.pipeline - pipeline_rank - 1
+    """The number of micro-batches that a pipeline rank keeps at a time.
+
+    The schedule is 1F1B, or with several model chunks Megatron's interleaved one. A micro-batch in
+    one of n chunks counts 1 / n.
+    """
+    later_ranks = layout.pipeline - pipeline_rank - 1
     if layout.chunks == 1:
-        return min(micro_batches, after + 1)
-    warm_up = 2 * after + (layout.chunks - 1) * layout.pipeline + 1
+        return min(micro_batches, later_ranks + 1)
+    warm_up = 2 * later_ranks + (layout.chunks - 1) * layout.pipeline + 1
     return min(micro_batches * layout.chunks, warm_up) / layout.chunks
 
 
-def _working_bytes(config: RunConfig, size: StepSize) -> int:
-    """While one layer's backward pass runs: what it makes again, and gradients as large as that; or, in the loss, a
-    chunk of logits, and the cast gradient of the head."""
+def _working_bytes(config: RunConfig, shape: MicroBatchShape) -> int:
+    """The bytes of temporary tensors.
+
+    In the backward pass of a layer these are recomputed activations, and gradients of the same
+    size. In the loss they are a chunk of logits, and the gradient of the head in the precision of
+    the parameters.
+    """
     model, recomputed = config.model, config.train.recompute_layers
     layers = [
-        (2 if kind in recomputed else 1) * _own(layer_parts(model, kind, size))
+        (2 if kind in recomputed else 1) * _denoiser_bytes(layer_tensors(model, kind, shape))
         for kind in set(model.hybrid_override_pattern)
     ]
-    vocabulary = model.vocab_size // size.tensor
-    logits = min(KERNEL_CHUNK, size.noisy) * vocabulary * size.activation_bytes
-    return max(*layers, logits + vocabulary * model.hidden_size * size.activation_bytes)
+    vocabulary = model.vocab_size // shape.tensor
+    logits = min(KERNEL_CHUNK, shape.noisy) * vocabulary * shape.activation_bytes
+    return max(*layers, logits + vocabulary * model.hidden_size * shape.activation_bytes)
 
 
-def _transfer_seconds(found: list[Transfer], layout: Layout, card: Card, taken: Assumptions, hidden: bool) -> float:
-    """Time of all transfers one after the other. hidden: gradients travel while the backward pass runs."""
-    sizes, total = group_sizes(layout), 0.0
-    for transfer in found:
-        if hidden and transfer.what == "gradients":
+def _transfer_seconds(
+    config: RunConfig, layout: Layout, found: Sequence[Collective], assumptions: Assumptions
+) -> float:
+    """The time of all collectives, one after the other.
+
+    With `parallel.overlap_grad_reduce` gradients are sent during the backward pass. They take no
+    time.
+    """
+    accelerator, sizes, total = ACCELERATORS[config.parallel.card], group_sizes(layout), 0.0
+    for each in found:
+        if config.parallel.overlap_grad_reduce and each.purpose == "gradients":
             continue
-        far = crosses_nodes(transfer.group, layout, card)
-        speed = card.network_bytes_per_second if far else card.link_bytes_per_second
-        total += transfer.sent(sizes[transfer.group]) / (speed * taken.link_share)
+        far = crosses_nodes(each.group, layout, accelerator)
+        speed = accelerator.network_bytes_per_second if far else accelerator.link_bytes_per_second
+        total += each.sent_bytes(sizes[each.group]) / (speed * assumptions.link_share)
     return total
 
 
-def _compute_seconds(config: RunConfig, layout: Layout, card: Card, taken: Assumptions, *, block: int) -> float:
-    """Time of a step's operations: of the stage that has most to do, and of the bubble while the pipeline fills."""
+def _compute_seconds(config: RunConfig, layout: Layout, assumptions: Assumptions, *, block: int) -> float:
+    """The time of the operations of a step, with the bubble of the pipeline.
+
+    The pipeline rank with the most operations determines it.
+    """
     most = max(
-        step_flops(config, block=block, own=stages_of_rank(config.model, config.parallel, rank)).executed
+        step_flops(config, block=block, stages=stages_of_rank(config.model, config.parallel, rank)).executed
         for rank in range(layout.pipeline)
     )
-    a_step = config.data.global_batch_size * config.data.sequence_length_tokens
+    tokens = config.data.global_batch_size * config.data.sequence_length_tokens
     bubble = (layout.pipeline - 1) / (micro_batches(config, layout) * layout.chunks)
-    ranks = layout.ranks // layout.pipeline
-    return a_step * most / (ranks * card.bf16_flops * taken.utilisation) * (1 + bubble)
+    ranks, peak = layout.ranks // layout.pipeline, ACCELERATORS[config.parallel.card].bf16_flops
+    return tokens * most / (ranks * peak * assumptions.utilisation) * (1 + bubble)
 
 
 def _phase_cost(
-    config: RunConfig, phase: Phase, *, layout: Layout, card: Card, taken: Assumptions, transfer: float
+    config: RunConfig, phase: Phase, *, layout: Layout, assumptions: Assumptions, transfer_seconds: float
 ) -> PhaseCost:
-    block, length = phase.noise.block_size_tokens, config.data.sequence_length_tokens
-    compute = _compute_seconds(config, layout, card, taken, block=block)
-    step = compute + transfer
+    block = phase.noise.block_size_tokens
+    compute_seconds = _compute_seconds(config, layout, assumptions, block=block)
+    step_seconds = compute_seconds + transfer_seconds
     return PhaseCost(
         name=phase.name,
         block=block,
-        tokens=phase.sequences * length,
+        tokens=phase.sequences * config.data.sequence_length_tokens,
         steps=phase.steps,
         flops=step_flops(config, block=block),
         ar=step_flops(config, objective="ar"),
-        compute_seconds=compute,
-        transfer_seconds=transfer,
-        step_seconds=step,
-        seconds=phase.steps * step,
+        compute_seconds=compute_seconds,
+        transfer_seconds=transfer_seconds,
+        step_seconds=step_seconds,
+        seconds=phase.steps * step_seconds,
     )
 
 
 def _memory(
     config: RunConfig, layout: Layout, weights: WeightBytes, *, pipeline_rank: int, blocks: Sequence[int], reserve: int
 ) -> Memory:
-    """Of one pipeline rank, with the block size that takes most."""
-    own = stages_of_rank(config.model, config.parallel, pipeline_rank)
-    times = in_flight(layout, pipeline_rank=pipeline_rank, micro_batches=micro_batches(config, layout))
-    kept, handoff = max((kept_bytes(config, block=block, own=own) for block in blocks), key=sum)
-    working = max(_working_bytes(config, step_size(config, block=block)) for block in blocks)
+    """The memory of a pipeline rank, with the block size that needs most."""
+    stages = stages_of_rank(config.model, config.parallel, pipeline_rank)
+    count = in_flight(layout, pipeline_rank=pipeline_rank, micro_batches=micro_batches(config, layout))
+    kept = max((kept_bytes(config, block=block, stages=stages) for block in blocks), key=sum)
     return Memory(
         context=weights.context,
         parameters=weights.parameters,
         gradients=weights.gradients,
         optimizer=weights.optimizer,
-        kept=round(kept * times),
-        handoff=round(handoff * times),
-        working=working,
+        kept=round(kept.denoiser * count),
+        handoff=round(kept.handoff * count),
+        working=max(_working_bytes(config, micro_batch_shape(config, block=block)) for block in blocks),
         reserve=reserve,
     )
 
 
-def estimate(
-    config: RunConfig, *, ranks: int, assumptions: Assumptions | None = None, of: Sequence[RankParameters] | None = None
-) -> Estimate:
-    """What a validated configuration needs on so many ranks, each phase with its block size; memory, and bytes sent, of
-    the pipeline ranks that need and send most.
+def estimate(config: RunConfig, *, ranks: int, assumptions: Assumptions | None = None) -> Estimate:
+    """What a configuration needs on its layout.
 
     Args:
-        of: parameters of each pipeline rank as modules have them; None for the table of names.
+        config: A configuration that is valid for the number of ranks.
+        ranks: The number of ranks.
+        assumptions: The values that are not computed; `None` for the defaults.
     """
-    taken, card = assumptions or Assumptions(), CARDS[config.parallel.card]
+    assumptions = assumptions or Assumptions()
     layout, phases = layout_of(config, ranks=ranks), resolve_phases(config)
     blocks = sorted({phase.noise.block_size_tokens for phase in phases})
     memories, sent = [], []
     for rank in range(layout.pipeline):
-        has = of[rank] if of else rank_parameters(config, layout, pipeline_rank=rank)
-        weights = weight_bytes(config, layout, has, pipeline_rank=rank)
+        parameters = rank_parameters(config, layout, pipeline_rank=rank)
+        weights = weight_bytes(config, layout, parameters, pipeline_rank=rank)
         memories.append(
-            _memory(config, layout, weights, pipeline_rank=rank, blocks=blocks, reserve=taken.reserve_bytes)
+            _memory(config, layout, weights, pipeline_rank=rank, blocks=blocks, reserve=assumptions.reserve_bytes)
         )
-        sent.append(transfers(config, layout, weights, own=stages_of_rank(config.model, config.parallel, rank)))
-
-    def seconds(found: list[Transfer]) -> float:
-        return _transfer_seconds(found, layout, card, taken, config.parallel.overlap_grad_reduce)
-
-    found = max(sent, key=seconds)
-    costs = [
-        _phase_cost(config, phase, layout=layout, card=card, taken=taken, transfer=seconds(found)) for phase in phases
-    ]
-    memory = max(memories, key=lambda each: each.total)
-    return Estimate(config, layout, card, taken, memory, found, costs, checkpoint_bytes(config))
+        sent.append(collectives(config, layout, weights, stages=stages_of_rank(config.model, config.parallel, rank)))
+    seconds = [_transfer_seconds(config, layout, found, assumptions) for found in sent]
+    slowest = seconds.index(max(seconds))
+    return Estimate(
+        config=config,
+        layout=layout,
+        accelerator=ACCELERATORS[config.parallel.card],
+        assumptions=assumptions,
+        memory=max(memories, key=lambda memory: memory.total),
+        collectives=sent[slowest],
+        phases=[
+            _phase_cost(config, phase, layout=layout, assumptions=assumptions, transfer_seconds=seconds[slowest])
+            for phase in phases
+        ],
+        checkpoint=checkpoint_bytes(config),
+    )

@@ -1,19 +1,23 @@
-"""Floating-point operations of a step, by formula: 2 for each multiplication and addition of a matrix product.
+"""Formulas of the floating-point operations of a training step.
 
-Per position and layer, forward, in the symbols of `memory.py` and with i, g, d, m, p, Q for a Mamba
-layer's inner width, groups, state size, heads, head size and chunk, and n positions that attention
-reads:
+Each multiplication and each addition of a matrix product counts 1. The formulas are the operations
+of a forward pass per position and layer, in the symbols of `activations.py`. For a Mamba layer, i
+is the inner width, g the groups, d the state size, m the heads, p the head size and Q the chunk.
+For attention, n is the number of positions that are read.
 
-    M  projections 2 h (2 i + 2 g d + m) + 2 i h, convolution 2 c taps, and the scan in chunks:
-       scores and values 2 Q (g d + m p) within a chunk, states 4 m p d; a noisy position reads the clean part of its
-       chunk and its own block, 2 (Q + S) (g d + m p), and one state, 2 m p d
-    *  projections 2 h (H + 2 K) e + 2 H e h, and 4 H e n: causal n = (L + 1) / 2, noisy n = (L - S) / 2 + S
-    -  4 h f
-    E  router 2 h E, routed 4 k h x, shared 4 h s
-    head 2 h V for each scored position: all of `ar`, a share t of a noisy sequence, E[t] = (time_min + time_max) / 2
+    M     projections 2 h (2 i + 2 g d + m) + 2 i h, convolution 2 c taps, and the scan in chunks:
+          scores and values 2 Q (g d + m p) within a chunk, states 4 m p d. A noisy position reads
+          the clean part of its chunk and its block, 2 (Q + S) (g d + m p), and one state, 2 m p d
+    *     projections 2 h (H + 2 K) e + 2 H e h, and 4 H e n: causal n = (L + 1) / 2,
+          noisy n = (L - S) / 2 + S
+    -     4 h f
+    E     router 2 h E, routed 4 k h x, shared 4 h s
+    head  2 h V per scored position: all of `ar`, a share t of a noisy sequence,
+          E[t] = (time_min + time_max) / 2
 
-A frozen layer runs forward (1), a trained one forward and backward (3), and once more forward where
-it is recomputed. Norms, activations and the optimizer are not matrix products and left out.
+A frozen layer runs forward (1), a trained layer forward and backward (3), and a recomputed layer
+once more forward. Norms, activation functions and the optimizer are no matrix products and not
+counted.
 """
 
 from collections.abc import Sequence
@@ -26,7 +30,13 @@ from megatron_twotower.ops.scan import chunk_length
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Per token of the clean sequences. model: without recomputation; executed: with it. context is part of both."""
+    """Floating-point operations per token of the clean sequences.
+
+    Attributes:
+        model: Without recomputation.
+        executed: With recomputation.
+        context: Of the context tower; both others include it.
+    """
 
     model: float
     executed: float
@@ -36,7 +46,7 @@ class StepFlops:
 def _mamba(m: ModelConfig, length: int, block: int | None) -> float:
     h, inner, bc = m.hidden_size, m.mamba_inner, m.n_groups * m.ssm_state_size
     width = 2 * inner + 2 * bc + m.mamba_num_heads
-    # With causal halves counted in full, as the products are made.
+    # Products within a chunk compute all pairs of positions, also those that the causal mask hides.
     chunk, state = chunk_length(block or 1, preferred=m.chunk_size), inner * m.ssm_state_size
     projections = 2 * h * width + 2 * inner * h + 2 * m.conv_kernel * (inner + 2 * bc)
     if block is None:
@@ -63,17 +73,24 @@ _LAYERS = {"M": _mamba, "*": _attention, "-": _mlp, "E": _experts}
 
 
 def layer_flops(model: ModelConfig, kind: str, *, length: int, block: int | None = None) -> float:
-    """One layer's forward pass over one position: of a clean stream, or with a block of a noisy one."""
+    """The operations of a layer's forward pass per position.
+
+    Args:
+        model: The shapes of the model.
+        kind: The letter of the layer in the pattern.
+        length: The sequence length.
+        block: The block size of a noisy stream; `None` for a clean stream.
+    """
     return _LAYERS[kind](model, length, block)
 
 
 def head_flops(model: ModelConfig) -> float:
-    """The head's forward pass over one scored position."""
+    """The operations of the head's forward pass per scored position."""
     return 2 * model.hidden_size * model.vocab_size
 
 
 def context_layers(model: ModelConfig) -> str:
-    """The layers of the context tower that run: up to the last that hands something on."""
+    """The pattern of the context tower's layers that run: up to the last one with a handoff."""
     return model.hybrid_override_pattern.rstrip("E-")
 
 
@@ -82,27 +99,30 @@ def step_flops(
     *,
     objective: str | None = None,
     block: int | None = None,
-    own: Sequence[PipelineStage] | None = None,
+    stages: Sequence[PipelineStage] | None = None,
 ) -> StepFlops:
-    """What a training step costs for each token, for its objective or the other, its block size or another.
+    """The operations of a training step per token.
 
     Args:
-        own: stretches of layers, for what is theirs alone; None for the whole model.
+        config: The configuration.
+        objective: An objective; `None` for that of the configuration.
+        block: A block size; `None` for `noise.block_size_tokens`.
+        stages: The pipeline stages to count; `None` for the whole model.
     """
     model, length, noise = config.model, config.data.sequence_length_tokens, config.noise
     kinds, recomputed = model.hybrid_override_pattern, config.train.recompute_layers
     two_tower = (objective or config.objective) == "two_tower"
     block = (block or noise.block_size_tokens) if two_tower else None
-    held = own if own is not None else (whole_model(model),)
-    numbers = [number for stage in held for number in stage.layers]
-    pattern = "".join(kinds[number] for number in numbers)
+    stages = stages if stages is not None else (whole_model(model),)
+    layers = [layer for stage in stages for layer in stage.layers]
+    pattern = "".join(kinds[layer] for layer in layers)
     forward = {kind: layer_flops(model, kind, length=length, block=block) for kind in set(pattern)}
-    share = (noise.time_min + noise.time_max) / 2 if two_tower else (length - 1) / length
-    head = share * head_flops(model) if any(stage.last for stage in held) else 0.0
+    scored_share = (noise.time_min + noise.time_max) / 2 if two_tower else (length - 1) / length
+    head = scored_share * head_flops(model) if any(stage.last for stage in stages) else 0.0
     draws = noise.draws_per_context if two_tower else 1
     trained = 3 * draws * (sum(forward[kind] for kind in pattern) + head)
-    # Recomputation is built for the denoiser alone.
+    # Only the denoiser can be recomputed.
     again = draws * sum(forward[kind] for kind in pattern if kind in recomputed) if two_tower else 0.0
-    running = [kinds[number] for number in numbers if number < len(context_layers(model))] if two_tower else []
+    running = [kinds[layer] for layer in layers if layer < len(context_layers(model))] if two_tower else []
     frozen = sum(layer_flops(model, kind, length=length) for kind in running)
-    return StepFlops(frozen + trained, frozen + trained + again, frozen)
+    return StepFlops(model=frozen + trained, executed=frozen + trained + again, context=frozen)

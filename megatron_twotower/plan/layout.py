@@ -1,4 +1,4 @@
-"""How many ranks share what, and what accelerators they are. Pure functions of a configuration."""
+"""The sizes of the groups of ranks, and the accelerators. Pure functions of a configuration."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,16 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Card:
-    """An accelerator, from its maker's data sheet: one direction of its links, for each card.
+class Accelerator:
+    """An accelerator, from the data sheet of its maker.
 
-    memory_bytes: what an allocator can have. bf16_flops: dense. link: within a node; network:
-    between nodes.
+    Attributes:
+        name: Its name in tables.
+        memory_bytes: The memory that an allocator can use.
+        bf16_flops: The dense BF16 peak, in floating-point operations per second.
+        link_bytes_per_second: The speed of its links within a node, in one direction.
+        network_bytes_per_second: The speed of its network between nodes, in one direction.
+        per_node: The number of accelerators in a node.
     """
 
     name: str
@@ -23,21 +28,28 @@ class Card:
     per_node: int = 8
 
 
-CARDS = {
-    "a100": Card("A100 80GB", int(79.2 * GIB), 312e12, 300e9, 25e9),
-    "h100": Card("H100 80GB SXM", int(79.2 * GIB), 989e12, 450e9, 50e9),
-    "h200": Card("H200 141GB SXM", int(139.8 * GIB), 989e12, 450e9, 50e9),
-    "b200": Card("B200 180GB", int(178.3 * GIB), 2250e12, 900e9, 50e9),
+# By the values of `parallel.card`.
+ACCELERATORS = {
+    "a100": Accelerator("A100 80GB", int(79.2 * GIB), 312e12, 300e9, 25e9),
+    "h100": Accelerator("H100 80GB SXM", int(79.2 * GIB), 989e12, 450e9, 50e9),
+    "h200": Accelerator("H200 141GB SXM", int(139.8 * GIB), 989e12, 450e9, 50e9),
+    "b200": Accelerator("B200 180GB", int(178.3 * GIB), 2250e12, 900e9, 50e9),
 }
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the groups that a world of ranks is cut into, as Megatron cuts it.
+    """The sizes of Megatron's groups of ranks.
 
-    sequence: ranks that a sequence is split over outside of the mixers: `tensor` with sequence
-    parallelism, else 1.
-    chunks: stretches of layers on each pipeline rank.
+    Attributes:
+        ranks: All ranks.
+        tensor: Tensor-parallel ranks.
+        sequence: The ranks that split a sequence between the mixers: `tensor` with sequence
+            parallelism, else 1.
+        expert: Expert-parallel ranks.
+        expert_tensor: The ranks that split each expert.
+        pipeline: Pipeline ranks.
+        chunks: The model chunks of each pipeline rank.
     """
 
     ranks: int
@@ -50,30 +62,32 @@ class Layout:
 
     @property
     def data(self) -> int:
-        """Ranks that hold the same dense parameters, and share their optimizer state if it is distributed."""
+        """Data-parallel ranks. They have the same dense parameters.
+
+        The distributed optimizer splits its state over them.
+        """
         return self.ranks // (self.tensor * self.pipeline)
 
     @property
     def expert_data(self) -> int:
-        """The same for the parameters of experts."""
+        """Data-parallel ranks of the parameters of experts."""
         return self.ranks // (self.expert * self.expert_tensor * self.pipeline)
 
 
 def layout_of(config: RunConfig, *, ranks: int) -> Layout:
-    """The layout of a configuration that was validated for so many ranks."""
+    """The layout of a configuration that is valid for `ranks` ranks."""
     parallel = config.parallel
-    sequence = parallel.tensor if parallel.sequence else 1
     return Layout(
-        ranks,
-        parallel.tensor,
-        sequence,
-        parallel.expert,
-        parallel.expert_tensor_ranks,
-        parallel.pipeline,
-        parallel.pipeline_chunks,
+        ranks=ranks,
+        tensor=parallel.tensor,
+        sequence=parallel.tensor if parallel.sequence else 1,
+        expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor_ranks,
+        pipeline=parallel.pipeline,
+        chunks=parallel.pipeline_chunks,
     )
 
 
 def micro_batches(config: RunConfig, layout: Layout) -> int:
-    """Micro-batches that a data-parallel rank takes in one step."""
+    """The number of micro-batches of a data-parallel rank in a step."""
     return config.data.global_batch_size // (config.data.micro_batch_size * layout.data)

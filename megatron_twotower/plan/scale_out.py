@@ -1,8 +1,8 @@
-"""`twotower plan --scaling`: one run on several numbers of cards, as an estimate and never as a measurement.
+"""The command `plan --scaling`: estimates, not measurements, of a run on several numbers of GPUs.
 
-Operations by formula at one utilisation, taken or measured on one card; bytes by formula over
-stated bandwidths. Each number of cards has the configuration's own layout where that is valid and
-fits, else the fastest that was found.
+Formulas give operations and bytes. The utilisation is the same for all numbers of GPUs, assumed or
+measured on one GPU. Bandwidths are assumed. The layout is that of the configuration if it is valid
+and fits, else the fastest of a search.
 """
 
 import dataclasses
@@ -20,60 +20,66 @@ from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.schema import RunConfig
 from megatron_twotower.config.validation import validate
 from megatron_twotower.plan.estimate import Assumptions, Estimate, estimate
-from megatron_twotower.plan.layout import CARDS, micro_batches
+from megatron_twotower.plan.layout import ACCELERATORS, micro_batches
 from megatron_twotower.plan.search import overrides, search
-from megatron_twotower.plan.show import as_json, duration, gib, spelled
+from megatron_twotower.plan.show import as_json, duration, gib, overrides_text
 from megatron_twotower.plan.traffic import crosses_nodes
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Utilisation of a two-tower step on one card, and what was measured: device, commit, layers."""
+    """A measured utilisation.
+
+    Attributes:
+        utilisation: That of a two-tower step on one GPU.
+        source: The layers, device, commit and file of the measurement.
+    """
 
     utilisation: float
     source: str
 
 
 def measured(path: Path) -> Measured:
-    """Read what `twotower bench gpu` wrote.
+    """Read the utilisation from the `gpu.json` of `twotower bench gpu`.
 
     Raises:
-        UserError: no such file, or figures of a CPU or of a card whose peak is not known.
+        UserError: The file cannot be read, or is of a CPU or of a GPU whose peak is not known.
     """
     try:
         found = json.loads(path.read_text())
-        two = next(row for row in found["steps"] if row["case"] == "two towers")
-        utilisation, machine, pattern = two["utilisation"], found["machine"], found["pattern"]
+        step = next(row for row in found["steps"] if row["case"] == "two towers")
+        utilisation, machine, pattern = step["utilisation"], found["machine"], found["pattern"]
     except (OSError, ValueError, LookupError, TypeError, StopIteration) as error:
         raise UserError(f"{path}: cannot be read ({error!r}), expected gpu.json of `twotower bench gpu`") from error
     if utilisation is None:
-        raise UserError(f"{path}: found figures of {machine['device']}, expected those of {', '.join(CARDS)}")
+        raise UserError(f"{path}: found figures of {machine['device']}, expected those of {', '.join(ACCELERATORS)}")
     return Measured(utilisation, f"{pattern} on one {machine['device']}, commit {machine['commit']}, {path}")
 
 
-def at(config: RunConfig, *, ranks: int, assumptions: Assumptions) -> Estimate | None:
-    """The estimate for so many cards; None where no layout was found that fits."""
-    own = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, ranks=ranks))
+def estimate_for(config: RunConfig, *, ranks: int, assumptions: Assumptions) -> Estimate | None:
+    """The estimate for a number of ranks; `None` if no layout of a search fits."""
+    config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, ranks=ranks))
     try:
-        validate(own, world_size=ranks)
-        found = estimate(own, ranks=ranks, assumptions=assumptions)
+        validate(config, world_size=ranks)
+        found = estimate(config, ranks=ranks, assumptions=assumptions)
         if found.fits:
             return found
     except UserError:
         pass
-    others = search(own, ranks=ranks, assumptions=assumptions)
+    others = search(config, ranks=ranks, assumptions=assumptions)
     return others[0] if others and others[0].fits else None
 
 
-def assumed(config: RunConfig, taken: Assumptions, source: Measured | None) -> Iterator[str]:
-    """What the estimate stands on, a line each."""
-    card, data = CARDS[config.parallel.card], config.data
-    where, peak = f"measured: {source.source}" if source else "taken, not measured", card.bf16_flops / 1e12
-    yield f"Computing: {taken.utilisation:.1%} of {peak:,.0f} TFLOP/s (dense BF16 of {card.name}) everywhere ({where})."
-    near, far = (speed / 1e9 for speed in (card.link_bytes_per_second, card.network_bytes_per_second))
+def assumption_lines(config: RunConfig, assumptions: Assumptions, measured: Measured | None) -> Iterator[str]:
+    """The assumptions of the estimates, one per line."""
+    accelerator, data = ACCELERATORS[config.parallel.card], config.data
+    source = f"measured: {measured.source}" if measured else "taken, not measured"
+    peak = f"{accelerator.bf16_flops / 1e12:,.0f} TFLOP/s (dense BF16 of {accelerator.name})"
+    yield f"Computing: {assumptions.utilisation:.1%} of {peak} everywhere ({source})."
+    near, far = accelerator.link_bytes_per_second / 1e9, accelerator.network_bytes_per_second / 1e9
     yield (
-        f"Links: {taken.link_share:.0%} of {near:,.0f} GB/s within a node of {card.per_node}, of {far:,.0f} GB/s "
-        "between nodes, one direction a card (data sheets, not measured)."
+        f"Links: {assumptions.link_share:.0%} of {near:,.0f} GB/s within a node of {accelerator.per_node}, of "
+        f"{far:,.0f} GB/s between nodes, one direction a card (data sheets, not measured)."
     )
     hidden = "gradients behind the backward pass" if config.parallel.overlap_grad_reduce else "nothing"
     yield f"Collectives as rings, one after the other, without latency or contention; hidden: {hidden}."
@@ -85,10 +91,8 @@ def assumed(config: RunConfig, taken: Assumptions, source: Measured | None) -> I
 
 
 def _row(found: Estimate, config: RunConfig, best: float) -> list[str]:
-    phase, layout = found.phases[0], found.layout
-    tokens = sum(each.tokens for each in found.phases)
-    rate = tokens / found.seconds / layout.ranks
-    far = [group for group in found.sent if crosses_nodes(group, layout, found.card)]
+    phase, layout, rate = found.phases[0], found.layout, found.tokens_per_second
+    far = [group for group in found.sent if crosses_nodes(group, layout, found.accelerator)]
     near = [group for group in found.sent if group not in far]
     return [
         gib(found.memory.total),
@@ -101,12 +105,19 @@ def _row(found: Estimate, config: RunConfig, best: float) -> list[str]:
         duration(found.seconds),
         ", ".join(near) or "-",
         ", ".join(far) or "-",
-        spelled([each for each in overrides(config, found.config) if not each.startswith("parallel.ranks=")]),
+        overrides_text([each for each in overrides(config, found.config) if not each.startswith("parallel.ranks=")]),
     ]
 
 
 def table(rows: Sequence[tuple[int, Estimate | None]], config: RunConfig, *, title: str) -> Table:
-    """One row a number of cards; efficiency is over the smallest that fits."""
+    """The table of estimates.
+
+    Args:
+        rows: Pairs of a number of GPUs and its estimate; `None` if no layout fits. The efficiency
+            of the first estimate is 1.
+        config: The configuration, for the overrides of each layout.
+        title: The title of the table.
+    """
     made = Table(
         "cards",
         "memory",
@@ -125,8 +136,7 @@ def table(rows: Sequence[tuple[int, Estimate | None]], config: RunConfig, *, tit
     )
     for column in made.columns[:9]:
         column.justify = "right"
-    fitting = [found for _, found in rows if found is not None]
-    rates = [sum(each.tokens for each in found.phases) / found.seconds / found.layout.ranks for found in fitting]
+    rates = [found.tokens_per_second for _, found in rows if found is not None]
     for count, found in rows:
         if found is None:
             made.add_row(f"{count:,}", "no layout was found that fits")
@@ -146,24 +156,34 @@ def run(
 ) -> None:
     """Print the estimates.
 
+    Args:
+        config: The configuration.
+        recipe: The name of the recipe, for the title.
+        counts: The numbers of GPUs.
+        assumptions: The values that are not computed.
+        measured: The source of the utilisation, if it was measured.
+        as_text: Whether to print a table, and not JSON.
+
     Raises:
-        UserError: a number of cards below 1, or the objective `ar`.
+        UserError: A number of GPUs is below 1, or the objective is `ar`.
     """
     if min(counts) < 1:
-        raise UserError(f"--scaling: found {min(counts)}, expected numbers of cards")
+        raise UserError(f"--scaling: found {min(counts)}, expected numbers of GPUs")
     if config.objective != "two_tower":
         raise UserError(f"objective: found {config.objective}, expected two_tower")
-    rows = [(count, at(config, ranks=count, assumptions=assumptions)) for count in sorted(set(counts))]
-    lines = list(assumed(config, assumptions, measured))
+    rows = [(count, estimate_for(config, ranks=count, assumptions=assumptions)) for count in sorted(set(counts))]
+    lines = list(assumption_lines(config, assumptions, measured))
     if not as_text:
-        told: list[dict[str, Any]] = [
+        scaling: list[dict[str, Any]] = [
             {"cards": count, "fits": False} if found is None else {"cards": count} | as_json(found)
             for count, found in rows
         ]
-        print(json.dumps({"estimate": True, "assumptions": lines, "scaling": told}, indent=1))
+        print(json.dumps({"estimate": True, "assumptions": lines, "scaling": scaling}, indent=1))
         return
-    card = CARDS[config.parallel.card].name
+    accelerator = ACCELERATORS[config.parallel.card].name
     console = Console() if Console().width >= 150 else Console(width=180)
-    console.print(table(rows, config, title=f"{recipe} on {card}: an estimate, nothing of it measured on a cluster"))
+    console.print(
+        table(rows, config, title=f"{recipe} on {accelerator}: an estimate, nothing of it measured on a cluster")
+    )
     for line in lines:
         console.print(line, highlight=False)

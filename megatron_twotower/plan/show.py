@@ -1,4 +1,4 @@
-"""`twotower plan`: one table, or JSON, of what a recipe needs on a layout."""
+"""The command `plan`: a table, or JSON, of what a recipe needs on a layout."""
 
 import dataclasses
 import json
@@ -12,11 +12,12 @@ from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.schema import RunConfig
 from megatron_twotower.config.validation import validate
 from megatron_twotower.plan.estimate import Assumptions, Estimate, estimate
-from megatron_twotower.plan.layout import CARDS, GIB, layout_of, micro_batches
+from megatron_twotower.plan.layout import ACCELERATORS, GIB, micro_batches
 from megatron_twotower.plan.search import overrides, remedies, search
 from megatron_twotower.plan.traffic import crosses_nodes
-from megatron_twotower.plan.weights import RankParameters, parameters, rank_parameters, tables
+from megatron_twotower.plan.weights import parameter_count, tower_entries
 
+# The fields of `Memory` and their rows in the table.
 _MEMORY = {
     "context": "context tower, frozen",
     "parameters": "denoiser: parameters",
@@ -27,10 +28,11 @@ _MEMORY = {
     "working": "a layer at work, or loss",
     "reserve": "CUDA, NCCL (assumed)",
 }
-DAY = 24 * 3600
+_DAY_SECONDS = 24 * 3600
 
 
 def gib(count: float) -> str:
+    """A number of bytes as text."""
     return f"{count / GIB:,.2f} GiB"
 
 
@@ -39,19 +41,26 @@ def _gb(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    return f"{seconds / DAY:,.1f} days" if seconds >= DAY else f"{seconds / 3600:,.2f} hours"
+    """A time as text."""
+    return f"{seconds / _DAY_SECONDS:,.1f} days" if seconds >= _DAY_SECONDS else f"{seconds / 3600:,.2f} hours"
 
 
-def spelled(items: list[str]) -> str:
-    return " ".join(items) or "as it is"
+def overrides_text(overrides: list[str]) -> str:
+    """Overrides as they are written on the command line."""
+    return " ".join(overrides) or "as it is"
+
+
+def _parameter_counts(config: RunConfig) -> tuple[int, int]:
+    """The parameters of a tower, and of the time conditioning."""
+    context, trained = (parameter_count(entries) for entries in tower_entries(config))
+    return context, trained - context
 
 
 def _model_rows(found: Estimate) -> list[tuple[str, str, str]]:
-    context, trained = tables(found.config)
-    tower = parameters(context)
+    tower, conditioning = _parameter_counts(found.config)
     return [
         ("parameters of a tower", f"{tower:,}", ""),
-        ("time conditioning", f"{parameters(trained) - tower:,}", "trained with the denoiser"),
+        ("time conditioning", f"{conditioning:,}", "trained with the denoiser"),
     ]
 
 
@@ -73,7 +82,10 @@ def _memory_rows(found: Estimate) -> list[tuple[str, str, str]]:
     values = dataclasses.asdict(found.memory)
     rows = [(text, gib(values[key]), "█" * round(24 * values[key] / total)) for key, text in _MEMORY.items()]
     verdict = "[green]fits[/green]" if found.fits else "[red]does not fit[/red]"
-    return [*rows, ("in all", gib(total), f"{verdict} in {gib(found.card.memory_bytes)} of {found.card.name}")]
+    return [
+        *rows,
+        ("in all", gib(total), f"{verdict} in {gib(found.accelerator.memory_bytes)} of {found.accelerator.name}"),
+    ]
 
 
 def _step_rows(found: Estimate) -> list[tuple[str, str, str]]:
@@ -83,20 +95,20 @@ def _step_rows(found: Estimate) -> list[tuple[str, str, str]]:
         ("… of an AR step", f"{first.ar.model / 1e9:,.2f} G", f"two towers: {first.flops.model / first.ar.model:.2f}"),
     ]
     for group, count in found.sent.items():
-        where = "between nodes" if crosses_nodes(group, found.layout, found.card) else "within a node"
+        where = "between nodes" if crosses_nodes(group, found.layout, found.accelerator) else "within a node"
         rows.append((f"sent in {group} groups", _gb(count), f"a rank, {where}"))
-    taken = found.assumptions
+    assumptions = found.assumptions
     return [
         *rows,
         (
             "step, computing",
             f"{first.compute_seconds:,.2f} s",
-            f"at {taken.utilisation:.0%} of {found.card.bf16_flops / 1e12:,.0f} TFLOP/s (assumed)",
+            f"at {assumptions.utilisation:.0%} of {found.accelerator.bf16_flops / 1e12:,.0f} TFLOP/s (assumed)",
         ),
         (
             "step, communicating",
             f"{first.transfer_seconds:,.2f} s",
-            f"at {taken.link_share:.0%} of the links' speed (assumed)",
+            f"at {assumptions.link_share:.0%} of the links' speed (assumed)",
         ),
         ("checkpoint", _gb(found.checkpoint), "in all, on disk"),
     ]
@@ -112,13 +124,15 @@ def _time_rows(found: Estimate) -> list[tuple[str, str, str]]:
         for phase in found.phases
     ]
     tokens = sum(phase.tokens for phase in found.phases)
-    rate = tokens / found.seconds / found.layout.ranks
-    return [*rows, ("in all", duration(found.seconds), f"{tokens / 1e12:,.2f} T tokens, {rate:,.0f} tokens/s a card")]
+    rate = f"{tokens / 1e12:,.2f} T tokens, {found.tokens_per_second:,.0f} tokens/s a card"
+    return [*rows, ("in all", duration(found.seconds), rate)]
 
 
 def table(found: Estimate, *, title: str) -> Table:
-    """The estimate as one table."""
-    made = Table("", "", "", title=f"{title}: {found.layout.ranks} x {found.card.name}", box=SIMPLE, show_header=False)
+    """The table of an estimate."""
+    made = Table(
+        "", "", "", title=f"{title}: {found.layout.ranks} x {found.accelerator.name}", box=SIMPLE, show_header=False
+    )
     made.columns[1].justify = "right"
     for rows in (_model_rows, _layout_rows, _memory_rows, _step_rows, _time_rows):
         for row in rows(found):
@@ -128,26 +142,24 @@ def table(found: Estimate, *, title: str) -> Table:
 
 
 def ranking(found: list[Estimate], against: RunConfig, *, title: str) -> Table:
-    """Layouts, one a row, as what to change."""
+    """The table of a search: a row per layout, with the overrides against a configuration."""
     made = Table("memory", "time", "tokens/s a card", "overrides", title=title, box=SIMPLE_HEAD)
     for each in found:
-        tokens = sum(phase.tokens for phase in each.phases)
-        rate = f"{tokens / each.seconds / each.layout.ranks:,.0f}"
-        made.add_row(gib(each.memory.total), duration(each.seconds), rate, spelled(overrides(against, each.config)))
+        changes = overrides_text(overrides(against, each.config))
+        made.add_row(gib(each.memory.total), duration(each.seconds), f"{each.tokens_per_second:,.0f}", changes)
     for column in made.columns[:3]:
         column.justify = "right"
     return made
 
 
 def as_json(found: Estimate) -> dict[str, Any]:
-    """The estimate in plain numbers: bytes, seconds, operations."""
-    context, trained = tables(found.config)
-    tower = parameters(context)
+    """The estimate as JSON values: bytes, seconds, operations."""
+    tower, conditioning = _parameter_counts(found.config)
     return {
-        "parameters": {"tower": tower, "time_conditioning": parameters(trained) - tower},
+        "parameters": {"tower": tower, "time_conditioning": conditioning},
         "layout": dataclasses.asdict(found.layout)
         | {"data": found.layout.data, "expert_data": found.layout.expert_data},
-        "card": dataclasses.asdict(found.card),
+        "card": dataclasses.asdict(found.accelerator),
         "assumptions": dataclasses.asdict(found.assumptions),
         "memory_bytes": dataclasses.asdict(found.memory) | {"total": found.memory.total},
         "fits": found.fits,
@@ -156,28 +168,6 @@ def as_json(found: Estimate) -> dict[str, Any]:
         "phases": [dataclasses.asdict(phase) for phase in found.phases],
         "seconds": found.seconds,
     }
-
-
-def _checked(config: RunConfig, ranks: int) -> list[RankParameters]:
-    """The parameters of a rank of each pipeline stage, counted in modules and by the table of names.
-
-    Raises:
-        AssertionError: they differ.
-    """
-    from megatron_twotower.plan.meta_build import build
-
-    layout, found = layout_of(config, ranks=ranks), []
-
-    def sizes(of: RankParameters) -> list[list[tuple[int, bool]]]:
-        return [sorted((p.elements, p.expert) for p in chunk) for chunk in of.chunks]
-
-    for stage in range(layout.pipeline):
-        # Megatron lays the ranks of a stage beside each other.
-        built = build(config, layout, rank=stage * ranks // layout.pipeline)
-        named = rank_parameters(config, layout, pipeline_rank=stage)
-        assert built.context == named.context and sizes(built) == sizes(named), "names.py and the modules differ"
-        found.append(built)
-    return found
 
 
 def run(
@@ -190,16 +180,19 @@ def run(
     rows: int,
     as_text: bool,
 ) -> None:
-    """Print the plan of a configuration.
+    """Print the estimate of a configuration.
 
     Args:
-        ranks: None for those its layout is made for.
-        searching: rank other layouts too.
-        rows: layouts to print.
-        as_text: a table; otherwise JSON.
+        config: The configuration.
+        recipe: The name of the recipe, for the title.
+        ranks: The number of ranks; `None` for `parallel.ranks`.
+        assumptions: The values that are not computed.
+        searching: Whether to print other layouts too.
+        rows: The largest number of other layouts.
+        as_text: Whether to print tables, and not JSON.
 
     Raises:
-        UserError: no number of ranks, a layout that is not valid, or the objective `ar`.
+        UserError: There is no number of ranks, the layout is not valid, or the objective is `ar`.
     """
     count = ranks or config.parallel.ranks
     if not count:
@@ -208,13 +201,13 @@ def run(
         raise UserError(f"objective: found {config.objective}, expected two_tower")
     config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, ranks=count))
     validate(config, world_size=count)
-    found = estimate(config, ranks=count, assumptions=assumptions, of=_checked(config, count))
+    found = estimate(config, ranks=count, assumptions=assumptions)
     others = search(config, ranks=count, assumptions=assumptions) if searching or not found.fits else []
     fitting = [each for each in others if each.fits]
     if not as_text:
         shown = fitting[:rows] if searching else remedies(found, others)
-        ranked = [as_json(each) | {"overrides": overrides(config, each.config)} for each in shown]
-        print(json.dumps(as_json(found) | {"search" if searching else "remedies": ranked}, indent=1))
+        layouts = [as_json(each) | {"overrides": overrides(config, each.config)} for each in shown]
+        print(json.dumps(as_json(found) | {"search" if searching else "remedies": layouts}, indent=1))
         return
     console = Console()
     console.print(table(found, title=recipe))
@@ -226,16 +219,18 @@ def run(
 
 
 def _print_remedies(console: Console, found: Estimate, others: list[Estimate]) -> None:
-    remedy = remedies(found, others)
-    over = gib(found.memory.total - found.card.memory_bytes)
-    if remedy:
-        console.print(ranking(remedy, found.config, title=f"{over} too much; with least change it fits as"))
+    """Print layouts that fit; if there are none, the accelerators that would fit."""
+    fitting = remedies(found, others)
+    excess = gib(found.memory.total - found.accelerator.memory_bytes)
+    if fitting:
+        console.print(ranking(fitting, found.config, title=f"{excess} too much; with least change it fits as"))
         return
     least = min(others, key=lambda each: each.memory.total)
-    larger = [name for name, card in CARDS.items() if card.memory_bytes >= least.memory.total]
+    larger = [name for name, each in ACCELERATORS.items() if each.memory_bytes >= least.memory.total]
+    changes = overrides_text(overrides(found.config, least.config))
     console.print(
-        f"{over} too much, and no layout of {found.layout.ranks} cards was found that fits. The smallest needs "
-        f"{gib(least.memory.total)}: {spelled(overrides(found.config, least.config))}. More cards share optimizer "
-        f"state and experts; of these cards so many would do: {', '.join(larger) or 'none'} (parallel.card)",
+        f"{excess} too much, and no layout of {found.layout.ranks} cards was found that fits. The smallest needs "
+        f"{gib(least.memory.total)}: {changes}. More cards share optimizer state and experts; of these cards so many "
+        f"would do: {', '.join(larger) or 'none'} (parallel.card)",
         highlight=False,
     )

@@ -1,59 +1,68 @@
-"""Bytes that one rank sends to others in a training step, collective by collective.
+"""Bytes that a rank sends to other ranks in a training step, collective by collective.
 
-A collective over g ranks is reckoned as a ring: of n bytes in all, an all-gather, a reduce-scatter
-or an all-to-all sends n (g - 1) / g from each rank, an all-reduce twice that. Counts of a few
-numbers (gradient norms, tokens of each expert, logged sums) are left out, and experts are taken to
-be equally busy.
+The formulas assume rings of g ranks. With n bytes over all ranks, an all-gather, a reduce-scatter
+or an all-to-all sends n (g - 1) / g bytes from each rank. An all-reduce sends twice that.
+Collectives of a few numbers (gradient norms, tokens of each expert, logged sums) are not counted.
+Experts are assumed to be equally busy.
 
-What a pass sends, with T positions of h values of w bytes (of the noisy stream, or the clean one
-for the context):
+A pass has T positions of h values of w bytes, of the noisy stream, or of the clean stream for the
+context tower. It sends:
 
-* tensor parallel with sequence parallelism, for each M, *, - and shared expert: gather in, scatter
-  out; backward the same and the input once more, for the gradient of the weight. Without: an
-  all-reduce forward and one backward;
-* experts: k rows of h values for each position to their experts and back (all-to-all), or all rows
-  to all ranks and back (all-gather), with their probabilities; backward the same;
-* the loss: the gradient of the scored positions summed over vocabulary slices;
-* pipeline: both streams and the time conditioning to the next stretch of layers, and as much
-  gradient back;
-* data parallel, once a step: gradients in fp32 scattered (reduced, without the distributed
-  optimizer), and parameters gathered.
+* Tensor parallelism with sequence parallelism: each M, *, - and shared expert gathers its input
+  and scatters its output. The backward pass does the same, and gathers the input once more for the
+  gradient of the weight. Without sequence parallelism: an all-reduce forward and one backward.
+* Experts: k rows of h values per position to their experts and back (all-to-all), or all rows to
+  all ranks and back (all-gather), with their probabilities. The backward pass does the same.
+* The loss: the gradient of the scored positions, summed over the slices of the vocabulary.
+* Pipeline: both streams and the time conditioning to the next stage, and gradients of the same size
+  back.
+* Data parallelism, once per step: gradients in fp32 are reduced and scattered, or only reduced
+  without the distributed optimizer. Parameters are gathered.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_twotower.config.pipeline_stages import PipelineStage, whole_model
 from megatron_twotower.config.precision import PRECISIONS
 from megatron_twotower.config.schema import RunConfig
 from megatron_twotower.model.parameter_map import entries_of_stage
-from megatron_twotower.plan.activations import StepSize, step_size
+from megatron_twotower.plan.activations import MicroBatchShape, micro_batch_shape
 from megatron_twotower.plan.flops import context_layers
-from megatron_twotower.plan.layout import Card, Layout, micro_batches
-from megatron_twotower.plan.weights import FP32, WeightBytes, parameters, tables
+from megatron_twotower.plan.layout import Accelerator, Layout, micro_batches
+from megatron_twotower.plan.weights import FP32, WeightBytes, parameter_count, tower_entries
 
-# Of a ring: what a rank sends of n bytes over g ranks is so many times n (g - 1) / g.
-FACTORS = {"all_gather": 1, "reduce_scatter": 1, "all_to_all": 1, "all_reduce": 2}
+# A rank sends this many times n (g - 1) / g bytes.
+_RING_FACTORS = {"all_gather": 1, "reduce_scatter": 1, "all_to_all": 1, "all_reduce": 2}
 
 
 @dataclass(frozen=True)
-class Transfer:
-    """So many collectives of one kind in a step. bytes: in all of one collective, as `FACTORS` takes them."""
+class Collective:
+    """Equal collectives of a step, or equal messages to one rank.
+
+    Attributes:
+        group: The kind of its group, a key of `group_sizes`.
+        purpose: What is sent.
+        operation: A key of `_RING_FACTORS`, or "send" for a message to one rank.
+        bytes: The bytes of one collective over all ranks of the group, or of one message.
+        count: The number of collectives or messages in a step.
+    """
 
     group: str
-    what: str
+    purpose: str
     operation: str
     bytes: float
-    times: int
+    count: int
 
-    def sent(self, ranks: int) -> float:
-        """Bytes that one rank sends in a step."""
+    def sent_bytes(self, ranks: int) -> float:
+        """The bytes that one of the ranks of the group sends in a step."""
         if self.operation == "send":
-            return self.bytes * self.times
-        return FACTORS[self.operation] * self.bytes * (ranks - 1) / ranks * self.times
+            return self.bytes * self.count
+        return _RING_FACTORS[self.operation] * self.bytes * (ranks - 1) / ranks * self.count
 
 
 def group_sizes(layout: Layout) -> dict[str, int]:
+    """The number of ranks in each kind of group."""
     return {
         "tensor": layout.tensor,
         "expert": layout.expert,
@@ -65,147 +74,169 @@ def group_sizes(layout: Layout) -> dict[str, int]:
     }
 
 
-def crosses_nodes(group: str, layout: Layout, card: Card) -> bool:
-    """Whether a group of this kind reaches beyond one node. Megatron lays tensor-parallel ranks beside each other, then
-    expert-parallel ones; ranks of data-parallel groups and of a pipeline stand apart."""
+def crosses_nodes(group: str, layout: Layout, accelerator: Accelerator) -> bool:
+    """Whether a group of this kind has ranks on several nodes.
+
+    Megatron numbers tensor-parallel ranks consecutively, then expert-parallel ranks. The ranks of
+    data-parallel groups and of a pipeline are far apart.
+    """
     sizes = group_sizes(layout)
     spans = sizes | {"expert": layout.expert * layout.expert_tensor}
     spans |= dict.fromkeys(("data", "expert data", "pipeline"), layout.ranks)
-    return sizes[group] > 1 and spans[group] > card.per_node
+    return sizes[group] > 1 and spans[group] > accelerator.per_node
 
 
-def _passes(config: RunConfig, kind: str) -> int:
-    """Forward passes of a trained layer for each backward one."""
+def _forward_passes(config: RunConfig, kind: str) -> int:
+    """The forward passes of a trained layer per backward pass."""
     return 2 if kind in config.train.recompute_layers and config.objective == "two_tower" else 1
 
 
-def _mixer(config: RunConfig, positions: int, *, forward: int, backward: int) -> Iterator[Transfer]:
-    """What the ranks of a mixer or a shared expert exchange, in so many passes."""
-    whole = positions * config.model.hidden_size * PRECISIONS[config.train.precision].bytes
+def _mixer(config: RunConfig, positions: int, *, forward: int, backward: int) -> Iterator[Collective]:
+    """The collectives of a mixer or a shared expert.
+
+    Args:
+        config: The configuration.
+        positions: The positions of the stream over the tensor-parallel ranks.
+        forward: The number of forward passes.
+        backward: The number of backward passes.
+    """
+    size = positions * config.model.hidden_size * PRECISIONS[config.train.precision].bytes
     if not config.parallel.sequence:
-        yield Transfer("tensor", "mixers", "all_reduce", whole, forward + backward)
+        yield Collective("tensor", "mixers", "all_reduce", size, forward + backward)
         return
-    yield Transfer("tensor", "mixers", "all_gather", whole, forward + 2 * backward)
-    yield Transfer("tensor", "mixers", "reduce_scatter", whole, forward + backward)
+    yield Collective("tensor", "mixers", "all_gather", size, forward + 2 * backward)
+    yield Collective("tensor", "mixers", "reduce_scatter", size, forward + backward)
 
 
-def _routed(config: RunConfig, size: StepSize, positions: int, *, forward: int, backward: int) -> Iterator[Transfer]:
-    """What routed experts exchange, in so many passes."""
-    model, layout = config.model, config.parallel
-    row, k = model.hidden_size * size.activation_bytes, model.num_experts_per_tok
-    wide = 8 if config.train.router_dtype == "fp64" else FP32
-    own, experts = positions // size.sequence, model.n_routed_experts
-    if layout.moe_dispatcher == "allgather":
-        all_own = own * layout.expert * layout.expert_tensor_ranks
-        # Every rank gets every row, with its probabilities for all experts, and where it goes. The
+def _routed_experts(
+    config: RunConfig, shape: MicroBatchShape, positions: int, *, forward: int, backward: int
+) -> Iterator[Collective]:
+    """The collectives of routed experts. Arguments as for `_mixer`."""
+    model, parallel = config.model, config.parallel
+    row, k = model.hidden_size * shape.activation_bytes, model.num_experts_per_tok
+    probability = 8 if config.train.router_dtype == "fp64" else FP32
+    on_rank, experts = positions // shape.sequence, model.n_routed_experts
+    if parallel.moe_dispatcher == "allgather":
+        group = "tensor x expert"
+        gathered = on_rank * parallel.expert * parallel.expert_tensor_ranks
+        # Every rank gets every row, with its probabilities for all experts and its routing map. The
         # sums go back in the precision of the probabilities (megatron-core 0.16.1,
         # token_dispatcher.py, token_combine).
-        back = all_own * model.hidden_size * wide
-        yield Transfer("tensor x expert", "tokens", "all_gather", all_own * row, forward)
-        yield Transfer("tensor x expert", "tokens", "reduce_scatter", all_own * row, backward)
-        yield Transfer("tensor x expert", "tokens", "reduce_scatter", back, forward)
-        yield Transfer("tensor x expert", "tokens", "all_gather", back, backward)
-        yield Transfer("tensor x expert", "routes", "all_gather", all_own * experts * (wide + 1), forward)
-        yield Transfer("tensor x expert", "routes", "reduce_scatter", all_own * experts * wide, backward)
+        combined = gathered * model.hidden_size * probability
+        yield Collective(group, "tokens", "all_gather", gathered * row, forward)
+        yield Collective(group, "tokens", "reduce_scatter", gathered * row, backward)
+        yield Collective(group, "tokens", "reduce_scatter", combined, forward)
+        yield Collective(group, "tokens", "all_gather", combined, backward)
+        yield Collective(group, "routes", "all_gather", gathered * experts * (probability + 1), forward)
+        yield Collective(group, "routes", "reduce_scatter", gathered * experts * probability, backward)
         return
-    sent = k * own
-    yield Transfer("expert", "tokens", "all_to_all", sent * row, 2 * (forward + backward))
-    yield Transfer("expert", "routes", "all_to_all", sent * wide, forward + backward)
-    gathered = sent * layout.expert_tensor_ranks
-    yield Transfer("expert tensor", "tokens", "all_gather", gathered * row, forward + backward)
-    yield Transfer("expert tensor", "tokens", "reduce_scatter", gathered * row, forward + backward)
-    yield Transfer("expert tensor", "routes", "all_gather", gathered * wide, forward)
-    yield Transfer("expert tensor", "routes", "reduce_scatter", gathered * wide, backward)
+    rows = k * on_rank
+    yield Collective("expert", "tokens", "all_to_all", rows * row, 2 * (forward + backward))
+    yield Collective("expert", "routes", "all_to_all", rows * probability, forward + backward)
+    gathered = rows * parallel.expert_tensor_ranks
+    yield Collective("expert tensor", "tokens", "all_gather", gathered * row, forward + backward)
+    yield Collective("expert tensor", "tokens", "reduce_scatter", gathered * row, forward + backward)
+    yield Collective("expert tensor", "routes", "all_gather", gathered * probability, forward)
+    yield Collective("expert tensor", "routes", "reduce_scatter", gathered * probability, backward)
 
 
-def _tower(config: RunConfig, size: StepSize, pattern: str, positions: int, *, trained: bool) -> Iterator[Transfer]:
+def _tower(
+    config: RunConfig, shape: MicroBatchShape, pattern: str, positions: int, *, trained: bool
+) -> Iterator[Collective]:
+    """The collectives of the layers of a tower."""
     for kind in pattern:
-        forward, backward = (_passes(config, kind), 1) if trained else (1, 0)
+        forward, backward = (_forward_passes(config, kind), 1) if trained else (1, 0)
         yield from _mixer(config, positions, forward=forward, backward=backward)
         if kind == "E":
-            yield from _routed(config, size, positions, forward=forward, backward=backward)
+            yield from _routed_experts(config, shape, positions, forward=forward, backward=backward)
 
 
-def _ends(config: RunConfig, size: StepSize, scored: float, own: Sequence[PipelineStage]) -> Iterator[Transfer]:
-    """Embeddings, the final gather, and the loss, where they are."""
-    row = config.model.hidden_size * size.activation_bytes
-    positions, frozen = (size.noisy, size.clean) if config.objective == "two_tower" else (size.clean, 0)
-    if any(stage.first for stage in own):
-        yield Transfer("tensor", "embeddings", "all_reduce", (positions + frozen) * row, 1)
+def _ends(
+    config: RunConfig, shape: MicroBatchShape, scored: float, stages: Sequence[PipelineStage]
+) -> Iterator[Collective]:
+    """The collectives of the embeddings on the first stage, and of the loss on the last."""
+    row = config.model.hidden_size * shape.activation_bytes
+    positions, frozen = (shape.noisy, shape.clean) if config.objective == "two_tower" else (shape.clean, 0)
+    if any(stage.first for stage in stages):
+        yield Collective("tensor", "embeddings", "all_reduce", (positions + frozen) * row, 1)
         if config.parallel.sequence:
-            yield Transfer("tensor", "embeddings", "all_gather", positions * row, 1)
-    if any(stage.last for stage in own):
+            yield Collective("tensor", "embeddings", "all_gather", positions * row, 1)
+    if any(stage.last for stage in stages):
         if config.parallel.sequence:
-            yield Transfer("tensor", "final states", "all_gather", positions * row, 1)
-        yield Transfer("tensor", "loss", "all_reduce", scored * (row + 3 * FP32), 1)
+            yield Collective("tensor", "final states", "all_gather", positions * row, 1)
+        yield Collective("tensor", "loss", "all_reduce", scored * (row + 3 * FP32), 1)
 
 
-def _between_stages(config: RunConfig, size: StepSize, own: Sequence[PipelineStage]) -> Iterator[Transfer]:
-    """What goes to the next stretch of layers, and back to the one before."""
-    row = config.model.hidden_size * size.activation_bytes
-    rows = size.clean // size.sequence
+def _between_stages(config: RunConfig, shape: MicroBatchShape, stages: Sequence[PipelineStage]) -> Iterator[Collective]:
+    """The activations for the next stage, and the gradients for the stage before."""
+    row = config.model.hidden_size * shape.activation_bytes
+    rows = shape.clean // shape.sequence
     if config.objective == "two_tower":
-        rows += size.own + 3 * size.rows
-    times = sum((not stage.last) + (not stage.first) for stage in own)
-    yield Transfer("pipeline", "streams", "send", rows * row, times)
+        rows += shape.noisy_on_rank + 3 * shape.levels
+    count = sum((not stage.last) + (not stage.first) for stage in stages)
+    yield Collective("pipeline", "streams", "send", rows * row, count)
 
 
-def _step(config: RunConfig, weights: WeightBytes, own: Sequence[PipelineStage]) -> Iterator[Transfer]:
-    """Once a step: gradients and parameters."""
+def _once_per_step(config: RunConfig, weights: WeightBytes, stages: Sequence[PipelineStage]) -> Iterator[Collective]:
+    """The collectives of gradients and parameters."""
     width = PRECISIONS[config.train.precision].bytes
     if config.parallel.sequence:
-        _, trained = tables(config)
-        shared = parameters(e for stage in own for e in entries_of_stage(trained, stage) if e.split_dim is None)
-        yield Transfer("tensor", "gradients of what they share", "all_reduce", shared * FP32, 1)
-    # Experts have an optimizer of their own, and each of the two gathers all buffers (megatron-core
-    # 0.16.1, distrib_optimizer.py, step_with_ready_grads), unless they are gathered during the next
-    # forward pass.
-    gathers = 2 if weights.expert and not config.parallel.overlap_param_gather else 1
-    for group, elements in (("data", weights.dense), ("expert data", weights.expert)):
+        _, trained = tower_entries(config)
+        shared = parameter_count(e for stage in stages for e in entries_of_stage(trained, stage) if e.split_dim is None)
+        yield Collective("tensor", "gradients of shared parameters", "all_reduce", shared * FP32, 1)
+    # Experts have their own optimizer. Each of the two optimizers gathers all buffers
+    # (megatron-core 0.16.1, distrib_optimizer.py, step_with_ready_grads), unless they are gathered
+    # during the next forward pass.
+    gathers = 2 if weights.expert_elements and not config.parallel.overlap_param_gather else 1
+    for group, elements in (("data", weights.dense_elements), ("expert data", weights.expert_elements)):
         if config.optimizer.distributed:
-            yield Transfer(group, "gradients", "reduce_scatter", elements * FP32, 1)
-            yield Transfer(group, "parameters", "all_gather", elements * width, gathers)
+            yield Collective(group, "gradients", "reduce_scatter", elements * FP32, 1)
+            yield Collective(group, "parameters", "all_gather", elements * width, gathers)
         else:
-            yield Transfer(group, "gradients", "all_reduce", elements * FP32, 1)
+            yield Collective(group, "gradients", "all_reduce", elements * FP32, 1)
 
 
-def transfers(
+def collectives(
     config: RunConfig,
     layout: Layout,
     weights: WeightBytes,
     *,
-    own: Sequence[PipelineStage] | None = None,
+    stages: Sequence[PipelineStage] | None = None,
     scored: float | None = None,
-) -> list[Transfer]:
-    """All that a rank exchanges in a step.
+) -> list[Collective]:
+    """All collectives of a rank in a step.
 
     Args:
-        own: the rank's stretches of layers; None for the whole model.
-        scored: positions of a micro-batch that the loss looks at; None for what is expected.
+        config: The configuration.
+        layout: Its layout.
+        weights: The weights of the rank.
+        stages: The pipeline stages of the rank; `None` for the whole model.
+        scored: The scored positions of a micro-batch; `None` for the expected number.
     """
-    size, kinds = step_size(config), config.model.hybrid_override_pattern
-    held = own if own is not None else (whole_model(config.model),)
-    numbers = [number for stage in held for number in stage.layers]
+    shape, kinds = micro_batch_shape(config), config.model.hybrid_override_pattern
+    stages = stages if stages is not None else (whole_model(config.model),)
+    layers = [layer for stage in stages for layer in stage.layers]
     two_tower = config.objective == "two_tower"
     if scored is None:
         share = (config.noise.time_min + config.noise.time_max) / 2
-        scored = size.noisy * share if two_tower else size.clean - size.sequences
-    positions = size.noisy if two_tower else size.clean
-    pattern = "".join(kinds[number] for number in numbers)
-    each = [*_tower(config, size, pattern, positions, trained=True), *_ends(config, size, scored, held)]
-    each += _between_stages(config, size, held)
+        scored = shape.noisy * share if two_tower else shape.clean - shape.sequences
+    positions = shape.noisy if two_tower else shape.clean
+    pattern = "".join(kinds[layer] for layer in layers)
+    found = [*_tower(config, shape, pattern, positions, trained=True), *_ends(config, shape, scored, stages)]
+    found += _between_stages(config, shape, stages)
     if two_tower:
-        frozen = "".join(kinds[number] for number in numbers if number < len(context_layers(config.model)))
-        each += _tower(config, size, frozen, size.clean, trained=False)
-    count = micro_batches(config, layout)
-    step = [Transfer(t.group, t.what, t.operation, t.bytes, t.times * count) for t in each]
+        frozen = "".join(kinds[layer] for layer in layers if layer < len(context_layers(config.model)))
+        found += _tower(config, shape, frozen, shape.clean, trained=False)
+    per_step = micro_batches(config, layout)
+    found = [replace(each, count=each.count * per_step) for each in found]
     ranks = group_sizes(layout)
-    return [t for t in [*step, *_step(config, weights, held)] if ranks[t.group] > 1 and t.bytes and t.times]
+    found += _once_per_step(config, weights, stages)
+    return [each for each in found if ranks[each.group] > 1 and each.bytes and each.count]
 
 
-def sent_by_group(found: list[Transfer], layout: Layout) -> dict[str, float]:
-    """Bytes that one rank sends in a step within each kind of group."""
+def sent_by_group(found: list[Collective], layout: Layout) -> dict[str, float]:
+    """The bytes that a rank sends in a step within each kind of group."""
     ranks, sums = group_sizes(layout), dict[str, float]()
-    for transfer in found:
-        sums[transfer.group] = sums.get(transfer.group, 0.0) + transfer.sent(ranks[transfer.group])
+    for each in found:
+        sums[each.group] = sums.get(each.group, 0.0) + each.sent_bytes(ranks[each.group])
     return sums

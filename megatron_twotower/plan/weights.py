@@ -1,18 +1,20 @@
-"""Parameters, gradients and optimizer state of one rank, in bytes, as Megatron Core 0.16.1 lays them out.
+"""Bytes of parameters, gradients and optimizer state of a rank, as in Megatron Core 0.16.1.
 
-The elements of a rank come from the table of names (`held`), or from modules that were built
-without memory (`built.py`): the two must agree. Megatron's rules:
+The parameters of a rank come from the parameter map. A test compares them with the modules of a
+rank. Megatron's rules:
 
-* gradients: one fp32 buffer of all trained parameters of a rank, and one of its experts where
-  experts are parallel;
-* with the distributed optimizer parameters start at multiples of 64 elements in these buffers,
-  buckets end at multiples of 128 and of the ranks that share them, and parameters are views of a
-  buffer cut alike;
-* AdamW's two moments in fp32, and main parameters in fp32 beside bf16 ones; of a bucket's share
-  with the distributed optimizer (param_and_grad_buffer.py, distrib_optimizer.py).
+* Gradients are in one fp32 buffer for all trained parameters of a rank. With expert parallelism,
+  experts have a second buffer.
+* With the distributed optimizer, parameters start at multiples of 64 elements in these buffers.
+  Buckets end at multiples of 128 and of the ranks that share them. Parameters are views of a buffer
+  of the same layout.
+* AdamW has two moments in fp32, and main parameters in fp32 for bf16 parameters. With the
+  distributed optimizer, a rank has those of its share of each bucket (param_and_grad_buffer.py,
+  distrib_optimizer.py).
 """
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,13 +33,20 @@ from megatron_twotower.model.parameter_map import (
 from megatron_twotower.plan.layout import Layout
 
 FP32 = 4
-# Router biases are buffers: they are neither trained by gradient nor counted among parameters.
-_BUFFERS = ("expert_bias",)
+# Router biases are buffers of modules. They have no gradients and do not count as parameters.
+_MODULE_BUFFERS = ("expert_bias",)
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.*)")
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a rank. expert: its gradient is summed over the ranks that hold the same experts."""
+    """A trained parameter of a rank.
+
+    Attributes:
+        name: The name in the parameter map.
+        elements: The number of elements on the rank.
+        expert: Whether its gradient is summed over expert-data-parallel ranks.
+    """
 
     name: str
     elements: int
@@ -46,10 +55,13 @@ class Parameter:
 
 @dataclass(frozen=True)
 class RankParameters:
-    """What one rank holds: the frozen context tower, and what trains, in the order in which modules have them.
+    """The parameters of a rank.
 
-    chunks: one for each stretch of layers of a pipeline rank, each in buffers of its own.
-    projections: of the context tower's elements, those of matrices that FP8 multiplies, by layer.
+    Attributes:
+        context: The elements of the context tower.
+        chunks: The trained parameters of each model chunk, in the order of the module. Each chunk
+            has its own buffers.
+        projections: The elements of the context tower that FP8 multiplies: (layer, elements).
     """
 
     context: int
@@ -57,123 +69,159 @@ class RankParameters:
     projections: tuple[tuple[int, int], ...] = ()
 
 
-def parameters(entries: Iterable[Entry]) -> int:
-    """Elements of all parameters of a table, over all ranks."""
-    return sum(math.prod(entry.shape) for entry in entries if not entry.megatron_name.endswith(_BUFFERS))
+def parameter_count(entries: Iterable[Entry]) -> int:
+    """The number of elements of all parameters of some entries, over all ranks."""
+    return sum(math.prod(entry.shape) for entry in entries if not entry.megatron_name.endswith(_MODULE_BUFFERS))
 
 
-def tables(config: RunConfig) -> tuple[list[Entry], list[Entry]]:
-    """The tables of the context tower (none for `ar`) and of what trains."""
-    return _tables(config.objective, config.model, config.conditioning.frequencies)
+def tower_entries(config: RunConfig) -> tuple[list[Entry], list[Entry]]:
+    """The entries of the context tower, which `ar` has not, and of the trained modules."""
+    return _tower_entries(config.objective, config.model, config.conditioning.frequencies)
 
 
-# A search asks for the same few again and again.
+# A search asks for the same few entries for every layout.
 @lru_cache(maxsize=4)
-def _tables(objective: str, model: ModelConfig, frequencies: int) -> tuple[list[Entry], list[Entry]]:
+def _tower_entries(objective: str, model: ModelConfig, frequencies: int) -> tuple[list[Entry], list[Entry]]:
     if objective == "ar":
         return [], trained_backbone_entries(model)
     return context_entries(model), denoiser_entries(model, frequencies)
 
 
-def _on_a_rank(entries: Iterable[Entry], layout: Layout) -> Iterable[Parameter]:
+def _in_module_order(entries: Iterable[Entry]) -> list[Entry]:
+    """Entries in the order of a module's parameters, which the layout of a buffer depends on."""
+    return sorted(entries, key=lambda entry: _module_order(entry.megatron_name))
+
+
+def _module_order(name: str) -> tuple[float, int]:
+    """A sort key. It keeps the order of names with the same key."""
+    found = _LAYER.search(name)
+    if found is None:
+        module = name.removeprefix("tower.").partition(".")[0]
+        return {"conditioning": -2.0, "embedding": -1.0}.get(module, math.inf), 0
+    inside = {"scale_shift_table": 0, "mixer.in_proj.weight": 2, "mixer.out_proj.weight": 3}
+    return float(found[1]), inside.get(found[2], 1)
+
+
+def _parameters_on_rank(entries: Iterable[Entry], layout: Layout) -> Iterable[Parameter]:
     for entry in entries:
-        expert = entry.expert is not None
-        # Ranks hold equally many experts: so many of all stand for those of any.
-        if entry.megatron_name.endswith(_BUFFERS) or (entry.expert or 0) % layout.expert:
+        is_expert = entry.expert is not None
+        # All ranks have the same number of experts of the same sizes. So every n-th of all experts,
+        # with n expert-parallel ranks, has the sizes of those of a rank.
+        if entry.megatron_name.endswith(_MODULE_BUFFERS) or (entry.expert or 0) % layout.expert:
             continue
-        ranks = layout.expert_tensor if expert else layout.tensor
+        ranks = layout.expert_tensor if is_expert else layout.tensor
         elements = math.prod(entry.shape) // (1 if entry.split_dim is None else ranks)
-        yield Parameter(entry.megatron_name, elements, expert and layout.expert > 1)
+        yield Parameter(entry.megatron_name, elements, is_expert and layout.expert > 1)
 
 
 def rank_parameters(config: RunConfig, layout: Layout, *, pipeline_rank: int = 0) -> RankParameters:
-    """What each rank of a pipeline stage holds, by the table of names."""
-    own = stages_of_rank(config.model, config.parallel, pipeline_rank)
-    return _held(config.objective, config.model, config.conditioning.frequencies, layout, own)
+    """The parameters of a rank with this pipeline rank, by the parameter map."""
+    stages = stages_of_rank(config.model, config.parallel, pipeline_rank)
+    return _rank_parameters(config.objective, config.model, config.conditioning.frequencies, layout, stages)
 
 
 @lru_cache(maxsize=256)
-def _held(
-    objective: str, model: ModelConfig, frequencies: int, layout: Layout, own: tuple[PipelineStage, ...]
+def _rank_parameters(
+    objective: str, model: ModelConfig, frequencies: int, layout: Layout, stages: tuple[PipelineStage, ...]
 ) -> RankParameters:
-    context, trained = _tables(objective, model, frequencies)
-    frozen = [entry for stage in own for entry in entries_of_stage(context, stage)]
-    chunks = tuple(tuple(_on_a_rank(entries_of_stage(trained, stage), layout)) for stage in own)
-    on_a_rank = list(_on_a_rank(frozen, layout))
-    return RankParameters(sum(p.elements for p in on_a_rank), chunks, by_layer((p.name, p.elements) for p in on_a_rank))
+    context, trained = _tower_entries(objective, model, frequencies)
+    chunks = tuple(
+        tuple(_parameters_on_rank(_in_module_order(entries_of_stage(trained, stage)), layout)) for stage in stages
+    )
+    frozen = list(_parameters_on_rank([e for stage in stages for e in entries_of_stage(context, stage)], layout))
+    return RankParameters(
+        context=sum(parameter.elements for parameter in frozen),
+        chunks=chunks,
+        projections=projections_by_layer((parameter.name, parameter.elements) for parameter in frozen),
+    )
 
 
-def by_layer(sizes: Iterable[tuple[str, int]]) -> tuple[tuple[int, int], ...]:
-    """Elements of the matrices among named parameters that FP8 multiplies: (layer, elements), in order of layers."""
+def projections_by_layer(elements: Iterable[tuple[str, int]]) -> tuple[tuple[int, int], ...]:
+    """The elements of the matrices that FP8 multiplies, as (layer, elements) in order of layers.
+
+    Args:
+        elements: Pairs of a parameter's name and its number of elements.
+    """
     sums: dict[int, int] = {}
-    for name, elements in sizes:
+    for name, count in elements:
         layer = layer_of_projection(name)
         if layer is not None:
-            sums[layer] = sums.get(layer, 0) + elements
+            sums[layer] = sums.get(layer, 0) + count
     return tuple(sorted(sums.items()))
 
 
-def _in_fp8(config: RunConfig, of: RankParameters) -> int:
-    """Elements of the context tower that are held in FP8, a byte each. Their scales, few of them, are left out."""
+def _fp8_elements(config: RunConfig, parameters: RankParameters) -> int:
+    """The elements of the context tower that are stored in FP8, with 1 byte each.
+
+    Their scales are few and not counted.
+    """
     if CONTEXT_PRECISIONS[config.train.context_precision] is None:
         return 0
     layers = range(config.fp8.first_layers_bf16, config.model.num_layers - config.fp8.last_layers_bf16)
-    return sum(elements for layer, elements in of.projections if layer in layers)
+    return sum(elements for layer, elements in parameters.projections if layer in layers)
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """Megatron's buffer of some parameters: its elements, padding included, and those each data-parallel rank owns."""
+    """A buffer of Megatron.
+
+    Attributes:
+        elements: Its elements with padding.
+        owned: The elements of parameters in the optimizer shard of each data-parallel rank.
+    """
 
     elements: int
     owned: tuple[int, ...]
 
 
-def _up(number: int, divisor: int) -> int:
+def _round_up(number: int, divisor: int) -> int:
     return -(-number // divisor) * divisor
 
 
 @lru_cache(maxsize=256)
 def buffer(sizes: tuple[int, ...], *, ranks: int, distributed: bool, bucket_elements: int | None = None) -> Buffer:
-    """Lay parameters of these sizes out as Megatron does.
+    """The buffer that Megatron makes for parameters.
 
     Args:
-        sizes: in the order of the module's parameters; Megatron goes through them backwards.
-        ranks: that share the buffer.
-        bucket_elements: a bucket is closed when it has so many; None for one bucket.
-
-    Returns:
-        the buffer. Without the distributed optimizer every rank owns all.
+        sizes: The elements of each parameter, in the order of the module. Megatron puts them into
+            the buffer in reverse order.
+        ranks: The ranks that share the buffer.
+        distributed: Whether the optimizer is distributed. If not, every rank owns all elements.
+        bucket_elements: A bucket ends when it has this number of elements; `None` for one bucket.
     """
     if not distributed:
         return Buffer(sum(sizes), (sum(sizes),) * ranks)
     divisor = math.lcm(ranks, 128)
-    owned, start, first = [0] * ranks, 0, 0
+    owned, start, bucket_start = [0] * ranks, 0, 0
     inside: list[tuple[int, int]] = []
 
-    def close(end: int) -> int:
-        last = _up(end, divisor)
-        share = (last - first) // ranks
+    def close_bucket(end: int) -> int:
+        bucket_end = _round_up(end, divisor)
+        share = (bucket_end - bucket_start) // ranks
         for low, high in inside:
-            for rank in range((low - first) // share, min(ranks, (high - 1 - first) // share + 1)):
-                begin = first + rank * share
+            first, last = (low - bucket_start) // share, (high - 1 - bucket_start) // share
+            for rank in range(first, min(ranks, last + 1)):
+                begin = bucket_start + rank * share
                 owned[rank] += min(high, begin + share) - max(low, begin)
-        return last
+        return bucket_end
 
     for size in reversed(sizes):
-        start = _up(start, 64)
+        start = _round_up(start, 64)
         inside.append((start, start + size))
         start += size
-        if bucket_elements is not None and start - first >= bucket_elements:
-            start = first = close(start)
+        if bucket_elements is not None and start - bucket_start >= bucket_elements:
+            start = bucket_start = close_bucket(start)
             inside = []
     if inside:
-        start = close(start)
+        start = close_bucket(start)
     return Buffer(start, tuple(owned))
 
 
 def bucket_elements(config: RunConfig, layout: Layout) -> int | None:
-    """Megatron's size of a bucket: there are several only where reduction overlaps with the backward pass."""
+    """The size of Megatron's buckets; `None` for one bucket.
+
+    There are several only if the reduction of gradients overlaps with the backward pass.
+    """
     if not config.parallel.overlap_grad_reduce:
         return None
     return config.parallel.bucket_parameters or max(40_000_000, 1_000_000 * layout.data)
@@ -181,61 +229,72 @@ def bucket_elements(config: RunConfig, layout: Layout) -> int | None:
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """Bytes on a rank. optimizer: of each data-parallel rank, over dense and expert buffers; they differ by padding.
+    """Bytes of the weights of a rank, and of what belongs to them.
 
-    dense, expert: elements of the two gradient buffers, padding included.
+    Attributes:
+        context: The context tower.
+        parameters: The trained parameters, with padding.
+        gradients: Their gradients, with padding.
+        optimizer: The optimizer shard. Padding makes it differ between data-parallel ranks.
+        dense_elements: The elements of the buffers of dense parameters, with padding.
+        expert_elements: The elements of the buffers of experts, with padding.
     """
 
     context: int
     parameters: int
     gradients: int
     optimizer: int
-    dense: int
-    expert: int
+    dense_elements: int
+    expert_elements: int
 
 
 def weight_bytes(
     config: RunConfig,
     layout: Layout,
-    of: RankParameters,
+    parameters: RankParameters,
     *,
     pipeline_rank: int = 0,
-    places: tuple[int, int] | None = None,
+    data_ranks: tuple[int, int] | None = None,
 ) -> WeightBytes:
-    """Bytes of weights and what hangs on them.
+    """The bytes of weights, gradients and optimizer state of a rank.
 
-    Args: pipeline_rank: of what is held; Megatron cuts only the first stretch of the first rank
-        into buckets. places: of a rank in its data-parallel and its expert-data-parallel group, for
-        its very share of the optimizer state; None for the largest.
+    Args:
+        config: The configuration.
+        layout: Its layout.
+        parameters: The parameters of the rank.
+        pipeline_rank: The pipeline rank. Megatron makes several buckets only in the first model
+            chunk of the first pipeline rank.
+        data_ranks: The data-parallel and the expert-data-parallel rank, for its optimizer shard;
+            `None` for the largest shard.
     """
     width, distributed = PRECISIONS[config.train.precision].bytes, config.optimizer.distributed
-    # fp32 parameters are their own main parameters.
-    state = 2 * FP32 if width == FP32 else 3 * FP32
-    buffers, owned = [0, 0], 0
-    for chunk, trained in enumerate(of.chunks):
+    # fp32 parameters need no main parameters.
+    state_bytes = 2 * FP32 if width == FP32 else 3 * FP32
+    elements, owned = [0, 0], 0
+    for chunk, trained in enumerate(parameters.chunks):
         bucket = bucket_elements(config, layout) if chunk == pipeline_rank == 0 else None
-        for number, ranks in enumerate((layout.data, layout.expert_data)):
-            sizes = tuple(p.elements for p in trained if p.expert == bool(number))
-            laid = buffer(sizes, ranks=ranks, distributed=distributed, bucket_elements=bucket)
-            buffers[number] += laid.elements
-            owned += max(laid.owned) if places is None else laid.owned[places[number]]
-    total = sum(buffers)
+        for i, ranks in enumerate((layout.data, layout.expert_data)):
+            sizes = tuple(parameter.elements for parameter in trained if parameter.expert == bool(i))
+            laid_out = buffer(sizes, ranks=ranks, distributed=distributed, bucket_elements=bucket)
+            elements[i] += laid_out.elements
+            owned += max(laid_out.owned) if data_ranks is None else laid_out.owned[data_ranks[i]]
     return WeightBytes(
-        context=of.context * width - _in_fp8(config, of) * (width - 1),
-        parameters=total * width,
-        gradients=total * FP32,
-        optimizer=owned * state,
-        dense=buffers[0],
-        expert=buffers[1],
+        context=parameters.context * width - _fp8_elements(config, parameters) * (width - 1),
+        parameters=sum(elements) * width,
+        gradients=sum(elements) * FP32,
+        optimizer=owned * state_bytes,
+        dense_elements=elements[0],
+        expert_elements=elements[1],
     )
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """A checkpoint: parameters, and main parameters (bf16) and moments in fp32, of all that trains. Once, not per rank.
+    """The bytes of a checkpoint, over all ranks.
 
-    The frozen tower is in no checkpoint.
+    It has the trained parameters, their moments in fp32, and main parameters in fp32 of bf16
+    parameters. The frozen tower is in no checkpoint.
     """
-    _, trained = tables(config)
+    _, trained = tower_entries(config)
     width = PRECISIONS[config.train.precision].bytes
     each = 3 * FP32 if width == FP32 else width + 3 * FP32
-    return parameters(trained) * each
+    return parameter_count(trained) * each

@@ -33,7 +33,7 @@ from megatron_twotower.mcore.transformer_config import transformer_config
 from megatron_twotower.model import parameter_map
 from megatron_twotower.model.parameter_map import Entry
 from megatron_twotower.model.towers import BackboneModel, TwoTower, build_context_tower
-from megatron_twotower.plan.activations import step_bytes
+from megatron_twotower.plan.activations import bytes_by_kind
 from megatron_twotower.train import checkpoints, ledger
 from megatron_twotower.train.loop import LoopHooks, Trainer, train
 from megatron_twotower.train.metrics import Metrics, WandbSettings, open_metrics
@@ -126,7 +126,7 @@ def dry_run(config: RunConfig) -> str:
         block = f", blocks of {phase.noise.block_size_tokens}" if config.objective == "two_tower" else ""
         lines.append(f"phase {phase.name}: {phase.steps} steps, {tokens:,} tokens{block}")
     if config.objective == "two_tower" and config.parallel.pipeline == 1:
-        kept = ", ".join(f"{kind} {count / 2**20:,.1f}" for kind, count in step_bytes(config).items())
+        kept = ", ".join(f"{kind} {count / 2**20:,.1f}" for kind, count in bytes_by_kind(config).items())
         lines.append(f"MiB kept between forward and backward, by kind of layer: {kept}")
     return "\n".join(lines)
 

@@ -22,7 +22,7 @@ from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.recipes import load_recipe
 from megatron_twotower.model.parameter_map import backbone_entries, hf_shapes
 from megatron_twotower.plan.flops import step_flops
-from megatron_twotower.plan.layout import CARDS
+from megatron_twotower.plan.layout import ACCELERATORS
 
 ROUTER, CONTEXT_SCAN = "router in fp64", "context tower's scan in torch"
 
@@ -36,7 +36,7 @@ def test_the_recipe_is_the_real_model_at_full_width():
 
 @pytest.mark.parametrize(("card", "pattern"), [("h100", "MEMEM*"), ("h200", "MEMEM*EMEM")])
 def test_as_many_layers_as_the_plan_says_fit(card, pattern):
-    config = fitting(load_recipe("bench_gpu"), layers=0, memory_bytes=CARDS[card].memory_bytes)
+    config = fitting(load_recipe("bench_gpu"), layers=0, memory_bytes=ACCELERATORS[card].memory_bytes)
     assert config.model.hybrid_override_pattern == pattern
     assert set("ME*") <= set(pattern), "every kind of layer"
 
@@ -65,7 +65,7 @@ def test_layers_that_are_asked_for():
     ],
 )
 def test_a_peak_is_that_of_the_very_card(name, known):
-    assert card_named(name) == (known and CARDS[known])
+    assert card_named(name) == (known and ACCELERATORS[known])
 
 
 NAMES = {

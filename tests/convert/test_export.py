@@ -1,4 +1,4 @@
-"""Folders that `convert export` writes: their kinds, precision, what stands beside the weights, and all or nothing."""
+"""Folders that `convert export` writes: kinds, dtypes, other files, and that none is incomplete."""
 
 import json
 import os
@@ -18,8 +18,11 @@ from helpers.hf_folders import MODEL, config_of, contents
 from helpers.runs import train
 from megatron_twotower.cli import main
 from megatron_twotower.common.errors import UserError
+from megatron_twotower.common.progress import silent_bytes
 from megatron_twotower.common.run_folder import checkpoint_folder
-from megatron_twotower.convert import export, hf_folder, import_run, tensors
+from megatron_twotower.config.recipes import load_recipe
+from megatron_twotower.convert import export, hf_folder, import_run
+from megatron_twotower.convert.mcore_checkpoint import CheckpointWeights
 from megatron_twotower.model import parameter_map
 
 
@@ -38,9 +41,9 @@ def run(tmp_path_factory, tiny_data, tiny_backbone):
 
 def test_the_kinds_of_a_run_and_how_they_fit_together(run, tiny_backbone, tmp_path):
     for what in ("two_tower", "context", "denoiser"):
-        assert export.export(run, tmp_path / what, choices=choose(what)) == what
+        assert export.export(run, tmp_path / what, options=choose(what)) == what
     whole, context, denoiser = (contents(tmp_path / name) for name in ("two_tower", "context", "denoiser"))
-    assert context == contents(tiny_backbone), "the frozen tower is its source, to the bit"
+    assert context == contents(tiny_backbone), "the frozen tower is its source, bit for bit"
     renamed = {parameter_map.context_name(name): tensor for name, tensor in context.items()}
     assert whole == renamed | denoiser and not renamed.keys() & denoiser.keys()
     assert export.export(run, tmp_path / "default") == "two_tower"
@@ -52,8 +55,8 @@ def test_the_kinds_of_a_run_and_how_they_fit_together(run, tiny_backbone, tmp_pa
 
 def test_a_denoiser_is_half_the_bytes_and_is_completed_to_the_same(run, tiny_backbone, tmp_path):
     source = hf_folders.write(tmp_path / "source", "two_tower")
-    export.export(source, tmp_path / "denoiser", choices=choose("denoiser"))
-    export.export(source, tmp_path / "context", choices=choose("context"))
+    export.export(source, tmp_path / "denoiser", options=choose("denoiser"))
+    export.export(source, tmp_path / "context", options=choose("context"))
     sizes = {
         name: sum(map(len, (data for *_, data in contents(tmp_path / name).values())))
         for name in ("source", "denoiser", "context")
@@ -66,8 +69,8 @@ def test_a_denoiser_is_half_the_bytes_and_is_completed_to_the_same(run, tiny_bac
     with pytest.raises(UserError, match=r"source: not found, expected the backbone of .*--backbone"):
         export.export(tmp_path / "denoiser", tmp_path / "third")
     with pytest.raises(UserError, match=r"context: found sha256 .*, expected .*, the backbone of"):
-        export.export(tmp_path / "denoiser", tmp_path / "third", choices=choose(backbone=tmp_path / "context"))
-    export.export(tmp_path / "denoiser", tmp_path / "third", choices=choose(backbone=Path(moved)))
+        export.export(tmp_path / "denoiser", tmp_path / "third", options=choose(backbone=tmp_path / "context"))
+    export.export(tmp_path / "denoiser", tmp_path / "third", options=choose(backbone=Path(moved)))
     assert contents(tmp_path / "third") == contents(moved)
     (tmp_path / "denoiser" / "context_tower.json").unlink()
     with pytest.raises(UserError, match=r"found a denoiser without context_tower.json"):
@@ -78,21 +81,21 @@ def load(folder, **settings):
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto", **settings)
 
 
-# The folders that a denoiser can be completed from.
-HOMES = {
+# The folders of the backbone that a denoiser can be completed with.
+BACKBONES = {
     "hub": choose("context", style="hub"),
     "transformers": choose("context", style="transformers"),
     "two_tower": choose("two_tower"),
 }
 
 
-@pytest.mark.parametrize("style", HOMES)
+@pytest.mark.parametrize("style", BACKBONES)
 def test_from_pretrained_completes_a_denoiser(tmp_path, style):
     whole = hf_folders.write(tmp_path / "whole", "two_tower", precision=lambda name: torch.float32)
     export.export(whole, tmp_path / "two_tower")
     home = tmp_path / "home"
-    export.export(whole, home, choices=HOMES[style])
-    export.export(whole, tmp_path / "denoiser", choices=choose("denoiser"))
+    export.export(whole, home, options=BACKBONES[style])
+    export.export(whole, tmp_path / "denoiser", options=choose("denoiser"))
     pointer = {"backbone": "../home", "sha256": hf_folder.fingerprint(home)}
     (tmp_path / "denoiser" / "context_tower.json").write_text(json.dumps(pointer))
     completed, notes = load(tmp_path / "denoiser", output_loading_info=True)
@@ -104,7 +107,7 @@ def test_from_pretrained_completes_a_denoiser(tmp_path, style):
 
 def test_from_pretrained_never_leaves_a_context_tower_random(tmp_path):
     whole = hf_folders.write(tmp_path / "whole", "two_tower")
-    export.export(whole, tmp_path / "denoiser", choices=choose("denoiser"))
+    export.export(whole, tmp_path / "denoiser", options=choose("denoiser"))
     moved = shutil.move(whole, tmp_path / "moved")
     with pytest.raises(ValueError, match=r"whole: not found, expected the backbone of .*denoiser"):
         load(tmp_path / "denoiser")
@@ -120,7 +123,7 @@ def test_from_pretrained_never_leaves_a_context_tower_random(tmp_path):
 def test_one_tower_is_not_two(tmp_path):
     source = hf_folders.write(tmp_path / "source", "hub")
     with pytest.raises(UserError, match="found one tower, expected two to export denoiser"):
-        export.export(source, tmp_path / "out", choices=choose("denoiser"))
+        export.export(source, tmp_path / "out", options=choose("denoiser"))
 
 
 def test_transformers_loads_the_context_tower_of_either_style(tmp_path):
@@ -128,7 +131,7 @@ def test_transformers_loads_the_context_tower_of_either_style(tmp_path):
     tokens = torch.randint(0, MODEL.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
     models = {}
     for style in ("hub", "transformers"):
-        export.export(source, tmp_path / style, choices=choose("context", style=style))
+        export.export(source, tmp_path / style, options=choose("context", style=style))
         model, notes = AutoModelForCausalLM.from_pretrained(tmp_path / style, output_loading_info=True)
         assert not any(notes.values()), notes
         assert "auto_map" not in config_of(tmp_path / style)
@@ -139,7 +142,7 @@ def test_transformers_loads_the_context_tower_of_either_style(tmp_path):
         torch.testing.assert_close(*(model(tokens, use_cache=False).logits for model in models.values()))
     _, shape, _ = contents(tmp_path / "transformers")["model.layers.1.mixer.experts.up_proj"]
     assert shape == (MODEL.n_routed_experts, MODEL.moe_intermediate_size, MODEL.hidden_size)
-    export.export(tmp_path / "transformers", tmp_path / "back", choices=choose(style="hub"))
+    export.export(tmp_path / "transformers", tmp_path / "back", options=choose(style="hub"))
     assert contents(tmp_path / "back") == contents(tmp_path / "hub")
 
 
@@ -147,17 +150,17 @@ def test_transformers_loads_the_context_tower_of_either_style(tmp_path):
 def test_every_tensor_in_the_precision_that_is_asked_for(tmp_path, dtype):
     source = hf_folders.write(tmp_path / "source", "transformers")
     import_run.import_folder(source, tmp_path / "run")
-    export.export(tmp_path / "run", tmp_path / "out", choices=choose(dtype=dtype))
-    before, after = hf_folders.spans(source), hf_folders.spans(tmp_path / "out")
+    export.export(tmp_path / "run", tmp_path / "out", options=choose(dtype=dtype))
+    before, after = hf_folders.tensors_of(source), hf_folders.tensors_of(tmp_path / "out")
     assert before.keys() == after.keys()
-    for name, span in after.items():
+    for name, tensor in after.items():
         wide = name.endswith("e_score_correction_bias")
-        assert span.dtype == (torch.float32 if wide else dtype), name
-        assert torch.equal(span.read(), before[name].read().to(span.dtype)), name
+        assert tensor.dtype == (torch.float32 if wide else dtype), name
+        assert torch.equal(tensor.read(), before[name].read().to(tensor.dtype)), name
     assert config_of(tmp_path / "out")["torch_dtype"] == str(dtype).removeprefix("torch.")
 
 
-def test_what_stands_beside_the_weights(run, tiny_data, tiny_backbone, tmp_path, capsys):
+def test_the_files_next_to_the_weights(run, tiny_data, tiny_backbone, tmp_path, capsys):
     export.export(run, tmp_path / "model")
     card = (tmp_path / "model" / "README.md").read_text()
     facts = json.loads((run / "provenance.json").read_text())
@@ -178,7 +181,7 @@ def test_what_stands_beside_the_weights(run, tiny_data, tiny_backbone, tmp_path,
 
 @pytest.mark.parametrize("what", ["two_tower", "context", "denoiser"])
 def test_the_snippet_of_the_card_runs(run, tiny_data, tmp_path, monkeypatch, capsys, what):
-    export.export(run, tmp_path / "model", choices=choose(what))
+    export.export(run, tmp_path / "model", options=choose(what))
     for file in tmp_path.joinpath("model").iterdir():
         shutil.copy(tiny_data / "tokenizer" / "tokenizer.json", tmp_path / "model")
         assert file.stat().st_mode & 0o044, "others may read it"
@@ -202,10 +205,10 @@ def test_defaults_of_a_source_are_kept(tmp_path):
 
 def test_a_step_is_chosen(run, tmp_path):
     for step in (5, 6):
-        export.export(run, tmp_path / str(step), choices=choose("denoiser", step=step))
+        export.export(run, tmp_path / str(step), options=choose("denoiser", step=step))
     assert contents(tmp_path / "5") != contents(tmp_path / "6")
     with pytest.raises(UserError, match=r"found no checkpoint of step 4, expected one of 5, 6"):
-        export.export(run, tmp_path / "4", choices=choose(step=4))
+        export.export(run, tmp_path / "4", options=choose(step=4))
 
 
 def test_a_changed_backbone_and_a_damaged_checkpoint_are_refused(run, tiny_backbone, tmp_path, monkeypatch):
@@ -225,8 +228,8 @@ def test_a_changed_backbone_and_a_damaged_checkpoint_are_refused(run, tiny_backb
 
 
 def test_a_checkpoint_that_is_not_the_model_is_refused_with_names(run, tmp_path):
-    saved = export.SavedWeights.open(checkpoint_folder(run, 6))
-    entries = parameter_map.denoiser_entries(export.settings.load_recipe(str(run / "config.yaml")).model, 256)
+    saved = CheckpointWeights.open(checkpoint_folder(run, 6))
+    entries = parameter_map.denoiser_entries(load_recipe(str(run / "config.yaml")).model, 256)
     saved.check(entries)
     with pytest.raises(UserError, match=r"1 without a place in the model \(tower.output_layer.weight\)"):
         saved.check([entry for entry in entries if entry.megatron_name != "tower.output_layer.weight"])
@@ -234,19 +237,19 @@ def test_a_checkpoint_that_is_not_the_model_is_refused_with_names(run, tmp_path)
         saved.check([*entries, parameter_map.Entry("tower.other", ("other",), (3,))])
 
 
-# --- all or nothing -----------------------------------------------------------------------------------------------
+# --- complete or not there ------------------------------------------------------------------------
 
 
 @pytest.fixture
 def both_ways(tmp_path):
-    """Import and export, each a function of where to write and of the report of progress."""
+    """Import and export, each a function of the folder to write and of the progress."""
     source = hf_folders.write(tmp_path / "source", "hub")
 
-    def read(to, watch=tensors.unwatched):
-        import_run.import_folder(source, to, watch=watch)
+    def read(to, progress=silent_bytes):
+        import_run.import_folder(source, to, progress=progress)
 
-    def write(to, watch=tensors.unwatched):
-        export.export(source, to, watch=watch)
+    def write(to, progress=silent_bytes):
+        export.export(source, to, progress=progress)
 
     return {"import": read, "export": write}
 
@@ -265,7 +268,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, both_ways, way):
 
 
 @pytest.mark.parametrize("way", ["import", "export"])
-def test_too_little_room_is_seen_before_anything_is_written(tmp_path, both_ways, way, monkeypatch):
+def test_too_little_space_is_an_error_before_anything_is_written(tmp_path, both_ways, way, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 0))
     with pytest.raises(UserError, match=r"found 0.0 GiB free, expected room for"):
         both_ways[way](tmp_path / "out", lambda _: pytest.fail("it began"))
@@ -273,9 +276,9 @@ def test_too_little_room_is_seen_before_anything_is_written(tmp_path, both_ways,
 
 
 def stop_at_half(stop):
-    """A report that stops the work when half of it is done."""
+    """A progress that stops the work when half of it is done."""
 
-    def watch(total):
+    def progress(total):
         done = 0
 
         def report(count):
@@ -286,7 +289,7 @@ def stop_at_half(stop):
 
         return report
 
-    return watch
+    return progress
 
 
 @pytest.mark.parametrize("way", ["import", "export"])
@@ -305,8 +308,8 @@ def test_interrupted_it_leaves_nothing(tmp_path, both_ways, way):
 def test_sigterm_ends_a_command_as_ctrl_c_does(tmp_path, verb, monkeypatch, capsys):
     source = hf_folders.write(tmp_path / "source", "hub")
     before = signal.getsignal(signal.SIGTERM)
-    for room, name in ((import_run, "write_weights"), (hf_folder, "write_safetensors")):
-        monkeypatch.setattr(room, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    for module, name in ((import_run, "write_weights"), (hf_folder, "write_safetensors")):
+        monkeypatch.setattr(module, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     try:
         assert main.main(["convert", verb, "--from", str(source), "--to", str(tmp_path / "out")]) == 130
     finally:
@@ -316,7 +319,7 @@ def test_sigterm_ends_a_command_as_ctrl_c_does(tmp_path, verb, monkeypatch, caps
 
 
 @pytest.mark.parametrize("way", ["import", "export"])
-def test_killed_it_leaves_no_folder_and_the_next_one_is_whole(tmp_path, both_ways, way):
+def test_killed_it_leaves_no_folder_and_the_next_one_is_complete(tmp_path, both_ways, way):
     child = os.fork()
     if child == 0:
         try:
@@ -326,7 +329,7 @@ def test_killed_it_leaves_no_folder_and_the_next_one_is_whole(tmp_path, both_way
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial", "source"]
-    assert not list(tmp_path.joinpath("out.partial").rglob("config.*")), "nothing that could be taken for whole"
+    assert not list(tmp_path.joinpath("out.partial").rglob("config.*")), "no file that makes the folder look complete"
     both_ways[way](tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
     if way == "export":

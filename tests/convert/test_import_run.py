@@ -1,4 +1,4 @@
-"""Hugging Face folders as runs: to the bit and back, trained on in any layout, and refused with names."""
+"""Import of Hugging Face folders as runs: same bytes after an export, training, and errors."""
 
 import json
 import shutil
@@ -14,7 +14,9 @@ from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.run_folder import checkpoint_folder
 from megatron_twotower.config.recipes import load_recipe
 from megatron_twotower.convert import export, hf_folder, import_run
+from megatron_twotower.convert.mcore_checkpoint import CheckpointWeights
 from megatron_twotower.convert.tensors import LazyTensor
+from megatron_twotower.model.parameter_map import TensorNaming
 
 
 @pytest.mark.parametrize("style", ["hub", "transformers", "two_tower"])
@@ -28,11 +30,22 @@ def test_import_and_export_give_the_same_bytes(tmp_path, style):
     assert config_of(tmp_path / "again") == config_of(source)
 
 
+@pytest.mark.parametrize("style", ["hub", "transformers"])
+def test_the_checkpoint_of_an_import_is_as_large_as_its_tensors(tmp_path, style):
+    """`torch.save` of a view would write the storage of the view: a stack of experts per expert."""
+    source = hf_folders.write(tmp_path / "source", style)
+    import_run.import_folder(source, tmp_path / "run")
+    tensors = CheckpointWeights.open(checkpoint_folder(tmp_path / "run", 0)).metadata.values()
+    size = sum(item.size.numel() * item.properties.dtype.itemsize for item in tensors)
+    (file,) = tmp_path.glob("run/checkpoints/*/*.distcp")
+    assert size < file.stat().st_size < size + 2000 * len(tensors)
+
+
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("prefix", ["backbone.", "model."])
-def test_any_mixture_of_the_two_spellings_comes_back(tmp_path, monkeypatch, stacked, prefix):
-    spelling = hf_folders.names.Spelling(prefix, stacked)
-    monkeypatch.setitem(hf_folders.STYLES, "hub", ({"backbone"}, spelling))
+def test_any_naming_of_tensors_comes_back(tmp_path, monkeypatch, stacked, prefix):
+    naming = TensorNaming(prefix, stacked)
+    monkeypatch.setitem(hf_folders.STYLES, "hub", ({"backbone"}, naming))
     source = hf_folders.write(tmp_path / "source", "hub")
     import_run.import_folder(source, tmp_path / "run")
     export.export(tmp_path / "run", tmp_path / "again")
@@ -42,7 +55,7 @@ def test_any_mixture_of_the_two_spellings_comes_back(tmp_path, monkeypatch, stac
 
 def test_a_denoiser_alone_is_imported_with_the_backbone_it_points_to(tmp_path):
     whole = hf_folders.write(tmp_path / "whole", "two_tower")
-    export.export(whole, tmp_path / "denoiser", choices=export.ExportOptions("denoiser"))
+    export.export(whole, tmp_path / "denoiser", options=export.ExportOptions("denoiser"))
     config = import_run.import_folder(tmp_path / "denoiser", tmp_path / "run")
     assert (config.objective, config.init.denoiser) == ("two_tower", None)
     export.export(tmp_path / "run", tmp_path / "again")
@@ -102,7 +115,7 @@ def test_an_index_must_agree_with_its_files(tmp_path):
     found = json.loads(index.read_text())
     found["weight_map"] |= {"one": "model-00001-of-00009.safetensors"}
     index.write_text(json.dumps(found))
-    with pytest.raises(UserError, match=r"model-00001-of-00009\.safetensors: not a whole"):
+    with pytest.raises(UserError, match=r"model-00001-of-00009\.safetensors: not a complete"):
         hf_folder.HfFolder.open(source)
     found["weight_map"]["one"] = found["weight_map"][NORM]
     index.write_text(json.dumps(found))
@@ -113,7 +126,7 @@ def test_an_index_must_agree_with_its_files(tmp_path):
         hf_folder.HfFolder.open(source)
 
 
-# --- training on --------------------------------------------------------------------------------------------------
+# --- training on ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +139,7 @@ def trained(tmp_path_factory, tiny_data, tiny_backbone):
     return folder
 
 
-def test_an_import_goes_on_as_a_run_that_reads_the_folder_does(tmp_path, tiny_data, trained, records_of):
+def test_an_import_trains_like_a_run_that_reads_the_folder(tmp_path, tiny_data, trained, records_of):
     """`convert import` and `init.denoiser` start the same run, and not the one from the backbone."""
     model = trained / "model"
     short = [f"data.folder={tiny_data}", "train.steps=6", "train.validate_every_steps=0"]
@@ -167,7 +180,7 @@ def test_the_recipe_of_an_import_trains_by_itself(tmp_path, tiny_data, tiny_back
         ["parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2", "parallel.expert_tensor=1"],
     ],
 )
-def test_a_checkpoint_of_any_layout_is_exported_to_the_bit(tmp_path, tiny_data, trained, layout):
+def test_a_checkpoint_of_any_layout_is_exported_bit_for_bit(tmp_path, tiny_data, trained, layout):
     """Two ranks load the import, take a step of no length, and save: the weights must come out as they went in."""
     import_run.import_folder(trained / "model", tmp_path / "run")
     launch(
@@ -184,15 +197,15 @@ def test_a_checkpoint_of_any_layout_is_exported_to_the_bit(tmp_path, tiny_data, 
         "train.validate_every_steps=0",
         *layout,
     )
-    saved = export.SavedWeights.open(checkpoint_folder(tmp_path / "run", 1))
-    chunks = saved.stored["tower.layers.0.mixer.out_proj.weight"].chunks
+    saved = CheckpointWeights.open(checkpoint_folder(tmp_path / "run", 1))
+    chunks = saved.metadata["tower.layers.0.mixer.out_proj.weight"].chunks
     assert len(chunks) == (2 if "parallel.tensor=2" in layout else 1)
     export.export(tmp_path / "run", tmp_path / "again")
     assert contents(tmp_path / "again") == contents(trained / "model")
 
 
 def test_a_denoiser_goes_with_its_own_backbone_alone(tmp_path, tiny_data, trained, tiny_backbone, capsys):
-    export.export(trained / "run", tmp_path / "denoiser", choices=export.ExportOptions("denoiser"))
+    export.export(trained / "run", tmp_path / "denoiser", options=export.ExportOptions("denoiser"))
     shutil.copytree(tiny_backbone, tmp_path / "other")
     with open(tmp_path / "other" / "config.json", "a") as file:
         file.write(" ")

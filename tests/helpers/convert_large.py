@@ -1,7 +1,4 @@
-"""Run by `test_export.py` in another process.
-
-Converts a model many times larger than its memory limit.
-"""
+"""Run by `test_export.py` in its own process: converts a model much larger than the memory it may use."""
 
 import dataclasses
 import json
@@ -50,7 +47,7 @@ def main(folder: Path) -> None:
     work = {
         "import": lambda: import_run.import_folder(folder / "source", folder / "run"),
         "export": lambda: export.export(folder / "run", folder / "again"),
-        "folder to folder": lambda: export.export(folder / "source", folder / "stacked", choices=style),
+        "folder to folder": lambda: export.export(folder / "source", folder / "stacked", options=style),
     }
     figures = {name: extra_peak_bytes(each) for name, each in work.items()}
     sizes = [tensor.nbytes for tensor in tensors.values()]

@@ -228,7 +228,7 @@ def measured(changes):
         "kept_scored": kept_scored,
         "sent": sent,
         "scored": sum(scored) / max(len(scored), 1),
-        "places": [groups.dp_cp.rank(), groups.expt_dp.rank()],
+        "data_ranks": [groups.dp_cp.rank(), groups.expt_dp.rank()],
         "pipeline_rank": groups.pp.rank(),
     }
     loop.masked_diffusion_loss = plain_loss

@@ -9,12 +9,12 @@ import torch
 from helpers.kept_bytes import MODEL, config_of, kept_bytes
 from helpers.models import build_two_tower, random_noisy_batch
 from megatron_twotower.config.schema import NoiseConfig
-from megatron_twotower.plan.activations import StepSize, layer_parts, step_bytes
+from megatron_twotower.plan.activations import MicroBatchShape, bytes_by_kind, layer_tensors
 
 
 @pytest.fixture(autouse=True)
 def new_objects_alone():
-    """What was there before a test is not looked through again and again."""
+    """Objects from before a test are not searched for tensors."""
     gc.collect()
     gc.freeze()
 
@@ -25,21 +25,21 @@ def new_objects_alone():
 def test_formulas_are_what_autograd_keeps(groups, kind, block, length, dtype):
     config = config_of(kind, block=block, length=length)
     model, _ = build_two_tower(config, groups, dtype=dtype)
-    size = StepSize(2, length, block, time_per_block=True, activation_bytes=dtype.itemsize)
-    predicted = sum(part.bytes for part in layer_parts(config.model, kind, size))
+    shape = MicroBatchShape(2, length, block, time_per_block=True, activation_bytes=dtype.itemsize)
+    predicted = sum(tensor.bytes for tensor in layer_tensors(config.model, kind, shape))
     measured = kept_bytes(model.train(), random_noisy_batch(config), dtype)
     # A scalar for each head beside the formulas; in experts, what the router keeps is approximate.
     assert abs(measured - predicted) <= (0.05 if kind == "E" else 0.002) * measured, (measured, predicted)
 
 
 @pytest.mark.parametrize("kind", "M*-E")
-def test_recompute_keeps_the_input_and_a_hand_off_that_does_not_grow_with_the_number_of_blocks(groups, kind):
+def test_recompute_keeps_the_input_and_a_handoff_independent_of_the_number_of_blocks(groups, kind):
     measured = {}
     for block, length in ((8, 128), (32, 128), (8, 256)):
         config = config_of(kind, block=block, length=length, recompute=kind)
         model, _ = build_two_tower(config, groups, dtype=torch.float32)
-        size = StepSize(2, length, block, time_per_block=True)
-        predicted = sum(part.bytes for part in layer_parts(config.model, kind, size, recompute=True))
+        shape = MicroBatchShape(2, length, block, time_per_block=True)
+        predicted = sum(tensor.bytes for tensor in layer_tensors(config.model, kind, shape, recompute=True))
         measured[block, length] = kept_bytes(model.train(), random_noisy_batch(config), torch.float32)
         # Megatron's recompute keeps random states, and its dispatcher some of what the router made.
         measured[block, length] -= 2 * torch.get_rng_state().nbytes
@@ -52,9 +52,9 @@ def test_recompute_keeps_the_input_and_a_hand_off_that_does_not_grow_with_the_nu
 def test_the_bytes_of_a_run(groups):
     config = config_of("ME*-M*", block=8, length=128)
     config = dataclasses.replace(config, noise=NoiseConfig(block_size_tokens=8, draws_per_context=3))
-    size = StepSize(8, 128, 8, draws=3)
-    assert step_bytes(config)["M"] == 2 * sum(part.bytes for part in layer_parts(config.model, "M", size))
-    assert list(step_bytes(config)) == ["M", "*", "-", "E"]
+    shape = MicroBatchShape(8, 128, 8, draws=3)
+    assert bytes_by_kind(config)["M"] == 2 * sum(tensor.bytes for tensor in layer_tensors(config.model, "M", shape))
+    assert list(bytes_by_kind(config)) == ["M", "*", "-", "E"]
     smaller = dataclasses.replace(config, train=dataclasses.replace(config.train, recompute_layers="M"))
-    assert step_bytes(smaller)["M"] < step_bytes(config)["M"] / 2
-    assert step_bytes(smaller)["E"] == step_bytes(config)["E"]
+    assert bytes_by_kind(smaller)["M"] < bytes_by_kind(config)["M"] / 2
+    assert bytes_by_kind(smaller)["E"] == bytes_by_kind(config)["E"]

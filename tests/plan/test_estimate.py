@@ -15,8 +15,8 @@ from megatron_twotower.config.validation import validate
 from megatron_twotower.plan import search as searching
 from megatron_twotower.plan.estimate import Assumptions, estimate, in_flight
 from megatron_twotower.plan.flops import step_flops
-from megatron_twotower.plan.layout import CARDS, layout_of
-from megatron_twotower.plan.weights import buffer, parameters, tables
+from megatron_twotower.plan.layout import ACCELERATORS, layout_of
+from megatron_twotower.plan.weights import buffer, parameter_count, tower_entries
 from megatron_twotower.train.losses import masked_diffusion_loss
 
 NANO = "nano_30b_a3b_phase1"
@@ -38,14 +38,14 @@ def test_operations_are_those_that_torch_counts(groups, recompute):
         report.total.backward()
     share = len(batch.scored_positions) / batch.tokens.numel()
     levels = dataclasses.replace(config.noise, time_min=share, time_max=share)
-    told = step_flops(dataclasses.replace(config, noise=levels))
-    assert told.executed * batch.tokens.numel() == pytest.approx(counter.get_total_flops(), rel=0.1)
+    found = step_flops(dataclasses.replace(config, noise=levels))
+    assert found.executed * batch.tokens.numel() == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
 def test_the_real_model_has_its_parameters():
-    context, trained = tables(nano())
-    assert parameters(context) == 31_577_937_344
-    assert parameters(trained) - parameters(context) == 30_022_272
+    context, trained = tower_entries(nano())
+    assert parameter_count(context) == 31_577_937_344
+    assert parameter_count(trained) - parameter_count(context) == 30_022_272
 
 
 def test_a_two_tower_step_costs_less_than_four_thirds_of_an_ar_step():
@@ -60,8 +60,8 @@ def test_a_two_tower_step_costs_less_than_four_thirds_of_an_ar_step():
 
 def test_padding_and_shares_of_a_distributed_buffer():
     """By hand: parameters of 100, 30 and 70 elements, backwards, at multiples of 64; ends at multiples of 128."""
-    laid = buffer((70, 30, 100), ranks=2, distributed=True)
-    assert (laid.elements, laid.owned) == (384, (100 + 30, 70))
+    padded = buffer((70, 30, 100), ranks=2, distributed=True)
+    assert (padded.elements, padded.owned) == (384, (100 + 30, 70))
     # 0-100 | 128-158 | 192-262: the second rank's share begins at 192
     assert buffer((70, 30, 100), ranks=3, distributed=True).owned == (100, 30 + 64, 6)
     assert buffer((70, 30, 100), ranks=2, distributed=False).owned == (200, 200)
@@ -105,17 +105,17 @@ def test_a_context_tower_in_fp8_takes_a_byte_for_each_element_of_its_matrices():
 
 
 def test_a_pipeline_shares_weights_and_keeps_several_micro_batches():
-    stages = ["parallel.pipeline=4", "parallel.expert=2"]
-    config = nano(*stages)
+    config = nano("parallel.pipeline=4", "parallel.expert=2")
     one, four = estimate(nano("parallel.expert=2"), ranks=64), estimate(config, ranks=64)
     assert four.memory.parameters < one.memory.parameters / 3
     assert four.layout.data == 16 and four.sent["pipeline"] > 0 and "pipeline" not in one.sent
     assert [in_flight(four.layout, pipeline_rank=rank, micro_batches=64) for rank in range(4)] == [4, 3, 2, 1]
     assert in_flight(four.layout, pipeline_rank=0, micro_batches=2) == 2
-    parts = [step_flops(config, own=stages_of_rank(config.model, config.parallel, rank)).executed for rank in range(4)]
+    of_rank = [stages_of_rank(config.model, config.parallel, rank) for rank in range(4)]
+    parts = [step_flops(config, stages=stages).executed for stages in of_rank]
     assert sum(parts) == pytest.approx(step_flops(config).executed)
-    # The slowest stage sets the pace, and 3 of 64 + 3 turns are spent filling and emptying the
-    # pipeline.
+    # The slowest stage determines the time. Filling and emptying the pipeline takes 3 micro-batches
+    # more than the 64 of a step.
     pace = max(parts) / (sum(parts) / 4) * (1 + 3 / 64)
     assert four.phases[0].compute_seconds == pytest.approx(one.phases[0].compute_seconds * pace)
 
@@ -131,7 +131,7 @@ def test_a_search_ranks_valid_layouts_those_that_fit_first():
     assert len(set(changed)) == len(changed), "no layout twice"
     for each in found[:5]:
         again = nano(*searching.overrides(config, each.config))
-        assert estimate(again, ranks=64).memory == each.memory, "what is printed is what was reckoned"
+        assert estimate(again, ranks=64).memory == each.memory, "the printed overrides give the printed estimate"
 
 
 def plan(capsys, *arguments):
@@ -156,7 +156,7 @@ def test_the_command_says_what_would_fit(capsys):
     assert told["remedies"][0]["overrides"] == min((each["overrides"] for each in told["remedies"]), key=len)
 
 
-def test_the_command_prints_one_table_and_names_the_card_that_would_do(capsys):
+def test_the_command_names_the_accelerators_that_would_fit(capsys):
     status, said = plan(capsys, f"recipe={NANO}", "parallel=h100x8")
     assert status == 0
     assert "does not fit" in said.out and "31,577,937,344" in said.out
@@ -179,8 +179,8 @@ def test_a_mistake_is_one_line(arguments, named, capsys):
     assert named in said.err and said.err.count("\n") == 1
 
 
-def test_every_card_a_recipe_can_name_is_known():
+def test_every_accelerator_that_a_recipe_can_name_is_known():
     from megatron_twotower.config.schema import ParallelConfig
     from megatron_twotower.config.setting import accepts
 
-    assert set(accepts(ParallelConfig, "card").choices) == set(CARDS)
+    assert set(accepts(ParallelConfig, "card").choices) == set(ACCELERATORS)

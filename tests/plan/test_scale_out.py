@@ -1,4 +1,4 @@
-"""Estimates for several numbers of cards: what they say, what they stand on, and that they never pass for measured."""
+"""Estimates for several numbers of GPUs: values, assumptions, and that they say they are estimates."""
 
 import json
 
@@ -9,7 +9,7 @@ from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.recipes import load_recipe
 from megatron_twotower.plan import scale_out, search
 from megatron_twotower.plan.estimate import Assumptions, estimate
-from megatron_twotower.plan.layout import CARDS, layout_of
+from megatron_twotower.plan.layout import ACCELERATORS, layout_of
 from megatron_twotower.plan.traffic import crosses_nodes
 
 NANO = ("recipe=nano_30b_a3b_phase1", "parallel=h100x64")
@@ -17,7 +17,7 @@ NANO = ("recipe=nano_30b_a3b_phase1", "parallel=h100x64")
 
 @pytest.fixture(autouse=True)
 def few_candidates(monkeypatch):
-    """A search of all takes long."""
+    """A complete search takes long."""
     for name, values in (("TENSOR", (1,)), ("PIPELINE", (1,)), ("MICRO_BATCH", (1,))):
         monkeypatch.setattr(search, name, values)
 
@@ -43,13 +43,13 @@ def told(capsys, *arguments):
         ),
     ],
 )
-def test_which_groups_reach_beyond_a_node(overrides, far):
-    layout, card = layout_of(nano(*overrides), ranks=64), CARDS["h100"]
+def test_which_groups_cross_nodes(overrides, far):
+    layout, accelerator = layout_of(nano(*overrides), ranks=64), ACCELERATORS["h100"]
     kinds = ("tensor", "expert", "expert tensor", "data", "expert data", "pipeline")
-    assert {kind for kind in kinds if crosses_nodes(kind, layout, card)} == far
+    assert {kind for kind in kinds if crosses_nodes(kind, layout, accelerator)} == far
 
 
-def test_a_plan_says_where_what_is_sent_goes(capsys):
+def test_a_plan_says_which_groups_cross_nodes(capsys):
     status, said = told(capsys)
     assert status == 0
     lines = [" ".join(line.split()) for line in said.out.splitlines()]
@@ -58,7 +58,7 @@ def test_a_plan_says_where_what_is_sent_goes(capsys):
     assert where["sent in data"].endswith("a rank, between nodes")
 
 
-def test_each_number_of_cards_is_the_plan_of_its_layout(capsys):
+def test_each_number_of_gpus_has_the_estimate_of_its_layout(capsys):
     status, said = told(capsys, "--scaling", "256", "8", "64", "--json")
     found = json.loads(said.out)
     assert status == 0 and found["estimate"] is True
@@ -74,12 +74,12 @@ def test_each_number_of_cards_is_the_plan_of_its_layout(capsys):
 def test_a_layout_that_does_not_fit_gives_way_to_one_that_does():
     config = nano("train.recompute_layers=''")
     assert not estimate(config, ranks=64).fits
-    found = scale_out.at(config, ranks=64, assumptions=Assumptions())
+    found = scale_out.estimate_for(config, ranks=64, assumptions=Assumptions())
     assert found.fits and found.layout.ranks == 64
     assert search.overrides(config, found.config), "another layout"
 
 
-def test_the_table_says_what_it_is_and_what_it_stands_on(capsys):
+def test_the_table_says_that_it_is_an_estimate_and_what_is_assumed(capsys):
     status, said = told(capsys, "--scaling", "64", "256", "--utilisation", "0.3")
     text = " ".join(said.out.split())
     assert status == 0
@@ -95,7 +95,7 @@ def bench_json(path, **changes):
     return path
 
 
-def test_utilisation_can_be_that_of_a_measured_card(capsys, tmp_path):
+def test_utilisation_can_be_measured_on_one_gpu(capsys, tmp_path):
     path = bench_json(tmp_path / "gpu.json")
     assert scale_out.measured(path).utilisation == 0.37
     status, said = told(capsys, "--scaling", "64", "--measured", str(path), "--json")
@@ -106,11 +106,11 @@ def test_utilisation_can_be_that_of_a_measured_card(capsys, tmp_path):
     assert json.loads(said.out)["assumptions"]["utilisation"] == 0.37
 
 
-def test_figures_that_are_none(tmp_path, capsys):
+def test_measurements_without_a_utilisation_are_errors(tmp_path, capsys):
     with pytest.raises(UserError, match=r"expected those of a100|expected those of h100"):
         scale_out.measured(bench_json(tmp_path / "gpu.json", utilisation=None))
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(UserError, match=r"expected gpu\.json"):
         scale_out.measured(tmp_path / "other.json")
     status, said = told(capsys, "--scaling", "0")
-    assert status == 2 and said.err == "twotower: --scaling: found 0, expected numbers of cards\n"
+    assert status == 2 and said.err == "twotower: --scaling: found 0, expected numbers of GPUs\n"

@@ -14,7 +14,7 @@ from megatron_twotower.ops import cross_entropy, dispatch
 from megatron_twotower.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from megatron_twotower.ops.triton import convolution, modulation, norm, scan_kernels
 from megatron_twotower.ops.triton import cross_entropy as triton_cross_entropy
-from megatron_twotower.plan.activations import StepSize, layer_parts
+from megatron_twotower.plan.activations import MicroBatchShape, layer_tensors
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="with a GPU, the tests of layers run the kernels")
 
@@ -63,8 +63,8 @@ def test_layers_follow_their_reference(groups, monkeypatch, kernels_on_cpu, prec
 def test_layers_keep_no_more_than_the_formulas_say(groups, kernels_on_cpu, kind):
     config = kept_bytes.config_of(kind, block=16, length=128)
     model, _ = build_two_tower(config, groups, dtype=torch.bfloat16)
-    size = StepSize(2, 128, 16, time_per_block=True, activation_bytes=2)
-    predicted = sum(part.bytes for part in layer_parts(config.model, kind, size))
+    size = MicroBatchShape(2, 128, 16, time_per_block=True, activation_bytes=2)
+    predicted = sum(part.bytes for part in layer_tensors(config.model, kind, size))
     measured = kept_bytes.kept_bytes(model.train(), random_noisy_batch(config), torch.bfloat16)
     # For experts the formula of what the router keeps is approximate.
     assert (0.8 if kind == "M" else 0.98) * predicted <= measured <= (1.05 if kind == "E" else 1.0) * predicted
