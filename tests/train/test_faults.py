@@ -21,7 +21,9 @@ from megatron_twotower.train import run as train_run
 
 
 def soaked(output, data, backbone, *, kills, counts, seed):
-    found = soak.soak(output, data=data, backbone=backbone, counts=counts, seed=seed, over=lambda done: done >= kills)
+    found = soak.soak(
+        output, data=data, backbone=backbone, counts=counts, seed=seed, finished=lambda done: done >= kills
+    )
     assert not found.unexpected, found.unexpected
     assert sum(found.kills.values()) == kills and found.resumes > 0
     assert found.samples_repeated == found.samples_skipped == 0
@@ -32,7 +34,7 @@ def soaked(output, data, backbone, *, kills, counts, seed):
 def test_killed_at_random_moments_nothing_is_lost_or_read_twice(tmp_path, tiny_data, tiny_backbone):
     found = soaked(tmp_path, tiny_data, tiny_backbone, kills=4, counts=(2, 1), seed=3)
     assert len(found.kills) >= 3 and found.clean and found.largest_difference < 1e-5
-    assert "samples repeated" in [str(cell) for cell in soak.table(found).columns[0].cells]
+    assert "samples repeated" in [str(cell) for cell in soak.soak_table(found).columns[0].cells]
 
 
 @pytest.mark.slow
@@ -40,7 +42,7 @@ def test_killed_at_thirty_random_moments_on_one_layout_it_is_the_uninterrupted_r
     tmp_path, tiny_data, tiny_backbone
 ):
     found = soaked(tmp_path, tiny_data, tiny_backbone, kills=30, counts=(2,), seed=1)
-    assert found.largest_difference == 0 and found.kills.keys() == soak.ENDINGS.keys()
+    assert found.largest_difference == 0 and found.kills.keys() == soak.INTERRUPTIONS.keys()
     assert found.steps_lost > 0
 
 
