@@ -412,7 +412,7 @@ def soak_table(result: SoakResult) -> Table:
         "samples skipped": result.samples_skipped,
         "largest difference of a loss": f"{result.largest_difference:.1e}",
         "checkpoint: training waits": f"{1000 * result.stall_seconds:.0f} ms",
-        "checkpoint: writing beside it": f"{1000 * result.write_seconds:.0f} ms",
+        "checkpoint: writing in the background": f"{1000 * result.write_seconds:.0f} ms",
     }
     title = f"{result.minutes:.1f} minutes on {' or '.join(map(str, result.ranks))} ranks"
     return plain_table(title, ("", ""), [(name, str(value)) for name, value in values.items()], left=1)

@@ -1,4 +1,4 @@
-"""The benchmark of conversion runs, at a very small size, and every conversion has converted all bytes."""
+"""The benchmark of conversion at a very small size: every conversion writes all bytes."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The benchmark of the data side runs, at a very small size, and what it compares reads the same tokens."""
+"""The benchmark of the loader at a very small size: all readers read the same tokens."""
 
 import dataclasses
 import json

@@ -61,7 +61,7 @@ def test_zeros_stay_zeros():
 
 
 def test_a_block_has_a_scale_of_its_own():
-    """Small values beside a large one are lost with one scale for all, and kept where it is in another block."""
+    """Small values next to a large one are lost if they share its scale."""
     x = torch.full((256, 256), 1e-5)
     x[0, 0] = 1e3
     one, many = (rounded(x, block, powers_of_two=False) for block in (None, (128, 128)))

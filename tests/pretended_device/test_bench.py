@@ -47,7 +47,7 @@ def test_operations_and_their_baselines(console, tmp_path, monkeypatch):
 
 
 def test_passes_and_fp8(monkeypatch):
-    monkeypatch.setattr(passes, "PROFILED", 1)
+    monkeypatch.setattr(passes, "PROFILED_RUNS", 1)
     config = model_from_hf(tiny_fields(), source="config.json")
     options = fp8.Fp8Options(sequences=2, length_tokens=16, block_size_tokens=8, levels=(1.0,))
     with pretended_cuda():

@@ -5,7 +5,7 @@ from megatron_twotower.config.recipes import load_recipe
 
 
 def test_the_least_traffic_of_a_scan_at_the_widths_of_nano():
-    """By hand, in bytes of a position: x 8192, B or C 2048, dt 256, and a state of 16 KiB for each of 128."""
+    """By hand, in bytes per position: x 8192, B or C 2048, dt 256; a state per 128 positions."""
     model = load_recipe("bench_gpu").model
     states = 64 * 64 * 128 * 4 // 128
     forward = 3 * 8192 + 3 * 2048 + 2 * 256 + states
