@@ -1,4 +1,4 @@
-"""The command `bench passes`: a denoiser pass over a block against an AR step of the context tower.
+"""The command `bench passes`: a forward pass of the denoiser for a block against an AR step.
 
 Mask diffusion is faster than AR if it commits more tokens per pass than a pass costs AR steps. The
 results say how many that are, and where the time goes.

@@ -26,9 +26,9 @@ def test_the_recipe_is_the_real_model_at_full_width():
     assert config.train.precision == "bf16" and config.noise.block_size_tokens == 16
 
 
-@pytest.mark.parametrize(("card", "pattern"), [("h100", "MEMEM*"), ("h200", "MEMEM*EMEM")])
-def test_as_many_layers_as_the_plan_says_fit(card, pattern):
-    config = choose_layers(load_recipe("bench_gpu"), layers=0, memory_bytes=CARDS[card].memory_bytes)
+@pytest.mark.parametrize(("accelerator", "pattern"), [("h100", "MEMEM*"), ("h200", "MEMEM*EMEM")])
+def test_as_many_layers_as_the_plan_says_fit(accelerator, pattern):
+    config = choose_layers(load_recipe("bench_gpu"), layers=0, memory_bytes=CARDS[accelerator].memory_bytes)
     assert config.model.hybrid_override_pattern == pattern
     assert set("ME*") <= set(pattern), "every kind of layer"
 
