@@ -1,1 +1,1 @@
-"""The measurements that the README quotes: operations, steps, noise draws and the loader, each beside its rivals."""
+"""The measurements that the README quotes, each with its baselines measured in the same run."""

@@ -1,7 +1,7 @@
-"""The rival of two towers: one network over clean and noisy positions together, as block diffusion is usually trained.
+"""The baseline of two towers: one network over concatenated clean and noisy positions.
 
-It costs two autoregressive steps, because both halves go forward and backward through the trained
-network. Used by `bench.step` alone.
+Block diffusion is usually trained this way. A step costs as much as two autoregressive steps,
+because both halves go forward and backward through the trained network. Used only by `bench.step`.
 """
 
 import torch
@@ -17,14 +17,19 @@ from megatron_twotower.model.towers import PipelineModel, Tower
 from megatron_twotower.ops.attention import causal_attention, flex_block_attention
 from megatron_twotower.types import Blocks, NoisyBatch
 
-# Queries per call of its attention on a CPU.
+# Queries per call of the attention on a CPU.
 QUERIES = 256
 
 
 class ConcatenatedAttention(SelfAttention):
-    """Attention over [clean; noisy] of 2 l: clean positions causal, noisy ones by block. Gradients flow everywhere."""
+    """Attention over [clean; noisy] of length 2 l, with gradients into both halves.
+
+    Clean positions attend causally. Noisy positions attend to the clean blocks before theirs and to
+    their own noisy block.
+    """
 
     def causal(self, hidden: Tensor, blocks: Blocks) -> tuple[Tensor, None]:
+        """The output of the layer for both halves (2 l, b, h)."""
         assert blocks.size is not None and blocks.documents is None
         halves = [tensor.chunk(2, dim=2) for tensor in self._project(hidden)]
         (clean_query, query), (clean_key, key), (clean_value, value) = halves
@@ -38,43 +43,46 @@ class ConcatenatedAttention(SelfAttention):
 def concatenated_block_attention(
     query: Tensor, key: Tensor, value: Tensor, *, clean_key: Tensor, clean_value: Tensor, block: int
 ) -> Tensor:
-    """`block_attention` with gradients into the clean keys and values too: FlexAttention on CUDA; elsewhere torch's
-    attention, some queries at a time, against the keys that they may need."""
+    """`block_attention` that also has gradients into the clean keys and values.
+
+    On CUDA this is FlexAttention. On a CPU it is torch's attention, `QUERIES` queries at a time,
+    over only those keys that these queries may see.
+    """
     clean = {"clean_key": clean_key, "clean_value": clean_value}
     if query.is_cuda:
         return flex_block_attention(query, key, value, **clean, block=block)
-    length, step, outs = query.shape[2], max(1, QUERIES // block) * block, []
-    of_block = torch.arange(length) // block
+    length, step, outputs = query.shape[2], max(1, QUERIES // block) * block, []
+    block_numbers = torch.arange(length) // block
     for start in range(0, length, step):
         stop = min(start + step, length)
-        own, past = of_block[start:stop].unsqueeze(-1), stop - block
-        mask = torch.cat([of_block[:past] < own, of_block[start:stop] == own], dim=-1)
+        own, past = block_numbers[start:stop].unsqueeze(-1), stop - block
+        mask = torch.cat([block_numbers[:past] < own, block_numbers[start:stop] == own], dim=-1)
         keys, values = (
             torch.cat([clean[:, :, :past], noisy[:, :, start:stop]], dim=2)
             for clean, noisy in ((clean_key, key), (clean_value, value))
         )
-        outs.append(
+        outputs.append(
             F.scaled_dot_product_attention(query[:, :, start:stop], keys, values, attn_mask=mask, enable_gqa=True)
         )
-    return torch.cat(outs, dim=2)
+    return torch.cat(outputs, dim=2)
 
 
 class ConcatenatedLayer(Layer):
-    """A backbone's layer over both streams at once."""
+    """A layer of a backbone, over the clean and the noisy stream together."""
 
     def __init__(
         self, kind: str, number: int, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection
     ) -> None:
-        assert kind != "M", "a concatenated stream would run the clean state on into the noisy half"
+        assert kind != "M", "a Mamba layer would carry the clean state into the noisy half"
         super().__init__(kind, number, model, config, groups)
         if kind == "*":
             self.mixer = ConcatenatedAttention(model, config, groups)
 
 
 class ConcatenatedModel(PipelineModel):
-    """One trained network over clean and noisy positions together, as block diffusion trains without two towers.
+    """One trained network over concatenated clean and noisy positions.
 
-    Without time conditioning, which costs the denoiser a little.
+    It has no time conditioning, which costs the denoiser a little.
     """
 
     def __init__(self, config: RunConfig, megatron: TransformerConfig, groups: ProcessGroupCollection) -> None:

@@ -1,10 +1,10 @@
-"""What the data side costs: reading, packing and noise against training, webdataset and Megatron's datasets; start-up.
+"""The command `bench data`: throughput of the loader, and start-up of a large corpus.
 
-All ways read the same tokens in one process of one thread, in turns, from a warm page cache, and
-each figure is the median of its turns: tokens of sequences of `length` per second. Beside them, in
-the same turns, the steps of a small recipe on that one core, random tokens in its own shape.
-Corpora of random ids are made for it in a temporary folder; nothing of it says anything about a
-model.
+All readers read the same tokens in one process of one thread, alternating, from a warm page cache:
+the loader of this package (with packing and noise), plain webdataset and Megatron Core's datasets.
+Each result is a median in tokens per second. In the same rounds, steps of a small recipe run on
+that one core, on random tokens of the recipe's shape, to show what share of training the loader
+takes. Corpora of random ids are made in a temporary folder.
 """
 
 import json
@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from megatron_twotower.bench import step as bench_step
-from megatron_twotower.bench.measure import torch_threads
+from megatron_twotower.bench import training_steps
+from megatron_twotower.bench.measure import process_memory_bytes, torch_threads
+from megatron_twotower.common.files import write_file
+from megatron_twotower.common.tables import plain_table
 from megatron_twotower.config.recipes import load_recipe, recipes_folder
 from megatron_twotower.config.schema import NoiseConfig
 from megatron_twotower.data.dataset import SequenceDataset, global_batch
@@ -36,21 +37,29 @@ from megatron_twotower.train.noise import corrupt
 from megatron_twotower.types import Batch
 
 VOCABULARY = 131_072
-_END, _SEED = 2, 0
+_END_OF_TEXT, _SEED = 2, 0
 _SHARD_TOKENS = 1_000_000
 TRAINING, PLAIN = "training, {recipe}", "webdataset, plain"
 
-# Reads some sequences and says how many tokens they have.
-Turn = Callable[[], int]
+# Reads or processes some sequences and returns their number of tokens.
+Reader = Callable[[], int]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """tokens: of the corpus. length: of a sequence. batch: sequences read at a time. block: for boundaries and noise.
+class DataOptions:
+    """What to measure.
 
-    seconds: of a turn, about. turns: of each way. shards, documents: of the corpus whose index
-    alone is opened, the documents per shard. recipe, backbone: what is trained, from which folder;
-    the backbone that is shipped if None.
+    Attributes:
+        tokens: The size of the corpus.
+        length: Tokens per sequence.
+        batch: Sequences per read.
+        block: Block size in tokens, for document boundaries and noise.
+        seconds: Duration of one reader in one round, roughly.
+        rounds: Counted rounds.
+        shards: Shards of the corpus for start-up, of which only the index is read.
+        documents: Documents per shard of that corpus.
+        recipe: The recipe to train.
+        backbone: The folder of its backbone; the shipped one if `None`.
     """
 
     tokens: int = 32_000_000
@@ -58,52 +67,61 @@ class Settings:
     batch: int = 4
     block: int = 16
     seconds: float = 1.0
-    turns: int = 5
+    rounds: int = 5
     shards: int = 100_000
     documents: int = 1000
     recipe: str = "quickstart"
     backbone: Path | None = None
 
 
-def run(output: Path | None = None, *, settings: Settings = Settings(), console: Console | None = None) -> None:
-    """Measure, print a table, and write the figures as JSON to `output` where it is given."""
+def run(output: Path, *, options: DataOptions = DataOptions(), console: Console | None = None) -> None:
+    """Measure, print a table, and write the results to the JSON file `output`."""
     with tempfile.TemporaryDirectory(prefix="twotower-bench-") as folder, torch_threads(1):
-        figures = measure(Path(folder), settings)
-    _print(figures, console or Console())
-    if output is not None:
-        output.write_text(json.dumps(figures, indent=1) + "\n")
+        results = measure_data(Path(folder), options)
+    _print(results, console or Console())
+    write_file(output, json.dumps(results, indent=1) + "\n")
 
 
-def measure(folder: Path, settings: Settings) -> dict[str, Any]:
-    """All figures, by name; tokens per second where it does not say otherwise."""
-    corpus = random_corpus(folder / "corpus", tokens=settings.tokens)
-    ways = _our_ways(corpus, settings)
-    ways[PLAIN] = _taking(_cut(_webdataset_documents(corpus), settings.length), settings.length)
-    ways |= _megatron_ways(corpus, folder / "megatron", settings)
-    ways[TRAINING.format(recipe=settings.recipe)] = _training(settings)
+def measure_data(folder: Path, options: DataOptions) -> dict[str, Any]:
+    """All results.
+
+    Args:
+        folder: An empty folder for the corpora.
+    """
+    corpus = random_corpus(folder / "corpus", tokens=options.tokens)
+    readers = _own_readers(corpus, options)
+    readers[PLAIN] = _sequence_reader(_cut(_webdataset_documents(corpus), options.length), options.length)
+    readers |= _megatron_readers(corpus, folder / "megatron", options)
+    readers[TRAINING.format(recipe=options.recipe)] = _training(options)
     try:
-        rates = {name: round(rate) for name, rate in _in_turns(ways, settings).items()}
+        rates = {name: round(rate) for name, rate in _tokens_per_second(readers, options).items()}
     finally:
         parallel.shutdown()
     return {
-        "length": settings.length,
-        "recipe": settings.recipe,
+        "length": options.length,
+        "recipe": options.recipe,
         "tokens": corpus.total_tokens,
         "documents": corpus.documents,
         "tokens_per_second": rates,
-        "start_up": start_up(folder / "large", settings),
+        "start_up": measure_start_up(folder / "large", options),
     }
 
 
+# --- corpora --------------------------------------------------------------------------------------
+
+
 def random_corpus(folder: Path, *, tokens: int) -> Corpus:
-    """Documents of random ids, log-normal in length (median 450, mean 1,000 tokens), each with an end-of-text id."""
-    draw = np.random.default_rng(_SEED)
+    """Write and open a corpus of documents of random ids, each with an end-of-text id.
+
+    Lengths are log-normal, with a median of 450 and a mean of 1,000 tokens.
+    """
+    rng = np.random.default_rng(_SEED)
     folder.mkdir(parents=True)
     shards: list[Shard] = []
     arrays: list[tuple[np.ndarray, np.ndarray]] = []
     documents = total = 0
     while total < tokens:
-        samples = _random_samples(draw, first=documents)
+        samples = _random_samples(rng, first=documents)
         path = folder / f"shard-{len(shards):05d}.tar"
         sha256, offsets, lengths = write_shard(path, samples, first=documents)
         shards.append(Shard(path.name, path.stat().st_size, sha256, len(samples), int(lengths.sum())))
@@ -113,16 +131,33 @@ def random_corpus(folder: Path, *, tokens: int) -> Corpus:
     return Corpus.open(folder)
 
 
-def _random_samples(draw: np.random.Generator, *, first: int) -> list[Sample]:
+def _random_samples(rng: np.random.Generator, *, first: int) -> list[Sample]:
     samples: list[Sample] = []
-    held = 0
-    while held < _SHARD_TOKENS:
-        length = int(np.clip(draw.lognormal(6.1, 1.26), 2, _SHARD_TOKENS))
-        ids = draw.integers(4, VOCABULARY, length, dtype=np.uint32)
-        ids[-1] = _END
+    total = 0
+    while total < _SHARD_TOKENS:
+        length = int(np.clip(rng.lognormal(6.1, 1.26), 2, _SHARD_TOKENS))
+        ids = rng.integers(4, VOCABULARY, length, dtype=np.uint32)
+        ids[-1] = _END_OF_TEXT
         samples.append(Sample(f"document {first + len(samples)}", 0, ids))
-        held += length
+        total += length
     return samples
+
+
+def _write_large(folder: Path, *, shards: int, per_shard: int, tokens: int) -> None:
+    """Write an index, and shards of the right size without content (sparse files).
+
+    Args:
+        per_shard: Documents per shard.
+        tokens: Tokens per document.
+    """
+    folder.mkdir(parents=True)
+    size, documents = per_shard * tokens * 4, shards * per_shard
+    rows = [Shard(f"shard-{number:06d}.tar", size, "0" * 64, per_shard, per_shard * tokens) for number in range(shards)]
+    arrays = (np.arange(per_shard) * tokens * 4, np.full(per_shard, tokens))
+    write_index(folder, header=_header(documents, documents * tokens), shards=rows, arrays=(arrays for _ in rows))
+    for row in rows:
+        with open(folder / row.file, "wb") as stream:
+            stream.truncate(size)
 
 
 def _header(documents: int, tokens: int) -> dict[str, Any]:
@@ -136,89 +171,93 @@ def _header(documents: int, tokens: int) -> dict[str, Any]:
         "bytes": 0,
         "characters": 0,
         "bos_token_id": None,
-        "eos_token_id": _END,
+        "eos_token_id": _END_OF_TEXT,
     }
 
 
-# --- the ways to read ---------------------------------------------------------------------------------------------
+# --- readers --------------------------------------------------------------------------------------
 
 
-def _our_ways(corpus: Corpus, settings: Settings) -> dict[str, Turn]:
-    noise = NoiseConfig(block_size_tokens=settings.block)
-    packing = Packing.of(corpus.starts, alignment=settings.block)
+def _own_readers(corpus: Corpus, options: DataOptions) -> dict[str, Reader]:
+    noise = NoiseConfig(block_size_tokens=options.block)
+    packing = Packing.of(corpus.starts, alignment=options.block)
 
     def dataset(shuffle: Shuffle, packing: Packing | None) -> SequenceDataset:
-        return SequenceDataset(corpus, sequence_length=settings.length, seed=_SEED, shuffle=shuffle, packing=packing)
+        return SequenceDataset(corpus, sequence_length=options.length, seed=_SEED, shuffle=shuffle, packing=packing)
 
-    windows = Shuffle("windowed", _SHARD_TOKENS // settings.length or 1, 8)
+    windows = Shuffle("windowed", _SHARD_TOKENS // options.length or 1, 8)
     sources = {
         "ours": dataset(Shuffle(), None),
         "ours, in windows": dataset(windows, None),
         "ours, documents apart": dataset(Shuffle(), packing),
     }
-    ways: dict[str, Turn] = {name: _reading(source, settings, lambda batch: None) for name, source in sources.items()}
+
+    def add_noise(batch: Batch) -> None:
+        corrupt(batch, noise, seed=_SEED)
+
+    readers: dict[str, Reader] = {
+        name: _batch_reader(source, options, lambda batch: None) for name, source in sources.items()
+    }
     for name in ("ours", "ours, documents apart"):
-        ways[f"{name}, with noise"] = _reading(sources[name], settings, lambda batch: corrupt(batch, noise, seed=_SEED))
-    ways["noise alone"] = _noise_alone(global_batch(sources["ours"], first=0, count=settings.batch), noise)
-    return ways
+        readers[f"{name}, with noise"] = _batch_reader(sources[name], options, add_noise)
+    batch = global_batch(sources["ours"], first=0, count=options.batch)
+    readers["noise alone"] = _on_batch(batch, lambda: add_noise(batch))
+    return readers
 
 
-def _reading(source: SequenceDataset, settings: Settings, then: Callable[[Batch], Any]) -> Turn:
+def _batch_reader(source: SequenceDataset, options: DataOptions, process: Callable[[Batch], Any]) -> Reader:
     position = 0
 
-    def turn() -> int:
+    def read() -> int:
         nonlocal position
-        batch = global_batch(source, first=position, count=settings.batch)
-        then(batch)
-        position += settings.batch
+        batch = global_batch(source, first=position, count=options.batch)
+        process(batch)
+        position += options.batch
         return batch.tokens.numel()
 
-    return turn
+    return read
 
 
-def _noise_alone(batch: Batch, noise: NoiseConfig) -> Turn:
-    def turn() -> int:
-        corrupt(batch, noise, seed=_SEED)
+def _on_batch(batch: Batch, work: Callable[[], Any]) -> Reader:
+    def run() -> int:
+        work()
         return batch.tokens.numel()
 
-    return turn
+    return run
 
 
-def _training(settings: Settings) -> Turn:
-    """Optimizer steps of the recipe, as the trainer takes them, on the noise of the recipe."""
-    backbone = settings.backbone or recipes_folder() / "backbones" / "small"
-    config = load_recipe(settings.recipe, [f"init.backbone={backbone}", "parallel.threads_per_rank=1"])
-    parts = bench_step.trainer_of(config, parallel.initialise(config))
-    batch = bench_step.random_batch(config, length=config.data.sequence_length_tokens)
-    case = bench_step.step_case(settings.recipe, parts, batch)
-
-    def turn() -> int:
-        case.run()
-        return batch.tokens.numel()
-
-    return turn
+def _training(options: DataOptions) -> Reader:
+    """Optimizer steps of the recipe as the trainer takes them, noise included."""
+    backbone = options.backbone or recipes_folder() / "backbones" / "small"
+    config = load_recipe(options.recipe, [f"init.backbone={backbone}", "parallel.threads_per_rank=1"])
+    trainer = training_steps.build_trainer(config, parallel.initialise(config))
+    batch = training_steps.random_batch(config, length=config.data.sequence_length_tokens)
+    return _on_batch(batch, training_steps.step_case(options.recipe, trainer, batch).run)
 
 
-def _taking(sequences: Iterator[np.ndarray], length: int) -> Turn:
-    def turn() -> int:
+def _sequence_reader(sequences: Iterator[np.ndarray], length: int) -> Reader:
+    def read() -> int:
         next(sequences)
         return length
 
-    return turn
+    return read
 
 
 def _cut(documents: Iterator[np.ndarray], length: int) -> Iterator[np.ndarray]:
-    """Documents joined and cut into sequences, in the order they come: what one writes around a reader of documents."""
-    held: list[np.ndarray] = []
+    """Documents joined in the order they come and cut into sequences.
+
+    This is what users of a reader of documents write around it.
+    """
+    pending: list[np.ndarray] = []
     size = 0
     for document in documents:
-        held.append(document)
+        pending.append(document)
         size += len(document)
         if size >= length:
-            joined = np.concatenate(held).astype(np.int64)
-            whole = size // length * length
-            yield from joined[:whole].reshape(-1, length)
-            held, size = [joined[whole:]], size - whole
+            joined = np.concatenate(pending).astype(np.int64)
+            complete = size // length * length
+            yield from joined[:complete].reshape(-1, length)
+            pending, size = [joined[complete:]], size - complete
 
 
 def _webdataset_documents(corpus: Corpus) -> Iterator[np.ndarray]:
@@ -230,8 +269,8 @@ def _webdataset_documents(corpus: Corpus) -> Iterator[np.ndarray]:
             yield sample["tokens.npy"]
 
 
-def _megatron_ways(corpus: Corpus, folder: Path, settings: Settings) -> dict[str, Turn]:
-    """Megatron Core's indexed dataset, document by document, and its GPT dataset over it, shuffled and packed."""
+def _megatron_readers(corpus: Corpus, folder: Path, options: DataOptions) -> dict[str, Reader]:
+    """Megatron Core's indexed dataset, by document, and its GPT dataset, shuffled and packed."""
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
     from megatron.core.datasets.utils import Split
@@ -244,10 +283,10 @@ def _megatron_ways(corpus: Corpus, folder: Path, settings: Settings) -> dict[str
         builder.end_document()
     builder.finalize(str(folder / "text.idx"))
     indexed = IndexedDataset(str(folder / "text"), mmap=True)
-    tokenizer = SimpleNamespace(vocab_size=VOCABULARY, eod=_END, pad=0, unique_identifiers={"ids": "random"})
+    tokenizer = SimpleNamespace(vocab_size=VOCABULARY, eod=_END_OF_TEXT, pad=0, unique_identifiers={"ids": "random"})
     config = GPTDatasetConfig(
         random_seed=_SEED,
-        sequence_length=settings.length,
+        sequence_length=options.length,
         path_to_cache=str(folder / "cache"),
         split="1",
         tokenizer=tokenizer,
@@ -256,13 +295,14 @@ def _megatron_ways(corpus: Corpus, folder: Path, settings: Settings) -> dict[str
         eod_mask_loss=False,
         create_attention_mask=False,
     )
-    samples = (corpus.total_tokens - 1) // settings.length
+    samples = (corpus.total_tokens - 1) // options.length
     dataset = GPTDataset(
         indexed, str(folder / "text"), np.arange(corpus.documents, dtype=np.int32), samples, Split.train, config
     )
+    sequences = (sample["tokens"] for sample in _endless(dataset))
     return {
-        "Megatron, indexed dataset": _taking(_cut(_endless(indexed), settings.length), settings.length),
-        "Megatron, GPT dataset": _taking((sample["tokens"] for sample in _endless(dataset)), settings.length),
+        "Megatron, indexed dataset": _sequence_reader(_cut(_endless(indexed), options.length), options.length),
+        "Megatron, GPT dataset": _sequence_reader(sequences, options.length),
     }
 
 
@@ -272,76 +312,61 @@ def _endless(dataset: Any) -> Iterator[Any]:
             yield dataset[number]
 
 
-# --- measuring ----------------------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 
 
-def _in_turns(ways: dict[str, Turn], settings: Settings) -> dict[str, float]:
-    """Median tokens per second of each way, all of them in turn, after one round that is not counted."""
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(settings.turns + 1):
-        for name, turn in ways.items():
+def _tokens_per_second(readers: dict[str, Reader], options: DataOptions) -> dict[str, float]:
+    """The median rate of each reader over alternating rounds; a first round is not counted."""
+    rates: dict[str, list[float]] = {name: [] for name in readers}
+    for _ in range(options.rounds + 1):
+        for name, read in readers.items():
             started, tokens = time.perf_counter(), 0
-            while (elapsed := time.perf_counter() - started) < settings.seconds:
-                tokens += turn()
+            while (elapsed := time.perf_counter() - started) < options.seconds:
+                tokens += read()
             rates[name].append(tokens / elapsed)
     return {name: statistics.median(found[1:]) for name, found in rates.items()}
 
 
-def start_up(folder: Path, settings: Settings) -> dict[str, float]:
-    """Seconds to open a corpus of very many shards and to know the sequence at position 10^9 of a run over it, and the
-    memory that takes, in MiB."""
-    shards, per_shard, tokens = settings.shards, settings.documents, 1000
-    _write_large(folder, shards=shards, per_shard=per_shard, tokens=tokens)
-    seconds: dict[str, float] = {"shards": shards, "documents": shards * per_shard}
-    before = _own_memory_mib()
+def measure_start_up(folder: Path, options: DataOptions) -> dict[str, float]:
+    """Open a corpus of very many shards and find the sequence at position 10^9 of a run over it.
+
+    Returns:
+        The size of the corpus, the seconds of each step, and the memory of the result in MiB.
+    """
+    shards, per_shard = options.shards, options.documents
+    _write_large(folder, shards=shards, per_shard=per_shard, tokens=1000)
+    results: dict[str, float] = {"shards": shards, "documents": shards * per_shard}
+    memory = process_memory_bytes("RssAnon")
     started = time.perf_counter()
     corpus = Corpus.open(folder)
-    seconds["open, every shard looked for"] = time.perf_counter() - started
+    results["open, every shard looked for"] = time.perf_counter() - started
     started = time.perf_counter()
     Corpus.open(folder, damaged="skip")
-    seconds["open, shards looked for later"] = time.perf_counter() - started
+    results["open, shards looked for later"] = time.perf_counter() - started
     started = time.perf_counter()
     packing = Packing.of(corpus.starts, alignment=32)
-    seconds["sum the documents, kept apart"] = time.perf_counter() - started
-    dataset = SequenceDataset(corpus, sequence_length=settings.length, seed=_SEED, packing=packing)
+    results["sum the documents, kept apart"] = time.perf_counter() - started
+    dataset = SequenceDataset(corpus, sequence_length=options.length, seed=_SEED, packing=packing)
     started = time.perf_counter()
     _, numbers = dataset.locate(np.array([10**9]))
-    packing.window(int(numbers[0]) * settings.length, settings.length)
-    seconds["find sample 10^9"] = time.perf_counter() - started
-    return {name: round(value, 6) for name, value in seconds.items()} | {"MiB": round(_own_memory_mib() - before, 1)}
+    packing.window(int(numbers[0]) * options.length, options.length)
+    results["find sample 10^9"] = time.perf_counter() - started
+    mebibytes = (process_memory_bytes("RssAnon") - memory) / 2**20
+    return {name: round(value, 6) for name, value in results.items()} | {"MiB": round(mebibytes, 1)}
 
 
-def _own_memory_mib() -> float:
-    """Memory that is this process's own, without mapped files; 0 where the system does not say."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.is_file() else []
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon:")), 0.0)
-
-
-def _write_large(folder: Path, *, shards: int, per_shard: int, tokens: int) -> None:
-    """An index, and shards that are nothing but holes of the right size."""
-    folder.mkdir(parents=True)
-    size, documents = per_shard * tokens * 4, shards * per_shard
-    rows = [Shard(f"shard-{number:06d}.tar", size, "0" * 64, per_shard, per_shard * tokens) for number in range(shards)]
-    arrays = (np.arange(per_shard) * tokens * 4, np.full(per_shard, tokens))
-    write_index(folder, header=_header(documents, documents * tokens), shards=rows, arrays=(arrays for _ in rows))
-    for row in rows:
-        with open(folder / row.file, "wb") as stream:
-            stream.truncate(size)
-
-
-def _print(figures: dict[str, Any], console: Console) -> None:
-    rates = figures["tokens_per_second"]
-    training = TRAINING.format(recipe=figures["recipe"])
-    table = Table(title=f"reading {figures['tokens']:,} tokens in sequences of {figures['length']}, one core")
-    table.add_column("way")
-    for column in ("tokens/s", "of webdataset", "of training"):
-        table.add_column(column, justify="right")
-    for name, rate in rates.items():
-        table.add_row(name, f"{rate:,}", f"{rate / rates[PLAIN]:.1f} x", f"{rate / rates[training]:,.0f} x")
+def _print(results: dict[str, Any], console: Console) -> None:
+    rates = results["tokens_per_second"]
+    plain, training = rates[PLAIN], rates[TRAINING.format(recipe=results["recipe"])]
+    table = plain_table(
+        f"reading {results['tokens']:,} tokens in sequences of {results['length']}, one core",
+        ("reader", "tokens/s", "of webdataset", "of training"),
+        [(name, f"{rate:,}", f"{rate / plain:.1f} x", f"{rate / training:,.0f} x") for name, rate in rates.items()],
+        left=1,
+    )
     console.print(table)
-    start = figures["start_up"]
-    head = f"{start['shards']:,.0f} shards, {start['documents']:,.0f} documents, held in {start['MiB']:.0f} MiB:"
+    start = results["start_up"]
+    head = f"{start['shards']:,.0f} shards, {start['documents']:,.0f} documents, {start['MiB']:.0f} MiB in memory:"
     console.print(head, highlight=False)
     for name, value in start.items():
         if name not in ("shards", "documents", "MiB"):

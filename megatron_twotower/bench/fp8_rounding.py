@@ -1,10 +1,10 @@
-"""What Transformer Engine's FP8 rounds, done on any device: the arithmetic of weights and inputs, not its kernels.
+"""An emulation of Transformer Engine's FP8 rounding of weights and inputs, on any device.
 
-As transformer-engine 2.11 scales for Hopper: E4M3 for what goes forward (common/recipe/__init__.py,
-Float8CurrentScaling and Float8BlockScaling with their defaults), the scale from the largest
-absolute value of what shares it (pytorch/custom_recipes/quantization_current_scaling.py,
-_scale_from_amax_tensor: `pytest -m te` compares). Not emulated: how tensor cores sum the products,
-and bfloat16 between the layers.
+It scales as transformer-engine 2.11 does for Hopper: E4M3 in the forward pass
+(common/recipe/__init__.py, Float8CurrentScaling and Float8BlockScaling with their defaults), and a
+scale from the largest absolute value of all values that share it
+(pytorch/custom_recipes/quantization_current_scaling.py, _scale_from_amax_tensor; `pytest -m te`
+compares). Not emulated: the order in which tensor cores sum products, and bfloat16 between layers.
 """
 
 import copy
@@ -26,15 +26,18 @@ from megatron_twotower.model.parameter_map import (
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
 
-# Rows and columns that share a scale; None: all of a matrix.
+# Rows and columns that share a scale; all of a matrix if None.
 Block = tuple[int, int] | None
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """Which values share a scale, of a weight and of what it is multiplied with (tokens in rows).
+    """Which values share a scale.
 
-    powers_of_two: scales are rounded down to these.
+    Attributes:
+        weights: The block of a weight.
+        inputs: The block of the inputs of a projection, with tokens in rows.
+        powers_of_two: Scales are rounded down to powers of two.
     """
 
     weights: Block
@@ -50,7 +53,12 @@ ROUNDINGS = {
 
 
 def scales(largest: Tensor, *, powers_of_two: bool) -> Tensor:
-    """What to multiply with so that the largest absolute values (float32, any shape) become E4M3's; 1 for zeros."""
+    """Factors that bring the largest absolute values to the largest number of E4M3; 1 for zeros.
+
+    Args:
+        largest: The largest absolute values, float32 of any shape.
+        powers_of_two: Round the factors down to powers of two.
+    """
     found = (LARGEST / largest).clamp(max=torch.finfo(torch.float32).max)
     if powers_of_two:
         found = torch.ldexp(torch.ones_like(found), torch.frexp(found).exponent - 1)
@@ -58,7 +66,12 @@ def scales(largest: Tensor, *, powers_of_two: bool) -> Tensor:
 
 
 def rounded(x: Tensor, block: Block, *, powers_of_two: bool) -> Tensor:
-    """x (..., columns) through E4M3 and back, in float32. Blocks at an edge are as large as what is left."""
+    """Round x (..., columns) to E4M3 and return it in float32.
+
+    Args:
+        block: Rows and columns that share a scale. Blocks at an edge may be smaller.
+        powers_of_two: See `scales`.
+    """
     rows = x.reshape(-1, x.shape[-1]).float()
     if block is None:
         scale = scales(rows.abs().amax(), powers_of_two=powers_of_two)
@@ -68,13 +81,19 @@ def rounded(x: Tensor, block: Block, *, powers_of_two: bool) -> Tensor:
         blocks = F.pad(rows.abs(), (0, right, 0, below)).unflatten(1, (-1, width)).unflatten(0, (-1, height))
         scale = scales(blocks.amax((1, 3)), powers_of_two=powers_of_two)
         scale = scale.repeat_interleave(height, 0).repeat_interleave(width, 1)[: rows.shape[0], : rows.shape[1]]
-    # It saturates, as the conversion of the hardware does; torch's own would give NaN.
+    # The conversion saturates, as that of the hardware does. torch's would give NaN.
     narrow = (rows * scale).clamp(-LARGEST, LARGEST).to(E4M3)
     return (narrow.float() * scale.reciprocal()).view(x.shape)
 
 
 class RoundedLinear(nn.Linear):
-    """A projection whose weight was rounded, and which rounds what it multiplies with; inputs None: it does not."""
+    """A projection with a rounded weight.
+
+    Args:
+        linear: The projection to replace, whose bias is shared.
+        weight: The rounded weight.
+        rounding: How the inputs are rounded; they are not if `None`.
+    """
 
     def __init__(self, linear: nn.Linear, weight: Tensor, *, rounding: Rounding | None) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
@@ -83,6 +102,7 @@ class RoundedLinear(nn.Linear):
         self.rounding = rounding
 
     def forward(self, x: Tensor) -> Tensor:
+        """The projection of x (..., in features)."""
         if self.rounding is not None:
             x = rounded(x, self.rounding.inputs, powers_of_two=self.rounding.powers_of_two)
         return F.linear(x, self.weight, self.bias)
@@ -90,10 +110,15 @@ class RoundedLinear(nn.Linear):
 
 @dataclass(frozen=True)
 class RoundedTower:
-    """A tower with its projections and experts in FP8, everything else shared with the one it was made from.
+    """A tower with its projections and experts in FP8.
 
-    elements: that are held in FP8, of `total` in the tower. error: root mean square of the rounding
-    over that of the weights.
+    It shares everything else with the tower that it was made from.
+
+    Attributes:
+        tower: The tower.
+        elements: The number of elements in FP8.
+        total: The number of all elements of the tower.
+        error: Root mean square of the rounding error over that of the weights.
     """
 
     tower: Tower
@@ -103,16 +128,18 @@ class RoundedTower:
 
 
 def rounded_tower(tower: Tower, model: ModelConfig, rounding: Rounding, *, inputs: bool) -> RoundedTower:
-    """The tower as `train.context_precision` would hold it on one rank: matrices as Megatron has them, q, k and v one.
+    """The tower as `train.context_precision` would keep it on one rank.
+
+    Matrices are rounded in Megatron's layout, where q, k and v are one matrix.
 
     Args:
-        tower: a context tower in float32.
-        inputs: round what is multiplied, too.
+        tower: A context tower in float32.
+        inputs: Round the inputs of projections too.
     """
-    # A new tower of the same tensors: deepcopy finds each already copied.
-    shared = {id(tensor): tensor for tensor in (*tower.parameters(), *tower.buffers())}
-    made = copy.deepcopy(tower, shared)
-    elements, squares, off = 0, 0.0, 0.0
+    # A new tower with the same tensors: the memo tells deepcopy that they are already copied.
+    memo = {id(tensor): tensor for tensor in (*tower.parameters(), *tower.buffers())}
+    copied = copy.deepcopy(tower, memo)
+    elements, squares, squared_errors = 0, 0.0, 0.0
     for entry in context_entries(model):
         if layer_of_projection(entry.megatron_name) is None:
             continue
@@ -122,10 +149,11 @@ def rounded_tower(tower: Tower, model: ModelConfig, rounding: Rounding, *, input
         narrow = rounded(weight, rounding.weights, powers_of_two=rounding.powers_of_two)
         elements += weight.numel()
         squares += weight.double().square().sum().item()
-        off += (weight - narrow).double().square().sum().item()
+        squared_errors += (weight - narrow).double().square().sum().item()
         for name, linear, own in zip(names, linears, hf_from_parameter(entry, narrow, model), strict=True):
             parent, _, attribute = name.rpartition(".")
-            made.get_submodule(parent).register_module(
+            copied.get_submodule(parent).register_module(
                 attribute, RoundedLinear(linear, own, rounding=rounding if inputs else None)
             )
-    return RoundedTower(made, elements, sum(p.numel() for p in tower.parameters()), (off / squares) ** 0.5)
+    error = (squared_errors / squares) ** 0.5
+    return RoundedTower(copied, elements, sum(p.numel() for p in tower.parameters()), error)

@@ -1,7 +1,7 @@
-"""Where the time of a step goes, by class of kernel: torch's profiler, and a table of names.
+"""Time by class of kernel, from torch's profiler and a table of names.
 
-On CUDA the kernels themselves are counted. On a CPU it is operators, by their own time: a product
-inside a scan then counts as GEMM.
+On CUDA kernels are counted. On a CPU operators are counted, by their own time, so that a matrix
+product inside a scan counts as GEMM.
 """
 
 import re
@@ -16,9 +16,9 @@ from megatron_twotower.bench import measure
 from megatron_twotower.common import device
 
 OTHER = "other"
-# The first pattern that is found in a name, upper or lower case, gives its class. Kernels of this
-# project are named as in ops/*_triton*.py; those of others as in mamba-ssm 2.3, causal-conv1d 1.7,
-# NCCL, cuBLAS, cuDNN, FlashAttention, TorchInductor and Transformer Engine.
+# The first pattern that matches in a name, in any case, gives its class. The names are those of
+# this project (ops/triton), and of mamba-ssm 2.3, causal-conv1d 1.7, NCCL, cuBLAS, cuDNN,
+# FlashAttention, TorchInductor and Transformer Engine.
 PATTERNS = (
     ("communication", r"nccl|all_?reduce|all_?gather|reduce_?scatter|all_?to_?all|gloo|c10d|broadcast_"),
     (
@@ -27,7 +27,7 @@ PATTERNS = (
         r"_chunk_(cumsum|state|scan)|_state_passing|_bmm_chunk|cumsum|_scan_",
     ),
     ("convolution", r"causal_conv1d|conv1d|block_conv|BlockConv|SeededConv"),
-    # triton_tem_: TorchInductor's templates, of which FlexAttention alone is compiled here.
+    # triton_tem_: TorchInductor's templates. Only FlexAttention is compiled from one here.
     ("attention", r"flex_attention|triton_tem_|fmha|flash|attention|sdpa|softmax"),
     ("GEMM", r"gemm|gemv|nvjet|cutlass|cublas|wgmma|splitk|addmm|bmm|::mm$|::matmul|::linear"),
     ("optimizer", r"adam|multi_tensor|l2norm|lamb_"),
@@ -44,12 +44,19 @@ _COMPILED = tuple((name, re.compile(pattern, re.IGNORECASE)) for name, pattern i
 
 
 def class_of(name: str) -> str:
+    """The class of a kernel or operator by its name."""
     return next((kind for kind, pattern in _COMPILED if pattern.search(name)), OTHER)
 
 
 @dataclass(frozen=True)
-class Split:
-    """Seconds of one piece of work by class, those of the ten longest names that have none, and how long it took."""
+class TimeByClass:
+    """Profiled times of one piece of work.
+
+    Attributes:
+        seconds: Seconds of each class of `CLASSES`.
+        unnamed: Seconds of the ten longest names without a class.
+        elapsed: Seconds by the clock.
+    """
 
     seconds: dict[str, float]
     unnamed: dict[str, float]
@@ -57,35 +64,36 @@ class Split:
 
     @property
     def busy(self) -> float:
-        """Share of the time in which a kernel ran, if only one runs at a time."""
+        """The share of the elapsed time in which a kernel ran, if only one runs at a time."""
         return sum(self.seconds.values()) / self.elapsed
 
 
-def split(events: Iterable[Any], *, elapsed: float, on_device: bool) -> Split:
+def sum_by_class(events: Iterable[Any], *, elapsed: float, on_device: bool) -> TimeByClass:
     """Sum averaged events of torch's profiler by class.
 
-    Operators carry the time of the kernels that they start, which have events of their own, and so
-    have ranges that a program marks: on a device only kernels count.
+    Args:
+        on_device: Count kernels only. Operators and ranges that a program marks repeat the time of
+            their kernels, which have events of their own.
     """
     seconds, unnamed = dict.fromkeys(CLASSES, 0.0), dict[str, float]()
     for event in events:
         if event.is_user_annotation or on_device == (event.device_type == DeviceType.CPU):
             continue
-        took = (event.self_device_time_total if on_device else event.self_cpu_time_total) / 1e6
+        duration = (event.self_device_time_total if on_device else event.self_cpu_time_total) / 1e6
         kind = class_of(event.key)
-        seconds[kind] += took
+        seconds[kind] += duration
         if kind == OTHER:
-            unnamed[event.key] = unnamed.get(event.key, 0.0) + took
+            unnamed[event.key] = unnamed.get(event.key, 0.0) + duration
     longest = sorted(unnamed.items(), key=lambda item: -item[1])[:10]
-    return Split(seconds, dict(longest), elapsed)
+    return TimeByClass(seconds, dict(longest), elapsed)
 
 
-def time_by_class(work: Callable[[], Any]) -> Split:
-    """Run the work once under the profiler."""
+def time_by_class(work: Callable[[], Any]) -> TimeByClass:
+    """Run the work once under the profiler and sum its time by class."""
     on_device = not device.is_cpu()
-    # On a device the kernels alone: to note operators too would slow down the host, which then
-    # holds up the kernels.
+    # On a device only kernels are recorded: recording operators too would slow down the host, and
+    # the kernels would wait for it.
     activity = ProfilerActivity.CUDA if on_device else ProfilerActivity.CPU
-    with profile(activities=[activity]) as found:
-        elapsed = measure.seconds(work)
-    return split(found.key_averages(), elapsed=elapsed, on_device=on_device)
+    with profile(activities=[activity]) as record:
+        elapsed = measure.elapsed_seconds(work)
+    return sum_by_class(record.key_averages(), elapsed=elapsed, on_device=on_device)

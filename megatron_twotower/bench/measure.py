@@ -1,12 +1,8 @@
-"""Time and peak memory of pieces of work, on the host or on CUDA.
-
-The only room of the benchmarks that knows which device there is.
-"""
+"""Time and peak memory of work, on the CPU or on a CUDA device."""
 
 import contextlib
 import ctypes
 import gc
-import json
 import multiprocessing
 import statistics
 import time
@@ -21,27 +17,64 @@ import torch
 from megatron_twotower.common import device
 from megatron_twotower.common.errors import UserError
 
-# Rounds that are counted at least, however long one takes.
-FEWEST_ROUNDS = 3
+# Rounds that are counted at least, however long one round takes.
+MINIMUM_ROUNDS = 3
 # Share of the free memory that a case may be expected to fill.
-FILLABLE = 0.85
+FILLABLE_SHARE = 0.85
+
+
+# --- time -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Case:
-    """One way to do a job, in stages that are timed apart and run in order."""
+class TimedCase:
+    """One implementation under measurement.
+
+    Attributes:
+        name: The name in the results.
+        parts: Work that runs in this order. Each part is timed separately.
+    """
 
     name: str
-    stages: Mapping[str, Callable[[], Any]]
+    parts: Mapping[str, Callable[[], Any]]
 
     def run(self) -> None:
-        for stage in self.stages.values():
-            stage()
+        """Run all parts once."""
+        for part in self.parts.values():
+            part()
+
+
+@dataclass(frozen=True)
+class CaseTimes:
+    """Measured times of one case.
+
+    Attributes:
+        parts: Seconds of each part, one entry per counted round.
+    """
+
+    parts: Mapping[str, Sequence[float]]
+
+    @property
+    def totals(self) -> list[float]:
+        """Seconds of all parts together, one entry per counted round."""
+        return [sum(each) for each in zip(*self.parts.values(), strict=True)]
+
+    def summary(self) -> dict[str, Any]:
+        """Medians and the minimum in seconds, for JSON."""
+        return {
+            "median_seconds": statistics.median(self.totals),
+            "minimum_seconds": min(self.totals),
+            "stage_seconds": {name: statistics.median(seconds) for name, seconds in self.parts.items()},
+            "rounds": len(self.totals),
+        }
 
 
 @contextlib.contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Work with `count` threads, and leave the process with as many as before: sums depend on them."""
+    """Use `count` threads of torch, then restore the number of before.
+
+    The order of sums depends on it.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -51,12 +84,13 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def synchronize() -> None:
-    """Wait for the device, so that a clock read next means something."""
+    """Wait until the CUDA device has finished its work, so that the clock can be read."""
     if not device.is_cpu():
         torch.cuda.synchronize()
 
 
-def seconds(work: Callable[[], Any]) -> float:
+def elapsed_seconds(work: Callable[[], Any]) -> float:
+    """Run the work once and return how long it took, kernels included."""
     synchronize()
     started = time.perf_counter()
     work()
@@ -64,131 +98,115 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-@dataclass(frozen=True)
-class Times:
-    """Seconds of one case, by stage, one entry per counted round; and what they come to."""
+def time_cases(cases: Sequence[TimedCase], *, repeats: int, budget_seconds: float) -> dict[str, CaseTimes]:
+    """Time the cases in rounds. Each round runs every case once, so that all see the same machine.
 
-    stages: Mapping[str, Sequence[float]]
+    The first round is not counted: it may compile kernels. The second round is counted, and its
+    duration gives the number of rounds that fit into the budget.
 
-    @property
-    def totals(self) -> list[float]:
-        return [sum(each) for each in zip(*self.stages.values(), strict=True)]
+    Args:
+        repeats: The number of counted rounds if they fit into the budget.
+        budget_seconds: Time for all counted rounds. Rounds that would take longer are left out,
+            but at least `MINIMUM_ROUNDS` (or `repeats`, if smaller) are counted.
 
-    def figures(self) -> dict[str, Any]:
-        """For JSON: medians and minima in seconds."""
-        return {
-            "median_seconds": statistics.median(self.totals),
-            "minimum_seconds": min(self.totals),
-            "stage_seconds": {name: statistics.median(found) for name, found in self.stages.items()},
-            "rounds": len(self.totals),
-        }
-
-
-def in_turns(cases: Sequence[Case], *, repeats: int, budget_seconds: float) -> dict[str, Times]:
-    """Every case once per round, after a round that is not counted: it may compile kernels, and says nothing of the
-    others.
-
-    Args: repeats: rounds that count, or fewer where they would take longer than `budget_seconds`,
-        but at least `FEWEST_ROUNDS` (or `repeats`).
+    Returns:
+        The times of each case, by its name.
     """
-    found: dict[str, dict[str, list[float]]] = {case.name: {stage: [] for stage in case.stages} for case in cases}
+    seconds: dict[str, dict[str, list[float]]] = {case.name: {part: [] for part in case.parts} for case in cases}
     rounds, done = repeats, -1
     while done < rounds:
         started = time.perf_counter()
         for case in cases:
-            for name, stage in case.stages.items():
-                found[case.name][name].append(seconds(stage))
+            for name, part in case.parts.items():
+                seconds[case.name][name].append(elapsed_seconds(part))
         done += 1
         if done == 1:
             fitting = int(budget_seconds / max(time.perf_counter() - started, 1e-9))
-            rounds = min(repeats, max(FEWEST_ROUNDS, fitting))
-    return {name: Times({stage: values[1:] for stage, values in by.items()}) for name, by in found.items()}
+            rounds = min(repeats, max(MINIMUM_ROUNDS, fitting))
+    return {name: CaseTimes({part: values[1:] for part, values in parts.items()}) for name, parts in seconds.items()}
 
 
-# --- memory -------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
-def _own_memory(field: str) -> int:
-    """Bytes of a field of this process's status: VmRSS, what is resident, or VmHWM, the most that was."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024
+def process_memory_bytes(field: str) -> int:
+    """Memory of this process by a field of its status; 0 where the system has no such field.
+
+    Args:
+        field: VmRSS (resident), VmHWM (the highest VmRSS so far) or RssAnon (without mapped files).
+    """
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)
 
 
-def _forget_the_past() -> None:
-    """Give freed memory back, and let the high-water mark start anew where that is permitted."""
+def _reset_high_water_mark() -> None:
+    """Return freed memory to the system and reset VmHWM, where the system permits that."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return  # the mark so far then counts too: in a fresh process that is no more than was resident
+        return  # VmHWM then includes earlier peaks; a new process has none
 
 
 def extra_peak_bytes(work: Callable[[], Any]) -> int:
-    """How much memory the work needs at its peak, beyond what is held before it. On the host: resident memory."""
+    """Run the work and return its peak memory above what was allocated before.
+
+    On a CPU this is resident memory.
+    """
     if device.is_cpu():
-        _forget_the_past()
-        before = _own_memory("VmRSS")
+        _reset_high_water_mark()
+        before = process_memory_bytes("VmRSS")
         work()
-        return max(0, _own_memory("VmHWM") - before)
-    gc.collect()  # what went in the midst of the work would make its peak look lower
+        return max(0, process_memory_bytes("VmHWM") - before)
+    gc.collect()  # garbage that is freed during the work would lower its peak
     synchronize()
     torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated()
+    allocated = torch.cuda.memory_allocated()
     work()
     synchronize()
-    return torch.cuda.max_memory_allocated() - held
+    return torch.cuda.max_memory_allocated() - allocated
 
 
 def fillable_bytes() -> int:
     """Memory that a case may be expected to fill."""
     if device.is_cpu():
-        return int(FILLABLE * psutil.virtual_memory().available)
-    # What torch's allocator keeps of earlier cases is free for this one.
+        return int(FILLABLE_SHARE * psutil.virtual_memory().available)
+    # Blocks that torch's allocator caches from earlier cases are free for the next one.
     cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return int(FILLABLE * (torch.cuda.mem_get_info()[0] + cached))
+    return int(FILLABLE_SHARE * (torch.cuda.mem_get_info()[0] + cached))
 
 
-def apart(function: Callable[..., int], *arguments: Any, preload: str) -> int:
-    """The result of a function in a process of its own; where there is CUDA, whose allocator counts, in this one.
+def in_new_process(function: Callable[..., int], *arguments: Any, preload: str) -> int:
+    """Call a function in a new process, whose memory has no history.
+
+    On CUDA the function is called in this process, because torch's allocator counts memory there.
 
     Args:
-        preload: module that such processes have imported when they start.
+        preload: A module that new processes have imported when they start.
 
-    Raises: UserError: the process was ended before it was done, as the kernel does where memory
-        runs out.
+    Raises:
+        UserError: The process ended without a result, as when the kernel kills it for its memory.
     """
     if not device.is_cpu():
         return function(*arguments)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(sender, function, arguments))
+    process = context.Process(target=_send_result, args=(sender, function, arguments))
     process.start()
     sender.close()
     try:
         return receiver.recv()
     except EOFError as error:
         process.join()
-        what = f"{function.__name__}{arguments}"
-        raise UserError(f"{what}: its process ended with status {process.exitcode}, expected a figure") from error
+        call = f"{function.__name__}{arguments}"
+        raise UserError(f"{call}: its process ended with status {process.exitcode}, expected a result") from error
     finally:
         process.join()
 
 
-def _send(sender: Any, function: Callable[..., int], arguments: tuple[Any, ...]) -> None:
+def _send_result(sender: Any, function: Callable[..., int], arguments: tuple[Any, ...]) -> None:
     sender.send(function(*arguments))
     sender.close()
-
-
-# --- files --------------------------------------------------------------------------------------------------------
-
-
-def write_files(folder: Path, name: str, figures: Mapping[str, Any], picture: bytes | None) -> None:
-    """`name`.json and, where there is one, `name`.png: each whole, or as it was."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for suffix, content in (("json", (json.dumps(figures, indent=1) + "\n").encode()), ("png", picture)):
-        if content is not None:
-            partial = folder / f"{name}.{suffix}.partial"
-            partial.write_bytes(content)
-            partial.replace(folder / f"{name}.{suffix}")

@@ -1,4 +1,7 @@
-"""Ranks of a training run as processes that start at once and can be killed: forked from a server with all imported."""
+"""Ranks of a training run as processes that start quickly and can be killed.
+
+They are forked from a server process that has already imported everything.
+"""
 
 import multiprocessing
 import os
@@ -13,61 +16,75 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-# This module is what the server imports, and with it all that training needs.
+# The server imports this module, and with it everything that training needs.
 from megatron_twotower.train import run  # noqa: F401
 
 
 @dataclass(frozen=True)
 class Job:
-    """The ranks of a run that was started, and where each writes what it prints."""
+    """The started ranks of a run.
+
+    Attributes:
+        processes: One process per rank.
+        logs: The file that each rank prints to.
+    """
 
     processes: Sequence[BaseProcess]
     logs: Sequence[Path]
 
     def signal(self, number: int, *, rank: int | None = None) -> None:
-        """Send a signal to one rank, or to all."""
+        """Send a signal to one rank, or to all if `rank` is `None`."""
         for process in self.processes if rank is None else [self.processes[rank]]:
             if process.exitcode is None and process.pid is not None:
                 os.kill(process.pid, number)
 
     def wait(self, seconds: float) -> list[int | None]:
-        """The exit status of each rank: negative for a signal, None where it still runs after `seconds`."""
+        """Wait for all ranks, for `seconds` at most.
+
+        Returns:
+            The exit status of each rank: negative for a signal, `None` if the rank still runs.
+        """
         deadline = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(deadline - time.monotonic(), 0))
         return [process.exitcode for process in self.processes]
 
     def running(self) -> bool:
+        """Whether any rank still runs."""
         return any(process.exitcode is None for process in self.processes)
 
     def kill(self) -> None:
-        """End all ranks for good."""
+        """Kill all ranks with SIGKILL and wait for their end."""
         self.signal(signal.SIGKILL)
         self.wait(60)
 
     def output(self) -> str:
+        """What all ranks have printed, rank by rank."""
         return "".join(path.read_text() for path in self.logs)
 
 
-def context() -> ForkServerContext:
-    """Makes processes that start with all of this imported."""
-    made = multiprocessing.get_context("forkserver")
-    made.set_forkserver_preload([__name__])
-    return made
+def forkserver() -> ForkServerContext:
+    """A context whose new processes have imported this module."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def start(ranks: int, arguments: Sequence[str], *, logs: Path) -> Job:
-    """Start `twotower ARGUMENTS` on so many ranks of this machine.
+    """Start `twotower ARGUMENTS` as a job of `ranks` processes on this machine.
 
-    logs: folder for what each rank prints, written anew.
+    Args:
+        ranks: The number of ranks.
+        arguments: Of the command line.
+        logs: The folder for the output of each rank. Existing files are overwritten.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    with socket.socket() as unused:
+        unused.bind(("localhost", 0))
+        port = unused.getsockname()[1]
     files = [logs / f"rank-{rank}.log" for rank in range(ranks)]
     processes = [
-        context().Process(target=_rank, args=(rank, ranks, port, list(arguments), str(file)))
+        forkserver().Process(target=_run_rank, args=(rank, ranks, port, list(arguments), str(file)))
         for rank, file in enumerate(files)
     ]
     for process in processes:
@@ -75,12 +92,12 @@ def start(ranks: int, arguments: Sequence[str], *, logs: Path) -> Job:
     return Job(processes, files)
 
 
-def _rank(rank: int, ranks: int, port: int, arguments: list[str], log: str) -> None:
-    """One rank, as torchrun or srun would start it."""
+def _run_rank(rank: int, ranks: int, port: int, arguments: list[str], log: str) -> None:
+    """Run one rank with the environment that torchrun or srun would give it."""
     os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{ranks}"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": f"{port}"}
-    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (sys.stdout, sys.stderr):
-        os.dup2(target, stream.fileno())
+        os.dup2(file, stream.fileno())
     sys.argv = ["twotower", *arguments]
     runpy.run_module("megatron_twotower", run_name="__main__")

@@ -27,7 +27,7 @@ def _ops(arguments: argparse.Namespace) -> int:
 def _step(arguments: argparse.Namespace) -> int:
     from megatron_twotower.bench import step
 
-    wanted = step.Settings(
+    options = step.StepOptions(
         lengths=arguments.lengths,
         draws=arguments.draws,
         repeats=arguments.repeats,
@@ -38,7 +38,7 @@ def _step(arguments: argparse.Namespace) -> int:
         arguments.output,
         recipe=arguments.recipe,
         overrides=arguments.settings,
-        wanted=wanted,
+        options=options,
         threads=arguments.threads,
         quick=arguments.quick,
     )
@@ -46,9 +46,9 @@ def _step(arguments: argparse.Namespace) -> int:
 
 
 def _gpu(arguments: argparse.Namespace) -> int:
-    from megatron_twotower.bench import gpu
+    from megatron_twotower.bench.gpu import command as gpu
 
-    wanted = gpu.Settings(
+    options = gpu.GpuOptions(
         layers=arguments.layers,
         repeats=arguments.repeats,
         budget_seconds=arguments.budget,
@@ -56,7 +56,7 @@ def _gpu(arguments: argparse.Namespace) -> int:
         rungs=arguments.rungs,
     )
     whole = gpu.run(
-        arguments.output, recipe=arguments.recipe, overrides=arguments.settings, wanted=wanted, quick=arguments.quick
+        arguments.output, recipe=arguments.recipe, overrides=arguments.settings, options=options, quick=arguments.quick
     )
     return 0 if whole else 1
 
@@ -86,14 +86,14 @@ def _passes(arguments: argparse.Namespace) -> int:
 def _fp8(arguments: argparse.Namespace) -> int:
     from megatron_twotower.bench import fp8
 
-    wanted = (
+    options = (
         fp8.QUICK
         if arguments.quick
-        else fp8.Settings(
+        else fp8.Fp8Options(
             sequences=arguments.sequences, length_tokens=arguments.length, block_size_tokens=arguments.block
         )
     )
-    fp8.run(arguments.output, model=arguments.model, data=arguments.data, wanted=wanted, threads=arguments.threads)
+    fp8.run(arguments.output, model=arguments.model, data=arguments.data, options=options, threads=arguments.threads)
     return 0
 
 
@@ -107,7 +107,7 @@ def _soak(arguments: argparse.Namespace) -> int:
 def _generate(arguments: argparse.Namespace) -> int:
     from megatron_twotower.bench import generate
 
-    wanted = generate.Settings(
+    options = generate.GenerateOptions(
         prompts=arguments.prompts,
         new_tokens=arguments.new_tokens,
         batch_sizes=tuple(arguments.batch_sizes),
@@ -119,7 +119,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     generate.run(
         arguments.output,
         model=arguments.model,
-        wanted=generate.quick(wanted) if arguments.quick else wanted,
+        options=generate.quick(options) if arguments.quick else options,
         devices=arguments.device,
         threads=arguments.threads,
     )
@@ -129,8 +129,10 @@ def _generate(arguments: argparse.Namespace) -> int:
 def _convert(arguments: argparse.Namespace) -> int:
     from megatron_twotower.bench import convert
 
-    wanted = convert.Settings(size_mib=arguments.size, repeats=arguments.repeats, budget_seconds=arguments.budget)
-    convert.run(arguments.output, folder=arguments.folder, settings=wanted)
+    options = convert.ConvertOptions(
+        size_mib=arguments.size, repeats=arguments.repeats, budget_seconds=arguments.budget
+    )
+    convert.run(arguments.output, folder=arguments.folder, options=options)
     return 0
 
 

@@ -1,19 +1,22 @@
 """Tables and numbers on the console."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 # --- tables and pictures ------------------------------------------------------------------------------------------
 
 
-def plain_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def plain_table(
+    title: str, headings: Sequence[str], rows: Iterable[Sequence[RenderableType]], *, left: int = 0
+) -> Table:
+    """A table with right-aligned columns, except for the first `left` ones."""
     table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in headings:
-        table.add_column(heading, justify="right", overflow="fold")
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if index < left else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table

@@ -19,9 +19,7 @@ from megatron_twotower.convert.initial_weights import check_pointer
 from megatron_twotower.convert.mcore_checkpoint import checkpoint_tensors, write_weights
 from megatron_twotower.convert.tensors import LazyTensor
 from megatron_twotower.model.parameter_map import Entry, denoiser_entries, trained_backbone_entries
-
-# The sums since the last logged record, as `train.progress` saves them: nothing is logged yet.
-_EMPTY_WINDOW = {"sums": None, "expert_tokens": None, "sequences": 0, "skipped": 0, "nonfinite": 0, "in_a_row": 0}
+from megatron_twotower.types import LogWindow
 
 
 def import_folder(

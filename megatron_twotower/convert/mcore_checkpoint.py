@@ -30,7 +30,13 @@ from megatron_twotower.common.progress import OnBytes
 from megatron_twotower.config.schema import ModelConfig
 from megatron_twotower.convert.hf_folder import raise_faults
 from megatron_twotower.convert.tensors import LazyTensor
-from megatron_twotower.model.parameter_map import LAYOUTS, Entry, hf_shapes, stored_sections
+from megatron_twotower.model.parameter_map import (
+    Entry,
+    hf_from_parameter,
+    hf_shapes,
+    parameter_from_hf,
+    stored_sections,
+)
 
 _WEIGHTS_FILE = "__0_0.distcp"
 # What Megatron writes to `metadata.json`: the format of the tensors and of all other state. A
@@ -138,7 +144,7 @@ class CheckpointWeights:
 
     def _pieces(self, entry: Entry, index: int, model: ModelConfig) -> Callable[[], Iterator[Tensor]]:
         def pieces() -> Iterator[Tensor]:
-            yield LAYOUTS[entry.conversion][1](self.parameter(entry), model)[index].reshape(-1)
+            yield hf_from_parameter(entry, self.parameter(entry), model)[index].reshape(-1)
 
         return pieces
 

@@ -1,4 +1,4 @@
-"""The rivals compute what the operations compute, gradients included: the benchmarks compare like with like."""
+"""The baselines compute what the operations compute, gradients included."""
 
 import pytest
 import torch
@@ -26,13 +26,13 @@ def stream(*, trained, length=48):
     return x, dt, A, B, C, normal(4, trained=trained)
 
 
-def assert_same(ours, rival, inputs):
+def assert_same(ours, baseline, inputs):
     grad = torch.randn_like(ours)
-    torch.testing.assert_close(rival, ours)
+    torch.testing.assert_close(baseline, ours)
     for name, a, b in zip(
         range(len(inputs)),
         torch.autograd.grad(ours, inputs, grad),
-        torch.autograd.grad(rival, inputs, grad),
+        torch.autograd.grad(baseline, inputs, grad),
         strict=True,
     ):
         torch.testing.assert_close(b, a, msg=lambda text, name=name: f"gradient {name}: {text}")
@@ -45,14 +45,14 @@ def test_a_state_at_every_block_gives_the_same(scan, block):
     x, dt, A, B, _, _ = clean
     chunk = chunk_length(block, preferred=16)
     y, states, final = chunk_scan(*clean, chunk=chunk)
-    rival_y, rival_states, rival_final = baselines.chunked_scan(*clean, chunk=block)
-    torch.testing.assert_close(rival_y, y)
-    torch.testing.assert_close(rival_final, final)
-    torch.testing.assert_close(rival_states[:, :: chunk // block], states)
+    baseline_y, baseline_states, baseline_final = baselines.chunked_scan(*clean, chunk=block)
+    torch.testing.assert_close(baseline_y, y)
+    torch.testing.assert_close(baseline_final, final)
+    torch.testing.assert_close(baseline_states[:, :: chunk // block], states)
     ours = two_stream_scan(
         *noisy, clean_x=x, clean_dt=dt, clean_A=A, clean_B=B, states=states, block=block, chunk=chunk
     )
-    assert_same(ours, scan(*noisy, states=rival_states, block=block), noisy)
+    assert_same(ours, scan(*noisy, states=baseline_states, block=block), noisy)
 
 
 def test_shifted_copies_give_the_same_convolution():
@@ -81,10 +81,10 @@ def test_all_logits_and_those_of_masked_positions_give_the_same_loss():
     weights = torch.zeros(20).index_fill(0, places, 1.0)
     ours, _ = linear_cross_entropy(hidden[places], weight, targets[places], weights[places])
     gradients = torch.autograd.grad(ours, (hidden, weight))
-    for rival in (
+    for baseline in (
         baselines.full_logits_loss(hidden, weight, targets, weights),
         baselines.gathered_logits_loss(hidden, weight, targets, places),
     ):
-        torch.testing.assert_close(rival, ours)
-        for a, b in zip(gradients, torch.autograd.grad(rival, (hidden, weight)), strict=True):
+        torch.testing.assert_close(baseline, ours)
+        for a, b in zip(gradients, torch.autograd.grad(baseline, (hidden, weight)), strict=True):
             torch.testing.assert_close(b, a)

@@ -31,7 +31,7 @@ def test_its_attention_and_all_its_gradients(monkeypatch, queries):
 
 
 def test_it_computes_what_two_equal_towers_compute(groups):
-    """With the time conditioning at its identity and both towers alike, the noisy half is the denoiser."""
+    """With conditioning at its identity and equal towers, the noisy half is the denoiser."""
     config = tiny_config("*E-*")
     two_tower, source = build_two_tower(config, groups)
     megatron, model = transformer_config.transformer_config(config), config.model

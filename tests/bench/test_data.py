@@ -1,4 +1,4 @@
-"""The benchmark of the data side runs, at a very small size, and what it compares reads the same tokens."""
+"""The benchmark of the loader at a very small size: all readers read the same tokens."""
 
 import dataclasses
 import json
@@ -9,12 +9,14 @@ import pytest
 from rich.console import Console
 
 from megatron_twotower.bench import data as bench_data
-from megatron_twotower.bench.data import Settings, random_corpus, run
+from megatron_twotower.bench.data import DataOptions, random_corpus, run
 from megatron_twotower.data.dataset import SequenceDataset, global_batch
 from megatron_twotower.data.packing import Packing
 from megatron_twotower.data.shards import Corpus
 
-SMALL = Settings(tokens=30_000, length=128, batch=2, seconds=0.01, turns=1, shards=20, documents=2000, recipe="tiny")
+SMALL = DataOptions(
+    tokens=30_000, length=128, batch=2, seconds=0.01, rounds=1, shards=20, documents=2000, recipe="tiny"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -22,18 +24,18 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(bench_data, "_SHARD_TOKENS", 10_000)
 
 
-def test_it_measures_every_way_and_writes_what_it_prints(tmp_path, tiny_backbone):
+def test_it_measures_every_reader_and_writes_what_it_prints(tmp_path, tiny_backbone):
     console = Console(record=True, width=120)
-    settings = dataclasses.replace(SMALL, backbone=tiny_backbone)
-    run(tmp_path / "figures.json", settings=settings, console=console)
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    rates = figures["tokens_per_second"]
+    options = dataclasses.replace(SMALL, backbone=tiny_backbone)
+    run(tmp_path / "results.json", options=options, console=console)
+    results = json.loads((tmp_path / "results.json").read_text())
+    rates = results["tokens_per_second"]
     assert len(rates) == 10 and min(rates.values()) > 0
     assert rates["training, tiny"] < rates["ours, documents apart, with noise"]
     text = console.export_text()
     for name, rate in rates.items():
         assert name in text and f"{rate:,}" in text
-    start = figures["start_up"]
+    start = results["start_up"]
     assert (start["shards"], start["documents"]) == (20, 40_000)
     assert "20 shards, 40,000 documents" in text
 
@@ -52,7 +54,7 @@ def test_what_is_compared_reads_the_same_tokens(tmp_path):
 
 def test_memory_of_an_open_corpus_does_not_grow_with_its_documents(tmp_path):
     """Nor does that of a worker that reads it: a hundred times the documents, in as many shards."""
-    held = []
+    sizes = []
     for documents in (20, 2000):
         folder = tmp_path / str(documents)
         bench_data._write_large(folder, shards=100, per_shard=documents, tokens=100)
@@ -63,8 +65,8 @@ def test_memory_of_an_open_corpus_does_not_grow_with_its_documents(tmp_path):
         dataset = SequenceDataset(corpus, sequence_length=128, seed=0, packing=packing)
         _, numbers = dataset.locate(np.array([10**9]))
         packing.window(int(numbers[0]) * 128, 128)
-        held.append(tracemalloc.get_traced_memory()[0])
+        sizes.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
-    small, large = held
-    # A sum of 8 bytes for 512 documents is what remains of them.
+    small, large = sizes
+    # One sum of 8 bytes for each 512 documents remains.
     assert large - small < 200_000 * 8 / 512 + 10_000

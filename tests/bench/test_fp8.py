@@ -1,4 +1,4 @@
-"""The rounding of FP8, element by element, and what the bench makes of two predictions."""
+"""The rounding of FP8, element by element, and the comparison of two predictions."""
 
 import json
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from helpers.modeling import MASK, random_ids, tiny_model
 from megatron_twotower.bench import fp8
-from megatron_twotower.bench.fp8 import MASKED, NEXT, compared, figures
+from megatron_twotower.bench.fp8 import MASKED, NEXT, compare_logits, summarise
 from megatron_twotower.bench.fp8_rounding import E4M3, LARGEST, ROUNDINGS, RoundedLinear, rounded, rounded_tower, scales
 from megatron_twotower.cli import main
 from megatron_twotower.config.hf_config import model_from_hf
@@ -40,15 +40,15 @@ def test_rounding_is_within_half_a_step_and_is_done_once(name):
     rounding, x = ROUNDINGS[name], draw(200, 300)
     narrow = rounded(x, rounding.weights, powers_of_two=rounding.powers_of_two)
     assert narrow.dtype == torch.float32 and narrow.shape == x.shape
-    # Three bits behind the point: half a step is a sixteenth; below the normal numbers, half of the
-    # least one.
+    # Three bits after the binary point: half a step is a sixteenth; below the normal numbers, half
+    # of the least one.
     step = x.abs().max() / LARGEST * 2**-10 * (2 if rounding.powers_of_two else 1)
     assert ((narrow - x).abs() <= x.abs() / 16 + step).all() and not torch.equal(narrow, x)
     if rounding.powers_of_two:
         assert torch.equal(rounded(narrow, rounding.weights, powers_of_two=True), narrow)
 
 
-def test_values_of_e4m3_stay_what_they_are():
+def test_values_of_e4m3_do_not_change():
     every = torch.arange(256, dtype=torch.uint8).view(E4M3).float()
     every = every[every.isfinite()].unsqueeze(0)
     assert torch.equal(rounded(every, None, powers_of_two=False), every)
@@ -61,7 +61,7 @@ def test_zeros_stay_zeros():
 
 
 def test_a_block_has_a_scale_of_its_own():
-    """Small values beside a large one are lost with one scale for all, and kept where it is in another block."""
+    """Small values next to a large one are lost if they share its scale."""
     x = torch.full((256, 256), 1e-5)
     x[0, 0] = 1e3
     one, many = (rounded(x, block, powers_of_two=False) for block in (None, (128, 128)))
@@ -72,7 +72,7 @@ def test_a_block_has_a_scale_of_its_own():
     assert not rows[0, 1:128].any() and rows[0, 128:].all()
 
 
-def test_blocks_at_the_edge_are_what_is_left():
+def test_blocks_at_the_edge_are_smaller():
     x = draw(130, 150)
     x[:128, :128] *= 1e6
     narrow = rounded(x, (128, 128), powers_of_two=True)
@@ -88,19 +88,19 @@ def test_the_precisions_are_those_of_the_context_tower():
 def test_projections_and_experts_are_rounded_and_nothing_else(name, inputs):
     model, rounding = tiny_model(dtype=torch.float32), ROUNDINGS[name]
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    held = rounded_tower(model.context_tower, model_config(model), rounding, inputs=inputs)
+    narrow = rounded_tower(model.context_tower, model_config(model), rounding, inputs=inputs)
     own = dict(model.context_tower.named_parameters())
-    changed = {key for key, value in held.tower.named_parameters() if value is not own[key]}
-    assert changed == {f"{key}.weight" for key, module in held.tower.named_modules() if type(module) is RoundedLinear}
+    changed = {key for key, value in narrow.tower.named_parameters() if value is not own[key]}
+    assert changed == {f"{key}.weight" for key, module in narrow.tower.named_modules() if type(module) is RoundedLinear}
     assert changed == {
         f"{key}.weight" for key, module in model.context_tower.named_modules() if isinstance(module, torch.nn.Linear)
     }
-    assert held.elements == sum(own[key].numel() for key in changed) < held.total
-    assert 0.005 < held.error < 0.05
+    assert narrow.elements == sum(own[key].numel() for key in changed) < narrow.total
+    assert 0.005 < narrow.error < 0.05
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     key = next(key for key in changed if key.endswith("out_proj.weight"))
     expected = rounded(own[key], rounding.weights, powers_of_two=rounding.powers_of_two)
-    linear, x = held.tower.get_submodule(key.removesuffix(".weight")), draw(3, own[key].shape[1], seed=2)
+    linear, x = narrow.tower.get_submodule(key.removesuffix(".weight")), draw(3, own[key].shape[1], seed=2)
     assert torch.equal(linear.weight, expected)
     if inputs:
         x = rounded(x, rounding.inputs, powers_of_two=rounding.powers_of_two)
@@ -113,14 +113,14 @@ def test_queries_keys_and_values_are_one_matrix():
     number = model.context_tower.kinds.index("full_attention")
     with torch.no_grad():
         model.context_tower.layers[number].mixer.q_proj.weight[0, 0] = 1e6
-    held = rounded_tower(model.context_tower, model_config(model), ROUNDINGS["fp8_current"], inputs=False)
-    assert not held.tower.layers[number].mixer.k_proj.weight.any()
+    narrow = rounded_tower(model.context_tower, model_config(model), ROUNDINGS["fp8_current"], inputs=False)
+    assert not narrow.tower.layers[number].mixer.k_proj.weight.any()
 
 
 def test_two_predictions_are_compared():
     wide, other = draw(2, 3, 5), draw(2, 3, 5, seed=1)
     targets, counted = torch.tensor([[0, 1, 2], [3, 4, 0]]), torch.tensor([[True, True, False], [True, False, False]])
-    found = figures(compared(wide, other, targets, counted))
+    found = summarise(compare_logits(wide, other, targets, counted))
     p, q = wide[counted].log_softmax(-1).double(), other[counted].log_softmax(-1).double()
     own = targets[counted].unsqueeze(-1)
     assert found["tokens"] == 3
@@ -129,7 +129,7 @@ def test_two_predictions_are_compared():
     assert found["kl"] == pytest.approx(F.kl_div(q, p, reduction="batchmean", log_target=True).item(), rel=1e-5)
     assert found["same_choice"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
     assert found["largest_logit_error"] == pytest.approx((wide - other)[counted].abs().max().item())
-    same = figures(compared(wide, wide, targets, counted))
+    same = summarise(compare_logits(wide, wide, targets, counted))
     assert same["kl"] == same["difference"] == same["largest_logit_error"] == 0.0 and same["same_choice"] == 1.0
 
 
@@ -138,12 +138,12 @@ def test_the_same_tower_changes_nothing_and_a_rounded_one_reaches_the_denoiser()
     uniform = torch.rand(rows.shape, generator=torch.Generator().manual_seed(0))
     settings = {"block": 4, "levels": (0.5, 1.0), "mask_id": MASK}
     own = model.context_tower
-    nothing = fp8.masked_tokens(model, own, rows, uniform, **settings)
-    assert nothing.largest == 0.0 and fp8.next_token(model, own, rows).largest == 0.0
+    nothing = fp8.compare_masked_tokens(model, own, rows, uniform, **settings)
+    assert nothing.largest == 0.0 and fp8.compare_next_token(model, own, rows).largest == 0.0
     assert int(nothing.count.sum()) == int((uniform[:, 4:] < 0.5).sum()) + uniform[:, 4:].numel()
-    held = rounded_tower(own, model_config(model), ROUNDINGS["fp8_current"], inputs=True)
-    reached = fp8.masked_tokens(model, held.tower, rows, uniform, **settings)
-    for sums in (fp8.next_token(model, held.tower, rows), reached):
+    narrow = rounded_tower(own, model_config(model), ROUNDINGS["fp8_current"], inputs=True)
+    reached = fp8.compare_masked_tokens(model, narrow.tower, rows, uniform, **settings)
+    for sums in (fp8.compare_next_token(model, narrow.tower, rows), reached):
         assert sums.largest > 0 and (sums.kl > 0).all()
     assert model.context_tower is own
 

@@ -6,7 +6,15 @@ from rich.console import Console
 
 from megatron_twotower.bench import measure
 from megatron_twotower.bench import ops as bench_ops
-from megatron_twotower.bench.ops import OURS, Shape, cases_of, needed_bytes, rows_of, shapes, with_ratios
+from megatron_twotower.bench.ops import (
+    OURS,
+    OperationShape,
+    add_ratios,
+    build_cases,
+    estimated_bytes,
+    measure_shape,
+    select_shapes,
+)
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.recipes import load_recipe
 
@@ -21,16 +29,16 @@ def nano():
     return load_recipe("bench_step", [f"model={bench_ops.MODEL}"]).model
 
 
-def wanted(model, **given):
+def selected(model, **given):
     defaults = {"operations": (), "lengths": (), "blocks": (), "dtype": "fp32", "model": model, "quick": False}
-    return shapes(**(defaults | given))
+    return select_shapes(**(defaults | given))
 
 
 def test_defaults_and_flags_say_what_is_measured(tiny):
-    found = wanted(tiny)
+    found = selected(tiny)
     assert {shape.operation for shape in found} == set(bench_ops.CASES)
     assert {(shape.length, shape.block) for shape in found if shape.operation == "scan"} >= {(1024, 4), (8192, 16)}
-    given = wanted(tiny, operations=["attention", "head"], lengths=[64, 128], blocks=[16])
+    given = selected(tiny, operations=["attention", "head"], lengths=[64, 128], blocks=[16])
     assert [(shape.operation, shape.length, shape.block) for shape in given] == [
         ("attention", 64, 16),
         ("attention", 128, 16),
@@ -38,55 +46,55 @@ def test_defaults_and_flags_say_what_is_measured(tiny):
         ("head", 128, 0),
     ]
     with pytest.raises(UserError, match="found 100, expected a multiple of --block 16"):
-        wanted(tiny, lengths=[100], blocks=[16])
+        selected(tiny, lengths=[100], blocks=[16])
 
 
 @pytest.mark.parametrize("operation", list(bench_ops.CASES))
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_every_case_runs_again_and_again(operation, dtype, tiny):
-    cases = cases_of(Shape(operation, 32, 8, dtype, tiny))
+    cases = build_cases(OperationShape(operation, 32, 8, dtype, tiny))
     assert cases[0].name == OURS and len(cases) > 1
     for case in [*cases, *cases]:
         case.run()
 
 
-def test_the_torch_scan_stands_beside_the_triton_one_where_that_serves(tiny, monkeypatch):
-    monkeypatch.setattr(bench_ops, "uses_triton_scan", lambda x, B, block, chunk: True)
-    cases = cases_of(Shape("scan", 32, 8, "fp32", tiny))
+def test_the_torch_scan_is_a_case_of_its_own_if_triton_is_used(tiny, monkeypatch):
+    monkeypatch.setattr(bench_ops, "triton_scans", lambda x, B, block, chunk: True)
+    cases = build_cases(OperationShape("scan", 32, 8, "fp32", tiny))
     assert [case.name for case in cases][:2] == [OURS, "ours in torch"]
     cases[1].run()
 
 
-def test_a_case_that_would_not_fit_is_skipped_and_says_so(tiny, monkeypatch):
-    shape = Shape("scan", 32, 8, "fp32", tiny)
-    monkeypatch.setattr(measure, "fillable_bytes", lambda: needed_bytes(shape, OURS))
-    monkeypatch.setattr(measure, "apart", lambda *_, preload: 7)
-    ours, *rivals = with_ratios(rows_of(shape, repeats=1, budget_seconds=0.0, threads=1))
+def test_a_case_that_does_not_fit_is_skipped_with_its_reason(tiny, monkeypatch):
+    shape = OperationShape("scan", 32, 8, "fp32", tiny)
+    monkeypatch.setattr(measure, "fillable_bytes", lambda: estimated_bytes(shape, OURS))
+    monkeypatch.setattr(measure, "in_new_process", lambda *_, preload: 7)
+    ours, *baselines = add_ratios(measure_shape(shape, repeats=1, budget_seconds=0.0, threads=1))
     assert ours["skipped"] is None and ours["extra_peak_bytes"] == 7
-    assert all(row["skipped"].startswith("needs about") and "time_ratio" not in row for row in rivals)
-    assert "skipped: needs about 0 GiB" in drawn(bench_ops.table([ours, *rivals], title="t"))
+    assert all(row["skipped"].startswith("needs about") and "time_ratio" not in row for row in baselines)
+    assert "skipped: needs about 0 GiB" in rendered(bench_ops.ops_table([ours, *baselines], title="t"))
 
 
-def drawn(table):
+def rendered(table):
     console = Console(file=io.StringIO(), width=160)
     console.print(table)
     return console.file.getvalue()
 
 
-def test_needs_grow_as_the_algorithms_do(nano):
+def test_estimates_of_memory_grow_as_the_algorithms_do(nano):
     def scan(block, name):
-        return needed_bytes(Shape("scan", 8192, block, "fp32", nano), name)
+        return estimated_bytes(OperationShape("scan", 8192, block, "fp32", nano), name)
 
     assert scan(4, OURS) == scan(16, OURS)
     assert scan(4, "state per block") > 3 * scan(16, "state per block") > 3 * 4 * 2**30
-    head = Shape("head", 8192, 0, "fp32", nano)
-    assert needed_bytes(head, "all logits") > 12 * 2**30 > 3 * needed_bytes(head, OURS)
+    head = OperationShape("head", 8192, 0, "fp32", nano)
+    assert estimated_bytes(head, "all logits") > 12 * 2**30 > 3 * estimated_bytes(head, OURS)
 
 
-def test_ratios_are_the_rivals_over_ours():
+def test_ratios_are_the_baselines_over_ours():
     ours = {"skipped": None, "median_seconds": 2.0, "stage_seconds": {"all": 2.0}, "extra_peak_bytes": 10}
-    rival = {"skipped": None, "median_seconds": 5.0, "stage_seconds": {"all": 5.0}, "extra_peak_bytes": 30}
-    first, second = with_ratios([ours, rival])
+    baseline = {"skipped": None, "median_seconds": 5.0, "stage_seconds": {"all": 5.0}, "extra_peak_bytes": 30}
+    first, second = add_ratios([ours, baseline])
     assert "time_ratio" not in first
     assert (second["time_ratio"], second["stage_ratios"], second["memory_ratio"]) == (2.5, {"all": 2.5}, 3.0)
 

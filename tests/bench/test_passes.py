@@ -1,4 +1,4 @@
-"""The bench of generation, at the smallest size: that its parts are counted, and its arithmetic."""
+"""The benchmark of denoiser passes at the smallest size: its units, and its arithmetic."""
 
 import json
 
@@ -7,7 +7,7 @@ import torch
 
 from helpers.modeling import MASK, random_ids, tiny_model
 from megatron_twotower.bench import passes
-from megatron_twotower.bench.kernel_classes import CLASSES, Split
+from megatron_twotower.bench.kernel_classes import CLASSES, TimeByClass
 from megatron_twotower.bench.passes import PASS, READ, STEP, break_even
 from megatron_twotower.cli import main
 
@@ -18,24 +18,24 @@ def test_the_break_even_is_where_both_take_as_long():
     assert break_even(4, denoiser=1.0, step=1.0, read=4.0) is None
 
 
-def test_the_works_are_those_of_generation():
+def test_the_units_are_those_of_generation():
     model, prompt = tiny_model(), random_ids(1, 6)
-    works = passes.works(model, block_size=4, mask_id=MASK)
+    work = passes.generation_work(model, block_size=4, mask_id=MASK)
     cache = model.prefill(prompt)
-    predicted = works[PASS](cache)
+    predicted = work[PASS](cache)
     assert cache.length == 6 and predicted.shape == (1, 4)
     expected = model.denoise_block(torch.full((1, 4), MASK), torch.ones(1), model.prefill(prompt)).argmax(-1)
     assert torch.equal(predicted, expected)
-    works[READ](cache)
+    work[READ](cache)
     assert cache.length == 10
-    token = works[STEP](cache)
+    token = work[STEP](cache)
     whole = torch.cat([prompt, torch.full((1, 5), MASK)], dim=1)
     assert cache.length == 11 and token.item() == model(whole).logits[0, -1].argmax().item()
 
 
 def test_every_case_is_timed_counted_and_broken_down():
     model = tiny_model()
-    found = passes.measured(model, mask_id=MASK, block_size=4, prompt_tokens=6, rounds=2)
+    found = passes.measure_passes(model, mask_id=MASK, block_size=4, prompt_tokens=6, rounds=2)
     assert [row["case"] for row in found["cases"]] == [STEP, PASS, READ]
     for row in found["cases"]:
         assert 0 < row["minimum_seconds"] <= row["median_seconds"]
@@ -52,9 +52,9 @@ def test_every_case_is_timed_counted_and_broken_down():
 def test_on_a_device_the_share_of_products_is_that_of_its_kernels(gemm, share, monkeypatch):
     model, prompt = tiny_model(), random_ids(1, 6)
     seconds = dict.fromkeys(CLASSES, 0.0) | ({} if gemm is None else {"GEMM": gemm, "copies": 1.0})
-    monkeypatch.setattr(passes, "time_by_class", lambda work: Split(seconds, {}, 5.0))
-    monkeypatch.setattr(passes.host, "is_host", lambda: False)
-    found = passes.operations(model, prompt, passes.works(model, block_size=4, mask_id=MASK)[PASS])
+    monkeypatch.setattr(passes, "time_by_class", lambda work: TimeByClass(seconds, {}, 5.0))
+    monkeypatch.setattr(passes.common_device, "is_cpu", lambda: False)
+    found = passes.profile_operations(model, prompt, passes.generation_work(model, block_size=4, mask_id=MASK)[PASS])
     assert found["matrix_products"] == share and found["operations"] > 20
 
 

@@ -198,7 +198,7 @@ def test_killed_in_the_middle_of_every_part_of_a_save(tmp_path, whole_run, tiny_
     run = tmp_path / "run"
     extra = [*PLAIN, "train.steps=14", "train.checkpoint_every_steps=2"]
     for number, place in enumerate(KILLED_AT):
-        process = ranks.context().Process(
+        process = ranks.forkserver().Process(
             target=train_killed_at, args=(place, train_arguments(tiny_data, run, tiny_backbone, *extra))
         )
         process.start()
@@ -247,7 +247,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_what_is_there(tmp_path, whole_r
     train(1, train_arguments(tiny_data, run, tiny_backbone, *extra, "train.steps=4"), tmp_path / "logs")
     before = files.find_checkpoints(run)
     for mode in ("true", "false"):
-        process = ranks.context().Process(
+        process = ranks.forkserver().Process(
             target=train_with_files_of,
             args=(
                 100_000,

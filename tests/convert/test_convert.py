@@ -48,7 +48,7 @@ def tensors_of(module, entries, model):
     parameters = dict(module.named_parameters()) | dict(module.named_buffers())
     found = {}
     for entry in entries:
-        parts = parameter_map.LAYOUTS[entry.conversion][1](parameters[entry.megatron_name].detach(), model)
+        parts = parameter_map.hf_from_parameter(entry, parameters[entry.megatron_name].detach(), model)
         found |= dict(zip(entry.hf_names, parts, strict=True))
     return found.__getitem__
 

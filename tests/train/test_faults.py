@@ -22,7 +22,9 @@ from megatron_twotower.train import run as train_run
 
 
 def soaked(output, data, backbone, *, kills, counts, seed):
-    found = soak.soak(output, data=data, backbone=backbone, counts=counts, seed=seed, over=lambda done: done >= kills)
+    found = soak.soak(
+        output, data=data, backbone=backbone, counts=counts, seed=seed, finished=lambda done: done >= kills
+    )
     assert not found.unexpected, found.unexpected
     assert sum(found.kills.values()) == kills and found.resumes > 0
     assert found.samples_repeated == found.samples_skipped == 0
@@ -33,13 +35,13 @@ def soaked(output, data, backbone, *, kills, counts, seed):
 def test_kills_at_random_moments_lose_and_repeat_nothing(tmp_path, tiny_data, tiny_backbone):
     found = soaked(tmp_path, tiny_data, tiny_backbone, kills=4, counts=(2, 1), seed=3)
     assert len(found.kills) >= 3 and found.clean and found.largest_difference < 1e-5
-    assert "samples repeated" in [str(cell) for cell in soak.table(found).columns[0].cells]
+    assert "samples repeated" in [str(cell) for cell in soak.soak_table(found).columns[0].cells]
 
 
 @pytest.mark.slow
 def test_thirty_kills_on_one_layout_give_the_uninterrupted_run_bit_for_bit(tmp_path, tiny_data, tiny_backbone):
     found = soaked(tmp_path, tiny_data, tiny_backbone, kills=30, counts=(2,), seed=1)
-    assert found.largest_difference == 0 and found.kills.keys() == soak.ENDINGS.keys()
+    assert found.largest_difference == 0 and found.kills.keys() == soak.INTERRUPTIONS.keys()
     assert found.steps_lost > 0
 
 
