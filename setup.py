@@ -23,6 +23,7 @@ REQUIRES = [
     "hydra-core>=1.3,<2",
     "wandb",
     "pyyaml",
+    "jinja2>=3",
     "psutil",  # Megatron's dist_checkpointing imports it without requiring it
     "numpy",
     "rich>=13",
@@ -69,7 +70,11 @@ setup(
     # recipes/ stands at the top of the repository and is installed inside the package, as data.
     packages=[*find_packages(include=["megatron_twotower", "megatron_twotower.*"]), "megatron_twotower.recipes"],
     package_dir={"megatron_twotower": "megatron_twotower", "megatron_twotower.recipes": "recipes"},
-    package_data={"megatron_twotower.recipes": ["**/*"], "megatron_twotower.generate.replay": ["*.css", "*.js"]},
+    package_data={
+        "megatron_twotower.recipes": ["**/*"],
+        "megatron_twotower.generate.replay": ["*.css", "*.js"],
+        "megatron_twotower.report": ["templates/*"],
+    },
     entry_points={"console_scripts": ["twotower = megatron_twotower.cli.main:main"]},
     classifiers=[
         "Programming Language :: Python :: 3.11",

@@ -13,8 +13,8 @@ class Command:
         name: The word that calls it.
         summary: What it does, in one line.
         examples: Complete calls of it, for `--help`.
-        add_options: Adds its options to a parser. It may import torch, as it is called only when the
-            command is chosen.
+        add_options: Adds its options to a parser. It is called only when the command is chosen, so
+            it may import torch.
         run: Does the work and returns the exit status.
         interrupted_by_sigterm: SIGTERM ends it like Ctrl-C, so that it removes what it was writing.
     """

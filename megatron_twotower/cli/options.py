@@ -53,8 +53,8 @@ def add_options(parser: Parser, source: Callable[..., Any], options: Options, *,
     """Add an option for each parameter of `source` that the table names.
 
     Args:
-        source: A function or a dataclass. A parameter gives the type and the default. `bool` gives a
-            switch, a sequence takes one or more values, and a parameter without a default is
+        source: A function or a dataclass. A parameter gives the type and the default. `bool` gives
+            a switch, a sequence takes one or more values, and a parameter without a default is
             required.
         unset: Options that are left out are `None`. The help text shows the default.
     """

@@ -11,7 +11,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from megatron_twotower.report import write_report
+    from megatron_twotower.report.page import write_report
 
     print(f"report: {write_report(arguments.run_folder)}")
     return 0

@@ -194,7 +194,7 @@ def calls(commands=main.COMMANDS, before=()):
         yield from calls(each.commands, words) if isinstance(each, Group) else [words]
 
 
-@pytest.mark.parametrize("call", calls(), ids=" ".join)
+@pytest.mark.parametrize("call", list(calls()), ids=" ".join)
 def test_a_command_shows_an_example_and_refuses_an_unknown_option(call, capsys):
     with pytest.raises(SystemExit) as done:
         main.main([*call, "--help"])
