@@ -3,14 +3,15 @@
 import torch
 from torch import Tensor
 
+from megatron_twotower.common.splitmix64 import INCREMENT, MULTIPLIER_1, MULTIPLIER_2
+
 
 def _signed(value: int) -> int:
     value &= 2**64 - 1
     return value - 2**64 if value >= 2**63 else value
 
 
-# The increment and the two multipliers of splitmix64 (Steele, Lea and Flood 2014).
-_GOLDEN, _MIX_1, _MIX_2 = (_signed(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_GOLDEN, _MIX_1, _MIX_2 = (_signed(c) for c in (INCREMENT, MULTIPLIER_1, MULTIPLIER_2))
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:

@@ -1,32 +1,35 @@
 """Tables and numbers on the console."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
-# --- tables and pictures ------------------------------------------------------------------------------------------
 
-
-def plain_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def plain_table(
+    title: str, headings: Sequence[str], rows: Iterable[Sequence[RenderableType]], *, left: int = 0
+) -> Table:
+    """A table with right-aligned columns, except for the first `left` ones."""
     table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in headings:
-        table.add_column(heading, justify="right", overflow="fold")
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if index < left else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table
 
 
 def number(value: float | None, digits: int = 2) -> str:
+    """A number with separated thousands and `digits` decimals; `None` as a dash."""
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
 def with_error(value: float | None, error: float | None) -> str:
+    """A number and its standard error, if the error is known."""
     return number(value) if error is None else f"{number(value)} ± {number(error)}"
 
 
 def wide_console() -> Console:
-    """The terminal as it is; into a file or a pipe, wide enough for whole tables."""
+    """A console as wide as the terminal, or wide enough for every table in a file or a pipe."""
     return Console() if sys.stdout.isatty() else Console(width=150)
