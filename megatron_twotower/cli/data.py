@@ -66,43 +66,40 @@ def _prepare(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _add_corpus(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", help="prepared folder, URL of one, or blend file")
-    parser.add_argument("--folder", help="folder of the corpora of a blend; that of the blend file if left out")
+DATA_HELP = "prepared folder, URL of one, or blend file"
+BLEND = {"folder": option("folder of the corpora of a blend; that of the blend file if left out")}
+INSPECT = BLEND | {
+    "split": option("split of a prepared folder", default="train"),
+    "samples": option("documents to show", default=3),
+    "block_size": option("tokens per block", default=16),
+    "picture": option("PNG file to write", default=Path("lengths.png")),
+    "tokenizer": option("folder of the tokenizer to decode with; the data's own if left out"),
+}
+VERIFY = BLEND | {
+    "tokenizer": option("folder of the tokenizer that the data must be made with"),
+    "workers": PREPARE["workers"],
+}
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    _add_corpus(parser)
-    parser.add_argument("--split", default="train", help="split of a prepared folder")
-    parser.add_argument("--samples", type=int, default=3, help="documents to show")
-    parser.add_argument("--block-size", type=int, default=16, help="tokens per block")
-    parser.add_argument("--picture", type=Path, default=Path("lengths.png"), help="PNG file to write")
-    parser.add_argument(
-        "--tokenizer", type=Path, help="folder of the tokenizer to decode with; the data's own if left out"
-    )
+    from megatron_twotower.data.inspect import inspect
+
+    parser.add_argument("data", help=DATA_HELP)
+    add_options(parser, inspect, INSPECT)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
     from megatron_twotower.data.inspect import inspect
 
-    inspect(
-        arguments.data,
-        split=arguments.split,
-        samples=arguments.samples,
-        block_size=arguments.block_size,
-        picture=arguments.picture,
-        tokenizer=arguments.tokenizer,
-        folder=arguments.folder,
-    )
+    inspect(arguments.data, **arguments_for(INSPECT, arguments))
     return 0
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
-    _add_corpus(parser)
-    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer that the data must be made with")
-    parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; the number of cores if left out"
-    )
+    from megatron_twotower.data.inspect import verify
+
+    parser.add_argument("data", help=DATA_HELP)
+    add_options(parser, verify, VERIFY)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -110,13 +107,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     from megatron_twotower.data.inspect import verify
 
     with corpus_bars() as report:
-        problems = verify(
-            arguments.data,
-            tokenizer=arguments.tokenizer,
-            folder=arguments.folder,
-            workers=arguments.workers,
-            progress=report,
-        )
+        problems = verify(arguments.data, **arguments_for(VERIFY, arguments), progress=report)
     for problem in problems:
         print(f"twotower: {problem}", file=sys.stderr)
     return 2 if problems else 0

@@ -4,32 +4,32 @@ import argparse
 from pathlib import Path
 
 from megatron_twotower.cli.command import Command
+from megatron_twotower.cli.options import add_options, arguments_for, option
+
+TEXTS = {
+    "sequences": option("number of texts", default=4096),
+    "prompt_tokens": option("tokens of each prompt", default=64),
+    "new_tokens": option("tokens to write after each prompt", default=192),
+    "batch_size": option("texts in a batch", default=64),
+}
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
+    from megatron_twotower.generate import distil
+
     parser.add_argument("--model", type=Path, required=True, help="two-tower Hugging Face folder")
     parser.add_argument(
         "--data", type=Path, required=True, help="prepared data folder; the prompts are its training text"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON lines for `data prepare`")
-    parser.add_argument("--sequences", type=int, default=4096, help="number of texts")
-    parser.add_argument("--prompt-tokens", type=int, default=64, help="tokens of each prompt")
-    parser.add_argument("--new-tokens", type=int, default=192, help="tokens to write after each prompt")
-    parser.add_argument("--batch-size", type=int, default=64, help="texts in a batch")
+    add_options(parser, distil.run, TEXTS)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from megatron_twotower.generate import distil
 
-    distil.run(
-        arguments.model,
-        data=arguments.data,
-        output=arguments.output,
-        sequences=arguments.sequences,
-        prompt_tokens=arguments.prompt_tokens,
-        new_tokens=arguments.new_tokens,
-        batch_size=arguments.batch_size,
-    )
+    texts = arguments_for(TEXTS, arguments)
+    distil.run(arguments.model, data=arguments.data, output=arguments.output, **texts)
     return 0
 
 

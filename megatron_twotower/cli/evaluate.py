@@ -41,7 +41,7 @@ TASKS = {
         choices=("ar", "bound", "mock_ar"),
     ),
     "batch_size": option("rows at a time"),
-    "max_length_tokens": option("tokens of context and answer; None for the model's own", "--max-length"),
+    "max_length_tokens": option("tokens of context and answer; the model's own if left out", "--max-length"),
     "steps_per_block": option("denoiser passes per block, at most"),
     "draft_steps": option("denoiser passes per draft, mode speculative"),
 }

@@ -65,7 +65,7 @@ def add_options(parser: Parser, source: Callable[..., Any], options: Options, *,
             parameter = parameter.replace(default=entry.keywords["default"])
         keywords: dict[str, Any] = {"help": entry.help, **_keywords(parameter), **entry.keywords}
         if unset and keywords.get("action") is None:
-            keywords |= {"default": None, "help": f"{entry.help} ({_shown(parameter.default)})"}
+            keywords |= {"default": None, "help": entry.help + _shown(parameter.default)}
         parser.add_argument(entry.flag_of(name), **keywords)
 
 
@@ -86,6 +86,7 @@ def _keywords(parameter: inspect.Parameter) -> dict[str, Any]:
 
 
 def _without_none(kind: Any) -> Any:
+    """X of an annotation `X | None`."""
     if get_origin(kind) not in (Union, UnionType):
         return kind
     (kind,) = (each for each in get_args(kind) if each is not NoneType)
@@ -93,7 +94,10 @@ def _without_none(kind: Any) -> Any:
 
 
 def _shown(default: Any) -> str:
-    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    """A default in brackets, for the end of a help text."""
+    if default is None:
+        return ""
+    return f" ({' '.join(map(str, default)) if isinstance(default, tuple) else default})"
 
 
 def arguments_for(options: Options, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -27,10 +27,9 @@ from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.machine import machine
 from megatron_twotower.common.progress import silent, stage_bars
 from megatron_twotower.data.tokenizer import text_encoder
-from megatron_twotower.evaluate.harness_settings import HarnessSettings
 from megatron_twotower.evaluate.likelihood import ar_scores, bound_scores, mock_ar_scores
 from megatron_twotower.evaluate.task_recipes import HarnessTask
-from megatron_twotower.generate.engine import GenerationSettings, default_devices, load, mask_token_id, write
+from megatron_twotower.generate.engine import MODES, GenerationSettings, default_devices, load, mask_token_id, write
 
 # What a context and a continuation of token ids come to: log-probability, and whether greedy
 # writing gives it.
@@ -38,6 +37,39 @@ Pair = tuple[list[int], list[int]]
 Score = tuple[float, bool]
 # Numbers of pairs, and the score of each.
 Scored = Iterator[tuple[list[int], list[Score]]]
+
+
+@dataclass(frozen=True)
+class HarnessSettings:
+    """How a model answers.
+
+    mode: how text is written. scoring: `ar`, by the context tower; `bound`, a lower bound on the
+    denoiser's likelihood from `bound_draws` draws of noise for each block; `mock_ar`, by the
+    denoiser as a next-token model.
+    max_length_tokens: of context and answer together, what is longer loses its beginning; None for
+    the model's own.
+    max_new_tokens: of an answer, where the task does not say. The rest: see `GenerationSettings`.
+    """
+
+    mode: str = "mask_diffusion"
+    scoring: str = "ar"
+    batch_size: int = 8
+    max_length_tokens: int | None = None
+    max_new_tokens: int = 256
+    block_size: int = 16
+    steps_per_block: int = 16
+    confidence_threshold: float = 0.8
+    draft_steps: int = 1
+    bound_draws: int = 16
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        for name, found, choices in (("mode", self.mode, MODES), ("scoring", self.scoring, SCORINGS)):
+            if found not in choices:
+                raise UserError(f"{name}: found {found!r}, expected one of {', '.join(choices)}")
+        for name in ("batch_size", "max_new_tokens", "bound_draws", "block_size", "steps_per_block"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: found {getattr(self, name)}, expected at least 1")
 
 
 # --- what a task asks for ------------------------------------------------------------------------------------------
@@ -412,7 +444,7 @@ def run_tasks(
     folder: str | Path,
     tasks: Sequence[HarnessTask],
     *,
-    settings: HarnessSettings,
+    settings: HarnessSettings = HarnessSettings(),
     limit: int | None = None,
     include_path: str | Path | None = None,
     allow_code_execution: bool = False,

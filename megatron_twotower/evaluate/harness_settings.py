@@ -1,6 +1,8 @@
-"""Settings of the tasks of lm-evaluation-harness. They can be read without the extra `eval`."""
+"""Settings for the tasks of lm-evaluation-harness. This module does not need the extra `eval`."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.generate.engine import MODES
@@ -13,13 +15,21 @@ SCORINGS = ("ar", "bound", "mock_ar")
 class HarnessSettings:
     """How a model answers.
 
-    Attributes: mode: How text is written. scoring: `ar`, by the context tower; `bound`, a lower
-        bound on the denoiser's likelihood from `bound_draws` draws of noise for each block;
-        `mock_ar`, by the denoiser as a next-token model. max_length_tokens: Tokens of context and
-        answer together. A longer one loses its beginning. `None` for the model's own.
-        max_new_tokens: Tokens of an answer, if the task does not say.
-
-    The others are those of `GenerationSettings`.
+    Attributes:
+        mode: how text is generated.
+        scoring: `ar`, by the context tower; `bound`, by a lower bound on the likelihood under the
+            denoiser, from `bound_draws` draws of noise for each block; `mock_ar`, by the denoiser
+            as a next-token model.
+        batch_size: rows at a time.
+        max_length_tokens: maximum number of tokens of context and answer together; a longer
+            context loses its beginning. None for the maximum of the model.
+        max_new_tokens: maximum tokens of an answer, if the task does not say.
+        block_size: tokens that the denoiser sees at once.
+        steps_per_block: maximum number of denoiser passes for a block.
+        confidence_threshold: mask diffusion commits every token more probable than this at once.
+        draft_steps: denoiser passes for a draft, of speculative generation only.
+        bound_draws: draws of noise for each block, in scoring `bound`.
+        seed: seed of the sampling and the noise.
     """
 
     mode: str = "mask_diffusion"
@@ -41,3 +51,47 @@ class HarnessSettings:
         for name in ("batch_size", "max_new_tokens", "bound_draws", "block_size", "steps_per_block"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: found {getattr(self, name)}, expected at least 1")
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How a task wants an answer to be generated: its `generation_kwargs`.
+
+    Attributes:
+        until: strings that end the answer.
+        max_new_tokens: maximum tokens of the answer; None if the task does not say.
+        temperature: 0 is greedy.
+        top_k: number of most probable tokens to sample among; None for all.
+        top_p: probability mass of the most probable tokens to sample among; None for all.
+    """
+
+    until: tuple[str, ...] = ()
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+
+def read_generation_kwargs(kwargs: Mapping[str, Any]) -> AnswerSettings:
+    """Read the `generation_kwargs` of a task.
+
+    Raises:
+        UserError: a key that no mode supports.
+    """
+    known = {"until", "max_gen_toks", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p"}
+    if unknown := sorted(kwargs.keys() - known):
+        raise UserError(f"generation_kwargs: found {', '.join(unknown)}, expected of {', '.join(sorted(known))}")
+    until = kwargs.get("until") or ()
+    until = (until,) if isinstance(until, str) else tuple(until)
+    max_new_tokens = kwargs.get("max_gen_toks", kwargs.get("max_new_tokens"))
+    do_sample = kwargs.get("do_sample", kwargs.get("temperature", 0.0) > 0)
+    if not do_sample:
+        return AnswerSettings(until, max_new_tokens)
+    temperature = kwargs.get("temperature", 1.0)
+    return AnswerSettings(until, max_new_tokens, temperature, kwargs.get("top_k"), kwargs.get("top_p"))
+
+
+def text_before_stop(text: str, until: Sequence[str]) -> str | None:
+    """The text before the first of the strings that end it; None if it has none of them."""
+    places = [place for stop in until if stop and (place := text.find(stop)) >= 0]
+    return text[: min(places)] if places else None

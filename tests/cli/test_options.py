@@ -58,9 +58,10 @@ def test_a_field_without_a_default_is_required():
 
 def test_unset_options_are_none_and_their_help_shows_the_default():
     parser = argparse.ArgumentParser()
-    add_options(parser, Settings, {name: OPTIONS[name] for name in ("rounds", "sizes")}, unset=True)
-    assert vars(parser.parse_args([])) == {"rounds": None, "sizes": None}
-    assert "how often (7)" in parser.format_help() and "how large (1 2)" in parser.format_help()
+    add_options(parser, Settings, {name: OPTIONS[name] for name in ("rounds", "sizes", "top_k")}, unset=True)
+    assert vars(parser.parse_args([])) == {"rounds": None, "sizes": None, "top_k": None}
+    shown = parser.format_help()
+    assert "how often (7)" in shown and "how large (1 2)" in shown and "among how many\n" in shown
 
 
 def test_one_recipe_is_expected():
