@@ -38,7 +38,7 @@ ONLY_IN = {
     "omegaconf": {"config.recipes", "train.multirun"},
     "wandb": {"train.metrics"},
     "matplotlib": {"common.plots"},
-    "jinja2": {"report.page"},
+    "jinja2": {"report.page", "generate.replay.page"},
     "triton": {"ops"},
     "transformer_engine": {"mcore"},
     "mamba_ssm": {"ops"},

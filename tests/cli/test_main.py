@@ -61,7 +61,7 @@ def test_a_mistake_is_one_line_and_status_2(mistake, tmp_path, capsys):
     assert main.main(["train", *arguments, f"output={tmp_path / 'run'}"]) == 2
     error = capsys.readouterr().err
     assert expected in error and error.startswith("twotower: ") and error.count("\n") == 1
-    assert not (tmp_path / "run").exists(), "nothing is left behind"
+    assert not (tmp_path / "run").exists(), "nothing was written"
 
 
 @pytest.mark.parametrize("place", [1, 2, 3])
