@@ -24,6 +24,7 @@ REQUIRES = [
     "hydra-core>=1.3,<2",
     "wandb",
     "pyyaml",
+    "jinja2>=3",
     "psutil",  # Megatron's dist_checkpointing imports it without requiring it
     "numpy",
     "rich>=13",
@@ -73,6 +74,7 @@ setup(
     package_data={
         "megatron_twotower.recipes": ["**/*"],
         "megatron_twotower.generate.replay": ["*.css", "*.html", "*.js"],
+        "megatron_twotower.report": ["templates/*"],
     },
     entry_points={"console_scripts": ["twotower = megatron_twotower.cli.main:main"]},
     classifiers=[

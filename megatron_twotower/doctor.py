@@ -1,6 +1,8 @@
-"""What this machine has, and which implementation serves each role of a training step. Nothing falls back in silence.
+"""What this machine has, and which implementation each role of a training step uses here.
 
-The table of roles says what the code does now.
+A role is one operation of a training step that has several implementations. The command `doctor`
+prints two tables: the environment, and the roles with what would be faster. The tables of roles
+below name the function or class that decides; a test imports each of them.
 """
 
 import importlib
@@ -28,17 +30,29 @@ APEX = "build Apex from source against that torch, with APEX_CPP_EXT=1 APEX_CUDA
 
 @dataclass(frozen=True)
 class Role:
-    """One job in a training step: what serves it here, what would be faster, and how to get that."""
+    """One role of a training step on this machine.
+
+    Attributes:
+        role: Its name.
+        implementation: What it uses here.
+        faster: What would be faster on a GPU, or "nothing".
+        how_to_get: What to install or to set for that, or "-".
+    """
 
     role: str
-    serves: str
+    implementation: str
     faster: str
-    how: str
+    how_to_get: str
 
 
 @dataclass(frozen=True)
 class _Package:
-    """A package that may be there. module: what must import for it to count as usable."""
+    """A package that may be installed.
+
+    Attributes:
+        distribution: Its name in a package index.
+        module: The module that must import for the package to be usable.
+    """
 
     distribution: str
     module: str
@@ -58,47 +72,50 @@ _BY_NAME = {package.distribution: package for package in PACKAGES}
 
 
 @dataclass(frozen=True)
-class _OfSpec:
-    """A role that the spec of a run gives to Megatron's own modules or to Transformer Engine's (`spec.py`).
+class _ModuleRole:
+    """A role of Megatron's own modules or of Transformer Engine, as `mcore.modules` chooses.
 
-    code: what serves it in the first case, importable; a test holds that it exists.
-    asked: whether a configuration wants the second in this role too.
+    Attributes:
+        code: The class or function that Megatron's own modules use: a dotted name.
+        megatron: The implementation with Megatron's own modules.
+        transformer_engine: The implementation with Transformer Engine.
+        requested: Whether a configuration asks for Transformer Engine in this role.
     """
 
     role: str
     code: str
-    own: str
+    megatron: str
     transformer_engine: str
-    asked: Callable[[RunConfig], bool] = lambda config: True
+    requested: Callable[[RunConfig], bool] = lambda config: True
 
 
-SPEC_ROLES = (
-    _OfSpec(
+MODULE_ROLES = (
+    _ModuleRole(
         "norm",
         "megatron_twotower.mcore.modules.RMSNorm",
         "torch RMSNorm",
         "Transformer Engine, fused with the projection in M and *",
     ),
-    _OfSpec(
+    _ModuleRole(
         "projections",
         "megatron_twotower.mcore.modules.ColumnParallelLinear",
         "torch, Megatron's parallel linears",
         "Transformer Engine linears",
     ),
-    _OfSpec(
+    _ModuleRole(
         "grouped GEMM",
         "megatron_twotower.mcore.modules.SequentialMLP",
         "Megatron SequentialMLP, expert by expert",
         "Transformer Engine grouped linear",
     ),
-    _OfSpec(
+    _ModuleRole(
         "token permutation",
         "megatron.core.transformer.moe.moe_utils.permute",
         "torch index_select and scatter_add",
         "Transformer Engine, fused",
         lambda config: config.fusion.permutation,
     ),
-    _OfSpec(
+    _ModuleRole(
         "router",
         "megatron_twotower.mcore.router.Router",
         "torch",
@@ -109,63 +126,65 @@ SPEC_ROLES = (
 
 
 @dataclass(frozen=True)
-class _Kernels:
-    """A role that kernels of a package take over where that package serves (`ops.kernels.unavailable`).
+class _KernelRole:
+    """A role that uses kernels of a package if `ops.dispatch` finds the package usable.
 
-    code: where it is decided, importable; a test holds that it exists.
-    otherwise: what serves it without the package.
+    Attributes:
+        code: The function that chooses between the two: a dotted name.
+        kernels: The implementation with the package.
+        fallback: The implementation without it.
     """
 
     role: str
     code: str
     kernels: str
-    otherwise: str
+    fallback: str
     package: str
 
 
 KERNEL_ROLES = (
-    _Kernels(
+    _KernelRole(
         "denoiser attention",
         "megatron_twotower.ops.attention.block_attention",
         "FlexAttention, block-sparse",
         "torch, by chunks of queries",
         "triton",
     ),
-    _Kernels(
+    _KernelRole(
         "denoiser scan",
         "megatron_twotower.ops.scan.two_stream_scan",
         "this project's Triton kernels",
         "torch, chunked two-stream scan",
         "triton",
     ),
-    _Kernels(
+    _KernelRole(
         "context scan",
         "megatron_twotower.ops.scan.chunk_scan",
         "mamba-ssm kernels, in bfloat16",
         "torch, chunked scan",
         "mamba-ssm",
     ),
-    _Kernels(
+    _KernelRole(
         "denoiser conv",
         "megatron_twotower.ops.convolution.seeded_block_conv",
         "this project's Triton kernels",
         "torch, sum of shifted copies",
         "triton",
     ),
-    _Kernels(
+    _KernelRole(
         "context conv",
         "megatron_twotower.ops.convolution.causal_conv",
         "causal-conv1d kernels",
-        "as the denoiser's",
+        "that of denoiser conv",
         "causal-conv1d",
     ),
-    _Kernels(
+    _KernelRole(
         "gated norm", "megatron_twotower.ops.norm.gated_rms_norm", "this project's Triton kernels", "torch", "triton"
     ),
-    _Kernels(
+    _KernelRole(
         "modulation", "megatron_twotower.ops.modulation.modulate", "this project's Triton kernels", "torch", "triton"
     ),
-    _Kernels(
+    _KernelRole(
         "cross-entropy",
         "megatron_twotower.ops.cross_entropy.linear_cross_entropy",
         "head by chunks, this project's Triton kernel",
@@ -176,7 +195,7 @@ KERNEL_ROLES = (
 
 
 def _installed(package: _Package) -> str | None:
-    """The version installed; None when the package is not there."""
+    """The installed version, or `None`."""
     try:
         return importlib.metadata.version(package.distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -184,7 +203,7 @@ def _installed(package: _Package) -> str | None:
 
 
 def _import_error(package: _Package) -> str | None:
-    """Why an installed package cannot be imported, in one line; None when it can."""
+    """Why an installed package cannot be imported, in one line, or `None` if it can."""
     try:
         importlib.import_module(package.module)
     except Exception as error:  # a package built for another torch can raise anything
@@ -221,50 +240,54 @@ def _environment() -> Iterator[tuple[str, str]]:
 
 
 def environment() -> dict[str, str]:
-    """Versions and resources of this machine, in the order to show them. Imports the GPU packages it finds."""
+    """Versions and resources of this machine, in the order to show them.
+
+    It imports the GPU packages that are installed.
+    """
     return dict(_environment())
 
 
-def _kernel_role(by: _Kernels) -> Role:
-    reason = dispatch.unavailable(by.package)
+def _kernel_role(entry: _KernelRole) -> Role:
+    reason = dispatch.unavailable(entry.package)
     if reason is None:
-        return Role(by.role, f"{by.kernels} ({by.package} {_installed(_BY_NAME[by.package])})", "nothing", "-")
-    how = "needs a CUDA device" if device.is_cpu() else f"{reason}: {GPU_EXTRA}"
-    return Role(by.role, by.otherwise, by.kernels, how)
+        version = _installed(_BY_NAME[entry.package])
+        return Role(entry.role, f"{entry.kernels} ({entry.package} {version})", "nothing", "-")
+    return Role(entry.role, entry.fallback, entry.kernels, _how_to_get(reason))
 
 
-def _spec_role(by: _OfSpec, config: RunConfig, served: str) -> Role:
-    reason, found = dispatch.unavailable("transformer-engine"), _installed(_BY_NAME["transformer-engine"])
-    if served == "transformer_engine" and by.asked(config):
-        return Role(by.role, f"{by.transformer_engine} (transformer-engine {found})", "nothing", "-")
-    if reason is None:
-        return Role(by.role, by.own, by.transformer_engine, "switched off by the configuration")
-    how = "needs a CUDA device" if device.is_cpu() else f"{reason}: {GPU_EXTRA}"
-    return Role(by.role, by.own, by.transformer_engine, how)
+def _module_role(entry: _ModuleRole, config: RunConfig, transformer_impl: str) -> Role:
+    reason = dispatch.unavailable("transformer-engine")
+    if transformer_impl == "transformer_engine" and entry.requested(config):
+        version = _installed(_BY_NAME["transformer-engine"])
+        return Role(entry.role, f"{entry.transformer_engine} (transformer-engine {version})", "nothing", "-")
+    how_to_get = "switched off by the configuration" if reason is None else _how_to_get(reason)
+    return Role(entry.role, entry.megatron, entry.transformer_engine, how_to_get)
+
+
+def _how_to_get(reason: str) -> str:
+    return "needs a CUDA device" if device.is_cpu() else f"{reason}: {GPU_EXTRA}"
 
 
 def _optimizer_role() -> Role:
-    """Megatron picks the Adam itself while it is imported: ask it what it picked."""
+    """The Adam that Megatron chose when it was imported."""
     from megatron.core import optimizer as megatron_optimizer
 
     if megatron_optimizer.USING_PYTORCH_OPTIMIZER:
-        serves = "torch AdamW, fused"
-        how = "needs a CUDA device" if device.is_cpu() else f"{GPU_EXTRA}; or {APEX}"
-        return Role("optimizer", serves, "FusedAdam of Transformer Engine or Apex", how)
+        how_to_get = "needs a CUDA device" if device.is_cpu() else f"{GPU_EXTRA}; or {APEX}"
+        return Role("optimizer", "torch AdamW, fused", "FusedAdam of Transformer Engine or Apex", how_to_get)
     source = megatron_optimizer.Adam.__module__.partition(".")[0]
     return Role("optimizer", f"FusedAdam of {source}", "nothing", "-")
 
 
-# What the doctor speaks of where there is no run: bf16, and all that can be left to it.
+# The configuration that the command `doctor` describes: bf16, and defaults for the rest.
 _ANY_RUN = RunConfig(train=TrainConfig(precision="bf16"))
 
 
 def diagnose(config: RunConfig = _ANY_RUN) -> list[Role]:
-    """Every role of a training step and who serves it in a run of this configuration."""
-
-    served = choose_transformer_impl(config)
-    of_spec = [_spec_role(role, config, served) for role in SPEC_ROLES]
-    return [*map(_kernel_role, KERNEL_ROLES), *of_spec, _optimizer_role()]
+    """Every role of a training step, and what implements it in a run of this configuration."""
+    transformer_impl = choose_transformer_impl(config)
+    modules = [_module_role(entry, config, transformer_impl) for entry in MODULE_ROLES]
+    return [*map(_kernel_role, KERNEL_ROLES), *modules, _optimizer_role()]
 
 
 def one_line_summary() -> str:
@@ -287,7 +310,7 @@ def print_doctor(console: Console | None = None) -> None:
     for name, value in environment().items():
         machine.add_row(name, value, style="dim" if value == "not installed" else None)
     console.print(machine)
-    roles = _table("Roles in a training step", ("role", "served by", "faster on a GPU", "how to get it"))
+    roles = _table("Roles in a training step", ("role", "implementation", "faster on a GPU", "how to get it"))
     for role in diagnose():
-        roles.add_row(f"[bold]{role.role}", role.serves, role.faster, role.how)
+        roles.add_row(f"[bold]{role.role}", role.implementation, role.faster, role.how_to_get)
     console.print(roles)

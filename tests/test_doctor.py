@@ -1,4 +1,4 @@
-"""What the doctor says must be what the code does."""
+"""The tables of the doctor: they say what the code does."""
 
 import importlib
 import importlib.metadata
@@ -48,77 +48,76 @@ def pretend_installed(monkeypatch, versions):
     monkeypatch.setattr(importlib.metadata, "version", version)
 
 
-def test_every_role_is_told():
+def test_every_role_is_listed():
     assert [role.role for role in diagnose()] == ROLES
-    assert all(isinstance(role, Role) and role.serves and role.faster and role.how for role in diagnose())
+    assert all(role.implementation and role.faster and role.how_to_get for role in diagnose())
 
 
-@pytest.mark.parametrize("role", [*doctor.KERNEL_ROLES, *doctor.SPEC_ROLES], ids=lambda role: role.role)
-def test_the_code_that_serves_a_role_exists(role):
+@pytest.mark.parametrize("role", [*doctor.KERNEL_ROLES, *doctor.MODULE_ROLES], ids=lambda role: role.role)
+def test_the_code_of_a_role_exists(role):
     module, _, name = role.code.rpartition(".")
     assert callable(getattr(importlib.import_module(module), name))
 
 
 def with_transformer_engine(monkeypatch):
     pretend_installed(monkeypatch, {"transformer-engine": "2.11.0"})
-    for module in (doctor.kernels, modules):
+    for module in (doctor.dispatch, modules):
         monkeypatch.setattr(module, "unavailable", lambda package: None)
 
 
-OF_SPEC = [role.role for role in doctor.SPEC_ROLES]
+MODULE_ROLES = [role.role for role in doctor.MODULE_ROLES]
 
 
-def test_transformer_engine_serves_where_the_spec_of_a_run_is_its(monkeypatch):
+def test_transformer_engine_implements_the_module_roles_if_it_is_usable(monkeypatch):
     with_transformer_engine(monkeypatch)
     roles = {role.role: role for role in diagnose()}
     assert roles["norm"] == Role(
         "norm", "Transformer Engine, fused with the projection in M and * (transformer-engine 2.11.0)", "nothing", "-"
     )
-    assert all("transformer-engine 2.11.0" in roles[name].serves for name in OF_SPEC)
+    assert all("transformer-engine 2.11.0" in roles[name].implementation for name in MODULE_ROLES)
 
 
-def test_a_run_that_wants_none_of_it_is_told_so(monkeypatch):
+def test_a_configuration_that_switches_it_off_is_reported(monkeypatch):
     with_transformer_engine(monkeypatch)
     train = TrainConfig(precision="bf16", router_dtype="fp64")
     fp64 = {role.role: role for role in diagnose(RunConfig(train=train))}
-    assert fp64["router"].serves == "torch" and fp64["router"].how == "switched off by the configuration"
-    assert "transformer-engine" in fp64["norm"].serves
+    assert fp64["router"].implementation == "torch" and fp64["router"].how_to_get == "switched off by the configuration"
+    assert "transformer-engine" in fp64["norm"].implementation
     local = RunConfig(train=TrainConfig(precision="bf16", transformer_impl="local"))
     for role in diagnose(local):
-        assert "transformer-engine" not in role.serves
+        assert "transformer-engine" not in role.implementation
 
 
-def test_what_stands_in_for_transformer_engine_is_what_the_spec_builds(monkeypatch):
-    """The words of the table are those of the classes."""
+def test_the_roles_without_transformer_engine_name_the_classes_that_are_built(monkeypatch):
     parts = modules.LAYER_MODULES["local"]()
-    own = {role.role: role.code.rpartition(".")[2] for role in doctor.SPEC_ROLES}
+    own = {role.role: role.code.rpartition(".")[2] for role in doctor.MODULE_ROLES}
     assert own["norm"] == parts.norm.__name__
     assert own["projections"] == parts.column_linear.__name__
     assert own["grouped GEMM"] == parts.experts.module.__name__
 
 
-def test_kernels_serve_where_their_package_does(monkeypatch):
+def test_kernels_are_used_if_their_package_is_usable(monkeypatch):
     pretend_installed(monkeypatch, {"triton": "3.9.0", "mamba-ssm": "2.3.1", "causal-conv1d": None})
     missing = {"triton": None, "mamba-ssm": None, "causal-conv1d": "causal_conv1d is not installed"}
-    monkeypatch.setattr(doctor.kernels, "unavailable", missing.get)
+    monkeypatch.setattr(doctor.dispatch, "unavailable", missing.get)
     monkeypatch.setattr(device, "is_cpu", lambda: False)
     denoiser, context, seeded, convolution = diagnose()[1:5]
     assert denoiser == Role("denoiser scan", "this project's Triton kernels (triton 3.9.0)", "nothing", "-")
     assert context == Role("context scan", "mamba-ssm kernels, in bfloat16 (mamba-ssm 2.3.1)", "nothing", "-")
-    assert seeded.serves == "this project's Triton kernels (triton 3.9.0)"
-    assert convolution.serves == "as the denoiser's" and convolution.faster == "causal-conv1d kernels"
-    assert convolution.how == f"causal_conv1d is not installed: {doctor.GPU_EXTRA}"
+    assert seeded.implementation == "this project's Triton kernels (triton 3.9.0)"
+    assert convolution.implementation == "that of denoiser conv" and convolution.faster == "causal-conv1d kernels"
+    assert convolution.how_to_get == f"causal_conv1d is not installed: {doctor.GPU_EXTRA}"
 
 
-def test_kernels_do_not_serve_without_a_device(monkeypatch):
-    monkeypatch.setattr(doctor.kernels, "unavailable", lambda package: "no CUDA device")
+def test_kernels_are_not_used_without_a_device(monkeypatch):
+    monkeypatch.setattr(doctor.dispatch, "unavailable", lambda package: "no CUDA device")
     monkeypatch.setattr(device, "is_cpu", lambda: True)
     assert diagnose()[1] == Role(
         "denoiser scan", "torch, chunked two-stream scan", "this project's Triton kernels", "needs a CUDA device"
     )
 
 
-def test_the_optimizer_is_the_one_that_megatron_picked(monkeypatch):
+def test_the_optimizer_is_the_one_that_megatron_chose(monkeypatch):
     from megatron.core import optimizer as megatron_optimizer
 
     class FusedAdam:
@@ -126,10 +125,10 @@ def test_the_optimizer_is_the_one_that_megatron_picked(monkeypatch):
 
     FusedAdam.__module__ = "transformer_engine.pytorch.optimizers.fused_adam"
     monkeypatch.setattr(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", True)
-    assert diagnose()[-1].serves == "torch AdamW, fused"
+    assert diagnose()[-1].implementation == "torch AdamW, fused"
     monkeypatch.setattr(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", False)
     monkeypatch.setattr(megatron_optimizer, "Adam", FusedAdam)
-    assert diagnose()[-1].serves == "FusedAdam of transformer_engine"
+    assert diagnose()[-1].implementation == "FusedAdam of transformer_engine"
 
 
 FUSED_ADAM = "class FusedAdam: ...\nclass FusedSGD: ...\n"
@@ -140,12 +139,12 @@ from megatron.core.optimizer import distrib_optimizer
 from megatron_twotower.doctor import diagnose
 assert optimizer.USING_PYTORCH_OPTIMIZER, optimizer.Adam
 assert distrib_optimizer.Adam.__module__.startswith("torch.")
-assert diagnose()[-1].serves == "torch AdamW, fused"
+assert diagnose()[-1].implementation == "torch AdamW, fused"
 """
 
 
 @pytest.mark.skipif(not device.is_cpu(), reason="with a CUDA device the fused one is right")
-def test_an_optimizer_for_cuda_is_not_picked_without_a_device(tmp_path):
+def test_an_optimizer_for_cuda_is_not_chosen_without_a_device(tmp_path):
     """As on the login node of a cluster, where its package is installed and imports."""
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").touch()
@@ -155,7 +154,7 @@ def test_an_optimizer_for_cuda_is_not_picked_without_a_device(tmp_path):
     assert done.returncode == 0, done.stderr.decode()
 
 
-def test_environment_tells_versions_and_resources(monkeypatch):
+def test_the_environment_has_versions_and_resources(monkeypatch):
     pretend_installed(monkeypatch, {"mamba-ssm": None})
     found = environment()
     assert found["torch"].startswith(torch.__version__)
@@ -165,7 +164,7 @@ def test_environment_tells_versions_and_resources(monkeypatch):
     assert int(found["CPU cores"].split(",")[0]) >= 1
 
 
-def test_a_package_that_cannot_be_imported_does_not_count_as_working(monkeypatch):
+def test_a_package_that_cannot_be_imported_is_reported(monkeypatch):
     pretend_installed(monkeypatch, {"apex": "0.1"})
     broken = doctor._Package("apex", "apex_that_is_not_there.optimizers")
     assert doctor._package_line(broken) == (
@@ -179,7 +178,7 @@ def test_summary_is_one_short_line():
     assert f"torch {torch.__version__}, megatron-core" in summary
 
 
-def test_the_tables_hold_everything_at_80_columns():
+def test_the_tables_show_everything_at_80_columns():
     screen = io.StringIO()
     print_doctor(Console(file=screen, width=80))
     text = screen.getvalue()

@@ -67,7 +67,7 @@ class GenerateOptions:
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     modes: tuple[str, ...] = ("mask_diffusion", "ar", "speculative")
     confidence_threshold: float = 0.8
-    repeats: int = 5
+    repeats: int = 7
     budget_seconds: float = 600.0
 
 

@@ -1,1 +1,1 @@
-"""The commands: one module each, its options and what it calls."""
+"""The command line: one module per command, each with its options and the function that runs it."""

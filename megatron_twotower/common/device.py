@@ -2,20 +2,20 @@
 
 import torch
 
-# Where tensors are without CUDA. Tests put a pretended device in its place.
+# The device without CUDA. Tests replace it with a pretended device.
 CPU = torch.device("cpu")
 
 
 def is_cpu() -> bool:
-    """True where training runs on the CPU: no CUDA device is present."""
+    """Whether this process computes on the CPU: no CUDA device is present."""
     return not torch.cuda.is_available()
 
 
 def device() -> torch.device:
-    """The device of this process: its current CUDA device, or the host."""
+    """The current CUDA device of this process, or the CPU."""
     return CPU if is_cpu() else torch.device("cuda", torch.cuda.current_device())
 
 
 def backend() -> str:
-    """The `torch.distributed` backend that goes with `device()`."""
+    """The `torch.distributed` backend for tensors on `device()`."""
     return "gloo" if is_cpu() else "nccl"

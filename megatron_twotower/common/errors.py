@@ -1,15 +1,15 @@
 """Errors that a user can correct, and the exit status of a run that stopped early."""
 
-# A run that a signal ended early, its state saved: the status that asks a scheduler to start it
-# again (EX_TEMPFAIL).
+# The exit status of a run that a signal ended early, with its state saved (EX_TEMPFAIL). It asks a
+# scheduler to start the run again.
 STOPPED_EARLY = 75
 
 
 class UserError(ValueError):
-    """A mistake the user can mend. The command line prints its one line and exits with status 2."""
+    """A mistake the user can correct. The command line prints its one line and exits with 2."""
 
 
-def require(holds: bool, message: str) -> None:
-    """Raise `UserError` with the message unless something holds."""
-    if not holds:
+def require(condition: bool, message: str) -> None:
+    """Raise a `UserError` with this message if the condition is false."""
+    if not condition:
         raise UserError(message)

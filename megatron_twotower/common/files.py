@@ -1,4 +1,4 @@
-"""Files and folders that are complete or not there: written beside their place, then renamed."""
+"""Files and folders that are complete or absent: written under a temporary name, then renamed."""
 
 import contextlib
 import errno
@@ -9,12 +9,12 @@ from pathlib import Path
 
 from megatron_twotower.common.errors import UserError
 
-# What a user can correct: no space, no permission, a broken disk.
+# The errors that a user can correct: no space, no permission, a broken disk.
 _USER_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO)
 
 
 def partial_path(path: Path) -> Path:
-    """Where an output is written before it is complete: NAME.partial, beside it."""
+    """Where an output is written before it is complete: NAME.partial, in the same folder."""
     return path.with_name(f"{path.name}.partial")
 
 
@@ -23,7 +23,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """Yields a path to write to. On success that file replaces `path`; on an error it is removed.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: The file cannot be written.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -38,10 +38,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, content: bytes | str) -> None:
-    """Write a whole file through `atomic_file`, in a folder that is made if needed.
+    """Write a complete file through `atomic_file`, and create its folder if needed.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: The file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as partial:
@@ -50,14 +50,15 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path, *, size: int = 0, replace: bool = False) -> Iterator[Path]:
-    """Yields an empty folder. On success it takes the name `path`; on an error it is removed.
+    """Yields an empty folder. On success it is renamed to `path`; on an error it is removed.
 
     Args:
-        size: bytes that the folder will hold, roughly.
-        replace: replace an existing folder; the old one stays until the new one is complete.
+        size: The approximate number of bytes that will be written to it.
+        replace: Replace an existing folder. The old one is kept until the new one is complete.
 
-    Raises: UserError: `path` exists and is not to be replaced, the disk is too full, or the folder
-        cannot be written.
+    Raises:
+        UserError: `path` exists and `replace` is false, the disk is too full, or the folder cannot
+            be written.
     """
     if path.exists() and not replace:
         raise UserError(f"{path}: exists, expected a folder that is not there yet")

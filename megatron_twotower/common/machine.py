@@ -1,4 +1,4 @@
-"""Where figures were measured, and with which source: what stands beside every one that is quoted."""
+"""The machine and the source of measured numbers. Every quoted number names both."""
 
 import os
 import platform
@@ -19,7 +19,7 @@ def _processor() -> str:
 
 
 def commit(*, short: bool = False) -> str | None:
-    """The commit of the source tree, with a `+` appended if tracked files differ; None outside a repository."""
+    """The commit of the source tree, with a `+` if files differ; `None` outside a repository."""
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -33,7 +33,7 @@ def commit(*, short: bool = False) -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """Where figures were measured: for JSON, and for the line under a table."""
+    """The facts about this machine that measured numbers depend on, ready for JSON."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "processor": _processor(),
@@ -46,5 +46,6 @@ def machine() -> dict[str, Any]:
 
 
 def machine_line(facts: Mapping[str, Any]) -> str:
+    """The facts of `machine` as one line, to print under a table."""
     where = facts["processor"] if facts["device"] == "cpu" else facts["device"]
     return f"{where}, {facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}"

@@ -1,6 +1,7 @@
-"""The pictures of a report, as PNG bytes in a light and a dark theme. The only room that imports matplotlib.
+"""All pictures, as PNG bytes in a light or a dark theme. The only module that imports matplotlib.
 
-Curves are lists of (x, y) points; a y that is None (not finite when it was logged) leaves a gap.
+Curves are lists of (x, y) points. A y of `None`, logged for a value that was not finite, leaves a
+gap.
 """
 
 import io
@@ -20,7 +21,11 @@ PIXELS_PER_INCH = 160
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of one theme. series: in the order in which curves take them, told apart by brightness too."""
+    """The colours of one theme.
+
+    Attributes:
+        series: The colours of the curves, in their order. They differ in brightness too.
+    """
 
     name: str
     background: str
@@ -32,10 +37,13 @@ class Theme:
 
 LIGHT = Theme("light", "#ffffff", "#1d2129", "#6b7280", "#e6e8ec", ("#2563c9", "#d9730d", "#0f8a6c", "#8e44ad"))
 DARK = Theme("dark", "#16181d", "#e8eaed", "#9aa1ac", "#2c3038", ("#7aa8f5", "#f0a35e", "#4fc3a1", "#c792e0"))
-THEMES = (LIGHT, DARK)
+DASHED = (0, (4, 3))
 
 
-def _open(theme: Theme, title: str, subtitle: str, *, panels: int = 1, width: float = 5.8) -> tuple[Figure, list[Axes]]:
+def _new_figure(
+    theme: Theme, title: str, subtitle: str, *, panels: int = 1, width: float = 5.8
+) -> tuple[Figure, list[Axes]]:
+    """A figure with its title and its empty panels, side by side; `width` is in inches."""
     figure = Figure(figsize=(width, 3.6), dpi=PIXELS_PER_INCH, facecolor=theme.background)
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
     inch = 1 / width
@@ -55,13 +63,13 @@ def _open(theme: Theme, title: str, subtitle: str, *, panels: int = 1, width: fl
     return figure, axes
 
 
-def _label(axes: Axes, theme: Theme, *, x: str, y: str) -> None:
+def _label_axes(axes: Axes, theme: Theme, *, x: str, y: str) -> None:
     axes.set_xlabel(x, color=theme.muted, fontsize=9)
     axes.set_ylabel(y, color=theme.muted, fontsize=9)
 
 
 def _legend(axes: Axes, theme: Theme) -> None:
-    """One line, at the right of the title."""
+    """A legend in one line, to the right of the title."""
     axes.figure.legend(
         *axes.get_legend_handles_labels(),
         frameon=False,
@@ -75,13 +83,13 @@ def _legend(axes: Axes, theme: Theme) -> None:
     )
 
 
-def _from_zero(axes: Axes, values: Sequence[float | None]) -> None:
-    """The y axis from zero, with room for a label over the highest point."""
+def _start_y_at_zero(axes: Axes, values: Sequence[float | None]) -> None:
+    """Start the y axis at zero, and leave space for a label above the highest value."""
     axes.set_ylim(0, 1.15 * max((value for value in values if value is not None), default=1.0))
 
 
-def _mark(axes: Axes, points: Curve, *, color: str, below: bool = False) -> None:
-    """Each point's value above it, or below it."""
+def _write_values(axes: Axes, points: Curve, *, color: str, below: bool = False) -> None:
+    """Write the value of each point above it, or below it."""
     for x, y in points:
         if y is not None:
             axes.annotate(
@@ -97,16 +105,16 @@ def _mark(axes: Axes, points: Curve, *, color: str, below: bool = False) -> None
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    # No software version in the file: the same figures give the same bytes.
+    # No software version in the file: the same numbers give the same bytes.
     figure.savefig(buffer, format="png", facecolor=figure.get_facecolor(), metadata={"Software": None})
     return buffer.getvalue()
 
 
-def _split(curve: Curve) -> tuple[list[float], list[float]]:
+def _columns(curve: Curve) -> tuple[list[float], list[float]]:
     return [x for x, _ in curve], [math.nan if y is None else y for _, y in curve]
 
 
-def _steps(axes: Axes) -> None:
+def _format_steps(axes: Axes) -> None:
     axes.margins(x=0.02)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
@@ -114,7 +122,7 @@ def _steps(axes: Axes) -> None:
 
 def _curve(axes: Axes, theme: Theme, points: Curve, *, color: str, label: str | None = None) -> None:
     axes.plot(
-        *_split(points),
+        *_columns(points),
         color=color,
         label=label,
         linewidth=1.8,
@@ -126,41 +134,46 @@ def _curve(axes: Axes, theme: Theme, points: Curve, *, color: str, label: str | 
 
 
 def loss_curve(train: Curve, validation: Curve, *, title: str, subtitle: str, unit: str, theme: Theme) -> bytes:
-    """Loss against optimizer steps, training as a line and validation as marked points."""
-    figure, (axes,) = _open(theme, title, subtitle)
-    axes.plot(*_split(train), color=theme.series[0], linewidth=1.3, alpha=0.9, label="training")
+    """Loss against optimizer steps: training as a line, validation as marked points."""
+    figure, (axes,) = _new_figure(theme, title, subtitle)
+    axes.plot(*_columns(train), color=theme.series[0], linewidth=1.3, alpha=0.9, label="training")
     if validation:
         _curve(axes, theme, validation, color=theme.series[1], label="validation")
-        _mark(axes, validation[-1:], color=theme.series[1])
-    _label(axes, theme, x="optimizer steps", y=unit)
-    _steps(axes)
+        _write_values(axes, validation[-1:], color=theme.series[1])
+    _label_axes(axes, theme, x="optimizer steps", y=unit)
+    _format_steps(axes)
     _legend(axes, theme)
     return _png(figure)
 
 
 def noise_levels(start: Mapping[str, float | None], end: Mapping[str, float | None], *, theme: Theme) -> bytes:
-    """Masked loss by noise level at the start and at the end. Keys "0.0-0.2" are ranges of the noise level."""
-    figure, (axes,) = _open(
+    """Masked loss by noise level, at the start and at the end.
+
+    Args:
+        start: Loss by range of the noise level, written as "0.0-0.2".
+        end: The same at the last validation.
+    """
+    figure, (axes,) = _new_figure(
         theme, "Masked loss by noise level", "held-out text, at the first and at the last validation"
     )
     for values, color, label in ((start, theme.muted, "start"), (end, theme.series[0], "end")):
-        # Labels on the outer sides, so that two close curves keep theirs apart.
-        points = [(_middle(name), loss) for name, loss in values.items()]
+        # Labels on the outer sides, so that those of two close curves do not overlap.
+        points = [(_middle_of_range(name), loss) for name, loss in values.items()]
         _curve(axes, theme, points, color=color, label=label)
-        _mark(axes, points, color=color, below=label == "end")
+        _write_values(axes, points, color=color, below=label == "end")
     axes.set_xlim(0, 1)
-    _from_zero(axes, [*start.values(), *end.values()])
-    _label(axes, theme, x="noise level t (share of tokens masked)", y="nats per masked token")
+    _start_y_at_zero(axes, [*start.values(), *end.values()])
+    _label_axes(axes, theme, x="noise level t (share of tokens masked)", y="nats per masked token")
     _legend(axes, theme)
     return _png(figure)
 
 
-def _middle(bucket: str) -> float:
+def _middle_of_range(bucket: str) -> float:
     low, _, high = bucket.partition("-")
     return (float(low) + float(high)) / 2
 
 
-# key of a sweep's row, title of its panel, unit
+# The key in a row of the sweep, the title of its panel, and its unit.
 _SWEEP_PANELS = (
     ("tokens_per_pass", "Tokens per denoiser pass", "tokens"),
     ("speedup", "Wall-clock speed against AR", "times AR"),
@@ -171,21 +184,24 @@ _SWEEP_PANELS = (
 def threshold_sweep(
     rows: Sequence[Mapping[str, Any]], *, ar_nats_per_token: float | None = None, theme: Theme
 ) -> bytes:
-    """What the confidence threshold buys and costs: one panel per figure, threshold on every x axis.
+    """Speed and quality against the confidence threshold, one panel for each measure.
 
-    rows: each with `confidence_threshold` and the keys of the panels. AR is the dashed line: one
-    token per pass, speed 1, and `ar_nats_per_token` for its own text where that was measured.
+    AR is the dashed line: one token per pass, and speed 1.
+
+    Args:
+        rows: Rows of a sweep with `confidence_threshold` and the keys of the panels.
+        ar_nats_per_token: The score of text that AR wrote, if it was measured.
     """
-    figure, panels = _open(
+    figure, panels = _new_figure(
         theme, "Confidence threshold", "a lower threshold commits more tokens in each pass", panels=3, width=11.0
     )
     references = (1.0, 1.0, ar_nats_per_token)
     for axes, (key, title, unit), color, ar in zip(panels, _SWEEP_PANELS, theme.series, references, strict=False):
         points = sorted((row["confidence_threshold"], row[key]) for row in rows if row[key] is not None)
         _curve(axes, theme, points, color=color)
-        _mark(axes, points, color=theme.text)
+        _write_values(axes, points, color=theme.text)
         if ar is not None:
-            axes.axhline(ar, color=theme.muted, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+            axes.axhline(ar, color=theme.muted, linewidth=1, linestyle=DASHED, zorder=1)
             axes.annotate(
                 "AR",
                 (1, ar),
@@ -196,21 +212,21 @@ def threshold_sweep(
                 color=theme.muted,
                 va="center",
             )
-        _from_zero(axes, [ar, *(y for _, y in points)])
+        _start_y_at_zero(axes, [ar, *(y for _, y in points)])
         axes.margins(x=0.1)
         axes.set_title(title, color=theme.text, fontsize=9.5, loc="left", pad=6)
         axes.set_xticks([x for x, _ in points])
-        _label(axes, theme, x="confidence threshold", y=unit)
+        _label_axes(axes, theme, x="confidence threshold", y=unit)
     return _png(figure)
 
 
 def comparison(curves: Mapping[str, Curve], *, title: str, subtitle: str, unit: str, theme: Theme) -> bytes:
-    """Several runs' losses against optimizer steps, one curve each, named."""
-    figure, (axes,) = _open(theme, title, subtitle)
+    """Loss against optimizer steps, with a named curve for each run."""
+    figure, (axes,) = _new_figure(theme, title, subtitle)
     for index, (name, curve) in enumerate(curves.items()):
         _curve(axes, theme, curve, color=theme.series[index % len(theme.series)], label=name)
-    _label(axes, theme, x="optimizer steps", y=unit)
-    _steps(axes)
+    _label_axes(axes, theme, x="optimizer steps", y=unit)
+    _format_steps(axes)
     _legend(axes, theme)
     return _png(figure)
 
@@ -218,8 +234,13 @@ def comparison(curves: Mapping[str, Curve], *, title: str, subtitle: str, unit: 
 def length_histogram(
     histograms: Mapping[str, Sequence[int]], *, edges: Sequence[int], title: str, subtitle: str, theme: Theme
 ) -> bytes:
-    """Share of documents by length, corpus by corpus. histograms: (bins,) counts each; edges: (bins + 1,) tokens."""
-    figure, (axes,) = _open(theme, title, subtitle)
+    """Share of documents by length, for each corpus.
+
+    Args:
+        histograms: (bins,) numbers of documents, by corpus.
+        edges: (bins + 1,) lengths in tokens.
+    """
+    figure, (axes,) = _new_figure(theme, title, subtitle)
     for index, (name, counts) in enumerate(histograms.items()):
         color = theme.series[index % len(theme.series)]
         shares = [100 * count / max(sum(counts), 1) for count in counts]
@@ -229,15 +250,15 @@ def length_histogram(
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_ylim(bottom=0)
-    _label(axes, theme, x="tokens in a document", y="% of documents")
+    _label_axes(axes, theme, x="tokens in a document", y="% of documents")
     if len(histograms) > 1:
         _legend(axes, theme)
     return _png(figure)
 
 
 def bulk_speed(rows: Sequence[Mapping[str, Any]], *, subtitle: str, theme: Theme) -> bytes:
-    """Tokens per second against batch size, a curve for each case. rows: of `bench.generate`."""
-    figure, (axes,) = _open(theme, "Bulk text", subtitle, width=7.2)
+    """Tokens per second against batch size, with a curve for each case of `bench.generate`."""
+    figure, (axes,) = _new_figure(theme, "Bulk text", subtitle, width=7.2)
     sizes = sorted({row["batch_size"] for row in rows})
     for index, name in enumerate(dict.fromkeys(row["case"] for row in rows)):
         points = [
@@ -245,8 +266,8 @@ def bulk_speed(rows: Sequence[Mapping[str, Any]], *, subtitle: str, theme: Theme
         ]
         _curve(axes, theme, points, color=theme.series[index % len(theme.series)], label=name)
     axes.set_xticks(range(len(sizes)), [f"{size}" for size in sizes])
-    _from_zero(axes, [row["tokens_per_second"] for row in rows])
-    _label(axes, theme, x="prompts in a batch", y="new tokens per second")
+    _start_y_at_zero(axes, [row["tokens_per_second"] for row in rows])
+    _label_axes(axes, theme, x="prompts in a batch", y="new tokens per second")
     axes.legend(frameon=False, fontsize=8, labelcolor=theme.text, loc="upper left")
     return _png(figure)
 
@@ -254,7 +275,13 @@ def bulk_speed(rows: Sequence[Mapping[str, Any]], *, subtitle: str, theme: Theme
 def _bars(
     axes: Axes, theme: Theme, labels: Sequence[str], series: Mapping[str, Sequence[float | None]], *, write: str
 ) -> None:
-    """Groups of horizontal bars, the first group on top, each bar's value at its end; None leaves a gap."""
+    """Groups of horizontal bars, the first group on top.
+
+    Args:
+        labels: The name of each group.
+        series: One value per group; `None` leaves a gap.
+        write: The format of the value at the end of a bar.
+    """
     height = 0.8 / max(len(series), 1)
     for index, (name, values) in enumerate(series.items()):
         places = [row + (index - (len(series) - 1) / 2) * height for row in range(len(labels))]
@@ -279,16 +306,19 @@ def _bars(
 
 
 def operations(rows: Sequence[Mapping[str, Any]], *, theme: Theme) -> bytes:
-    """Time and extra peak memory of each operation's rivals, in multiples of ours.
+    """Time and extra peak memory of each operation's baselines, in multiples of ours.
 
-    rows: of `bench.ops`, ours without `time_ratio` and `memory_ratio`.
+    Args:
+        rows: Rows of `bench.ops`. Ours have no `time_ratio` and no `memory_ratio`.
     """
     compared = [row for row in rows if "time_ratio" in row]
     labels = [
         f"{row['operation']} L {row['length']}" + (f" S {row['block']}" if row["block"] else "") + f"\n{row['case']}"
         for row in compared
     ]
-    figure, panels = _open(theme, "Two-stream operations", "rivals, in multiples of ours", panels=2, width=11.0)
+    figure, panels = _new_figure(
+        theme, "Two-stream operations", "baselines, in multiples of ours", panels=2, width=11.0
+    )
     figure.set_size_inches(11.0, 1.6 + 0.36 * max(len(labels), 2))
     inch = 1 / figure.get_figheight()
     figure.subplots_adjust(left=0.2, right=0.97, top=1 - 1.0 * inch, bottom=0.5 * inch, wspace=0.08)
@@ -298,18 +328,19 @@ def operations(rows: Sequence[Mapping[str, Any]], *, theme: Theme) -> bytes:
         panels, (("time_ratio", "Time, forward + backward"), ("memory_ratio", "Extra peak memory")), strict=True
     ):
         _bars(axes, theme, labels, {title: [row[key] for row in compared]}, write="{:.2f} ×")
-        axes.axvline(1, color=theme.muted, linewidth=1, linestyle=(0, (4, 3)))
+        axes.axvline(1, color=theme.muted, linewidth=1, linestyle=DASHED)
         axes.set_title(title, color=theme.text, fontsize=9.5, loc="left", pad=6)
     panels[1].set_yticklabels([])
     return _png(figure)
 
 
 def steps(figures: Mapping[str, Any], *, theme: Theme) -> bytes:
-    """Steps in multiples of the autoregressive one, by length; and what noise draws cost and bring.
+    """Step times in multiples of the AR step, by length, and cost and benefit of noise draws.
 
-    figures: `steps` and `draws` of `bench.step`.
+    Args:
+        figures: `steps` and `draws` of `bench.step`.
     """
-    figure, (left, right) = _open(
+    figure, (left, right) = _new_figure(
         theme,
         "Training step",
         "forward + backward, in steps of the `ar` objective on the same backbone and tokens",
@@ -322,12 +353,12 @@ def steps(figures: Mapping[str, Any], *, theme: Theme) -> bytes:
         rows = [row for row in figures["steps"] if (row["pattern"], row["case"]) == (pattern, case)]
         points = [(float(lengths.index(row["length"])), row["ratio"]) for row in rows]
         _curve(left, theme, points, color=theme.series[index % len(theme.series)], label=f"{case}, {pattern}")
-        _mark(left, points, color=theme.text, below=index % 2 == 1)  # two towers of two patterns are close
-    left.axhline(4 / 3, color=theme.muted, linewidth=1, linestyle=(0, (4, 3)))
+        _write_values(left, points, color=theme.text, below=index % 2 == 1)  # two towers of two patterns are close
+    left.axhline(4 / 3, color=theme.muted, linewidth=1, linestyle=DASHED)
     left.set_xticks(range(len(lengths)), [f"{length}" for length in lengths])
     left.margins(x=0.1)
-    _from_zero(left, [4 / 3, *(row["ratio"] for row in figures["steps"])])
-    _label(left, theme, x="sequence length in tokens (dashed: the limit, 4/3)", y="times the AR step")
+    _start_y_at_zero(left, [4 / 3, *(row["ratio"] for row in figures["steps"])])
+    _label_axes(left, theme, x="sequence length in tokens (dashed: the limit, 4/3)", y="times the AR step")
     left.legend(frameon=False, fontsize=8, labelcolor=theme.text, loc="lower left")
     keys = (
         ("relative_cost_per_copy", "cost per noisy copy"),
@@ -338,8 +369,8 @@ def steps(figures: Mapping[str, Any], *, theme: Theme) -> bytes:
         points = [(float(row["draws"]), row[key]) for row in figures["draws"]]
         _curve(right, theme, points, color=color, label=name)
     right.set_xticks([row["draws"] for row in figures["draws"]])
-    _from_zero(right, [row[key] for row in figures["draws"] for key, _ in keys])
-    _label(right, theme, x="noise draws of one context pass", y="relative to one draw")
+    _start_y_at_zero(right, [row[key] for row in figures["draws"] for key, _ in keys])
+    _label_axes(right, theme, x="noise draws of one context pass", y="relative to one draw")
     right.legend(frameon=False, fontsize=8, labelcolor=theme.text, loc="lower left")
     return _png(figure)
 
@@ -350,9 +381,13 @@ def positions(
     *,
     theme: Theme,
 ) -> bytes:
-    """Nats per token by position in the block: what the denoiser loses at several noise levels, lighter to darker, and
-    references (dashed). Values are (mean, standard error) for each position; the band is one error to either side."""
-    figure, (axes,) = _open(
+    """Nats per token by position in the block, with a band of one standard error.
+
+    Args:
+        losses: Mean and standard error for each position, by noise level, from light to dark.
+        references: The same for what the denoiser is compared with (dashed).
+    """
+    figure, (axes,) = _new_figure(
         theme, "Loss by position in the block", "held-out text; bands: one standard error", width=6.6
     )
     figure.subplots_adjust(right=0.74)
@@ -361,10 +396,10 @@ def positions(
         _band(axes, values, color=theme.series[0], alpha=strength, label=name)
     for color, (name, values) in zip(theme.series[1:], references.items(), strict=False):
         _band(axes, values, color=color, alpha=1.0, label=name, dashed=True)
-    _from_zero(axes, [mean for values in (*losses.values(), *references.values()) for mean, _ in values])
+    _start_y_at_zero(axes, [mean for values in (*losses.values(), *references.values()) for mean, _ in values])
     size = max((len(values) for values in losses.values()), default=1)
     axes.set_xticks([1, *range(max(2, size // 4), size + 1, max(1, size // 4))])
-    _label(axes, theme, x="position in the block", y="nats per token")
+    _label_axes(axes, theme, x="position in the block", y="nats per token")
     axes.legend(
         frameon=False,
         fontsize=8,
@@ -394,14 +429,19 @@ def _band(
 
 @dataclass(frozen=True)
 class Family:
-    """Points of a sweep that belong together: label and row of each; a line joins them where they have an order."""
+    """Points of a sweep that differ in one setting.
+
+    Attributes:
+        points: The label and the row of each point.
+        joined: A line joins the points, because they have an order.
+    """
 
     name: str
     points: Sequence[tuple[str, Mapping[str, Any]]]
     joined: bool = True
 
 
-# key of a sweep's row, factor, title of its panel, unit, whether less is better
+# The key in a row of the sweep, a factor, the title of its panel, its unit, whether less is better.
 _PARETO_PANELS = (
     ("agreement", 100.0, "Tokens that AR would have chosen", "% of tokens", False),
     ("nats_per_token", 1.0, "Text scored by the AR model", "nats per token, better upwards", True),
@@ -409,8 +449,12 @@ _PARETO_PANELS = (
 )
 
 
-def _name_points(axes: Axes, labels: Sequence[tuple[str, tuple[float, float], str]]) -> None:
-    """Text, place and colour of labels: those that would cover one that is there are left out. Limits must be set."""
+def _label_points(axes: Axes, labels: Sequence[tuple[str, tuple[float, float], str]]) -> None:
+    """Write labels next to points, except those that would cover an earlier one.
+
+    Args:
+        labels: Text, point and colour. The limits of the axes must be set already.
+    """
     placed: list[tuple[float, float]] = []
     for text, point, color in labels:
         x, y = axes.transData.transform(point)
@@ -424,12 +468,14 @@ def _name_points(axes: Axes, labels: Sequence[tuple[str, tuple[float, float], st
 def pareto(
     families: Sequence[Family], ar: Mapping[str, Any], front: Sequence[Mapping[str, Any]], *, theme: Theme
 ) -> bytes:
-    """Quality against speed, further up and to the right is better: a panel for each measure of quality.
+    """Quality against speed, one panel for each measure of quality. Up and to the right is better.
 
-    front: the rows that none beats in speed and in the first panel's measure at once, ringed in all
-    panels.
+    Args:
+        ar: The row of cached AR, which has speed 1.
+        front: The rows of the Pareto front of speed and the first panel's measure. All panels ring
+            them.
     """
-    figure, panels = _open(
+    figure, panels = _new_figure(
         theme,
         "Speed and quality of mask diffusion",
         "against cached AR in the same run; ringed: none is faster and closer to AR at once",
@@ -442,7 +488,7 @@ def pareto(
         for family, color, marker in zip(families, theme.series, markers, strict=False):
             xy = [(row["speedup"], factor * row[key]) for _, row in family.points]
             axes.plot(
-                *_split(xy),
+                *_columns(xy),
                 color=color,
                 marker=marker,
                 markersize=5.5,
@@ -463,13 +509,13 @@ def pareto(
             markeredgewidth=0.9,
         )
         axes.plot([1], [factor * ar[key]], marker="*", markersize=11, color=theme.text, linewidth=0, label="AR, cached")
-        axes.axvline(1, color=theme.muted, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+        axes.axvline(1, color=theme.muted, linewidth=0.8, linestyle=DASHED, zorder=1)
         axes.margins(x=0.12, y=0.12)
         axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
         if less:
             axes.invert_yaxis()
         axes.set_title(title, color=theme.text, fontsize=9.5, loc="left", pad=6)
-        _label(axes, theme, x="speed, times AR", y=unit)
-        _name_points(axes, labels)
+        _label_axes(axes, theme, x="speed, times AR", y=unit)
+        _label_points(axes, labels)
     _legend(axes, theme)
     return _png(figure)

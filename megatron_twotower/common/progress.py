@@ -1,4 +1,4 @@
-"""Progress bars on standard error. Functions that take long report to them through plain callables."""
+"""Progress bars on standard error. Slow functions report to them through plain callables."""
 
 import contextlib
 import time
@@ -28,9 +28,10 @@ def silent(stage: str, done: int, total: int) -> None:
 
 
 class BarReport(Protocol):
-    """Moves the bar of a stage; `text` stands beside it."""
+    """Moves the bar of a stage, and shows `text` next to it."""
 
-    def __call__(self, stage: str, done: int, total: int, text: str = "") -> None: ...
+    def __call__(self, stage: str, done: int, total: int, text: str = "") -> None:
+        """Report that `done` of `total` is done."""
 
 
 @contextlib.contextmanager
@@ -47,7 +48,7 @@ def stage_bars() -> Iterator[BarReport]:
 
     def report(stage: str, done: int, total: int, text: str = "") -> None:
         if stage not in tasks:
-            bars.start()  # not earlier: it prints a blank line, and an early error is to be one line
+            bars.start()  # not earlier: it prints a blank line, and an early error must be one line
             tasks[stage] = bars.add_task(stage, total=total, text=text)
         bars.update(tasks[stage], completed=done, total=total, text=text)
 
@@ -59,7 +60,7 @@ def stage_bars() -> Iterator[BarReport]:
 
 
 def per_second() -> Callable[[int], float]:
-    """A meter: called with a running total, it returns the amount per second since its first call."""
+    """A meter: called with a running total, it returns the rate per second since its first call."""
     first: list[tuple[float, int]] = []
 
     def rate(total: int) -> float:
@@ -95,9 +96,12 @@ def bytes_bar(stage: str) -> Iterator[BytesProgress]:
 class CorpusProgress:
     """How far a stage of work on a corpus is.
 
-    stage: "tokenising", where done and total are bytes of input; "writing" or "verifying", where
-    they are tokens.
-    documents, tokens: of the whole stage so far, including what an interrupted run had done.
+    Attributes:
+        stage: "tokenising", "writing" or "verifying".
+        done: The amount that is done: bytes of input for "tokenising", else tokens.
+        total: The amount of the stage, in the same unit.
+        documents: Documents done in this stage, including those of an interrupted run.
+        tokens: Tokens done in this stage, including those of an interrupted run.
     """
 
     stage: str
@@ -112,7 +116,7 @@ OnCorpusProgress = Callable[[CorpusProgress], None]
 
 @contextlib.contextmanager
 def corpus_bars() -> Iterator[OnCorpusProgress]:
-    """Yields an `OnCorpusProgress` that draws one bar per stage, with documents, tokens and tokens per second."""
+    """Yields an `OnCorpusProgress` that draws one bar per stage, with documents and token rate."""
     rates: dict[str, Callable[[int], float]] = {}
     with stage_bars() as bars:
 

@@ -33,10 +33,11 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def provenance(version: str, *, seed: int, ranks: int, backbone: str | None, fingerprint: str | None) -> dict[str, Any]:
-    """What is needed to repeat a run.
+    """The facts that are needed to repeat a run.
 
     Args:
-        version: of this package.
+        version: The version of this package.
+        backbone: The folder of the backbone, if the run started from one.
         fingerprint: SHA-256 of the backbone.
     """
     return {
@@ -58,10 +59,11 @@ def read_provenance(run: Path) -> dict[str, Any]:
 
 
 def write_start(run: Path, *, config: str, facts: Mapping[str, Any]) -> None:
-    """Write what is known when a run starts: `config.yaml` and `provenance.json`.
+    """Write the files that describe a starting run: `config.yaml` and `provenance.json`.
 
     Args:
-        config: YAML text.
+        config: The configuration as YAML text.
+        facts: The content of `provenance.json`.
     """
     run.mkdir(parents=True, exist_ok=True)
     (run / CONFIG_FILE).write_text(config)
@@ -69,10 +71,10 @@ def write_start(run: Path, *, config: str, facts: Mapping[str, Any]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`, in the order written. A last line cut off by a crash is left out.
+    """The records of a `metrics.jsonl`, in the order written, without an incomplete last line.
 
     Raises:
-        UserError: the file is missing, or a line is not a JSON object with a `step`.
+        UserError: The file is missing, or a line is not a JSON object with a `step`.
     """
     if not path.is_file():
         raise UserError(f"{path}: not found, expected the {METRICS_FILE} of a training run")

@@ -7,8 +7,6 @@ from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-# --- tables and pictures ------------------------------------------------------------------------------------------
-
 
 def plain_table(
     title: str, headings: Sequence[str], rows: Iterable[Sequence[RenderableType]], *, left: int = 0
@@ -23,13 +21,15 @@ def plain_table(
 
 
 def number(value: float | None, digits: int = 2) -> str:
+    """A number with separated thousands and `digits` decimals; `None` as a dash."""
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
 def with_error(value: float | None, error: float | None) -> str:
+    """A number and its standard error, if the error is known."""
     return number(value) if error is None else f"{number(value)} ± {number(error)}"
 
 
 def wide_console() -> Console:
-    """The terminal as it is; into a file or a pipe, wide enough for whole tables."""
+    """A console as wide as the terminal, or wide enough for every table in a file or a pipe."""
     return Console() if sys.stdout.isatty() else Console(width=150)

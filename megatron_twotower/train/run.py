@@ -256,7 +256,7 @@ def _write_run_files(run: Path, config: RunConfig, model: TrainedModel, dataset:
         fingerprint=model.fingerprint,
     )
     facts["data"] = data_summary(config, dataset)
-    facts["roles"] = {role.role: role.serves for role in diagnose(config)}
+    facts["roles"] = {role.role: role.implementation for role in diagnose(config)}
     run_folder.write_start(run, config=recipes.to_yaml(config), facts=facts)
 
 

@@ -1,11 +1,14 @@
-"""The commands: every recipe, and one clear line with status 2 for each mistake."""
+"""The commands: every recipe, one line with status 2 for each mistake, and lazy imports."""
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
 from megatron_twotower.cli import main
+from megatron_twotower.cli.command import Group
 from megatron_twotower.config.recipes import load_recipe, recipe_names, recipes_folder, to_yaml
 from megatron_twotower.config.validation import validate
 from megatron_twotower.mcore import parallel
@@ -14,7 +17,7 @@ SHIPPED = recipes_folder() / "backbones" / "small"
 BYTES = recipes_folder() / "models" / "bytes"
 
 
-# The recipes of the real model are too large to build here: tests/test_recipes.py.
+# The recipes of the real model are too large to build here: tests/config/test_recipes.py.
 @pytest.mark.parametrize("recipe", [name for name in recipe_names() if not name.startswith(("nano", "bench_gpu"))])
 def test_every_recipe_loads_validates_and_dry_runs(recipe, tiny_backbone, capsys):
     tiny = dict.fromkeys(("tiny", "tiny_phases"), tiny_backbone)
@@ -58,18 +61,18 @@ def test_a_mistake_is_one_line_and_status_2(mistake, tmp_path, capsys):
     assert main.main(["train", *arguments, f"output={tmp_path / 'run'}"]) == 2
     error = capsys.readouterr().err
     assert expected in error and error.startswith("twotower: ") and error.count("\n") == 1
-    assert not (tmp_path / "run").exists(), "nothing is left behind"
+    assert not (tmp_path / "run").exists(), "nothing was written"
 
 
 @pytest.mark.parametrize("place", [1, 2, 3])
-def test_settings_may_stand_on_both_sides_of_an_option(place):
+def test_settings_are_taken_on_both_sides_of_an_option(place):
     words = ["recipe=tiny", "seed=7", "train.steps=40"]
-    arguments = main._parsed(["train", *words[:place], "--dry-run", *words[place:]])
+    arguments = main.parse(["train", *words[:place], "--dry-run", *words[place:]])
     assert arguments.settings == words and arguments.dry_run
 
 
 @pytest.mark.parametrize("words", [["train", "recipe=tiny", "--dry-run", "tiny"], ["doctor", "seed=7"]])
-def test_words_without_a_place_are_refused(words, capsys):
+def test_unknown_words_are_refused(words, capsys):
     with pytest.raises(SystemExit, match="2"):
         main.main(words)
     assert f"unrecognized arguments: {words[-1]}" in capsys.readouterr().err
@@ -144,7 +147,7 @@ def test_a_checkpoint_of_another_shape_is_refused_and_export_needs_one(tiny_data
     assert "not a checkpoint" in capsys.readouterr().err
 
 
-def test_the_whole_road_at_the_smallest_size(tiny_data, tmp_path, capsys):
+def test_every_stage_from_ar_training_to_text(tiny_data, tmp_path, capsys):
     """ar -> backbone -> two towers -> model -> text, through the commands alone."""
     common = [f"data.folder={tiny_data}", "train.steps=8", "train.validate_every_steps=8"]
     assert main.main(["train", "recipe=tiny_ar", *common, f"output={tmp_path / 'ar'}"]) == 0
@@ -170,7 +173,7 @@ def test_the_whole_road_at_the_smallest_size(tiny_data, tmp_path, capsys):
     parallel.shutdown()
 
 
-def test_the_shipped_backbone_is_whole():
+def test_the_shipped_backbone_is_complete():
     config = json.loads((SHIPPED / "config.json").read_text())
     assert config["model_type"] == "nemotron_h"
     assert set("M*E") == set(config["hybrid_override_pattern"])
@@ -184,27 +187,68 @@ def test_doctor_runs(capsys):
     assert "Megatron" in capsys.readouterr().out
 
 
-def test_every_command_shows_an_example(capsys):
-    commands = [
-        ["train"],
-        ["data", "tokenizer"],
-        ["data", "prepare"],
-        ["data", "inspect"],
-        ["data", "verify"],
-        ["bench", "ops"],
-        ["bench", "step"],
-        ["bench", "data"],
-        ["bench", "generate"],
-        ["bench", "convert"],
-        ["convert", "export"],
-        ["convert", "import"],
-        ["generate"],
-        ["evaluate"],
-        ["report"],
-        ["doctor"],
-    ]
-    for command in commands:
-        with pytest.raises(SystemExit) as done:
-            main.main([*command, "--help"])
-        assert done.value.code == 0
-        assert f"twotower {' '.join(command)}" in capsys.readouterr().out.split("example:")[1]
+def calls(commands=main.COMMANDS, before=()):
+    """Every command, as the words that call it."""
+    for each in commands:
+        words = (*before, each.name)
+        yield from calls(each.commands, words) if isinstance(each, Group) else [words]
+
+
+@pytest.mark.parametrize("call", list(calls()), ids=" ".join)
+def test_a_command_shows_an_example_and_refuses_an_unknown_option(call, capsys):
+    with pytest.raises(SystemExit) as done:
+        main.main([*call, "--help"])
+    assert done.value.code == 0
+    assert f"twotower {' '.join(call)}" in capsys.readouterr().out.split("example:")[1]
+    with pytest.raises(SystemExit) as done:
+        main.main([*call, "--no-such-option", "1"])
+    assert done.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("twotower: ") and error.count("\n") == 1
+
+
+ONE_MISTAKE = {
+    "plan": ["recipe=nothing"],
+    "data tokenizer": ["--input", "/no/such", "--output", "out"],
+    "data prepare": ["--input", "/no/such", "--tokenizer", "/no/such", "--output", "out"],
+    "data inspect": ["/no/such"],
+    "data verify": ["/no/such"],
+    "convert import": ["--from", "/no/such", "--to", "out"],
+    "convert export": ["--from", "/no/such", "--to", "out"],
+    "generate": ["--model", "/no/such", "--prompt", "a"],
+    "evaluate": ["--model", "/no/such", "--output", "out"],
+    "distil": ["--model", "/no/such", "--data", "/no/such", "--output", "out"],
+    "report": ["--run", "/no/such"],
+    "bench step": ["model=nothing"],
+    "bench gpu": ["--rungs", "nothing"],
+    "bench generate": ["--model", "/no/such"],
+    "bench convert": ["--folder", "/no/such"],
+    "bench passes": ["--model", "/no/such"],
+    "bench fp8": ["--model", "/no/such", "--data", "/no/such"],
+}
+
+
+@pytest.mark.parametrize("call", ONE_MISTAKE)
+def test_a_mistake_in_any_command_is_one_line_and_status_2(call, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main.main([*call.split(), *ONE_MISTAKE[call]]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("twotower: ") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+SLOW_IMPORTS = ("torch", "megatron", "transformers", "matplotlib", "lm_eval")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["convert", "export", "--help"]], ids=" ".join)
+def test_help_does_not_import_what_is_slow(words):
+    code = f"""
+import sys
+from megatron_twotower.cli.main import main
+try:
+    main({words})
+except SystemExit:
+    print(sorted(set({SLOW_IMPORTS}) & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

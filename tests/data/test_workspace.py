@@ -1,28 +1,13 @@
-"""OUTPUT.partial: complete files or none, one request, one run at a time."""
+"""OUTPUT.partial: one request, one run at a time."""
 
 import json
 
 import pytest
 
 from megatron_twotower.common.errors import UserError
-from megatron_twotower.common.files import atomic_file, partial_path
+from megatron_twotower.common.files import partial_path
 from megatron_twotower.data import workspace
 from megatron_twotower.data.workspace import check_output, discard, move_into_place, resuming
-
-
-def test_a_file_is_written_completely_or_not_at_all(tmp_path):
-    with atomic_file(tmp_path / "a") as path:
-        path.write_text("new")
-        assert not (tmp_path / "a").exists()
-    assert (tmp_path / "a").read_text() == "new"
-    with pytest.raises(KeyboardInterrupt), atomic_file(tmp_path / "a") as path:
-        path.write_text("half")
-        raise KeyboardInterrupt
-    with pytest.raises(UserError, match="a: cannot be written"), atomic_file(tmp_path / "a") as path:
-        path.write_text("half")
-        raise OSError(28, "No space left on device")
-    assert (tmp_path / "a").read_text() == "new"
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_work_for_the_same_request_is_resumed_and_for_another_refused(tmp_path):

@@ -192,7 +192,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path, tiny_data, back
 
 
 def test_the_fused_optimizer_is_transformer_engines():
-    assert doctor.diagnose()[-1].serves == "FusedAdam of transformer_engine"
+    assert doctor.diagnose()[-1].implementation == "FusedAdam of transformer_engine"
 
 
 def test_gradients_that_go_straight_into_the_sums_are_the_same(tmp_path, tiny_data, backbone):

@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_twotower.common.keyed_random import keyed_uniform
 from megatron_twotower.config.schema import NoiseConfig
 from megatron_twotower.train.noise import SCORED_MULTIPLE, corrupt, sample_times
 from megatron_twotower.types import Batch
@@ -97,18 +96,3 @@ def test_stratified_times_of_consecutive_samples_are_spread_evenly():
     even = [sample_times(batch_of(range(i, i + 8)), noise, seed=0).mean() for i in range(0, 4000, 8)]
     free = [sample_times(batch_of(range(i, i + 8)), NOISE, seed=0).mean() for i in range(0, 4000, 8)]
     assert torch.stack(even).std() < 0.5 * torch.stack(free).std()
-
-
-def test_uniform_numbers_are_uniform_and_known():
-    values = keyed_uniform(7, torch.arange(200_000))
-    assert abs(values.mean() - 0.5) < 0.003 and abs(values.var() - 1 / 12) < 0.001
-    histogram = torch.histc(values, bins=20, min=0, max=1)
-    assert (histogram / 10_000 - 1).abs().max() < 0.05
-    lag = torch.corrcoef(torch.stack([values[:-1], values[1:]]))[0, 1]
-    assert abs(lag) < 0.01
-    # A change of these values changes the noise of every run.
-    expected = torch.tensor(GOLDEN, dtype=torch.float64)
-    torch.testing.assert_close(keyed_uniform(1234, 1, torch.arange(4)), expected, rtol=0, atol=0)
-
-
-GOLDEN = [0.16698934580101943, 0.6327393774804005, 0.8296892634023215, 0.7853828361519181]

@@ -1,0 +1,91 @@
+"""The commands of `convert`: import and export of weights."""
+
+import argparse
+from pathlib import Path
+
+from megatron_twotower.cli.command import Command, Group
+
+
+def _add_folders(parser: argparse.ArgumentParser, *, source: str) -> None:
+    parser.add_argument("--from", dest="source", type=Path, required=True, help=source)
+    parser.add_argument("--to", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--backbone", type=Path, help="folder of the backbone, if a denoiser is stored alone and its backbone moved"
+    )
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    _add_folders(parser, source="Hugging Face folder: a NemotronH, two towers, or a denoiser alone")
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from megatron_twotower.common.progress import bytes_bar
+    from megatron_twotower.convert.import_run import import_folder
+
+    with bytes_bar("importing") as progress:
+        config = import_folder(arguments.source, arguments.to, backbone=arguments.backbone, progress=progress)
+    print(
+        f"{arguments.to}: imported from {arguments.source}, objective {config.objective}; continue with\n"
+        f"  twotower train recipe={arguments.to}/config.yaml data.folder=... train.steps=..."
+    )
+    return 0
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    _add_folders(parser, source="output folder of a training run, or a Hugging Face folder")
+    parser.add_argument(
+        "--what", choices=("two_tower", "context", "denoiser"), help="what to write; all there is if left out"
+    )
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="dtype of the tensors; each as it is stored if left out"
+    )
+    parser.add_argument(
+        "--style",
+        choices=("hub", "transformers"),
+        help="names of a plain NemotronH: one tensor per expert (hub) or stacked; those of the source, or hub",
+    )
+    parser.add_argument("--step", type=int, help="step of the checkpoint; the newest if left out")
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from megatron_twotower.common.progress import bytes_bar
+    from megatron_twotower.convert.export import ExportOptions, export
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}
+    options = ExportOptions(
+        what=arguments.what,
+        dtype=dtypes[arguments.dtype],
+        style=arguments.style,
+        step=arguments.step,
+        backbone=arguments.backbone,
+    )
+    with bytes_bar("exporting") as progress:
+        what = export(arguments.source, arguments.to, options=options, progress=progress)
+    print(f"{arguments.to}: {what} exported from {arguments.source}")
+    return 0
+
+
+GROUP = Group(
+    "convert",
+    "move weights to and from Hugging Face",
+    (
+        Command(
+            "import",
+            "make a training run from a Hugging Face folder, with verified weights",
+            ("twotower convert import --from models/two-tower --to runs/continued",),
+            _add_import,
+            _import,
+            interrupted_by_sigterm=True,
+        ),
+        Command(
+            "export",
+            "write a run's checkpoint, or a converted folder, for Hugging Face",
+            ("twotower convert export --from runs/twotower --to runs/model",),
+            _add_export,
+            _export,
+            interrupted_by_sigterm=True,
+        ),
+    ),
+)

@@ -1,0 +1,152 @@
+"""The commands of `data`: tokenizer, prepare, inspect, verify."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from megatron_twotower.cli.command import Command, Group
+from megatron_twotower.cli.options import add_options, arguments_for, option
+
+# What `tokenizer` and `prepare` both read: parameters of `data.prepare.prepare`.
+TEXT = {
+    "inputs": option("files, folders of text, .jsonl (.gz, .zst), .parquet; or python-stdlib", "--input"),
+    "output": option("folder to write"),
+    "holdout_fraction": option("share set aside for validation: of files by name, of records by text", "--holdout"),
+    "text_field": option("field or column of a record that holds its text"),
+    "suffixes": option("suffixes of the text files of a folder"),
+}
+MARKS = ("none", "document")
+PREPARE = {
+    "tokenizer": option("Hugging Face tokenizer folder"),
+    "shard_tokens": option("tokens per shard"),
+    "overwrite": option("replace an existing output folder"),
+    "workers": option("processes; the number of cores if left out", default=len(os.sched_getaffinity(0))),
+    "max_malformed": option("malformed records to skip: a share of all records below 1, else a number"),
+    "min_tokens": option("leave out shorter documents"),
+    "max_tokens": option("leave out longer documents"),
+    "deduplicate": option("keep repeated documents", "--no-dedup", dest="deduplicate"),
+    "bos": option("begin each document with BOS", choices=MARKS),
+    "eos": option("end each document with EOS", choices=MARKS),
+}
+
+
+def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    from megatron_twotower.data.prepare import prepare
+
+    add_options(parser, prepare, TEXT)
+    parser.add_argument("--vocab-size", type=int, default=4096, help="entries of the vocabulary")
+
+
+def _tokenizer(arguments: argparse.Namespace) -> int:
+    from megatron_twotower.data.documents import find_documents, training_texts
+    from megatron_twotower.data.tokenizer import train_tokenizer
+
+    documents = find_documents(arguments.input, suffixes=arguments.suffixes)
+    texts = training_texts(documents, holdout_fraction=arguments.holdout, text_field=arguments.text_field)
+    train_tokenizer(texts, vocab_size=arguments.vocab_size, output=arguments.output)
+    print(f"{arguments.output}: {arguments.vocab_size} entries from {len(documents)} files, without held-out text")
+    return 0
+
+
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    from megatron_twotower.data.prepare import prepare
+
+    add_options(parser, prepare, TEXT | PREPARE)
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from megatron_twotower.common.progress import corpus_bars
+    from megatron_twotower.data.prepare import prepare
+
+    with corpus_bars() as report:
+        summary = prepare(**arguments_for(TEXT | PREPARE, arguments), progress=report)
+    print(json.dumps(summary, indent=1))
+    return 0
+
+
+DATA_HELP = "prepared folder, URL of one, or blend file"
+BLEND = {"folder": option("folder of the corpora of a blend; that of the blend file if left out")}
+INSPECT = BLEND | {
+    "split": option("split of a prepared folder", default="train"),
+    "samples": option("documents to show", default=3),
+    "block_size": option("tokens per block", default=16),
+    "picture": option("PNG file to write", default=Path("lengths.png")),
+    "tokenizer": option("folder of the tokenizer to decode with; the data's own if left out"),
+}
+VERIFY = BLEND | {
+    "tokenizer": option("folder of the tokenizer that the data must be made with"),
+    "workers": PREPARE["workers"],
+}
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    from megatron_twotower.data.inspect import inspect
+
+    parser.add_argument("data", help=DATA_HELP)
+    add_options(parser, inspect, INSPECT)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from megatron_twotower.data.inspect import inspect
+
+    inspect(arguments.data, **arguments_for(INSPECT, arguments))
+    return 0
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    from megatron_twotower.data.verify import verify
+
+    parser.add_argument("data", help=DATA_HELP)
+    add_options(parser, verify, VERIFY)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from megatron_twotower.common.progress import corpus_bars
+    from megatron_twotower.data.verify import verify
+
+    with corpus_bars() as report:
+        problems = verify(arguments.data, **arguments_for(VERIFY, arguments), progress=report)
+    for problem in problems:
+        print(f"twotower: {problem}", file=sys.stderr)
+    return 2 if problems else 0
+
+
+GROUP = Group(
+    "data",
+    "make a tokenizer, prepare shards",
+    (
+        Command(
+            "tokenizer",
+            "train a byte-level BPE tokenizer on text files",
+            ("twotower data tokenizer --input python-stdlib --output runs/tokenizer",),
+            _add_tokenizer,
+            _tokenizer,
+        ),
+        Command(
+            "prepare",
+            "tokenise text, JSON lines or parquet into WebDataset shards",
+            (
+                "twotower data prepare --input texts/ more.jsonl.zst --tokenizer runs/tokenizer "
+                "--output runs/data --workers 16",
+            ),
+            _add_prepare,
+            _prepare,
+        ),
+        Command(
+            "inspect",
+            "show counts, lengths, and decoded samples with their block boundaries",
+            ("twotower data inspect runs/data --block-size 16 --picture lengths.png",),
+            _add_inspect,
+            _inspect,
+        ),
+        Command(
+            "verify",
+            "check shards, indices, token range and tokenizer, and name each fault",
+            ("twotower data verify runs/data --tokenizer recipes/backbones/small",),
+            _add_verify,
+            _verify,
+        ),
+    ),
+)

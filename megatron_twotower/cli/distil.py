@@ -1,0 +1,43 @@
+"""The command `distil`."""
+
+import argparse
+from pathlib import Path
+
+from megatron_twotower.cli.command import Command
+from megatron_twotower.cli.options import add_options, arguments_for, option
+
+TEXTS = {
+    "sequences": option("number of texts", default=4096),
+    "prompt_tokens": option("tokens of each prompt", default=64),
+    "new_tokens": option("tokens to write after each prompt", default=192),
+    "batch_size": option("texts in a batch", default=64),
+}
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    from megatron_twotower.generate import distil
+
+    parser.add_argument("--model", type=Path, required=True, help="two-tower Hugging Face folder")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="prepared data folder; the prompts are its training text"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON lines for `data prepare`")
+    add_options(parser, distil.run, TEXTS)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from megatron_twotower.generate import distil
+
+    texts = arguments_for(TEXTS, arguments)
+    distil.run(arguments.model, data=arguments.data, output=arguments.output, **texts)
+    return 0
+
+
+COMMAND = Command(
+    "distil",
+    "write text with the context tower, to train its denoiser on",
+    ("twotower distil --model runs/model --data runs/data --output runs/distilled.jsonl",),
+    _add_options,
+    _run,
+    interrupted_by_sigterm=True,
+)

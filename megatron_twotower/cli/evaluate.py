@@ -1,0 +1,117 @@
+"""The command `evaluate`: on held-out text with `--data`, on benchmark tasks with `--tasks`."""
+
+import argparse
+from pathlib import Path
+
+from megatron_twotower.cli.command import Command
+from megatron_twotower.cli.options import add_options, arguments_for, option
+from megatron_twotower.common.errors import UserError
+
+# Options of both kinds of evaluation, as parameters of EvaluationSettings.
+SHARED = {
+    "block_size_tokens": option("tokens per block, as trained", "--block-size"),
+    "threshold": option("confidence threshold where it is not swept", "--confidence-threshold", metavar="P"),
+    "new_tokens": option("tokens to write", "--new-tokens"),
+    "bound_draws": option("noise draws per block of the likelihood bound", "--draws"),
+    "seed": option("seed of the noise and the sampling", "--seed"),
+}
+# The same options, as parameters of HarnessSettings.
+SHARED_WITH_TASKS = {
+    "block_size": SHARED["block_size_tokens"],
+    "confidence_threshold": SHARED["threshold"],
+    "max_new_tokens": SHARED["new_tokens"],
+    "bound_draws": SHARED["bound_draws"],
+    "seed": SHARED["seed"],
+}
+HELD_OUT = {
+    "sequences": option("windows of text to score"),
+    "sequence_length_tokens": option("tokens of each window", "--length"),
+    "thresholds": option("confidence thresholds to try", nargs="*", metavar="P"),
+    "block_sizes": option("other block sizes to try", nargs="*", metavar="S"),
+    "steps": option("denoiser passes per block to try", nargs="*", metavar="N"),
+    "every": option("try all combinations of these, not one list at a time"),
+    "prompts": option("prompts to continue with each setting"),
+    "prompt_tokens": option("tokens of each prompt"),
+    "samples": option("prompts to continue in every mode, for reading"),
+}
+TASKS = {
+    "mode": option("how answers are written", choices=("mask_diffusion", "mock_ar", "ar", "speculative")),
+    "scoring": option(
+        "how given answers are scored: by the context tower, the diffusion bound or mock AR",
+        choices=("ar", "bound", "mock_ar"),
+    ),
+    "batch_size": option("rows at a time"),
+    "max_length_tokens": option("tokens of context and answer; the model's own if left out", "--max-length"),
+    "steps_per_block": option("denoiser passes per block, at most"),
+    "draft_steps": option("denoiser passes per draft, mode speculative"),
+}
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    from megatron_twotower.evaluate.harness_settings import HarnessSettings
+    from megatron_twotower.evaluate.held_out import EvaluationSettings
+
+    parser.add_argument("--model", type=Path, required=True, help="two-tower Hugging Face folder")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="JSON file to write; the pictures are written next to it"
+    )
+    add_options(parser, EvaluationSettings, SHARED, unset=True)
+    text = parser.add_argument_group("likelihoods and sweeps on held-out text")
+    text.add_argument("--data", type=Path, help="prepared data folder, whose held-out part is read")
+    add_options(text, EvaluationSettings, HELD_OUT, unset=True)
+    tasks = parser.add_argument_group(
+        "tasks of lm-evaluation-harness (needs the extra `eval`)",
+        f"Other defaults than above: --new-tokens {HarnessSettings.max_new_tokens} for tasks that do not say, "
+        f"--draws {HarnessSettings.bound_draws}.",
+    )
+    tasks.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        help="the harness's names, recipes of recipes/evaluation (card), or their paths",
+    )
+    add_options(tasks, HarnessSettings, TASKS, unset=True)
+    tasks.add_argument("--shots", type=int, help="examples before each question, in place of the recipe's")
+    tasks.add_argument("--limit", type=int, help="documents of each task")
+    tasks.add_argument("--task-files", type=Path, metavar="DIR", help="folder of further task files")
+    tasks.add_argument("--allow-code-execution", action="store_true", help="run code that the model writes")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.tasks:
+        return _run_tasks(arguments)
+    if arguments.data is None:
+        raise UserError("evaluate: found neither --data nor --tasks, expected a prepared data folder or task names")
+    from megatron_twotower.evaluate import held_out
+
+    settings = held_out.EvaluationSettings(**arguments_for(SHARED | HELD_OUT, arguments))
+    held_out.run(arguments.model, data=arguments.data, output=arguments.output, settings=settings)
+    return 0
+
+
+def _run_tasks(arguments: argparse.Namespace) -> int:
+    from megatron_twotower.evaluate import tasks
+
+    tasks.run(
+        arguments.model,
+        chosen=arguments.tasks,
+        output=arguments.output,
+        shots=arguments.shots,
+        limit=arguments.limit,
+        task_files=arguments.task_files,
+        allow_code_execution=arguments.allow_code_execution,
+        settings=arguments_for(SHARED_WITH_TASKS | TASKS, arguments),
+    )
+    return 0
+
+
+COMMAND = Command(
+    "evaluate",
+    "measure likelihoods, speed against quality, and benchmark tasks",
+    (
+        "twotower evaluate --model runs/model --data runs/data --output evaluation.json",
+        "twotower evaluate --model runs/model --tasks card --mode mask_diffusion --output card.json",
+    ),
+    _add_options,
+    _run,
+)

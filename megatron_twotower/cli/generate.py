@@ -1,0 +1,105 @@
+"""The command `generate`."""
+
+import argparse
+from pathlib import Path
+
+from megatron_twotower.cli.command import Command
+from megatron_twotower.cli.options import add_options, arguments_for, option
+from megatron_twotower.common.errors import UserError
+
+GENERATION = {
+    "max_new_tokens": option("tokens to write, at most"),
+    "block_size": option("tokens per block"),
+    "steps_per_block": option("denoiser passes per block, at most"),
+    "confidence_threshold": option("commit at once the tokens that are more probable than this"),
+    "temperature": option("0 takes the most probable tokens"),
+    "top_k": option("sample among the K most probable tokens"),
+    "top_p": option("sample among the most probable tokens that have this probability together"),
+    "draft_steps": option("denoiser passes per draft, mode speculative"),
+    "seed": option("seed of the sampling"),
+}
+BATCHING = {"batch_size": option("prompts in a batch")}
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add `--device`, which `bench generate` has too."""
+    parser.add_argument(
+        "--device",
+        nargs="+",
+        default=[],
+        metavar="DEVICE",
+        help="one device, or that of the context tower and that of the denoiser; CUDA if there is any",
+    )
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    from megatron_twotower.generate.engine import GenerationSettings
+    from megatron_twotower.generate.prompt_file import BatchingSettings
+
+    parser.add_argument("--model", type=Path, required=True, help="two-tower Hugging Face folder")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="text to continue, shown while it is written")
+    what.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="prompts to continue in batches: one a line, or .jsonl with a field `prompt`",
+    )
+    parser.add_argument(
+        "--mode",
+        default="mask_diffusion",
+        metavar="MODE",
+        help="mask_diffusion, mock_ar, ar, speculative; with --prompt also all",
+    )
+    add_options(parser, GenerationSettings, GENERATION)
+    add_device(parser)
+    parser.add_argument("--html", type=Path, metavar="FILE", help="page that replays the denoising of --prompt")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="JSON lines for --prompts, in their order; an interrupted run resumes",
+    )
+    add_options(parser, BatchingSettings, BATCHING)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from megatron_twotower.generate import prompt_file, terminal
+    from megatron_twotower.generate.engine import GenerationSettings
+
+    for name, needed in (("output", "prompts"), ("html", "prompt")):
+        if getattr(arguments, name) is not None and getattr(arguments, needed) is None:
+            raise UserError(f"--{name}: found {getattr(arguments, name)}, expected it with --{needed} alone")
+    settings = GenerationSettings(**arguments_for(GENERATION, arguments))
+    if arguments.prompts is None:
+        return terminal.run(
+            arguments.model,
+            prompt=arguments.prompt,
+            mode=arguments.mode,
+            settings=settings,
+            page=arguments.html,
+            devices=arguments.device,
+        )
+    if arguments.output is None:
+        raise UserError("--output: found none, expected a file for the texts that continue --prompts")
+    return prompt_file.run(
+        arguments.model,
+        prompts=arguments.prompts,
+        output=arguments.output,
+        mode=arguments.mode,
+        settings=settings,
+        batching=prompt_file.BatchingSettings(**arguments_for(BATCHING, arguments)),
+        devices=arguments.device,
+    )
+
+
+COMMAND = Command(
+    "generate",
+    "write text with an exported model",
+    (
+        "twotower generate --model runs/model --prompt 'def main():' --mode all --html replay.html",
+        "twotower generate --model runs/model --prompts prompts.jsonl --output texts.jsonl --batch-size 32",
+    ),
+    _add_options,
+    _run,
+)

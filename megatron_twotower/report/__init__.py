@@ -1,0 +1,1 @@
+"""The report of a run: it reads the run folder, prints a summary, and writes one HTML page."""
