@@ -1,4 +1,4 @@
-"""Decides which kernels are used on CUDA, and calls those of other packages.
+"""Decide which kernels are used on CUDA, and call those of other packages.
 
 Other packages: mamba-ssm for the scan of one stream, causal-conv1d for the convolution.
 `mamba_ssm_chunk_scan`, `mamba_ssm_scan` and `causal_conv1d` take the arguments of
@@ -26,7 +26,7 @@ MODULES = {
     "mamba-ssm": "mamba_ssm.ops.triton.ssd_combined",
     "causal-conv1d": "causal_conv1d",
     "triton": "triton",
-    "transformer-engine": "transformer_engine.pytorch",  # called by Megatron's modules (spec.py)
+    "transformer-engine": "transformer_engine.pytorch",  # called by Megatron's modules (mcore.modules)
     "deep-ep": "deep_ep",  # called by Megatron's dispatchers
 }
 # The operations that have Triton kernels in this project (`ops.triton`).
