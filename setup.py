@@ -11,10 +11,10 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "megatron_twotower" / "_
 assert VERSION is not None
 
 REQUIRES = [
-    # Tested with 2.13. On Linux the default build of torch is the CUDA one, of several gigabytes: whoever wants the
-    # CPU build installs it first (the Makefile does), and then this range is already met.
+    # Tested with 2.13. On Linux the default build of torch is the CUDA one, of several gigabytes.
+    # To get the CPU build, install it first, as the Makefile does: then this range is met.
     "torch>=2.9,<3",
-    # Of these releases host.py knows the sources: 0.16.1, the last for Python 3.11, and 0.19.
+    # The releases in mcore/releases.py: 0.16.1, the last for Python 3.11, and 0.19.
     "megatron-core>=0.16.1,<0.20,!=0.17.*,!=0.18.*",
     "transformers>=5.3,<6",
     "tokenizers",
@@ -32,8 +32,8 @@ REQUIRES = [
 ]
 
 EXTRAS = {
-    # Kernels for NVIDIA GPUs. A CUDA build of torch and nvcc must be there first, and pip must be told
-    # --no-build-isolation: all but triton compile against the torch that is installed.
+    # Kernels for NVIDIA GPUs. They need a CUDA build of torch, nvcc, and pip's option
+    # --no-build-isolation: all but triton compile against the installed torch.
     "gpu": [
         "transformer-engine[pytorch]>=2.11,<2.21",
         # 2.2.4 does not import beside transformers 5, and its gradients overflow (docs/gpu.md).

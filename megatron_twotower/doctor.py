@@ -291,7 +291,7 @@ def diagnose(config: RunConfig = _ANY_RUN) -> list[Role]:
 
 
 def one_line_summary() -> str:
-    """Return the device and backend, and the versions of torch and megatron-core, in one short line."""
+    """Return device, backend, and the versions of torch and megatron-core in one short line."""
     where = "CPU and Gloo" if device.is_cpu() else f"{torch.cuda.get_device_name()} and NCCL"
     return f"{where}, torch {torch.__version__}, megatron-core {_installed(_BY_NAME['megatron-core'])}"
 

@@ -1,4 +1,4 @@
-"""Folders have one order, and a module imports only from folders before its own. Reads the imports of the sources."""
+"""A module imports only from folders before its own, and modules never import in a circle."""
 
 import ast
 from graphlib import TopologicalSorter

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# --- scan: a state at every block -----------------------------------------------------------------
+# --- scan: a state at every block ---
 
 
 def _grouped(tensor: Tensor, chunk: int, groups: int) -> Tensor:
@@ -97,7 +97,7 @@ def scan_of_sequences_lean(
     return (_ungrouped(y) + D.unsqueeze(-1) * x).to(dtype)
 
 
-# --- convolution: shifted copies ------------------------------------------------------------------
+# --- convolution: shifted copies ---
 
 
 def shifted_block_conv(x: Tensor, history: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def shifted_block_conv(x: Tensor, history: Tensor, weight: Tensor, bias: Tensor)
     return F.silu(out).view(b, l, c)
 
 
-# --- attention: a dense mask ----------------------------------------------------------------------
+# --- attention: a dense mask ---
 
 
 def dense_mask(length: int, block: int, *, device: torch.device) -> Tensor:
@@ -126,7 +126,7 @@ def dense_mask_attention(
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=True)
 
 
-# --- head: all logits -----------------------------------------------------------------------------
+# --- head: all logits ---
 
 
 def full_logits_loss(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:

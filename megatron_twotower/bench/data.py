@@ -107,7 +107,7 @@ def measure_data(folder: Path, options: DataOptions) -> dict[str, Any]:
     }
 
 
-# --- corpora --------------------------------------------------------------------------------------
+# --- corpora ---
 
 
 def random_corpus(folder: Path, *, tokens: int) -> Corpus:
@@ -175,7 +175,7 @@ def _header(documents: int, tokens: int) -> dict[str, Any]:
     }
 
 
-# --- readers --------------------------------------------------------------------------------------
+# --- readers ---
 
 
 def _own_readers(corpus: Corpus, options: DataOptions) -> dict[str, Reader]:
@@ -312,7 +312,7 @@ def _endless(dataset: Any) -> Iterator[Any]:
             yield dataset[number]
 
 
-# --- measuring ------------------------------------------------------------------------------------
+# --- measuring ---
 
 
 def _tokens_per_second(readers: dict[str, Reader], options: DataOptions) -> dict[str, float]:

@@ -73,7 +73,7 @@ class Fp8Options:
 QUICK = Fp8Options(sequences=2, length_tokens=32, levels=(1.0,))
 
 
-# --- two predictions of the same tokens -----------------------------------------------------------
+# --- two predictions of the same tokens ---
 
 
 @dataclass
@@ -191,7 +191,7 @@ def summarise(sums: ComparisonSums) -> dict[str, Any]:
     return results
 
 
-# --- measuring ------------------------------------------------------------------------------------
+# --- measuring ---
 
 
 def open_model(folder: Path) -> tuple[Model, PreTrainedTokenizerFast, bool]:

@@ -23,7 +23,7 @@ MINIMUM_ROUNDS = 3
 FILLABLE_SHARE = 0.85
 
 
-# --- time -----------------------------------------------------------------------------------------
+# --- time ---
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def time_cases(cases: Sequence[TimedCase], *, repeats: int, budget_seconds: floa
     return {name: CaseTimes({part: values[1:] for part, values in parts.items()}) for name, parts in seconds.items()}
 
 
-# --- memory ---------------------------------------------------------------------------------------
+# --- memory ---
 
 
 def process_memory_bytes(field: str) -> int:

@@ -74,7 +74,7 @@ def _normal(*size: int, dtype: torch.dtype, trained: bool = False) -> Tensor:
     return torch.randn(*size, device=common_device.device()).to(dtype).requires_grad_(trained)
 
 
-# --- the cases of each operation ------------------------------------------------------------------
+# --- the cases of each operation ---
 
 
 def scan_inputs(shape: OperationShape, *, trained: bool) -> tuple[Tensor, ...]:
@@ -225,7 +225,7 @@ def estimated_bytes(shape: OperationShape, case: str) -> int:
     return 12 * l * 4 * (model.mamba_inner + 2 * model.n_groups * model.ssm_state_size)
 
 
-# --- measuring ------------------------------------------------------------------------------------
+# --- measuring ---
 
 
 def case_peak_bytes(shape: OperationShape, case: str, threads: int) -> int:

@@ -50,7 +50,7 @@ OVERRIDES = (
 PATIENCE_SECONDS = 600.0
 
 
-# --- interruptions --------------------------------------------------------------------------------
+# --- interruptions ---
 
 
 def _kill_one(job: ranks.Job, rng: random.Random) -> None:
@@ -168,7 +168,7 @@ def write_inputs(folder: Path) -> tuple[Path, Path]:
     return folder / "data", folder / "backbone"
 
 
-# --- the interrupted run --------------------------------------------------------------------------
+# --- the interrupted run ---
 
 
 def _records(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -305,7 +305,7 @@ def audit(
     )
 
 
-# --- the command ----------------------------------------------------------------------------------
+# --- the command ---
 
 
 def soak(

@@ -74,7 +74,7 @@ def check_options(config: RunConfig, options: StepOptions) -> None:
     require(min(options.draws) >= 1, f"--draws: found {min(options.draws)}, expected at least 1")
 
 
-# --- measuring ------------------------------------------------------------------------------------
+# --- measuring ---
 
 
 def step_rows(
@@ -209,7 +209,7 @@ def run(
     report(output, "step", facts | results, tables=tables, console=console, picture=picture)
 
 
-# --- tables ---------------------------------------------------------------------------------------
+# --- tables ---
 
 
 def step_tables(results: dict[str, Any], *, block: int) -> list[Table]:

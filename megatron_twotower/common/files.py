@@ -63,16 +63,15 @@ def atomic_folder(path: Path, *, size: int = 0, replace: bool = False) -> Iterat
     if path.exists() and not replace:
         raise UserError(f"{path}: exists, expected a folder that is not there yet")
     partial, old = partial_path(path), path.with_name(f"{path.name}.old")
-    for leftover in (partial, old):  # of a process that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     try:
         partial.mkdir(parents=True)
         free = shutil.disk_usage(partial).free
         if free < size:
             raise UserError(f"{path}: found {free / 2**30:.1f} GiB free, expected room for {size / 2**30:.1f}")
         yield partial
-        if path.exists():
-            os.replace(path, old)
+        if replace:
+            _move_aside(path, old)
         os.replace(partial, path)
     except OSError as error:
         if error.errno not in _USER_ERRNOS:
@@ -80,4 +79,12 @@ def atomic_folder(path: Path, *, size: int = 0, replace: bool = False) -> Iterat
         raise UserError(f"{path}: cannot be written ({error.strerror}), nothing is left of it") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    if replace:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _move_aside(path: Path, old: Path) -> None:
+    """Rename an existing folder. A process killed after this leaves `old`, complete."""
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(path, old)

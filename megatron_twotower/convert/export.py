@@ -136,7 +136,7 @@ def _converted(name: str, tensor: LazyTensor, dtype: torch.dtype | None) -> Lazy
     return tensor.to(torch.float32 if name.endswith("e_score_correction_bias") else dtype)
 
 
-# --- sources --------------------------------------------------------------------------------------
+# --- sources ---
 
 
 def _open_run(run: Path, options: ExportOptions) -> ExportableModel:
@@ -242,7 +242,7 @@ def _check_conditioning(config: ConditioningConfig) -> None:
             raise UserError(f"conditioning.{key}: found {found}, expected {expected} for an export")
 
 
-# --- kinds of folders -----------------------------------------------------------------------------
+# --- kinds of folders ---
 
 
 def _context_tensors(model: ExportableModel, options: ExportOptions) -> LazyTensors:

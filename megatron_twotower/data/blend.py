@@ -184,7 +184,7 @@ def split_folder(folder: str, split: str) -> Path | str:
     return remote.join(folder, f"{split}/{place}" if place in folder else split)
 
 
-# --- reading --------------------------------------------------------------------------------------
+# --- reading ---
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class Unit:
 Item = tuple[int, str | Fault | None]
 
 
-# --- input files and their splits -----------------------------------------------------------------
+# --- input files and their splits ---
 
 
 def find_documents(inputs: Sequence[str], *, suffixes: Sequence[str] = SUFFIXES) -> list[Document]:
@@ -163,7 +163,7 @@ def _name_hash(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
 
 
-# --- units ----------------------------------------------------------------------------------------
+# --- units ---
 
 
 def cut_units(
@@ -233,7 +233,7 @@ def _parquet_units(document: Document, *, text_field: str, unit_bytes: int) -> I
             yield Unit((document,), None, begin, len(sizes), total)
 
 
-# --- reading --------------------------------------------------------------------------------------
+# --- reading ---
 
 
 def read_unit(unit: Unit, *, text_field: str, advance: Callable[[int], None]) -> Iterator[Item]:

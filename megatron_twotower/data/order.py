@@ -132,7 +132,7 @@ def _windowed(places: np.ndarray, *, n: int, seed: int, epoch: int, shuffle: Shu
     return (slot * run + offset + rotation) % n
 
 
-# --- mixtures -------------------------------------------------------------------------------------
+# --- mixtures ---
 
 
 def integer_shares(weights: Sequence[float]) -> list[int]:

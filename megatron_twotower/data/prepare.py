@@ -161,7 +161,7 @@ def prepare(
     return summary
 
 
-# --- checks ---------------------------------------------------------------------------------------
+# --- checks ---
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def _request(
     }
 
 
-# --- tokenising -----------------------------------------------------------------------------------
+# --- tokenising ---
 
 
 @dataclass(frozen=True)
@@ -319,7 +319,7 @@ def _faults(units: Sequence[Unit], part_counts: Sequence[dict[str, Any]]) -> lis
     return faults[:FIRST_FAULTS]
 
 
-# --- writing --------------------------------------------------------------------------------------
+# --- writing ---
 
 
 def _write_data(job: _Job, selection: Selection, *, faults: Sequence[str]) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def _retried(url: str, attempt: Callable[[], T]) -> T:
     raise AssertionError
 
 
-# --- opening --------------------------------------------------------------------------------------
+# --- opening ---
 
 
 def _open(url: str) -> contextlib.AbstractContextManager[IO[bytes]]:

@@ -43,7 +43,7 @@ _OPEN_SHARDS = 64  # memory maps that a corpus keeps open, one file descriptor e
 _OPENED_AT_ONCE = 16  # shards that threads fetch and check at the same time
 
 
-# --- writing --------------------------------------------------------------------------------------
+# --- writing ---
 
 
 class Sample(NamedTuple):
@@ -147,7 +147,7 @@ def write_index(
     (folder / INDEX_FILE).write_text(f'{head},\n "shards": [\n  {rows}\n ]\n}}\n')
 
 
-# --- reading --------------------------------------------------------------------------------------
+# --- reading ---
 
 
 @dataclass(frozen=True)

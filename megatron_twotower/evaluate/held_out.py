@@ -103,7 +103,7 @@ class EvaluationSettings:
                 raise UserError(f"{name}: found {min(values)}, expected at least 1")
 
 
-# --- figures ------------------------------------------------------------------------------------
+# --- figures ---
 
 
 def generate_samples(
@@ -268,7 +268,7 @@ def evaluate(
     }
 
 
-# --- the command --------------------------------------------------------------------------------
+# --- the command ---
 
 
 def run(

@@ -24,7 +24,7 @@ LEVELS = tuple(level / 10 for level in range(1, 11))
 BATCH_ROWS = 32
 
 
-# --- means --------------------------------------------------------------------------------------
+# --- means ---
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def check_sequences(sequences: Tensor, block_size: int) -> None:
         raise UserError(f"sequence length {length}: expected two or more blocks of {block_size} tokens")
 
 
-# --- measures -----------------------------------------------------------------------------------
+# --- measures ---
 
 
 def token_nats(logits: Tensor, targets: Tensor) -> Tensor:
@@ -261,7 +261,7 @@ def bound_nats(
     return nats[:, block_size:]
 
 
-# --- scores of continuations --------------------------------------------------------------------
+# --- scores of continuations ---
 
 
 @torch.no_grad()

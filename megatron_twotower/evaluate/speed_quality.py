@@ -19,7 +19,7 @@ from megatron_twotower.generate.engine import GenerationSettings, generate_ids
 from megatron_twotower.hf.modeling_nemotron_h_twotower import GenerationStats
 from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as TwoTowerModel
 
-# --- quality ------------------------------------------------------------------------------------
+# --- quality ---
 
 
 def ngrams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
@@ -63,7 +63,7 @@ def text_quality(model: TwoTowerModel, ids: Tensor, prompt_tokens: int, ar_text:
     }
 
 
-# --- the sweep ----------------------------------------------------------------------------------
+# --- the sweep ---
 
 
 @dataclass(frozen=True)

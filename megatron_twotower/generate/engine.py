@@ -22,7 +22,7 @@ from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerF
 MASK_TOKEN_ID = 3
 
 
-# --- settings and results -----------------------------------------------------------------------
+# --- settings and results ---
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Generation:
         return self.new_tokens / self.seconds
 
 
-# --- loading ------------------------------------------------------------------------------------
+# --- loading ---
 
 
 def load(
@@ -171,7 +171,7 @@ def mask_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
     return MASK_TOKEN_ID if found is None else int(found)
 
 
-# --- modes --------------------------------------------------------------------------------------
+# --- modes ---
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ def check_mode(mode: str, *more: str) -> None:
         raise UserError(f"mode: found {mode!r}, expected one of {', '.join((*MODES, *more))}")
 
 
-# --- generation ---------------------------------------------------------------------------------
+# --- generation ---
 
 
 def pad_left(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:

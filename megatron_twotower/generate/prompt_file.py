@@ -100,7 +100,7 @@ class RunProgress:
         return 1 - self.prompt_tokens / max(self.prompt_positions, 1)
 
 
-# --- prompts ------------------------------------------------------------------------------------
+# --- prompts ---
 
 
 def read_prompts(path: Path) -> Iterator[dict[str, Any]]:
@@ -190,7 +190,7 @@ def batches(
             number += 1
 
 
-# --- generation ---------------------------------------------------------------------------------
+# --- generation ---
 
 
 def batch_seed(seed: int, number: int) -> int:
@@ -300,7 +300,7 @@ def generate_all(
     return progress
 
 
-# --- the command --------------------------------------------------------------------------------
+# --- the command ---
 
 
 def run(

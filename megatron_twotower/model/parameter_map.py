@@ -207,7 +207,7 @@ def _is_on_stage(name: str, stage: PipelineStage) -> bool:
 
 @dataclass(frozen=True)
 class TensorNaming:
-    """How a folder spells what the table calls by its hub-style names.
+    """How a folder names the tensors that the table lists by their names on the hub.
 
     Attributes:
         prefix: Replaces `backbone.`.
@@ -218,7 +218,11 @@ class TensorNaming:
     stacked: bool = False
 
     def locate(self, name: str) -> tuple[str, int | None]:
-        """The tensor of the folder that holds a name, and the row of it, or None where it is all of it."""
+        """The name in the folder for a hub name.
+
+        Returns:
+            The tensor of the folder, and the row of it that has the name; `None` for all rows.
+        """
         if name.startswith("backbone."):
             name = self.prefix + name.removeprefix("backbone.")
         before, experts, after = name.partition(".mixer.experts.")
@@ -228,12 +232,12 @@ class TensorNaming:
         return f"{before}{experts}{projection}", int(number)
 
 
-# A plain NemotronH on the hub, and as `transformers` holds it in memory.
+# How a plain NemotronH names its tensors on the hub, and in memory in `transformers`.
 TENSOR_NAMINGS = {"hub": TensorNaming(), "transformers": TensorNaming("model.", stacked=True)}
 
 
 def folder_shapes(entries: Iterable[Entry], model: ModelConfig, naming: TensorNaming) -> dict[str, tuple[int, ...]]:
-    """The tensors of a folder that holds some entries, with their shapes."""
+    """The names and shapes of the tensors of a folder that contains some entries."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in hf_shapes(entries, model).items():
         key, row = naming.locate(name)

@@ -79,15 +79,15 @@ def assumption_lines(config: RunConfig, assumptions: Assumptions, measured: Meas
     near, far = accelerator.link_bytes_per_second / 1e9, accelerator.network_bytes_per_second / 1e9
     yield (
         f"Links: {assumptions.link_share:.0%} of {near:,.0f} GB/s within a node of {accelerator.per_node}, of "
-        f"{far:,.0f} GB/s between nodes, one direction a card (data sheets, not measured)."
+        f"{far:,.0f} GB/s between nodes, one direction per GPU (data sheets, not measured)."
     )
-    hidden = "gradients behind the backward pass" if config.parallel.overlap_grad_reduce else "nothing"
+    hidden = "gradient reduction, during the backward pass" if config.parallel.overlap_grad_reduce else "nothing"
     yield f"Collectives as rings, one after the other, without latency or contention; hidden: {hidden}."
     yield (
         f"The global batch stays {data.global_batch_size:,} sequences of {data.sequence_length_tokens:,} tokens, so "
-        "more cards have fewer micro-batches each."
+        "more GPUs have fewer micro-batches each."
     )
-    yield "Experts equally busy; no slow card, no failure, no time for data, checkpoints or validation."
+    yield "Experts equally busy; no slow GPU, no failure, no time for data, checkpoints or validation."
 
 
 def _row(found: Estimate, config: RunConfig, best: float) -> list[str]:
@@ -119,12 +119,12 @@ def table(rows: Sequence[tuple[int, Estimate | None]], config: RunConfig, *, tit
         title: The title of the table.
     """
     made = Table(
-        "cards",
+        "GPUs",
         "memory",
         "micro-batches",
         "computing, s",
         "sending, s",
-        "tokens/s a card",
+        "tokens/s per GPU",
         "tokens/s",
         "efficiency",
         "in all",

@@ -24,7 +24,7 @@ _MEMORY = {
     "gradients": "denoiser: gradients",
     "optimizer": "denoiser: optimizer state",
     "kept": "activations",
-    "handoff": "hand-off between towers",
+    "handoff": "handoff between towers",
     "working": "a layer at work, or loss",
     "reserve": "CUDA, NCCL (assumed)",
 }
@@ -124,7 +124,7 @@ def _time_rows(found: Estimate) -> list[tuple[str, str, str]]:
         for phase in found.phases
     ]
     tokens = sum(phase.tokens for phase in found.phases)
-    rate = f"{tokens / 1e12:,.2f} T tokens, {found.tokens_per_second:,.0f} tokens/s a card"
+    rate = f"{tokens / 1e12:,.2f} T tokens, {found.tokens_per_second:,.0f} tokens/s per GPU"
     return [*rows, ("in all", duration(found.seconds), rate)]
 
 
@@ -143,7 +143,7 @@ def table(found: Estimate, *, title: str) -> Table:
 
 def ranking(found: list[Estimate], against: RunConfig, *, title: str) -> Table:
     """The table of a search: a row per layout, with the overrides against a configuration."""
-    made = Table("memory", "time", "tokens/s a card", "overrides", title=title, box=SIMPLE_HEAD)
+    made = Table("memory", "time", "tokens/s per GPU", "overrides", title=title, box=SIMPLE_HEAD)
     for each in found:
         changes = overrides_text(overrides(against, each.config))
         made.add_row(gib(each.memory.total), duration(each.seconds), f"{each.tokens_per_second:,.0f}", changes)
@@ -229,8 +229,8 @@ def _print_remedies(console: Console, found: Estimate, others: list[Estimate]) -
     larger = [name for name, each in ACCELERATORS.items() if each.memory_bytes >= least.memory.total]
     changes = overrides_text(overrides(found.config, least.config))
     console.print(
-        f"{excess} too much, and no layout of {found.layout.ranks} cards was found that fits. The smallest needs "
-        f"{gib(least.memory.total)}: {changes}. More cards share optimizer state and experts; of these cards so many "
+        f"{excess} too much, and no layout of {found.layout.ranks} GPUs was found that fits. The smallest needs "
+        f"{gib(least.memory.total)}: {changes}. More GPUs share optimizer state and experts. This many "
         f"would do: {', '.join(larger) or 'none'} (parallel.card)",
         highlight=False,
     )

@@ -148,7 +148,7 @@ def test_a_checkpoint_of_another_shape_is_refused_and_export_needs_one(tiny_data
 
 
 def test_every_stage_from_ar_training_to_text(tiny_data, tmp_path, capsys):
-    """ar -> backbone -> two towers -> model -> text, through the commands alone."""
+    """Ar -> backbone -> two towers -> model -> text, through the commands alone."""
     common = [f"data.folder={tiny_data}", "train.steps=8", "train.validate_every_steps=8"]
     assert main.main(["train", "recipe=tiny_ar", *common, f"output={tmp_path / 'ar'}"]) == 0
     backbone = tmp_path / "backbone"

@@ -1,6 +1,7 @@
 """Files and folders that are complete or absent, also after an error or a kill."""
 
 import errno
+import os
 import shutil
 
 import pytest
@@ -71,12 +72,39 @@ def test_an_existing_folder_is_refused_or_replaced(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
-    for leftover in (partial_path(tmp_path / "out"), tmp_path / "out.old"):
+    out, partial, old = tmp_path / "out", partial_path(tmp_path / "out"), tmp_path / "out.old"
+    for leftover in (partial, old):
         leftover.mkdir()
         (leftover / "stale").write_text("stale")
-    with atomic_folder(tmp_path / "out") as folder:
+    with atomic_folder(out) as folder:
         assert names(folder) == []
-    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == []
+    assert names(tmp_path) == ["out", "out.old"], "nothing is replaced, so `out.old` is another folder"
+    with atomic_folder(out, replace=True):
+        pass
+    assert names(tmp_path) == ["out"] and names(out) == []
+
+
+def test_a_kill_between_the_two_renames_leaves_the_old_folder(tmp_path, monkeypatch):
+    out, replace = tmp_path / "out", os.replace
+    out.mkdir()
+    (out / "old").write_text("old")
+
+    def killed(source, target):
+        if target == out:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(out, replace=True):
+        pass
+    assert names(tmp_path) == ["out.old"] and names(tmp_path / "out.old") == ["old"]
+    monkeypatch.undo()
+    with pytest.raises(ZeroDivisionError), atomic_folder(out, replace=True):
+        raise ZeroDivisionError
+    assert names(tmp_path) == ["out.old"], "until a new folder is complete"
+    with atomic_folder(out, replace=True) as folder:
+        (folder / "new").write_text("new")
+    assert names(tmp_path) == ["out"] and names(out) == ["new"]
 
 
 def test_a_full_disk_is_one_error_before_and_while_writing(tmp_path, monkeypatch):

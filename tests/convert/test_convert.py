@@ -17,7 +17,7 @@ from megatron_twotower.model import parameter_map, towers
 
 
 def transformers_model(model, *, clamp=1e-30, seed=0):
-    """A random NemotronH of `transformers`: norms, biases and router corrections away from their start."""
+    """A NemotronH of `transformers` with random weights, norms, biases and router corrections."""
     from transformers import NemotronHConfig, NemotronHForCausalLM
 
     fields = model_card.backbone_config_json(model, dtype=torch.float32) | {"time_step_min": clamp}
@@ -169,7 +169,7 @@ def test_random_weights_depend_on_name_and_seed_alone():
 
 @torch.no_grad()
 def test_shipped_model_equals_training_model(groups, tmp_path):
-    """The denoiser's logits of an exported folder are those of training, for every block, context and time."""
+    """For each block, context and noise level, logits of the exported denoiser equal training's."""
     from transformers import AutoModelForCausalLM
 
     from megatron_twotower.hf import MODELING_FILE, twotower_config_json

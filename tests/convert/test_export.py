@@ -237,7 +237,7 @@ def test_a_checkpoint_that_is_not_the_model_is_refused_with_names(run, tmp_path)
         saved.check([*entries, parameter_map.Entry("tower.other", ("other",), (3,))])
 
 
-# --- complete or not there ------------------------------------------------------------------------
+# --- complete or not there ---
 
 
 @pytest.fixture
@@ -338,7 +338,7 @@ def test_killed_it_leaves_no_folder_and_the_next_one_is_complete(tmp_path, both_
 
 @pytest.mark.slow
 def test_memory_is_a_few_tensors_and_not_the_model(tmp_path):
-    """Both ways through a gigabyte, of which the largest tensor is 8: the peak grows by less than a twentieth of it."""
+    """A GiB with tensors of at most 8 MiB: the peak grows by less than a twentieth of it."""
     done = subprocess.run(
         [sys.executable, "-m", "helpers.convert_large", str(tmp_path)],
         cwd=TESTS,

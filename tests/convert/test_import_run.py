@@ -126,7 +126,7 @@ def test_an_index_must_agree_with_its_files(tmp_path):
         hf_folder.HfFolder.open(source)
 
 
-# --- training on ----------------------------------------------------------------------------------
+# --- training on ---
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def trained(tmp_path_factory, tiny_data, tiny_backbone):
 
 
 def test_an_import_trains_like_a_run_that_reads_the_folder(tmp_path, tiny_data, trained, records_of):
-    """`convert import` and `init.denoiser` start the same run, and not the one from the backbone."""
+    """`convert import` and `init.denoiser` start the same run, not the one from the backbone."""
     model = trained / "model"
     short = [f"data.folder={tiny_data}", "train.steps=6", "train.validate_every_steps=0"]
     assert main.main(["convert", "import", "--from", str(model), "--to", str(tmp_path / "imported")]) == 0
@@ -181,7 +181,7 @@ def test_the_recipe_of_an_import_trains_by_itself(tmp_path, tiny_data, tiny_back
     ],
 )
 def test_a_checkpoint_of_any_layout_is_exported_bit_for_bit(tmp_path, tiny_data, trained, layout):
-    """Two ranks load the import, take a step of no length, and save: the weights must come out as they went in."""
+    """Two ranks load the import, take a step at learning rate 0, and save: no weight changes."""
     import_run.import_folder(trained / "model", tmp_path / "run")
     launch(
         2,

@@ -76,7 +76,7 @@ def joined(parts):
     return type(parts[0])(**values)
 
 
-# --- what is read ---------------------------------------------------------------------------------
+# --- what is read ---
 
 
 def test_shares_hold_at_every_position_of_every_phase():
@@ -130,7 +130,7 @@ def test_the_first_corpus_alone_is_read_as_without_a_blend():
     assert one.corpora.tolist() == [0] * 30
 
 
-# --- exact and elastic ----------------------------------------------------------------------------
+# --- exact and elastic ---
 
 
 def step_over(source, *, cursor, world, workers=1, depth=1, micro=1):
@@ -216,7 +216,7 @@ def test_far_positions_read_no_more_than_near_ones():
         assert batch.positions.tolist() == list(range(first, first + 8))
 
 
-# --- damage ---------------------------------------------------------------------------------------
+# --- damage ---
 
 
 @pytest.mark.parametrize("documents", ["ignore", "respect"])
@@ -260,7 +260,7 @@ def test_a_damaged_shard_stops_where_it_is_not_to_be_skipped():
         global_batch(strict, first=0, count=20 * BATCH)
 
 
-# --- blend files ----------------------------------------------------------------------------------
+# --- blend files ---
 
 GOOD = """
 corpora:

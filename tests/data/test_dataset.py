@@ -44,7 +44,7 @@ def dataset(corpus):
     return SequenceDataset(corpus, sequence_length=LENGTH, seed=11)
 
 
-# --- sequences and batches ------------------------------------------------------------------------
+# --- sequences and batches ---
 
 
 def test_sequences_are_the_stream_in_pieces(corpus, dataset):
@@ -113,7 +113,7 @@ def test_a_corpus_shorter_than_a_sequence_is_refused(corpus):
         SequenceDataset(corpus, sequence_length=0, seed=0)
 
 
-# --- ranks and micro-batches ----------------------------------------------------------------------
+# --- ranks and micro-batches ---
 
 
 def test_the_slices_of_the_ranks_are_the_batch():
@@ -167,7 +167,7 @@ def test_sizes_that_do_not_divide_are_refused_at_the_call(dataset):
             batches(dataset, cursor=0, global_batch_size=12, micro_batch_size=micro, rank=0, world=2)
 
 
-# --- reading ahead --------------------------------------------------------------------------------
+# --- reading ahead ---
 
 
 def reading_threads():
@@ -244,7 +244,7 @@ def test_closing_or_dropping_a_stream_ends_its_threads():
         wait_until(lambda: reading_threads() == [])
 
 
-# --- boundaries -----------------------------------------------------------------------------------
+# --- boundaries ---
 
 
 def test_documents_kept_apart_begin_blocks_and_are_numbered(corpus):

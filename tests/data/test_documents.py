@@ -42,7 +42,7 @@ def read(units, *, text_field="text"):
     return items, sum(counted)
 
 
-# --- which files ----------------------------------------------------------------------------------
+# --- which files ---
 
 
 def test_a_folder_gives_its_text_files_by_relative_name(tree):
@@ -97,7 +97,7 @@ def test_text_is_read_as_it_is_and_only_as_utf8(tree):
         read_text(Document("gone.py", tree / "gone.py"))
 
 
-# --- which are held out ---------------------------------------------------------------------------
+# --- which are held out ---
 
 
 def test_the_split_depends_on_the_name_alone():
@@ -143,7 +143,7 @@ def test_a_record_is_held_out_by_its_text():
     assert set(held) < {text for text in texts(4000) if held_out(text, 0.2)}
 
 
-# --- units ----------------------------------------------------------------------------------------
+# --- units ---
 
 
 def test_units_stand_in_the_order_in_which_the_first_copy_of_a_text_is_the_held_out_one(tree, tmp_path):

@@ -33,7 +33,7 @@ def chi_square(counts):
     return ((counts - counts.mean()) ** 2).sum() / counts.mean() / (len(counts) - 1)
 
 
-# --- the permutation ------------------------------------------------------------------------------
+# --- the permutation ---
 
 
 @pytest.mark.parametrize("n", [*range(1, 70), 1000, 4096, 4097, 99_991])
@@ -101,7 +101,7 @@ def test_the_first_corpus_keeps_the_seed_of_the_run():
     assert len({corpus_seed(seed, number) for seed in range(3) for number in range(200)}) == 600
 
 
-# --- in windows -----------------------------------------------------------------------------------
+# --- in windows ---
 
 
 def windowed(n, *, run, runs, seed=0, epoch=0):
@@ -152,7 +152,7 @@ def test_epochs_in_windows_are_unrelated():
     assert (one == two).sum() < 8
 
 
-# --- mixtures -------------------------------------------------------------------------------------
+# --- mixtures ---
 
 WEIGHTS = [
     [1],

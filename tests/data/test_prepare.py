@@ -68,7 +68,7 @@ def texts_of(folder, tokenizer, *, skip=(END,)):
     }
 
 
-# --- what is written ------------------------------------------------------------------------------
+# --- what is written ---
 
 
 def test_every_kept_document_is_in_one_split_and_comes_back_exactly(tree, tokenizer, prepared):
@@ -263,7 +263,7 @@ def test_progress_goes_from_nothing_to_all_in_both_stages(mixed, tokenizer, tmp_
     assert stages[-1].documents == sum(one["documents"] for one in summary["splits"].values())
 
 
-# --- any number of workers, any number of kills ---------------------------------------------------
+# --- any number of workers, any number of kills ---
 
 
 @pytest.fixture(scope="module")
@@ -483,7 +483,7 @@ def test_the_command_killed_with_its_workers_gives_the_same_result(tree, tokeniz
     assert kills >= 3
 
 
-# --- what goes wrong ------------------------------------------------------------------------------
+# --- what goes wrong ---
 
 
 def test_nothing_is_overwritten_unless_asked_and_only_prepared_data(tree, tokenizer, tmp_path):

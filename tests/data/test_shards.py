@@ -25,7 +25,7 @@ def prepared(tmp_path_factory):
     return folder / "out", summary
 
 
-# --- writing --------------------------------------------------------------------------------------
+# --- writing ---
 
 
 def test_a_shard_is_written_and_found_again(tmp_path):
@@ -47,7 +47,7 @@ def test_a_shard_is_written_and_found_again(tmp_path):
     ]
 
 
-# --- reading --------------------------------------------------------------------------------------
+# --- reading ---
 
 
 def test_any_window_of_the_stream_can_be_read(prepared, monkeypatch):
@@ -164,7 +164,7 @@ def test_a_hundred_thousand_shards_open_at_once(tmp_path):
         Corpus.open(tmp_path / "train")
 
 
-# --- damage ---------------------------------------------------------------------------------------
+# --- damage ---
 
 
 @pytest.fixture

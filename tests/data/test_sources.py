@@ -89,7 +89,7 @@ def test_a_corpus_of_another_tokenizer_is_named(tmp_path, two_corpora, tiny_back
         sources.open_training(config)
 
 
-# --- resuming -------------------------------------------------------------------------------------
+# --- resuming ---
 
 
 def test_later_phases_may_change_and_what_was_read_may_not(two_corpora, tiny_backbone):
@@ -139,7 +139,7 @@ def test_corpora_that_changed_places_in_the_blend_file_are_refused(tmp_path, two
         sources.check_unchanged(found, expected, cursor=1)
 
 
-# --- from URLs ------------------------------------------------------------------------------------
+# --- from URLs ---
 
 
 def test_corpora_at_urls_are_read_like_local_ones(tmp_path, two_corpora, tiny_backbone, monkeypatch):

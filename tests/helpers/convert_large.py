@@ -1,4 +1,4 @@
-"""Run by `test_export.py` in its own process: converts a model much larger than the memory it may use."""
+"""Run by `test_export.py` in its own process: converts a model larger than its memory limit."""
 
 import dataclasses
 import json

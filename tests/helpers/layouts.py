@@ -153,7 +153,7 @@ def fields(record):
 
 
 def join_shards(shards, entry):
-    """Join the shards of all tensor-parallel ranks, in their order: the inverse of `parameter_map.shard`."""
+    """Join the shards of all tensor-parallel ranks: the inverse of `parameter_map.shard`."""
     axis = entry.split_dim
     if axis is None or len(shards) == 1:
         return shards[0]

@@ -1,4 +1,4 @@
-"""The parameters of a rank, counted in its modules. They are built without memory and other ranks."""
+"""The parameters of a rank, counted in its modules, built without memory or other ranks."""
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -1,4 +1,4 @@
-"""Prompts of different lengths in one batch, streaming, seeding, refused arguments, and the compiled denoiser step."""
+"""Prompts of different lengths in a batch, streaming, seeds, refused arguments, compilation."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Megatron's asynchronous save on the installed release: what is written, by which step, and when it fails."""
+"""Megatron's asynchronous save on the installed release: what each step writes, and failures."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Plans: operations against torch's own counter, the real model's figures, searches, and the command."""
+"""Plans: operations against torch's counter, figures of the real model, search, the command."""
 
 import dataclasses
 import json
@@ -59,7 +59,7 @@ def test_a_two_tower_step_costs_less_than_four_thirds_of_an_ar_step():
 
 
 def test_padding_and_shares_of_a_distributed_buffer():
-    """By hand: parameters of 100, 30 and 70 elements, backwards, at multiples of 64; ends at multiples of 128."""
+    """By hand: 100, 30 and 70 elements in reverse, at multiples of 64, ends at multiples of 128."""
     padded = buffer((70, 30, 100), ranks=2, distributed=True)
     assert (padded.elements, padded.owned) == (384, (100 + 30, 70))
     # 0-100 | 128-158 | 192-262: the second rank's share begins at 192
@@ -160,7 +160,7 @@ def test_the_command_names_the_accelerators_that_would_fit(capsys):
     status, said = plan(capsys, f"recipe={NANO}", "parallel=h100x8")
     assert status == 0
     assert "does not fit" in said.out and "31,577,937,344" in said.out
-    assert "no layout of 8 cards was found that fits" in said.out and "h200" in said.out
+    assert "no layout of 8 GPUs was found that fits" in said.out and "h200" in said.out
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Estimates for several numbers of GPUs: values, assumptions, and that they say they are estimates."""
+"""Estimates for several numbers of GPUs: values, assumptions, and the word estimate."""
 
 import json
 
@@ -66,7 +66,7 @@ def test_each_number_of_gpus_has_the_estimate_of_its_layout(capsys):
     none, own, large = found["scaling"]
     assert none == {"cards": 8, "fits": False}
     assert own["seconds"] == pytest.approx(estimate(nano(), ranks=64).seconds)
-    # The same work on four times the cards, and no less to send: gradients do not shrink.
+    # The same work on four times the GPUs, and no less to send: gradients do not shrink.
     assert large["phases"][0]["compute_seconds"] == pytest.approx(own["phases"][0]["compute_seconds"] / 4)
     assert own["seconds"] / 4 < large["seconds"] < own["seconds"]
 
