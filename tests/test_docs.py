@@ -37,7 +37,7 @@ def test_every_link_leads_somewhere(page):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
 def test_every_source_file_that_is_named_exists(page):
-    named = re.findall(r"`((?:[\w.-]+/)+[\w.*-]*|[\w-]+\.(?:py|yaml|sh|sbatch|env))`", page.read_text())
+    named = re.findall(r"`((?:[\w-]+/)+(?:[\w*-]+\.(?:py|yaml|sh|sbatch|env))?)`", page.read_text())
     missing = []
     for name in named:
         folders = (ROOT, ROOT / "megatron_twotower", ROOT / "recipes", page.parent)
