@@ -62,7 +62,7 @@ def ids_of(lm, pair):
     return lm._encode_pair(*pair) if pair[0] else ([lm.eot_token_id], lm.tok_encode(pair[1]))
 
 
-# --- scoring ------------------------------------------------------------------------------------------------------
+# --- scoring ------------------------------------------------------------------------------------
 
 
 def test_the_harness_finds_the_model_by_its_name(folder):
@@ -149,7 +149,7 @@ def test_a_long_context_loses_its_beginning(folder):
         short.score([(context, list(range(7)))], quiet=True)
 
 
-# --- writing ------------------------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------------
 
 PROMPTS = ["def alpha(", "x", "if value > index: return name", "count = total +"]
 
@@ -217,7 +217,7 @@ def test_mistakes_are_named(folder):
         opened(folder).apply_chat_template([{"role": "user", "content": "x"}])
 
 
-# --- tasks --------------------------------------------------------------------------------------------------------
+# --- tasks --------------------------------------------------------------------------------------
 
 CHOICE = """
 task: tiny_choice
@@ -343,7 +343,7 @@ def test_mistakes_in_tasks_are_one_line(folder, task_files, tmp_path, capsys):
     assert not output.exists()
 
 
-# --- the recipe of the card ---------------------------------------------------------------------------------------
+# --- the recipe of the card ---------------------------------------------------------------------
 
 CARD = recipes_folder() / "evaluation" / "card.yaml"
 

@@ -1,4 +1,4 @@
-"""Prompts of different lengths in one batch, streaming, seeding, refused arguments, and the compiled denoiser step."""
+"""Padded batches, streaming, seeding, wrong arguments, and the compiled denoiser step."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The shipped modelling file against transformers' NemotronH, against a slow per-token twin, and by itself."""
+"""The modelling file against transformers, against a per-token reference, and by itself."""
 
 import dataclasses
 import os
@@ -42,7 +42,7 @@ from megatron_twotower.hf.modeling_nemotron_h_twotower import (
 from megatron_twotower.model.adaln import sinusoid
 from megatron_twotower.model.parameter_map import context_entries, denoiser_entries
 
-# --- against transformers -----------------------------------------------------------------------------------------
+# --- against transformers -----------------------------------------------------------------------
 
 
 def context_names(name):
@@ -89,7 +89,7 @@ def test_time_features_are_those_of_training():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_blocks_are_those_of_the_one_pass_training_forward(groups, pattern, dtype, tolerance):
-    """The towers on Megatron Core, and this file with their tensors. A noise level for every row and block."""
+    """This file with the tensors of towers on Megatron Core; every row and block has its own t."""
     config = dataclasses.replace(models.tiny_config(pattern), conditioning=ConditioningConfig())
     trained, source = models.build_two_tower(config, groups, dtype=dtype)
     batch = models.random_noisy_batch(config)
@@ -107,18 +107,18 @@ def test_blocks_are_those_of_the_one_pass_training_forward(groups, pattern, dtyp
         model.extend(cache, batch.tokens[:, columns])
 
 
-# --- against the plain twin: one row, one position at a time --------------------------------------------------------
+# --- against the reference: one row, one position at a time ------------------------------------
 
 
 def plain_block(model, clean, block, t):
-    """Logits (s, v) of one row's block behind clean ids (l,), from the state dict alone."""
+    """Logits (s, v) of the block of one row after clean ids (l,), from the state dict."""
     weights, shape = model.state_dict(), model_from_hf(tiny_fields(model.config.hybrid_override_pattern), source="")
     caches, _ = reference.context_caches(weights.__getitem__, shape, clean)
     return reference.denoise_block(weights.__getitem__, shape, 256, block, t, caches)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_a_block_from_the_cache_equals_the_plain_twin(pattern):
+def test_a_block_from_the_cache_equals_the_reference(pattern):
     model = tiny_model(pattern, seed=3)
     clean, block, t = random_ids(2, 11), random_ids(2, 5, seed=2), torch.tensor([0.3, 0.85])
     block[:, 1::2] = MASK
@@ -134,7 +134,7 @@ def test_a_block_from_the_cache_equals_the_plain_twin(pattern):
         torch.testing.assert_close(first[row], expected, atol=1e-8, rtol=1e-8)
 
 
-# --- the cache ----------------------------------------------------------------------------------------------------
+# --- the cache ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -186,7 +186,7 @@ def test_logits_of_a_block_depend_on_all_of_it_and_all_before_it():
     assert ((model.denoise_block(block, t * 0.5, model.prefill(clean)) - base).abs().amax(-1) > 1e-6).all()
 
 
-# --- identity -----------------------------------------------------------------------------------------------------
+# --- identity -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -214,7 +214,7 @@ def test_mock_ar_of_a_copied_denoiser_writes_what_ar_writes(length):
     assert not torch.equal(different.generate_mock_ar(ids, 24), written)
 
 
-# --- autoregressive generation ------------------------------------------------------------------------------------
+# --- autoregressive generation ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -255,7 +255,7 @@ def test_rows_after_their_end():
     assert fill_after_eos(new, None)[1] == 15
 
 
-# --- mask diffusion -----------------------------------------------------------------------------------------------
+# --- mask diffusion -----------------------------------------------------------------------------
 
 
 def test_commit_takes_the_most_confident_as_many_as_the_rule_says():
@@ -326,7 +326,7 @@ def test_each_row_is_written_as_if_alone():
 
 
 def test_noise_level_and_context_of_every_step():
-    """Steps redone by hand: t is the masked fraction, and the context is all that was written before the block."""
+    """Each step recomputed: t is the masked fraction, the context is all text before the block."""
     model, ids = tiny_model(), random_ids(1, 5)
     written, steps = record_steps(model, ids, new=16, block_size=8, confidence_threshold=1.0)
     for seen in steps:
@@ -347,7 +347,7 @@ def test_any_number_of_new_tokens(new):
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_denoiser_with_copies_of_the_states_sees_the_same(pattern):
-    """As on two devices: the cache is made with states of the denoiser's own, which every reading brings up to date."""
+    """As on two devices: the denoiser has states of its own, updated after every read."""
     model, ids, t = tiny_model(pattern), random_ids(2, 90), torch.tensor([0.5, 1.0])
     shared = model.prefill(ids[:, :0])
     copied = ContextCache(model.context_tower.states(), model.context_tower.states())
@@ -370,7 +370,7 @@ def test_placing_both_towers_on_one_device_shares_the_states():
     assert torch.equal(model.generate_mask_diffusion(ids, 16), expected)
 
 
-# --- sampling -----------------------------------------------------------------------------------------------------
+# --- sampling -----------------------------------------------------------------------------------
 
 
 def test_sampled_tokens_follow_the_distribution():
@@ -426,7 +426,7 @@ def test_a_configuration_that_is_not_built_is_refused():
         NemotronHTwoTowerForCausalLM(tiny_config(moe_latent_size=8))
 
 
-# --- scoring ------------------------------------------------------------------------------------------------------
+# --- scoring ------------------------------------------------------------------------------------
 
 
 def test_scoring_with_labels_and_padding():
@@ -475,7 +475,7 @@ def test_the_context_tower_can_be_differentiated():
     assert model.lm_head.weight.grad is None
 
 
-# --- as a folder --------------------------------------------------------------------------------------------------
+# --- as a folder --------------------------------------------------------------------------------
 
 PLAIN = """
 import sys
