@@ -89,7 +89,7 @@ def test_masked_loss_is_the_denoiser_s_at_masked_positions(monkeypatch):
 
 
 def exact_bound(model, ids, block):
-    """The bound of later blocks, over every mask: the sum of (k - 1)! (s - k)! / s! x masked nats."""
+    """The bound of later blocks: sum over masks of (k - 1)! (s - k)! / s! x masked nats."""
     total = 0.0
     for row, start in itertools.product(range(len(ids)), range(block, ids.shape[1], block)):
         clean = ids[row : row + 1, start : start + block]
