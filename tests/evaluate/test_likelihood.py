@@ -89,7 +89,7 @@ def test_masked_loss_is_the_denoiser_s_at_masked_positions(monkeypatch):
 
 
 def exact_bound(model, ids, block):
-    """The bound of blocks after the first: sum over all masks of (k - 1)! (s - k)! / s! x nats."""
+    """The bound of later blocks: sum over masks of (k - 1)! (s - k)! / s! x masked nats."""
     total = 0.0
     for row, start in itertools.product(range(len(ids)), range(block, ids.shape[1], block)):
         clean = ids[row : row + 1, start : start + block]
@@ -111,7 +111,7 @@ def test_the_bound_is_the_sum_over_all_masks():
 
 
 def masks_by_time(u, noise):
-    """Tokens masked with probability t, uniform on (0.001, 1], weight 1 / t (BD3-LM, section 3)."""
+    """Mask each token with probability t, uniform, weight 1 / t (MDLM; BD3-LM, section 3)."""
     t = 1 - u * (1 - 1e-3)
     return noise < t.unsqueeze(-1), t, 1 / t
 

@@ -41,8 +41,8 @@ def test_text_of_ar_agrees_with_ar():
     assert (found["agreement"], found["same_as_ar"]) == (1.0, 1.0)
     logits = model(ids).logits[0, 5:-1].detach()
     assert found["nats_per_token"] == pytest.approx(-float(logits.log_softmax(-1).amax(-1).mean()))
-    # Replace one token by one that AR would not choose, and continue. Only this token disagrees.
-    # The tokens after it differ from those of the first text.
+    # Replace one token by one that AR would not choose, and continue. Only this token
+    # disagrees, and the tokens after it differ from those of the first text.
     other = ids.clone()
     other[0, 10] = (ids[0, 10] + 1) % 48
     other = model.generate_ar(other[:, :11], 11)

@@ -96,7 +96,7 @@ def test_a_batch_has_prompts_of_similar_lengths_within_a_window(loaded, prompts)
 
 @pytest.mark.parametrize("stop", [0, 1, 3, 6])
 def test_a_killed_run_resumes_where_it_stopped(two_tower_folder, prompts, monkeypatch, stop):
-    """Rows equal those of an uninterrupted run, also sampled ones; no batch is generated twice."""
+    """The rows equal those of an uninterrupted run, even sampled; no batch is generated twice."""
     settings = GenerationSettings(max_new_tokens=6, block_size=4, temperature=1.0, seed=5)
     expected = run(two_tower_folder, prompts, prompts.with_name("whole.jsonl"), settings=settings)
     written, generate_batch = [], prompt_file.generate_batch

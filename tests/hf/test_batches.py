@@ -1,4 +1,4 @@
-"""Prompts of different lengths in a batch, streaming, seeds, refused arguments, compilation."""
+"""Padded batches, streaming, seeding, wrong arguments, and the compiled denoiser step."""
 
 import pytest
 import torch

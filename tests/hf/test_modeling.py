@@ -1,4 +1,4 @@
-"""The modelling file against transformers' NemotronH, against a reference, and by itself."""
+"""The modelling file against transformers, against a per-token reference, and by itself."""
 
 import dataclasses
 import os
@@ -89,7 +89,7 @@ def test_time_features_are_those_of_training():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_blocks_are_those_of_the_one_pass_training_forward(groups, pattern, dtype, tolerance):
-    """The towers on Megatron Core against this file; each row and block has a noise level."""
+    """This file with the tensors of towers on Megatron Core; every row and block has its own t."""
     config = dataclasses.replace(models.tiny_config(pattern), conditioning=ConditioningConfig())
     trained, source = models.build_two_tower(config, groups, dtype=dtype)
     batch = models.random_noisy_batch(config)
@@ -111,14 +111,14 @@ def test_blocks_are_those_of_the_one_pass_training_forward(groups, pattern, dtyp
 
 
 def plain_block(model, clean, block, t):
-    """Logits (s, v) of one row's block behind clean ids (l,), from the state dict alone."""
+    """Logits (s, v) of the block of one row after clean ids (l,), from the state dict."""
     weights, shape = model.state_dict(), model_from_hf(tiny_fields(model.config.hybrid_override_pattern), source="")
     caches, _ = reference.context_caches(weights.__getitem__, shape, clean)
     return reference.denoise_block(weights.__getitem__, shape, 256, block, t, caches)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_a_block_from_the_cache_equals_the_plain_twin(pattern):
+def test_a_block_from_the_cache_equals_the_reference(pattern):
     model = tiny_model(pattern, seed=3)
     clean, block, t = random_ids(2, 11), random_ids(2, 5, seed=2), torch.tensor([0.3, 0.85])
     block[:, 1::2] = MASK
@@ -326,7 +326,7 @@ def test_each_row_is_written_as_if_alone():
 
 
 def test_noise_level_and_context_of_every_step():
-    """Each step by hand: t is the masked fraction, the context is all text before the block."""
+    """Each step recomputed: t is the masked fraction, the context is all text before the block."""
     model, ids = tiny_model(), random_ids(1, 5)
     written, steps = record_steps(model, ids, new=16, block_size=8, confidence_threshold=1.0)
     for seen in steps:
@@ -347,7 +347,7 @@ def test_any_number_of_new_tokens(new):
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_denoiser_with_copies_of_the_states_sees_the_same(pattern):
-    """As on two devices: the cache has the denoiser's own copies, updated by every read."""
+    """As on two devices: the denoiser has states of its own, updated after every read."""
     model, ids, t = tiny_model(pattern), random_ids(2, 90), torch.tensor([0.5, 1.0])
     shared = model.prefill(ids[:, :0])
     copied = ContextCache(model.context_tower.states(), model.context_tower.states())

@@ -1,4 +1,4 @@
-"""Speculative generation: the denoiser drafts, and the text is that of the context tower."""
+"""Speculative generation: the denoiser drafts, and the context tower alone decides the text."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_any_prompt_and_number_of_tokens(length, new):
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_drafts_that_are_often_right(pattern):
-    """A near copy of the backbone drafts: many tokens are accepted, another number in each row."""
+    """Drafts are mostly the text of AR: many tokens are accepted, a different number per row."""
     model, ids = tiny_model(pattern, dtype=torch.float32), random_ids(4, 3)
     expected = model.generate_ar(ids, 48)
     accepted = set()
@@ -54,7 +54,7 @@ def test_drafts_that_are_often_right(pattern):
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_settled_states_are_those_of_reading_no_more(pattern):
-    """Verify and settle at another position in each row, twice: the states equal one long read."""
+    """Verify and settle at different positions per row; the states equal those of a plain read."""
     model, ids, t = tiny_model(pattern), random_ids(3, 40), torch.tensor([0.3, 0.6, 1.0])
     block = random_ids(3, 4, seed=5)
     copied = ContextCache(model.context_tower.states(), model.context_tower.states())  # as on two devices
