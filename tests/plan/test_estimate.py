@@ -74,7 +74,7 @@ def test_memory_and_time_of_the_real_model():
     found = estimate(config, ranks=64)
     memory, layout = found.memory, layout_of(config, ranks=64)
     assert (layout.data, layout.expert_data) == (64, 8)
-    assert found.fits and memory.total < found.card.memory_bytes
+    assert found.fits and memory.total < found.accelerator.memory_bytes
     assert memory.gradients == pytest.approx(2 * memory.parameters, rel=1e-6), "fp32 beside bf16"
     assert found.checkpoint == 14 * (31_577_937_344 + 30_022_272)
     faster = estimate(config, ranks=64, assumptions=Assumptions(utilisation=0.5))
