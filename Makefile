@@ -6,7 +6,8 @@ SHELL := bash
 
 PYTHON ?= python3
 VENV ?= .venv
-# On Linux the package index serves torch with CUDA. For another build: make train TORCH='torch --index-url ...'
+# On Linux the package index serves torch with CUDA. The CPU build:
+# make install TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
 TORCH ?= torch==2.13.0
 RUN ?= runs/quickstart
 # A backbone that was trained before is given with the tokenizer that it was trained with.

@@ -12,7 +12,7 @@ assert VERSION is not None
 
 REQUIRES = [
     # Tested with 2.13. On Linux the default build of torch is the CUDA one, of several gigabytes.
-    # To get the CPU build, install it first, as the Makefile does: then this range is met.
+    # To get the CPU build, install it first (make install TORCH='...'): then this range is met.
     "torch>=2.9,<3",
     # The releases in mcore/releases.py: 0.16.1, the last for Python 3.11, and 0.19.
     "megatron-core>=0.16.1,<0.20,!=0.17.*,!=0.18.*",

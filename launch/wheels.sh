@@ -9,7 +9,7 @@
 #   KERNELS=1 launch/wheels.sh wheels 3.12 2.11.0
 #
 # adds the sources of mamba-ssm and causal-conv1d, to compile on a machine with nvcc and that torch
-# (docs/gpu.md, Install). Then, on the machine without a network, in a copy of this repository:
+# (docs/gpu.md, Installation). Then, on the machine without a network, in a copy of this repository:
 #
 #   python -m pip install --no-index --find-links wheels --no-deps wheels/*.whl
 #   python -m pip install --no-index --no-deps --no-build-isolation -e .
