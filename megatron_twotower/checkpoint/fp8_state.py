@@ -2,8 +2,9 @@
 
 Each module writes and reads its own state (`get_extra_state`). Nothing else in a checkpoint depends
 on it, and a run in another precision, or without Transformer Engine, does not read it. After every
-step all ranks agree on the largest values, so all data-parallel ranks have the same state, and the
-first of them writes it. The state can only be restored in the layout that wrote it.
+step all ranks agree on the largest absolute values, from which the scales follow. So all
+data-parallel ranks have the same state, and the first of them writes it. It can only be restored
+with the tensor, expert and expert-tensor sizes that it was written with (`_LAYOUT`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -7,7 +7,7 @@ from megatron_twotower.cli.command import Command
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", dest="run_folder", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--run", dest="run_folder", type=Path, required=True, help="folder that `make train` wrote")
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -16,6 +16,8 @@ from megatron_twotower.config.schema import ModelConfig, ParallelConfig
 class PipelineStage:
     """A range of layers that is one model chunk of one rank.
 
+    With interleaving a pipeline rank has several of these. Megatron calls them virtual stages.
+
     Attributes:
         number: Index among all stages, in the order in which a token passes through them.
         count: The number of all stages.

@@ -95,7 +95,7 @@ class ConditioningConfig:
             sines.
         period: The longest period of the features.
         time_scale: Factor of the noise level before the features are computed.
-        round_time_to_bf16: Round the scaled noise level to bfloat16.
+        round_time_to_bf16: Round the noise level to bfloat16 before it is scaled.
     """
 
     initialisation: str = setting("identity", choices=("identity", "released"))
@@ -146,8 +146,8 @@ class DataConfig:
             blend file).
         blend: A blend file (YAML). Empty: the one corpus in `folder`.
         documents: `ignore` packs sequences across document boundaries, as the released model was
-            trained. `respect` keeps documents apart and pads each one to complete blocks of the
-            largest block size of any phase.
+            trained. `respect` keeps documents apart and pads each one to a multiple of the block
+            sizes of all phases.
         shuffle: `full` reads from all places of a corpus. `windowed` permutes runs of neighbouring
             sequences (each about as long as a shard) and mixes `shuffle_window_runs` of them at a
             time. `none` reads a corpus in its stored order.

@@ -43,8 +43,8 @@ class ExportOptions:
 
     Attributes:
         what: A key of `FOLDER_KINDS`; `None` for all towers of the source.
-        dtype: The dtype of all tensors but router biases, which stay float32; `None` for the dtype
-            that each tensor is stored in.
+        dtype: The dtype of all tensors but the selection biases of routers, which stay float32;
+            `None` for the dtype that each tensor is stored in.
         style: A key of `TENSOR_NAMINGS`, for a plain NemotronH; `None` for the style of the
             backbone's folder, or "hub".
         step: The optimizer step of the checkpoint; `None` for the newest.
@@ -64,7 +64,8 @@ class ExportableModel:
     """A model that can be exported. Its tensors are not read yet.
 
     Attributes:
-        backbone: The context tower, or the tower of a plain NemotronH, by names on the hub.
+        backbone: The context tower, or the tower of a plain NemotronH, under the names of the style
+            "hub".
         denoiser: The denoiser with the time conditioning; empty for a plain NemotronH.
         config: The content of the source's `config.json`.
         naming: How the folder of the backbone names its tensors.

@@ -25,7 +25,7 @@ from megatron_twotower.types import LogWindow
 def import_folder(
     source: Path, run: Path, *, backbone: Path | None = None, progress: BytesProgress = silent_bytes
 ) -> RunConfig:
-    """Write the output folder of a run that starts from the weights of a Hugging Face folder.
+    """Write the run folder of a run that starts from the weights of a Hugging Face folder.
 
     A plain NemotronH becomes a run of the objective `ar`. A two-tower folder, or a denoiser alone,
     becomes a run of the objective `two_tower`. Its context tower stays in its folder, as in every
@@ -34,7 +34,7 @@ def import_folder(
 
     Args:
         source: The Hugging Face folder.
-        run: The new folder of the run.
+        run: The new run folder.
         backbone: The folder of the backbone, if `source` has a denoiser alone; `None` for the
             folder in its pointer file.
         progress: Counts the bytes of the tensors.

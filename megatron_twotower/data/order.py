@@ -1,7 +1,8 @@
 """The order in which a run reads: shuffles and mixtures, each a pure function of a position.
 
 Nothing here has a state. A shuffle is keyed by (seed, epoch). A mixture is a table of one period.
-The entry at position 10^12 costs as much as the first one.
+The entry at position 10^12 costs as much as the first one. Which positions a data-parallel rank
+reads at a step is decided in `dataset.batches`.
 """
 
 import heapq

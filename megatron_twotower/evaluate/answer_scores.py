@@ -16,7 +16,8 @@ from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerF
 
 # Token ids of a context and of an answer.
 ContextAnswer = tuple[list[int], list[int]]
-# Log-probability of an answer in nats, and whether it is the greedy continuation of its context.
+# Log-probability of an answer in nats, and whether it is greedy: each of its tokens is the most
+# probable one after the text before it.
 Score = tuple[float, bool]
 # The indices of a batch of pairs, and their scores.
 ScoredBatch = tuple[list[int], list[Score]]
@@ -84,7 +85,7 @@ def _batches(pairs: Sequence[ContextAnswer], batch_size: int) -> Iterator[list[i
 def score_by_bound(
     model: TwoTowerModel, pairs: Sequence[ContextAnswer], settings: HarnessSettings, mask_id: int
 ) -> Iterator[ScoredBatch]:
-    """Score by a lower bound on the likelihood under the denoiser; no answer counts as greedy."""
+    """Score by a lower bound on the denoiser's log-likelihood. No answer is reported as greedy."""
     for numbers in _batches(pairs, settings.batch_size):
         cache = model.prefill(*_padded_contexts(model, [pairs[i][0] for i in numbers]))
         ids, lengths = _pad_right([pairs[i][1] for i in numbers])

@@ -24,10 +24,10 @@ class HarnessSettings:
         max_length_tokens: maximum number of tokens of context and answer together; a longer
             context loses its beginning. None for the maximum of the model.
         max_new_tokens: maximum tokens of an answer, if the task does not say.
-        block_size: tokens that the denoiser sees at once.
+        block_size: tokens of a block, which the denoiser fills together.
         steps_per_block: maximum number of denoiser passes for a block.
         confidence_threshold: mask diffusion commits every token more probable than this at once.
-        draft_steps: denoiser passes for a draft, of speculative generation only.
+        draft_steps: denoiser passes for a draft; only for speculative generation.
         bound_draws: draws of noise for each block, in scoring `bound`.
         seed: seed of the sampling and the noise.
     """

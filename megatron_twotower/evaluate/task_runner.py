@@ -1,4 +1,7 @@
-"""Runs tasks of lm-evaluation-harness on a two-tower folder. It needs the extra `eval`."""
+"""Runs tasks of lm-evaluation-harness on a two-tower folder. It needs the extra `eval`.
+
+`tasks` is the command around it, `harness` the model that answers.
+"""
 
 import hashlib
 import json

@@ -31,14 +31,14 @@ class GenerationSettings:
 
     Attributes:
         max_new_tokens: maximum number of new tokens.
-        block_size: tokens that the denoiser sees at once.
-        steps_per_block: maximum number of denoiser passes for a block, of mask diffusion only.
+        block_size: tokens of a block, which the denoiser fills together.
+        steps_per_block: maximum number of denoiser passes for a block; only for mask diffusion.
         confidence_threshold: mask diffusion commits every token more probable than this at once.
         temperature: 0 is greedy.
         top_k: number of most probable tokens to sample among; None for all.
         seed: seed of the sampling.
         top_p: probability mass of the most probable tokens to sample among; None for all.
-        draft_steps: denoiser passes for a draft, of speculative generation only.
+        draft_steps: denoiser passes for a draft; only for speculative generation.
     """
 
     max_new_tokens: int = 128

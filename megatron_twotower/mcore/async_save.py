@@ -20,7 +20,8 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron_twotower.mcore import parallel
 from megatron_twotower.mcore.releases import installed_release
 
-# Every release reads the common state from this file. 0.16 writes it, later releases do not.
+# Every release reads the common state, which is the same on all ranks, from this file. 0.16 writes
+# it, later releases do not: `prepare_save` does it for them.
 COMMON_FILE = "common.pt"
 # What the first rank writes besides the data files.
 INDEX_FILES = (".metadata", "metadata.json", COMMON_FILE)

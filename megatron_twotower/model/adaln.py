@@ -13,7 +13,7 @@ def sinusoid(times: Tensor, config: ConditioningConfig) -> Tensor:
 
     Args:
         times: Noise levels of any shape, float32.
-        config: The scale, the period and the number of frequencies.
+        config: The scale, the period and the width of the features (`frequencies`).
 
     Returns:
         (*times.shape, frequencies) float32.

@@ -37,14 +37,14 @@ from megatron_twotower.ops.norm import gated_rms_norm
 from megatron_twotower.ops.scan import chunk_length, chunk_scan, stream_scan, two_stream_scan
 from megatron_twotower.types import AttentionHandoff, Blocks, Handoff, MambaHandoff
 
-# Kinds of layers whose denoiser reads a handoff of the context tower.
+# Kinds of layers that read a handoff of the context tower in the denoiser.
 HANDOFF_KINDS = frozenset("M*")
 
 MixerMode = Literal["causal", "denoise"]
 
 
 def _column_linear(config: TransformerConfig, inputs: int, outputs: int, groups: ProcessGroupCollection) -> nn.Module:
-    """The first projection of a mixer in M and *, with its norm if they are fused."""
+    """The input projection of M and *, and the layer's norm too if the modules fuse both."""
     modules = layer_modules(config)
     return (modules.norm_column_linear or modules.column_linear)(
         inputs,
@@ -92,7 +92,7 @@ class Mixer(MegatronModule):
     def forward(
         self, hidden: Tensor, blocks: Blocks, *, mode: MixerMode, handoff: Handoff = None
     ) -> tuple[Tensor, Handoff]:
-        """Mix hidden states (l, b, h) along the sequence.
+        """Apply the mixer to hidden states (l, b, h).
 
         Args:
             hidden: Clean states in mode `causal`, noisy states in mode `denoise`.
@@ -154,7 +154,10 @@ class SelfAttention(Mixer):
         return out
 
     def causal(self, hidden: Tensor, blocks: Blocks) -> tuple[Tensor, AttentionHandoff | None]:
-        """Attend to all earlier positions. The handoff is key and value, if `blocks` has a size."""
+        """Attend to all earlier positions. The handoff is key and value.
+
+        There is none if `blocks` has no size: then no denoiser reads this stream.
+        """
         query, key, value = self._project(hidden)
         attended = causal_attention(query, key, value, documents=blocks.documents)
         handoff = AttentionHandoff(key, value) if blocks.size else None
@@ -165,7 +168,7 @@ class SelfAttention(Mixer):
         return lambda: handoff
 
     def denoise(self, hidden: Tensor, handoff: AttentionHandoff, blocks: Blocks) -> Tensor:
-        """Attend to the own noisy block, and to the clean positions of earlier blocks."""
+        """Let each position attend to its own noisy block and to the clean blocks before it."""
         assert blocks.size is not None
         outs = []
         for query, key, value in _split_draws(self._project(hidden), len(handoff.key)):
@@ -249,7 +252,7 @@ class MambaMixer(Mixer):
         return out
 
     def causal(self, hidden: Tensor, blocks: Blocks) -> tuple[Tensor, MambaHandoff | None]:
-        """Scan the stream from its start. There is a handoff if `blocks` has a size."""
+        """Scan the stream from its start. Without a size in `blocks` there is no handoff."""
         z, conv_input, dt = self._project(hidden)
         documents = blocks.documents
         x, B, C = self._split(causal_conv(conv_input, self.conv1d_weight, self.conv1d_bias, documents=documents))

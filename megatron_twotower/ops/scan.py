@@ -16,8 +16,8 @@ from zeros.
 
 Both scans are computed group by group, so that intermediate results have the size of one group.
 Their backward passes are written by hand: they keep the inputs, the outputs and one state per chunk
-and recompute the rest. Let g be the gradient of y, u = dt x and du its gradient. The gradient of
-the running log decay is g_i . (y_i - D x_i) - u_i . du_i, independent of the chunks.
+and recompute the rest. Let dy be the gradient of y, u = dt x and du its gradient. The gradient of
+the running log decay is dy_i . (y_i - D x_i) - u_i . du_i, independent of the chunks.
 """
 
 from typing import Any, NamedTuple

@@ -5,19 +5,20 @@ or an all-to-all sends n (g - 1) / g bytes from each rank. An all-reduce sends t
 Collectives of a few numbers (gradient norms, tokens of each expert, logged sums) are not counted.
 Experts are assumed to be equally busy.
 
-A pass has T positions of h values of w bytes, of the noisy stream, or of the clean stream for the
-context tower. It sends:
+A pass has T positions: those of the noisy stream, or in the context tower of the clean stream. Each
+has h values of w bytes. It sends:
 
 * Tensor parallelism with sequence parallelism: each M, *, - and shared expert gathers its input
-  and scatters its output. The backward pass does the same, and gathers the input once more for the
-  gradient of the weight. Without sequence parallelism: an all-reduce forward and one backward.
+  and reduce-scatters its output. The backward pass does the same, and gathers the input once more
+  for the gradient of the weight. Without sequence parallelism: an all-reduce forward and one
+  backward.
 * Experts: k rows of h values per position to their experts and back (all-to-all), or all rows to
   all ranks and back (all-gather), with their probabilities. The backward pass does the same.
 * The loss: the gradient of the scored positions, summed over the slices of the vocabulary.
 * Pipeline: both streams and the time conditioning to the next stage, and gradients of the same size
   back.
-* Data parallelism, once per step: gradients in fp32 are reduced and scattered, or only reduced
-  without the distributed optimizer. Parameters are gathered.
+* Data parallelism, once per step, with the distributed optimizer: a reduce-scatter of gradients in
+  fp32, and an all-gather of parameters. Without it: an all-reduce of gradients.
 """
 
 from collections.abc import Iterator, Sequence
@@ -96,7 +97,7 @@ def _mixer(config: RunConfig, positions: int, *, forward: int, backward: int) ->
 
     Args:
         config: The configuration.
-        positions: The positions of the stream over the tensor-parallel ranks.
+        positions: The positions of the stream, all tensor-parallel ranks together.
         forward: The number of forward passes.
         backward: The number of backward passes.
     """

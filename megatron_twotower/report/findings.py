@@ -1,8 +1,9 @@
-"""What a report is made of, read from a run folder.
+"""What a report is made of, read from a folder that `make train` wrote (`runs/quickstart`).
 
 ar/, twotower/               two training runs: metrics.jsonl, config.yaml, provenance.json
 evaluation.json              the output of `twotower evaluate`
-conditioning/NAME/           optional: metrics.jsonl of a run with another start of conditioning
+conditioning/NAME/           optional: metrics.jsonl of a run whose `conditioning.initialisation`
+                             is NAME
 generation.html              optional: the replay that `twotower generate --html` wrote
 """
 
@@ -66,7 +67,7 @@ class Findings:
     """Everything a report shows.
 
     Attributes:
-        name: The name of the run folder.
+        name: The name of the folder.
         conditioning: The runs that compare starts of the time conditioning, by name.
         texts: Configurations and provenance, by name, word for word.
         backbone: The folder that both towers started from, if the run recorded one.
@@ -90,7 +91,7 @@ class Findings:
 
 
 def read_findings(run: Path) -> Findings:
-    """Read a run folder.
+    """Read a folder that `make train` wrote.
 
     Raises:
         UserError: A file is missing or cannot be read; the message names it.

@@ -1,4 +1,8 @@
-"""The objectives: sums and counts of a forward pass, which are added up and divided once."""
+"""The objectives: sums and counts of a forward pass, which are added up and divided once.
+
+Megatron adds up the counts over micro-batches and ranks, and divides the gradients by the global
+count (`calculate_per_token_loss` in `mcore.transformer_config`). Nothing here divides by a count.
+"""
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection

@@ -1,8 +1,8 @@
 """Shared by tests of Triton kernels: their device, and Triton's compiler without a device.
 
 Without a GPU, Triton's interpreter runs the kernels. It has to be switched on before triton is
-first imported, which other tests may have done in this process: `test_triton.py` runs the files of
-kernels again in a process of its own.
+first imported, which other tests may have done in this process:
+`tests/ops/triton/test_interpreter.py` runs the tests of kernels again in a process of its own.
 """
 
 import os

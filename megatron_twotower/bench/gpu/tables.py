@@ -28,8 +28,8 @@ def gpu_tables(results: dict[str, Any]) -> list[Table]:
     return tables
 
 
-def _number(value: float | None, spelled: str, *, scale: float = 1.0) -> str:
-    return "" if value is None else format(value * scale, spelled)
+def _number(value: float | None, format_spec: str, *, scale: float = 1.0) -> str:
+    return "" if value is None else format(value * scale, format_spec)
 
 
 def _title(results: dict[str, Any], what: str) -> str:
@@ -105,7 +105,10 @@ def scan_table(results: dict[str, Any]) -> Table:
 
 
 def ladder_table(results: dict[str, Any]) -> Table:
-    """One line per rung. The ratio is its time per token over the time as configured."""
+    """One line per rung, a change of one setting or kernel.
+
+    The ratio is the time per token of the rung over that of the configuration without the change.
+    """
     configured = {row["case"]: row for row in results["steps"]}
     columns = [f"{case}{part}" for case in configured for part in (", ms", ", of configured", ", GiB")]
     rows: list[list[RenderableType]] = [["as configured"]]
