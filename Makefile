@@ -10,14 +10,14 @@ VENV ?= .venv
 # make install TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
 TORCH ?= torch==2.13.0
 RUN ?= runs/quickstart
-# A backbone that was trained before is given with the tokenizer that it was trained with.
-# Where both towers start. `make train BACKBONE=runs/quickstart/backbone` takes the one that this run trains itself.
+# The backbone that both towers start from, with the tokenizer that it was trained with.
+# `make train BACKBONE=runs/quickstart/backbone` uses the one that this run trains.
 BACKBONE ?= recipes/backbones/small
 PROMPT ?= def main():
 PYTEST_ARGS ?=
 SOAK_MINUTES ?= 60
 
-# Nothing is fetched from a model hub, and nothing is sent to W&B unless a recipe says so.
+# Nothing is downloaded from a model hub, and nothing is sent to W&B unless a recipe says so.
 export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= offline
 export TOKENIZERS_PARALLELISM ?= true
@@ -49,10 +49,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@$(BIN)/python -m pip install -qq --editable '.[dev]'
 	@touch $@
 
-# The main job: text in, a two-tower model that generates out. Each step is made once, and a run that was cut off
-# goes on where it stopped.
+# The main job: from text to a two-tower model that generates. Each step is done once. A run that
+# was interrupted resumes.
 
-train: $(RUN)/evaluation.json ## the whole road on the source of Python's standard library: data, backbone, two towers, report
+train: $(RUN)/evaluation.json ## everything on the source of Python's standard library: data, backbone, two towers, report
 	$(TWOTOWER) generate --model $(RUN)/model --prompt '$(PROMPT)' --max-new-tokens 96 --temperature 0.3 --mode all \
 	  --html $(RUN)/generation.html
 	$(TWOTOWER) report --run $(RUN)
@@ -63,19 +63,19 @@ $(RUN)/tokenizer/tokenizer.json: | $(VENV)/.installed
 $(RUN)/data/train/index.json: | $(RUN)/tokenizer/tokenizer.json
 	$(TWOTOWER) data prepare --input python-stdlib --tokenizer $(RUN)/tokenizer --output $(RUN)/data
 
-# The `ar` objective at work: a backbone from random weights.
+# The `ar` objective: a backbone from random weights.
 $(RUN)/backbone/config.json: | $(RUN)/data/train/index.json
 	$(TWOTOWER) train recipe=quickstart_ar data.folder=$(RUN)/data output=$(RUN)/ar
 	$(TWOTOWER) convert export --from $(RUN)/ar --to $(RUN)/backbone
 
-# The towers read with the tokenizer of their backbone.
+# The towers use the tokenizer of their backbone.
 $(RUN)/tower-data/train/index.json: | $(RUN)/backbone/config.json
 	$(TWOTOWER) data prepare --input python-stdlib --tokenizer $(BACKBONE) --output $(RUN)/tower-data
 
 TOWERS = recipe=quickstart data.folder=$(RUN)/tower-data init.backbone=$(BACKBONE)
 SHORT = train.steps=60 schedule.decay_steps=0
 
-# The other start of the time conditioning, as far as is needed to compare: the report draws both.
+# The other initialisation of the time conditioning, long enough to compare: the report has both.
 RELEASED = $(RUN)/conditioning/released/checkpoints/step-00000060/state.json
 $(RELEASED): | $(RUN)/tower-data/train/index.json
 	$(TWOTOWER) train $(TOWERS) $(SHORT) conditioning.initialisation=released output=$(RUN)/conditioning/released
@@ -91,18 +91,19 @@ $(RUN)/evaluation.json: | $(RUN)/model/config.json
 report: $(VENV)/.installed ## write the report of a run again (RUN=runs/quickstart)
 	$(TWOTOWER) report --run $(RUN)
 
-backbone: $(RUN)/data/train/index.json ## train the backbone that is shipped in recipes/ again (long)
+backbone: $(RUN)/data/train/index.json ## train the backbone in recipes/backbones again (long)
 	$(TWOTOWER) train recipe=backbone data.folder=$(RUN)/data output=runs/backbone
 	$(TWOTOWER) convert export --from runs/backbone --to runs/backbone-hf --dtype bf16
 
-# The model on bytes: a tokenizer without merges, a backbone, two towers, and the denoiser once more on the backbone's text.
+# The pair on bytes: a tokenizer without merges, a backbone, two towers, and the denoiser again on
+# text that the backbone wrote.
 BYTES = runs/bytes
 
 $(BYTES)/data/train/index.json: | $(VENV)/.installed
 	$(TWOTOWER) data tokenizer --input python-stdlib --vocab-size 260 --output $(BYTES)/tokenizer
 	$(TWOTOWER) data prepare --input python-stdlib --tokenizer $(BYTES)/tokenizer --output $(BYTES)/data
 
-bytes: $(BYTES)/data/train/index.json ## train the two towers on bytes that are shipped in recipes/ again (long)
+bytes: $(BYTES)/data/train/index.json ## train the pair on bytes in recipes/models again (long)
 	$(TWOTOWER) train recipe=bytes_ar
 	$(TWOTOWER) convert export --from $(BYTES)/ar --to $(BYTES)/backbone
 	$(TWOTOWER) train recipe=bytes init.backbone=$(BYTES)/backbone
@@ -112,7 +113,7 @@ bytes: $(BYTES)/data/train/index.json ## train the two towers on bytes that are 
 	$(TWOTOWER) train recipe=bytes_distil init.denoiser=$(BYTES)/undistilled
 	$(TWOTOWER) convert export --from $(BYTES)/distilled --to $(BYTES)/model --dtype bf16
 
-speed: $(BYTES)/data/train/index.json ## the shipped model on bytes: mask diffusion against cached AR, and what a pass costs (4 minutes)
+speed: $(BYTES)/data/train/index.json ## the pair on bytes: mask diffusion against cached AR, and what a pass costs (4 minutes)
 	rm -rf $(BYTES)/fp32
 	$(TWOTOWER) convert export --from recipes/models/bytes --to $(BYTES)/fp32 --dtype fp32
 	$(TWOTOWER) evaluate --model $(BYTES)/fp32 --data $(BYTES)/data --output $(BYTES)/speed.json --prompts 16 \
@@ -124,7 +125,7 @@ bench: $(VENV)/.installed ## measure operations, steps and the loader (about hal
 	$(TWOTOWER) bench step
 	$(TWOTOWER) bench data
 
-soak: $(VENV)/.installed ## kill a small training again and again, and account for every sample (SOAK_MINUTES=60)
+soak: $(VENV)/.installed ## kill a small run again and again, and account for every sample (SOAK_MINUTES=60)
 	rm -rf runs/soak
 	$(TWOTOWER) bench soak --minutes $(SOAK_MINUTES) --output runs/soak
 
@@ -182,12 +183,12 @@ test-slurm: $(VENV)/.installed-dev ## run the launch scripts on a real Slurm (as
 	@test "$$(id -u)" = 0 || { echo "test-slurm: found user $$(id -un), expected root (slurmd starts tasks for users)"; exit 2; }
 	$(BIN)/python -m pytest -m slurm $(PYTEST_ARGS)
 
-check: $(VENV)/.installed-dev ## lint and types
+check: $(VENV)/.installed-dev ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV)/.installed-dev ## sort imports, mend what the linter can, format
+format: $(VENV)/.installed-dev ## sort imports, fix what the linter can fix, format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

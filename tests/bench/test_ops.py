@@ -59,7 +59,7 @@ def test_every_case_runs_again_and_again(operation, dtype, tiny):
 
 
 def test_the_torch_scan_is_a_case_of_its_own_if_triton_is_used(tiny, monkeypatch):
-    monkeypatch.setattr(bench_ops, "triton_scans", lambda x, B, block, chunk: True)
+    monkeypatch.setattr(bench_ops, "uses_triton_scan", lambda x, B, block, chunk: True)
     cases = build_cases(OperationShape("scan", 32, 8, "fp32", tiny))
     assert [case.name for case in cases][:2] == [OURS, "ours in torch"]
     cases[1].run()
