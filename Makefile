@@ -95,7 +95,7 @@ backbone: $(RUN)/data/train/index.json ## train the backbone in recipes/backbone
 	$(TWOTOWER) train recipe=backbone data.folder=$(RUN)/data output=runs/backbone
 	$(TWOTOWER) convert export --from runs/backbone --to runs/backbone-hf --dtype bf16
 
-# The pair on bytes: a tokenizer without merges, a backbone, two towers, and the denoiser again on
+# The two towers on bytes: a tokenizer without merges, a backbone, two towers, and the denoiser again on
 # text that the backbone wrote.
 BYTES = runs/bytes
 
@@ -103,7 +103,7 @@ $(BYTES)/data/train/index.json: | $(VENV)/.installed
 	$(TWOTOWER) data tokenizer --input python-stdlib --vocab-size 260 --output $(BYTES)/tokenizer
 	$(TWOTOWER) data prepare --input python-stdlib --tokenizer $(BYTES)/tokenizer --output $(BYTES)/data
 
-bytes: $(BYTES)/data/train/index.json ## train the pair on bytes in recipes/models again (long)
+bytes: $(BYTES)/data/train/index.json ## train the two towers on bytes in recipes/models again (long)
 	$(TWOTOWER) train recipe=bytes_ar
 	$(TWOTOWER) convert export --from $(BYTES)/ar --to $(BYTES)/backbone
 	$(TWOTOWER) train recipe=bytes init.backbone=$(BYTES)/backbone
@@ -113,7 +113,7 @@ bytes: $(BYTES)/data/train/index.json ## train the pair on bytes in recipes/mode
 	$(TWOTOWER) train recipe=bytes_distil init.denoiser=$(BYTES)/undistilled
 	$(TWOTOWER) convert export --from $(BYTES)/distilled --to $(BYTES)/model --dtype bf16
 
-speed: $(BYTES)/data/train/index.json ## the pair on bytes: mask diffusion against cached AR, and what a pass costs (4 minutes)
+speed: $(BYTES)/data/train/index.json ## the two towers on bytes: mask diffusion against cached AR, and what a pass costs (4 minutes)
 	rm -rf $(BYTES)/fp32
 	$(TWOTOWER) convert export --from recipes/models/bytes --to $(BYTES)/fp32 --dtype fp32
 	$(TWOTOWER) evaluate --model $(BYTES)/fp32 --data $(BYTES)/data --output $(BYTES)/speed.json --prompts 16 \

@@ -38,10 +38,10 @@ class BlendCorpus:
     """A corpus of a mixture.
 
     Attributes:
-        number: its place among the corpora of the file. It keys order and noise.
-        folder: the prepared folder, absolute or below the folder of the corpora; or a URL.
-        weight: as in the file.
-        source, public: what the file says about its origin, for the reader.
+        number: Its place among the corpora of the file. It keys order and noise.
+        folder: The prepared folder, absolute or below the folder of the corpora; or a URL.
+        weight: As in the file.
+        source, public: What the file says about its origin, for the reader.
     """
 
     name: str
@@ -72,10 +72,10 @@ class Blend:
         """Read a blend file.
 
         Args:
-            root: where relative folders of corpora are; the folder of the file if None.
+            root: Where relative folders of corpora are; the folder of the file if None.
 
         Raises:
-            UserError: the file is missing or is not YAML, a key is unknown or missing, a mixture
+            UserError: The file is missing or is not YAML, a key is unknown or missing, a mixture
                 names an unknown corpus, or a weight is out of range.
         """
         path = Path(path)
@@ -98,7 +98,7 @@ class Blend:
         """The mixture with a name. An empty name is allowed if there is only one mixture.
 
         Raises:
-            UserError: there is no such mixture.
+            UserError: There is no such mixture.
         """
         if not name and len(self.mixtures) == 1:
             return self.mixtures[0]
@@ -160,7 +160,7 @@ def prepared_folders(data: str, *, folder: str | None = None) -> dict[str, str]:
 
     Args:
         data: a prepared folder, its URL, or a blend file.
-        folder: where the corpora of a blend file are, as `data.folder` of a recipe; next to the
+        folder: Where the corpora of a blend file are, as `data.folder` of a recipe; next to the
             file if None.
 
     Raises:
@@ -206,9 +206,9 @@ class BlendedDataset:
     """The sequences of a run that reads a mixture of corpora in each phase.
 
     Attributes:
-        datasets: by name of the corpus.
-        phases: the phases of the run.
-        weights: the weights of each phase, by name of the corpus.
+        datasets: By name of the corpus.
+        phases: The phases of the run.
+        weights: The weights of each phase, by name of the corpus.
     """
 
     datasets: dict[str, SequenceDataset]

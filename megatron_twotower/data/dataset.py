@@ -61,14 +61,14 @@ class SequenceDataset:
     Tokens at the end of the corpus that do not fill a sequence are never read.
 
     Attributes:
-        seed: keys the order of every epoch.
-        number: the number of the corpus within its blend.
-        packing: keeps documents apart; None to cut across documents.
-        skip_damaged: make a sequence that touches a damaged shard padding, instead of stopping the
+        seed: Keys the order of every epoch.
+        number: The number of the corpus within its blend.
+        packing: Keeps documents apart; None to cut across documents.
+        skip_damaged: Make a sequence that touches a damaged shard padding, instead of stopping the
             run. The corpus must be opened with `verify_shards`.
 
     Raises:
-        UserError: the corpus is shorter than one sequence.
+        UserError: The corpus is shorter than one sequence.
     """
 
     corpus: Corpus
@@ -224,14 +224,14 @@ def batches(
     """Endless steps: (the micro-batches of this rank, the cursor after the step).
 
     Args:
-        cursor: where to begin. A cursor counts the sequences of all ranks.
-        rank: the data-parallel rank.
-        world: the number of data-parallel ranks.
-        workers: threads that read ahead. They do not change what is read.
-        depth: steps that are read ahead.
+        cursor: Where to begin. A cursor counts the sequences of all ranks.
+        rank: The data-parallel rank.
+        world: The number of data-parallel ranks.
+        workers: Threads that read ahead. They do not change what is read.
+        depth: Steps that are read ahead.
 
     Raises:
-        UserError: at the call, if the global batch does not divide into `world` equal parts of
+        UserError: At the call, if the global batch does not divide into `world` equal parts of
             complete micro-batches.
     """
     _, share = rank_slice(cursor, global_batch_size, rank=rank, world=world)
@@ -277,7 +277,7 @@ def evenly_spaced_windows(corpus: Corpus, *, count: int, length: int) -> Tensor:
     A short corpus gives fewer windows: as many as fit without an overlap.
 
     Raises:
-        UserError: fewer than two windows fit.
+        UserError: Fewer than two windows fit.
     """
     count = min(count, corpus.total_tokens // length)
     if count < 2:

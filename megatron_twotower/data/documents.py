@@ -37,7 +37,7 @@ class Document:
     """An input file: a text file, which is one document, or a file of records.
 
     Attributes:
-        name: its path relative to the input under which it was found, with `/`.
+        name: Its path relative to the input under which it was found, with `/`.
     """
 
     name: str
@@ -54,12 +54,12 @@ class Unit:
     """What one worker reads at a time.
 
     Attributes:
-        files: text files, or one file of records.
-        split: the split of the text files; None for records, whose texts each have a split of their
+        files: Text files, or one file of records.
+        split: The split of the text files; None for records, whose texts each have a split of their
             own.
-        begin, end: of plain JSON lines, the range of bytes in which the lines start; of parquet,
+        begin, end: Of plain JSON lines, the range of bytes in which the lines start; of parquet,
             the range of row groups.
-        size: bytes of input.
+        size: Bytes of input.
     """
 
     files: tuple[Document, ...]
@@ -85,7 +85,7 @@ def find_documents(inputs: Sequence[str], *, suffixes: Sequence[str] = SUFFIXES)
     counts once.
 
     Raises:
-        UserError: an input does not exist or has no such file.
+        UserError: An input does not exist or has no such file.
     """
     found: dict[Path, Document] = {}
     for given in inputs:
@@ -123,7 +123,7 @@ def read_text(document: Document) -> str | None:
     Line breaks stay as they are.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: The file cannot be read.
     """
     try:
         return document.path.read_bytes().decode("utf-8-sig")
@@ -242,7 +242,7 @@ def read_unit(unit: Unit, *, text_field: str, advance: Callable[[int], None]) ->
     One line, one file or a few hundred rows are in memory at a time.
 
     Args:
-        advance: receives the numbers of bytes of input, as they are read.
+        advance: Receives the numbers of bytes of input, as they are read.
 
     Raises:
         UserError: a file cannot be read, or its compression is damaged.

@@ -37,14 +37,14 @@ def inspect(
     """Print counts, lengths and sample documents of every corpus, and draw the lengths.
 
     Args:
-        data, folder: as in `blend.prepared_folders`.
-        samples: documents to print of each corpus, with their block boundaries.
-        picture: the image file to write.
-        tokenizer: decodes the samples. If None, the tokenizer of the prepared folder decodes them;
+        data, folder: As in `blend.prepared_folders`.
+        samples: Documents to print of each corpus, with their block boundaries.
+        picture: The image file to write.
+        tokenizer: Decodes the samples. If None, the tokenizer of the prepared folder decodes them;
             at a URL, ids are printed.
 
     Raises:
-        UserError: something cannot be opened, or `block_size` is below 1.
+        UserError: Something cannot be opened, or `block_size` is below 1.
     """
     if block_size < 1:
         raise UserError(f"block_size {block_size}: expected at least 1")

@@ -34,7 +34,7 @@ class Permutation:
     sections 4 and 5).
 
     Attributes:
-        stream: the number of one of several different shuffles under the same seed and epoch, from
+        stream: The number of one of several different shuffles under the same seed and epoch, from
             1; 0 if there is only one.
     """
 
@@ -90,8 +90,8 @@ class Shuffle:
             (about a shard) and permutes the runs; each window of `runs` runs is read together, its
             sequences permuted, so at most `runs` runs are open at once. `none` keeps the order of
             the corpus.
-        run: sequences in a run.
-        runs: runs in a window.
+        run: Sequences in a run.
+        runs: Runs in a window.
     """
 
     kind: str = "full"

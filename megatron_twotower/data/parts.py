@@ -121,8 +121,8 @@ class _Reader:
     """The texts of a unit in batches, and counts of what was read.
 
     Attributes:
-        lines: lines, rows or files read.
-        left_out: texts left out, by reason.
+        lines: Lines, rows or files read.
+        left_out: Texts left out, by reason.
         faults: (line within the unit, reason) of the first malformed records.
     """
 
@@ -170,6 +170,6 @@ def _encoder(tokenizer: Path, fingerprint: str) -> Callable[[Sequence[str]], lis
     """The encoder of this process.
 
     Args:
-        fingerprint: part of the cache key, because a folder may get another tokenizer.
+        fingerprint: Part of the cache key, because a folder may get another tokenizer.
     """
     return text_encoder(load_tokenizer(tokenizer))

@@ -24,9 +24,9 @@ class PartRange:
     """Documents `begin` to `end` of a part. Those that `.keep` gives to the split are meant.
 
     Attributes:
-        first_id: the place in `.ids` of the first id of document `begin`.
-        names: the names of all files of a unit of text files, or the name of one file of records.
-        lines_before: lines of the file of records in earlier units; None for text files.
+        first_id: The place in `.ids` of the first id of document `begin`.
+        names: The names of all files of a unit of text files, or the name of one file of records.
+        lines_before: Lines of the file of records in earlier units; None for text files.
     """
 
     part: int
@@ -42,7 +42,7 @@ class PlannedShard:
     """The content of a shard of a split.
 
     Attributes:
-        first: the number of its first document within the split.
+        first: The number of its first document within the split.
     """
 
     split: str
@@ -56,7 +56,7 @@ class ShardTask:
     """A shard to write from parts.
 
     Attributes:
-        bos, eos: the id to add to each document, or None.
+        bos, eos: The id to add to each document, or None.
     """
 
     shard: PlannedShard

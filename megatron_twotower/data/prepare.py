@@ -94,27 +94,27 @@ def prepare(
     one longer document.
 
     Args:
-        inputs: files and folders of text or records, or `python-stdlib`
+        inputs: Files and folders of text or records, or `python-stdlib`
             (`documents.find_documents`).
-        holdout_fraction: the share of held-out texts. A text is held out if its hash, as a fraction
+        holdout_fraction: The share of held-out texts. A text is held out if its hash, as a fraction
             of the largest hash, is below it. The hash of a text file is the SHA-256 of its name
             (`documents.split_documents`). The hash of a record is that of its text, so it does not
             matter how records are cut into files.
-        overwrite: replace an earlier prepared folder, and OUTPUT.partial. Nothing else is ever
+        overwrite: Replace an earlier prepared folder, and OUTPUT.partial. Nothing else is ever
             replaced.
-        text_field: the field (column) of a record with its text.
-        max_malformed: how many records may have the wrong format: below 1 a share of all records,
+        text_field: The field (column) of a record with its text.
+        max_malformed: How many records may have the wrong format: below 1 a share of all records,
             from 1 on a number. More stop the run.
-        min_tokens, max_tokens: limits of the length of a text in ids.
-        deduplicate: leave out a text that repeats another. The held-out copy stays.
-        bos, eos: with "document", each document begins or ends with the tokenizer's BOS or EOS id;
+        min_tokens, max_tokens: Limits of the length of a text in ids.
+        deduplicate: Leave out a text that repeats another. The held-out copy stays.
+        bos, eos: With "document", each document begins or ends with the tokenizer's BOS or EOS id;
             with "none" it does not.
-        suffixes: of the text files in a folder.
-        workers: processes; with 1, this process does the work.
-        unit_bytes: input that one worker reads at a time.
+        suffixes: Of the text files in a folder.
+        workers: Processes; with 1, this process does the work.
+        unit_bytes: Input that one worker reads at a time.
 
     Raises:
-        UserError: an input or the tokenizer is missing, there is no text to train on, a value is
+        UserError: An input or the tokenizer is missing, there is no text to train on, a value is
             out of range, too many records are malformed, the disk is full, OUTPUT.partial is from
             other settings, or `output` exists. `output` is then unchanged.
     """
@@ -292,7 +292,7 @@ class _MalformedLimit:
         """Add the units that are finished since the last call, up to the first unfinished one.
 
         Raises:
-            UserError: there are too many malformed records.
+            UserError: There are too many malformed records.
         """
         while self.unit < len(found) and (counts := found[self.unit]) is not None:
             self.unit += 1

@@ -47,7 +47,7 @@ def checked_text(value: Any, where: str) -> str | Fault:
     """A value as text, if it is a string that UTF-8 can encode.
 
     Args:
-        where: the field or column of the value, for the reason of the fault.
+        where: The field or column of the value, for the reason of the fault.
     """
     if not isinstance(value, str):
         return Fault(f"{where} holds {type(value).__name__}, expected a string", malformed=True)
@@ -62,10 +62,10 @@ def read_lines(path: Path, begin: int, end: int, *, advance: Callable[[int], Non
     """Yields the lines that start at bytes `begin` to `end` of a file, or all of a compressed file.
 
     Args:
-        advance: receives the numbers of bytes of input, as they are read.
+        advance: Receives the numbers of bytes of input, as they are read.
 
     Raises:
-        UserError: the file cannot be read, its compression is damaged, or a package is missing.
+        UserError: The file cannot be read, its compression is damaged, or a package is missing.
     """
     try:
         with open(path, "rb") as raw:
@@ -146,7 +146,7 @@ def open_parquet(path: Path) -> Any:
     """A `pyarrow.parquet.ParquetFile`.
 
     Raises:
-        UserError: the file cannot be read as parquet, or pyarrow is missing.
+        UserError: The file cannot be read as parquet, or pyarrow is missing.
     """
     try:
         import pyarrow
@@ -165,10 +165,10 @@ def read_column(
     """Yields the values of a column in some row groups of a parquet file.
 
     Args:
-        size: bytes of the row groups. `advance` receives them in parts, as rows are read.
+        size: Bytes of the row groups. `advance` receives them in parts, as rows are read.
 
     Raises:
-        UserError: the file cannot be read as parquet, or pyarrow is missing.
+        UserError: The file cannot be read as parquet, or pyarrow is missing.
     """
     with open_parquet(path) as file:
         import pyarrow

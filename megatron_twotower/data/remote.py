@@ -66,7 +66,7 @@ def read(url: str) -> bytes:
     """The content of a URL.
 
     Raises:
-        UserError: it cannot be read in `ATTEMPTS` attempts, or the package of its protocol is
+        UserError: It cannot be read in `ATTEMPTS` attempts, or the package of its protocol is
             missing.
     """
 
@@ -84,7 +84,7 @@ def fetch(url: str, *, sha256: str, folder: Path) -> Path:
     want the same copy at the same time, one downloads it and the others wait.
 
     Raises:
-        UserError: it cannot be read with that checksum in `ATTEMPTS` attempts, or the package of
+        UserError: It cannot be read with that checksum in `ATTEMPTS` attempts, or the package of
             its protocol is missing.
     """
     target = folder / sha256

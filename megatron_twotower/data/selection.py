@@ -22,9 +22,9 @@ class Selection:
     """What to write.
 
     Attributes:
-        splits: the splits to write, in order.
-        totals: by split: documents, tokens (with BOS and EOS), bytes and characters.
-        left_out: by split, the number of texts left out by reason.
+        splits: The splits to write, in order.
+        totals: By split: documents, tokens (with BOS and EOS), bytes and characters.
+        left_out: By split, the number of texts left out by reason.
     """
 
     splits: tuple[str, ...]
@@ -51,9 +51,9 @@ def select(
     counts as left out of `train`.
 
     Args:
-        part_counts: what `write_part` returned, by unit.
-        min_tokens, max_tokens: limits of the length of the text alone.
-        shard_tokens: limit of a shard, where each document has `added_ids` more ids (BOS, EOS).
+        part_counts: What `write_part` returned, by unit.
+        min_tokens, max_tokens: Limits of the length of the text alone.
+        shard_tokens: Limit of a shard, where each document has `added_ids` more ids (BOS, EOS).
     """
     repeated = _repeats(folder, [counts["documents"] for counts in part_counts]) if deduplicate else None
     totals = {split: Counter(documents=0, tokens=0, bytes=0, characters=0) for split in SPLITS}
@@ -159,10 +159,10 @@ class _Cutter:
     A longer document is a shard of its own.
 
     Attributes:
-        shards: the shards that are full.
-        ranges, tokens, documents: the content of the shard that is being filled, its tokens and its
+        shards: The shards that are full.
+        ranges, tokens, documents: The content of the shard that is being filled, its tokens and its
             documents.
-        first: the number of the first document of that shard.
+        first: The number of the first document of that shard.
     """
 
     split: str
@@ -179,7 +179,7 @@ class _Cutter:
         Args:
             rows: (n,) their rows in the part.
             lengths: (n,) their tokens.
-            range_of: makes the `PartRange` of rows begin to end.
+            range_of: Makes the `PartRange` of rows begin to end.
         """
         ends = np.cumsum(lengths)
         at = 0

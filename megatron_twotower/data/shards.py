@@ -50,7 +50,7 @@ class Sample(NamedTuple):
     """A document of a shard.
 
     Attributes:
-        bytes: the size of its text in UTF-8.
+        bytes: The size of its text in UTF-8.
         tokens: (n,) ids, with BOS and EOS.
     """
 
@@ -63,7 +63,7 @@ class Shard(NamedTuple):
     """A row of the index.
 
     Attributes:
-        file: the name of a file next to the index, or a URL.
+        file: The name of a file next to the index, or a URL.
     """
 
     file: str
@@ -100,7 +100,7 @@ def token_members(path: Path) -> Iterator[tuple[str, int, tuple[int, np.dtype]]]
     Only the tar is read, not the index.
 
     Raises:
-        ValueError, tarfile.TarError: the shard is not a tar of token arrays.
+        ValueError, tarfile.TarError: The shard is not a tar of token arrays.
     """
     with open(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
         for member in tar:
@@ -123,7 +123,7 @@ def write_index(
     """Write the index of a split folder.
 
     Args:
-        header: what `Corpus` needs in addition to the shards.
+        header: What `Corpus` needs in addition to the shards.
         arrays: (offsets, lengths) of the documents of each shard, in order. One pair is in memory
             at a time.
     """
@@ -158,16 +158,16 @@ class Corpus:
 
     Attributes:
         folder: a path, or a URL (str).
-        total_bytes, total_characters: of the text of the ids (UTF-8), without BOS and EOS.
-        bos_token_id, eos_token_id: the first and last id of each document; None if nothing was
+        total_bytes, total_characters: Of the text of the ids (UTF-8), without BOS and EOS.
+        bos_token_id, eos_token_id: The first and last id of each document; None if nothing was
             added.
-        arrays: checksums of the array files, by name.
+        arrays: Checksums of the array files, by name.
         offsets: (documents,) int64 bytes in the shard, a memory map.
         starts: (documents + 1,) int64 positions in the stream, a memory map.
         first_documents: (shards + 1,) int64, the first document of each shard.
         first_tokens: (shards + 1,) int64, the position of the first token of each shard.
-        verify_shards: compare the checksum of a local shard at its first read.
-        cache: where copies of remote files are.
+        verify_shards: Compare the checksum of a local shard at its first read.
+        cache: Where copies of remote files are.
     """
 
     folder: Path | str
@@ -204,12 +204,12 @@ class Corpus:
         `CACHED_SHARDS` of them, and their checksums are always compared.
 
         Args:
-            damaged: with "stop", every local shard must exist and have its size. With "skip", no
+            damaged: With "stop", every local shard must exist and have its size. With "skip", no
                 shard is examined before it is read.
-            verify_shards: compare the checksum of a local shard at its first read.
+            verify_shards: Compare the checksum of a local shard at its first read.
 
         Raises:
-            UserError: the index or a shard is missing or wrong; the message names it, what was
+            UserError: The index or a shard is missing or wrong; the message names it, what was
                 found and what was expected.
         """
         corpus = _open_corpus(folder, verify_shards=verify_shards)
@@ -269,7 +269,7 @@ class Corpus:
         """The file of a shard; a remote shard is fetched first.
 
         Raises:
-            UserError: it cannot be fetched.
+            UserError: It cannot be fetched.
         """
         shard = self.shards[number]
         if isinstance(self.folder, Path) and not remote.is_url(shard.file):

@@ -38,10 +38,10 @@ def open_validation(config: RunConfig, count: int) -> SequenceDataset | BlendedD
     corpus whose share is less than one in `LONGEST_PERIOD` is left out.
 
     Args:
-        count: the number of sequences that validation reads.
+        count: The number of sequences that validation reads.
 
     Raises:
-        UserError: as `open_training`, or fewer than `count` sequences are held out.
+        UserError: As `open_training`, or fewer than `count` sequences are held out.
     """
     phases, key = resolve_phases(config), f"train.validation_sequences: found {count}, expected at most the"
     if not config.data.blend:
@@ -81,7 +81,7 @@ def _open_corpora(
     """The datasets of all corpora of the mixtures by name, in the order of the blend file.
 
     Args:
-        only: names of the corpora to open; None for all.
+        only: Names of the corpora to open; None for all.
     """
     named = {corpus.name: corpus for mixture in mixtures for corpus in mixture.corpora}
     ordered = sorted(named.values(), key=lambda corpus: corpus.number)
@@ -141,7 +141,7 @@ def data_summary(config: RunConfig, source: SequenceDataset | BlendedDataset) ->
     """What decides the order of a run, as values of JSON, and the share of padding of every corpus.
 
     Returns:
-        order: the settings; corpora: by name, "" if there is no blend; phases: of a blend, the
+        Order: the settings; corpora: by name, "" if there is no blend; phases: of a blend, the
         first sequence and the weights of each phase.
     """
     data = config.data
@@ -188,7 +188,7 @@ def check_unchanged(found: dict[str, Any], expected: dict[str, Any], *, cursor: 
         expected: `data_summary` when the run was last started.
 
     Raises:
-        UserError: the order is different, a corpus has other text or another place in the blend
+        UserError: The order is different, a corpus has other text or another place in the blend
             file, or a phase that had begun has another mixture.
     """
     for key, value in expected["order"].items():

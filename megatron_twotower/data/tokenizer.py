@@ -102,7 +102,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Open the tokenizer in `folder`, from local files only.
 
     Raises:
-        UserError: the folder or its tokenizer.json is missing, or is not a fast tokenizer.
+        UserError: The folder or its tokenizer.json is missing, or is not a fast tokenizer.
     """
     file = _tokenizer_file(folder)
     try:
@@ -119,7 +119,7 @@ def tokenizer_fingerprint(folder: Path) -> str:
     """SHA-256, in hex, of the tokenizer.json in `folder`. Equal fingerprints mean equal ids.
 
     Raises:
-        UserError: the folder or its tokenizer.json is missing.
+        UserError: The folder or its tokenizer.json is missing.
     """
     return hashlib.sha256(_tokenizer_file(folder).read_bytes()).hexdigest()
 

@@ -25,7 +25,7 @@ class _Check:
     """A shard to check.
 
     Attributes:
-        split: the folder or URL of its split.
+        split: The folder or URL of its split.
     """
 
     split: str
@@ -47,8 +47,8 @@ def verify(
     tokenizer: that of its folder, and `tokenizer` if given.
 
     Args:
-        data, folder: as in `blend.prepared_folders`.
-        workers: processes.
+        data, folder: As in `blend.prepared_folders`.
+        workers: Processes.
     """
     problems: list[str] = []
     checks: list[_Check] = []

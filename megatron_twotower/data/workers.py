@@ -36,7 +36,7 @@ def count(*amounts: int) -> None:
     """Add to the shared counters. The function that does the work calls this often.
 
     Raises:
-        Stopped: the worker must end.
+        Stopped: The worker must end.
     """
     assert len(amounts) == COUNTERS, amounts
     if _stopping.is_set():
@@ -62,7 +62,7 @@ def unordered(
     before it is raised.
 
     Args:
-        on_count: receives the sums of the amounts that `count` was called with in all workers.
+        on_count: Receives the sums of the amounts that `count` was called with in all workers.
 
     Raises:
         UserError: a worker died. Exceptions of the function are raised as they are.

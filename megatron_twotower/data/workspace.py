@@ -49,12 +49,12 @@ def resuming(output: Path, *, request: dict[str, Any], overwrite: bool) -> Itera
     """Yields OUTPUT.partial, locked: with the finished work of an interrupted run, or empty.
 
     Args:
-        request: what decides the result, as JSON. An interrupted run is resumed only if its request
+        request: What decides the result, as JSON. An interrupted run is resumed only if its request
             was the same.
-        overwrite: discard the work of an interrupted run with another request.
+        overwrite: Discard the work of an interrupted run with another request.
 
     Raises:
-        UserError: the interrupted run had another request, or another run works in the folder. Also
+        UserError: The interrupted run had another request, or another run works in the folder. Also
             in place of an `OSError` in the body that names no file (a full disk); the message names
             the folder.
     """

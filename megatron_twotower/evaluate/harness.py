@@ -41,18 +41,18 @@ class TwoTower(TemplateLM):
     """A two-tower folder as a model of lm-evaluation-harness.
 
     Args:
-        pretrained: the folder.
+        pretrained: The folder.
         max_length: `max_length_tokens` of `HarnessSettings`.
         max_gen_toks: `max_new_tokens` of `HarnessSettings`.
-        device: device of the model; None for `default_devices`.
-        max_batch_size: not supported.
+        device: Device of the model; None for `default_devices`.
+        max_batch_size: Not supported.
 
     The other arguments are fields of `HarnessSettings`.
 
     Attributes:
-        passes: forward passes of all generations so far, summed over rows.
-        new_tokens: new tokens of all generations so far.
-        seconds: wall-clock time of all generations so far.
+        passes: Forward passes of all generations so far, summed over rows.
+        new_tokens: New tokens of all generations so far.
+        seconds: Wall-clock time of all generations so far.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class TwoTower(TemplateLM):
         """Score every answer after its context with the `scoring` of the settings, in order.
 
         Raises:
-            UserError: an answer longer than `max_length`.
+            UserError: An answer longer than `max_length`.
         """
         for _, answer in pairs:
             if len(answer) > self.max_length:

@@ -16,20 +16,20 @@ class HarnessSettings:
     """How a model answers.
 
     Attributes:
-        mode: how text is generated.
+        mode: How text is generated.
         scoring: `ar`, by the context tower; `bound`, by a lower bound on the likelihood under the
             denoiser, from `bound_draws` draws of noise for each block; `mock_ar`, by the denoiser
             as a next-token model.
-        batch_size: rows at a time.
-        max_length_tokens: maximum number of tokens of context and answer together; a longer
+        batch_size: Rows at a time.
+        max_length_tokens: Maximum number of tokens of context and answer together; a longer
             context loses its beginning. None for the maximum of the model.
-        max_new_tokens: maximum tokens of an answer, if the task does not say.
-        block_size: tokens of a block, which the denoiser fills together.
-        steps_per_block: maximum number of denoiser passes for a block.
-        confidence_threshold: mask diffusion commits every token more probable than this at once.
-        draft_steps: denoiser passes for a draft; only for speculative generation.
-        bound_draws: draws of noise for each block, in scoring `bound`.
-        seed: seed of the sampling and the noise.
+        max_new_tokens: Maximum tokens of an answer, if the task does not say.
+        block_size: Tokens of a block, which the denoiser fills together.
+        steps_per_block: Maximum number of denoiser passes for a block.
+        confidence_threshold: Mask diffusion commits every token more probable than this at once.
+        draft_steps: Denoiser passes for a draft; only for speculative generation.
+        bound_draws: Draws of noise for each block, in scoring `bound`.
+        seed: Seed of the sampling and the noise.
     """
 
     mode: str = "mask_diffusion"
@@ -58,11 +58,11 @@ class AnswerSettings:
     """How a task wants an answer to be generated: its `generation_kwargs`.
 
     Attributes:
-        until: strings that end the answer.
-        max_new_tokens: maximum tokens of the answer; None if the task does not say.
+        until: Strings that end the answer.
+        max_new_tokens: Maximum tokens of the answer; None if the task does not say.
         temperature: 0 is greedy.
-        top_k: number of most probable tokens to sample among; None for all.
-        top_p: probability mass of the most probable tokens to sample among; None for all.
+        top_k: Number of most probable tokens to sample among; None for all.
+        top_p: Probability mass of the most probable tokens to sample among; None for all.
     """
 
     until: tuple[str, ...] = ()

@@ -42,22 +42,22 @@ class EvaluationSettings:
     """What to measure, in the order of cost.
 
     Attributes:
-        sequences: number of windows of held-out text for the likelihoods.
-        sequence_length_tokens: tokens of a window.
-        block_size_tokens: the block size that the denoiser was trained with.
-        levels: noise levels of the masked loss.
-        bound_draws: noise draws for each block, of the likelihood bound.
-        thresholds: confidence thresholds of the sweep, at the trained block size with a step per
+        sequences: Number of windows of held-out text for the likelihoods.
+        sequence_length_tokens: Tokens of a window.
+        block_size_tokens: The block size that the denoiser was trained with.
+        levels: Noise levels of the masked loss.
+        bound_draws: Noise draws for each block, of the likelihood bound.
+        thresholds: Confidence thresholds of the sweep, at the trained block size with a step per
             token.
-        threshold: confidence threshold where the sweep varies block sizes or steps.
-        block_sizes: other block sizes of the sweep, with a step per token.
-        steps: fewer steps per block in the sweep, at the trained block size.
-        every: sweep all combinations of thresholds, block sizes and steps instead.
-        prompts: number of prompts that each setting of the sweep continues.
-        prompt_tokens: tokens of a prompt.
-        new_tokens: tokens that are generated after a prompt.
-        samples: number of prompts whose text is shown in every mode.
-        seed: seed of the noise.
+        threshold: Confidence threshold where the sweep varies block sizes or steps.
+        block_sizes: Other block sizes of the sweep, with a step per token.
+        steps: Fewer steps per block in the sweep, at the trained block size.
+        every: Sweep all combinations of thresholds, block sizes and steps instead.
+        prompts: Number of prompts that each setting of the sweep continues.
+        prompt_tokens: Tokens of a prompt.
+        new_tokens: Tokens that are generated after a prompt.
+        samples: Number of prompts whose text is shown in every mode.
+        seed: Seed of the noise.
     """
 
     sequences: int = 32
@@ -226,16 +226,16 @@ def evaluate(
     """Measure an exported folder on the held-out part of a prepared data folder.
 
     Args:
-        folder: two-tower Hugging Face folder.
-        data: prepared data folder, in the tokenizer of the model.
-        settings: what to measure.
-        progress: called with the progress of each stage.
+        folder: Two-tower Hugging Face folder.
+        data: Prepared data folder, in the tokenizer of the model.
+        settings: What to measure.
+        progress: Called with the progress of each stage.
 
     Returns:
         The figures, ready for JSON.
 
     Raises:
-        UserError: no two-tower folder, no data folder, or data of another tokenizer.
+        UserError: No two-tower folder, no data folder, or data of another tokenizer.
     """
     started = time.perf_counter()
     corpus = Corpus.open(Path(data) / VALIDATION)
@@ -277,13 +277,13 @@ def run(
     """Run the command: measure with progress bars, write a JSON file and plots, print tables.
 
     Args:
-        folder: two-tower Hugging Face folder.
-        data: prepared data folder.
+        folder: Two-tower Hugging Face folder.
+        data: Prepared data folder.
         output: JSON file; the plots are written next to it.
-        settings: what to measure.
+        settings: What to measure.
 
     Raises:
-        UserError: see `evaluate`; then nothing is written.
+        UserError: See `evaluate`; then nothing is written.
     """
     with stage_bars() as progress:
         figures = evaluate(folder, data, settings=settings, progress=progress)

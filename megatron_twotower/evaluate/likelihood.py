@@ -32,9 +32,9 @@ class Estimate:
     """A mean over tokens.
 
     Attributes:
-        nats_per_token: the mean.
-        stderr: its standard error over sequences.
-        tokens: number of tokens.
+        nats_per_token: The mean.
+        stderr: Its standard error over sequences.
+        tokens: Number of tokens.
     """
 
     nats_per_token: float
@@ -152,13 +152,13 @@ def masked_loss_by_noise(
     that a level masks every token that a lower level masks.
 
     Args:
-        model: two-tower model.
+        model: Two-tower model.
         sequences: (n, l) int64 on the CPU.
         block_size: s.
-        levels: noise levels.
-        seed: seed of the uniform numbers.
-        mask_id: id of the mask token.
-        progress: called after every block.
+        levels: Noise levels.
+        seed: Seed of the uniform numbers.
+        mask_id: Id of the mask token.
+        progress: Called after every block.
 
     Returns:
         For every level a dict. `t` is the level, `loss` the nats per masked token, `stderr` its
@@ -234,13 +234,13 @@ def bound_nats(
     s - 1:]` scores exactly the same tokens, and in both there is text before them.
 
     Args:
-        model: two-tower model.
+        model: Two-tower model.
         sequences: (n, l) int64 on the CPU.
         block_size: s.
-        draws: draws of noise for each block.
-        seed: seed of the noise.
-        mask_id: id of the mask token.
-        progress: called after every block.
+        draws: Draws of noise for each block.
+        seed: Seed of the noise.
+        mask_id: Id of the mask token.
+        progress: Called after every block.
 
     Returns:
         (n, l - s) float64, the contribution of each token to the bound. The mean over tokens is the
@@ -269,8 +269,8 @@ def ar_scores(model: TwoTowerModel, cache: ContextCache, ids: Tensor) -> tuple[T
     """Score continuations of the cached text by the context tower.
 
     Args:
-        model: two-tower model.
-        cache: the cache of the text before the continuations.
+        model: Two-tower model.
+        cache: The cache of the text before the continuations.
         ids: (b, l) continuations, padded on the right. Padding does not change other scores.
 
     Returns:
@@ -303,14 +303,14 @@ def bound_scores(
     token is predicted from a block of masks.
 
     Args:
-        model: two-tower model.
-        cache: the cache of the text before the continuations; it is extended.
+        model: Two-tower model.
+        cache: The cache of the text before the continuations; it is extended.
         ids: (b, l) continuations, padded on the right.
         lengths: (b,) tokens of each continuation.
         block_size: s.
-        draws: draws of noise for each block.
-        seed: seed of the noise.
-        mask_id: id of the mask token.
+        draws: Draws of noise for each block.
+        seed: Seed of the noise.
+        mask_id: Id of the mask token.
 
     Returns:
         (b,) float64, in nats.
@@ -338,8 +338,8 @@ def mock_ar_scores(model: TwoTowerModel, cache: ContextCache, last: Tensor, ids:
     """Score continuations by the denoiser as a next-token model.
 
     Args:
-        model: two-tower model.
-        cache: the cache of the text before the continuations, without the last token of that text.
+        model: Two-tower model.
+        cache: The cache of the text before the continuations, without the last token of that text.
             It is extended.
         last: (b, 1) the last token of that text.
         ids: (b, l) continuations, padded on the right.

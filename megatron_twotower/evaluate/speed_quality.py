@@ -38,9 +38,9 @@ def text_quality(model: TwoTowerModel, ids: Tensor, prompt_tokens: int, ar_text:
     """The quality of one generated text, as means over its new tokens.
 
     Args:
-        model: two-tower model.
+        model: Two-tower model.
         ids: (1, l) prompt and new tokens.
-        prompt_tokens: tokens of the prompt.
+        prompt_tokens: Tokens of the prompt.
         ar_text: (n,) the new tokens of AR generation from the same prompt.
 
     Returns:
@@ -71,9 +71,9 @@ class SweepPoint:
     """One setting of mask diffusion in a sweep.
 
     Attributes:
-        threshold: confidence threshold.
-        block_size: tokens in a block.
-        steps: maximum number of denoiser passes for a block; None for one for each token.
+        threshold: Confidence threshold.
+        block_size: Tokens in a block.
+        steps: Maximum number of denoiser passes for a block; None for one for each token.
     """
 
     threshold: float
@@ -102,13 +102,13 @@ def sweep_points(
     """The settings to try.
 
     Args:
-        thresholds: confidence thresholds, tried at the trained block size with a step per token.
-        block_sizes: tried at `threshold` with a step per token.
-        steps: steps per block, tried at `threshold` and the trained block size. Numbers above the
+        thresholds: Confidence thresholds, tried at the trained block size with a step per token.
+        block_sizes: Tried at `threshold` with a step per token.
+        steps: Steps per block, tried at `threshold` and the trained block size. Numbers above the
             block size change nothing and are left out.
-        trained_block: the block size that the denoiser was trained with.
-        threshold: confidence threshold of the points that vary block size or steps.
-        every: try all combinations of the three lists instead.
+        trained_block: The block size that the denoiser was trained with.
+        threshold: Confidence threshold of the points that vary block size or steps.
+        every: Try all combinations of the three lists instead.
     """
     if every:
         return [
@@ -176,12 +176,12 @@ def sweep(
     the speed of the machine affects all of them equally.
 
     Args:
-        model: two-tower model.
+        model: Two-tower model.
         prompts: (n, l) int64.
-        points: the settings to try.
-        max_new_tokens: new tokens of each text.
-        mask_id: id of the mask token.
-        progress: called after every text.
+        points: The settings to try.
+        max_new_tokens: New tokens of each text.
+        mask_id: Id of the mask token.
+        progress: Called after every text.
 
     Returns:
         One row for AR (confidence_threshold None, speedup 1) and one for each point: passes of the
@@ -217,8 +217,8 @@ def pareto_front(rows: Sequence[dict[str, Any]], quality: str) -> list[dict[str,
     """The rows for which no other row is both faster and as good, the fastest last.
 
     Args:
-        rows: rows of a sweep.
-        quality: the key of a figure; more is better.
+        rows: Rows of a sweep.
+        quality: The key of a figure; more is better.
     """
     best: list[dict[str, Any]] = []
     for row in sorted(rows, key=lambda row: (-row["speedup"], -row[quality])):

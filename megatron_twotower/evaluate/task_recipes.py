@@ -16,12 +16,12 @@ class HarnessTask:
     """One row of the table of results.
 
     Attributes:
-        name: name of the row.
-        tasks: names of tasks, groups or tags of the harness; the result is their plain mean.
-        shots: examples before a question; None for the number of the task.
-        metric: the metric as the harness names it, such as "acc,none"; None for its first one.
-        card: results in the card of the released model, in percent, by mode.
-        overrides: settings that replace those of the task.
+        name: Name of the row.
+        tasks: Names of tasks, groups or tags of the harness; the result is their plain mean.
+        shots: Examples before a question; None for the number of the task.
+        metric: The metric as the harness names it, such as "acc,none"; None for its first one.
+        card: Results in the card of the released model, in percent, by mode.
+        overrides: Settings that replace those of the task.
         note: a remark for the reader of the results.
     """
 
@@ -43,7 +43,7 @@ def read_task_recipe(path: Path) -> list[HarnessTask]:
     """Read the tasks of a recipe file.
 
     Raises:
-        UserError: not a recipe of tasks; the message names the entry.
+        UserError: Not a recipe of tasks; the message names the entry.
     """
     try:
         content = yaml.safe_load(path.read_text())
@@ -69,8 +69,8 @@ def chosen_tasks(chosen: Sequence[str], *, shots: int | None = None) -> list[Har
     """The tasks that the command line names.
 
     Args:
-        chosen: names of recipes, paths of recipe files, and names of tasks of the harness.
-        shots: replaces the number of examples in recipes and tasks; None keeps it.
+        chosen: Names of recipes, paths of recipe files, and names of tasks of the harness.
+        shots: Replaces the number of examples in recipes and tasks; None keeps it.
     """
     found: list[HarnessTask] = []
     for name in chosen:

@@ -36,12 +36,12 @@ def run_tasks(
     """Run tasks of lm-evaluation-harness.
 
     Args:
-        folder: two-tower Hugging Face folder.
-        tasks: the tasks to run.
-        settings: how the model answers.
-        limit: documents of each task; None for all.
-        include_path: folder of further task files.
-        allow_code_execution: run code that the model has generated, for tasks that need it.
+        folder: Two-tower Hugging Face folder.
+        tasks: The tasks to run.
+        settings: How the model answers.
+        limit: Documents of each task; None for all.
+        include_path: Folder of further task files.
+        allow_code_execution: Run code that the model has generated, for tasks that need it.
 
     Returns:
         The results, ready for JSON.
@@ -151,7 +151,7 @@ def task_manager(tasks: Sequence[HarnessTask], include_path: str | Path | None =
     `include_path`.
 
     Raises:
-        UserError: an unknown name.
+        UserError: An unknown name.
     """
     names = [name for task in tasks for name in task.tasks]
     path = None if include_path is None else str(include_path)

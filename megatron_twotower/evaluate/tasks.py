@@ -66,18 +66,18 @@ def run(
     """Run the command: run the tasks, write `output` and print the table.
 
     Args:
-        folder: two-tower Hugging Face folder.
-        chosen: names of recipes, paths of recipe files, and names of tasks of the harness.
+        folder: Two-tower Hugging Face folder.
+        chosen: Names of recipes, paths of recipe files, and names of tasks of the harness.
         output: JSON file.
-        settings: fields of `HarnessSettings` that differ from their defaults.
-        shots: replaces the number of examples in recipes and tasks; None keeps it.
-        limit: documents of each task; None for all.
-        task_files: folder of further task files.
-        allow_code_execution: run code that the model has generated, for tasks that need it.
-        console: the console to print on; None for standard output.
+        settings: Fields of `HarnessSettings` that differ from their defaults.
+        shots: Replaces the number of examples in recipes and tasks; None keeps it.
+        limit: Documents of each task; None for all.
+        task_files: Folder of further task files.
+        allow_code_execution: Run code that the model has generated, for tasks that need it.
+        console: The console to print on; None for standard output.
 
     Raises:
-        UserError: the harness is not installed, or see `run_tasks`; nothing is written then.
+        UserError: The harness is not installed, or see `run_tasks`; nothing is written then.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("lm_eval: not installed, expected for --tasks (pip install 'megatron-twotower[eval]')")

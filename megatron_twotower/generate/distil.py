@@ -33,15 +33,15 @@ def distil(
     """Continue windows of training text greedily; write each with its continuation as a JSON line.
 
     Args:
-        folder: two-tower Hugging Face folder.
-        data: prepared data folder, in the tokenizer of the model.
+        folder: Two-tower Hugging Face folder.
+        data: Prepared data folder, in the tokenizer of the model.
         output: JSON lines with a field `text`, as `data prepare` reads them. The file appears only
             when it is complete.
-        sequences: number of texts.
-        prompt_tokens: tokens of a window of training text.
-        new_tokens: tokens that the context tower adds to a window.
-        batch_size: texts at a time.
-        progress: called after every batch.
+        sequences: Number of texts.
+        prompt_tokens: Tokens of a window of training text.
+        new_tokens: Tokens that the context tower adds to a window.
+        batch_size: Texts at a time.
+        progress: Called after every batch.
 
     Returns:
         The number of lines.

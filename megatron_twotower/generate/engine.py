@@ -30,15 +30,15 @@ class GenerationSettings:
     """How text is generated.
 
     Attributes:
-        max_new_tokens: maximum number of new tokens.
-        block_size: tokens of a block, which the denoiser fills together.
-        steps_per_block: maximum number of denoiser passes for a block; only for mask diffusion.
-        confidence_threshold: mask diffusion commits every token more probable than this at once.
+        max_new_tokens: Maximum number of new tokens.
+        block_size: Tokens of a block, which the denoiser fills together.
+        steps_per_block: Maximum number of denoiser passes for a block; only for mask diffusion.
+        confidence_threshold: Mask diffusion commits every token more probable than this at once.
         temperature: 0 is greedy.
-        top_k: number of most probable tokens to sample among; None for all.
-        seed: seed of the sampling.
-        top_p: probability mass of the most probable tokens to sample among; None for all.
-        draft_steps: denoiser passes for a draft; only for speculative generation.
+        top_k: Number of most probable tokens to sample among; None for all.
+        seed: Seed of the sampling.
+        top_p: Probability mass of the most probable tokens to sample among; None for all.
+        draft_steps: Denoiser passes for a draft; only for speculative generation.
     """
 
     max_new_tokens: int = 128
@@ -57,8 +57,8 @@ class Callbacks:
     """Functions that are called while text is generated.
 
     Attributes:
-        on_step: called after every step of mask diffusion.
-        on_tokens: called by the other modes when text grows.
+        on_step: Called after every step of mask diffusion.
+        on_tokens: Called by the other modes when text grows.
     """
 
     on_step: OnStep | None = None
@@ -73,14 +73,14 @@ class Generation:
     """Text that was generated from one prompt.
 
     Attributes:
-        mode: one of `MODES`.
-        prompt: the text that was continued.
-        text: the new text, without the EOS that may end it.
+        mode: One of `MODES`.
+        prompt: The text that was continued.
+        text: The new text, without the EOS that may end it.
         ids: (l + new,) int64 on the CPU, those of the prompt first.
-        new_tokens: number of new tokens, including EOS.
-        passes: forward passes of the tower that decides, see `DECIDING_TOWER`.
-        seconds: wall-clock time, including the prefill of the prompt.
-        accepted: number of drafted tokens that were accepted, in mode `speculative`; else None.
+        new_tokens: Number of new tokens, including EOS.
+        passes: Forward passes of the tower that decides, see `DECIDING_TOWER`.
+        seconds: Wall-clock time, including the prefill of the prompt.
+        accepted: Number of drafted tokens that were accepted, in mode `speculative`; else None.
     """
 
     mode: str
@@ -114,15 +114,15 @@ def load(
     No code in the folder is executed.
 
     Args:
-        folder: two-tower Hugging Face folder.
-        dtype: dtype of the weights; None for that of `config.json`.
-        device: device of both towers.
+        folder: Two-tower Hugging Face folder.
+        dtype: Dtype of the weights; None for that of `config.json`.
+        device: Device of both towers.
 
     Returns:
         The model in evaluation mode, and its tokenizer.
 
     Raises:
-        UserError: not a two-tower folder, or weights that are not exactly those of its
+        UserError: Not a two-tower folder, or weights that are not exactly those of its
             configuration.
     """
     architectures = read_hf_config(folder).get("architectures")
@@ -154,7 +154,7 @@ def place_towers(model: TwoTowerModel, devices: Sequence[str]) -> None:
     """Put the model on one device, or the context tower on one and the denoiser on another.
 
     Raises:
-        UserError: more than two devices, or a device that does not exist.
+        UserError: More than two devices, or a device that does not exist.
     """
     if len(devices) > 2:
         raise UserError(f"device: found {' '.join(devices)}, expected one or two")
@@ -301,20 +301,20 @@ def generate_ids(
     """Continue prompts.
 
     Args:
-        model: two-tower model.
+        model: Two-tower model.
         ids: (b, l) int64, on the device of the context tower.
-        mode: one of `MODES`.
-        settings: how to generate.
-        mask_id: id of the mask token.
-        eos_id: ends a row; with None every row gets `max_new_tokens`.
+        mode: One of `MODES`.
+        settings: How to generate.
+        mask_id: Id of the mask token.
+        eos_id: Ends a row; with None every row gets `max_new_tokens`.
         attention_mask: (b, l), 0 at padding on the left of shorter prompts; None without padding.
-        callbacks: functions to call while text is generated.
+        callbacks: Functions to call while text is generated.
 
     Returns:
         Ids (b, l + new) and the cost of the generation.
 
     Raises:
-        UserError: an unknown mode, or a setting out of range.
+        UserError: An unknown mode, or a setting out of range.
     """
     check_mode(mode)
     try:
@@ -343,7 +343,7 @@ def generate(
     """Continue one prompt, up to the end-of-text token of the tokenizer.
 
     Raises:
-        UserError: an empty prompt, an unknown mode, or a setting out of range.
+        UserError: An empty prompt, an unknown mode, or a setting out of range.
     """
     ids = text_encoder(tokenizer)([prompt])[0]
     if not ids:

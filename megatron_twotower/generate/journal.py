@@ -25,7 +25,7 @@ def open_journal(path: Path, request: dict[str, Any]) -> Iterator[tuple[IO[bytes
         The file, positioned at its end, and the number of finished batches.
 
     Raises:
-        UserError: the journal is of another request, or another process uses it.
+        UserError: The journal is of another request, or another process uses it.
     """
     with open(path, "a+b") as stream:
         try:
@@ -73,8 +73,8 @@ def rows_in_order(stream: IO[bytes], window_batches: int) -> Iterator[dict[str, 
     """Yield the rows of all batches in the order of their prompts.
 
     Args:
-        stream: the file of a journal whose batches are all finished.
-        window_batches: batches in a window; prompts of different windows never share a batch, so
+        stream: The file of a journal whose batches are all finished.
+        window_batches: Batches in a window; prompts of different windows never share a batch, so
             that one window at a time is in memory.
     """
     stream.seek(0)

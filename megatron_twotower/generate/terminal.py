@@ -175,19 +175,19 @@ def run(
     """Run the command; mode `all` generates in every mode and compares them.
 
     Args:
-        folder: two-tower Hugging Face folder.
-        prompt: text to continue.
-        mode: one of `MODES`, or `all`.
-        settings: how text is generated.
+        folder: Two-tower Hugging Face folder.
+        prompt: Text to continue.
+        mode: One of `MODES`, or `all`.
+        settings: How text is generated.
         page: HTML file for a replay of the denoising; None for no replay.
-        devices: one, or one for each tower; empty for `default_devices`.
-        console: the console to print on; None for standard output.
+        devices: One, or one for each tower; empty for `default_devices`.
+        console: The console to print on; None for standard output.
 
     Returns:
         The exit status.
 
     Raises:
-        UserError: an empty prompt, an unknown mode, a setting out of range, a folder that is no
+        UserError: An empty prompt, an unknown mode, a setting out of range, a folder that is no
             model.
     """
     check_mode(mode, ALL)

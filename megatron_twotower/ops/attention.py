@@ -65,11 +65,11 @@ def block_attention(
     keys and values there, which saves two of the five products of a backward pass.
 
     Args:
-        query: of the noisy stream, like key and value.
-        clean_key: key of the clean stream, like clean_value.
-        block: block size s, a divisor of l.
+        query: Of the noisy stream, like key and value.
+        clean_key: Key of the clean stream, like clean_value.
+        block: Block size s, a divisor of l.
         documents: (b, l), or `None` for one document.
-        mask: from `block_mask`. FlexAttention builds it itself if it is `None`.
+        mask: From `block_mask`. FlexAttention builds it itself if it is `None`.
 
     Returns:
         (b, heads, l, e).
@@ -222,8 +222,8 @@ class _Ranges(NamedTuple):
 
     Attributes:
         nonempty: (tiles,) bool.
-        blocks: indices of the blocks of the first and the last position, (tiles,) each.
-        documents: their documents, (b, tiles) each, or `None` for one document.
+        blocks: Indices of the blocks of the first and the last position, (tiles,) each.
+        documents: Their documents, (b, tiles) each, or `None` for one document.
     """
 
     nonempty: Tensor
@@ -315,7 +315,7 @@ def block_mask(tokens: Tensor, *, block: int, documents: Tensor | None = None) -
 
     Args:
         tokens: (b, l) on the device of the attention.
-        block: block size s.
+        block: Block size s.
         documents: (b, l), or `None` for one document.
 
     Returns:

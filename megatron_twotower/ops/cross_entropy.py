@@ -32,9 +32,9 @@ def chunk_cross_entropy_torch(
         logits: (m, v / tensor parallel size).
         targets: (m,) int64 token ids.
         weights: (m,) float32 weight of each position in the sum of losses.
-        group: tensor-parallel process group, or `None`.
-        first: first vocabulary entry of this rank's slice.
-        gradient: whether to compute the gradient of the weighted sum.
+        group: Tensor-parallel process group, or `None`.
+        first: First vocabulary entry of this rank's slice.
+        gradient: Whether to compute the gradient of the weighted sum.
 
     Returns:
         The losses (m,) float32, and the gradient of the logits in their dtype, undefined if
@@ -122,8 +122,8 @@ def linear_cross_entropy(
         weight: (v / tensor parallel size, h), this rank's slice of the head.
         targets: (m,) int64 token ids.
         weights: (m,) float32 weight of each position in the sum.
-        group: tensor-parallel process group, or `None`.
-        first: first vocabulary entry of this rank's slice.
+        group: Tensor-parallel process group, or `None`.
+        first: First vocabulary entry of this rank's slice.
 
     Returns:
         The sum, a float32 scalar with gradients into `hidden` and `weight`; the losses (m,) in

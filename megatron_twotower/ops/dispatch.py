@@ -93,7 +93,7 @@ def mamba_ssm_chunk_scan(
     Args:
         x: (b, l, m, p), of the dtype of B and C; dt is (b, l, m), B and C are (b, l, g, d), A and D
             are (m,).
-        chunk: positions of a chunk.
+        chunk: Positions of a chunk.
         documents: (b, l), or `None` for one document.
 
     Returns:

@@ -343,7 +343,7 @@ def two_stream_scan(
     Args:
         x: (b, l, m, p); the other shapes are in the module's docstring.
         clean_x: x of the clean stream, as clean_dt, clean_A and clean_B. No gradient flows into it.
-        states: the state of the clean stream at the start of each chunk, from `chunk_scan` with the
+        states: The state of the clean stream at the start of each chunk, from `chunk_scan` with the
             same `chunk`.
         block: s, a divisor of l.
         chunk: q, a multiple of `block` or, if the block is long, a divisor.

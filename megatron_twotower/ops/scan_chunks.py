@@ -143,11 +143,11 @@ class Decays(NamedTuple):
 
     Attributes:
         running: (c, q, m) log decay from the start of a span to each position.
-        span: positions of a span: the chunk of one stream, or the block of a noisy stream.
-        tile: positions of a tile.
+        span: Positions of a span: the chunk of one stream, or the block of a noisy stream.
+        tile: Positions of a tile.
         documents: (c, q), or `None`.
         read: (c, q, m) factor of the state at the chunk's start, seen from i.
-        halves: for each h: h, factors of the first halves (c, k, h, m) and of the second halves
+        halves: For each h: h, factors of the first halves (c, k, h, m) and of the second halves
             (c, k, h, m), with k windows in a chunk.
     """
 
@@ -295,12 +295,12 @@ def chunk_outputs(
     """The y (c, q, m, p) of all chunks, in the working dtype.
 
     Args:
-        stream: the stream of the positions.
+        stream: The stream of the positions.
         C: (c, q, g, d).
         D: (m,) in the working dtype.
-        read: the stream that the inter-tile terms read; `None` if it is `stream` itself.
+        read: The stream that the inter-tile terms read; `None` if it is `stream` itself.
         states: (c, m, p, d), the state of that stream at the start of each chunk.
-        decays: of the positions.
+        decays: Of the positions.
     """
     dtype, tile, skip = stream.dt.dtype, decays.tile, D.unsqueeze(-1)
     y = torch.empty(stream.x.shape, dtype=dtype, device=stream.x.device)
@@ -347,9 +347,9 @@ def chunk_gradients(
     Args:
         grad: (c, q, m, p), the gradient of y.
         y: (c, q, m, p), what `chunk_outputs` returned.
-        stream: as in `chunk_outputs`, like C, D, states and decays.
+        stream: As in `chunk_outputs`, like C, D, states and decays.
         A: (m,) in the working dtype.
-        read: as in `chunk_outputs`. No gradient flows into it.
+        read: As in `chunk_outputs`. No gradient flows into it.
         state_gradients: `None` if the positions write into no state.
     """
     dtype, tile = stream.dt.dtype, decays.tile

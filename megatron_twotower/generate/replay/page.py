@@ -58,7 +58,7 @@ def read_page(path: Path) -> dict[str, Any]:
     """The recording in a page.
 
     Raises:
-        UserError: the file is not a page of `write_page`.
+        UserError: The file is not a page of `write_page`.
     """
     found = _RECORDING.search(path.read_text(encoding="utf-8"))
     if found is None:

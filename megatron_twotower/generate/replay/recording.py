@@ -17,8 +17,8 @@ class Recorder:
     """Records the steps of one row, as `on_step` of `generate_mask_diffusion`.
 
     Attributes:
-        row: index of the row in the batch.
-        blocks: the recorded steps of each block.
+        row: Index of the row in the batch.
+        blocks: The recorded steps of each block.
     """
 
     row: int = 0

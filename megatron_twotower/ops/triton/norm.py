@@ -182,7 +182,7 @@ def gated_rms_norm_triton(y: Tensor, z: Tensor, weight: Tensor, epsilon: float) 
         z: (..., h), of y's dtype. A view (b, l, h) of the projection of a Mamba layer is read
             without a copy.
         weight: (groups, h / groups).
-        epsilon: added to the mean of squares.
+        epsilon: Added to the mean of squares.
     """
     assert y.dtype == z.dtype, (y.dtype, z.dtype)
     return _GatedRMSNorm.apply(y, z, weight, epsilon)

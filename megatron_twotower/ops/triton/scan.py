@@ -74,19 +74,19 @@ class TileConstants(NamedTuple):
     """Compile-time constants of the kernels of tiles, in the order of their last parameters.
 
     Attributes:
-        heads: of one rank.
-        group_heads: heads of one group.
+        heads: Of one rank.
+        group_heads: Heads of one group.
         head_size: p.
         state: d.
         block: s.
         chunk: q.
-        tile: positions of a tile, a multiple of `block`.
-        tiles: tiles of a chunk.
+        tile: Positions of a tile, a multiple of `block`.
+        tiles: Tiles of a chunk.
         rows: `tile`, padded.
-        keys: clean positions that are multiplied with a tile at once: all of a chunk, or half.
+        keys: Clean positions that are multiplied with a tile at once: all of a chunk, or half.
         head_size_padded: `head_size`, padded.
         state_padded: `state`, padded.
-        documents: whether documents separate positions.
+        documents: Whether documents separate positions.
     """
 
     heads: int
@@ -108,7 +108,7 @@ class Launch(NamedTuple):
     """How a kernel of tiles is launched.
 
     Attributes:
-        tile: the most positions of a tile, unless one block has more.
+        tile: The most positions of a tile, unless one block has more.
         warps: Triton's num_warps.
         stages: Triton's num_stages.
     """
