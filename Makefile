@@ -7,7 +7,7 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 # On Linux the package index serves torch with CUDA. The CPU build:
-# make install TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
+# make install TORCH='torch==2.13.0 --index-url ...'
 TORCH ?= torch==2.13.0
 RUN ?= runs/quickstart
 # The backbone that both towers start from, with the tokenizer that it was trained with.
