@@ -120,6 +120,23 @@ def test_the_container_has_the_versions_that_setup_asks_for_and_copies_what_is_t
     assert any("--no-build-isolation" in value and "mamba-ssm" in value for _, value in steps)
 
 
+def test_the_container_keeps_the_packages_of_its_image(tmp_path):
+    """NVIDIA builds torch from files: `pip freeze` names the file, which pip would fetch again."""
+    for name, version in {"torch": "2.9.0a0+50eac811a6.nv25.9", "transformer_engine": "2.9.0+70f53666"}.items():
+        folder = tmp_path / f"{name}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        (folder / "direct_url.json").write_text(json.dumps({"url": "file:///tmp/dist/x.whl", "archive_info": {}}))
+    (line,) = [value for name, value in dockerfile() if name == "RUN" and "> /tmp/constraints.txt" in value]
+    written = tmp_path / "constraints.txt"
+    line = line.replace("/tmp/constraints.txt", str(written))
+    subprocess.run(["bash", "-ec", line], check=True, env=environment(PYTHONPATH=str(tmp_path)))
+    kept = {each.name: each for each in map(Requirement, written.read_text().splitlines())}
+    assert str(kept["torch"].specifier) == "==2.9.0a0+50eac811a6.nv25.9"
+    assert str(kept["transformer_engine"].specifier) == "==2.9.0+70f53666"
+    assert all(each.url is None for each in kept.values())
+
+
 def test_settings_of_h100_nodes_stay_behind_what_is_set_and_before_what_is_general():
     shown = subprocess.run(
         ["bash", "-euc", f"source {LAUNCH}/env.sh; env"],
