@@ -13,8 +13,8 @@ assert VERSION is not None
 REQUIRES = [
     # Tested with 2.13. On Linux the default build of torch is the CUDA one, of several gigabytes.
     # To get the CPU build, install it first (make install TORCH='...'): then this range is met.
-    # 2.9.0a0: NVIDIA's containers carry builds such as 2.9.0a0+50eac811a6, which pip must not replace.
-    # megatron_twotower/common/versions.py compares these ranges again when the program starts.
+    # 2.9.0a0: NVIDIA's containers carry builds such as 2.9.0a0+50eac811a6, which pip must not
+    # replace. megatron_twotower/common/versions.py compares these ranges when the program starts.
     "torch>=2.9.0a0,<3",
     # The releases in mcore/releases.py: 0.16.1, the last for Python 3.11, and 0.19.
     "megatron-core>=0.16.1,<0.20,!=0.17.*,!=0.18.*",

@@ -161,7 +161,8 @@ def _require_versions(train: TrainConfig) -> None:
         return
     for package in ("mamba-ssm", "causal-conv1d"):
         versions.require_fit(package, otherwise=", or none of it")
-    if train.transformer_impl == "transformer_engine" or (train.transformer_impl == "auto" and train.precision != "fp32"):
+    by_itself = train.transformer_impl == "auto" and train.precision != "fp32"
+    if by_itself or train.transformer_impl == "transformer_engine":
         versions.require_fit("transformer-engine", otherwise=", or train.transformer_impl=local")
 
 
