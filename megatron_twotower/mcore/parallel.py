@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_twotower.common import device
 from megatron_twotower.config.schema import RunConfig
+from megatron_twotower.mcore import meeting
 
 
 def world_size() -> int:
@@ -40,7 +41,11 @@ def is_main() -> bool:
 
 
 def initialise(config: RunConfig) -> ProcessGroupCollection:
-    """Start the process group, unless it exists already, and create Megatron's parallel groups."""
+    """Start the process group, unless it exists already, and create Megatron's parallel groups.
+
+    Raises:
+        UserError: torchrun was started in a way in which ranks that start again do not meet.
+    """
     threads = config.parallel.threads_per_rank
     if threads:
         torch.set_num_threads(threads)
@@ -48,7 +53,7 @@ def initialise(config: RunConfig) -> ProcessGroupCollection:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(device.backend(), timeout=timedelta(minutes=30))
+            dist.init_process_group(device.backend(), timeout=timedelta(minutes=30), **meeting.place())
         else:
             dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1)
     parallel_state.destroy_model_parallel()
