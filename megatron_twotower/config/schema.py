@@ -319,7 +319,9 @@ class TrainConfig:
         stop_after_nonfinite: A step whose loss or gradients are not finite is skipped. This number
             of consecutive skipped steps ends the run.
         hang_timeout_seconds: A rank that makes no progress for this long ends the job, with an
-            error that names the rank; 0: never.
+            error that names the rank; 0: never. Every micro-batch is progress.
+        save_timeout_seconds: The same while a checkpoint is saved. What any rank writes or reads
+            back is progress, the wait until a file is on disk is not; 0: never.
         ledger: Record which samples every step consumed (`ledger/` in the run folder).
     """
 
@@ -342,6 +344,7 @@ class TrainConfig:
     on_damaged_checkpoint: str = setting("stop", choices=("stop", "previous"))
     stop_after_nonfinite: int = setting(10, unit="steps", at_least=1)
     hang_timeout_seconds: int = setting(900, unit="seconds", at_least=0)
+    save_timeout_seconds: int = setting(3600, unit="seconds", at_least=0)
     ledger: bool = setting(False, free=True)
 
 
