@@ -394,7 +394,8 @@ class LoggingConfig:
 
     Attributes:
         console: Print a table of figures.
-        wandb: Mode of Weights & Biases.
+        wandb: Mode of Weights & Biases. WANDB_MODE, WANDB_PROJECT and WANDB_NAME, if set in the
+            environment, decide instead of this key and the next two.
         project: Project in Weights & Biases.
         name: Name of the run in Weights & Biases; null: its own choice.
     """

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ from megatron_twotower.model.towers import BackboneModel, TwoTower, build_contex
 from megatron_twotower.plan.activations import bytes_by_kind
 from megatron_twotower.train import checkpoints, ledger
 from megatron_twotower.train.loop import LoopHooks, Trainer, train
-from megatron_twotower.train.metrics import Metrics, WandbSettings, open_metrics
+from megatron_twotower.train.metrics import Metrics, open_metrics, wandb_settings
 from megatron_twotower.train.optimizer import build_optimizer, build_schedule
 from megatron_twotower.train.progress import TrainingProgress
 from megatron_twotower.train.signals import StopSignal
@@ -279,6 +280,6 @@ def _open_metrics(run: Path, config: RunConfig, progress: TrainingProgress) -> M
         total_steps=config.train.steps,
         resume_step=progress.step,
         console=logging.console,
-        wandb=WandbSettings(logging.wandb, logging.project, logging.name),
+        wandb=wandb_settings(logging, os.environ),
         config=dataclasses.asdict(config),
     )
