@@ -306,6 +306,9 @@ def test_the_grace_period_is_told_in_one_place(tmp_path):
     assert torchrun(tmp_path, GRACE_SECONDS="900")[1]["GRACE_SECONDS"] == "900"
     assert "signal 600 s before its end" in sbatch(tmp_path)[0].stdout
     assert "signal 900 s before its end" in sbatch(tmp_path, GRACE_SECONDS="900")[0].stdout
+    done, started, _ = sbatch(tmp_path, GRACE_SECONDS="10m")
+    assert (done.returncode, started) == (2, [])
+    assert done.stderr == "slurm.sbatch: GRACE_SECONDS: found 10m, expected a whole number of seconds\n"
     assert "--signal" not in "".join(line for line in SCRIPT.read_text().splitlines() if line.startswith("#SBATCH"))
 
 
