@@ -14,9 +14,10 @@ A save that fails does not change the older checkpoints.
 import contextlib
 import dataclasses
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ class CheckpointWriter:
         self._run, self._sharded_state = run, sharded_state
         self._background, self._keep, self._keep_every = background, keep, keep_every
         self._pending: _PendingSave | None = None
-        self._saves, self._bytes_read = 0, 0
+        self._saves, self._bytes_written, self._bytes_read = 0, 0, 0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     def begin(self, state: CheckpointState, schedule: dict[str, Any]) -> list[SavedCheckpoint]:
@@ -109,6 +110,7 @@ class CheckpointWriter:
         save.copy_to_host()
         self._saves += 1
         written = self._writer.submit(_write, save, self._note_read)
+        threading.Thread(target=self._measure, args=(save, written), name="size of a save", daemon=True).start()
         self._pending = _PendingSave(state, partial, save, written, time.perf_counter() - started)
         return finished if self._background else finished + self.finish()
 
@@ -119,19 +121,23 @@ class CheckpointWriter:
                 shard.data = shard.data.clone(memory_format=torch.contiguous_format)
             yield shard
 
-    def _note_read(self, count: int) -> None:
-        self._bytes_read += count
-
     def work_done(self) -> int:
         """Return a number that changes while this rank writes; any thread may call this.
 
         It counts the bytes in this rank's files, and those read back for their checksums.
         """
-        pending, size = self._pending, 0
-        for file in pending.save.files if pending is not None else ():
+        return self._bytes_written + self._bytes_read
+
+    def _note_read(self, count: int) -> None:
+        self._bytes_read += count
+
+    def _measure(self, save: AsyncSave, written: Future[Any]) -> None:
+        """Count the bytes of a save until it is written. A broken disk may block this thread."""
+        pause = 0.1
+        while wait([written], timeout=pause).not_done:
+            pause = min(2 * pause, 10.0)
             with contextlib.suppress(OSError):  # not created yet
-                size += file.stat().st_size
-        return size + self._bytes_read
+                self._bytes_written = sum(file.stat().st_size for file in save.files)
 
     def poll(self) -> list[SavedCheckpoint]:
         """Finish the pending save if all ranks have written it.

@@ -39,6 +39,7 @@ def test_every_run_of_a_process_meets_at_a_place_of_its_own(monkeypatch):
 def test_all_wait_for_the_last(monkeypatch):
     store, passed = meeting.dist.HashStore(), []
     monkeypatch.setattr(meeting.dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(meeting.dist, "get_backend", lambda: "gloo")
     monkeypatch.setattr(meeting.dist.distributed_c10d, "_get_default_store", lambda: store)
     ranks = [
         threading.Thread(target=lambda number=number: (meeting.wait_for_all("save"), passed.append(number)))

@@ -1,16 +1,19 @@
 """A rank that hangs is named with its call, and the job ends."""
 
+import contextlib
 import re
 import signal
 import sys
 import threading
 import time
 
+import pytest
 from torch.distributed import HashStore
 
 from helpers.runs import PLAIN, last_step, settings, train, train_arguments, until
 from megatron_twotower.bench import ranks
 from megatron_twotower.mcore.async_save import AsyncSave
+from megatron_twotower.train import run as train_run
 from megatron_twotower.train import watchdog
 
 
@@ -47,67 +50,86 @@ def test_a_loop_without_progress_ends_its_process_and_names_its_call(tmp_path, c
     assert "test_watchdog.py" in said, "the stacks of all threads"
 
 
-def ended_by(monkeypatch):
-    """The event that a watchdog sets instead of ending this process."""
-    ended = threading.Event()
-    monkeypatch.setattr(watchdog.os, "_exit", lambda status: (ended.set(), time.sleep(3600)))
-    return ended
+class Clock:
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(watchdog.time, "monotonic", lambda: self.now)
 
 
-def test_a_save_lives_as_long_as_it_writes_and_has_a_limit_of_its_own(capfd, monkeypatch):
-    ended, written = ended_by(monkeypatch), [0]
-    watch = watchdog.Watchdog(limit_seconds=0.2, save_limit_seconds=0.8, work_done=lambda: written[0])
-    watch.start()
+def look(watch):
+    """What the thread of a watchdog does again and again, for its own loop."""
+    watch._notice_writing()
+    return watch._check_own_loop()
+
+
+def test_a_save_lives_as_long_as_it_writes_and_has_a_limit_of_its_own(monkeypatch):
+    clock, written = Clock(monkeypatch), [0]
+    watch = watchdog.Watchdog(limit_seconds=10, save_limit_seconds=40, work_done=lambda: written[0])
     watch.heartbeat(f"{watchdog.SAVING} after step 5")
-    time.sleep(0.5)
-    assert not ended.is_set(), "longer than a step may take"
-    for _ in range(15):
+    clock.now += 35
+    assert look(watch) is None, "longer than a step may take"
+    for _ in range(5):
         written[0] += 1
-        time.sleep(0.1)
-    assert not ended.is_set(), "longer than a save may take without a byte"
-    assert ended.wait(20)
-    assert "has made no progress" in (said := capfd.readouterr().err) and "at saving after step 5" in said
+        clock.now += 35
+        assert look(watch) is None, "longer than a save may take without a byte"
+    clock.now += 45
+    assert "has made no progress for 45 s, at saving after step 5" in look(watch)
+    watch = watchdog.Watchdog(limit_seconds=10, save_limit_seconds=40, work_done=lambda: written[0])
+    watch.heartbeat("step 6")
+    written[0] += 1
+    clock.now += 15
+    assert "at step 6" in look(watch), "what is written does not count in a step"
+
+
+@pytest.mark.parametrize(("limits", "activity"), [((0, 5), "step 6"), ((5, 0), f"{watchdog.SAVING} after step 6")])
+def test_a_limit_of_0_is_none(limits, activity, monkeypatch):
+    clock = Clock(monkeypatch)
+    watch = watchdog.Watchdog(limit_seconds=limits[0], save_limit_seconds=limits[1])
+    watch.heartbeat(activity)
+    clock.now += 1e9
+    assert look(watch) is None
 
 
 def test_a_rank_that_waits_for_another_one_to_write_is_alive(monkeypatch):
-    store, now = HashStore(), [0.0]
-    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+    clock, store = Clock(monkeypatch), HashStore()
     waits, writes = (
         watchdog.Watchdog(limit_seconds=10, save_limit_seconds=20, work_done=work)
-        for work in (lambda: 7, lambda: now[0])
+        for work in (lambda: 7, lambda: int(clock.now))
     )
     for watch in (waits, writes):
         watch._store = store
         watch.heartbeat(f"{watchdog.SAVING} after step 5")
     for _ in range(6):
-        now[0] += 15
-        for watch in (writes, waits):
-            watch._notice_writing()
-            assert watch._check_own_loop() is None
-    for _ in range(2):  # now nobody writes
-        now[0] += 15
-        waits._notice_writing()
-    assert "at saving after step 5" in waits._check_own_loop()
-    waits.heartbeat("step 6")
-    waits._reported_own = False
-    now[0] += 15
-    writes._notice_writing()
-    assert "at step 6" in waits._check_own_loop(), "what is written does not count in a step"
+        clock.now += 15
+        assert look(writes) is None and look(waits) is None
+    clock.now += 15  # now nobody writes
+    assert look(waits) is None
+    clock.now += 15
+    assert "at saving after step 5" in look(waits)
 
 
-def test_a_save_slower_than_a_step_may_be_does_not_end_the_run(tmp_path, tiny_data, monkeypatch):
-    ended, write = ended_by(monkeypatch), AsyncSave.write
+def test_a_run_tells_its_watchdog_what_it_writes(tmp_path, tiny_data, monkeypatch):
+    """The number grows while a file does, and counts what is read back for the checksum."""
+    told, grown, asked, write = [], [], {}, AsyncSave.write
+
+    @contextlib.contextmanager
+    def watching(**settings):
+        asked.update(settings)
+        yield told.append
 
     def slowly(save):
-        for number in range(12):
-            time.sleep(0.25)
-            save.files[0].write_bytes(bytes(number))
+        save.files[0].write_bytes(bytes(11))
+        grown.append((told[-1], until(lambda: asked["work_done"]() == 11, 30)))
         return write(save)
 
+    monkeypatch.setattr(train_run, "watching", watching)
     monkeypatch.setattr(AsyncSave, "write", slowly)
-    limits = ("train.hang_timeout_seconds=1", "train.save_timeout_seconds=2", "train.steps=6")
+    limits = ("train.hang_timeout_seconds=100", "train.save_timeout_seconds=200", "train.steps=6")
     assert train("tiny_ar", *settings(tiny_data, tmp_path / "run", None, *PLAIN, *limits))
-    assert not ended.is_set() and (tmp_path / "run" / "checkpoints" / "step-00000006").is_dir()
+    assert (asked["limit_seconds"], asked["save_limit_seconds"]) == (100, 200)
+    assert grown == [("saving after step 6", True)]
+    files = (tmp_path / "run" / "checkpoints" / "step-00000006").glob("*.distcp")
+    assert asked["work_done"]() >= 11 + sum(file.stat().st_size for file in files)
 
 
 def test_every_micro_batch_is_progress(tmp_path, tiny_data, monkeypatch):
