@@ -2,7 +2,8 @@
 
 torchrun itself kills its ranks 30 seconds after it has passed SIGTERM or SIGUSR1 to them. A step
 and a checkpoint may take longer. From torch 2.12 on this is a setting (torch/distributed/run.py,
-`--shutdown-timeout`). In older releases it is the default of an argument that nobody passes.
+`--shutdown-timeout`). In older releases it is the default of an argument that nobody passes; what
+is done about that was written from their source, and did not run with them.
 After the failure of a rank the others still have 30 seconds: they may be waiting for it.
 """
 
