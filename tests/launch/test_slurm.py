@@ -46,13 +46,13 @@ def whole(tmp_path_factory, arguments):
     return run
 
 
-def submit(cluster, folder, *options):
+def submit(cluster, folder, *options, **variables):
     """Queue the shipped script from a folder of its own.
 
     `python` must be this interpreter on every node.
     """
     path = f"{Path(sys.executable).parent}:{cluster.environment['PATH']}"
-    said = cluster.run("sbatch", "--parsable", *options, cwd=folder, PATH=path, PYTHONPATH=str(ROOT))
+    said = cluster.run("sbatch", "--parsable", *options, cwd=folder, PATH=path, PYTHONPATH=str(ROOT), **variables)
     return said.strip().partition(";")[0]
 
 
@@ -113,6 +113,26 @@ def test_a_job_that_is_cut_off_resumes_to_the_same_losses(cut, cluster, argument
     assert "start 1" in story and "start 2" in story, story
     assert len(list((run / "checkpoints").iterdir())) == 2, "one after the signal, one at the end: the run resumed"
     assert losses(records_of(run)) == pytest.approx(losses(records_of(whole)), rel=1e-5)
+
+
+def test_the_script_sends_the_signal_before_the_time_of_a_job_ends(cluster, arguments, tmp_path):
+    job = submit(
+        cluster,
+        tmp_path,
+        *CPU[:-1],
+        "--time=2",
+        str(ROOT / "launch" / "slurm.sbatch"),
+        *arguments,
+        f"output={tmp_path}/run",
+        "train.steps=1000000",
+        "train.checkpoint_every_steps=0",
+        "schedule.decay_steps=0",
+        REQUEUE="0",
+    )
+    assert cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT") == "FAILED", seen(tmp_path)
+    story = (tmp_path / f"twotower-{job}.log").read_text()
+    assert "signal 60 s before its end" in story or "signal 59 s before its end" in story, story
+    assert "status 75" in story and len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
 
 
 def test_tasks_of_an_array_from_a_launch_folder_with_a_space(cluster, arguments, whole, tmp_path, records_of):
