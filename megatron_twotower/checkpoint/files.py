@@ -133,7 +133,7 @@ def damaged(folder: Path) -> str | None:
     Returns:
         The first difference, in one line; `None` if there is none.
     """
-    files, problem = parallel.broadcast_from_main(_expected_files(folder) if parallel.is_main() else None)
+    files, problem = parallel.from_main(lambda: _expected_files(folder))
     if problem is not None:
         return problem
     mine = files[parallel.rank() :: parallel.world_size()]
@@ -173,7 +173,7 @@ def newest_complete(run: Path, *, verify: bool, on_damaged: str) -> Path | None:
     Raises:
         UserError: The newest checkpoint is damaged, and `on_damaged` is `stop`.
     """
-    found = [Path(name) for name in parallel.broadcast_from_main([str(path) for path in find_checkpoints(run)])]
+    found = parallel.from_main(lambda: find_checkpoints(run))
     for folder in reversed(found):
         problem = damaged(folder) if verify else None
         if problem is None:

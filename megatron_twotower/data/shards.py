@@ -196,7 +196,12 @@ class Corpus:
 
     @classmethod
     def open(
-        cls, folder: Path | str, *, damaged: Literal["stop", "skip"] = "stop", verify_shards: bool = False
+        cls,
+        folder: Path | str,
+        *,
+        damaged: Literal["stop", "skip"] = "stop",
+        verify_shards: bool = False,
+        examine: bool = True,
     ) -> "Corpus":
         """Open a split folder, or its URL (`remote.join` says how file names become part of it).
 
@@ -207,13 +212,15 @@ class Corpus:
             damaged: With "stop", every local shard must exist and have its size. With "skip", no
                 shard is examined before it is read.
             verify_shards: Compare the checksum of a local shard at its first read.
+            examine: Whether "stop" examines the shards now. If another process does so, this one
+                need not: it still compares the size of each shard that it reads.
 
         Raises:
             UserError: The index or a shard is missing or wrong; the message names it, what was
                 found and what was expected.
         """
         corpus = _open_corpus(folder, verify_shards=verify_shards)
-        if damaged == "stop":
+        if examine and damaged == "stop":
             for number in range(len(corpus.shards)):
                 if problem := corpus._size_problem(number):
                     raise UserError(problem)

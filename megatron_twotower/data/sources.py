@@ -17,8 +17,12 @@ from megatron_twotower.data.shards import Corpus
 from megatron_twotower.data.tokenizer import tokenizer_fingerprint
 
 
-def open_training(config: RunConfig) -> SequenceDataset | BlendedDataset:
+def open_training(config: RunConfig, *, examine: bool = True) -> SequenceDataset | BlendedDataset:
     """What a run trains on: the corpus of `data.folder`, or the mixtures of `data.blend` by phase.
+
+    Args:
+        config: A resolved configuration.
+        examine: Whether to examine every shard and the tokenizer, which one rank of a run does.
 
     Raises:
         UserError: a blend, corpus or phase does not fit the run, or the tokens are from another
@@ -26,26 +30,29 @@ def open_training(config: RunConfig) -> SequenceDataset | BlendedDataset:
     """
     phases = resolve_phases(config)
     if not config.data.blend:
-        return _open_corpus(config, config.data.folder, "train", number=0)
+        return _open_corpus(config, config.data.folder, "train", number=0, examine=examine)
     mixtures = _mixtures(config, phases)
-    return BlendedDataset(_open_corpora(config, mixtures, "train"), phases, [_weights(mixture) for mixture in mixtures])
+    datasets = _open_corpora(config, mixtures, "train", examine=examine)
+    return BlendedDataset(datasets, phases, [_weights(mixture) for mixture in mixtures])
 
 
-def open_validation(config: RunConfig, count: int) -> SequenceDataset | BlendedDataset:
+def open_validation(config: RunConfig, count: int, *, examine: bool = True) -> SequenceDataset | BlendedDataset:
     """What a run validates on: held-out sequences.
 
     With a blend, the proportions of the corpora are those of all phases of the run together. A
     corpus whose share is less than one in `LONGEST_PERIOD` is left out.
 
     Args:
+        config: A resolved configuration.
         count: The number of sequences that validation reads.
+        examine: As in `open_training`.
 
     Raises:
         UserError: As `open_training`, or fewer than `count` sequences are held out.
     """
     phases, key = resolve_phases(config), f"train.validation_sequences: found {count}, expected at most the"
     if not config.data.blend:
-        alone = _open_corpus(config, config.data.folder, "validation", number=0)
+        alone = _open_corpus(config, config.data.folder, "validation", number=0, examine=examine)
         if count > len(alone):
             raise UserError(f"{key} {len(alone)} held out")
         return alone
@@ -57,7 +64,7 @@ def open_validation(config: RunConfig, count: int) -> SequenceDataset | BlendedD
             part = phase.sequences * corpus.weight / total
             shares[corpus.name] = shares.get(corpus.name, 0.0) + part / sum(phase.sequences for phase in phases)
     shares = {name: share for name, share in shares.items() if share * LONGEST_PERIOD >= 1}
-    datasets = _open_corpora(config, mixtures, "validation", only=shares)
+    datasets = _open_corpora(config, mixtures, "validation", only=shares, examine=examine)
     only_phase = dataclasses.replace(phases[0], first=0, sequences=count)
     source = BlendedDataset(datasets, (only_phase,), [shares])
     for name, needed in source.sequences_before(count).items():
@@ -76,7 +83,12 @@ def _weights(mixture: BlendMixture) -> dict[str, float]:
 
 
 def _open_corpora(
-    config: RunConfig, mixtures: Sequence[BlendMixture], split: str, *, only: Collection[str] | None = None
+    config: RunConfig,
+    mixtures: Sequence[BlendMixture],
+    split: str,
+    *,
+    only: Collection[str] | None = None,
+    examine: bool,
 ) -> dict[str, SequenceDataset]:
     """The datasets of all corpora of the mixtures by name, in the order of the blend file.
 
@@ -86,7 +98,7 @@ def _open_corpora(
     named = {corpus.name: corpus for mixture in mixtures for corpus in mixture.corpora}
     ordered = sorted(named.values(), key=lambda corpus: corpus.number)
     opened = {
-        corpus.name: _open_corpus(config, corpus.folder, split, number=corpus.number)
+        corpus.name: _open_corpus(config, corpus.folder, split, number=corpus.number, examine=examine)
         for corpus in ordered
         if only is None or corpus.name in only
     }
@@ -100,13 +112,16 @@ def _open_corpora(
     return opened
 
 
-def _open_corpus(config: RunConfig, folder: str, split: str, *, number: int) -> SequenceDataset:
+def _open_corpus(config: RunConfig, folder: str, split: str, *, number: int, examine: bool) -> SequenceDataset:
     data, skip = config.data, config.data.damaged_shards == "skip"
     corpus = Corpus.open(
-        split_folder(folder, split), damaged="skip" if skip else "stop", verify_shards=skip or data.verify_shards
+        split_folder(folder, split),
+        damaged="skip" if skip else "stop",
+        verify_shards=skip or data.verify_shards,
+        examine=examine,
     )
     backbone = config.init.backbone
-    if backbone and (Path(backbone) / "tokenizer.json").is_file():
+    if examine and backbone and (Path(backbone) / "tokenizer.json").is_file():
         expected = tokenizer_fingerprint(Path(backbone))
         if corpus.tokenizer_fingerprint != expected:
             raise UserError(

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_twotower.common import device
+from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.schema import RunConfig
+
+T = TypeVar("T")
 
 # The wrapped models of the current process groups, which `shutdown` frees.
 _wrapped: "weakref.WeakSet[ModelChunks]" = weakref.WeakSet()
@@ -51,23 +54,50 @@ def initialise(config: RunConfig) -> ProcessGroupCollection:
     if not device.is_cpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
-        if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(device.backend(), timeout=timedelta(minutes=30))
-        else:
-            dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1)
+        _start_process_group(config)
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=config.parallel.tensor,
-        pipeline_model_parallel_size=config.parallel.pipeline,
-        virtual_pipeline_model_parallel_size=_virtual_stages(config.parallel.pipeline_chunks),
-        expert_model_parallel_size=config.parallel.expert,
-        expert_tensor_parallel_size=config.parallel.expert_tensor_ranks,
-        # The fake backend of `pretend_rank` has no Gloo groups.
-        create_gloo_process_groups=dist.get_backend() != "fake",
-    )
+    with _without_splitting():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.parallel.tensor,
+            pipeline_model_parallel_size=config.parallel.pipeline,
+            virtual_pipeline_model_parallel_size=_virtual_stages(config.parallel.pipeline_chunks),
+            expert_model_parallel_size=config.parallel.expert,
+            expert_tensor_parallel_size=config.parallel.expert_tensor_ranks,
+            distributed_timeout_minutes=config.parallel.collective_timeout_minutes,
+            # Megatron uses them for its own format of optimizer state only. Each is a full mesh of
+            # sockets between its ranks.
+            create_gloo_process_groups=False,
+        )
     # No layer draws random numbers, but Megatron's random trackers require their states.
     tensor_parallel.model_parallel_cuda_manual_seed(config.seed, force_reset_rng=True)
     return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def _start_process_group(config: RunConfig) -> None:
+    """Start the process group of all ranks, or of this process alone if no launcher started it."""
+    timeout = timedelta(minutes=config.parallel.collective_timeout_minutes)
+    if "WORLD_SIZE" not in os.environ:
+        dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1)
+        return
+    # With a device NCCL connects all ranks here, not in their first collective: what is wrong with
+    # the network or with two ranks on one GPU shows at once, and `barrier` knows its device.
+    dist.init_process_group(device.backend(), timeout=timeout, device_id=None if device.is_cpu() else device.device())
+
+
+@contextlib.contextmanager
+def _without_splitting() -> Iterator[None]:
+    """Let subgroups connect when they are first used, although the process group has its device.
+
+    With a device, torch creates each subgroup by splitting the communicator of all ranks, and all
+    ranks take part in each split (torch 2.13, distributed_c10d.py, `_new_process_group_helper`).
+    Megatron creates thousands of groups at a thousand ranks, of which a rank uses a few.
+    """
+    world: Any = dist.group.WORLD
+    bound, world.bound_device_id = world.bound_device_id, None
+    try:
+        yield
+    finally:
+        world.bound_device_id = bound
 
 
 @contextlib.contextmanager
@@ -317,3 +347,37 @@ def broadcast_from_main(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def from_main(function: Callable[[], T]) -> T:
+    """What a function returns on rank 0, on every rank. The other ranks do not call it.
+
+    Raises:
+        UserError: The function raised it on rank 0. Every rank raises it.
+    """
+    result, problem = _tried(function) if is_main() else (None, None)
+    result, problem = broadcast_from_main((result, problem))
+    if problem is not None:
+        raise UserError(problem)
+    return result
+
+
+def checked_by_main(function: Callable[[bool], T]) -> T:
+    """`function(True)` on rank 0, which examines what it opens; `function(False)` on the others.
+
+    Raises:
+        UserError: The function raised it on rank 0. Every rank raises it, and the others do not
+            call the function.
+    """
+    result, problem = _tried(lambda: function(True)) if is_main() else (None, None)
+    if problem := broadcast_from_main(problem):
+        raise UserError(problem)
+    return function(False) if result is None else result
+
+
+def _tried(function: Callable[[], T]) -> tuple[T | None, str | None]:
+    """The result of a function, or the text of its `UserError`."""
+    try:
+        return function(), None
+    except UserError as error:
+        return None, str(error)

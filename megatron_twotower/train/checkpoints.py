@@ -31,7 +31,7 @@ def find_checkpoint(run: Path, config: RunConfig, *, fingerprint: str | None) ->
         UserError: The checkpoint is damaged, or of another model, objective or backbone; or there
             is one and `resume` is false.
     """
-    if parallel.broadcast_from_main(bool(files.find_checkpoints(run))) and not config.resume:
+    if not config.resume and parallel.from_main(lambda: bool(files.find_checkpoints(run))):
         raise UserError(f"{run}: found checkpoints, expected resume=true or another output folder")
     settings = config.train
     found = files.newest_complete(run, verify=settings.verify_checkpoints, on_damaged=settings.on_damaged_checkpoint)
@@ -39,7 +39,7 @@ def find_checkpoint(run: Path, config: RunConfig, *, fingerprint: str | None) ->
         files.clear_leftovers(run)
     if found is None:
         return None
-    state = files.read_state(found)
+    state = parallel.from_main(lambda: files.read_state(found))
     expected = {"objective": config.objective, "model": dataclasses.asdict(config.model), "fingerprint": fingerprint}
     for key, value in expected.items():
         other = getattr(state, key)
@@ -60,7 +60,7 @@ def restore(checkpoint: Path, trainer: Trainer, sharded_state: ShardedState) -> 
     Raises:
         UserError: The checkpoint cannot be read.
     """
-    state = files.read_state(checkpoint)
+    state = parallel.from_main(lambda: files.read_state(checkpoint))
     imported = state.step == 0
     same_scales = fp8_state.can_restore(state.configuration, trainer.config)
     if not imported and trainer.config.train.precision == "fp8_delayed" and not same_scales and parallel.is_main():

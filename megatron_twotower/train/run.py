@@ -9,6 +9,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from rich.console import Console
+from torch import Tensor
 
 from megatron_twotower import __version__
 from megatron_twotower.checkpoint.files import ShardedState
@@ -78,8 +79,35 @@ class TrainedModel:
             yield from sharded_fp8_state(chunk, config, groups)
 
 
+def backbone_fingerprint(config: RunConfig) -> str | None:
+    """Return the SHA-256 of `init.backbone`; `None` without one.
+
+    Rank 0 reads the complete folder. Every rank compares a sample of it, because nodes may have
+    copies of their own.
+
+    Raises:
+        UserError: A rank finds another backbone than rank 0.
+    """
+    backbone = config.init.backbone
+    if not backbone:
+        return None
+    first, *others = parallel.gather_objects(hf_folder.sample_sum(backbone))
+    wrong = [rank for rank, other in enumerate(others, start=1) if other != first]
+    if wrong:
+        raise UserError(
+            f"init.backbone {backbone}: found other files on rank {wrong[0]} than on rank 0 "
+            f"({len(wrong)} of {len(others) + 1} ranks differ), expected the same folder on all nodes"
+        )
+    return parallel.from_main(lambda: hf_folder.fingerprint(backbone))
+
+
 def build_model(
-    config: RunConfig, groups: ProcessGroupCollection, *, backbone_source: TensorSource | None = None
+    config: RunConfig,
+    groups: ProcessGroupCollection,
+    *,
+    backbone_source: TensorSource | None = None,
+    fingerprint: str | None = None,
+    resumed: bool = False,
 ) -> TrainedModel:
     """Build the towers with their initial weights, from Hugging Face folders or random for `ar`.
 
@@ -87,19 +115,24 @@ def build_model(
         config: A resolved configuration.
         groups: Process groups of this rank.
         backbone_source: Tensors to use instead of those that the configuration names.
+        fingerprint: That of the backbone, if it is known already.
+        resumed: Whether a checkpoint follows. Then the weights that train are not read.
     """
     megatron, model = transformer_config(config), config.model
-    backbone = config.init.backbone
     source = backbone_source or initial_weights.backbone_source(config)
-    fingerprint = hf_folder.fingerprint(backbone) if backbone else None
+    fingerprint = fingerprint or backbone_fingerprint(config)
+    start: TensorSource | None = None
     if config.objective == "ar":
-        entries, start = parameter_map.trained_backbone_entries(model), source
+        entries = parameter_map.trained_backbone_entries(model)
+        start = None if resumed else source
     else:
         entries = parameter_map.denoiser_entries(model, config.conditioning.frequencies)
-        start = initial_weights.denoiser_source(config, source, fingerprint=fingerprint)
+        if not resumed:
+            start = initial_weights.denoiser_source(config, source, fingerprint=fingerprint)
     chunks: list[BackboneModel | TwoTower] = []
     for stage in stages_of_rank(model, config.parallel, groups.pp.rank()):
         chunk: BackboneModel | TwoTower
+        copies: dict[str, Tensor] = {}
         if config.objective == "ar":
             chunk = BackboneModel(config, megatron, groups, stage)
         else:
@@ -107,8 +140,11 @@ def build_model(
             frozen = parameter_map.entries_of_stage(parameter_map.backbone_entries(model), stage)
             load.load_weights(context, frozen, source, model=model, groups=groups)
             chunk = TwoTower(config, megatron, groups, context)
+            if config.init.denoiser is None and config.train.context_precision == "wide":
+                # The denoiser starts as a copy of the context tower: each tensor is read once.
+                copies = {f"tower.{name}": t for name, t in parameter_map.canonical_tensors(context).items()}
         trained = parameter_map.entries_of_stage(entries, stage)
-        load.load_weights(chunk, trained, start, model=model, groups=groups)
+        load.load_weights(chunk, trained, start, model=model, groups=groups, copies=copies)
         chunks.append(chunk)
     return TrainedModel(chunks, entries, fingerprint)
 
@@ -144,15 +180,17 @@ def run_training(config: RunConfig) -> bool:
     # From here on a signal ends the run after its first step.
     stop = StopSignal()
     run, groups = Path(config.output), parallel.initialise(config)
-    model = build_model(config, groups)
-    checkpoint = checkpoints.find_checkpoint(run, config, fingerprint=model.fingerprint)
+    source = initial_weights.backbone_source(config)  # its headers; a wrong folder ends the run here
+    fingerprint = backbone_fingerprint(config)
+    checkpoint = checkpoints.find_checkpoint(run, config, fingerprint=fingerprint)
+    model = build_model(config, groups, backbone_source=source, fingerprint=fingerprint, resumed=checkpoint is not None)
     trainer = build_trainer(config, model, groups)
     sharded_state = state_of(trainer, model)
     # Read before `restore`: the first rank writes the file again after all ranks are restored.
-    data_before = run_folder.read_provenance(run).get("data") if checkpoint else None
+    data_before = parallel.from_main(lambda: run_folder.read_provenance(run).get("data")) if checkpoint else None
     progress = checkpoints.restore(checkpoint, trainer, sharded_state) if checkpoint else TrainingProgress()
     _check_cursor(config, progress)
-    validation, dataset = _validation_batches(config, groups), open_training(config)
+    validation, dataset = _validation_batches(config, groups), _training_data(config)
     if data_before:
         check_unchanged(data_summary(config, dataset), data_before, cursor=progress.cursor)
     stream = _training_stream(config, dataset, groups, progress.cursor)
@@ -215,9 +253,14 @@ def _validation_batches(config: RunConfig, groups: ProcessGroupCollection) -> li
     if not config.train.validate_every_steps:
         return []
     count = config.train.validation_sequences
-    dataset = open_validation(config, count)
+    dataset = parallel.checked_by_main(lambda examine: open_validation(config, count, examine=examine))
     first, share = rank_slice(0, count, rank=groups.dp_cp.rank(), world=groups.dp_cp.size())
     return split_batch(global_batch(dataset, first=first, count=share), config.data.micro_batch_size)
+
+
+def _training_data(config: RunConfig) -> Dataset:
+    """Open what the run trains on. The first rank examines the shards, for all."""
+    return parallel.checked_by_main(lambda examine: open_training(config, examine=examine))
 
 
 def _training_stream(
