@@ -5,6 +5,14 @@
 # shellcheck source=/dev/null
 if [[ -n ${TWOTOWER_ENV:-} ]]; then source "$TWOTOWER_ENV"; fi
 
+# Grace period: the seconds that ranks have after a signal to finish a step and to write a
+# checkpoint. torchrun.sh ends them by force after it. Slurm sends the signal this long before the
+# time of a job ends; it reads its own option before any script runs, so there say
+# SBATCH_SIGNAL=USR1@900 sbatch ...: both read it.
+warning=${SBATCH_SIGNAL:-USR1@600}
+if [[ $warning != *@* ]]; then warning+=@60; fi # Slurm's own default
+export GRACE_SECONDS=${GRACE_SECONDS:-${warning##*@}}
+
 # CPU threads of a rank; with a GPU they only prepare data.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
@@ -19,8 +27,8 @@ export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:Tr
 # Each cluster has its own interfaces: set NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and NCCL_IB_HCA in
 # the file of TWOTOWER_ENV.
 
-# W&B writes into the run folder and sends nothing, unless this variable or logging.wandb is
-# `online`. Then it needs WANDB_API_KEY, here or in ~/.netrc. Hugging Face folders are local.
-export WANDB_MODE=${WANDB_MODE:-offline}
+# W&B writes into the run folder and sends nothing, unless logging.wandb is `online`. WANDB_MODE
+# (online, offline or disabled), if it is set, decides instead. Online it needs WANDB_API_KEY, here
+# or in ~/.netrc. Hugging Face folders are local.
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-true}

@@ -83,10 +83,20 @@ def find_checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in found if (path / "state.json").is_file())
 
 
-def checksum(file: Path) -> FileSum:
-    """Read a file and compute its size and SHA-256."""
-    with file.open("rb") as stream:
-        return FileSum(file.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest())
+def checksum(file: Path, *, note: Callable[[int], None] = lambda count: None) -> FileSum:
+    """Read a file and compute its size and SHA-256.
+
+    Args:
+        file: The file.
+        note: Called with the number of bytes of each part that was read.
+    """
+    digest, size, buffer = hashlib.sha256(), 0, memoryview(bytearray(1 << 20))
+    with file.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
+            note(count)
+    return FileSum(size, digest.hexdigest())
 
 
 def write_state(folder: Path, state: CheckpointState) -> None:

@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from megatron_twotower.checkpoint.files import CheckpointState, FileSum, Sharded
 from megatron_twotower.common import device
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.run_folder import checkpoint_folder
-from megatron_twotower.mcore import async_save, parallel
+from megatron_twotower.mcore import async_save, meeting, parallel
 from megatron_twotower.mcore.async_save import AsyncSave
 
 
@@ -77,6 +77,7 @@ class CheckpointWriter:
         self._run, self._sharded_state = run, sharded_state
         self._background, self._keep, self._keep_every = background, keep, keep_every
         self._pending: _PendingSave | None = None
+        self._saves, self._bytes_read = 0, 0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     def begin(self, state: CheckpointState, schedule: dict[str, Any]) -> list[SavedCheckpoint]:
@@ -106,7 +107,8 @@ class CheckpointWriter:
             sharded_state = checkpoint_files.state_dict(self._stable_state())
             save = async_save.prepare_save(sharded_state, partial, common={"schedule": schedule})
         save.copy_to_host()
-        written = self._writer.submit(_write, save)
+        self._saves += 1
+        written = self._writer.submit(_write, save, self._note_read)
         self._pending = _PendingSave(state, partial, save, written, time.perf_counter() - started)
         return finished if self._background else finished + self.finish()
 
@@ -116,6 +118,20 @@ class CheckpointWriter:
             if self._background and device.is_cpu() and isinstance(shard, ShardedTensor):
                 shard.data = shard.data.clone(memory_format=torch.contiguous_format)
             yield shard
+
+    def _note_read(self, count: int) -> None:
+        self._bytes_read += count
+
+    def work_done(self) -> int:
+        """Return a number that changes while this rank writes; any thread may call this.
+
+        It counts the bytes in this rank's files, and those read back for their checksums.
+        """
+        pending, size = self._pending, 0
+        for file in pending.save.files if pending is not None else ():
+            with contextlib.suppress(OSError):  # not created yet
+                size += file.stat().st_size
+        return size + self._bytes_read
 
     def poll(self) -> list[SavedCheckpoint]:
         """Finish the pending save if all ranks have written it.
@@ -141,11 +157,14 @@ class CheckpointWriter:
         Raises:
             UserError: The save could not be written.
         """
-        pending, self._pending = self._pending, None
+        pending = self._pending
         if pending is None:
             return []
         started = time.perf_counter()
         error = pending.written.exception()
+        # The slowest rank may be later than the time limit of a collective.
+        meeting.wait_for_all(f"save {self._saves}")
+        self._pending = None
         if parallel.any_rank(error is not None):
             reasons = [text for text in parallel.gather_objects(error and _reason(error)) if text]
             if parallel.is_main():
@@ -180,10 +199,14 @@ class CheckpointWriter:
         self._writer.shutdown()
 
 
-def _write(save: AsyncSave) -> tuple[dict[str, FileSum], float]:
-    """Write this rank's data files. Returns their sums by name, and the seconds that it took."""
+def _write(save: AsyncSave, note: Callable[[int], None]) -> tuple[dict[str, FileSum], float]:
+    """Write this rank's data files; `note` receives the bytes that are read back.
+
+    Returns:
+        Their sums by name, and the seconds that it took.
+    """
     started = time.perf_counter()
-    sums = {file.name: checkpoint_files.checksum(file) for file in save.write()}
+    sums = {file.name: checkpoint_files.checksum(file, note=note) for file in save.write()}
     return sums, time.perf_counter() - started
 
 

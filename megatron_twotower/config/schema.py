@@ -322,7 +322,9 @@ class TrainConfig:
         stop_after_nonfinite: A step whose loss or gradients are not finite is skipped. This number
             of consecutive skipped steps ends the run.
         hang_timeout_seconds: A rank that makes no progress for this long ends the job, with an
-            error that names the rank; 0: never.
+            error that names the rank; 0: never. Every micro-batch is progress.
+        save_timeout_seconds: The same while a checkpoint is saved. What any rank writes or reads
+            back is progress, the wait until a file is on disk is not; 0: never.
         ledger: Record which samples every step consumed (`ledger/` in the run folder).
     """
 
@@ -345,6 +347,7 @@ class TrainConfig:
     on_damaged_checkpoint: str = setting("stop", choices=("stop", "previous"))
     stop_after_nonfinite: int = setting(10, unit="steps", at_least=1)
     hang_timeout_seconds: int = setting(900, unit="seconds", at_least=0)
+    save_timeout_seconds: int = setting(3600, unit="seconds", at_least=0)
     ledger: bool = setting(False, free=True)
 
 
@@ -394,7 +397,8 @@ class LoggingConfig:
 
     Attributes:
         console: Print a table of figures.
-        wandb: Mode of Weights & Biases.
+        wandb: Mode of Weights & Biases. WANDB_MODE, WANDB_PROJECT and WANDB_NAME, if set in the
+            environment, decide instead of this key and the next two.
         project: Project in Weights & Biases.
         name: Name of the run in Weights & Biases; null: its own choice.
     """

@@ -42,6 +42,11 @@ class AsyncSave:
             buckets = self._request.preload_fn()
             self._request = self._request._replace(async_fn_args=(None, buckets, self._request.async_fn_args[2]))
 
+    @property
+    def files(self) -> list[Path]:
+        """The data files of this rank, after `copy_to_host`; none if it has nothing to write."""
+        return [] if self._request.async_fn is None else [Path(file) for file, _, _ in self._request.async_fn_args[1]]
+
     def write(self) -> list[Path]:
         """Write this rank's data files. This may run in another thread.
 
@@ -66,7 +71,7 @@ class AsyncSave:
                 raise found
             written[number] = found
         results.put(written)
-        return [Path(file) for file, _, _ in buckets]
+        return self.files
 
     def finalise(self) -> None:
         """Write the index when every rank has written its files. All ranks call this."""

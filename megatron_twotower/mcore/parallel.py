@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_twotower.common import device
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.schema import RunConfig
+from megatron_twotower.mcore import meeting
 
 T = TypeVar("T")
 
@@ -47,7 +48,11 @@ def is_main() -> bool:
 
 
 def initialise(config: RunConfig) -> ProcessGroupCollection:
-    """Start the process group, unless it exists already, and create Megatron's parallel groups."""
+    """Start the process group, unless it exists already, and create Megatron's parallel groups.
+
+    Raises:
+        UserError: torchrun was started in a way in which ranks that start again do not meet.
+    """
     threads = config.parallel.threads_per_rank
     if threads:
         torch.set_num_threads(threads)
@@ -81,7 +86,8 @@ def _start_process_group(config: RunConfig) -> None:
         return
     # With a device NCCL connects all ranks here, not in their first collective: what is wrong with
     # the network or with two ranks on one GPU shows at once, and `barrier` knows its device.
-    dist.init_process_group(device.backend(), timeout=timeout, device_id=None if device.is_cpu() else device.device())
+    gpu = None if device.is_cpu() else device.device()
+    dist.init_process_group(device.backend(), timeout=timeout, device_id=gpu, **meeting.place())
 
 
 @contextlib.contextmanager

@@ -124,6 +124,10 @@ class CheckpointSaver:
         """Finish a save whose files are written; with `wait`, wait for them."""
         self._log(self._writer.finish() if wait else self._writer.poll(), progress)
 
+    def work_done(self) -> int:
+        """Return a number that changes while this rank writes files; any thread may call this."""
+        return self._writer.work_done()
+
     def _log(self, saved: Sequence[SavedCheckpoint], progress: TrainingProgress) -> None:
         for each in saved:
             self._metrics.log(

@@ -28,10 +28,15 @@ from megatron_twotower.train.metrics import Metrics, peak_memory_gib
 from megatron_twotower.train.noise import corrupt
 from megatron_twotower.train.optimizer import guarded_step
 from megatron_twotower.train.progress import TrainingProgress, damaged_on_all_ranks
+from megatron_twotower.train.watchdog import SAVING
 from megatron_twotower.types import Batch, LossReport
 
 # The seed of the noise of validation is that of the run with these bits flipped.
 VALIDATION_STREAM = 0x5EED
+
+
+def _nothing() -> None:
+    """Called where nobody asks whether the loop is alive."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +137,16 @@ def _no_sums(config: RunConfig) -> Tensor:
     return torch.zeros(2 + 2 * _num_buckets(config), dtype=torch.float64, device=device.device())
 
 
-def forward_backward(trainer: Trainer, micro_batches: Sequence[MicroBatch], *, forward_only: bool) -> Tensor:
+def forward_backward(
+    trainer: Trainer, micro_batches: Sequence[MicroBatch], *, forward_only: bool, alive: Callable[[], None] = _nothing
+) -> Tensor:
     """Run micro-batches through Megatron's schedule.
+
+    Args:
+        trainer: What this rank trains with.
+        micro_batches: Of this rank.
+        forward_only: Whether to skip the backward pass.
+        alive: Called at every micro-batch.
 
     Returns:
         The packed sums of this rank, zero on stages before the last.
@@ -142,6 +155,7 @@ def forward_backward(trainer: Trainer, micro_batches: Sequence[MicroBatch], *, f
     megatron = trainer.model.config
 
     def step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+        alive()
         output, report = objective(chunk, next(iterator), config, trainer.groups)
 
         def loss(total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,11 +192,11 @@ class StepResult:
     taken: bool
 
 
-def train_step(trainer: Trainer, batches: Sequence[Batch]) -> StepResult:
+def train_step(trainer: Trainer, batches: Sequence[Batch], *, alive: Callable[[], None] = _nothing) -> StepResult:
     """Take one optimizer step on this rank's micro-batches of a global batch.
 
     If the loss or a gradient is not finite on any rank, no weight and no optimizer state changes,
-    on all ranks.
+    on all ranks. `alive` is called at every micro-batch.
     """
     trainer.model.train()
     trainer.model.zero_grad_buffer()
@@ -192,7 +206,7 @@ def train_step(trainer: Trainer, batches: Sequence[Batch]) -> StepResult:
     named = [item for chunk in trainer.model.chunks for item in chunk.named_buffers()]
     biases = [(buffer, buffer.clone()) for name, buffer in named if name.endswith("expert_bias")]
     micro_batches = [MicroBatch(batch, trainer.config.seed) for batch in batches]
-    sums = forward_backward(trainer, micro_batches, forward_only=False)
+    sums = forward_backward(trainer, micro_batches, forward_only=False, alive=alive)
     taken, norm = guarded_step(trainer.optimizer, unusable=parallel.any_rank_flag(~sums[0].isfinite()))
     if not taken:
         for buffer, before in biases:
@@ -208,18 +222,20 @@ def validation_times(count: int, noise: NoiseConfig) -> Tensor:
 
 
 @torch.no_grad()
-def validate(trainer: Trainer, batches: Sequence[Batch]) -> dict[str, Any]:
+def validate(trainer: Trainer, batches: Sequence[Batch], *, alive: Callable[[], None] = _nothing) -> dict[str, Any]:
     """Compute the loss of fixed sequences at fixed noise: the same figure on any layout.
 
     Args:
         trainer: What this rank trains with.
         batches: This rank's micro-batches; `positions` count the validation sequences from 0.
+        alive: Called at every micro-batch.
     """
     trainer.model.eval()
     seed, noise = trainer.config.seed ^ VALIDATION_STREAM, trainer.config.noise
     times = validation_times(trainer.config.train.validation_sequences, noise)
     micro_batches = [MicroBatch(batch, seed, times[batch.positions].unsqueeze(-1)) for batch in batches]
-    sums = parallel.sum_over_stages(forward_backward(trainer, micro_batches, forward_only=True), trainer.groups)
+    sums = forward_backward(trainer, micro_batches, forward_only=True, alive=alive)
+    sums = parallel.sum_over_stages(sums, trainer.groups)
     figures = _figures(sums, _num_buckets(trainer.config))
     return {"loss": figures["loss"], "loss_by_noise": figures["loss_by_noise"], "tokens": figures["scored_tokens"]}
 
@@ -341,9 +357,14 @@ def train(
     def due(every: int) -> bool:
         return bool(every) and (progress.step % every == 0 or progress.step == settings.steps)
 
+    def begins(activity: str) -> Callable[[], None]:
+        """Report the activity, and return what reports it again: it goes on."""
+        hooks.heartbeat(activity)
+        return lambda: hooks.heartbeat(activity)
+
     def run_validation() -> None:
-        hooks.heartbeat(f"validation after step {progress.step}")
-        figures = validate(trainer.in_phase_of(max(progress.cursor - 1, 0)), validation)
+        alive = begins(f"validation after step {progress.step}")
+        figures = validate(trainer.in_phase_of(max(progress.cursor - 1, 0)), validation, alive=alive)
         hooks.metrics.log({"kind": "validation", "step": progress.step, **figures})
         progress.window_started = time.perf_counter()
 
@@ -352,8 +373,8 @@ def train(
     while progress.step < settings.steps:
         hooks.heartbeat(f"reading step {progress.step + 1}")
         batches, cursor = next(stream)
-        hooks.heartbeat(f"step {progress.step + 1}")
-        result = train_step(trainer.in_phase_of(progress.cursor), batches)
+        alive = begins(f"step {progress.step + 1}")
+        result = train_step(trainer.in_phase_of(progress.cursor), batches, alive=alive)
         _advance(trainer, progress, batches, cursor, result)
         hooks.record_samples(batches, progress.step)
         hooks.metrics.step_done(progress.step)
@@ -372,8 +393,8 @@ def train(
             run_validation()
         stop = hooks.stop_requested()
         last = stop or progress.step == settings.steps
+        hooks.heartbeat(f"{SAVING} after step {progress.step}")
         if last or due(settings.checkpoint_every_steps):
-            hooks.heartbeat(f"saving after step {progress.step}")
             hooks.save_checkpoint(progress)
         hooks.finish_checkpoint(progress, wait=last)
         if stop:

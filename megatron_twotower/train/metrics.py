@@ -52,8 +52,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-from megatron_twotower.common.errors import UserError
+from megatron_twotower.common.errors import UserError, require
 from megatron_twotower.common.run_folder import METRICS_FILE, read_metrics
+from megatron_twotower.config.schema import LoggingConfig
 
 WANDB_ID_FILE = "wandb_run_id"
 Record = Mapping[str, Any]
@@ -72,6 +73,22 @@ class WandbSettings:
     mode: str = "offline"
     project: str = "megatron-twotower"
     name: str | None = None
+
+
+WANDB_MODES = ("offline", "online", "disabled")
+
+
+def wandb_settings(logging: LoggingConfig, environment: Mapping[str, str]) -> WandbSettings:
+    """Return the settings of W&B: those of its own variables that are set, else those of the run.
+
+    Raises:
+        UserError: WANDB_MODE is not one of `WANDB_MODES`.
+    """
+    mode = environment.get("WANDB_MODE") or logging.wandb
+    require(mode in WANDB_MODES, f"WANDB_MODE: found {mode!r}, expected one of {', '.join(WANDB_MODES)}")
+    return WandbSettings(
+        mode, environment.get("WANDB_PROJECT") or logging.project, environment.get("WANDB_NAME") or logging.name
+    )
 
 
 class Sink(Protocol):
@@ -241,7 +258,7 @@ def _open_wandb(
         import wandb
     except ImportError as error:
         raise UserError(
-            f"logging.wandb: found {settings.mode!r}, but wandb is not installed; "
+            f"logging.wandb or WANDB_MODE: found {settings.mode!r}, but wandb is not installed; "
             "expected `pip install wandb` or logging.wandb=disabled"
         ) from error
     # A resumed run keeps its id, so that W&B joins the parts.
@@ -259,7 +276,9 @@ def _open_wandb(
             settings=wandb.Settings(silent=True, console="off"),
         )
     except wandb.Error as error:
-        raise UserError(f"logging.wandb: found {settings.mode!r}, but W&B did not start: {error}") from error
+        raise UserError(
+            f"logging.wandb or WANDB_MODE: found {settings.mode!r}, but W&B did not start: {error}"
+        ) from error
     id_file.write_text(identity + "\n")
 
     def finish(kind: type[BaseException] | None, *_: Any) -> None:

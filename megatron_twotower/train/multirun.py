@@ -2,7 +2,7 @@
 
 `twotower train --multirun recipe=tiny seed=1,2` trains twice, into OUTPUT/seed=1 and OUTPUT/seed=2.
 Hydra's launchers (`hydra/launcher=...`) decide where the jobs run; without one they run here, one
-after the other.
+after the other. With several ranks every rank runs all jobs, in the same order.
 """
 
 import dataclasses
@@ -72,6 +72,12 @@ def run(recipe: str, overrides: Sequence[str]) -> None:
         raise UserError("--multirun: found no key with several values, expected one such as seed=1,2")
     if "output" in keys:
         raise UserError("output: found several values, expected one, below which each job has a folder")
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    launchers = [text for text in overrides if text.startswith("hydra/launcher=")]
+    if launchers and ranks != "1":
+        raise UserError(
+            f"{launchers[0]}: found {ranks} ranks, each of which would launch the jobs; expected one process"
+        )
     output = load_recipe(recipe, single).output
     named_otherwise = [text.partition("=")[0] for text in [*search, *overrides] if text.partition("=")[0] not in keys]
     own = [

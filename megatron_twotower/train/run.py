@@ -1,6 +1,8 @@
 """A complete training run, built from a resolved configuration."""
 
+import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,11 +39,11 @@ from megatron_twotower.model.towers import BackboneModel, TwoTower, build_contex
 from megatron_twotower.plan.activations import bytes_by_kind
 from megatron_twotower.train import checkpoints, ledger
 from megatron_twotower.train.loop import LoopHooks, Trainer, train
-from megatron_twotower.train.metrics import Metrics, WandbSettings, open_metrics
+from megatron_twotower.train.metrics import Metrics, open_metrics, wandb_settings
 from megatron_twotower.train.optimizer import build_optimizer, build_schedule
 from megatron_twotower.train.progress import TrainingProgress
 from megatron_twotower.train.signals import StopSignal
-from megatron_twotower.train.watchdog import watching
+from megatron_twotower.train.watchdog import SAVING, watching
 from megatron_twotower.types import Batch
 
 Dataset = SequenceDataset | BlendedDataset
@@ -196,11 +198,13 @@ def run_training(config: RunConfig) -> bool:
     stream = _training_stream(config, dataset, groups, progress.cursor)
     _write_run_files(run, config, model, dataset)
     _print_summary(config)
-    with (
-        _open_metrics(run, config, progress) as metrics,
-        watching(limit_seconds=config.train.hang_timeout_seconds) as heartbeat,
-    ):
+    with contextlib.ExitStack() as resources:
+        metrics = resources.enter_context(_open_metrics(run, config, progress))
         saver = checkpoints.CheckpointSaver(run, trainer, sharded_state, fingerprint=model.fingerprint, metrics=metrics)
+        limits = config.train.hang_timeout_seconds, config.train.save_timeout_seconds
+        heartbeat = resources.enter_context(
+            watching(limit_seconds=limits[0], save_limit_seconds=limits[1], work_done=saver.work_done)
+        )
         hooks = LoopHooks(
             metrics=metrics,
             save_checkpoint=saver.save,
@@ -214,6 +218,7 @@ def run_training(config: RunConfig) -> bool:
         try:
             return train(trainer, progress, stream, validation, hooks)
         finally:
+            heartbeat(f"{SAVING} what had begun")
             saver.close()
 
 
@@ -318,6 +323,6 @@ def _open_metrics(run: Path, config: RunConfig, progress: TrainingProgress) -> M
         total_steps=config.train.steps,
         resume_step=progress.step,
         console=logging.console,
-        wandb=WandbSettings(logging.wandb, logging.project, logging.name),
+        wandb=wandb_settings(logging, os.environ),
         config=dataclasses.asdict(config),
     )

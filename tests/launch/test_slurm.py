@@ -3,6 +3,7 @@
 A run finishes; a run that is cut off is requeued and resumes.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ pytestmark = [
 
 ROOT = Path(__file__).resolve().parents[2]
 # One task a node, each a CPU rank.
-CPU = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--time=10"]
+CPU = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--time=20"]
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +113,29 @@ def test_a_job_that_is_cut_off_resumes_to_the_same_losses(cut, cluster, argument
     assert "start 1" in story and "start 2" in story, story
     assert len(list((run / "checkpoints").iterdir())) == 2, "one after the signal, one at the end: the run resumed"
     assert losses(records_of(run)) == pytest.approx(losses(records_of(whole)), rel=1e-5)
+
+
+def test_tasks_of_an_array_from_a_launch_folder_with_a_space(cluster, arguments, whole, tmp_path, records_of):
+    """Both find the files beside the script.
+
+    A task that is cut off does not start the other one again.
+    """
+    shutil.copytree(ROOT / "launch", tmp_path / "my launch")
+    job = submit(
+        cluster,
+        tmp_path,
+        *["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0", "--time=20", "--array=1-2"],
+        str(tmp_path / "my launch" / "slurm.sbatch"),
+        *arguments[:-1],
+        f"output={tmp_path}/run-${{oc.env:SLURM_ARRAY_TASK_ID}}",
+        "train.checkpoint_every_steps=0",
+    )
+    first = f"{job}_1"
+    wait_for_step(cluster, first, tmp_path / "run-1", records_of)
+    cluster.run("scancel", "--signal=USR1", first)
+    for task in (first, f"{job}_2"):
+        assert cluster.wait(task, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT") == "COMPLETED", seen(tmp_path)
+    stories = [path.read_text() for path in tmp_path.glob("twotower-*.log")]
+    assert sorted("start 2" in story for story in stories) == [False, True], stories
+    for run in (tmp_path / "run-1", tmp_path / "run-2"):
+        assert losses(records_of(run)) == pytest.approx(losses(records_of(whole)), rel=1e-5)

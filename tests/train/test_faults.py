@@ -84,6 +84,7 @@ def test_torchrun_resumes_with_the_remaining_ranks(tmp_path, tiny_data, tiny_bac
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},  # as launch/torchrun.sh
         )
         for _ in range(2)
     ]
