@@ -116,6 +116,7 @@ def export(
     files = {
         "README.md": card.text(name=output.name),
         model_card.GENERATION_FILE: json.dumps(model.generation, indent=2),
+        **model_card.exact_tokenizer_config(model.tokenizer),
         **kind.files(model, output),
     }
     if model.recipe is not None:

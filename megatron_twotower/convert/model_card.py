@@ -5,7 +5,7 @@ These are `config.json`, the defaults of generation, the model card, and the fil
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 
 from megatron_twotower.config.schema import ModelConfig, RunConfig
 from megatron_twotower.convert.hf_folder import dtype_name
+from megatron_twotower.data.tokenizer import CONFIG_FILE, EXACT_CLASS, rebuilt_class
 from megatron_twotower.hf import twotower_config_json
 
 GENERATION_FILE = "generation_config.json"
@@ -123,6 +124,21 @@ def tokenizer_files(*folders: Path | None) -> list[Path]:
         if folder and (folder / TOKENIZER_FILES[0]).is_file():
             return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     return []
+
+
+def exact_tokenizer_config(tokenizer: Sequence[Path]) -> dict[str, str]:
+    """The tokenizer_config.json with which AutoTokenizer takes tokenizer.json as it is.
+
+    Args:
+        tokenizer: The files of the tokenizer.
+
+    Returns:
+        Its text by its name; empty if the file among `tokenizer` needs no change.
+    """
+    for path in tokenizer:
+        if path.name == CONFIG_FILE and rebuilt_class(path.parent):
+            return {path.name: json.dumps(json.loads(path.read_text()) | {"tokenizer_class": EXACT_CLASS}, indent=2)}
+    return {}
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,7 @@ def prepare(
 class _Vocabulary:
     vocab_size: int
     tokenizer_fingerprint: str
+    exact_ids: bool
     dtype: str
     bos_token_id: int | None
     eos_token_id: int | None
@@ -185,6 +186,7 @@ def _vocabulary(tokenizer: Path, settings: Settings) -> _Vocabulary:
     return _Vocabulary(
         vocab_size=vocab_size,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        exact_ids=True,
         dtype="uint16" if vocab_size <= 1 << 16 else "uint32",
         bos_token_id=opened.bos_token_id if settings.bos == "document" else None,
         eos_token_id=opened.eos_token_id if settings.eos == "document" else None,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from megatron_twotower.data.dataset import SequenceDataset
 from megatron_twotower.data.order import LONGEST_PERIOD, Shuffle
 from megatron_twotower.data.packing import Packing
 from megatron_twotower.data.shards import Corpus
-from megatron_twotower.data.tokenizer import tokenizer_fingerprint
+from megatron_twotower.data.tokenizer import accepted_fingerprints, rebuilt_class
 
 
 def open_training(config: RunConfig, *, examine: bool = True) -> SequenceDataset | BlendedDataset:
@@ -122,11 +123,16 @@ def _open_corpus(config: RunConfig, folder: str, split: str, *, number: int, exa
     )
     backbone = config.init.backbone
     if examine and backbone and (Path(backbone) / "tokenizer.json").is_file():
-        expected = tokenizer_fingerprint(Path(backbone))
-        if corpus.tokenizer_fingerprint != expected:
+        accepted = accepted_fingerprints(Path(backbone), exact_ids=corpus.exact_ids)
+        if corpus.tokenizer_fingerprint not in accepted:
             raise UserError(
                 f"{folder}: found tokens of tokenizer {corpus.tokenizer_fingerprint[:12]}, expected those "
-                f"of {backbone}, {expected[:12]}"
+                f"of {backbone}, {accepted[0][:12]}"
+            )
+        if not corpus.exact_ids and (name := rebuilt_class(Path(backbone))):
+            logging.getLogger(__name__).warning(
+                f"{folder}: prepared by an older version with tokenizer_class {name}, so its ids may not be those of "
+                "tokenizer.json (`twotower data verify` compares them)"
             )
     if corpus.vocab_size > config.model.vocab_size:
         raise UserError(

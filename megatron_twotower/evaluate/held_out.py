@@ -21,7 +21,7 @@ from megatron_twotower.common.tables import wide_console
 from megatron_twotower.data.dataset import evenly_spaced_windows
 from megatron_twotower.data.documents import VALIDATION
 from megatron_twotower.data.shards import Corpus
-from megatron_twotower.data.tokenizer import tokenizer_fingerprint
+from megatron_twotower.data.tokenizer import accepted_fingerprints
 from megatron_twotower.evaluate import likelihood
 from megatron_twotower.evaluate.held_out_figures import PLOTS, print_figures
 from megatron_twotower.evaluate.likelihood import LEVELS, Estimate
@@ -240,9 +240,9 @@ def evaluate(
     started = time.perf_counter()
     corpus = Corpus.open(Path(data) / VALIDATION)
     model, tokenizer = load(folder, device=default_devices()[0])
-    found, expected = tokenizer_fingerprint(Path(folder)), corpus.tokenizer_fingerprint
-    if found != expected:
-        raise UserError(f"{folder}: found a tokenizer with sha256 {found}, expected that of {data}, {expected}")
+    accepted, expected = accepted_fingerprints(Path(folder), exact_ids=corpus.exact_ids), corpus.tokenizer_fingerprint
+    if expected not in accepted:
+        raise UserError(f"{folder}: found a tokenizer with sha256 {accepted[0]}, expected that of {data}, {expected}")
     sequences = evenly_spaced_windows(corpus, count=settings.sequences, length=settings.sequence_length_tokens)
     likelihood.check_sequences(sequences, settings.block_size_tokens)
 
@@ -257,7 +257,7 @@ def evaluate(
         **generated,
         "model": str(folder),
         "data": str(data),
-        "tokenizer_sha256": found,
+        "tokenizer_sha256": accepted[0],
         "sequences": len(sequences),
         "settings": asdict(settings),
         "machine": machine(),

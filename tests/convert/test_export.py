@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from helpers import TESTS, hf_folders
@@ -189,6 +190,22 @@ def test_the_snippet_of_the_card_runs(run, tiny_data, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     exec(snippet.replace("max_new_tokens=128", "max_new_tokens=20"), {})
     assert "France is a country" in capsys.readouterr().out
+
+
+def test_the_exported_tokenizer_gives_the_ids_of_its_file(tiny_data, tmp_path):
+    """AutoTokenizer builds a tokenizer of some classes anew, so the copy names another class."""
+    source = hf_folders.write(tmp_path / "source", "hub")
+    for file in (tiny_data / "tokenizer").iterdir():
+        shutil.copyfile(file, source / file.name)
+    given = json.loads((source / "tokenizer_config.json").read_text()) | {"tokenizer_class": "Qwen2Tokenizer"}
+    (source / "tokenizer_config.json").write_text(json.dumps(given))
+    export.export(source, tmp_path / "out")
+    copied = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert copied == given | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    text = "def alpha(12345):\n        return self.beta"
+    expected = Tokenizer.from_file(str(source / "tokenizer.json")).encode(text).ids
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(text)["input_ids"] == expected
+    assert AutoTokenizer.from_pretrained(source)(text)["input_ids"] != expected
 
 
 def test_defaults_of_a_source_are_kept(tmp_path):
