@@ -8,7 +8,12 @@ from typing import Any
 from megatron_twotower.common.errors import UserError, require
 from megatron_twotower.config.hf_config import model_from_hf, read_hf_config, read_pointer
 from megatron_twotower.config.phases import steps_of
-from megatron_twotower.config.schema import InitConfig, RunConfig, flatten
+from megatron_twotower.config.schema import FROM_FOLDER, InitConfig, RunConfig, flatten
+from megatron_twotower.config.special_tokens import (
+    RELEASED_BLOCK_SIZE,
+    RELEASED_MASK_TOKEN_ID,
+    read_special_tokens,
+)
 
 
 def load_recipe(recipe: str, overrides: Sequence[str] = (), *, planning: bool = False) -> RunConfig:
@@ -39,7 +44,9 @@ def load_recipe(recipe: str, overrides: Sequence[str] = (), *, planning: bool = 
 
 
 def resolve(config: RunConfig, *, planning: bool = False) -> RunConfig:
-    """Fill in the model of the backbone if the recipe has none, and the steps of all phases.
+    """Fill in what a recipe leaves to a folder, and the steps of all phases.
+
+    From a folder come the model of the backbone, the mask token and the block size.
 
     Args:
         config: A composed configuration.
@@ -53,8 +60,8 @@ def resolve(config: RunConfig, *, planning: bool = False) -> RunConfig:
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=total))
     shaped = config.model.hybrid_override_pattern != ""
     if planning and shaped and not (config.init.backbone and Path(config.init.backbone).is_dir()):
-        return config
-    config = dataclasses.replace(config, init=_with_backbone(config.init))
+        return _with_noise_of_folders(config)
+    config = _with_noise_of_folders(dataclasses.replace(config, init=_with_backbone(config.init)))
     if config.init.backbone is None:
         require(
             shaped,
@@ -85,6 +92,29 @@ def _with_backbone(init: InitConfig) -> InitConfig:
         f"init.backbone: found {init.backbone}, expected null: init.denoiser {init.denoiser} has its own context tower",
     )
     return dataclasses.replace(init, backbone=init.backbone or own)
+
+
+def _with_noise_of_folders(config: RunConfig) -> RunConfig:
+    """Fill in the mask token and the block size if the recipe does not say.
+
+    The first folder that names one decides: the denoiser, the backbone, the tokenizer of the data.
+    """
+    noise, data = config.noise, config.data
+    if FROM_FOLDER not in (noise.mask_token_id, noise.block_size_tokens):
+        return config
+    named = [config.init.denoiser, config.init.backbone, f"{data.folder}/tokenizer" if data.folder else None]
+    folders = [folder for folder in named if folder and Path(folder).is_dir()]
+    said = [read_special_tokens(each) for each in folders] if config.objective == "two_tower" else []
+
+    def first(name: str, default: int) -> int:
+        found = (getattr(each, name) for each in said)
+        return next((value for value in found if value is not None), default)
+
+    if noise.mask_token_id == FROM_FOLDER:
+        noise = dataclasses.replace(noise, mask_token_id=first("mask_token_id", RELEASED_MASK_TOKEN_ID))
+    if noise.block_size_tokens == FROM_FOLDER:
+        noise = dataclasses.replace(noise, block_size_tokens=first("block_size", RELEASED_BLOCK_SIZE))
+    return dataclasses.replace(config, noise=noise)
 
 
 def recipes_folder() -> Path:
@@ -120,6 +150,8 @@ def prepare_hydra(recipe: str, overrides: Sequence[str]) -> tuple[Path, list[str
     require(not added, f"override {''.join(added[:1])!r}: keys cannot be added or removed, only set")
     node = OmegaConf.structured(RunConfig)
     _allow_changes(node)
+    # Else what a recipe says could not be told from what it leaves out.
+    node.noise.mask_token_id = node.noise.block_size_tokens = FROM_FOLDER
     ConfigStore.instance().store(name="run_config", node=node)
     return path.resolve(), [f"hydra.searchpath=[file://{recipes_folder()}]"]
 

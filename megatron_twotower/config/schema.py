@@ -15,6 +15,9 @@ from typing import Any
 from megatron_twotower.config.precision import CONTEXT_PRECISIONS, PRECISIONS
 from megatron_twotower.config.setting import FREE, setting
 
+# Of `noise.block_size_tokens` and `noise.mask_token_id`: `recipes.resolve` fills in the value. It is
+# what a recipe has that does not say.
+FROM_FOLDER = -1
 LAYER_KINDS = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
 
 
@@ -112,8 +115,11 @@ class NoiseConfig:
     t is the noise level.
 
     Attributes:
-        block_size_tokens: Tokens of a block, which the denoiser predicts together.
-        mask_token_id: The token id that replaces a masked token.
+        block_size_tokens: Tokens of a block, which the denoiser predicts together. A recipe that
+            does not say (or says -1) has the block size of the folder in `init`, or 16.
+        mask_token_id: The token id that replaces a masked token. A recipe that does not say (or
+            says -1) has the mask token of the folder in `init`, of its tokenizer or that of the
+            data, or 3. Another id than theirs is refused.
         time_per: What has one noise level: a `sequence` or a `block`.
         time_sampling: `uniform`: noise levels are independent. `stratified`: they are spread evenly
             over the range.

@@ -41,6 +41,7 @@ def backbone_config_json(model: ModelConfig, *, dtype: torch.dtype) -> dict[str,
         "model_type": "nemotron_h",
         "architectures": ["NemotronHForCausalLM"],
         "time_step_min": max(clamp, _NO_CLAMP),
+        **_time_step_limit(clamp),
         "num_hidden_layers": model.num_layers,
         "n_shared_experts": 1,
         "n_group": 1,
@@ -87,15 +88,22 @@ def two_tower_config(found: Mapping[str, Any], *, dtype: torch.dtype) -> dict[st
 
 def _with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The same with another dtype, under the key that is there. transformers 5 writes `dtype`."""
+    # transformers does not read the older name of the head size.
+    if "attention_head_dim" in config:
+        config = {"head_dim": config["attention_head_dim"]} | config
     return config | {"dtype" if "dtype" in config else "torch_dtype": dtype_name(dtype)}
 
 
 def trained_config(found: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
     """The `config.json` of a backbone's folder, with the clamp of time steps that a run used."""
     clamp = config.model.time_step_clamp
-    if config.objective == "ar":
-        return {**found, "time_step_min": max(clamp, _NO_CLAMP)}
-    return {**found, "time_step_limit": [clamp, float("inf")]} if clamp else dict(found)
+    lowest = {"time_step_min": max(clamp, _NO_CLAMP)} if config.objective == "ar" else {}
+    return {**found, **lowest, **_time_step_limit(clamp)}
+
+
+def _time_step_limit(clamp: float) -> dict[str, Any]:
+    """The field from which this project and the modelling file read the clamp; none without it."""
+    return {"time_step_limit": [clamp, float("inf")]} if clamp else {}
 
 
 def generation_config(folder: Path | None, config: Mapping[str, Any]) -> dict[str, Any]:
