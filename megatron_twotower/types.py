@@ -177,13 +177,14 @@ class LogWindow:
 
     Attributes:
         sums: (2 + 2k,) total, count, bucket sums and bucket counts of `LossReport`; None without a
-            step that was not skipped.
+            finite step.
         expert_tokens: (layers, experts) tokens of each expert; None as for `sums`, and without
             experts.
         sequences: Sequences consumed.
         skipped: Sequences in damaged shards.
         nonfinite: Steps whose loss or gradients were not finite.
         in_a_row: Such steps without interruption up to the checkpoint.
+        unscored: Steps that were skipped because no position was scored.
     """
 
     sums: list[float] | None = None
@@ -192,3 +193,4 @@ class LogWindow:
     skipped: int = 0
     nonfinite: int = 0
     in_a_row: int = 0
+    unscored: int = 0

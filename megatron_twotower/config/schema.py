@@ -235,8 +235,9 @@ class ScheduleConfig:
     Attributes:
         kind: `wsd`: warm-up, constant rate, decay over the last `decay_steps`. `cosine`: decay from
             the warm-up to the end. `constant`: no decay.
+        warmup_steps: The rate rises evenly to the highest one, which step `warmup_steps` has.
         decay_shape: Shape of the decay of `wsd`.
-        minimum_learning_rate: The rate at the end of the decay.
+        minimum_learning_rate: The rate of the last step, if there is a decay.
     """
 
     kind: str = setting("wsd", choices=("wsd", "cosine", "constant"))

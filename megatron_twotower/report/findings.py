@@ -49,12 +49,12 @@ class TrainingRun:
     @property
     def train_curve(self) -> Curve:
         """Training loss by optimizer step."""
-        return [(record["step"], record["loss"]) for record in self.train]
+        return [(record["step"], record["loss"]) for record in self.train if record.get("loss") is not None]
 
     @property
     def validation_curve(self) -> Curve:
         """Validation loss by optimizer step."""
-        return [(record["step"], record["loss"]) for record in self.validation]
+        return [(record["step"], record["loss"]) for record in self.validation if record.get("loss") is not None]
 
     def until(self, step: int) -> "TrainingRun":
         """The same run up to and including an optimizer step."""
