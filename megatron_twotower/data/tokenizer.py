@@ -106,7 +106,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """
     file = _tokenizer_file(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), local_files_only=True)
+        # A tokenizer needs no code of its folder; without this answer transformers asks for one.
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the Rust parser raises plain `Exception`
         reason = " ".join(str(error).split())
         raise UserError(f"{file}: cannot be read as a Hugging Face tokenizer ({reason})") from error
