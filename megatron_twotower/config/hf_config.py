@@ -15,6 +15,9 @@ from megatron_twotower.common.errors import UserError, require
 from megatron_twotower.config.schema import LAYER_KINDS, ModelConfig
 from megatron_twotower.config.validation import validate_model
 
+# The model types of folders with one tower, and with two. Older folders with two towers, and the
+# released ones, have the former too.
+MODEL_TYPE, TWO_TOWER_MODEL_TYPE = "nemotron_h", "nemotron_h_twotower"
 # Older configurations spell two of the layer types differently.
 _LEGACY_KINDS = {"mamba": "linear_attention", "attention": "full_attention"}
 # In the folder of a denoiser that was exported without its backbone: names that backbone.
@@ -114,9 +117,10 @@ def model_from_hf(config: Mapping[str, Any], *, source: str) -> ModelConfig:
         UserError: Not a NemotronH configuration, a field of the wrong type, two fields that
             disagree, or the model has a feature that is not built.
     """
+    known = (MODEL_TYPE, TWO_TOWER_MODEL_TYPE)
     require(
-        config.get("model_type") == "nemotron_h",
-        f"{source}: found model_type {config.get('model_type')!r}, expected 'nemotron_h'",
+        config.get("model_type") in known,
+        f"{source}: found model_type {config.get('model_type')!r}, expected {' or '.join(map(repr, known))}",
     )
     found = _with_usual_names(config, source)
     for key, expected in ONLY_VALUES.items():

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_twotower.config.hf_config import MODEL_TYPE
 from megatron_twotower.config.schema import ModelConfig, RunConfig
 from megatron_twotower.convert.hf_folder import dtype_name
 from megatron_twotower.data.tokenizer import CONFIG_FILE, EXACT_CLASS, rebuilt_class
@@ -38,7 +39,7 @@ def backbone_config_json(model: ModelConfig, *, dtype: torch.dtype) -> dict[str,
     fields = dataclasses.asdict(model)
     clamp = fields.pop("time_step_clamp")
     return fields | {
-        "model_type": "nemotron_h",
+        "model_type": MODEL_TYPE,
         "architectures": ["NemotronHForCausalLM"],
         "time_step_min": max(clamp, _NO_CLAMP),
         **_time_step_limit(clamp),
@@ -73,7 +74,7 @@ def plain_config(found: Mapping[str, Any], *, dtype: torch.dtype) -> dict[str, A
         dtype: The dtype of the exported tensors.
     """
     plain = {key: value for key, value in found.items() if key != "auto_map"}
-    return _with_dtype(plain | {"architectures": ["NemotronHForCausalLM"]}, dtype)
+    return _with_dtype(plain | {"model_type": MODEL_TYPE, "architectures": ["NemotronHForCausalLM"]}, dtype)
 
 
 def two_tower_config(found: Mapping[str, Any], *, dtype: torch.dtype) -> dict[str, Any]:
@@ -178,6 +179,7 @@ class ModelCard:
             about,
             "## Usage",
             f"```python\n{usage}```",
+            *_NOTES[self.what],
             "## Provenance",
             "Written by `megatron_twotower`.",
             "\n".join(["| | |", "|---|---|", *rows]),
@@ -217,22 +219,23 @@ def _noise(config: RunConfig) -> str:
     return f"one level per {noise.time_per}, {levels}; loss {noise.weighting}"
 
 
-_LOAD = """import torch
+_IMPORTS = """import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
 """
 _PLAIN = (
-    _LOAD
-    + """model = AutoModelForCausalLM.from_pretrained("{name}").eval()
+    _IMPORTS
+    + """tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}").eval()
 inputs = tokenizer("France is a country ", return_tensors="pt")
 outputs = model.generate(**inputs, max_new_tokens=128)
 print(tokenizer.decode(outputs[0], skip_special_tokens=True))
 """
 )
 _BLOCKS = (
-    _LOAD
-    + """model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True).eval()
+    _IMPORTS
+    + """tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True).eval()
 inputs = tokenizer("France is a country ", return_tensors="pt")
 outputs = model.generate_mask_diffusion(
     inputs["input_ids"], max_new_tokens=128, block_size=16, confidence_threshold=0.8,
@@ -240,6 +243,12 @@ outputs = model.generate_mask_diffusion(
 )
 print(tokenizer.decode(outputs[0], skip_special_tokens=True))
 """
+)
+# What to know of loading a folder with two towers, or with a denoiser alone.
+_TRUST = (
+    "`modeling_nemotron_h_twotower.py` in this folder is the code of the model, so transformers needs "
+    "`trust_remote_code=True` and refuses the folder without it. `generate` and `forward` are those of the context "
+    "tower, as in other causal language models; training through them (Trainer, PEFT) trains the context tower alone."
 )
 # Title, description and usage of each kind of folder.
 _TEXTS = {
@@ -259,4 +268,5 @@ _TEXTS = {
         _BLOCKS,
     ),
 }
+_NOTES = {"context": (), "two_tower": (_TRUST,), "denoiser": (_TRUST,)}
 _TAGS = {"context": (), "two_tower": ("block-diffusion", "two-tower"), "denoiser": ("block-diffusion", "two-tower")}

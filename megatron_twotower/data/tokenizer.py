@@ -134,7 +134,7 @@ def _load(file: Path) -> tuple[PreTrainedTokenizerFast, list[str]]:
         # The class is named, so that no other class builds the tokenizer anew. So is the file,
         # because `fast_tokenizer_files` of tokenizer_config.json may name another one.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(
-            str(folder), local_files_only=True, tokenizer_file=str(file)
+            str(folder), local_files_only=True, trust_remote_code=False, tokenizer_file=str(file)
         )
     except Exception as error:  # the Rust parser raises plain `Exception`
         reason = " ".join(str(error).split())

@@ -562,6 +562,7 @@ def test_the_snippet_of_the_model_card_runs(tmp_path, tiny_data, monkeypatch, ca
 def test_the_configuration_gains_only_the_class():
     backbone = tiny_fields()
     added = twotower_config_json(backbone)
-    assert {key for key in added if added[key] != backbone.get(key)} == {"architectures", "auto_map"}
+    changed = {key for key in added if added[key] != backbone.get(key)}
+    assert changed == {"architectures", "auto_map", "model_type"}
     assert added["auto_map"]["AutoModelForCausalLM"].startswith(f"{MODELING_FILE.stem}.")
     assert "architectures" not in backbone
