@@ -1,6 +1,7 @@
 """A complete training run, built from a resolved configuration."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from rich.console import Console
 
 from megatron_twotower import __version__
+from megatron_twotower.checkpoint import files as checkpoint_files
 from megatron_twotower.checkpoint.files import ShardedState
 from megatron_twotower.checkpoint.fp8_state import sharded_fp8_state
 from megatron_twotower.checkpoint.sharding import sharded_optimizer, sharded_weights
@@ -23,6 +25,7 @@ from megatron_twotower.config.schema import RunConfig
 from megatron_twotower.config.validation import validate
 from megatron_twotower.convert import hf_folder, initial_weights, load
 from megatron_twotower.convert.tensors import TensorSource
+from megatron_twotower.data import mask_token
 from megatron_twotower.data.blend import BlendedDataset
 from megatron_twotower.data.dataset import SequenceDataset, batches, global_batch, rank_slice, split_batch
 from megatron_twotower.data.sources import check_unchanged, data_summary, open_training, open_validation
@@ -116,6 +119,7 @@ def build_model(
 def dry_run(config: RunConfig) -> str:
     """Build everything but the data, take no step, and describe what a run would train."""
     validate(config, world_size=parallel.world_size())
+    _check_mask_token(config, resumed=False)
     phases = resolve_phases(config)
     groups = parallel.initialise(config)
     model = build_model(config, groups)
@@ -144,6 +148,8 @@ def run_training(config: RunConfig) -> bool:
     # From here on a signal ends the run after its first step.
     stop = StopSignal()
     run, groups = Path(config.output), parallel.initialise(config)
+    resumed = parallel.broadcast_from_main(_has_trained(run))
+    _check_mask_token(config, resumed=resumed)
     model = build_model(config, groups)
     checkpoint = checkpoints.find_checkpoint(run, config, fingerprint=model.fingerprint)
     trainer = build_trainer(config, model, groups)
@@ -153,6 +159,7 @@ def run_training(config: RunConfig) -> bool:
     progress = checkpoints.restore(checkpoint, trainer, sharded_state) if checkpoint else TrainingProgress()
     _check_cursor(config, progress)
     validation, dataset = _validation_batches(config, groups), open_training(config)
+    _check_corpora(config, dataset, resumed=resumed)
     if data_before:
         check_unchanged(data_summary(config, dataset), data_before, cursor=progress.cursor)
     stream = _training_stream(config, dataset, groups, progress.cursor)
@@ -177,6 +184,39 @@ def run_training(config: RunConfig) -> bool:
             return train(trainer, progress, stream, validation, hooks)
         finally:
             saver.close()
+
+
+def _has_trained(run: Path) -> bool:
+    """Whether a run folder has a checkpoint after its first step (an import has one before it)."""
+    found = checkpoint_files.find_checkpoints(run)
+    return bool(found) and checkpoint_files.read_state(found[-1]).step > 0
+
+
+def _check_mask_token(config: RunConfig, *, resumed: bool) -> None:
+    """Refuse a mask token that does not fit; of a run that has trained with it, only warn."""
+    if config.objective != "two_tower":
+        return
+    try:
+        mask_token.check_run(config)
+    except UserError as error:
+        if not resumed:
+            raise
+        if parallel.is_main():
+            logging.getLogger(__name__).warning("the run goes on as it began, although: %s", error)
+
+
+def _check_corpora(config: RunConfig, dataset: Dataset, *, resumed: bool) -> None:
+    """Refuse data that holds the mask token: the first rank reads, and all raise."""
+    if config.objective != "two_tower" or resumed:
+        return
+    fault = None
+    if parallel.is_main():
+        try:
+            mask_token.check_corpora(config, dataset)
+        except UserError as error:
+            fault = str(error)
+    if fault := parallel.broadcast_from_main(fault):
+        raise UserError(fault)
 
 
 def build_trainer(config: RunConfig, model: TrainedModel, groups: ProcessGroupCollection) -> Trainer:
