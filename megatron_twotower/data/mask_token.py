@@ -104,7 +104,8 @@ def check_run(config: RunConfig) -> None:
     """
     mask_id, key = config.noise.mask_token_id, "noise.mask_token_id"
     own = [Path(each) for each in (config.init.denoiser, config.init.backbone) if each and Path(each).is_dir()]
-    data = tokenizer_folder(config) if config.data.folder or config.data.blend else None
+    has_data = Path(config.data.blend).is_file() if config.data.blend else bool(config.data.folder)
+    data = tokenizer_folder(config) if has_data else None
     folders = [folder for folder in (data, *own) if folder and (folder / TOKENIZER_FILE).is_file()]
     said = {folder: read_special_tokens(folder) for folder in dict.fromkeys((*own, *folders))}
     for folder, tokens in said.items():

@@ -104,7 +104,10 @@ class TwoTower(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """The end-of-text token. Texts without a context begin with it."""
-        found = self.tokenizer.eos_token_id
+        # The tokenizer's own, else the first of the folder.
+        found = (
+            self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else next(iter(self.eos_ids), None)
+        )
         if found is None:
             raise UserError("tokenizer: found no end-of-text token, expected one to begin texts without a context")
         return int(found)

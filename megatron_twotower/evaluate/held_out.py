@@ -33,6 +33,7 @@ from megatron_twotower.generate.engine import (
     eos_token_ids,
     generate_ids,
     load,
+    warn_of_larger_blocks,
 )
 from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as TwoTowerModel
 
@@ -238,6 +239,7 @@ def evaluate(
     if found != expected:
         raise UserError(f"{folder}: found a tokenizer with sha256 {found}, expected that of {data}, {expected}")
     sequences = evenly_spaced_windows(corpus, count=settings.sequences, length=settings.sequence_length_tokens)
+    warn_of_larger_blocks(model, settings.block_size_tokens)
     block = settings.block_size_tokens or model.block_size
     settings = replace(settings, block_size_tokens=block)
     likelihood.check_sequences(sequences, block)

@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -165,6 +165,12 @@ def _set_special_tokens(model: TwoTowerModel, said: SpecialTokens, tokenizer: Pr
 def eos_token_ids(model: TwoTowerModel, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
     """All ids that end a text: those of the folder, and that of the tokenizer."""
     return as_ids((*model.eos_token_ids, *as_ids(tokenizer.eos_token_id)))
+
+
+def with_block_size(model: TwoTowerModel, settings: GenerationSettings) -> GenerationSettings:
+    """The settings with the block size of the folder if they have none; warns of larger blocks."""
+    warn_of_larger_blocks(model, settings.block_size)
+    return replace(settings, block_size=model.block_size if settings.block_size is None else settings.block_size)
 
 
 def warn_of_larger_blocks(model: TwoTowerModel, block_size: int | None) -> None:

@@ -34,7 +34,7 @@ from megatron_twotower.generate.engine import (
     load,
     pad_left,
     place_towers,
-    warn_of_larger_blocks,
+    with_block_size,
 )
 from megatron_twotower.generate.journal import append, open_journal, rows_in_order
 from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as TwoTowerModel
@@ -341,7 +341,7 @@ def run(
         raise UserError(f"{output}: exists already, expected a file that does not")
     count, sha256 = check_prompts(prompts)
     model, tokenizer = load(folder)
-    warn_of_larger_blocks(model, settings.block_size)
+    settings = with_block_size(model, settings)
     place_towers(model, devices or default_devices())
     request = {
         "version": VERSION,

@@ -26,7 +26,7 @@ from megatron_twotower.generate.engine import (
     generate,
     load,
     place_towers,
-    warn_of_larger_blocks,
+    with_block_size,
 )
 from megatron_twotower.generate.replay.page import write_page
 from megatron_twotower.generate.replay.recording import Recorder
@@ -198,7 +198,7 @@ def run(
         check_page(page, mode)
     console = console or Console()
     model, tokenizer = load(folder)
-    warn_of_larger_blocks(model, settings.block_size)
+    settings = with_block_size(model, settings)
     place_towers(model, devices or default_devices())
     if mode == ALL:  # the first call in each mode is slower, and speeds are compared
         for each in MODES:

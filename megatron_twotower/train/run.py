@@ -188,8 +188,7 @@ def run_training(config: RunConfig) -> bool:
 
 def _has_trained(run: Path) -> bool:
     """Whether a run folder has a checkpoint after its first step (an import has one before it)."""
-    found = checkpoint_files.find_checkpoints(run)
-    return bool(found) and checkpoint_files.read_state(found[-1]).step > 0
+    return any(folder != run_folder.checkpoint_folder(run, 0) for folder in checkpoint_files.find_checkpoints(run))
 
 
 def _check_mask_token(config: RunConfig, *, resumed: bool) -> None:
