@@ -187,7 +187,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 PASSES = {
-    "block_size": option("tokens per block", "--block"),
+    "block_size": option("tokens per block; those of the folder if left out", "--block"),
     "prompt_tokens": option("tokens of the prompt"),
     "rounds": option("counted rounds, after one that is not counted"),
 }
@@ -213,7 +213,7 @@ def _passes(arguments: argparse.Namespace) -> int:
 FP8 = {
     "sequences": option("windows of held-out text"),
     "length_tokens": option("tokens of each window", "--length"),
-    "block_size_tokens": option("tokens per block of the denoiser", "--block"),
+    "block_size_tokens": option("tokens per block of the denoiser; those of the folder if left out", "--block"),
 }
 
 

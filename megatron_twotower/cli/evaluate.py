@@ -9,7 +9,7 @@ from megatron_twotower.common.errors import UserError
 
 # Options of both kinds of evaluation, as parameters of EvaluationSettings.
 SHARED = {
-    "block_size_tokens": option("tokens per block, as trained", "--block-size"),
+    "block_size_tokens": option("tokens per block; those of the folder if left out", "--block-size"),
     "threshold": option("confidence threshold where it is not swept", "--confidence-threshold", metavar="P"),
     "new_tokens": option("tokens to write", "--new-tokens"),
     "bound_draws": option("noise draws per block of the likelihood bound", "--draws"),

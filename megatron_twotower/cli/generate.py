@@ -9,7 +9,7 @@ from megatron_twotower.common.errors import UserError
 
 GENERATION = {
     "max_new_tokens": option("tokens to write, at most"),
-    "block_size": option("tokens per block"),
+    "block_size": option("tokens per block; those of the folder if left out"),
     "steps_per_block": option("denoiser passes per block, at most"),
     "confidence_threshold": option("commit at once the tokens that are more probable than this"),
     "temperature": option("0 takes the most probable tokens"),

@@ -126,17 +126,13 @@ def model_from_hf(config: Mapping[str, Any], *, source: str) -> ModelConfig:
     for key, expected in ONLY_VALUES.items():
         value = found.get(key, expected)
         require(value == expected, f"{source}: {key}: found {value!r}, expected {expected!r}")
-    values = {"hybrid_override_pattern": _pattern(found, source), "time_step_clamp": _lower_limit(found, source)}
+    values: dict[str, Any] = {
+        "hybrid_override_pattern": _pattern(found, source),
+        "time_step_clamp": _lower_limit(found, source),
+    }
     for item in dataclasses.fields(ModelConfig):
         if item.name not in values:
-            value = found.get(item.name, DEFAULTS[item.name])
-            if value is None and item.name == "num_key_value_heads":  # as in transformers
-                value = found.get("num_attention_heads", DEFAULTS["num_attention_heads"])
-            numbers = (int,) if item.type is int else (int, float)
-            expected = "a whole number" if item.type is int else "a number"
-            fits = isinstance(value, numbers) and not isinstance(value, bool)
-            require(fits, f"{source}: {item.name}: found {value!r}, expected {expected}")
-            values[item.name] = item.type(value)
+            values[item.name] = _number(found, item.name, source, whole=item.type is int)
     model = ModelConfig(**values)
     validate_model(model)
     layers, pattern = found.get("num_hidden_layers"), model.hybrid_override_pattern
@@ -158,6 +154,16 @@ def _with_usual_names(config: Mapping[str, Any], source: str) -> dict[str, Any]:
                 f"{source}: found {name} {config[name]!r} and {usual} {value!r}, expected the same value or one field",
             )
     return found
+
+
+def _number(found: Mapping[str, Any], key: str, source: str, *, whole: bool) -> float:
+    """The number of a field, or that of transformers if it is left out."""
+    value = found.get(key, DEFAULTS[key])
+    if value is None and key == "num_key_value_heads":  # as in transformers
+        value = found.get("num_attention_heads", DEFAULTS["num_attention_heads"])
+    fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    require(fits, f"{source}: {key}: found {value!r}, expected a {'whole ' if whole else ''}number")
+    return value if whole else float(value)
 
 
 def _pattern(found: Mapping[str, Any], source: str) -> str:

@@ -9,11 +9,7 @@ from megatron_twotower.common.errors import UserError, require
 from megatron_twotower.config.hf_config import model_from_hf, read_hf_config, read_pointer
 from megatron_twotower.config.phases import steps_of
 from megatron_twotower.config.schema import FROM_FOLDER, InitConfig, RunConfig, flatten
-from megatron_twotower.config.special_tokens import (
-    RELEASED_BLOCK_SIZE,
-    RELEASED_MASK_TOKEN_ID,
-    read_special_tokens,
-)
+from megatron_twotower.config.special_tokens import RELEASED_BLOCK_SIZE, RELEASED_MASK_TOKEN_ID, read_special_tokens
 
 
 def load_recipe(recipe: str, overrides: Sequence[str] = (), *, planning: bool = False) -> RunConfig:

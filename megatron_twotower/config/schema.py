@@ -15,8 +15,8 @@ from typing import Any
 from megatron_twotower.config.precision import CONTEXT_PRECISIONS, PRECISIONS
 from megatron_twotower.config.setting import FREE, setting
 
-# Of `noise.block_size_tokens` and `noise.mask_token_id`: `recipes.resolve` fills in the value. It is
-# what a recipe has that does not say.
+# The value of `noise.block_size_tokens` and `noise.mask_token_id` in a recipe that does not say:
+# `recipes.resolve` fills in that of a folder.
 FROM_FOLDER = -1
 LAYER_KINDS = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
 

@@ -97,7 +97,7 @@ def _ids(found: Mapping[str, Any], key: str, path: Path, *, least: int = 0) -> t
 
 
 def _named_ids(home: Path) -> tuple[str, dict[str, int]]:
-    """The ids of `mask_token` and `eos_token`, where a tokenizer names them, and the file that does.
+    """The file that names the mask token and EOS of a tokenizer, and their ids.
 
     A name that is not in `tokenizer.json` is left out.
     """

@@ -19,12 +19,14 @@ from megatron_twotower.common.progress import BytesProgress, silent_bytes
 from megatron_twotower.config import hf_config, recipes
 from megatron_twotower.config.hf_config import POINTER_FILE
 from megatron_twotower.config.schema import ConditioningConfig, RunConfig
+from megatron_twotower.config.special_tokens import SpecialTokens, read_special_tokens
 from megatron_twotower.convert import model_card
 from megatron_twotower.convert.hf_folder import HfFolder, fingerprint, rename_tensors, write_folder
 from megatron_twotower.convert.initial_weights import check_pointer
 from megatron_twotower.convert.mcore_checkpoint import CheckpointWeights
 from megatron_twotower.convert.tensors import LazyTensor
 from megatron_twotower.data.sources import tokenizer_folder
+from megatron_twotower.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 from megatron_twotower.hf import MODELING_FILE
 from megatron_twotower.model.parameter_map import (
     TENSOR_NAMINGS,
@@ -158,26 +160,37 @@ def _open_run(run: Path, options: ExportOptions) -> ExportableModel:
         raise UserError(
             f"{backbone_path}: changed since the run, found sha256 {origin[1]}, expected {state.fingerprint}"
         )
+    data_tokenizer = tokenizer_folder(config) if config.data.folder or config.data.blend else None
+    said = read_special_tokens(data_tokenizer) if data_tokenizer else SpecialTokens()
     if backbone_path:
         backbone = HfFolder.open(backbone_path)
         config_json = hf_config.read_hf_config(backbone_path)
     else:
         backbone = None
         config_json = model_card.backbone_config_json(model, dtype=trained["lm_head.weight"].dtype)
+        config_json |= _special_ids(data_tokenizer)
     backbone_folder = backbone.path if backbone else None
-    data_tokenizer = tokenizer_folder(config) if config.data.folder or config.data.blend else None
     return ExportableModel(
         backbone=backbone.backbone_tensors(model) if two_tower and backbone else trained,
         denoiser=trained if two_tower else {},
         config=model_card.trained_config(config_json, config) if state.step else config_json,
         naming=backbone.naming if backbone and "backbone" in backbone.towers else TENSOR_NAMINGS["hub"],
         origin=origin,
-        generation=model_card.generation_config(backbone_folder, config_json)
-        | (model_card.block_defaults(config) if two_tower and state.step else {}),
+        generation=model_card.with_special_tokens(model_card.generation_config(backbone_folder, config_json), said)
+        | (model_card.block_defaults(config, cursor=state.cursor) if two_tower else {}),
         tokenizer=model_card.tokenizer_files(data_tokenizer, backbone_folder),
         facts=model_card.run_facts(config, run_folder.read_provenance(run), step=state.step, cursor=state.cursor),
         recipe=(run / run_folder.CONFIG_FILE).read_text(),
     )
+
+
+def _special_ids(tokenizer: Path | None) -> dict[str, int]:
+    """The special tokens that `config.json` of a model from random weights takes from its data."""
+    if tokenizer is None or not (tokenizer / TOKENIZER_FILE).is_file():
+        return {}
+    opened = load_tokenizer(tokenizer)
+    ids = {"bos_token_id": opened.bos_token_id, "eos_token_id": opened.eos_token_id}
+    return {key: value for key, value in ids.items() if value is not None}
 
 
 def _open_folder(path: Path, options: ExportOptions) -> ExportableModel:
@@ -203,7 +216,9 @@ def _open_folder(path: Path, options: ExportOptions) -> ExportableModel:
         config=config_json,
         naming=backbone.naming if "backbone" in backbone.towers else TENSOR_NAMINGS["hub"],
         origin=(backbone.path, sha256),
-        generation=model_card.generation_config(path, config_json),
+        generation=model_card.with_special_tokens(
+            model_card.generation_config(path, config_json), read_special_tokens(path)
+        ),
         tokenizer=model_card.tokenizer_files(path, backbone.path),
         facts=facts,
     )

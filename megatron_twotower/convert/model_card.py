@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from megatron_twotower.config.hf_config import MODEL_TYPE
+from megatron_twotower.config.hf_config import GENERATION_FILE, MODEL_TYPE
+from megatron_twotower.config.phases import phase_number, resolve_phases
 from megatron_twotower.config.schema import ModelConfig, RunConfig
+from megatron_twotower.config.special_tokens import SpecialTokens, read_special_tokens
 from megatron_twotower.convert.hf_folder import dtype_name
 from megatron_twotower.data.tokenizer import CONFIG_FILE, EXACT_CLASS, rebuilt_class
 from megatron_twotower.hf import twotower_config_json
 
-GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -121,10 +122,33 @@ def generation_config(folder: Path | None, config: Mapping[str, Any]) -> dict[st
     return {key: config[key] for key in tokens if config.get(key) is not None}
 
 
-def block_defaults(config: RunConfig) -> dict[str, Any]:
-    """The defaults of generation by mask diffusion: mask token, and the last block size."""
-    sizes = [phase.block_size_tokens for phase in config.phases if phase.block_size_tokens is not None]
-    return {"mask_token_id": config.noise.mask_token_id, "block_size": (sizes or [config.noise.block_size_tokens])[-1]}
+def with_special_tokens(generation: Mapping[str, Any], said: SpecialTokens) -> dict[str, Any]:
+    """The defaults of generation with the mask token and EOS that another file names.
+
+    The ids of EOS are added to those that are there: text ends with each of them.
+    """
+    found, eos = dict(generation), generation.get("eos_token_id")
+    own = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    ids = list(dict.fromkeys((*own, *said.eos_token_ids)))
+    if ids:
+        found["eos_token_id"] = ids if len(ids) > 1 else ids[0]
+    if said.mask_token_id is not None:
+        found.setdefault("mask_token_id", said.mask_token_id)
+    return found
+
+
+def block_defaults(config: RunConfig, *, cursor: int) -> dict[str, Any]:
+    """The defaults of generation by mask diffusion after a run has read `cursor` sequences.
+
+    These are the mask token, the block size of the phase that the run has reached, and all block
+    sizes that its denoiser was trained with.
+    """
+    phases = resolve_phases(config)
+    reached = phases[: phase_number(phases, max(cursor - 1, 0)) + 1]
+    before = read_special_tokens(config.init.denoiser).trained_block_sizes if config.init.denoiser else ()
+    sizes = [*before, *(phase.noise.block_size_tokens for phase in reached if cursor)]
+    defaults = {"mask_token_id": config.noise.mask_token_id, "block_size": reached[-1].noise.block_size_tokens}
+    return defaults | ({"trained_block_sizes": sorted(set(sizes))} if sizes else {})
 
 
 def tokenizer_files(*folders: Path | None) -> list[Path]:
@@ -206,7 +230,7 @@ def run_facts(config: RunConfig, provenance: Mapping[str, Any], *, step: int, cu
     """
     facts = {"objective": config.objective, "steps": step, "tokens": cursor * config.data.sequence_length_tokens}
     if config.objective == "two_tower":
-        facts |= {"block size": block_defaults(config)["block_size"], "noise": _noise(config)}
+        facts |= {"block size": block_defaults(config, cursor=cursor)["block_size"], "noise": _noise(config)}
     facts |= {"seed": str(config.seed), "ranks": provenance.get("ranks"), "precision": config.train.precision}
     facts |= {key: provenance.get(key) for key in ("backbone", "backbone_sha256", "commit")}
     versions = {key: provenance.get(key) for key in ("megatron_twotower", "python")}
@@ -238,8 +262,7 @@ _BLOCKS = (
 model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True).eval()
 inputs = tokenizer("France is a country ", return_tensors="pt")
 outputs = model.generate_mask_diffusion(
-    inputs["input_ids"], max_new_tokens=128, block_size=16, confidence_threshold=0.8,
-    eos_token_id=tokenizer.eos_token_id,
+    inputs["input_ids"], max_new_tokens=128, confidence_threshold=0.8
 )
 print(tokenizer.decode(outputs[0], skip_special_tokens=True))
 """

@@ -29,8 +29,10 @@ from typing import Any
 from megatron_twotower import __version__
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.progress import CorpusProgress, OnCorpusProgress
+from megatron_twotower.config.special_tokens import read_special_tokens
 from megatron_twotower.data import workers, workspace
 from megatron_twotower.data.documents import SUFFIXES, TRAIN, VALIDATION, Unit, cut_units, find_documents
+from megatron_twotower.data.mask_token import check_mask_token
 from megatron_twotower.data.parts import FIRST_FAULTS, UnitTask, part_path, read_part, write_part
 from megatron_twotower.data.planned_shards import ShardTask, read_planned_shard, shard_arrays, write_planned_shard
 from megatron_twotower.data.selection import Selection, lines_before, select
@@ -175,7 +177,10 @@ class _Vocabulary:
 
 
 def _vocabulary(tokenizer: Path, settings: Settings) -> _Vocabulary:
-    opened = load_tokenizer(tokenizer)
+    opened, said = load_tokenizer(tokenizer), read_special_tokens(tokenizer)
+    if said.mask_token_id is not None:
+        size, ends = max(opened.get_vocab().values()) + 1, said.eos_token_ids
+        check_mask_token(tokenizer, said.mask_token_id, vocab_size=size, key="mask_token_id", eos_ids=ends)
     ids = {"bos": (settings.bos, opened.bos_token_id), "eos": (settings.eos, opened.eos_token_id)}
     for name, (choice, token) in ids.items():
         if choice == "document" and token is None:

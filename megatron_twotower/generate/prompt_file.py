@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
@@ -28,11 +29,12 @@ from megatron_twotower.generate.engine import (
     check_mode,
     decode,
     default_devices,
+    eos_token_ids,
     generate_ids,
     load,
-    mask_token_id,
     pad_left,
     place_towers,
+    with_block_size,
 )
 from megatron_twotower.generate.journal import append, open_journal, rows_in_order
 from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as TwoTowerModel
@@ -208,22 +210,24 @@ def generate_batch(
 ) -> list[dict[str, Any]]:
     """Rows of the output, in the order of the batch."""
     ids, mask = pad_left(batch.ids)
-    device = model.context_tower.device
+    device, eos_ids = model.context_tower.device, eos_token_ids(model, tokenizer)
     output, _ = generate_ids(
         model,
         ids.to(device),
         mode=mode,
         settings=replace(settings, seed=batch_seed(settings.seed, batch.number)),
-        mask_id=mask_token_id(tokenizer),
-        eos_id=tokenizer.eos_token_id,
+        eos_id=eos_ids,
         attention_mask=None if mask is None else mask.to(device),
     )
     rows = []
     for record, new in zip(batch.records, output[:, ids.shape[1] :].cpu(), strict=True):
-        ends = (new == tokenizer.eos_token_id).nonzero()
+        ends = torch.isin(new, torch.tensor(eos_ids, dtype=new.dtype)).nonzero()
         kept = new[: int(ends[0]) + 1] if len(ends) else new
         reason = "stop" if len(ends) else "length"
-        rows.append(record | dict(zip(OUTPUT_FIELDS, (decode(tokenizer, kept), len(kept), reason), strict=True)))
+        rows.append(
+            record
+            | dict(zip(OUTPUT_FIELDS, (decode(tokenizer, kept, eos_ids=eos_ids), len(kept), reason), strict=True))
+        )
     return rows
 
 
@@ -337,6 +341,7 @@ def run(
         raise UserError(f"{output}: exists already, expected a file that does not")
     count, sha256 = check_prompts(prompts)
     model, tokenizer = load(folder)
+    settings = with_block_size(model, settings)
     place_towers(model, devices or default_devices())
     request = {
         "version": VERSION,

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from megatron_twotower import __version__
+from megatron_twotower.checkpoint import files as checkpoint_files
 from megatron_twotower.checkpoint.files import ShardedState
 from megatron_twotower.checkpoint.fp8_state import sharded_fp8_state
 from megatron_twotower.checkpoint.sharding import sharded_optimizer, sharded_weights
@@ -26,6 +28,7 @@ from megatron_twotower.config.schema import RunConfig
 from megatron_twotower.config.validation import validate
 from megatron_twotower.convert import hf_folder, initial_weights, load
 from megatron_twotower.convert.tensors import TensorSource
+from megatron_twotower.data import mask_token
 from megatron_twotower.data.blend import BlendedDataset
 from megatron_twotower.data.dataset import SequenceDataset, batches, global_batch, rank_slice, split_batch
 from megatron_twotower.data.sources import check_unchanged, data_summary, open_training, open_validation
@@ -154,6 +157,7 @@ def build_model(
 def dry_run(config: RunConfig) -> str:
     """Build everything but the data, take no step, and describe what a run would train."""
     validate(config, world_size=parallel.world_size())
+    _check_mask_token(config, resumed=False)
     phases = resolve_phases(config)
     groups = parallel.initialise(config)
     model = build_model(config, groups)
@@ -184,6 +188,8 @@ def run_training(config: RunConfig) -> bool:
     run, groups = Path(config.output), parallel.initialise(config)
     source = initial_weights.backbone_source(config)  # its headers; a wrong folder ends the run here
     fingerprint = backbone_fingerprint(config)
+    resumed = parallel.from_main(lambda: _has_trained(run))
+    _check_mask_token(config, resumed=resumed)
     checkpoint = checkpoints.find_checkpoint(run, config, fingerprint=fingerprint)
     model = build_model(config, groups, backbone_source=source, fingerprint=fingerprint, resumed=checkpoint is not None)
     trainer = build_trainer(config, model, groups)
@@ -193,6 +199,7 @@ def run_training(config: RunConfig) -> bool:
     progress = checkpoints.restore(checkpoint, trainer, sharded_state) if checkpoint else TrainingProgress()
     _check_cursor(config, progress)
     validation, dataset = _validation_batches(config, groups), _training_data(config)
+    _check_corpora(config, dataset, resumed=resumed)
     if data_before:
         check_unchanged(data_summary(config, dataset), data_before, cursor=progress.cursor)
     stream = _training_stream(config, dataset, groups, progress.cursor)
@@ -220,6 +227,31 @@ def run_training(config: RunConfig) -> bool:
         finally:
             heartbeat(f"{SAVING} what had begun")
             saver.close()
+
+
+def _has_trained(run: Path) -> bool:
+    """Whether a run folder has a checkpoint after its first step (an import has one before it)."""
+    return any(folder != run_folder.checkpoint_folder(run, 0) for folder in checkpoint_files.find_checkpoints(run))
+
+
+def _check_mask_token(config: RunConfig, *, resumed: bool) -> None:
+    """Refuse a mask token that does not fit; of a run that has trained with it, only warn."""
+    if config.objective != "two_tower":
+        return
+    try:
+        mask_token.check_run(config)
+    except UserError as error:
+        if not resumed:
+            raise
+        if parallel.is_main():
+            logging.getLogger(__name__).warning("the run goes on as it began, although: %s", error)
+
+
+def _check_corpora(config: RunConfig, dataset: Dataset, *, resumed: bool) -> None:
+    """Refuse data that holds the mask token. The first rank reads it, for all."""
+    if config.objective != "two_tower" or resumed:
+        return
+    parallel.from_main(lambda: mask_token.check_corpora(config, dataset))
 
 
 def build_trainer(config: RunConfig, model: TrainedModel, groups: ProcessGroupCollection) -> Trainer:

@@ -137,8 +137,8 @@ def test_key_value_heads_of_null_are_the_attention_heads():
 
 def test_a_file_that_is_not_an_object_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(UserError, match="config.json: found a list, expected a JSON object"):
+    with pytest.raises(UserError, match=r"config.json: found a list, expected a JSON object"):
         hf_config.read_hf_config(tmp_path)
     (tmp_path / "config.json").write_bytes(b"\xff")
-    with pytest.raises(UserError, match="config.json: not valid JSON"):
+    with pytest.raises(UserError, match=r"config.json: not valid JSON"):
         hf_config.read_hf_config(tmp_path)

@@ -21,8 +21,10 @@ from megatron_twotower.cli import main
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.progress import silent_bytes
 from megatron_twotower.common.run_folder import checkpoint_folder
+from megatron_twotower.config.phases import resolve_phases
 from megatron_twotower.config.recipes import load_recipe
-from megatron_twotower.convert import export, hf_folder, import_run
+from megatron_twotower.config.special_tokens import SpecialTokens
+from megatron_twotower.convert import export, hf_folder, import_run, model_card
 from megatron_twotower.convert.mcore_checkpoint import CheckpointWeights
 from megatron_twotower.model import parameter_map
 
@@ -188,7 +190,7 @@ def test_the_snippet_of_the_card_runs(run, tiny_data, tmp_path, monkeypatch, cap
         assert file.stat().st_mode & 0o044, "others may read it"
     snippet = (tmp_path / "model" / "README.md").read_text().split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
-    exec(snippet.replace("max_new_tokens=128", "max_new_tokens=20"), {})
+    exec(snippet, {})  # as written
     assert "France is a country" in capsys.readouterr().out
 
 
@@ -218,6 +220,33 @@ def test_defaults_of_a_source_are_kept(tmp_path):
     for name in ("tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "out" / name).read_text() == (source / name).read_text()
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [2, 11]
+
+
+def test_the_block_size_is_that_of_the_phase_that_was_reached():
+    config = load_recipe("nano_30b_a3b", planning=True)
+    phases = resolve_phases(config)
+    sizes = []
+    for cursor in (0, 1, phases[1].first, phases[2].first, phases[2].first + 1, 10**12):
+        found = model_card.block_defaults(config, cursor=cursor)
+        sizes.append((found["block_size"], found.get("trained_block_sizes")))
+    assert sizes == [(32, None), (32, [32]), (32, [32]), (32, [32]), (16, [16, 32]), (16, [16, 32])]
+
+
+def test_eos_of_the_tokenizer_is_among_those_of_the_folder(tmp_path):
+    said = SpecialTokens(mask_token_id=5, eos_token_ids=(9,))
+    assert model_card.with_special_tokens({}, said) == {"eos_token_id": 9, "mask_token_id": 5}
+    assert model_card.with_special_tokens({"eos_token_id": 9}, said)["eos_token_id"] == 9
+    assert model_card.with_special_tokens({"eos_token_id": [2, 11]}, said)["eos_token_id"] == [2, 11, 9]
+    assert model_card.with_special_tokens({"mask_token_id": 4}, SpecialTokens()) == {"mask_token_id": 4}
+
+
+def test_a_model_from_random_weights_has_the_special_tokens_of_its_data(tmp_path, tiny_data):
+    assert export._special_ids(tiny_data / "tokenizer") == {"bos_token_id": 1, "eos_token_id": 2}
+    shutil.copytree(tiny_data / "tokenizer", tmp_path / "tokenizer")
+    names = json.loads((tmp_path / "tokenizer" / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(names | {"eos_token": "<mask>"}))
+    assert export._special_ids(tmp_path / "tokenizer")["eos_token_id"] == 3
+    assert export._special_ids(tmp_path) == export._special_ids(None) == {}
 
 
 def test_a_step_is_chosen(run, tmp_path):

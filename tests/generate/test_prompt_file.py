@@ -77,6 +77,9 @@ def test_rows_that_end_have_the_finish_reason_stop(loaded, tmp_path, monkeypatch
     row = prompt_file.generate_batch(model, tokenizer, batch, mode="ar", settings=SETTINGS)[0]
     assert (row["finish_reason"], row["new_tokens"]) == ("stop", first + 1)
     assert row["text"] == tokenizer.decode(new[:first].tolist())
+    monkeypatch.undo()
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [2, int(new[2])])
+    assert row == prompt_file.generate_batch(model, tokenizer, batch, mode="ar", settings=SETTINGS)[0]
 
 
 def test_a_batch_has_prompts_of_similar_lengths_within_a_window(loaded, prompts):
