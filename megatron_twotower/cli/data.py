@@ -11,7 +11,7 @@ from megatron_twotower.cli.options import add_options, arguments_for, option
 
 # What `tokenizer` and `prepare` both read: parameters of `data.prepare.prepare`.
 TEXT = {
-    "inputs": option("files, folders of text, .jsonl (.gz, .zst), .parquet; or python-stdlib", "--input"),
+    "inputs": option("files, folders of text, .jsonl, .json (.gz, .zst), .parquet; or python-stdlib", "--input"),
     "output": option("folder to write"),
     "holdout_fraction": option("share set aside for validation: of files by name, of records by text", "--holdout"),
     "text_field": option("field or column of a record that holds its text"),
@@ -40,13 +40,16 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
 
 
 def _tokenizer(arguments: argparse.Namespace) -> int:
-    from megatron_twotower.data.documents import find_documents, training_texts
+    from megatron_twotower.data.documents import find_inputs, training_texts
     from megatron_twotower.data.tokenizer import train_tokenizer
 
-    documents = find_documents(arguments.input, suffixes=arguments.suffixes)
+    found = find_inputs(arguments.input, suffixes=arguments.suffixes, text_field=arguments.text_field)
+    documents = found.documents
     texts = training_texts(documents, holdout_fraction=arguments.holdout, text_field=arguments.text_field)
     train_tokenizer(texts, vocab_size=arguments.vocab_size, output=arguments.output)
     print(f"{arguments.output}: {arguments.vocab_size} entries from {len(documents)} files, without held-out text")
+    if found.passed_over.counts:
+        print(f"passed over: {found.passed_over}")
     return 0
 
 

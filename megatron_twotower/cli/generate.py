@@ -43,7 +43,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="prompts to continue in batches: one a line, or .jsonl with a field `prompt`",
+        help="prompts to continue in batches: one a line, or JSON lines or an array with a field `prompt`",
     )
     parser.add_argument(
         "--mode",

@@ -31,7 +31,7 @@ from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.progress import CorpusProgress, OnCorpusProgress
 from megatron_twotower.config.special_tokens import read_special_tokens
 from megatron_twotower.data import workers, workspace
-from megatron_twotower.data.documents import SUFFIXES, TRAIN, VALIDATION, Unit, cut_units, find_documents
+from megatron_twotower.data.documents import SUFFIXES, TRAIN, VALIDATION, PassedOver, Unit, cut_units, find_inputs
 from megatron_twotower.data.mask_token import check_mask_token
 from megatron_twotower.data.parts import FIRST_FAULTS, UnitTask, part_path, read_part, write_part
 from megatron_twotower.data.planned_shards import ShardTask, read_planned_shard, shard_arrays, write_planned_shard
@@ -92,8 +92,8 @@ def prepare(
     OUTPUT.partial, and resumes from there when it is called again with the same settings.
 
     Left out and counted are files that are not UTF-8, and texts that are empty, that repeat another
-    text, or that are too short or too long. A shard takes documents up to `shard_tokens` tokens, or
-    one longer document.
+    text, or that are too short or too long. What is passed over in a folder is counted and named.
+    A shard takes documents up to `shard_tokens` tokens, or one longer document.
 
     Args:
         inputs: Files and folders of text or records, or `python-stdlib`
@@ -116,9 +116,9 @@ def prepare(
         unit_bytes: Input that one worker reads at a time.
 
     Raises:
-        UserError: An input or the tokenizer is missing, there is no text to train on, a value is
-            out of range, too many records are malformed, the disk is full, OUTPUT.partial is from
-            other settings, or `output` exists. `output` is then unchanged.
+        UserError: An input or the tokenizer is missing or cannot be read, there is no text to train
+            on, a value is out of range, too many records are malformed, the disk is full,
+            OUTPUT.partial is from other settings, or `output` exists. `output` is then unchanged.
     """
     output = Path(output)
     settings = Settings(
@@ -136,7 +136,8 @@ def prepare(
     _check_settings(settings, workers=workers, max_malformed=max_malformed)
     workspace.check_output(output, mark=f"{TRAIN}/{INDEX_FILE}", overwrite=overwrite)
     vocabulary = _vocabulary(Path(tokenizer), settings)
-    documents = find_documents(inputs, suffixes=suffixes)
+    found = find_inputs(inputs, suffixes=suffixes, text_field=text_field)
+    documents = found.documents
     units = cut_units(documents, holdout_fraction=holdout_fraction, text_field=text_field, unit_bytes=unit_bytes)
     request = _request(inputs, units, settings, vocabulary)
     with workspace.resuming(output, request=request, overwrite=overwrite) as partial:
@@ -155,9 +156,9 @@ def prepare(
         )
         if not selection.totals[TRAIN]["documents"]:
             workspace.discard(partial)
-            found = f"{_what_was_found(selection)} in {len(documents)} files"
-            raise UserError(f"{' '.join(inputs)}: found {found}, expected text to train on")
-        summary = _write_data(job, selection, faults=_faults(units, part_counts))
+            what = f"{_what_was_found(selection)} in {len(documents)} files"
+            raise UserError(f"{' '.join(inputs)}: found {what}, expected text to train on")
+        summary = _write_data(job, selection, faults=_faults(units, part_counts), passed_over=found.passed_over)
         _write_provenance(job, inputs=inputs, part_counts=part_counts)
         workspace.move_into_place(output)
     return summary
@@ -329,7 +330,7 @@ def _faults(units: Sequence[Unit], part_counts: Sequence[dict[str, Any]]) -> lis
 # --- writing ---
 
 
-def _write_data(job: _Job, selection: Selection, *, faults: Sequence[str]) -> dict[str, Any]:
+def _write_data(job: _Job, selection: Selection, *, faults: Sequence[str], passed_over: PassedOver) -> dict[str, Any]:
     """Write shards, indices, tokenizer and summary into `data`; return the summary."""
     data, vocabulary = job.folder / "data", job.vocabulary
     for split in selection.splits:
@@ -359,7 +360,12 @@ def _write_data(job: _Job, selection: Selection, *, faults: Sequence[str]) -> di
     for name in _TOKENIZER_FILES:
         if (job.tokenizer / name).is_file():
             shutil.copyfile(job.tokenizer / name, data / "tokenizer" / name)
-    summary = {**header, "splits": splits, "malformed": list(faults)}
+    summary = {
+        **header,
+        "splits": splits,
+        "malformed": list(faults),
+        "passed_over": {"counts": dict(sorted(passed_over.counts.items())), "first": passed_over.first},
+    }
     (data / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 

@@ -214,11 +214,22 @@ def _fingerprints(file: Path, times: tuple[int, ...]) -> tuple[str, str]:
     return digest.hexdigest(), alone
 
 
+def _is_unicode(text: str) -> bool:
+    """Whether UTF-8 can encode a text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[Sequence[str]], list[list[int]]]:
     """A function from texts to the token ids of each; nothing is added, cut or padded.
 
     A special token that a text spells out ("<mask>" in a source file) is encoded as its characters:
     clean text must never contain the mask token or end early.
+
+    The function raises a `UserError` for text that UTF-8 cannot encode.
     """
     # A copy, because the settings below would change the tokenizer of the caller.
     plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -227,6 +238,12 @@ def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[Sequence[str]]
     plain.encode_special_tokens = True
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+        try:
+            return [encoding.ids for encoding in plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except TypeError as error:
+            for text in texts:
+                if not _is_unicode(text):
+                    raise UserError(f"found half of a surrogate pair in {text[:60]!r}, expected text") from error
+            raise
 
     return encode

@@ -108,6 +108,11 @@ def test_a_special_token_in_a_text_is_only_its_characters(tokenizer):
     assert 3 in tokenizer.encode("<mask>")  # and the caller's tokenizer still does
 
 
+def test_text_that_utf8_cannot_encode_is_refused_in_one_line(tokenizer):
+    with pytest.raises(UserError, match=r"found half of a surrogate pair in 'a\\udcff', expected text"):
+        text_encoder(tokenizer)(["fine", "a\udcff"])
+
+
 def test_the_encoder_neither_cuts_nor_pads(folder):
     tokenizer = load_tokenizer(folder)
     tokenizer.backend_tokenizer.enable_truncation(3)
