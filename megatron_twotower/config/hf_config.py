@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_twotower.common.errors import UserError, require
+from megatron_twotower.common.files import read_json_object
 from megatron_twotower.config.schema import LAYER_KINDS, ModelConfig
 from megatron_twotower.config.validation import validate_model
 
@@ -70,15 +71,12 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
     """Read the `config.json` of a Hugging Face folder.
 
     Raises:
-        UserError: The folder or the file is missing, or the file is not JSON.
+        UserError: The folder or the file is missing, or the file is not a JSON object.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(f"{path}: not found, expected a Hugging Face model folder")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
+    return read_json_object(path, expected="the configuration of a model")
 
 
 def read_pointer(folder: str | Path) -> dict[str, str] | None:

@@ -4,7 +4,6 @@ These are `config.json`, the defaults of generation, the model card, and the fil
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megatron_twotower.common.files import read_json_object
 from megatron_twotower.config.schema import ModelConfig, RunConfig
 from megatron_twotower.convert.hf_folder import dtype_name
 from megatron_twotower.hf import twotower_config_json
@@ -106,7 +106,7 @@ def generation_config(folder: Path | None, config: Mapping[str, Any]) -> dict[st
     """
     path = folder / GENERATION_FILE if folder else None
     if path and path.is_file():
-        return dict(json.loads(path.read_text()))
+        return read_json_object(path, expected="the defaults of generation")
     tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {key: config[key] for key in tokens if config.get(key) is not None}
 
