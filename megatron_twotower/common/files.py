@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_twotower.common.errors import UserError
 
@@ -88,3 +90,24 @@ def _move_aside(path: Path, old: Path) -> None:
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.replace(path, old)
+
+
+def read_json_object(path: Path, *, expected: str) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Args:
+        path: The file.
+        expected: What it is, for the error.
+
+    Raises:
+        UserError: The file cannot be read, or is not a JSON object.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}), expected {expected}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}), expected {expected}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: found a {type(found).__name__}, expected {expected}")
+    return found

@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_twotower.common import machine
 from megatron_twotower.common.errors import UserError
+from megatron_twotower.common.files import read_json_object
 
 CONFIG_FILE = "config.yaml"
 PROVENANCE_FILE = "provenance.json"
@@ -53,9 +54,13 @@ def provenance(version: str, *, seed: int, ranks: int, backbone: str | None, fin
 
 
 def read_provenance(run: Path) -> dict[str, Any]:
-    """The facts in a run's `provenance.json`; empty if the run has not written it yet."""
+    """The facts in a run's `provenance.json`; empty if the run has not written it yet.
+
+    Raises:
+        UserError: The file cannot be read.
+    """
     file = run / PROVENANCE_FILE
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_json_object(file, expected="the facts of a run") if file.is_file() else {}
 
 
 def write_start(run: Path, *, config: str, facts: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_twotower.common.errors import UserError, require
+from megatron_twotower.common.files import read_json_object
 from megatron_twotower.config.schema import LAYER_KINDS, ModelConfig
 from megatron_twotower.config.validation import validate_model
 
@@ -202,7 +203,7 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
     """Read the `config.json` of a Hugging Face folder.
 
     Raises:
-        UserError: The folder or the file is missing, or the file is not JSON.
+        UserError: The folder or the file is missing, or the file is not a JSON object.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -212,14 +213,7 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object of a file; empty if there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
-    require(isinstance(found, dict), f"{path}: found a {type(found).__name__}, expected a JSON object")
-    return found
+    return read_json_object(path, expected="a JSON object") if path.is_file() else {}
 
 
 def read_pointer(folder: str | Path) -> dict[str, str] | None:

@@ -16,7 +16,7 @@ from megatron_twotower.checkpoint import files as checkpoint_files
 from megatron_twotower.common import run_folder
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.progress import BytesProgress, silent_bytes
-from megatron_twotower.config import hf_config, recipes
+from megatron_twotower.config import hf_config, overrides, recipes
 from megatron_twotower.config.hf_config import POINTER_FILE
 from megatron_twotower.config.schema import ConditioningConfig, RunConfig
 from megatron_twotower.config.special_tokens import SpecialTokens, read_special_tokens
@@ -50,8 +50,8 @@ class ExportOptions:
         style: A key of `TENSOR_NAMINGS`, for a plain NemotronH; `None` for the style of the
             backbone's folder, or "hub".
         step: The optimizer step of the checkpoint; `None` for the newest.
-        backbone: The folder of the backbone of a denoiser alone; `None` for the folder in its
-            pointer file.
+        backbone: The folder of the backbone of a run or of a denoiser alone; `None` for the folder
+            in the configuration of the run, or in the pointer file of the denoiser.
     """
 
     what: str | None = None
@@ -112,6 +112,8 @@ def export(
     what = options.what or ("two_tower" if model.denoiser else "context")
     if what != "context" and not model.denoiser:
         raise UserError(f"{source}: found one tower, expected two to export {what}")
+    if what != "context" and options.style is not None:
+        raise UserError(f"--style: found {options.style} to export {what}, expected it for a plain NemotronH")
     kind = FOLDER_KINDS[what]
     tensors = {name: _converted(name, tensor, options.dtype) for name, tensor in kind.tensors(model, options).items()}
     card = model_card.ModelCard(what, model.facts, recipe=model.recipe is not None)
@@ -147,7 +149,7 @@ def _open_run(run: Path, options: ExportOptions) -> ExportableModel:
     """A checkpoint of a run, and the backbone that the run started from."""
     checkpoint = _find_checkpoint(run, options.step)
     state = checkpoint_files.read_state(checkpoint)
-    config = recipes.load_recipe(str(run / run_folder.CONFIG_FILE))
+    config = recipes.load_recipe(str(run / run_folder.CONFIG_FILE), _moved_backbone(run, state.backbone, options))
     model, two_tower, backbone_path = config.model, config.objective == "two_tower", config.init.backbone
     if two_tower:
         _check_conditioning(config.conditioning)
@@ -160,7 +162,8 @@ def _open_run(run: Path, options: ExportOptions) -> ExportableModel:
         raise UserError(
             f"{backbone_path}: changed since the run, found sha256 {origin[1]}, expected {state.fingerprint}"
         )
-    data_tokenizer = tokenizer_folder(config) if config.data.folder or config.data.blend else None
+    data = config.data.blend or config.data.folder
+    data_tokenizer = tokenizer_folder(config) if data and Path(data).exists() else None
     said = read_special_tokens(data_tokenizer) if data_tokenizer else SpecialTokens()
     if backbone_path:
         backbone = HfFolder.open(backbone_path)
@@ -193,9 +196,26 @@ def _special_ids(tokenizer: Path | None) -> dict[str, int]:
     return {key: value for key, value in ids.items() if value is not None}
 
 
+def _moved_backbone(run: Path, recorded: str | None, options: ExportOptions) -> list[str]:
+    """The override of a run's configuration that names the folder of a backbone that moved."""
+    if options.backbone is None:
+        if recorded is not None and not Path(recorded).is_dir():
+            raise UserError(
+                f"{recorded}: not found, expected the backbone of {run} (if it moved, name it with --backbone)"
+            )
+        return []
+    if recorded is None:
+        raise UserError(f"--backbone: found {options.backbone}, but {run} started from random weights")
+    return [f"init.backbone={overrides.quoted(str(options.backbone))}"]
+
+
 def _open_folder(path: Path, options: ExportOptions) -> ExportableModel:
     """A Hugging Face folder. If it has a denoiser alone, also the folder of its backbone."""
     folder, config_json = HfFolder.open(path), hf_config.read_hf_config(path)
+    if options.step is not None:
+        raise UserError(f"--step: found {options.step}, but {path} is no training run and has no checkpoints")
+    if options.backbone is not None and folder.towers != {"denoiser"}:
+        raise UserError(f"--backbone: found {options.backbone}, but {path} has its own context tower")
     config = RunConfig(model=hf_config.model_from_hf(config_json, source=f"{path}/config.json"))
     folder.check(config)
     backbone, sha256 = folder, fingerprint(path)

@@ -48,6 +48,8 @@ def import_folder(
     if run.exists():
         raise UserError(f"{run}: exists, expected a folder that is not there yet")
     folder = HfFolder.open(source)
+    if backbone is not None and folder.towers != {"denoiser"}:
+        raise UserError(f"--backbone: found {backbone}, but {source} has its own context tower")
     config = _run_config(folder, run, backbone)
     folder.check(config)
     backbone_path = config.init.backbone

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_twotower.common.files import read_json_object
 from megatron_twotower.config.hf_config import GENERATION_FILE, MODEL_TYPE
 from megatron_twotower.config.phases import phase_number, resolve_phases
 from megatron_twotower.config.schema import ModelConfig, RunConfig
@@ -117,7 +118,7 @@ def generation_config(folder: Path | None, config: Mapping[str, Any]) -> dict[st
     """
     path = folder / GENERATION_FILE if folder else None
     if path and path.is_file():
-        return dict(json.loads(path.read_text()))
+        return read_json_object(path, expected="the defaults of generation")
     tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {key: config[key] for key in tokens if config.get(key) is not None}
 

@@ -45,7 +45,30 @@ def find_checkpoint(run: Path, config: RunConfig, *, fingerprint: str | None) ->
         other = getattr(state, key)
         if other != value:
             raise UserError(f"{found}: found {key} {other}, expected {value}")
+    _check_sizes(found, state, config)
     return found
+
+
+def _check_sizes(checkpoint: Path, state: files.CheckpointState, config: RunConfig) -> None:
+    """Refuse settings that give what the checkpoint stores another size.
+
+    Raises:
+        UserError: The time conditioning has another width, or the checkpoint has sums of other
+            ranges of the noise level for the next record.
+    """
+    if config.objective != "two_tower":
+        return
+    stored = state.configuration.get("conditioning", {}).get("frequencies", config.conditioning.frequencies)
+    if stored != config.conditioning.frequencies:
+        raise UserError(
+            f"conditioning.frequencies: found {config.conditioning.frequencies}, expected {stored}, as in {checkpoint}"
+        )
+    sums, buckets = state.window.sums, config.noise.report_buckets
+    if sums is not None and len(sums) != 2 + 2 * buckets:
+        raise UserError(
+            f"noise.report_buckets: found {buckets}, expected {len(sums) // 2 - 1} up to the next record: {checkpoint} "
+            "has sums of the steps since the last one"
+        )
 
 
 def restore(checkpoint: Path, trainer: Trainer, sharded_state: ShardedState) -> TrainingProgress:

@@ -1,5 +1,6 @@
 """Folders that `convert export` writes: kinds, dtypes, other files, and that none is incomplete."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from helpers import TESTS, hf_folders
 from helpers.hf_folders import MODEL, config_of, contents
 from helpers.runs import train
+from megatron_twotower.checkpoint import files
 from megatron_twotower.cli import main
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.progress import silent_bytes
@@ -271,6 +273,45 @@ def test_a_changed_backbone_and_a_damaged_checkpoint_are_refused(run, tiny_backb
     with pytest.raises(UserError, match=r"changed since the run, found sha256 0000"):
         export.export(run, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_run_whose_backbone_moved_is_exported_with_it(run, tiny_backbone, tmp_path, capsys):
+    """The run was started with a path that leads nowhere now."""
+    copy, moved = shutil.copytree(run, tmp_path / "run"), shutil.copytree(tiny_backbone, tmp_path / "moved>here, now")
+    config = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(config.replace(str(tiny_backbone), "lost"))
+    folder = checkpoint_folder(copy, 6)
+    state = dataclasses.replace(files.read_state(folder), backbone="lost")
+    files.write_state(folder, state)
+    words = ["convert", "export", "--from", str(copy), "--to", str(tmp_path / "out")]
+    assert main.main(words) == 2
+    assert f"lost: not found, expected the backbone of {copy} (if it moved, name it with" in capsys.readouterr().err
+    assert main.main([*words, "--backbone", str(moved)]) == 0
+    export.export(run, tmp_path / "as before")
+    assert contents(tmp_path / "out") == contents(tmp_path / "as before")
+    other = hf_folders.write(tmp_path / "other", "hub")
+    assert main.main([*words[:-1], str(tmp_path / "wrong"), "--backbone", str(other)]) == 2
+    assert "twotower: model.vocab_size: found 512" in capsys.readouterr().err and not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "command", "words", "message"),
+    [
+        ("two_tower", "export", ["--backbone", "b"], "--backbone: found b, but SOURCE has its own context tower"),
+        ("two_tower", "import", ["--backbone", "b"], "--backbone: found b, but SOURCE has its own context tower"),
+        ("hub", "import", ["--backbone", "b"], "--backbone: found b, but SOURCE has its own context tower"),
+        ("hub", "export", ["--step", "3"], "--step: found 3, but SOURCE is no training run"),
+        ("two_tower", "export", ["--style", "hub"], "--style: found hub to export two_tower, expected it for a plain"),
+        ("hub", "export", ["--step", "-1"], "--step: found -1, expected at least 0"),
+    ],
+)
+def test_an_option_that_a_source_does_not_use_is_refused(source, command, words, message, tmp_path, capsys):
+    folder = hf_folders.write(tmp_path / "source", source)
+    call = ["convert", command, "--from", str(folder), "--to", str(tmp_path / "out"), *words]
+    assert main.main(call) == 2
+    error = capsys.readouterr().err
+    assert message.replace("SOURCE", str(folder)) in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_that_is_not_the_model_is_refused_with_names(run, tmp_path):

@@ -253,8 +253,8 @@ def test_a_prompt_that_cannot_be_used_is_named_by_file_and_line(mistake, two_tow
     ("more", "expected"),
     [
         (["--mode", "all"], "mode: found 'all', expected one of mask_diffusion, mock_ar, ar, speculative"),
-        (["--batch-size", "0"], "batch_size: found 0, expected at least 1"),
-        (["--block-size", "0"], "block_size: found 0, expected at least 1"),
+        (["--batch-size", "0"], "--batch-size: found 0, expected at least 1"),
+        (["--block-size", "0"], "--block-size: found 0, expected at least 1"),
         (["--model", "/no/such"], "/no/such/config.json: not found"),
     ],
 )
