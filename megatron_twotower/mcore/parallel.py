@@ -39,8 +39,8 @@ def is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def initialise(config: RunConfig) -> ProcessGroupCollection:
-    """Start the process group, unless it exists already, and create Megatron's parallel groups."""
+def connect(config: RunConfig) -> None:
+    """Start the process group of all ranks, unless it exists already."""
     threads = config.parallel.threads_per_rank
     if threads:
         torch.set_num_threads(threads)
@@ -51,6 +51,11 @@ def initialise(config: RunConfig) -> ProcessGroupCollection:
             dist.init_process_group(device.backend(), timeout=timedelta(minutes=30))
         else:
             dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1)
+
+
+def initialise(config: RunConfig) -> ProcessGroupCollection:
+    """Create Megatron's parallel groups, and before them the process group unless it exists."""
+    connect(config)
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
