@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -25,7 +26,7 @@ from megatron_twotower.convert import hf_folder, initial_weights, load
 from megatron_twotower.convert.tensors import TensorSource
 from megatron_twotower.data.blend import BlendedDataset
 from megatron_twotower.data.dataset import SequenceDataset, batches, global_batch, rank_slice, split_batch
-from megatron_twotower.data.sources import check_unchanged, data_summary, open_training, open_validation
+from megatron_twotower.data.sources import data_summary, open_training, open_validation
 from megatron_twotower.doctor import diagnose, one_line_summary
 from megatron_twotower.mcore import parallel
 from megatron_twotower.mcore.optimizer_state import optimizer_shards
@@ -35,6 +36,7 @@ from megatron_twotower.model.parameter_map import Entry
 from megatron_twotower.model.towers import BackboneModel, TwoTower, build_context_tower
 from megatron_twotower.plan.activations import bytes_by_kind
 from megatron_twotower.train import checkpoints, ledger
+from megatron_twotower.train.agreement import check_ranks_agree, own_run_folder
 from megatron_twotower.train.loop import LoopHooks, Trainer, train
 from megatron_twotower.train.metrics import Metrics, WandbSettings, open_metrics
 from megatron_twotower.train.optimizer import build_optimizer, build_schedule
@@ -117,7 +119,7 @@ def dry_run(config: RunConfig) -> str:
     """Build everything but the data, take no step, and describe what a run would train."""
     validate(config, world_size=parallel.world_size())
     phases = resolve_phases(config)
-    groups = parallel.initialise(config)
+    groups = _join(config)
     model = build_model(config, groups)
     trained = sum(p.numel() for chunk in model.chunks for p in chunk.parameters() if p.requires_grad)
     lines = [f"{config.objective}: {trained:,} trained parameters on this rank, {config.train.steps} steps"]
@@ -143,26 +145,48 @@ def run_training(config: RunConfig) -> bool:
     validate(config, world_size=parallel.world_size())
     # From here on a signal ends the run after its first step.
     stop = StopSignal()
-    run, groups = Path(config.output), parallel.initialise(config)
+    run, groups = Path(config.output), _join(config)
+    with own_run_folder(run) as check_lock:
+        return _train_in(run, config, groups, stop=stop, check_lock=check_lock)
+
+
+def _join(config: RunConfig) -> ProcessGroupCollection:
+    """Connect all ranks, compare what they were started with, and create the parallel groups."""
+    parallel.connect(config)
+    check_ranks_agree(config)
+    return parallel.initialise(config)
+
+
+def _train_in(
+    run: Path, config: RunConfig, groups: ProcessGroupCollection, *, stop: StopSignal, check_lock: Callable[[], None]
+) -> bool:
+    """Train in a folder that is this run's own; see `run_training`."""
     model = build_model(config, groups)
     checkpoint = checkpoints.find_checkpoint(run, config, fingerprint=model.fingerprint)
+    validation, dataset = _validation_batches(config, groups), open_training(config)
+    data = data_summary(config, dataset)
+    # Before `restore`: the first rank writes provenance.json again after all ranks are restored.
+    checkpoints.check_data(checkpoint, run, data)
     trainer = build_trainer(config, model, groups)
     sharded_state = state_of(trainer, model)
-    # Read before `restore`: the first rank writes the file again after all ranks are restored.
-    data_before = run_folder.read_provenance(run).get("data") if checkpoint else None
     progress = checkpoints.restore(checkpoint, trainer, sharded_state) if checkpoint else TrainingProgress()
     _check_cursor(config, progress)
-    validation, dataset = _validation_batches(config, groups), open_training(config)
-    if data_before:
-        check_unchanged(data_summary(config, dataset), data_before, cursor=progress.cursor)
     stream = _training_stream(config, dataset, groups, progress.cursor)
-    _write_run_files(run, config, model, dataset)
+    _write_run_files(run, config, model, data)
     _print_summary(config)
     with (
         _open_metrics(run, config, progress) as metrics,
         watching(limit_seconds=config.train.hang_timeout_seconds) as heartbeat,
     ):
-        saver = checkpoints.CheckpointSaver(run, trainer, sharded_state, fingerprint=model.fingerprint, metrics=metrics)
+        saver = checkpoints.CheckpointSaver(
+            run,
+            trainer,
+            sharded_state,
+            fingerprint=model.fingerprint,
+            metrics=metrics,
+            data=data,
+            check_lock=check_lock,
+        )
         hooks = LoopHooks(
             metrics=metrics,
             save_checkpoint=saver.save,
@@ -244,7 +268,7 @@ def _corpus_token_counter(config: RunConfig, dataset: Dataset) -> Callable[[int]
     return lambda cursor: {name: count * length for name, count in dataset.sequences_before(cursor).items()}
 
 
-def _write_run_files(run: Path, config: RunConfig, model: TrainedModel, dataset: Dataset) -> None:
+def _write_run_files(run: Path, config: RunConfig, model: TrainedModel, data: dict[str, Any]) -> None:
     """Write `config.yaml` and `provenance.json`, on the first rank."""
     if not parallel.is_main():
         return
@@ -255,7 +279,7 @@ def _write_run_files(run: Path, config: RunConfig, model: TrainedModel, dataset:
         backbone=config.init.backbone,
         fingerprint=model.fingerprint,
     )
-    facts["data"] = data_summary(config, dataset)
+    facts["data"] = data
     facts["roles"] = {role.role: role.implementation for role in diagnose(config)}
     run_folder.write_start(run, config=recipes.to_yaml(config), facts=facts)
 
