@@ -322,7 +322,8 @@ class TrainConfig:
         validation_sequences: Held-out sequences of a validation.
         checkpoint_every_steps: Steps between checkpoints; 0: only at the end.
         checkpoint_async: Write checkpoints during training, from a copy in host memory.
-        keep_checkpoints: The number of newest checkpoints that stay.
+        keep_checkpoints: The number of newest checkpoints that stay. Those written while steps
+            were skipped do not count.
         keep_every_steps: Checkpoints of multiples of this step stay too; 0: none.
         verify_checkpoints: Compare each file with its checksum before a run resumes from it.
         on_damaged_checkpoint: `stop`, or resume from the `previous` checkpoint.
@@ -425,8 +426,8 @@ class RunConfig:
             backbone on the next token.
         seed: Seed of all random numbers.
         output: The run folder.
-        resume: Resume from the newest checkpoint in the run folder. If false, a run folder with
-            checkpoints is an error.
+        resume: Resume from the newest checkpoint in the run folder. If false, a run folder in which
+            a run has trained is an error.
         phases: The phases of the run, in order. Empty: one phase of `train.steps`.
     """
 

@@ -7,6 +7,7 @@ the request apart, so that a thread of the training process can write instead. N
 what a request contains.
 """
 
+import contextlib
 import queue
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ class AsyncSave:
 
     def __init__(self, request: AsyncRequest) -> None:
         self._request = request
+        if request.async_fn is not None:
+            _forget(request.async_fn_args[2])
 
     def copy_to_host(self) -> None:
         """Copy this rank's CUDA tensors to host memory. CPU tensors are not copied."""
@@ -77,6 +80,17 @@ class AsyncSave:
         """Write the index when every rank has written its files. All ranks call this."""
         for function in self._request.finalize_fns:
             function()
+
+
+def _forget(results: "queue.Queue[Any]") -> None:
+    """Empty the queue of results, which all saves of a process share.
+
+    A run that ended with an error has left those of a save that it did not finalise. The next save
+    would take them for its own.
+    """
+    with contextlib.suppress(queue.Empty):
+        while True:
+            results.get_nowait()
 
 
 def prepare_save(sharded_state: dict[str, Any], folder: Path, *, common: dict[str, Any]) -> AsyncSave:

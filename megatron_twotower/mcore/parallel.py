@@ -76,12 +76,8 @@ def is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def initialise(config: RunConfig) -> ProcessGroupCollection:
-    """Start the process group, unless it exists already, and create Megatron's parallel groups.
-
-    Raises:
-        UserError: torchrun was started in a way in which ranks that start again do not meet.
-    """
+def connect(config: RunConfig) -> None:
+    """Start the process group of all ranks, unless it exists already."""
     threads = config.parallel.threads_per_rank
     if threads:
         torch.set_num_threads(threads)
@@ -89,6 +85,15 @@ def initialise(config: RunConfig) -> ProcessGroupCollection:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         _start_process_group(config)
+
+
+def initialise(config: RunConfig) -> ProcessGroupCollection:
+    """Create Megatron's parallel groups, and before them the process group unless it exists.
+
+    Raises:
+        UserError: torchrun was started in a way in which ranks that start again do not meet.
+    """
+    connect(config)
     parallel_state.destroy_model_parallel()
     with _without_splitting():
         parallel_state.initialize_model_parallel(

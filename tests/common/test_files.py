@@ -84,6 +84,17 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     assert names(tmp_path) == ["out"] and names(out) == []
 
 
+def test_a_second_process_that_writes_the_same_folder_is_refused(tmp_path):
+    out = tmp_path / "out"
+    with atomic_folder(out) as folder:
+        (folder / "a").write_text("first")
+        for replace in (False, True):
+            with pytest.raises(UserError, match=r"out.partial: in use, expected no other process"):
+                atomic_folder(out, replace=replace).__enter__()
+        assert names(folder) == ["a"]
+    assert names(out) == ["a"]
+
+
 def test_a_kill_between_the_two_renames_leaves_the_old_folder(tmp_path, monkeypatch):
     out, replace = tmp_path / "out", os.replace
     out.mkdir()
