@@ -5,13 +5,10 @@
 # shellcheck source=/dev/null
 if [[ -n ${TWOTOWER_ENV:-} ]]; then source "$TWOTOWER_ENV"; fi
 
-# Grace period: the seconds that ranks have after a signal to finish a step and to write a
-# checkpoint. torchrun.sh ends them by force after it. Slurm sends the signal this long before the
-# time of a job ends; it reads its own option before any script runs, so there say
-# SBATCH_SIGNAL=USR1@900 sbatch ...: both read it.
-warning=${SBATCH_SIGNAL:-USR1@600}
-if [[ $warning != *@* ]]; then warning+=@60; fi # Slurm's own default
-export GRACE_SECONDS=${GRACE_SECONDS:-${warning##*@}}
+# Grace period: the seconds that a run has after a signal to finish a step and to write a checkpoint.
+# slurm.sbatch sends the signal this long before the time of a job ends; torchrun.sh waits this long
+# before it ends the ranks by force.
+export GRACE_SECONDS=${GRACE_SECONDS:-600}
 
 # CPU threads of a rank; with a GPU they only prepare data.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -20,6 +20,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from helpers.runs import settings, train, train_arguments, until
+from megatron_twotower.common.torchrun import DEFAULT_GRACE_SECONDS
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -254,7 +255,7 @@ SLURM |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_ON_NODE": "192"}
 SCRIPT = LAUNCH / "slurm.sbatch"
 
 
-def sbatch(tmp_path, *arguments, script=SCRIPT, end="Unknown", status=0, **values):
+def sbatch(tmp_path, *arguments, script=SCRIPT, end="Unknown", job="", status=0, **values):
     """Run slurm.sbatch with replacements for Slurm's commands.
 
     Returns the process, the arguments of srun, and the commands of scontrol.
@@ -268,7 +269,8 @@ case $* in
   "show node "*) echo "   NodeAddr=127.0.0.1 NodeHostName=n1" ;;
   "show hostnames "*) echo n1 ;;
 esac""",
-        srun=f'printf "%s\\n" "$@" > {tmp_path}/srun; env > {tmp_path}/environment; exit {status}',
+        srun=f'printf "%s\\n" "$@" > {tmp_path}/srun; env > {tmp_path}/environment; {job}\nexit {status}',
+        scancel=f'echo "$*@$(date +%s)" >> {tmp_path}/signals',
     )
     for name in ("scontrol", "srun", "environment"):
         (tmp_path / name).write_text("")
@@ -300,27 +302,30 @@ def test_a_job_has_its_nodes_for_itself_and_its_ranks_share_the_processors(tmp_p
 
 
 def test_the_grace_period_is_told_in_one_place(tmp_path):
-    """Both launchers have the same default, and Slurm's own option changes both."""
-    assert "#SBATCH --signal=USR1@600" in SCRIPT.read_text().splitlines()
-    for values, seconds in (({}, "600"), ({"SBATCH_SIGNAL": "USR1@900"}, "900"), ({"SBATCH_SIGNAL": "USR1"}, "60")):
-        assert torchrun(tmp_path, **values)[1]["GRACE_SECONDS"] == seconds
-    done, started, _ = sbatch(tmp_path, GRACE_SECONDS="900")
-    assert done.returncode == 2 and started == []
-    assert done.stderr == (
-        "slurm.sbatch: GRACE_SECONDS: found 900, but Slurm sends its signal 600 s before the end; "
-        "expected SBATCH_SIGNAL=USR1@900\n"
-    )
-    assert sbatch(tmp_path, GRACE_SECONDS="900", SBATCH_SIGNAL="USR1@900")[0].returncode == 0
+    assert torchrun(tmp_path)[1]["GRACE_SECONDS"] == str(DEFAULT_GRACE_SECONDS) == "600"
+    assert torchrun(tmp_path, GRACE_SECONDS="900")[1]["GRACE_SECONDS"] == "900"
+    assert "signal 600 s before its end" in sbatch(tmp_path)[0].stdout
+    assert "signal 900 s before its end" in sbatch(tmp_path, GRACE_SECONDS="900")[0].stdout
+    done, started, _ = sbatch(tmp_path, GRACE_SECONDS="10m")
+    assert (done.returncode, started) == (2, [])
+    assert done.stderr == "slurm.sbatch: GRACE_SECONDS: found 10m, expected a whole number of seconds\n"
+    assert "--signal" not in "".join(line for line in SCRIPT.read_text().splitlines() if line.startswith("#SBATCH"))
 
 
-def test_a_job_that_is_shorter_than_its_grace_period_is_refused(tmp_path):
-    """Slurm would send the signal at once, in every start."""
-    ends = [(datetime.datetime.now() + datetime.timedelta(seconds=each)).isoformat()[:19] for each in (500, 900)]
-    done, started, _ = sbatch(tmp_path, end=ends[0])
-    assert done.returncode == 2 and started == []
-    assert "expected more than the 600 s of the grace period, or SBATCH_SIGNAL=USR1@SECONDS" in done.stderr
-    assert sbatch(tmp_path, end=ends[1])[0].returncode == 0
-    assert sbatch(tmp_path, end=ends[0], SBATCH_SIGNAL="USR1@60")[0].returncode == 0
+@pytest.mark.parametrize(("seconds", "grace", "wanted"), [(7, "3", 3), (4, "600", 2), (4000, "600", None)])
+def test_the_signal_comes_the_grace_period_before_the_end(seconds, grace, wanted, tmp_path):
+    """A job that is shorter than twice the grace period has half of its time to train."""
+    end = datetime.datetime.now() + datetime.timedelta(seconds=seconds)
+    job = f"for _ in $(seq {10 * min(seconds, 7)}); do sleep 0.1; [[ ! -s {tmp_path}/signals ]] || break; done"
+    done, _, _ = sbatch(tmp_path, end=end.isoformat()[:19], job=job, GRACE_SECONDS=grace)
+    assert done.returncode == 0, done.stderr
+    signals = tmp_path / "signals"
+    if wanted is None:
+        assert not signals.exists() and "signal 600 s before its end" in done.stdout
+        return
+    asked, at = signals.read_text().split("@")
+    assert asked == "--signal=USR1 7"
+    assert wanted - 2 <= end.timestamp() - float(at) <= wanted + 1
 
 
 def test_a_task_of_an_array_asks_for_itself(tmp_path):

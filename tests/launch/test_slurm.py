@@ -21,7 +21,7 @@ pytestmark = [
 
 ROOT = Path(__file__).resolve().parents[2]
 # One task a node, each a CPU rank.
-CPU = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--time=20"]
+CPU = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--time=10"]
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_tasks_of_an_array_from_a_launch_folder_with_a_space(cluster, arguments,
     job = submit(
         cluster,
         tmp_path,
-        *["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0", "--time=20", "--array=1-2"],
+        *["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0", "--time=10", "--array=1-2"],
         str(tmp_path / "my launch" / "slurm.sbatch"),
         *arguments[:-1],
         f"output={tmp_path}/run-${{oc.env:SLURM_ARRAY_TASK_ID}}",
