@@ -77,6 +77,7 @@ class CheckpointWriter:
         self._run, self._sharded_state = run, sharded_state
         self._background, self._keep, self._keep_every = background, keep, keep_every
         self._pending: _PendingSave | None = None
+        self._validated = False  # the shards of a process are the same at every save
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     def begin(self, state: CheckpointState, schedule: dict[str, Any]) -> list[SavedCheckpoint]:
@@ -104,7 +105,10 @@ class CheckpointWriter:
         dist.barrier()
         with _one_line_errors(partial):
             sharded_state = checkpoint_files.state_dict(self._stable_state())
-            save = async_save.prepare_save(sharded_state, partial, common={"schedule": schedule})
+            save = async_save.prepare_save(
+                sharded_state, partial, common={"schedule": schedule}, validate=not self._validated
+            )
+        self._validated = True
         save.copy_to_host()
         written = self._writer.submit(_write, save)
         self._pending = _PendingSave(state, partial, save, written, time.perf_counter() - started)
