@@ -91,6 +91,7 @@ class CheckpointWriter:
         self._pending: _PendingSave | None = None
         self._saves, self._bytes_read = 0, 0
         self._unproven: CheckpointState | None = None
+        self._validated = False  # the shards of a process are the same at every save
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     def begin(self, state: CheckpointState, schedule: dict[str, Any]) -> list[SavedCheckpoint]:
@@ -116,7 +117,10 @@ class CheckpointWriter:
             raise UserError(problem)
         with _one_line_errors(partial):
             sharded_state = checkpoint_files.state_dict(self._stable_state())
-            save = async_save.prepare_save(sharded_state, partial, common={"schedule": schedule})
+            save = async_save.prepare_save(
+                sharded_state, partial, common={"schedule": schedule}, validate=not self._validated
+            )
+        self._validated = True
         save.copy_to_host()
         self._saves += 1
         written = self._writer.submit(_write, save, self._note_read)

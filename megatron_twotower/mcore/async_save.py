@@ -93,7 +93,9 @@ def _forget(results: "queue.Queue[Any]") -> None:
             results.get_nowait()
 
 
-def prepare_save(sharded_state: dict[str, Any], folder: Path, *, common: dict[str, Any]) -> AsyncSave:
+def prepare_save(
+    sharded_state: dict[str, Any], folder: Path, *, common: dict[str, Any], validate: bool = True
+) -> AsyncSave:
     """Agree with all ranks on which rank writes what into an existing empty folder.
 
     All ranks call this.
@@ -102,12 +104,15 @@ def prepare_save(sharded_state: dict[str, Any], folder: Path, *, common: dict[st
         sharded_state: This rank's `ShardedTensor` and `ShardedObject`, under unique names.
         folder: The folder of the checkpoint.
         common: What is the same on all ranks and not sharded.
+        validate: Whether to check that the shards of all ranks make up every tensor once. Rank 0
+            gathers the metadata of all shards for this, which takes seconds on many ranks.
     """
     request = dist_checkpointing.save(
         sharded_state | common,
         str(folder),
         TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
         async_sharded_save=True,
+        validate_access_integrity=validate,
         **installed_release().save_arguments,
     )
     if parallel.is_main() and not (folder / COMMON_FILE).exists():

@@ -11,14 +11,15 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 
 from megatron_twotower.checkpoint import files, fp8_state
 from megatron_twotower.checkpoint.files import CheckpointState, ShardedState
-from megatron_twotower.checkpoint.sharding import OPTIMIZER_PREFIX, read_as_fp32
+from megatron_twotower.checkpoint.sharding import OPTIMIZER_PREFIX, complete, read_as_fp32
 from megatron_twotower.checkpoint.writer import CheckpointWriter, SavedCheckpoint
 from megatron_twotower.common import run_folder
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.schema import RunConfig
 from megatron_twotower.data.sources import check_unchanged, order_settings
 from megatron_twotower.mcore import parallel
-from megatron_twotower.mcore.optimizer_state import set_update_count
+from megatron_twotower.mcore.optimizer_state import optimizer_shards, set_update_count
+from megatron_twotower.model.parameter_map import entries_of_stage, trained_entries
 from megatron_twotower.train.loop import Trainer
 from megatron_twotower.train.metrics import Metrics
 from megatron_twotower.train.progress import TrainingProgress, log_window, restore_progress
@@ -147,6 +148,7 @@ def restore(checkpoint: Path, trainer: Trainer, sharded_state: ShardedState) -> 
     loaded = files.load(checkpoint, lambda: shards)
     if other_precision:
         files.load(checkpoint, lambda: main)
+    _complete(trainer, optimizer=not imported)
     fp8_state.restore_fp8_state([chunk.module for chunk in trainer.model.chunks], loaded)
     if imported:
         trainer.optimizer.reload_model_params()
@@ -154,6 +156,17 @@ def restore(checkpoint: Path, trainer: Trainer, sharded_state: ShardedState) -> 
         set_update_count(trainer.optimizer, state.updates)
         trainer.schedule.load_state_dict(loaded["schedule"])
     return restore_progress(state, trainer.groups)
+
+
+def _complete(trainer: Trainer, *, optimizer: bool) -> None:
+    """Get what other data-parallel ranks have loaded of what all of them have."""
+    config, modules = trainer.config, [chunk.module for chunk in trainer.model.chunks]
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    shards = optimizer_shards(trainer.optimizer, parameters) if optimizer else {}
+    entries = trained_entries(config)
+    for module in modules:
+        of_chunk = entries_of_stage(entries, module.tower.stage)
+        complete(module, of_chunk, config.model, trainer.groups, shards)
 
 
 class CheckpointSaver:

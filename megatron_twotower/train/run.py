@@ -117,14 +117,12 @@ def build_model(
     megatron, model = transformer_config(config), config.model
     source = backbone_source or initial_weights.backbone_source(config)
     fingerprint = fingerprint or backbone_fingerprint(config)
-    start: TensorSource | None = None
-    if config.objective == "ar":
-        entries = parameter_map.trained_backbone_entries(model)
-        start = None if resumed else source
-    else:
-        entries = parameter_map.denoiser_entries(model, config.conditioning.frequencies)
-        if not resumed:
-            start = initial_weights.denoiser_source(config, source, fingerprint=fingerprint)
+    entries = parameter_map.trained_entries(config)
+    start: TensorSource | None = source
+    if resumed:
+        start = None
+    elif config.objective == "two_tower":
+        start = initial_weights.denoiser_source(config, source, fingerprint=fingerprint)
     chunks: list[BackboneModel | TwoTower] = []
     for stage in stages_of_rank(model, config.parallel, groups.pp.rank()):
         chunk: BackboneModel | TwoTower

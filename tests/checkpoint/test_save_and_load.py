@@ -6,6 +6,7 @@ import shutil
 import signal
 
 import pytest
+from megatron.core.dist_checkpointing import state_dict_utils
 
 from helpers.runs import losses, records, settings, train_arguments
 from megatron_twotower.bench import ranks
@@ -122,6 +123,19 @@ def test_the_newest_checkpoints_and_those_of_every_third_step_stay(tmp_path, tin
     saved = records(run, "checkpoint")
     assert all(0 < each["stall_seconds"] < 60 and 0 < each["write_seconds"] < 60 for each in saved.values())
     assert saved[7]["saved_step"] == 7 and saved[7]["gib"] > 0
+
+
+def test_shards_of_all_ranks_are_compared_at_the_first_save_of_a_process(
+    tmp_path, tiny_data, tiny_backbone, monkeypatch
+):
+    """Rank 0 gathers and compares them, which takes seconds on a thousand ranks."""
+    calls, validate = [], state_dict_utils.validate_sharding_integrity
+    monkeypatch.setattr(
+        state_dict_utils, "validate_sharding_integrity", lambda *each, **more: calls.append(validate(*each, **more))
+    )
+    extra = [*PLAIN, "train.steps=3", "train.checkpoint_every_steps=1", "train.checkpoint_async=false"]
+    assert main(train_arguments(tiny_data, tmp_path, tiny_backbone, *extra)) == 0
+    assert len(records(tmp_path, "checkpoint")) == 3 and len(calls) == 1
 
 
 @pytest.fixture
