@@ -64,6 +64,8 @@ class NoisyBatch:
         padding: (b, l), see `Batch`.
         sequence_weights: (r b,) float32, what each copy adds to the count that the loss is divided
             by. None: the number of its positions that are not padding.
+        teacher_shares: (m,) float32 share of the context tower's next-token distribution in the
+            target of each scored position. None: it gives no targets.
     """
 
     tokens: Tensor
@@ -76,6 +78,7 @@ class NoisyBatch:
     documents: Tensor | None = None
     padding: Tensor | None = None
     sequence_weights: Tensor | None = None
+    teacher_shares: Tensor | None = None
 
     def to(self, device: torch.device) -> "NoisyBatch":
         """Return a copy on another device."""

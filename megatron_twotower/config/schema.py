@@ -130,6 +130,10 @@ class NoiseConfig:
         report_buckets: Equal ranges of the noise level for which the loss is reported.
         draws_per_context: Noisy copies of each sequence that share one forward pass of the context
             tower.
+        distillation: Share of the context tower's next-token distribution in the target of a masked
+            position after which no token of its block is visible; the rest is the clean token. 0:
+            the context tower gives no targets.
+        distillation_elsewhere: The same share for the other masked positions.
     """
 
     block_size_tokens: int = setting(16, unit="tokens", at_least=1)
@@ -141,6 +145,13 @@ class NoiseConfig:
     weighting: str = setting("masked_mean", choices=("masked_mean", "elbo"))
     report_buckets: int = setting(5, unit="buckets", at_least=1)
     draws_per_context: int = setting(1, unit="copies", at_least=1)
+    distillation: float = setting(0.0, at_least=0, at_most=1)
+    distillation_elsewhere: float = setting(0.0, at_least=0, at_most=1)
+
+    @property
+    def distils(self) -> bool:
+        """Whether the context tower gives targets."""
+        return self.distillation > 0 or self.distillation_elsewhere > 0
 
 
 @dataclass(frozen=True)

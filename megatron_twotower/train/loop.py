@@ -113,8 +113,10 @@ def two_tower_forward(
     """Run one model chunk of both towers on a micro-batch; see `OBJECTIVES`."""
     noisy = corrupt(micro_batch.batch, config.noise, seed=micro_batch.seed, times=micro_batch.times)
     noisy = noisy.to(device.device())
-    hidden, tower = chunk(noisy), chunk.module.tower
-    return hidden, masked_diffusion_loss(tower, hidden, noisy, config.noise, groups) if tower.stage.last else None
+    hidden, model = chunk(noisy), chunk.module
+    if not model.tower.stage.last:
+        return hidden, None
+    return hidden, masked_diffusion_loss(model.tower, hidden, noisy, config.noise, groups, context=model.context)
 
 
 # The forward pass of a model chunk returns the activations for the next stage and no report; on the
@@ -244,13 +246,17 @@ def validation_times(count: int, noise: NoiseConfig) -> Tensor:
 def validate(trainer: Trainer, batches: Sequence[Batch], *, alive: Callable[[], None] = _nothing) -> dict[str, Any]:
     """Compute the loss of fixed sequences at fixed noise: the same figure on any layout.
 
+    It is the loss of the clean tokens, whatever the targets of training are.
+
     Args:
         trainer: What this rank trains with.
         batches: This rank's micro-batches; `positions` count the validation sequences from 0.
         alive: Called at every micro-batch.
     """
     trainer.model.eval()
-    seed, noise = trainer.config.seed ^ VALIDATION_STREAM, trainer.config.noise
+    noise = dataclasses.replace(trainer.config.noise, distillation=0.0, distillation_elsewhere=0.0)
+    trainer = dataclasses.replace(trainer, config=dataclasses.replace(trainer.config, noise=noise))
+    seed = trainer.config.seed ^ VALIDATION_STREAM
     times = validation_times(trainer.config.train.validation_sequences, noise)
     micro_batches = [MicroBatch(batch, seed, times[batch.positions].unsqueeze(-1)) for batch in batches]
     sums = forward_backward(trainer, micro_batches, forward_only=True, alive=alive)
