@@ -132,6 +132,12 @@ def _validate_layout(config: RunConfig, world_size: int) -> None:
         not parallel.overlap_param_gather or parallel.overlap_grad_reduce,
         "parallel.overlap_param_gather: found true with parallel.overlap_grad_reduce false, expected both",
     )
+    hang, limit = config.train.hang_timeout_seconds, 60 * parallel.collective_timeout_minutes
+    require(
+        hang < limit,
+        f"parallel.collective_timeout_minutes {parallel.collective_timeout_minutes}: expected more than "
+        f"train.hang_timeout_seconds {hang}, so that the watchdog names the rank before collectives end the job",
+    )
 
 
 def _validate_model_split(config: RunConfig) -> None:

@@ -1,6 +1,6 @@
 """Loading of named Hugging Face tensors into Megatron modules. Each rank loads its part."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +23,23 @@ from megatron_twotower.model.parameter_map import (
 def load_weights(
     module: nn.Module,
     entries: Sequence[Entry],
-    source: TensorSource,
+    source: TensorSource | None,
     *,
     model: ModelConfig,
     groups: ProcessGroupCollection,
+    copies: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Fill every parameter of a module from named tensors. Each rank fills its part.
 
     Args:
         module: The module on this rank.
         entries: The entries of all parameters of the module.
-        source: The Hugging Face tensors.
+        source: The Hugging Face tensors. `None` if a checkpoint follows: then nothing is read, and
+            what the checkpoint should lack is NaN.
         model: The shapes of the model.
         groups: The process groups of this rank.
+        copies: Parameters of this rank that are copied instead of read, by the names of the entries
+            on this rank.
 
     Raises:
         UserError: A tensor is missing or has another shape.
@@ -48,6 +52,12 @@ def load_weights(
         if name is None:
             continue
         target = targets.pop(name)
+        if source is None:
+            target.fill_(torch.nan)
+            continue
+        if copies and name in copies:
+            target.copy_(copies[name])
+            continue
         parameter = _complete_parameter(entry, [source(hf) for hf in entry.hf_names], model)
         group = groups.tp if entry.expert is None else groups.expt_tp
         target.copy_(shard(parameter, entry, rank=group.rank(), ranks=group.size()))

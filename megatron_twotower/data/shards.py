@@ -158,6 +158,8 @@ class Corpus:
 
     Attributes:
         folder: a path, or a URL (str).
+        exact_ids: Whether the ids of the text are known to be those of its tokenizer.json. Data
+            prepared by older versions says nothing about it (`tokenizer.rebuilt_class`).
         total_bytes, total_characters: Of the text of the ids (UTF-8), without BOS and EOS.
         bos_token_id, eos_token_id: The first and last id of each document; None if nothing was
             added.
@@ -173,6 +175,7 @@ class Corpus:
     folder: Path | str
     vocab_size: int
     tokenizer_fingerprint: str
+    exact_ids: bool
     total_tokens: int
     total_bytes: int
     total_characters: int
@@ -196,7 +199,12 @@ class Corpus:
 
     @classmethod
     def open(
-        cls, folder: Path | str, *, damaged: Literal["stop", "skip"] = "stop", verify_shards: bool = False
+        cls,
+        folder: Path | str,
+        *,
+        damaged: Literal["stop", "skip"] = "stop",
+        verify_shards: bool = False,
+        examine: bool = True,
     ) -> "Corpus":
         """Open a split folder, or its URL (`remote.join` says how file names become part of it).
 
@@ -207,13 +215,15 @@ class Corpus:
             damaged: With "stop", every local shard must exist and have its size. With "skip", no
                 shard is examined before it is read.
             verify_shards: Compare the checksum of a local shard at its first read.
+            examine: Whether "stop" examines the shards now. If another process does so, this one
+                need not: it still compares the size of each shard that it reads.
 
         Raises:
             UserError: The index or a shard is missing or wrong; the message names it, what was
                 found and what was expected.
         """
         corpus = _open_corpus(folder, verify_shards=verify_shards)
-        if damaged == "stop":
+        if examine and damaged == "stop":
             for number in range(len(corpus.shards)):
                 if problem := corpus._size_problem(number):
                     raise UserError(problem)
@@ -356,6 +366,7 @@ def _open_corpus(folder: Path | str, *, verify_shards: bool) -> Corpus:
             folder=folder,
             vocab_size=index["vocab_size"],
             tokenizer_fingerprint=index["tokenizer_fingerprint"],
+            exact_ids=index.get("exact_ids", False),
             total_tokens=index["tokens"],
             total_bytes=index["bytes"],
             total_characters=index["characters"],

@@ -2,7 +2,8 @@
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Sequence
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,16 @@ from megatron_twotower.data.blend import Blend, BlendedDataset, BlendMixture, sp
 from megatron_twotower.data.dataset import SequenceDataset
 from megatron_twotower.data.order import LONGEST_PERIOD, Shuffle
 from megatron_twotower.data.packing import Packing
-from megatron_twotower.data.shards import Corpus
-from megatron_twotower.data.tokenizer import tokenizer_fingerprint
+from megatron_twotower.data.shards import INDEX_FILE, OFFSETS_FILE, STARTS_FILE, Corpus
+from megatron_twotower.data.tokenizer import accepted_fingerprints, rebuilt_class
 
 
-def open_training(config: RunConfig) -> SequenceDataset | BlendedDataset:
+def open_training(config: RunConfig, *, examine: bool = True) -> SequenceDataset | BlendedDataset:
     """What a run trains on: the corpus of `data.folder`, or the mixtures of `data.blend` by phase.
+
+    Args:
+        config: A resolved configuration.
+        examine: Whether to examine every shard and the tokenizer, which one rank of a run does.
 
     Raises:
         UserError: a blend, corpus or phase does not fit the run, or the tokens are from another
@@ -26,26 +31,29 @@ def open_training(config: RunConfig) -> SequenceDataset | BlendedDataset:
     """
     phases = resolve_phases(config)
     if not config.data.blend:
-        return _open_corpus(config, config.data.folder, "train", number=0)
+        return _open_corpus(config, config.data.folder, "train", number=0, examine=examine)
     mixtures = _mixtures(config, phases)
-    return BlendedDataset(_open_corpora(config, mixtures, "train"), phases, [_weights(mixture) for mixture in mixtures])
+    datasets = _open_corpora(config, mixtures, "train", examine=examine)
+    return BlendedDataset(datasets, phases, [_weights(mixture) for mixture in mixtures])
 
 
-def open_validation(config: RunConfig, count: int) -> SequenceDataset | BlendedDataset:
+def open_validation(config: RunConfig, count: int, *, examine: bool = True) -> SequenceDataset | BlendedDataset:
     """What a run validates on: held-out sequences.
 
     With a blend, the proportions of the corpora are those of all phases of the run together. A
     corpus whose share is less than one in `LONGEST_PERIOD` is left out.
 
     Args:
+        config: A resolved configuration.
         count: The number of sequences that validation reads.
+        examine: As in `open_training`.
 
     Raises:
         UserError: As `open_training`, or fewer than `count` sequences are held out.
     """
     phases, key = resolve_phases(config), f"train.validation_sequences: found {count}, expected at most the"
     if not config.data.blend:
-        alone = _open_corpus(config, config.data.folder, "validation", number=0)
+        alone = _open_corpus(config, config.data.folder, "validation", number=0, examine=examine)
         if count > len(alone):
             raise UserError(f"{key} {len(alone)} held out")
         return alone
@@ -57,13 +65,33 @@ def open_validation(config: RunConfig, count: int) -> SequenceDataset | BlendedD
             part = phase.sequences * corpus.weight / total
             shares[corpus.name] = shares.get(corpus.name, 0.0) + part / sum(phase.sequences for phase in phases)
     shares = {name: share for name, share in shares.items() if share * LONGEST_PERIOD >= 1}
-    datasets = _open_corpora(config, mixtures, "validation", only=shares)
+    datasets = _open_corpora(config, mixtures, "validation", only=shares, examine=examine)
     only_phase = dataclasses.replace(phases[0], first=0, sequences=count)
     source = BlendedDataset(datasets, (only_phase,), [shares])
     for name, needed in source.sequences_before(count).items():
         if needed > len(datasets[name]):
             raise UserError(f"{key} {len(datasets[name])} held out of {name} (its part is {needed})")
     return source
+
+
+def describing_files(config: RunConfig) -> dict[str, list[Path]]:
+    """The files that say what a run reads, by key and path: blend file, indices and their arrays.
+
+    Files at URLs are not among them.
+
+    Raises:
+        UserError: The blend file cannot be read.
+    """
+    data, files = config.data, {}
+    folders = [data.folder] if data.folder else []
+    if data.blend:
+        files[f"data.blend {data.blend}"] = [Path(data.blend)]
+        folders = [corpus.folder for mixture in _mixtures(config, resolve_phases(config)) for corpus in mixture.corpora]
+    for folder in dict.fromkeys(folders):
+        splits = [split_folder(folder, split) for split in ("train", "validation")]
+        names = (INDEX_FILE, STARTS_FILE, OFFSETS_FILE)
+        files[f"data {folder}"] = [split / name for split in splits if isinstance(split, Path) for name in names]
+    return files
 
 
 def _mixtures(config: RunConfig, phases: Sequence[Phase]) -> list[BlendMixture]:
@@ -76,7 +104,12 @@ def _weights(mixture: BlendMixture) -> dict[str, float]:
 
 
 def _open_corpora(
-    config: RunConfig, mixtures: Sequence[BlendMixture], split: str, *, only: Collection[str] | None = None
+    config: RunConfig,
+    mixtures: Sequence[BlendMixture],
+    split: str,
+    *,
+    only: Collection[str] | None = None,
+    examine: bool,
 ) -> dict[str, SequenceDataset]:
     """The datasets of all corpora of the mixtures by name, in the order of the blend file.
 
@@ -86,7 +119,7 @@ def _open_corpora(
     named = {corpus.name: corpus for mixture in mixtures for corpus in mixture.corpora}
     ordered = sorted(named.values(), key=lambda corpus: corpus.number)
     opened = {
-        corpus.name: _open_corpus(config, corpus.folder, split, number=corpus.number)
+        corpus.name: _open_corpus(config, corpus.folder, split, number=corpus.number, examine=examine)
         for corpus in ordered
         if only is None or corpus.name in only
     }
@@ -100,18 +133,26 @@ def _open_corpora(
     return opened
 
 
-def _open_corpus(config: RunConfig, folder: str, split: str, *, number: int) -> SequenceDataset:
+def _open_corpus(config: RunConfig, folder: str, split: str, *, number: int, examine: bool) -> SequenceDataset:
     data, skip = config.data, config.data.damaged_shards == "skip"
     corpus = Corpus.open(
-        split_folder(folder, split), damaged="skip" if skip else "stop", verify_shards=skip or data.verify_shards
+        split_folder(folder, split),
+        damaged="skip" if skip else "stop",
+        verify_shards=skip or data.verify_shards,
+        examine=examine,
     )
     backbone = config.init.backbone
-    if backbone and (Path(backbone) / "tokenizer.json").is_file():
-        expected = tokenizer_fingerprint(Path(backbone))
-        if corpus.tokenizer_fingerprint != expected:
+    if examine and backbone and (Path(backbone) / "tokenizer.json").is_file():
+        accepted = accepted_fingerprints(Path(backbone), exact_ids=corpus.exact_ids)
+        if corpus.tokenizer_fingerprint not in accepted:
             raise UserError(
                 f"{folder}: found tokens of tokenizer {corpus.tokenizer_fingerprint[:12]}, expected those "
-                f"of {backbone}, {expected[:12]}"
+                f"of {backbone}, {accepted[0][:12]}"
+            )
+        if not corpus.exact_ids and (name := rebuilt_class(Path(backbone))):
+            logging.getLogger(__name__).warning(
+                f"{folder}: prepared by an older version with tokenizer_class {name}, so its ids may not be those of "
+                "tokenizer.json (`twotower data verify` compares them)"
             )
     if corpus.vocab_size > config.model.vocab_size:
         raise UserError(
@@ -137,6 +178,20 @@ def tokenizer_folder(config: RunConfig) -> Path:
     return Path(_mixtures(config, resolve_phases(config))[0].corpora[0].folder) / "tokenizer"
 
 
+def order_settings(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that decide the order of a run, except for the alignment of documents.
+
+    Args:
+        configuration: A resolved configuration as nested mappings, such as that of a checkpoint.
+    """
+    data = configuration["data"]
+    names = ("sequence_length_tokens", "documents", "shuffle")
+    order = {"seed": configuration["seed"]} | {name: data[name] for name in names}
+    if data["shuffle"] == "windowed":
+        order |= {"run_tokens": data["shuffle_run_tokens"], "window_runs": data["shuffle_window_runs"]}
+    return order
+
+
 def data_summary(config: RunConfig, source: SequenceDataset | BlendedDataset) -> dict[str, Any]:
     """What decides the order of a run, as values of JSON, and the share of padding of every corpus.
 
@@ -144,17 +199,9 @@ def data_summary(config: RunConfig, source: SequenceDataset | BlendedDataset) ->
         Order: the settings; corpora: by name, "" if there is no blend; phases: of a blend, the
         first sequence and the weights of each phase.
     """
-    data = config.data
-    order = {
-        "seed": config.seed,
-        "sequence_length_tokens": data.sequence_length_tokens,
-        "documents": data.documents,
-        "shuffle": data.shuffle,
-    }
-    if data.documents == "respect":
+    order = order_settings(dataclasses.asdict(config))
+    if config.data.documents == "respect":
         order["alignment"] = document_alignment(config)
-    if data.shuffle == "windowed":
-        order |= {"run_tokens": data.shuffle_run_tokens, "window_runs": data.shuffle_window_runs}
     weighted: list[tuple[Phase, dict[str, float]]] = []
     datasets = {"": source} if isinstance(source, SequenceDataset) else source.datasets
     if isinstance(source, BlendedDataset):

@@ -7,6 +7,7 @@ the request apart, so that a thread of the training process can write instead. N
 what a request contains.
 """
 
+import contextlib
 import queue
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ class AsyncSave:
 
     def __init__(self, request: AsyncRequest) -> None:
         self._request = request
+        if request.async_fn is not None:
+            _forget(request.async_fn_args[2])
 
     def copy_to_host(self) -> None:
         """Copy this rank's CUDA tensors to host memory. CPU tensors are not copied."""
@@ -79,7 +82,20 @@ class AsyncSave:
             function()
 
 
-def prepare_save(sharded_state: dict[str, Any], folder: Path, *, common: dict[str, Any]) -> AsyncSave:
+def _forget(results: "queue.Queue[Any]") -> None:
+    """Empty the queue of results, which all saves of a process share.
+
+    A run that ended with an error has left those of a save that it did not finalise. The next save
+    would take them for its own.
+    """
+    with contextlib.suppress(queue.Empty):
+        while True:
+            results.get_nowait()
+
+
+def prepare_save(
+    sharded_state: dict[str, Any], folder: Path, *, common: dict[str, Any], validate: bool = True
+) -> AsyncSave:
     """Agree with all ranks on which rank writes what into an existing empty folder.
 
     All ranks call this.
@@ -88,12 +104,15 @@ def prepare_save(sharded_state: dict[str, Any], folder: Path, *, common: dict[st
         sharded_state: This rank's `ShardedTensor` and `ShardedObject`, under unique names.
         folder: The folder of the checkpoint.
         common: What is the same on all ranks and not sharded.
+        validate: Whether to check that the shards of all ranks make up every tensor once. Rank 0
+            gathers the metadata of all shards for this, which takes seconds on many ranks.
     """
     request = dist_checkpointing.save(
         sharded_state | common,
         str(folder),
         TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
         async_sharded_save=True,
+        validate_access_integrity=validate,
         **installed_release().save_arguments,
     )
     if parallel.is_main() and not (folder / COMMON_FILE).exists():

@@ -3,10 +3,10 @@
 import contextlib
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,11 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_twotower.common import device
+from megatron_twotower.common.errors import UserError, require
 from megatron_twotower.config.schema import RunConfig
 from megatron_twotower.mcore import meeting
+
+T = TypeVar("T")
 
 # The wrapped models of the current process groups, which `shutdown` frees.
 _wrapped: "weakref.WeakSet[ModelChunks]" = weakref.WeakSet()
@@ -30,8 +33,37 @@ def world_size() -> int:
     """The number of ranks of this job.
 
     Before the process group exists it is read from WORLD_SIZE, which torchrun and srun set.
+
+    Raises:
+        UserError: The variables of a launcher are not complete, or are no numbers.
     """
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    return dist.get_world_size() if dist.is_initialized() else _launched_ranks(os.environ)
+
+
+def _launched_ranks(environment: Mapping[str, str]) -> int:
+    """The number of ranks that a launcher has set; 1 without a launcher.
+
+    A shell keeps what was exported by hand, or by a job that it was started from: ranks that do not
+    exist would be waited for.
+    """
+    if "WORLD_SIZE" not in environment:
+        return 1
+    ranks = environment["WORLD_SIZE"]
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    require(
+        not missing,
+        f"WORLD_SIZE: found {ranks} in the environment without {', '.join(missing)}, expected all of them, as torchrun "
+        "sets them, or none (unset WORLD_SIZE)",
+    )
+    for name in ("WORLD_SIZE", "RANK", "MASTER_PORT"):
+        require(
+            environment[name].isdecimal(), f"{name}: found {environment[name]!r} in the environment, expected a number"
+        )
+    require(
+        int(environment["RANK"]) < int(ranks),
+        f"RANK: found {environment['RANK']} in the environment, expected less than WORLD_SIZE {ranks}",
+    )
+    return int(ranks)
 
 
 def rank() -> int:
@@ -44,35 +76,68 @@ def is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def initialise(config: RunConfig) -> ProcessGroupCollection:
-    """Start the process group, unless it exists already, and create Megatron's parallel groups.
-
-    Raises:
-        UserError: torchrun was started in a way in which ranks that start again do not meet.
-    """
+def connect(config: RunConfig) -> None:
+    """Start the process group of all ranks, unless it exists already."""
     threads = config.parallel.threads_per_rank
     if threads:
         torch.set_num_threads(threads)
     if not device.is_cpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
-        if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(device.backend(), timeout=timedelta(minutes=30), **meeting.place())
-        else:
-            dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1)
+        _start_process_group(config)
+
+
+def initialise(config: RunConfig) -> ProcessGroupCollection:
+    """Create Megatron's parallel groups, and before them the process group unless it exists.
+
+    Raises:
+        UserError: torchrun was started in a way in which ranks that start again do not meet.
+    """
+    connect(config)
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=config.parallel.tensor,
-        pipeline_model_parallel_size=config.parallel.pipeline,
-        virtual_pipeline_model_parallel_size=_virtual_stages(config.parallel.pipeline_chunks),
-        expert_model_parallel_size=config.parallel.expert,
-        expert_tensor_parallel_size=config.parallel.expert_tensor_ranks,
-        # The fake backend of `pretend_rank` has no Gloo groups.
-        create_gloo_process_groups=dist.get_backend() != "fake",
-    )
+    with _without_splitting():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.parallel.tensor,
+            pipeline_model_parallel_size=config.parallel.pipeline,
+            virtual_pipeline_model_parallel_size=_virtual_stages(config.parallel.pipeline_chunks),
+            expert_model_parallel_size=config.parallel.expert,
+            expert_tensor_parallel_size=config.parallel.expert_tensor_ranks,
+            distributed_timeout_minutes=config.parallel.collective_timeout_minutes,
+            # Megatron uses them for its own format of optimizer state only. Each is a full mesh of
+            # sockets between its ranks.
+            create_gloo_process_groups=False,
+        )
     # No layer draws random numbers, but Megatron's random trackers require their states.
     tensor_parallel.model_parallel_cuda_manual_seed(config.seed, force_reset_rng=True)
     return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def _start_process_group(config: RunConfig) -> None:
+    """Start the process group of all ranks, or of this process alone if no launcher started it."""
+    timeout = timedelta(minutes=config.parallel.collective_timeout_minutes)
+    if "WORLD_SIZE" not in os.environ:
+        dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1)
+        return
+    # With a device NCCL connects all ranks here, not in their first collective: what is wrong with
+    # the network or with two ranks on one GPU shows at once, and `barrier` knows its device.
+    gpu = None if device.is_cpu() else device.device()
+    dist.init_process_group(device.backend(), timeout=timeout, device_id=gpu, **meeting.place())
+
+
+@contextlib.contextmanager
+def _without_splitting() -> Iterator[None]:
+    """Let subgroups connect when they are first used, although the process group has its device.
+
+    With a device, torch creates each subgroup by splitting the communicator of all ranks, and all
+    ranks take part in each split (torch 2.13, distributed_c10d.py, `_new_process_group_helper`).
+    Megatron creates thousands of groups at a thousand ranks, of which a rank uses a few.
+    """
+    world: Any = dist.group.WORLD
+    bound, world.bound_device_id = world.bound_device_id, None
+    try:
+        yield
+    finally:
+        world.bound_device_id = bound
 
 
 @contextlib.contextmanager
@@ -322,3 +387,37 @@ def broadcast_from_main(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def from_main(function: Callable[[], T]) -> T:
+    """What a function returns on rank 0, on every rank. The other ranks do not call it.
+
+    Raises:
+        UserError: The function raised it on rank 0. Every rank raises it.
+    """
+    result, problem = _tried(function) if is_main() else (None, None)
+    result, problem = broadcast_from_main((result, problem))
+    if problem is not None:
+        raise UserError(problem)
+    return result
+
+
+def checked_by_main(function: Callable[[bool], T]) -> T:
+    """`function(True)` on rank 0, which examines what it opens; `function(False)` on the others.
+
+    Raises:
+        UserError: The function raised it on rank 0. Every rank raises it, and the others do not
+            call the function.
+    """
+    result, problem = _tried(lambda: function(True)) if is_main() else (None, None)
+    if problem := broadcast_from_main(problem):
+        raise UserError(problem)
+    return function(False) if result is None else result
+
+
+def _tried(function: Callable[[], T]) -> tuple[T | None, str | None]:
+    """The result of a function, or the text of its `UserError`."""
+    try:
+        return function(), None
+    except UserError as error:
+        return None, str(error)

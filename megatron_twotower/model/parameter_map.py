@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_twotower.config.pipeline_stages import PipelineStage
-from megatron_twotower.config.schema import ModelConfig
+from megatron_twotower.config.schema import ModelConfig, RunConfig
 
 
 @dataclass(frozen=True)
@@ -185,6 +185,13 @@ def denoiser_entries(model: ModelConfig, frequencies: int) -> list[Entry]:
         table = f"tower.layers.{i}.scale_shift_table"
         entries.append(Entry(table, (f"scale_shift_tables.{i}",), (3, hidden)))
     return entries
+
+
+def trained_entries(config: RunConfig) -> list[Entry]:
+    """The entries of what a run trains."""
+    if config.objective == "ar":
+        return trained_backbone_entries(config.model)
+    return denoiser_entries(config.model, config.conditioning.frequencies)
 
 
 # The modules outside the layers: those of the first stage, and those of the last.

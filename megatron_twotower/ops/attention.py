@@ -62,7 +62,8 @@ def block_attention(
     block b, before and after it. On CUDA with triton this is FlexAttention. Elsewhere each chunk of
     queries is multiplied with exactly the keys that it may need, and the backward pass recomputes
     its scores, so the memory between the passes is linear in l. No gradient flows into the clean
-    keys and values there, which saves two of the five products of a backward pass.
+    keys and values, which saves two of the five products of a backward pass in torch, and four of
+    seven in FlexAttention.
 
     Args:
         query: Of the noisy stream, like key and value.
@@ -287,7 +288,21 @@ def _build_mask(length: int, block: int, device: torch.device, documents: Tensor
     every = by_clean[1] & by_noisy[1] & full
     some = (by_clean[0] | by_noisy[0]) & ~every
     tables = (*_tile_lists(some), *_tile_lists(every))
-    return BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=FLEX_TILE, mask_mod=allowed, seq_lengths=(length, 2 * length))
+    mask = BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=FLEX_TILE, mask_mod=allowed, seq_lengths=(length, 2 * length))
+    _skip_gradients(mask, columns=length // FLEX_TILE)
+    return mask
+
+
+def _skip_gradients(mask: Any, *, columns: int) -> None:
+    """Let the backward pass of FlexAttention compute no gradient of the first columns of tiles.
+
+    Its kernel has a part for the gradient of queries, which reads the lists of key tiles of each
+    row, and a part for keys and values, which reads the lists of query tiles of each column (torch
+    2.13, _inductor/kernel/flex/templates/flex_backwards.py.jinja). With empty lists the second part
+    writes zeros.
+    """
+    for counts in (mask.q_num_blocks, mask.full_q_num_blocks):
+        counts[..., :columns] = 0
 
 
 def _tile_lists(tiles: Tensor) -> tuple[Tensor, Tensor]:
@@ -350,11 +365,12 @@ def flex_block_attention(
 ) -> Tensor:
     """`block_attention` by FlexAttention, compiled on CUDA, not compiled elsewhere for tests.
 
-    Gradients flow into the clean keys and values too, if they require them.
+    No gradients flow into the clean keys and values.
     """
     if mask is None:
         mask = _flex_mask(query.shape[2], block, query.device, documents)
-    keys, values = torch.cat([clean_key, key], dim=2), torch.cat([clean_value, value], dim=2)
+    # Detached: with this mask their gradients would be zeros.
+    keys, values = torch.cat([clean_key.detach(), key], dim=2), torch.cat([clean_value.detach(), value], dim=2)
     return _flex(query.is_cuda)(query, keys, values, block_mask=mask, enable_gqa=True)
 
 

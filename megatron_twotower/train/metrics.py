@@ -6,9 +6,10 @@ ranks write nothing.
 Kind `train`, of the steps since the last record:
 
     step, seconds      at the record: optimizer steps done, and the time since the process started
-    loss               nats per scored token
+    loss               nats per scored token; null if no step was finite, left out if nothing was
+                       scored
     loss_by_noise      {"0.0-0.2": nats, ...}; empty for the objective `ar`
-    learning_rate, grad_norm
+    learning_rate, grad_norm    of the last step
     tokens             consumed since the start of the run
     tokens_per_second, scored_tokens
     expert_load        {"max_over_mean": ratio}; empty without experts
@@ -17,11 +18,12 @@ Kind `train`, of the steps since the last record:
     tokens_by_corpus   {name: tokens since the start of the run}; with a blend
     skipped_sequences  in damaged shards; with data.damaged_shards=skip
     nonfinite_steps    skipped steps; if there were any
+    unscored_steps     steps without a masked token, which were skipped; if there were any
 
 Kind `validation`:
 
     step
-    loss               nats per scored token
+    loss               nats per scored token; left out if nothing was scored
     loss_by_noise      see above
     tokens             scored tokens
 

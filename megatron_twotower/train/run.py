@@ -2,17 +2,21 @@
 
 import contextlib
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from rich.console import Console
+from torch import Tensor
 
 from megatron_twotower import __version__
+from megatron_twotower.checkpoint import files as checkpoint_files
 from megatron_twotower.checkpoint.files import ShardedState
 from megatron_twotower.checkpoint.fp8_state import sharded_fp8_state
 from megatron_twotower.checkpoint.sharding import sharded_optimizer, sharded_weights
@@ -25,9 +29,10 @@ from megatron_twotower.config.schema import RunConfig
 from megatron_twotower.config.validation import validate
 from megatron_twotower.convert import hf_folder, initial_weights, load
 from megatron_twotower.convert.tensors import TensorSource
+from megatron_twotower.data import mask_token
 from megatron_twotower.data.blend import BlendedDataset
 from megatron_twotower.data.dataset import SequenceDataset, batches, global_batch, rank_slice, split_batch
-from megatron_twotower.data.sources import check_unchanged, data_summary, open_training, open_validation
+from megatron_twotower.data.sources import data_summary, open_training, open_validation
 from megatron_twotower.doctor import diagnose, one_line_summary
 from megatron_twotower.mcore import parallel
 from megatron_twotower.mcore.optimizer_state import optimizer_shards
@@ -37,6 +42,7 @@ from megatron_twotower.model.parameter_map import Entry
 from megatron_twotower.model.towers import BackboneModel, TwoTower, build_context_tower
 from megatron_twotower.plan.activations import bytes_by_kind
 from megatron_twotower.train import checkpoints, ledger
+from megatron_twotower.train.agreement import check_ranks_agree, own_run_folder
 from megatron_twotower.train.loop import LoopHooks, Trainer, train
 from megatron_twotower.train.metrics import Metrics, open_metrics, wandb_settings
 from megatron_twotower.train.optimizer import build_optimizer, build_schedule
@@ -80,8 +86,24 @@ class TrainedModel:
             yield from sharded_fp8_state(chunk, config, groups)
 
 
+def backbone_fingerprint(config: RunConfig) -> str | None:
+    """Return the SHA-256 of `init.backbone`; `None` without one. Rank 0 reads it, for all.
+
+    `check_ranks_agree` has compared the copies that nodes may have.
+    """
+    backbone = config.init.backbone
+    if not backbone:
+        return None
+    return parallel.from_main(lambda: hf_folder.fingerprint(backbone))
+
+
 def build_model(
-    config: RunConfig, groups: ProcessGroupCollection, *, backbone_source: TensorSource | None = None
+    config: RunConfig,
+    groups: ProcessGroupCollection,
+    *,
+    backbone_source: TensorSource | None = None,
+    fingerprint: str | None = None,
+    resumed: bool = False,
 ) -> TrainedModel:
     """Build the towers with their initial weights, from Hugging Face folders or random for `ar`.
 
@@ -89,19 +111,22 @@ def build_model(
         config: A resolved configuration.
         groups: Process groups of this rank.
         backbone_source: Tensors to use instead of those that the configuration names.
+        fingerprint: That of the backbone, if it is known already.
+        resumed: Whether a checkpoint follows. Then the weights that train are not read.
     """
     megatron, model = transformer_config(config), config.model
-    backbone = config.init.backbone
     source = backbone_source or initial_weights.backbone_source(config)
-    fingerprint = hf_folder.fingerprint(backbone) if backbone else None
-    if config.objective == "ar":
-        entries, start = parameter_map.trained_backbone_entries(model), source
-    else:
-        entries = parameter_map.denoiser_entries(model, config.conditioning.frequencies)
+    fingerprint = fingerprint or backbone_fingerprint(config)
+    entries = parameter_map.trained_entries(config)
+    start: TensorSource | None = source
+    if resumed:
+        start = None
+    elif config.objective == "two_tower":
         start = initial_weights.denoiser_source(config, source, fingerprint=fingerprint)
     chunks: list[BackboneModel | TwoTower] = []
     for stage in stages_of_rank(model, config.parallel, groups.pp.rank()):
         chunk: BackboneModel | TwoTower
+        copies: dict[str, Tensor] = {}
         if config.objective == "ar":
             chunk = BackboneModel(config, megatron, groups, stage)
         else:
@@ -109,8 +134,11 @@ def build_model(
             frozen = parameter_map.entries_of_stage(parameter_map.backbone_entries(model), stage)
             load.load_weights(context, frozen, source, model=model, groups=groups)
             chunk = TwoTower(config, megatron, groups, context)
+            if config.init.denoiser is None and config.train.context_precision == "wide":
+                # The denoiser starts as a copy of the context tower: each tensor is read once.
+                copies = {f"tower.{name}": t for name, t in parameter_map.canonical_tensors(context).items()}
         trained = parameter_map.entries_of_stage(entries, stage)
-        load.load_weights(chunk, trained, start, model=model, groups=groups)
+        load.load_weights(chunk, trained, start, model=model, groups=groups, copies=copies)
         chunks.append(chunk)
     return TrainedModel(chunks, entries, fingerprint)
 
@@ -118,8 +146,9 @@ def build_model(
 def dry_run(config: RunConfig) -> str:
     """Build everything but the data, take no step, and describe what a run would train."""
     validate(config, world_size=parallel.world_size())
+    _check_mask_token(config, resumed=False)
     phases = resolve_phases(config)
-    groups = parallel.initialise(config)
+    groups = _join(config)
     model = build_model(config, groups)
     trained = sum(p.numel() for chunk in model.chunks for p in chunk.parameters() if p.requires_grad)
     lines = [f"{config.objective}: {trained:,} trained parameters on this rank, {config.train.steps} steps"]
@@ -145,24 +174,51 @@ def run_training(config: RunConfig) -> bool:
     validate(config, world_size=parallel.world_size())
     # From here on a signal ends the run after its first step.
     stop = StopSignal()
-    run, groups = Path(config.output), parallel.initialise(config)
-    model = build_model(config, groups)
-    checkpoint = checkpoints.find_checkpoint(run, config, fingerprint=model.fingerprint)
+    run, groups = Path(config.output), _join(config)
+    with own_run_folder(run) as check_lock:
+        return _train_in(run, config, groups, stop=stop, check_lock=check_lock)
+
+
+def _join(config: RunConfig) -> ProcessGroupCollection:
+    """Connect all ranks, compare what they were started with, and create the parallel groups."""
+    parallel.connect(config)
+    check_ranks_agree(config)
+    return parallel.initialise(config)
+
+
+def _train_in(
+    run: Path, config: RunConfig, groups: ProcessGroupCollection, *, stop: StopSignal, check_lock: Callable[[], None]
+) -> bool:
+    """Train in a folder that is this run's own; see `run_training`."""
+    source = initial_weights.backbone_source(config)  # its headers; a wrong folder ends the run here
+    fingerprint = backbone_fingerprint(config)
+    resumed = parallel.from_main(lambda: _has_trained(run))
+    _check_mask_token(config, resumed=resumed)
+    checkpoint = checkpoints.find_checkpoint(run, config, fingerprint=fingerprint)
+    validation, dataset = _validation_batches(config, groups), _training_data(config)
+    _check_corpora(config, dataset, resumed=resumed)
+    data = data_summary(config, dataset)
+    # Before `restore`: the first rank writes provenance.json again after all ranks are restored.
+    parallel.from_main(lambda: checkpoints.check_data(checkpoint, run, data))
+    model = build_model(config, groups, backbone_source=source, fingerprint=fingerprint, resumed=checkpoint is not None)
     trainer = build_trainer(config, model, groups)
     sharded_state = state_of(trainer, model)
-    # Read before `restore`: the first rank writes the file again after all ranks are restored.
-    data_before = run_folder.read_provenance(run).get("data") if checkpoint else None
     progress = checkpoints.restore(checkpoint, trainer, sharded_state) if checkpoint else TrainingProgress()
     _check_cursor(config, progress)
-    validation, dataset = _validation_batches(config, groups), open_training(config)
-    if data_before:
-        check_unchanged(data_summary(config, dataset), data_before, cursor=progress.cursor)
     stream = _training_stream(config, dataset, groups, progress.cursor)
-    _write_run_files(run, config, model, dataset)
+    _write_run_files(run, config, model, data)
     _print_summary(config)
     with contextlib.ExitStack() as resources:
         metrics = resources.enter_context(_open_metrics(run, config, progress))
-        saver = checkpoints.CheckpointSaver(run, trainer, sharded_state, fingerprint=model.fingerprint, metrics=metrics)
+        saver = checkpoints.CheckpointSaver(
+            run,
+            trainer,
+            sharded_state,
+            fingerprint=model.fingerprint,
+            metrics=metrics,
+            data=data,
+            check_lock=check_lock,
+        )
         limits = config.train.hang_timeout_seconds, config.train.save_timeout_seconds
         heartbeat = resources.enter_context(
             watching(limit_seconds=limits[0], save_limit_seconds=limits[1], work_done=saver.work_done)
@@ -182,6 +238,31 @@ def run_training(config: RunConfig) -> bool:
         finally:
             heartbeat(f"{SAVING} what had begun")
             saver.close()
+
+
+def _has_trained(run: Path) -> bool:
+    """Whether a run folder has a checkpoint after its first step (an import has one before it)."""
+    return any(folder != run_folder.checkpoint_folder(run, 0) for folder in checkpoint_files.find_checkpoints(run))
+
+
+def _check_mask_token(config: RunConfig, *, resumed: bool) -> None:
+    """Refuse a mask token that does not fit; of a run that has trained with it, only warn."""
+    if config.objective != "two_tower":
+        return
+    try:
+        mask_token.check_run(config)
+    except UserError as error:
+        if not resumed:
+            raise
+        if parallel.is_main():
+            logging.getLogger(__name__).warning("the run goes on as it began, although: %s", error)
+
+
+def _check_corpora(config: RunConfig, dataset: Dataset, *, resumed: bool) -> None:
+    """Refuse data that holds the mask token. The first rank reads it, for all."""
+    if config.objective != "two_tower" or resumed:
+        return
+    parallel.from_main(lambda: mask_token.check_corpora(config, dataset))
 
 
 def build_trainer(config: RunConfig, model: TrainedModel, groups: ProcessGroupCollection) -> Trainer:
@@ -220,9 +301,14 @@ def _validation_batches(config: RunConfig, groups: ProcessGroupCollection) -> li
     if not config.train.validate_every_steps:
         return []
     count = config.train.validation_sequences
-    dataset = open_validation(config, count)
+    dataset = parallel.checked_by_main(lambda examine: open_validation(config, count, examine=examine))
     first, share = rank_slice(0, count, rank=groups.dp_cp.rank(), world=groups.dp_cp.size())
     return split_batch(global_batch(dataset, first=first, count=share), config.data.micro_batch_size)
+
+
+def _training_data(config: RunConfig) -> Dataset:
+    """Open what the run trains on. The first rank examines the shards, for all."""
+    return parallel.checked_by_main(lambda examine: open_training(config, examine=examine))
 
 
 def _training_stream(
@@ -249,7 +335,7 @@ def _corpus_token_counter(config: RunConfig, dataset: Dataset) -> Callable[[int]
     return lambda cursor: {name: count * length for name, count in dataset.sequences_before(cursor).items()}
 
 
-def _write_run_files(run: Path, config: RunConfig, model: TrainedModel, dataset: Dataset) -> None:
+def _write_run_files(run: Path, config: RunConfig, model: TrainedModel, data: dict[str, Any]) -> None:
     """Write `config.yaml` and `provenance.json`, on the first rank."""
     if not parallel.is_main():
         return
@@ -260,7 +346,7 @@ def _write_run_files(run: Path, config: RunConfig, model: TrainedModel, dataset:
         backbone=config.init.backbone,
         fingerprint=model.fingerprint,
     )
-    facts["data"] = data_summary(config, dataset)
+    facts["data"] = data
     facts["roles"] = {role.role: role.implementation for role in diagnose(config)}
     run_folder.write_start(run, config=recipes.to_yaml(config), facts=facts)
 

@@ -113,6 +113,25 @@ def test_the_layers_of_a_model_share_the_mask(monkeypatch, groups, packed):
     assert len(built) == 1
 
 
+def test_few_tiles_of_the_backward_pass_are_for_keys_and_values():
+    """Of 8192 tokens: all tiles for the gradient of queries, the noisy ones for that of keys."""
+    mask = attention._build_mask(8192, 32, torch.device("cpu"))
+    by_rows = len(tiles_of(mask, "kv_") | tiles_of(mask, "full_kv_"))
+    by_columns = len(tiles_of(mask, "q_") | tiles_of(mask, "full_q_"))
+    assert (by_rows, by_columns) == (2144, 64)
+
+
+def test_flex_attention_sends_no_gradient_into_clean_keys(monkeypatch):
+    own, clean = attended(24, size=8)
+    clean = {name: tensor.requires_grad_() for name, tensor in clean.items()}
+    given = []
+    monkeypatch.setattr(attention, "_flex", lambda compiled: lambda *tensors, **more: given.extend(tensors))
+    flex_block_attention(*own, **clean, block=4)
+    _, keys, values = given
+    found = torch.autograd.grad((keys + values).sum(), [*own[1:], *clean.values()], allow_unused=True)
+    assert [gradient is not None for gradient in found] == [True, True, False, False]
+
+
 def tiles_of(mask, which):
     """All (sequence, row, column) that a mask of FlexAttention lists."""
     counts, columns = getattr(mask, f"{which}num_blocks"), getattr(mask, f"{which}indices")
@@ -128,7 +147,13 @@ def test_flex_tiles_are_those_of_the_whole_mask(length, block, packed):
     mask = attention._build_mask(length, block, torch.device("cpu"), documents)
     whole = create_block_mask(mask.mask_mod, 2 if packed else None, None, length, 2 * length, device="cpu")
     assert tiles_of(mask, "full_kv_") == tiles_of(whole, "full_kv_")
-    assert tiles_of(mask, "full_q_") == tiles_of(whole, "full_q_")
+    # The lists of columns are for the gradients of keys and values. Those of clean keys are empty,
+    # except in a column that has noisy keys too.
+    first = length // attention.FLEX_TILE
+    noisy = {tile for tile in tiles_of(whole, "full_q_") if tile[1] >= first}
+    assert tiles_of(mask, "full_q_") == noisy
+    transposed = {(b, column, row) for b, row, column in tiles_of(mask, "kv_") if column >= first}
+    assert tiles_of(mask, "q_") == transposed
     ours, theirs = tiles_of(mask, "kv_"), tiles_of(whole, "kv_")
     assert ours == theirs if not packed else ours >= theirs and len(ours) <= len(theirs) + 2 * 2 * length // 100
     assert tiles_of(mask, "full_kv_") or block != 16 or packed, "a mask without full tiles tests little"
