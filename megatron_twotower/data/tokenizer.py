@@ -5,15 +5,17 @@ to 259 are the 256 bytes, so no text ever needs `<unk>`.
 """
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, NemotronHConfig, PreTrainedTokenizerFast
 
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.files import write_file
+from megatron_twotower.config.hf_config import TWO_TOWER_MODEL_TYPE
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<mask>")
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
@@ -98,6 +100,17 @@ def _tokenizer_file(folder: Path) -> Path:
     return file
 
 
+def _model_config(folder: Path) -> NemotronHConfig | None:
+    """What a tokenizer's class may depend on: None for the folder's own configuration.
+
+    A two-tower folder gets that of one tower. transformers would ask whether to run the code of the
+    folder, which a tokenizer does not need.
+    """
+    file = folder / "config.json"
+    two_towers = file.is_file() and json.loads(file.read_text()).get("model_type") == TWO_TOWER_MODEL_TYPE
+    return NemotronHConfig() if two_towers else None
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Open the tokenizer in `folder`, from local files only.
 
@@ -106,8 +119,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """
     file = _tokenizer_file(folder)
     try:
-        # A tokenizer needs no code of its folder; without this answer transformers asks for one.
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(file.parent), config=_model_config(file.parent), local_files_only=True
+        )
     except Exception as error:  # the Rust parser raises plain `Exception`
         reason = " ".join(str(error).split())
         raise UserError(f"{file}: cannot be read as a Hugging Face tokenizer ({reason})") from error
