@@ -47,6 +47,13 @@ def run(tmp_path_factory, tiny_data, tiny_backbone):
 def test_the_kinds_of_a_run_and_how_they_fit_together(run, tiny_backbone, tmp_path):
     for what in ("two_tower", "context", "denoiser"):
         assert export.export(run, tmp_path / what, options=choose(what)) == what
+    # transformers has a class for one tower, and refuses the other folders without their code.
+    types = {name: config_of(tmp_path / name)["model_type"] for name in ("two_tower", "context", "denoiser")}
+    two = "nemotron_h_twotower"
+    assert types == {"two_tower": two, "context": "nemotron_h", "denoiser": two}
+    for name, needs_code in (("two_tower", True), ("context", False), ("denoiser", True)):
+        card = (tmp_path / name / "README.md").read_text()
+        assert ("needs `trust_remote_code=True` and refuses the folder without it" in card) == needs_code
     whole, context, denoiser = (contents(tmp_path / name) for name in ("two_tower", "context", "denoiser"))
     assert context == contents(tiny_backbone), "the frozen tower is its source, bit for bit"
     renamed = {parameter_map.context_name(name): tensor for name, tensor in context.items()}

@@ -22,6 +22,7 @@ from megatron_twotower.data.tokenizer import (
     tokenizer_fingerprint,
     train_tokenizer,
 )
+from megatron_twotower.hf import twotower_config_json
 
 SOURCE = '''\
 class Counter:
@@ -304,3 +305,12 @@ def test_user_errors_name_what_was_found_and_expected(folder, tmp_path):
         with pytest.raises(UserError, match=r"tokenizer\.json: cannot be read") as caught:
             load_tokenizer(tmp_path / "broken")
         assert "\n" not in str(caught.value)
+
+
+def test_the_tokenizer_of_a_two_tower_folder_is_opened_without_a_question(folder, tmp_path, monkeypatch, capsys):
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(twotower_config_json({"model_type": "nemotron_h"})))
+    monkeypatch.setattr("builtins.input", lambda question: pytest.fail(question))
+    tokenizer = load_tokenizer(tmp_path / "model")
+    assert tokenizer(SOURCE)["input_ids"] == load_tokenizer(folder)(SOURCE)["input_ids"]
+    assert "model of type" not in capsys.readouterr().err

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.modeling import MASK, PATTERNS, VOCABULARY, random_ids, tiny_model
-from megatron_twotower.hf.modeling_nemotron_h_twotower import ContextCache, Sampling
+from megatron_twotower.hf.modeling_nemotron_h_twotower import ArgumentError, ContextCache, Sampling
 
 MODES = ("generate_ar", "generate_mock_ar", "generate_mask_diffusion", "generate_speculative", "generate")
 LENGTHS = (1, 4, 9, 21)
@@ -169,15 +169,17 @@ def test_top_p_keeps_the_fewest_that_sum_to_it(top_p, kept):
         ({"eos_token_id": [2, -1]}, f"eos_token_id: found -1, expected 0 to {VOCABULARY - 1}"),
         ({"eos_token_id": ["2"]}, "eos_token_id: found .'2'., expected ids"),
         ({"eos_token_id": VOCABULARY}, f"eos_token_id: found {VOCABULARY}, expected 0 to {VOCABULARY - 1}"),
-        ({"top_p": 0.0}, "top_p: found 0.0, expected above 0, at most 1"),
         ({"max_new_tokens": 0}, "max_new_tokens: found 0"),
     ],
 )
 def test_arguments_that_no_mode_can_work_with_are_named(mode, changes, message):
-    if mode == "generate" and "top_p" in changes:
-        changes, message = changes | {"do_sample": True}, "top_p"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ArgumentError, match=message):
         getattr(tiny_model(), mode)(random_ids(2, 4), **changes)
+
+
+def test_a_top_p_of_zero_is_refused():
+    with pytest.raises(ArgumentError, match=r"top_p: found 0\.0, expected above 0"):
+        Sampling(1.0, None, None, 0.0)
 
 
 def compiled_steps(backend, t):
