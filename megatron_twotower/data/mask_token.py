@@ -67,10 +67,8 @@ def unused_id(tokenizer: PreTrainedTokenizerFast, vocab_size: int, *, taken: Seq
     free = next((each for each in range(vocab_size) if backend.id_to_token(each) is None), None)
     if free is not None:
         return free
-    named, model = (
-        {*tokenizer.all_special_ids, *taken} - {tokenizer.mask_token_id},
-        json.loads(backend.to_str())["model"],
-    )
+    named = {*tokenizer.all_special_ids, *taken} - {tokenizer.mask_token_id}
+    model = json.loads(backend.to_str())["model"]
     special = (each for each, token in backend.get_added_tokens_decoder().items() if token.special)
     return next((each for each in special if each not in named and not _reaches(tokenizer, each, model)), None)
 
