@@ -4,7 +4,7 @@ If clean text held the mask token, the denoiser would read it as masked, and cou
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,15 @@ def can_stand_in_text(tokenizer: PreTrainedTokenizerFast, token_id: int) -> bool
     added token has its id. The entries of a vocabulary are reached from text, but for those of BPE
     that are neither one character nor the result of a merge.
     """
+    return _reaches(tokenizer, token_id, json.loads(tokenizer.backend_tokenizer.to_str())["model"])
+
+
+def _reaches(tokenizer: PreTrainedTokenizerFast, token_id: int, model: Mapping[str, Any]) -> bool:
+    """`can_stand_in_text` with the parsed model of the tokenizer: a large one takes a second."""
     backend = tokenizer.backend_tokenizer
     content, added = backend.id_to_token(token_id), backend.get_added_tokens_decoder().get(token_id)
     if content is None or (added is not None and not added.special):
         return content is not None
-    model = json.loads(backend.to_str())["model"]
     if content == model.get("unk_token") or token_id == model.get("unk_id"):
         return True
     if model["type"] == "BPE" and not model.get("ignore_merges"):
@@ -44,7 +48,7 @@ def can_stand_in_text(tokenizer: PreTrainedTokenizerFast, token_id: int) -> bool
     return any(token_id in ids for ids in spelled)
 
 
-def _is_reached_by_merges(model: dict[str, Any], content: str) -> bool:
+def _is_reached_by_merges(model: Mapping[str, Any], content: str) -> bool:
     """Whether BPE can give an entry of its vocabulary."""
     if content not in model["vocab"]:
         return False
@@ -57,15 +61,16 @@ def _is_reached_by_merges(model: dict[str, Any], content: str) -> bool:
     return any(left + right.removeprefix(prefix) == content for left, right in pairs)
 
 
-def unused_id(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> int | None:
+def unused_id(tokenizer: PreTrainedTokenizerFast, vocab_size: int, *, taken: Sequence[int] = ()) -> int | None:
     """An id for a mask token: one that no token has, else a special token that nothing names."""
     backend = tokenizer.backend_tokenizer
     free = next((each for each in range(vocab_size) if backend.id_to_token(each) is None), None)
     if free is not None:
         return free
-    named = set(tokenizer.all_special_ids) - {tokenizer.mask_token_id}
+    named = {*tokenizer.all_special_ids, *taken} - {tokenizer.mask_token_id}
+    model = json.loads(backend.to_str())["model"]
     special = (each for each, token in backend.get_added_tokens_decoder().items() if token.special)
-    return next((each for each in special if each not in named and not can_stand_in_text(tokenizer, each)), None)
+    return next((each for each in special if each not in named and not _reaches(tokenizer, each, model)), None)
 
 
 def check_mask_token(folder: Path, mask_id: int, *, vocab_size: int, key: str, eos_ids: Sequence[int] = ()) -> None:
@@ -85,7 +90,7 @@ def check_mask_token(folder: Path, mask_id: int, *, vocab_size: int, key: str, e
     ends = mask_id in eos_ids
     if not ends and not can_stand_in_text(tokenizer, mask_id):
         return
-    free, token = unused_id(tokenizer, vocab_size), tokenizer.convert_ids_to_tokens(mask_id)
+    free, token = unused_id(tokenizer, vocab_size, taken=eos_ids), tokenizer.convert_ids_to_tokens(mask_id)
     unused = "" if free is None else f"{free} is unused, or "
     raise UserError(
         f"{key}: found {mask_id}, which is {token!r} of {folder} and {'ends documents' if ends else 'stands in text'}, "
@@ -115,9 +120,10 @@ def check_run(config: RunConfig) -> None:
             "recipe that leaves the setting out takes that of its folder)",
         )
     _check_eos(own, said, data)
+    eos_ids = sorted({each for tokens in said.values() for each in tokens.eos_token_ids})
     if not folders:
+        require(mask_id not in eos_ids, f"{key}: found {mask_id}, which is EOS too, expected another id")
         return
-    eos_ids = said[folders[0]].eos_token_ids
     if config.init.denoiser and said[Path(config.init.denoiser)].mask_token_id is not None:
         key = f"{key} of {config.init.denoiser} (a new denoiser, with init.denoiser=null, may have another)"
     check_mask_token(folders[0], mask_id, vocab_size=config.model.vocab_size, key=key, eos_ids=eos_ids)

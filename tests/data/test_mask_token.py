@@ -41,6 +41,7 @@ def test_what_of_byte_level_bpe_can_stand_in_text(tmp_path):
     assert in_text == {0: True, 255: True, 256: True, 257: False, 258: True, 259: False, 260: False, 261: False}
     assert unused_id(opened, 300) == 261
     assert unused_id(opened, 261) == 260, "a special token that nothing names"
+    assert unused_id(opened, 261, taken=[260]) is None
 
 
 @pytest.mark.parametrize(
