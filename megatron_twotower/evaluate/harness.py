@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -146,7 +145,7 @@ class TwoTower(TemplateLM):
             return self.tokenizer.apply_chat_template(
                 chat_history, tokenize=False, add_generation_prompt=add_generation_prompt, continue_final_message=begun
             )
-        except (TemplateError, ValueError) as error:
+        except Exception as error:  # a template is a program of the folder, and may raise anything
             roles = ", ".join(message["role"] for message in chat_history)
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"chat template: cannot be applied to turns of {roles} ({reason})") from error
