@@ -262,7 +262,7 @@ class TwoTower(TemplateLM):
         special = [stop for stop in until if any(token in stop for token in self._special)]
         plain = [stop for stop in until if stop not in special]
         found = [text_before_stop(self.tokenizer.decode(ids, skip_special_tokens=True), plain)]
-        if (before := text_before_stop(self.tokenizer.decode(ids), special)) is not None:
+        if special and (before := text_before_stop(self.tokenizer.decode(ids), special)) is not None:
             # The first ids that spell what is before the string, and what the last one has more.
             count = bisect_left(range(len(ids)), True, key=lambda n: self.tokenizer.decode(ids[:n]).startswith(before))
             extra = len(self.tokenizer.decode(ids[:count])) - len(before)
