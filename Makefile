@@ -159,13 +159,13 @@ test-mamba: $(VENV)/.installed-dev ## the real mamba-ssm in Triton's interpreter
 TRANSFORMERS ?= 5.3.0
 OTHER := $(VENV)-transformers-$(TRANSFORMERS)
 
-test-transformers: $(VENV)/.installed-dev ## test the shipped model file with another transformers (TRANSFORMERS=5.3.0)
+test-transformers: $(VENV)/.installed-dev ## test model file and tokenizers with another transformers (TRANSFORMERS=5.3.0)
 	@test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  > "$$($(OTHER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_base.pth"
 	@$(OTHER)/bin/python -m pip install -qq transformers==$(TRANSFORMERS)
 	$(OTHER)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
-	$(OTHER)/bin/python -m pytest tests/hf $(PYTEST_ARGS)
+	$(OTHER)/bin/python -m pytest tests/hf tests/data/test_tokenizer.py $(PYTEST_ARGS)
 
 # Another Python, and with it another Megatron Core: 0.16.1 is the last for 3.11, from 3.12 on there is 0.19. The whole suite
 # there: make test PYTHON=python3.12 VENV=.venv-other

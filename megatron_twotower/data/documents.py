@@ -157,7 +157,7 @@ def find_inputs(inputs: Sequence[str], *, suffixes: Sequence[str] = SUFFIXES, te
     for given in inputs:
         path = Path(given)
         if given == STANDARD_LIBRARY:
-            documents = _walk(Path(sysconfig.get_paths()["stdlib"]), (".py",), text_field, PassedOver())
+            documents = _library()
         elif path.is_dir():
             documents = _walk(path, tuple(suffixes), text_field, passed_over)
         elif path.is_file():
@@ -175,6 +175,11 @@ def find_inputs(inputs: Sequence[str], *, suffixes: Sequence[str] = SUFFIXES, te
     if not found:
         raise UserError(f"no input given, expected files, folders or the word {STANDARD_LIBRARY}")
     return Inputs(list(found.values()), passed_over)
+
+
+def _library() -> list[Document]:
+    found = _walk(Path(sysconfig.get_paths()["stdlib"]), (".py",), "text", PassedOver())
+    return [document for document in found if document.form == TEXT]  # records there are data of tests
 
 
 def _walk(root: Path, suffixes: tuple[str, ...], text_field: str, passed_over: PassedOver) -> list[Document]:

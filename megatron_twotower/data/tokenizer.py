@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -223,16 +223,28 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[Sequence[str]], list[list[int]]]:
+def text_encoder(
+    tokenizer: PreTrainedTokenizerFast, *, recognised: Collection[str] = ()
+) -> Callable[[Sequence[str]], list[list[int]]]:
     """A function from texts to the token ids of each; nothing is added, cut or padded.
 
     A special token that a text spells out ("<mask>" in a source file) is encoded as its characters:
     clean text must never contain the mask token or end early.
 
     The function raises a `UserError` for text that UTF-8 cannot encode.
+
+    Args:
+        recognised: Special tokens whose spelling becomes their ids nevertheless, as in a rendered
+            chat template.
     """
     # A copy, because the settings below would change the tokenizer of the caller.
-    plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    whole = tokenizer.backend_tokenizer.to_str()
+    if recognised:
+        parts = json.loads(whole)
+        for token in parts["added_tokens"]:
+            token["special"] = token["special"] and token["content"] not in recognised
+        whole = json.dumps(parts)
+    plain = Tokenizer.from_str(whole)
     plain.no_truncation()
     plain.no_padding()
     plain.encode_special_tokens = True

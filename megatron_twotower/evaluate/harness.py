@@ -3,6 +3,7 @@
 Importing this module registers the name `twotower` with the harness. It needs the extra `eval`.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -98,6 +99,10 @@ class TwoTower(TemplateLM):
         self.block_size = self.settings.block_size or self.model.block_size
         self.settings = replace(self.settings, block_size=self.block_size)
         self.mask_id, self.eos_ids = self.model.mask_token_id, eos_token_ids(self.model, self.tokenizer)
+        # No chat may have the mask token, which the context tower never read.
+        added = self.tokenizer.added_tokens_decoder.items()
+        self._special = {token.content for id, token in added if token.special and id != self.mask_id}
+        self._encode_chat, self._is_chat = text_encoder(self.tokenizer, recognised=self._special), False
         self.max_length = self.settings.max_length_tokens or int(self.model.config.max_position_embeddings)
         self.passes, self.new_tokens, self.seconds = 0, 0, 0.0
 
@@ -113,21 +118,45 @@ class TwoTower(TemplateLM):
         return int(found)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Encode text without added tokens; the spelling of a special token is ordinary text."""
-        return self._encode([string])[0]
+        """Encode text without added tokens.
+
+        The spelling of a special token is ordinary text. From the first chat on it is that token,
+        except for the mask token.
+        """
+        return (self._encode_chat if self._is_chat else self._encode)([string])[0]
 
     @property
     def tokenizer_name(self) -> str:
-        """The name under which the harness caches requests."""
+        """The name under which the harness caches requests.
+
+        The harness asks for it only where requests are chats. Those from its cache were rendered
+        before, so nothing else tells that they are.
+        """
+        self._is_chat = True
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Make one prompt of a conversation, with the chat template of the tokenizer."""
+        """Make one prompt of a conversation, with the chat template of the tokenizer.
+
+        Args:
+            add_generation_prompt: Begin a turn of the assistant. The harness gives False where a
+                task has begun that turn; it then stays open.
+
+        Raises:
+            UserError: There is no template, or it does not take the conversation.
+        """
         if self.tokenizer.chat_template is None:
             raise UserError("tokenizer: found no chat template, expected one to apply; leave it out for a base model")
-        return self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        self._is_chat = True
+        begun = not add_generation_prompt and chat_history[-1]["role"] == "assistant"
+        try:
+            return self.tokenizer.apply_chat_template(
+                chat_history, tokenize=False, add_generation_prompt=add_generation_prompt, continue_final_message=begun
+            )
+        except Exception as error:  # a template is a program of the folder, and may raise anything
+            roles = ", ".join(message["role"] for message in chat_history)
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"chat template: cannot be applied to turns of {roles} ({reason})") from error
 
     # --- scoring
 
@@ -144,7 +173,7 @@ class TwoTower(TemplateLM):
         pairs, owner = [], []
         for number, request in enumerate(requests):
             windows = get_rolling_token_windows(
-                self.tok_encode(request.args[0]),
+                self._encode([request.args[0]])[0],  # never a chat
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,
@@ -227,12 +256,28 @@ class TwoTower(TemplateLM):
                 end = next((place for place, each in enumerate(ids) if each in self.eos_ids), None)
                 ended = end is not None
                 new[i] += ids[:end]
-                text = self.tokenizer.decode(new[i], skip_special_tokens=True)
-                texts[i] = text_before_stop(text, answer.until)
+                texts[i] = self._text_before_stop(new[i], answer.until)
                 if texts[i] is None and (ended or len(new[i]) >= limit):
-                    texts[i] = text
+                    texts[i] = self.tokenizer.decode(new[i], skip_special_tokens=True)
             turn += 1
         return [text for text in texts if text is not None]
+
+    def _text_before_stop(self, ids: list[int], until: Sequence[str]) -> str | None:
+        """The text before the first of the strings that end it; None if it has none of them.
+
+        Special tokens are no part of the text. A string that names one is looked for where they are
+        spelled out.
+        """
+        special = [stop for stop in until if any(token in stop for token in self._special)]
+        plain = [stop for stop in until if stop not in special]
+        found = [text_before_stop(self.tokenizer.decode(ids, skip_special_tokens=True), plain)]
+        if special and (before := text_before_stop(self.tokenizer.decode(ids), special)) is not None:
+            # The first ids that spell what is before the string, and what the last one has more.
+            count = bisect_left(range(len(ids)), True, key=lambda n: self.tokenizer.decode(ids[:n]).startswith(before))
+            extra = len(self.tokenizer.decode(ids[:count])) - len(before)
+            text = self.tokenizer.decode(ids[:count], skip_special_tokens=True)
+            found.append(text[: len(text) - extra])
+        return min((text for text in found if text is not None), key=len, default=None)
 
     def _continue(self, rows: Sequence[list[int]], answer: AnswerSettings, count: int, seed: int) -> list[list[int]]:
         """Continue each row by `count` tokens, or up to and including EOS."""

@@ -8,6 +8,7 @@ import os
 import pytest
 
 from helpers.corpora import as_lines, texts, write_records
+from megatron_twotower.cli import main
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.data.documents import cut_units, find_documents, find_inputs, read_unit
 from megatron_twotower.data.input_form import TEXT, Unreadable, find_form
@@ -179,6 +180,14 @@ def test_names_that_are_not_utf8_are_shown_as_escapes(tmp_path):
     found = find_inputs([str(tmp_path)])
     assert len(found.documents) == 1
     assert str(found.passed_over) == "1 .csv (\\udcfe.csv)"
+
+
+def test_training_a_tokenizer_says_what_was_passed_over(tmp_path, capsys):
+    write_records(tmp_path / "data" / "a.JSON", texts(20), field="body")
+    (tmp_path / "data" / "b.csv").write_text("x")
+    command = ["data", "tokenizer", "--input", str(tmp_path / "data"), "--text-field", "body", "--vocab-size", "300"]
+    assert main.main([*command, "--output", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "passed over: 1 .csv (b.csv)"
 
 
 def test_a_file_of_records_that_is_none_is_refused_in_a_folder_too(tmp_path):

@@ -109,6 +109,13 @@ def test_a_special_token_in_a_text_is_only_its_characters(tokenizer):
     assert 3 in tokenizer.encode("<mask>")  # and the caller's tokenizer still does
 
 
+def test_the_special_tokens_of_a_chat_are_recognised_and_no_others(tokenizer):
+    encode = text_encoder(tokenizer, recognised=["</s>", "<s>"])
+    ids = encode(["<s>a<mask>b</s>"])[0]
+    assert (ids[0], ids[-1]) == (1, 2) and 3 not in ids
+    assert tokenizer.decode(ids) == "<s>a<mask>b</s>"
+
+
 def test_text_that_utf8_cannot_encode_is_refused_in_one_line(tokenizer):
     with pytest.raises(UserError, match=r"found half of a surrogate pair in 'a\\udcff', expected text"):
         text_encoder(tokenizer)(["fine", "a\udcff"])

@@ -231,6 +231,88 @@ def test_mistakes_are_named(folder):
         opened(folder).apply_chat_template([{"role": "user", "content": "x"}])
 
 
+# --- chats ---
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "[{{ message.role }}] {{ message.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+BOS, EOS = 1, 2
+
+
+@pytest.fixture
+def chat_folder(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "chat")
+    (copy / "chat_template.jinja").write_text(TEMPLATE)
+    return copy
+
+
+def test_special_tokens_of_a_rendered_template_become_their_ids(chat_folder):
+    lm = opened(chat_folder)
+    assert min(lm.tok_encode("<s>alpha</s>")) > 3  # before the first chat it is text
+    text = lm.apply_chat_template([{"role": "user", "content": "alpha <mask>"}])
+    assert text == "<s>[user] alpha <mask></s>\n[assistant] "
+    ids = lm.tok_encode(text)
+    assert ids[0] == BOS and ids.count(EOS) == 1 and lm.mask_id not in ids
+    assert lm.tokenizer.decode(ids) == text
+    context, answer = lm._encode_pair(text, "beta")
+    assert context[0] == BOS and lm.tokenizer.decode(context + answer) == text + "beta"
+    texts = asked("loglikelihood_rolling", ("<s>alpha",))
+    assert lm.loglikelihood_rolling(texts, True) == opened(chat_folder).loglikelihood_rolling(texts, True)
+
+
+def test_requests_from_the_cache_of_the_harness_are_chats_too(chat_folder):
+    """They were rendered by another process; the harness asks for this name only for chats."""
+    lm = opened(chat_folder)
+    assert lm.tokenizer_name.endswith("chat")
+    assert lm.tok_encode("<s>") == [BOS]
+
+
+def test_a_prefilled_turn_stays_open(chat_folder):
+    lm, turns = opened(chat_folder), [{"role": "user", "content": "x"}]
+    closed = lm.apply_chat_template(turns, add_generation_prompt=False)
+    assert closed == "<s>[user] x</s>\n"
+    turns.append({"role": "assistant", "content": "count ="})
+    assert lm.apply_chat_template(turns, add_generation_prompt=False) == f"{closed}[assistant] count ="
+
+
+def test_a_conversation_that_the_template_refuses_is_one_line(chat_folder):
+    with pytest.raises(UserError, match=r"chat template: cannot be applied to turns of user, tool \(no tools\)"):
+        opened(chat_folder).apply_chat_template([{"role": "user", "content": "x"}, {"role": "tool", "content": "y"}])
+
+
+def test_a_stop_string_with_a_special_token_ends_an_answer(folder, monkeypatch):
+    lm = opened(folder)
+    words = lm.tok_encode("alpha beta🙂\n")  # one character of four tokens
+    later = lm.tok_encode("gamma\ndelta")
+    written = [*words, BOS, *later, BOS, *words]
+    turns = []
+
+    def next_ids(rows, *_):
+        turns.append(len(rows))
+        return [written + [7] * (64 - len(written))]
+
+    monkeypatch.setattr(lm, "_continue", next_ids)
+    for until, expected in (
+        (["<s>"], "alpha beta🙂\n"),
+        (["\n<s>"], "alpha beta🙂"),
+        (["ta🙂\n<s>", "x"], "alpha be"),
+        (["<s>gamma\nd"], "alpha beta🙂\n"),
+        (["delta<s>"], "alpha beta🙂\ngamma\n"),
+        (["delta<s>", "gamma"], "alpha beta🙂\n"),
+        (["\ngam"], "alpha beta🙂"),  # special tokens are no part of the text
+        (["a<s>"], "alpha beta🙂\ngamma\ndelt"),
+    ):
+        turns.clear()
+        (request,) = asked("generate_until", ("x", {"until": until, "max_gen_toks": 200}))
+        assert lm.generate_until([request], True) == [expected], until
+        assert turns == [1]  # it ended at once
+    (request,) = asked("generate_until", ("x", {"until": ["<s></s>"], "max_gen_toks": 64}))
+    assert lm.generate_until([request], True)[0].startswith("alpha beta🙂\ngamma\ndeltaalpha beta🙂\n")
+
+
 # --- tasks ---
 
 CHOICE = """
@@ -338,6 +420,24 @@ def test_shots_and_limit_and_every_scoring_reach_the_harness(folder, task_files)
         assert found["tasks"][0]["documents"] == 2
         assert found["tasks"][0]["metric"] == "acc,none"
         assert found["limit"] == 2
+
+
+def test_the_harness_makes_chats_with_begun_turns(chat_folder, task_files, monkeypatch):
+    from lm_eval import simple_evaluate
+
+    task = task_files / "begun.yaml"
+    task.write_text((task_files / "write.yaml").read_text().replace("tiny_write", "begun") + 'gen_prefix: "count ="\n')
+    lm, prompts = opened(chat_folder, mode="ar"), []
+    write = lm.write
+    monkeypatch.setattr(lm, "write", lambda rows, answer: prompts.extend(rows) or write(rows, answer))
+    manager = task_runner.task_manager([HarnessTask("begun", ("begun",), 0)], task_files)
+    found = simple_evaluate(
+        lm, tasks=["begun"], task_manager=manager, apply_chat_template=True, log_samples=False, bootstrap_iters=0
+    )
+    assert found["n-samples"]["begun"]["effective"] == 4
+    expected = sorted(f"<s>[user] {prompt}</s>\n[assistant] count =" for prompt in PROMPTS)
+    assert sorted(lm.tokenizer.decode(ids) for ids in prompts) == expected
+    assert all(ids[0] == BOS and ids.count(EOS) == 1 for ids in prompts)
 
 
 def test_mistakes_in_tasks_are_one_line(folder, task_files, tmp_path, capsys):
