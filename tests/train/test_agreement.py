@@ -203,7 +203,7 @@ def test_real_ranks_refuse_and_leave_nothing(differs, tmp_path, tiny_data, tiny_
         meeting = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
         processes.append(
             subprocess.Popen(
-                [*CLI, *train_arguments(tiny_data, "run", tiny_backbone, "train.steps=3", *extra)],
+                [*CLI, *train_arguments(tiny_data, "run", tiny_backbone, "train.steps=9", *extra)],
                 cwd=where,
                 env=os.environ | {key: f"{value}" for key, value in meeting.items()},
                 stderr=subprocess.PIPE,
