@@ -48,9 +48,9 @@ def check_ranks_agree(config: RunConfig) -> None:
         return
     facts, files = _facts(config), compared_files(config)
     mine = {"": _digest(facts)} | {name: _identity(paths) for name, paths in files.items()}
-    everyone: list[dict[str, str]] = parallel.gather_objects(mine)
-    if all(each == everyone[0] for each in everyone):
+    if len(set(parallel.gather_objects(_digest(mine)))) == 1:
         return
+    everyone: list[dict[str, str]] = parallel.gather_objects(mine)
     if any(each[""] != everyone[0][""] for each in everyone):
         _refuse(_differences(facts))
     _compare_contents(files, everyone)
@@ -69,7 +69,7 @@ def _facts(config: RunConfig) -> dict[str, str]:
 def compared_files(config: RunConfig) -> dict[str, list[Path]]:
     """The files that must be the same on all ranks, by what an error calls them."""
     package = Path(megatron_twotower.__file__).parent
-    files = {f"the program {package}": sorted(package.rglob("*.py"))}
+    files = {"the program": sorted(package.rglob("*.py"))}
     for key, folder in (("init.backbone", config.init.backbone), ("init.denoiser", config.init.denoiser)):
         if folder:
             files[f"{key} {folder}"] = [Path(folder) / "config.json", *sorted(Path(folder).glob("*.safetensors"))]
