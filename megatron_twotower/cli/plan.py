@@ -9,6 +9,7 @@ from megatron_twotower.cli.options import add_options, arguments_for, option, re
 ASSUMPTIONS = {
     "utilisation": option("assumed share of a GPU's dense BF16 peak while it computes"),
     "link_share": option("assumed share of a link's speed that a collective reaches"),
+    "expert_imbalance": option("assumed tokens of the busiest expert-parallel rank over the mean"),
 }
 
 

@@ -323,6 +323,8 @@ class TrainConfig:
             of consecutive skipped steps ends the run.
         hang_timeout_seconds: A rank that makes no progress for this long ends the job, with an
             error that names the rank; 0: never.
+        collect_garbage_every_steps: Python's garbage collector runs after this number of steps, at
+            the same step on all ranks; 0: whenever Python chooses, which differs between ranks.
         ledger: Record which samples every step consumed (`ledger/` in the run folder).
     """
 
@@ -345,6 +347,7 @@ class TrainConfig:
     on_damaged_checkpoint: str = setting("stop", choices=("stop", "previous"))
     stop_after_nonfinite: int = setting(10, unit="steps", at_least=1)
     hang_timeout_seconds: int = setting(900, unit="seconds", at_least=0)
+    collect_garbage_every_steps: int = setting(100, unit="steps", at_least=0)
     ledger: bool = setting(False, free=True)
 
 

@@ -36,6 +36,7 @@ from megatron_twotower.model.parameter_map import Entry
 from megatron_twotower.model.towers import BackboneModel, TwoTower, build_context_tower
 from megatron_twotower.plan.activations import bytes_by_kind
 from megatron_twotower.train import checkpoints, ledger
+from megatron_twotower.train.garbage import collected_together
 from megatron_twotower.train.loop import LoopHooks, Trainer, train
 from megatron_twotower.train.metrics import Metrics, WandbSettings, open_metrics
 from megatron_twotower.train.optimizer import build_optimizer, build_schedule
@@ -197,6 +198,7 @@ def run_training(config: RunConfig) -> bool:
     with (
         _open_metrics(run, config, progress) as metrics,
         watching(limit_seconds=config.train.hang_timeout_seconds) as heartbeat,
+        collected_together(config.train.collect_garbage_every_steps) as collect_garbage,
     ):
         saver = checkpoints.CheckpointSaver(run, trainer, sharded_state, fingerprint=model.fingerprint, metrics=metrics)
         hooks = LoopHooks(
@@ -208,6 +210,7 @@ def run_training(config: RunConfig) -> bool:
             record_samples=ledger.ledger_writer(run, config, groups),
             write_nonfinite_batch=ledger.nonfinite_batch_writer(run),
             count_corpus_tokens=_corpus_token_counter(config, dataset),
+            collect_garbage=collect_garbage,
         )
         try:
             return train(trainer, progress, stream, validation, hooks)
