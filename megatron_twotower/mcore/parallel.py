@@ -77,7 +77,7 @@ def _start_process_group(config: RunConfig) -> None:
     """Start the process group of all ranks, or of this process alone if no launcher started it."""
     timeout = timedelta(minutes=config.parallel.collective_timeout_minutes)
     if "WORLD_SIZE" not in os.environ:
-        dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(device.backend(), timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
         return
     # With a device NCCL connects all ranks here, not in their first collective: what is wrong with
     # the network or with two ranks on one GPU shows at once, and `barrier` knows its device.
