@@ -38,8 +38,6 @@ from megatron_twotower.model.parameter_map import (
 SHARD_BYTES = 4 * 2**30
 PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 INDEX_FILE = "model.safetensors.index.json"
-# How many pieces of a file `sample_sum` reads, and their size.
-_SAMPLES, _SAMPLE_BYTES = 8, 2**16
 # How many names an error quotes.
 _QUOTED_NAMES = 3
 # Prefixes of tensor names, and the towers that they belong to.
@@ -281,22 +279,4 @@ def fingerprint(folder: str | Path) -> str:
         with path.open("rb") as file:
             while chunk := file.read(2**24):
                 digest.update(chunk)
-    return digest.hexdigest()
-
-
-def sample_sum(folder: str | Path) -> str:
-    """SHA-256, in hex, of what tells two folders apart without reading them.
-
-    It covers `config.json`, and of each safetensors file the name, the size, and some pieces at
-    equal distances. So another model, another training step or an incomplete copy has another sum.
-    A single changed number may not: see `fingerprint`.
-    """
-    digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for i in range(_SAMPLES):
-                file.seek(i * max(size - _SAMPLE_BYTES, 0) // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()

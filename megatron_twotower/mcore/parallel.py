@@ -57,20 +57,24 @@ def initialise(config: RunConfig) -> ProcessGroupCollection:
         _start_process_group(config)
     parallel_state.destroy_model_parallel()
     with _without_splitting():
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=config.parallel.tensor,
-            pipeline_model_parallel_size=config.parallel.pipeline,
-            virtual_pipeline_model_parallel_size=_virtual_stages(config.parallel.pipeline_chunks),
-            expert_model_parallel_size=config.parallel.expert,
-            expert_tensor_parallel_size=config.parallel.expert_tensor_ranks,
-            distributed_timeout_minutes=config.parallel.collective_timeout_minutes,
-            # Megatron uses them for its own format of optimizer state only. Each is a full mesh of
-            # sockets between its ranks.
-            create_gloo_process_groups=False,
-        )
+        _create_groups(config)
     # No layer draws random numbers, but Megatron's random trackers require their states.
     tensor_parallel.model_parallel_cuda_manual_seed(config.seed, force_reset_rng=True)
     return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def _create_groups(config: RunConfig) -> None:
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.parallel.tensor,
+        pipeline_model_parallel_size=config.parallel.pipeline,
+        virtual_pipeline_model_parallel_size=_virtual_stages(config.parallel.pipeline_chunks),
+        expert_model_parallel_size=config.parallel.expert,
+        expert_tensor_parallel_size=config.parallel.expert_tensor_ranks,
+        distributed_timeout_minutes=config.parallel.collective_timeout_minutes,
+        # Megatron uses them for its own format of optimizer state only. Each is a full mesh of
+        # sockets between its ranks.
+        create_gloo_process_groups=False,
+    )
 
 
 def _start_process_group(config: RunConfig) -> None:

@@ -10,8 +10,9 @@ from typing import ClassVar
 import pytest
 
 from helpers.corpora import make_tokenizer, texts, write_records
-from helpers.pretended_ranks import Group, on_ranks
+from helpers.pretended_groups import Group
 from helpers.runs import PLAIN, settings, train
+from helpers.thread_ranks import ThreadRanks
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.recipes import load_recipe
 from megatron_twotower.convert import hf_folder
@@ -66,7 +67,7 @@ def opened(config):
 def test_every_shard_is_examined_once_by_all_ranks_together(many_shards, examined, monkeypatch):
     overrides = [f"data.folder={many_shards}", "train.validate_every_steps=1", f"train.validation_sequences={RANKS}"]
     config = load_recipe("tiny_ar", [*overrides, "data.micro_batch_size=1", "data.sequence_length_tokens=32"])
-    sizes = on_ranks(monkeypatch, RANKS, opened(config))
+    sizes = ThreadRanks(monkeypatch, RANKS).run(opened(config))
     assert len(set(sizes)) == 1 and sizes[0][0] > RANKS, sizes
     training = {path for path in examined if path.parent.name == "train"}
     assert len(training) >= 8 and {examined[path] for path in training} == {1}
@@ -81,7 +82,7 @@ def test_what_the_first_rank_finds_every_rank_says(many_shards, tmp_path, monkey
     for file in (many_shards / "train").iterdir():
         size = 2000 if file.name == "shard-00003.tar" else None
         (tmp_path / "train" / file.name).write_bytes(file.read_bytes()[:size])
-    errors = on_ranks(monkeypatch, 4, opened(config))
+    errors = ThreadRanks(monkeypatch, 4).run(opened(config))
     assert {type(error) for error in errors} == {UserError}
     assert {str(error).split(": found 2000 bytes")[0] for error in errors} == {f"{tmp_path}/train/shard-00003.tar"}
 
@@ -111,29 +112,12 @@ def bytes_read(monkeypatch):
 
 
 def test_one_rank_reads_the_backbone_for_its_fingerprint(tiny_backbone, bytes_read, monkeypatch):
-    monkeypatch.setattr(hf_folder, "_SAMPLE_BYTES", 64)
     config = load_recipe("tiny", [f"init.backbone={tiny_backbone}"])
-    found = on_ranks(monkeypatch, RANKS, lambda rank: train_run.backbone_fingerprint(config))
+    found = ThreadRanks(monkeypatch, RANKS).run(lambda rank: train_run.backbone_fingerprint(config))
     size = sum(file.stat().st_size for file in Path(tiny_backbone).glob("*.safetensors"))
-    sample = 64 * hf_folder._SAMPLES
-    assert sorted(bytes_read.values()) == [sample] * (RANKS - 1) + [sample + size]
+    assert list(bytes_read.values()) == [size]
+    monkeypatch.undo()
     assert set(found) == {hf_folder.fingerprint(tiny_backbone)}
-
-
-def test_a_node_with_another_backbone_is_named(tiny_backbone, monkeypatch):
-    config, sample = load_recipe("tiny", [f"init.backbone={tiny_backbone}"]), hf_folder.sample_sum(tiny_backbone)
-    ranks = threading.local()
-    monkeypatch.setattr(hf_folder, "sample_sum", lambda folder: "another" if ranks.own in (5, 6) else sample)
-
-    def on_rank(rank):
-        ranks.own = rank
-        return train_run.backbone_fingerprint(config)
-
-    errors = on_ranks(monkeypatch, 8, on_rank)
-    assert {str(error) for error in errors} == {
-        f"init.backbone {tiny_backbone}: found other files on rank 5 than on rank 0 (2 of 8 ranks differ), expected "
-        "the same folder on all nodes"
-    }
 
 
 def test_a_start_reads_each_tensor_once_and_a_resume_only_the_context_tower(
