@@ -16,9 +16,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # NCCL. A rank that fails must end the others: else they wait in a collective.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-# One queue to the GPU: Megatron needs it to overlap tensor-parallel collectives with matrix
-# products (not on Blackwell).
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+# CUDA_DEVICE_MAX_CONNECTIONS is not set here: the program sets it to 1 if parallel.tensor is above 1.
 # Less fragmentation by buffers of changing sizes (experts).
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 # Each cluster has its own interfaces: set NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and NCCL_IB_HCA in

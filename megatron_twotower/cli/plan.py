@@ -9,6 +9,7 @@ from megatron_twotower.cli.options import COUNT, add_number, add_options, argume
 ASSUMPTIONS = {
     "utilisation": option("assumed share of a GPU's dense BF16 peak while it computes", above=0, at_most=1),
     "link_share": option("assumed share of a link's speed that a collective reaches", above=0, at_most=1),
+    "expert_imbalance": option("assumed tokens of the busiest expert-parallel rank over the mean", at_least=1),
 }
 
 

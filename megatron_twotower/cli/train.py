@@ -19,12 +19,14 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from megatron_twotower.config.environment import set_cuda_environment
     from megatron_twotower.config.recipes import load_recipe
 
     recipe, overrides = recipe_and_overrides(arguments.settings)
     if arguments.multirun:
         return _multirun(recipe, overrides)
     config = load_recipe(recipe, overrides)
+    set_cuda_environment(config.parallel)
     # Megatron is imported after the recipe was read: a mistake in the recipe is reported at once.
     from megatron_twotower.mcore import parallel
     from megatron_twotower.train import run

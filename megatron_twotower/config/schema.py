@@ -344,6 +344,8 @@ class TrainConfig:
             error that names the rank; 0: never. Every micro-batch is progress.
         save_timeout_seconds: The same while a checkpoint is saved. What any rank writes or reads
             back is progress, the wait until a file is on disk is not; 0: never.
+        collect_garbage_every_steps: Python's garbage collector runs after this number of steps, at
+            the same step on all ranks; 0: whenever Python chooses, which differs between ranks.
         ledger: Record which samples every step consumed (`ledger/` in the run folder).
     """
 
@@ -367,6 +369,7 @@ class TrainConfig:
     stop_after_nonfinite: int = setting(10, unit="steps", at_least=1)
     hang_timeout_seconds: int = setting(900, unit="seconds", at_least=0)
     save_timeout_seconds: int = setting(3600, unit="seconds", at_least=0)
+    collect_garbage_every_steps: int = setting(100, unit="steps", at_least=0)
     ledger: bool = setting(False, free=True)
 
 

@@ -96,27 +96,31 @@ def initialise(config: RunConfig) -> ProcessGroupCollection:
     connect(config)
     parallel_state.destroy_model_parallel()
     with _without_splitting():
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=config.parallel.tensor,
-            pipeline_model_parallel_size=config.parallel.pipeline,
-            virtual_pipeline_model_parallel_size=_virtual_stages(config.parallel.pipeline_chunks),
-            expert_model_parallel_size=config.parallel.expert,
-            expert_tensor_parallel_size=config.parallel.expert_tensor_ranks,
-            distributed_timeout_minutes=config.parallel.collective_timeout_minutes,
-            # Megatron uses them for its own format of optimizer state only. Each is a full mesh of
-            # sockets between its ranks.
-            create_gloo_process_groups=False,
-        )
+        _create_groups(config)
     # No layer draws random numbers, but Megatron's random trackers require their states.
     tensor_parallel.model_parallel_cuda_manual_seed(config.seed, force_reset_rng=True)
     return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def _create_groups(config: RunConfig) -> None:
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.parallel.tensor,
+        pipeline_model_parallel_size=config.parallel.pipeline,
+        virtual_pipeline_model_parallel_size=_virtual_stages(config.parallel.pipeline_chunks),
+        expert_model_parallel_size=config.parallel.expert,
+        expert_tensor_parallel_size=config.parallel.expert_tensor_ranks,
+        distributed_timeout_minutes=config.parallel.collective_timeout_minutes,
+        # Megatron uses them for its own format of optimizer state only. Each is a full mesh of
+        # sockets between its ranks.
+        create_gloo_process_groups=False,
+    )
 
 
 def _start_process_group(config: RunConfig) -> None:
     """Start the process group of all ranks, or of this process alone if no launcher started it."""
     timeout = timedelta(minutes=config.parallel.collective_timeout_minutes)
     if "WORLD_SIZE" not in os.environ:
-        dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(device.backend(), timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
         return
     # With a device NCCL connects all ranks here, not in their first collective: what is wrong with
     # the network or with two ranks on one GPU shows at once, and `barrier` knows its device.

@@ -28,6 +28,7 @@ from typing import Literal
 from megatron_twotower.config.precision import PRECISIONS
 from megatron_twotower.config.schema import ModelConfig, RunConfig
 from megatron_twotower.ops.scan import chunk_length
+from megatron_twotower.plan.layout import expert_load
 
 # Bytes of an element in scans and routers, whose precision is float32.
 _FP32 = 4
@@ -54,7 +55,7 @@ class KeptTensor:
 
 @dataclass(frozen=True)
 class MicroBatchShape:
-    """The shape of a micro-batch on one rank. Experts are assumed to be equally busy.
+    """The shape of a micro-batch on one rank.
 
     Attributes:
         sequences: The number of sequences b.
@@ -66,6 +67,7 @@ class MicroBatchShape:
         tensor: The ranks that split the activations inside a mixer.
         sequence: The ranks that split the activations between mixers.
         expert_tensor: The ranks that split each expert.
+        expert_load: The tokens that this rank's experts get over the mean of all ranks.
     """
 
     sequences: int
@@ -77,6 +79,7 @@ class MicroBatchShape:
     tensor: int = 1
     sequence: int = 1
     expert_tensor: int = 1
+    expert_load: float = 1.0
 
     @property
     def clean(self) -> int:
@@ -147,7 +150,8 @@ def _experts(model: ModelConfig, shape: MicroBatchShape) -> Iterator[KeptTensor]
     w, k, positions = shape.activation_bytes, model.num_experts_per_tok, shape.noisy_on_rank
     # A rank routes its positions. The ranks of an expert gather the positions of all of them, and
     # each has a part of the width.
-    routed, width = k * positions * shape.expert_tensor, model.moe_intermediate_size // shape.expert_tensor
+    routed = round(k * positions * shape.expert_tensor * shape.expert_load)
+    width = model.moe_intermediate_size // shape.expert_tensor
     shared = model.moe_shared_expert_intermediate_size // shape.tensor
     yield KeptTensor("tokens at their experts", "k h w T", model.hidden_size * w * routed)
     yield KeptTensor("relu, its square, weighted", "3 k x w T", 3 * width * w * routed)
@@ -185,12 +189,13 @@ def head_tensors(model: ModelConfig, shape: MicroBatchShape, *, scored: int) -> 
     ]
 
 
-def micro_batch_shape(config: RunConfig, *, block: int | None = None) -> MicroBatchShape:
-    """The micro-batch of a configuration on one of its ranks.
+def micro_batch_shape(config: RunConfig, *, block: int | None = None, imbalance: float = 1.0) -> MicroBatchShape:
+    """The micro-batch of a configuration on the busiest of its ranks.
 
     Args:
         config: The configuration.
         block: A block size; `None` for `noise.block_size_tokens`.
+        imbalance: As in `expert_load`.
     """
     parallel = config.parallel
     return MicroBatchShape(
@@ -203,6 +208,7 @@ def micro_batch_shape(config: RunConfig, *, block: int | None = None) -> MicroBa
         tensor=parallel.tensor,
         sequence=parallel.tensor if parallel.sequence else 1,
         expert_tensor=parallel.expert_tensor_ranks,
+        expert_load=expert_load(parallel, imbalance),
     )
 
 

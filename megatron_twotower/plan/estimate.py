@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megatron_twotower.common.errors import require
 from megatron_twotower.config.phases import Phase, resolve_phases
 from megatron_twotower.config.pipeline_stages import PipelineStage, stages_of_rank, whole_model
 from megatron_twotower.config.schema import RunConfig
@@ -17,7 +18,7 @@ from megatron_twotower.plan.activations import (
     micro_batch_shape,
 )
 from megatron_twotower.plan.flops import StepFlops, step_flops
-from megatron_twotower.plan.layout import ACCELERATORS, GIB, Accelerator, Layout, layout_of, micro_batches
+from megatron_twotower.plan.layout import ACCELERATORS, GIB, Accelerator, Layout, expert_load, layout_of, micro_batches
 from megatron_twotower.plan.traffic import Collective, collectives, crosses_nodes, group_sizes, sent_by_group
 from megatron_twotower.plan.weights import WeightBytes, checkpoint_bytes, rank_parameters, weight_bytes
 
@@ -30,11 +31,14 @@ class Assumptions:
         utilisation: The share of the accelerator's dense BF16 peak in the time of computation. It
             counts recomputed operations.
         link_share: The share of a link's speed that a collective reaches.
+        expert_imbalance: The tokens of the busiest expert-parallel rank over the mean. All ranks
+            wait for that rank.
         reserve_bytes: Memory for CUDA's context, NCCL's buffers and fragmentation.
     """
 
     utilisation: float = 0.25
     link_share: float = 0.7
+    expert_imbalance: float = 1.0
     reserve_bytes: int = 4 * GIB
 
 
@@ -47,6 +51,7 @@ class Memory:
         parameters: The trained parameters.
         gradients: Their gradients.
         optimizer: The optimizer shard.
+        fp8_copies: The copies of the trained weights in FP8.
         kept: The activations of the denoiser between forward and backward pass.
         handoff: The handoff between the towers.
         working: Temporary tensors of a layer's backward pass, or of the loss.
@@ -57,6 +62,7 @@ class Memory:
     parameters: int
     gradients: int
     optimizer: int
+    fp8_copies: int
     kept: int
     handoff: int
     working: int
@@ -80,7 +86,7 @@ class PhaseCost:
         flops: The operations of a step per token.
         ar: The operations of an `ar` step per token.
         compute_seconds: The time of computation in a step.
-        transfer_seconds: The time of communication in a step.
+        transfer_seconds: The time of communication in a step that computation does not hide.
         step_seconds: The time of a step.
         seconds: The time of the phase.
     """
@@ -154,7 +160,12 @@ def _denoiser_bytes(tensors: Sequence[KeptTensor]) -> int:
 
 
 def kept_bytes(
-    config: RunConfig, *, block: int, stages: Sequence[PipelineStage] | None = None, scored: int | None = None
+    config: RunConfig,
+    *,
+    block: int,
+    stages: Sequence[PipelineStage] | None = None,
+    scored: int | None = None,
+    imbalance: float = 1.0,
 ) -> KeptBytes:
     """What a rank keeps of a micro-batch between forward and backward pass.
 
@@ -163,9 +174,10 @@ def kept_bytes(
         block: The block size.
         stages: The pipeline stages of the rank; `None` for the whole model.
         scored: The scored positions; `None` for all positions, the largest number.
+        imbalance: As in `expert_load`.
     """
     stages = stages if stages is not None else (whole_model(config.model),)
-    shape, recomputed = micro_batch_shape(config, block=block), config.train.recompute_layers
+    shape, recomputed = micro_batch_shape(config, block=block, imbalance=imbalance), config.train.recompute_layers
     kinds = [config.model.hybrid_override_pattern[layer] for stage in stages for layer in stage.layers]
     layers = [layer_tensors(config.model, kind, shape, recompute=kind in recomputed) for kind in kinds]
     row = config.model.hidden_size * shape.activation_bytes
@@ -210,31 +222,61 @@ def _working_bytes(config: RunConfig, shape: MicroBatchShape) -> int:
     return max(*layers, logits + vocabulary * model.hidden_size * shape.activation_bytes)
 
 
+class TransferSeconds(NamedTuple):
+    """The time of a rank's collectives in a step, one after the other."""
+
+    gradients: float
+    parameters: float
+    others: float
+
+
+# The field of `TransferSeconds` for each purpose that computation can hide.
+_HIDDEN = {"gradients": 0, "parameters": 1}
+
+
 def _transfer_seconds(
     config: RunConfig, layout: Layout, found: Sequence[Collective], assumptions: Assumptions
-) -> float:
-    """The time of all collectives, one after the other.
-
-    With `parallel.overlap_grad_reduce` gradients are sent during the backward pass. They take no
-    time.
-    """
-    accelerator, sizes, total = ACCELERATORS[config.parallel.card], group_sizes(layout), 0.0
+) -> TransferSeconds:
+    accelerator, sizes, totals = ACCELERATORS[config.parallel.card], group_sizes(layout), [0.0, 0.0, 0.0]
     for each in found:
-        if config.parallel.overlap_grad_reduce and each.purpose == "gradients":
-            continue
         far = crosses_nodes(each.group, layout, accelerator)
         speed = accelerator.network_bytes_per_second if far else accelerator.link_bytes_per_second
-        total += each.sent_bytes(sizes[each.group]) / (speed * assumptions.link_share)
-    return total
+        seconds = each.sent_bytes(sizes[each.group]) / (speed * assumptions.link_share)
+        totals[_HIDDEN.get(each.purpose, 2)] += seconds
+    return TransferSeconds(*totals)
+
+
+def _exposed_seconds(config: RunConfig, transfer: TransferSeconds, flops: StepFlops, micro_batch: float) -> float:
+    """The time of communication that computation does not hide.
+
+    Gradients are reduced during the backward pass of the last micro-batch, and parameters gathered
+    during the forward pass of the first one, if the configuration says so.
+
+    Args:
+        config: The configuration.
+        transfer: The time of the collectives.
+        flops: The operations of a step.
+        micro_batch: The time to compute one micro-batch.
+    """
+    forward = flops.context + (flops.model - flops.context) / 3
+    during_forward = micro_batch * forward / flops.executed
+    gradients, parameters, others = transfer
+    if config.parallel.overlap_grad_reduce:
+        gradients = max(0.0, gradients - (micro_batch - during_forward))
+    if config.parallel.overlap_param_gather:
+        parameters = max(0.0, parameters - during_forward)
+    return gradients + parameters + others
 
 
 def _compute_seconds(config: RunConfig, layout: Layout, assumptions: Assumptions, *, block: int) -> float:
     """The time of the operations of a step, with the bubble of the pipeline.
 
-    The pipeline rank with the most operations determines it.
+    The pipeline rank with the most operations determines it, and of its expert-parallel ranks the
+    busiest.
     """
+    load = expert_load(config.parallel, assumptions.expert_imbalance)
     most = max(
-        step_flops(config, block=block, stages=stages_of_rank(config.model, config.parallel, rank)).executed
+        step_flops(config, block=block, stages=stages_of_rank(config.model, config.parallel, rank), load=load).executed
         for rank in range(layout.pipeline)
     )
     tokens = config.data.global_batch_size * config.data.sequence_length_tokens
@@ -244,17 +286,19 @@ def _compute_seconds(config: RunConfig, layout: Layout, assumptions: Assumptions
 
 
 def _phase_cost(
-    config: RunConfig, phase: Phase, *, layout: Layout, assumptions: Assumptions, transfer_seconds: float
+    config: RunConfig, phase: Phase, *, layout: Layout, assumptions: Assumptions, transfer: TransferSeconds
 ) -> PhaseCost:
     block = phase.noise.block_size_tokens
     compute_seconds = _compute_seconds(config, layout, assumptions, block=block)
+    flops, micro_batch = step_flops(config, block=block), compute_seconds / micro_batches(config, layout)
+    transfer_seconds = _exposed_seconds(config, transfer, flops, micro_batch)
     step_seconds = compute_seconds + transfer_seconds
     return PhaseCost(
         name=phase.name,
         block=block,
         tokens=phase.sequences * config.data.sequence_length_tokens,
         steps=phase.steps,
-        flops=step_flops(config, block=block),
+        flops=flops,
         ar=step_flops(config, objective="ar"),
         compute_seconds=compute_seconds,
         transfer_seconds=transfer_seconds,
@@ -264,21 +308,30 @@ def _phase_cost(
 
 
 def _memory(
-    config: RunConfig, layout: Layout, weights: WeightBytes, *, pipeline_rank: int, blocks: Sequence[int], reserve: int
+    config: RunConfig,
+    layout: Layout,
+    weights: WeightBytes,
+    *,
+    pipeline_rank: int,
+    blocks: Sequence[int],
+    assumptions: Assumptions,
 ) -> Memory:
-    """The memory of a pipeline rank, with the block size that needs most."""
+    """The memory of the busiest rank of a pipeline rank, with the block size that needs most."""
+    imbalance = assumptions.expert_imbalance
     stages = stages_of_rank(config.model, config.parallel, pipeline_rank)
     count = in_flight(layout, pipeline_rank=pipeline_rank, micro_batches=micro_batches(config, layout))
-    kept = max((kept_bytes(config, block=block, stages=stages) for block in blocks), key=sum)
+    kept = max((kept_bytes(config, block=block, stages=stages, imbalance=imbalance) for block in blocks), key=sum)
+    shapes = [micro_batch_shape(config, block=block, imbalance=imbalance) for block in blocks]
     return Memory(
         context=weights.context,
         parameters=weights.parameters,
         gradients=weights.gradients,
         optimizer=weights.optimizer,
+        fp8_copies=weights.fp8_copies,
         kept=round(kept.denoiser * count),
         handoff=round(kept.handoff * count),
-        working=max(_working_bytes(config, micro_batch_shape(config, block=block)) for block in blocks),
-        reserve=reserve,
+        working=max(_working_bytes(config, shape) for shape in shapes),
+        reserve=assumptions.reserve_bytes,
     )
 
 
@@ -291,18 +344,19 @@ def estimate(config: RunConfig, *, ranks: int, assumptions: Assumptions | None =
         assumptions: The values that are not computed; `None` for the defaults.
     """
     assumptions = assumptions or Assumptions()
+    imbalance = assumptions.expert_imbalance
+    require(imbalance >= 1, f"--expert-imbalance: found {imbalance:g}, expected at least 1 (all equally busy)")
     layout, phases = layout_of(config, ranks=ranks), resolve_phases(config)
     blocks = sorted({phase.noise.block_size_tokens for phase in phases})
     memories, sent = [], []
     for rank in range(layout.pipeline):
         parameters = rank_parameters(config, layout, pipeline_rank=rank)
         weights = weight_bytes(config, layout, parameters, pipeline_rank=rank)
-        memories.append(
-            _memory(config, layout, weights, pipeline_rank=rank, blocks=blocks, reserve=assumptions.reserve_bytes)
-        )
-        sent.append(collectives(config, layout, weights, stages=stages_of_rank(config.model, config.parallel, rank)))
+        memories.append(_memory(config, layout, weights, pipeline_rank=rank, blocks=blocks, assumptions=assumptions))
+        stages = stages_of_rank(config.model, config.parallel, rank)
+        sent.append(collectives(config, layout, weights, stages=stages, imbalance=assumptions.expert_imbalance))
     seconds = [_transfer_seconds(config, layout, found, assumptions) for found in sent]
-    slowest = seconds.index(max(seconds))
+    slowest = seconds.index(max(seconds, key=sum))
     return Estimate(
         config=config,
         layout=layout,
@@ -311,7 +365,7 @@ def estimate(config: RunConfig, *, ranks: int, assumptions: Assumptions | None =
         memory=max(memories, key=lambda memory: memory.total),
         collectives=sent[slowest],
         phases=[
-            _phase_cost(config, phase, layout=layout, assumptions=assumptions, transfer_seconds=seconds[slowest])
+            _phase_cost(config, phase, layout=layout, assumptions=assumptions, transfer=seconds[slowest])
             for phase in phases
         ],
         checkpoint=checkpoint_bytes(config),

@@ -44,7 +44,7 @@ class StepFlops:
     context: float
 
 
-def _mamba(m: ModelConfig, length: int, block: int | None) -> float:
+def _mamba(m: ModelConfig, length: int, block: int | None, load: float) -> float:
     h, inner, bc = m.hidden_size, m.mamba_inner, m.n_groups * m.ssm_state_size
     width = 2 * inner + 2 * bc + m.mamba_num_heads
     # Products within a chunk compute all pairs of positions, also those that the causal mask hides.
@@ -55,25 +55,25 @@ def _mamba(m: ModelConfig, length: int, block: int | None) -> float:
     return projections + 2 * (chunk + block) * (bc + inner) + 2 * state
 
 
-def _attention(m: ModelConfig, length: int, block: int | None) -> float:
+def _attention(m: ModelConfig, length: int, block: int | None, load: float) -> float:
     queries, keys = m.num_attention_heads * m.head_dim, m.num_key_value_heads * m.head_dim
     read = (length + 1) / 2 if block is None else (length - block) / 2 + block
     return 2 * m.hidden_size * (2 * queries + 2 * keys) + 4 * queries * read
 
 
-def _mlp(m: ModelConfig, length: int, block: int | None) -> float:
+def _mlp(m: ModelConfig, length: int, block: int | None, load: float) -> float:
     return 4 * m.hidden_size * m.intermediate_size
 
 
-def _experts(m: ModelConfig, length: int, block: int | None) -> float:
-    routed = m.num_experts_per_tok * m.moe_intermediate_size
+def _experts(m: ModelConfig, length: int, block: int | None, load: float) -> float:
+    routed = load * m.num_experts_per_tok * m.moe_intermediate_size
     return 4 * m.hidden_size * (routed + m.moe_shared_expert_intermediate_size) + 2 * m.hidden_size * m.n_routed_experts
 
 
 _LAYERS = {"M": _mamba, "*": _attention, "-": _mlp, "E": _experts}
 
 
-def layer_flops(model: ModelConfig, kind: str, *, length: int, block: int | None = None) -> float:
+def layer_flops(model: ModelConfig, kind: str, *, length: int, block: int | None = None, load: float = 1.0) -> float:
     """The operations of a layer's forward pass per position.
 
     Args:
@@ -81,8 +81,9 @@ def layer_flops(model: ModelConfig, kind: str, *, length: int, block: int | None
         kind: The letter of the layer in the pattern.
         length: The sequence length.
         block: The block size of a noisy stream; `None` for a clean stream.
+        load: As `MicroBatchShape.expert_load`.
     """
-    return _LAYERS[kind](model, length, block)
+    return _LAYERS[kind](model, length, block, load)
 
 
 def head_flops(model: ModelConfig) -> float:
@@ -106,6 +107,7 @@ def step_flops(
     objective: str | None = None,
     block: int | None = None,
     stages: Sequence[PipelineStage] | None = None,
+    load: float = 1.0,
 ) -> StepFlops:
     """The operations of a training step per token.
 
@@ -114,6 +116,7 @@ def step_flops(
         objective: An objective; `None` for that of the configuration.
         block: A block size; `None` for `noise.block_size_tokens`.
         stages: The pipeline stages to count; `None` for the whole model.
+        load: As `MicroBatchShape.expert_load`, for the operations of the busiest rank.
     """
     model, length, noise = config.model, config.data.sequence_length_tokens, config.noise
     kinds, recomputed = model.hybrid_override_pattern, config.train.recompute_layers
@@ -122,7 +125,7 @@ def step_flops(
     stages = stages if stages is not None else (whole_model(model),)
     layers = [layer for stage in stages for layer in stage.layers]
     pattern = "".join(kinds[layer] for layer in layers)
-    forward = {kind: layer_flops(model, kind, length=length, block=block) for kind in set(pattern)}
+    forward = {kind: layer_flops(model, kind, length=length, block=block, load=load) for kind in set(pattern)}
     scored_share = (noise.time_min + noise.time_max) / 2 if two_tower else (length - 1) / length
     head = scored_share * head_flops(model) if any(stage.last for stage in stages) else 0.0
     draws = noise.draws_per_context if two_tower else 1
@@ -130,6 +133,6 @@ def step_flops(
     # Only the denoiser can be recomputed.
     again = draws * sum(forward[kind] for kind in pattern if kind in recomputed) if two_tower else 0.0
     running = [kinds[layer] for layer in layers if layer < len(context_layers(config))] if two_tower else []
-    frozen = sum(layer_flops(model, kind, length=length) for kind in running)
+    frozen = sum(layer_flops(model, kind, length=length, load=load) for kind in running)
     frozen += draws * head if two_tower and noise.distils else 0.0
     return StepFlops(model=frozen + trained, executed=frozen + trained + again, context=frozen)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_twotower.config.schema import RunConfig
+from megatron_twotower.config.schema import ParallelConfig, RunConfig
 
 GIB = 2**30
 
@@ -18,6 +18,7 @@ class Accelerator:
         link_bytes_per_second: The speed of its links within a node, in one direction.
         network_bytes_per_second: The speed of its network between nodes, in one direction.
         per_node: The number of accelerators in a node.
+        fp8_in_any_order: Whether FP8 matrices are multiplied with the sums over rows or columns.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Accelerator:
     link_bytes_per_second: float
     network_bytes_per_second: float
     per_node: int = 8
+    fp8_in_any_order: bool = False
 
 
 # By the values of `parallel.card`.
@@ -33,7 +35,7 @@ ACCELERATORS = {
     "a100": Accelerator("A100 80GB", int(79.2 * GIB), 312e12, 300e9, 25e9),
     "h100": Accelerator("H100 80GB SXM", int(79.2 * GIB), 989e12, 450e9, 50e9),
     "h200": Accelerator("H200 141GB SXM", int(139.8 * GIB), 989e12, 450e9, 50e9),
-    "b200": Accelerator("B200 180GB", int(178.3 * GIB), 2250e12, 900e9, 50e9),
+    "b200": Accelerator("B200 180GB", int(178.3 * GIB), 2250e12, 900e9, 50e9, fp8_in_any_order=True),
 }
 
 
@@ -86,6 +88,18 @@ def layout_of(config: RunConfig, *, ranks: int) -> Layout:
         pipeline=parallel.pipeline,
         chunks=parallel.pipeline_chunks,
     )
+
+
+def expert_load(parallel: ParallelConfig, imbalance: float) -> float:
+    """The tokens of the busiest expert-parallel rank over the mean.
+
+    A rank with all experts has all tokens whatever they choose, and no rank has more than all.
+
+    Args:
+        parallel: The layout.
+        imbalance: The assumed value, for any number of expert-parallel ranks above 1.
+    """
+    return min(imbalance, float(parallel.expert))
 
 
 def micro_batches(config: RunConfig, layout: Layout) -> int:

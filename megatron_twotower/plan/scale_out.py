@@ -81,13 +81,22 @@ def assumption_lines(config: RunConfig, assumptions: Assumptions, measured: Meas
         f"Links: {assumptions.link_share:.0%} of {near:,.0f} GB/s within a node of {accelerator.per_node}, of "
         f"{far:,.0f} GB/s between nodes, one direction per GPU (data sheets, not measured)."
     )
-    hidden = "gradient reduction, during the backward pass" if config.parallel.overlap_grad_reduce else "nothing"
+    parallel = config.parallel
+    hides = (
+        (parallel.overlap_grad_reduce, "gradient reduction, during the last backward pass of a step"),
+        (parallel.overlap_param_gather, "parameter gathering, during the first forward pass"),
+    )
+    hidden = "; ".join(text for overlaps, text in hides if overlaps) or "nothing"
     yield f"Collectives as rings, one after the other, without latency or contention; hidden: {hidden}."
     yield (
         f"The global batch stays {data.global_batch_size:,} sequences of {data.sequence_length_tokens:,} tokens, so "
         "more GPUs have fewer micro-batches each."
     )
-    yield "Experts equally busy; no slow GPU, no failure, no time for data, checkpoints or validation."
+    yield (
+        f"The busiest rank of experts has {assumptions.expert_imbalance:g} times the mean of their tokens "
+        "(--expert-imbalance)."
+    )
+    yield "No slow GPU, no failure, no time for data, checkpoints or validation."
 
 
 def _row(found: Estimate, config: RunConfig, best: float) -> list[str]:

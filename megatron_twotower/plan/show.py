@@ -12,7 +12,7 @@ from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.schema import RunConfig
 from megatron_twotower.config.validation import validate
 from megatron_twotower.plan.estimate import Assumptions, Estimate, estimate
-from megatron_twotower.plan.layout import ACCELERATORS, GIB, micro_batches
+from megatron_twotower.plan.layout import ACCELERATORS, GIB, expert_load, micro_batches
 from megatron_twotower.plan.search import overrides, remedies, search
 from megatron_twotower.plan.traffic import crosses_nodes
 from megatron_twotower.plan.weights import parameter_count, tower_entries
@@ -23,6 +23,7 @@ _MEMORY = {
     "parameters": "denoiser: parameters",
     "gradients": "denoiser: gradients",
     "optimizer": "denoiser: optimizer state",
+    "fp8_copies": "denoiser: weights in FP8",
     "kept": "activations",
     "handoff": "handoff between towers",
     "working": "a layer at work, or loss",
@@ -68,10 +69,12 @@ def _layout_rows(found: Estimate) -> list[tuple[str, str, str]]:
     config, layout = found.config, found.layout
     data = config.data
     step = data.global_batch_size * data.sequence_length_tokens
+    load = expert_load(config.parallel, found.assumptions.expert_imbalance)
     experts = f"{layout.expert} x {layout.expert_tensor} x {layout.expert_data}"
     return [
         ("tensor x pipeline x data", f"{layout.tensor} x {layout.pipeline} x {layout.data}", f"{layout.ranks} ranks"),
         ("expert x tensor x data", experts, f"experts, {config.parallel.moe_dispatcher}"),
+        ("busiest rank of experts", f"{load:.2f}", "its tokens over the mean (assumed)"),
         ("tokens a step", f"{step:,}", f"{data.global_batch_size:,} sequences of {data.sequence_length_tokens:,}"),
         ("micro-batches a step", f"{micro_batches(config, layout):,}", f"of {data.micro_batch_size} on each rank"),
     ]
@@ -108,7 +111,7 @@ def _step_rows(found: Estimate) -> list[tuple[str, str, str]]:
         (
             "step, communicating",
             f"{first.transfer_seconds:,.2f} s",
-            f"at {assumptions.link_share:.0%} of the links' speed (assumed)",
+            f"at {assumptions.link_share:.0%} of the links' speed (assumed), what computing does not hide",
         ),
         ("checkpoint", _gb(found.checkpoint), "in all, on disk"),
     ]

@@ -3,7 +3,7 @@
 The formulas assume rings of g ranks. With n bytes over all ranks, an all-gather, a reduce-scatter
 or an all-to-all sends n (g - 1) / g bytes from each rank. An all-reduce sends twice that.
 Collectives of a few numbers (gradient norms, tokens of each expert, logged sums) are not counted.
-Experts are assumed to be equally busy.
+With an imbalance of experts, what the busiest rank receives counts.
 
 A pass has T positions: those of the noisy stream, or in the context tower of the clean stream. Each
 has h values of w bytes. It sends:
@@ -131,7 +131,7 @@ def _routed_experts(
         yield Collective(group, "routes", "all_gather", gathered * experts * (probability + 1), forward)
         yield Collective(group, "routes", "reduce_scatter", gathered * experts * probability, backward)
         return
-    rows = k * on_rank
+    rows = round(k * on_rank * shape.expert_load)
     yield Collective("expert", "tokens", "all_to_all", rows * row, 2 * (forward + backward))
     yield Collective("expert", "routes", "all_to_all", rows * probability, forward + backward)
     gathered = rows * parallel.expert_tensor_ranks
@@ -209,6 +209,7 @@ def collectives(
     *,
     stages: Sequence[PipelineStage] | None = None,
     scored: float | None = None,
+    imbalance: float = 1.0,
 ) -> list[Collective]:
     """All collectives of a rank in a step.
 
@@ -218,8 +219,9 @@ def collectives(
         weights: The weights of the rank.
         stages: The pipeline stages of the rank; `None` for the whole model.
         scored: The scored positions of a micro-batch; `None` for the expected number.
+        imbalance: As in `expert_load`.
     """
-    shape, kinds = micro_batch_shape(config), config.model.hybrid_override_pattern
+    shape, kinds = micro_batch_shape(config, imbalance=imbalance), config.model.hybrid_override_pattern
     stages = stages if stages is not None else (whole_model(config.model),)
     layers = [layer for stage in stages for layer in stage.layers]
     two_tower = config.objective == "two_tower"

@@ -11,6 +11,11 @@ rank. Megatron's rules:
 * AdamW has two moments in fp32, and main parameters in fp32 for bf16 parameters. With the
   distributed optimizer, a rank has those of its share of each bucket (param_and_grad_buffer.py,
   distrib_optimizer.py).
+* In FP8, Transformer Engine keeps the FP8 copies of weights that it has made in the first
+  micro-batch of a step (transformer-engine 2.11, pytorch/module/base.py, get_weight_workspace;
+  Megatron's extensions/transformer_engine.py, is_first_microbatch). A copy has the weight in rows
+  and in columns, because Hopper multiplies FP8 in one order only. Blackwell needs the columns with
+  scales of blocks only.
 """
 
 import math
@@ -30,7 +35,7 @@ from megatron_twotower.model.parameter_map import (
     layer_of_projection,
     trained_backbone_entries,
 )
-from megatron_twotower.plan.layout import Layout
+from megatron_twotower.plan.layout import ACCELERATORS, Layout
 
 FP32 = 4
 # Router biases are buffers of modules. They have no gradients and do not count as parameters.
@@ -150,15 +155,26 @@ def projections_by_layer(elements: Iterable[tuple[str, int]]) -> tuple[tuple[int
     return tuple(sorted(sums.items()))
 
 
-def _fp8_elements(config: RunConfig, parameters: RankParameters) -> int:
-    """The elements of the context tower that are stored in FP8, with 1 byte each.
-
-    Their scales are few and not counted.
-    """
-    if CONTEXT_PRECISIONS[config.train.context_precision] is None:
-        return 0
+def _fp8_elements(config: RunConfig, projections: Iterable[tuple[int, int]]) -> int:
+    """The elements of a tower's matrices that are in FP8, without their few scales."""
     layers = range(config.fp8.first_layers_bf16, config.model.num_layers - config.fp8.last_layers_bf16)
-    return sum(elements for layer, elements in parameters.projections if layer in layers)
+    return sum(elements for layer, elements in projections if layer in layers)
+
+
+def _fp8_context_elements(config: RunConfig, parameters: RankParameters) -> int:
+    """The elements of the context tower that are stored in FP8, with 1 byte each."""
+    stored = CONTEXT_PRECISIONS[config.train.context_precision] is not None
+    return _fp8_elements(config, parameters.projections) if stored else 0
+
+
+def _fp8_copies(config: RunConfig, parameters: RankParameters) -> int:
+    """The bytes of the FP8 copies of the trained weights."""
+    recipe = PRECISIONS[config.train.precision].recipe
+    if recipe is None:
+        return 0
+    trained = projections_by_layer((each.name, each.elements) for chunk in parameters.chunks for each in chunk)
+    rows_only = ACCELERATORS[config.parallel.card].fp8_in_any_order and recipe != "blockwise"
+    return _fp8_elements(config, trained) * (1 if rows_only else 2)
 
 
 @dataclass(frozen=True)
@@ -236,6 +252,7 @@ class WeightBytes:
         parameters: The trained parameters, with padding.
         gradients: Their gradients, with padding.
         optimizer: The optimizer shard. Padding makes it differ between data-parallel ranks.
+        fp8_copies: The FP8 copies of the trained weights.
         dense_elements: The elements of the buffers of dense parameters, with padding.
         expert_elements: The elements of the buffers of experts, with padding.
     """
@@ -244,6 +261,7 @@ class WeightBytes:
     parameters: int
     gradients: int
     optimizer: int
+    fp8_copies: int
     dense_elements: int
     expert_elements: int
 
@@ -279,10 +297,11 @@ def weight_bytes(
             elements[i] += laid_out.elements
             owned += max(laid_out.owned) if data_ranks is None else laid_out.owned[data_ranks[i]]
     return WeightBytes(
-        context=parameters.context * width - _fp8_elements(config, parameters) * (width - 1),
+        context=parameters.context * width - _fp8_context_elements(config, parameters) * (width - 1),
         parameters=sum(elements) * width,
         gradients=sum(elements) * FP32,
         optimizer=owned * state_bytes,
+        fp8_copies=_fp8_copies(config, parameters),
         dense_elements=elements[0],
         expert_elements=elements[1],
     )

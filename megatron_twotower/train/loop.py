@@ -71,6 +71,7 @@ class LoopHooks:
             the file.
         count_corpus_tokens: Returns the tokens read of each corpus at a cursor; None with one
             corpus.
+        collect_garbage: Receives the number of each step that is done.
     """
 
     metrics: Metrics
@@ -81,6 +82,7 @@ class LoopHooks:
     record_samples: Callable[[Sequence[Batch], int], None]
     write_nonfinite_batch: Callable[[Sequence[Batch], int], str]
     count_corpus_tokens: Callable[[int], dict[str, int]] | None = None
+    collect_garbage: Callable[[int], None] = lambda step: None
 
 
 @dataclass(frozen=True)
@@ -413,6 +415,7 @@ def train(
         _advance(trainer, progress, batches, cursor, result)
         hooks.record_samples(batches, progress.step)
         hooks.metrics.step_done(progress.step)
+        hooks.collect_garbage(progress.step)
         if due(settings.log_every_steps):
             record = _train_record(trainer, progress, result.grad_norm, started)
             record |= _data_figures(trainer, progress, hooks)

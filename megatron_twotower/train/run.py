@@ -43,6 +43,7 @@ from megatron_twotower.model.towers import BackboneModel, TwoTower, build_contex
 from megatron_twotower.plan.activations import bytes_by_kind
 from megatron_twotower.train import checkpoints, ledger
 from megatron_twotower.train.agreement import check_ranks_agree, own_run_folder
+from megatron_twotower.train.garbage import collected_together
 from megatron_twotower.train.loop import LoopHooks, Trainer, train
 from megatron_twotower.train.metrics import Metrics, open_metrics, wandb_settings
 from megatron_twotower.train.optimizer import build_optimizer, build_schedule
@@ -87,14 +88,9 @@ class TrainedModel:
 
 
 def backbone_fingerprint(config: RunConfig) -> str | None:
-    """Return the SHA-256 of `init.backbone`; `None` without one. Rank 0 reads it, for all.
-
-    `check_ranks_agree` has compared the copies that nodes may have.
-    """
+    """Return the SHA-256 of `init.backbone`, which rank 0 reads; `None` without one."""
     backbone = config.init.backbone
-    if not backbone:
-        return None
-    return parallel.from_main(lambda: hf_folder.fingerprint(backbone))
+    return parallel.from_main(lambda: hf_folder.fingerprint(backbone)) if backbone else None
 
 
 def build_model(
@@ -223,6 +219,7 @@ def _train_in(
         heartbeat = resources.enter_context(
             watching(limit_seconds=limits[0], save_limit_seconds=limits[1], work_done=saver.work_done)
         )
+        collect_garbage = resources.enter_context(collected_together(config.train.collect_garbage_every_steps))
         hooks = LoopHooks(
             metrics=metrics,
             save_checkpoint=saver.save,
@@ -232,6 +229,7 @@ def _train_in(
             record_samples=ledger.ledger_writer(run, config, groups),
             write_nonfinite_batch=ledger.nonfinite_batch_writer(run),
             count_corpus_tokens=_corpus_token_counter(config, dataset),
+            collect_garbage=collect_garbage,
         )
         try:
             return train(trainer, progress, stream, validation, hooks)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helpers.models import build_two_tower, tiny_config
-from helpers.pretended_ranks import Group
+from helpers.pretended_groups import Group
 from helpers.trainers import built_trainer
 from megatron_twotower.checkpoint import sharding
 from megatron_twotower.config.recipes import load_recipe

@@ -5,6 +5,9 @@ import pytest
 from megatron_twotower.config.phases import resolve_phases
 from megatron_twotower.config.recipes import load_recipe, recipes_folder
 from megatron_twotower.config.validation import validate
+from megatron_twotower.mcore.modules import implementation_fields
+from megatron_twotower.plan.layout import layout_of
+from megatron_twotower.plan.weights import bucket_elements, rank_parameters
 
 PHASES = ["nano_30b_a3b", "nano_30b_a3b_phase1", "nano_30b_a3b_phase2", "nano_30b_a3b_phase3"]
 LAYOUTS = sorted(path.stem for path in (recipes_folder() / "parallel").glob("*.yaml"))
@@ -32,7 +35,33 @@ def test_a_layout_changes_the_hardware_and_nothing_of_the_objective():
     configs = [nano(PHASES[0], layout) for layout in LAYOUTS]
     for section in ("model", "noise", "schedule", "conditioning", "phases", "init"):
         assert all(getattr(config, section) == getattr(configs[0], section) for config in configs)
-    assert len({(config.data.global_batch_size, config.data.sequence_length_tokens) for config in configs}) == 1
+    assert len({config.data.sequence_length_tokens for config in configs}) == 1
+    batches = {config.parallel.ranks: config.data.global_batch_size for config in configs}
+    assert batches == {8: 1024, 64: 1024, 256: 1024, 1024: 3072}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_overlaps_what_data_parallel_ranks_send(layout):
+    """In buckets of which there are enough for the backward pass to hide them."""
+    config = nano(PHASES[0], layout)
+    parallel = config.parallel
+    assert parallel.overlap_grad_reduce and parallel.overlap_param_gather
+    ranks = layout_of(config, ranks=parallel.ranks)
+    (parameters,) = rank_parameters(config, ranks).chunks
+    for expert in (False, True):
+        elements = sum(parameter.elements for parameter in parameters if parameter.expert == expert)
+        assert elements / bucket_elements(config, ranks) > 10
+
+
+def test_a_router_in_fp32_keeps_the_fused_kernel():
+    fields = [
+        implementation_fields(
+            load_recipe(PHASES[0], [f"train.router_dtype={dtype}"], planning=True),
+            transformer_impl="transformer_engine",
+        )
+        for dtype in ("fp32", "fp64")
+    ]
+    assert [each["moe_router_fusion"] for each in fields] == [True, False]
 
 
 def test_the_curriculum_is_that_of_the_paper():

@@ -184,8 +184,8 @@ def test_settings_of_h100_nodes_stay_behind_what_is_set_and_before_what_is_gener
         env=environment(TWOTOWER_ENV=str(LAUNCH / "h100.env"), NCCL_IB_TIMEOUT="19", USER="someone"),
     )
     found = dict(line.split("=", 1) for line in shown.stdout.splitlines() if "=" in line)
-    names = ("NCCL_IB_TIMEOUT", "NCCL_NVLS_ENABLE", "CUDA_DEVICE_MAX_CONNECTIONS")
-    assert tuple(found[name] for name in names) == ("19", "2", "1")
+    assert tuple(found[name] for name in ("NCCL_IB_TIMEOUT", "NCCL_NVLS_ENABLE")) == ("19", "2")
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in found, "it depends on the layout"
     lines = (LAUNCH / "h100.env").read_text().splitlines()
     pairs = itertools.pairwise(lines)
     unexplained = [b for a, b in pairs if b.startswith("export") and not a.startswith(("#", "export"))]

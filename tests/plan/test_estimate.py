@@ -15,7 +15,7 @@ from megatron_twotower.config.validation import validate
 from megatron_twotower.plan import search as searching
 from megatron_twotower.plan.estimate import Assumptions, estimate, in_flight
 from megatron_twotower.plan.flops import step_flops
-from megatron_twotower.plan.layout import ACCELERATORS, layout_of
+from megatron_twotower.plan.layout import ACCELERATORS, GIB, layout_of
 from megatron_twotower.plan.weights import buffer, parameter_count, tower_entries
 from megatron_twotower.train.losses import masked_diffusion_loss
 
@@ -89,7 +89,7 @@ def test_what_an_override_does_to_memory_shows():
     base = estimate(nano(), ranks=64).memory
     kept = estimate(nano("train.recompute_layers=''"), ranks=64).memory
     assert kept.kept > 2 * base.kept and kept.handoff == base.handoff
-    whole = estimate(nano("optimizer.distributed=false"), ranks=64).memory
+    whole = estimate(nano("optimizer.distributed=false", "parallel.overlap_param_gather=false"), ranks=64).memory
     assert whole.optimizer > 7 * base.optimizer
     spread = estimate(nano("parallel.expert=16"), ranks=64).memory
     assert spread.context < base.context and spread.gradients < base.gradients
@@ -105,6 +105,67 @@ def test_a_context_tower_in_fp8_takes_a_byte_for_each_element_of_its_matrices():
     ends = estimate(nano("train.context_precision=fp8_current", "fp8.last_layers_bf16=1"), ranks=64).memory
     assert ends.context - fp8.context == routed + shared, "the last layer is one of experts"
     assert {fp8.parameters, ends.parameters} == {bf16.parameters}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "bytes_each"),
+    [
+        (["train.precision=fp8_current"], 2),
+        (["train.precision=fp8_blockwise"], 2),
+        (["train.precision=fp8_delayed", "parallel.card=b200"], 1),
+        (["train.precision=fp8_blockwise", "parallel.card=b200"], 2),
+        (["train.precision=bf16", "train.context_precision=fp8_current"], 0),
+    ],
+)
+def test_fp8_keeps_copies_of_the_trained_matrices(overrides, bytes_each):
+    """Transformer Engine makes them once a step, in the orders that the GPU multiplies."""
+    found = estimate(nano(*overrides), ranks=64).memory
+    routed, shared = 2 * 1856 * 2688 * 16, 2 * 3712 * 2688
+    mamba, attention = 10304 * 2688 + 4096 * 2688, (36 + 32) * 128 * 2688
+    assert found.fp8_copies == bytes_each * (23 * (routed + shared) + 23 * mamba + 6 * attention)
+    assert bytes_each != 2 or 9.6 < found.fp8_copies / GIB < 9.7
+    bf16 = estimate(nano(), ranks=64).memory
+    assert found.total - bf16.total == found.fp8_copies + found.context - bf16.context
+
+
+def test_the_busiest_rank_of_experts_determines_memory_and_time():
+    kept = nano("train.recompute_layers=M")
+    even, busy = (estimate(kept, ranks=64, assumptions=Assumptions(expert_imbalance=x)) for x in (1.0, 1.5))
+    # Of each of 23 layers, per position of 8192 and choice of 6: the token at its expert, and three
+    # times the width of the expert.
+    routed = 23 * 8192 * 6 * (2688 + 3 * 1856) * 2
+    assert busy.memory.kept - even.memory.kept == routed / 2
+    assert busy.sent["expert"] == pytest.approx(1.5 * even.sent["expert"])
+    flops = 4 * 2688 * 6 * 1856 * 23 * (1 + 3 + 1)  # the context tower, the denoiser, and E again
+    more, fewer = (step_flops(nano(), load=load).executed for load in (2.0, 1.0))
+    last = 4 * 2688 * 6 * 1856  # the last layer of experts of the context tower does not run
+    assert more - fewer == pytest.approx(flops - last)
+    assert busy.phases[0].compute_seconds > 1.1 * even.phases[0].compute_seconds
+    assert busy.phases[0].flops == even.phases[0].flops, "operations a token are those of all ranks"
+    alone = nano("parallel.expert=1", "parallel.tensor=2", "parallel.sequence=true", "parallel.expert_tensor=2")
+    one, other = (estimate(alone, ranks=64, assumptions=Assumptions(expert_imbalance=x)) for x in (1.0, 9.0))
+    assert one.memory == other.memory and one.seconds == other.seconds, "each rank has a part of every expert"
+
+
+def test_communication_is_hidden_by_as_much_as_is_computed_meanwhile():
+    """Gradients by the last backward pass of a step, parameters by its first forward pass."""
+    names = ("parallel.overlap_grad_reduce", "parallel.overlap_param_gather")
+
+    def cost(*values, ranks):
+        overrides = [f"{name}={value}" for name, value in zip(names, values, strict=True)]
+        config = load_recipe(NANO, [f"parallel=h100x{ranks}", *overrides], planning=True)
+        return estimate(config, ranks=ranks).phases[0]
+
+    for ranks in (64, 1024):
+        none, gradients, both = (
+            cost(*values, ranks=ranks) for values in (("false", "false"), ("true", "false"), ("true", "true"))
+        )
+        assert none.transfer_seconds > gradients.transfer_seconds > both.transfer_seconds > 0
+        assert none.compute_seconds == both.compute_seconds
+    # A network that is too slow: what is hidden is the time of one micro-batch, whatever is sent.
+    config = load_recipe(NANO, ["parallel=h100x1024"], planning=True)
+    slow, slower = (estimate(config, ranks=1024, assumptions=Assumptions(link_share=x)).phases[0] for x in (0.02, 0.01))
+    assert 2 * slow.transfer_seconds - slower.transfer_seconds == pytest.approx(-slow.compute_seconds / 3)
 
 
 def test_a_pipeline_shares_weights_and_keeps_several_micro_batches():
@@ -174,6 +235,7 @@ def test_the_command_names_the_accelerators_that_would_fit(capsys):
         ([f"recipe={NANO}", "parallel.ranks=0"], "parallel.ranks: found 0"),
         ([f"recipe={NANO}", "--ranks", "48"], "data.global_batch_size"),
         ([f"recipe={NANO}", "parallel.card=h1000"], "parallel.card: found 'h1000'"),
+        ([f"recipe={NANO}", "--expert-imbalance", "0.5"], "--expert-imbalance: found 0.5, expected at least 1"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, named, capsys):

@@ -85,7 +85,9 @@ def test_the_table_says_that_it_is_an_estimate_and_what_is_assumed(capsys):
     assert status == 0
     assert "an estimate, nothing of it measured on a cluster" in text and "(taken, not measured)" in text
     assert "30.0% of 989 TFLOP/s" in text and "70% of 450 GB/s" in text and "50 GB/s between nodes" in text
-    assert "0.8" in text and "data, expert data" in text
+    assert " 1.00 " in text and " 0.97 " in text and "data, expert data" in text, "the efficiencies"
+    assert "hidden: gradient reduction, during the last backward pass of a step; parameter gathering" in text
+    assert "The busiest rank of experts has 1 times the mean of their tokens" in text
 
 
 def bench_json(path, **changes):

@@ -10,8 +10,9 @@ from typing import ClassVar
 import pytest
 
 from helpers.corpora import make_tokenizer, texts, write_records
-from helpers.pretended_ranks import Group, on_ranks
+from helpers.pretended_groups import Group
 from helpers.runs import PLAIN, settings, train
+from helpers.thread_ranks import ThreadRanks
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.recipes import load_recipe
 from megatron_twotower.convert import hf_folder
@@ -66,7 +67,7 @@ def opened(config):
 def test_every_shard_is_examined_once_by_all_ranks_together(many_shards, examined, monkeypatch):
     overrides = [f"data.folder={many_shards}", "train.validate_every_steps=1", f"train.validation_sequences={RANKS}"]
     config = load_recipe("tiny_ar", [*overrides, "data.micro_batch_size=1", "data.sequence_length_tokens=32"])
-    sizes = on_ranks(monkeypatch, RANKS, opened(config))
+    sizes = ThreadRanks(monkeypatch, RANKS).run(opened(config))
     assert len(set(sizes)) == 1 and sizes[0][0] > RANKS, sizes
     training = {path for path in examined if path.parent.name == "train"}
     assert len(training) >= 8 and {examined[path] for path in training} == {1}
@@ -81,7 +82,7 @@ def test_what_the_first_rank_finds_every_rank_says(many_shards, tmp_path, monkey
     for file in (many_shards / "train").iterdir():
         size = 2000 if file.name == "shard-00003.tar" else None
         (tmp_path / "train" / file.name).write_bytes(file.read_bytes()[:size])
-    errors = on_ranks(monkeypatch, 4, opened(config))
+    errors = ThreadRanks(monkeypatch, 4).run(opened(config))
     assert {type(error) for error in errors} == {UserError}
     assert {str(error).split(": found 2000 bytes")[0] for error in errors} == {f"{tmp_path}/train/shard-00003.tar"}
 
@@ -112,9 +113,10 @@ def bytes_read(monkeypatch):
 
 def test_one_rank_reads_the_backbone_for_its_fingerprint(tiny_backbone, bytes_read, monkeypatch):
     config = load_recipe("tiny", [f"init.backbone={tiny_backbone}"])
-    found = on_ranks(monkeypatch, RANKS, lambda rank: train_run.backbone_fingerprint(config))
+    found = ThreadRanks(monkeypatch, RANKS).run(lambda rank: train_run.backbone_fingerprint(config))
     size = sum(file.stat().st_size for file in Path(tiny_backbone).glob("*.safetensors"))
-    assert sum(bytes_read.values()) == max(bytes_read.values()) == size
+    assert list(bytes_read.values()) == [size]
+    monkeypatch.undo()
     assert set(found) == {hf_folder.fingerprint(tiny_backbone)}
 
 
