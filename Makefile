@@ -17,9 +17,8 @@ PROMPT ?= def main():
 PYTEST_ARGS ?=
 SOAK_MINUTES ?= 60
 
-# Nothing is downloaded from a model hub, and nothing is sent to W&B unless a recipe says so.
+# Nothing is downloaded from a model hub, and nothing is sent to W&B unless a recipe or WANDB_MODE says so.
 export HF_HUB_OFFLINE ?= 1
-export WANDB_MODE ?= offline
 export TOKENIZERS_PARALLELISM ?= true
 
 BIN := $(VENV)/bin

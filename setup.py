@@ -13,7 +13,9 @@ assert VERSION is not None
 REQUIRES = [
     # Tested with 2.13. On Linux the default build of torch is the CUDA one, of several gigabytes.
     # To get the CPU build, install it first (make install TORCH='...'): then this range is met.
-    "torch>=2.9,<3",
+    # 2.9.0a0: NVIDIA's containers carry builds such as 2.9.0a0+50eac811a6, which pip must not
+    # replace. megatron_twotower/common/versions.py compares these ranges when the program starts.
+    "torch>=2.9.0a0,<3",
     # The releases in mcore/releases.py: 0.16.1, the last for Python 3.11, and 0.19.
     "megatron-core>=0.16.1,<0.20,!=0.17.*,!=0.18.*",
     "transformers>=5.3,<6",
@@ -35,7 +37,8 @@ EXTRAS = {
     # Kernels for NVIDIA GPUs. They need a CUDA build of torch, nvcc, and pip's option
     # --no-build-isolation: all but triton compile against the installed torch.
     "gpu": [
-        "transformer-engine[pytorch]>=2.11,<2.21",
+        # 2.9 is the first with transformer_engine.pytorch.quantization; tried: 2.11.0 and 2.20.2.
+        "transformer-engine[pytorch]>=2.9,<2.21",
         # 2.2.4 does not import beside transformers 5, and its gradients overflow (docs/gpu.md).
         "mamba-ssm>=2.3.2,<3",
         "causal-conv1d>=1.5,<2",
@@ -49,6 +52,8 @@ EXTRAS = {
         "pytest>=8",
         "hypothesis>=6",
         "lm-eval>=0.4.9",
+        "peft>=0.17",  # it and accelerate train the exported class in tests
+        "accelerate>=1.1",
         "ruff>=0.8",
         "mypy>=1.13",
         "pyarrow>=14",

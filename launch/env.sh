@@ -5,6 +5,11 @@
 # shellcheck source=/dev/null
 if [[ -n ${TWOTOWER_ENV:-} ]]; then source "$TWOTOWER_ENV"; fi
 
+# Grace period: the seconds that a run has after a signal to finish a step and to write a checkpoint.
+# slurm.sbatch sends the signal this long before the time of a job ends; torchrun.sh waits this long
+# before it ends the ranks by force.
+export GRACE_SECONDS=${GRACE_SECONDS:-600}
+
 # CPU threads of a rank; with a GPU they only prepare data.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
@@ -17,8 +22,8 @@ export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:Tr
 # Each cluster has its own interfaces: set NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and NCCL_IB_HCA in
 # the file of TWOTOWER_ENV.
 
-# W&B writes into the run folder and sends nothing, unless this variable or logging.wandb is
-# `online`. Then it needs WANDB_API_KEY, here or in ~/.netrc. Hugging Face folders are local.
-export WANDB_MODE=${WANDB_MODE:-offline}
+# W&B writes into the run folder and sends nothing, unless logging.wandb is `online`. WANDB_MODE
+# (online, offline or disabled), if it is set, decides instead. Online it needs WANDB_API_KEY, here
+# or in ~/.netrc. Hugging Face folders are local.
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-true}

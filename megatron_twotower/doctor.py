@@ -6,7 +6,6 @@ below name the function or class that decides; a test imports each of them.
 """
 
 import importlib
-import importlib.metadata
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -19,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_twotower import __version__
-from megatron_twotower.common import device
+from megatron_twotower.common import device, versions
+from megatron_twotower.common.errors import require
 from megatron_twotower.config.schema import RunConfig, TrainConfig
 from megatron_twotower.mcore.modules import choose_transformer_impl
 from megatron_twotower.ops import dispatch
@@ -196,10 +196,7 @@ KERNEL_ROLES = (
 
 def _installed(package: _Package) -> str | None:
     """The installed version, or `None`."""
-    try:
-        return importlib.metadata.version(package.distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return versions.installed(package.distribution)
 
 
 def _import_error(package: _Package) -> str | None:
@@ -215,6 +212,8 @@ def _package_line(package: _Package) -> str:
     version = _installed(package)
     if version is None:
         return "not installed"
+    if wrong := versions.unfit(package.distribution):
+        return wrong.removeprefix("found ")
     error = _import_error(package)
     return version if error is None else f"{version}, cannot be imported ({error})"
 
@@ -304,12 +303,18 @@ def _table(title: str, headings: tuple[str, ...]) -> Table:
 
 
 def print_doctor(console: Console | None = None) -> None:
-    """Show the environment and the roles as two tables."""
+    """Show the environment and the roles as two tables.
+
+    Raises:
+        UserError: The version of an installed package is not accepted; after the first table.
+    """
     console = console or Console()
     machine = _table("Environment", ("what", "found"))
     for name, value in environment().items():
         machine.add_row(name, value, style="dim" if value == "not installed" else None)
     console.print(machine)
+    unfit = {package: wrong for package in versions.ACCEPTED if (wrong := versions.unfit(package))}
+    require(not unfit, "; ".join(f"{package}: {wrong}" for package, wrong in unfit.items()))
     roles = _table("Roles in a training step", ("role", "implementation", "faster on a GPU", "how to get it"))
     for role in diagnose():
         roles.add_row(f"[bold]{role.role}", role.implementation, role.faster, role.how_to_get)

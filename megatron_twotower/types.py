@@ -64,6 +64,8 @@ class NoisyBatch:
         padding: (b, l), see `Batch`.
         sequence_weights: (r b,) float32, what each copy adds to the count that the loss is divided
             by. None: the number of its positions that are not padding.
+        teacher_shares: (m,) float32 share of the context tower's next-token distribution in the
+            target of each scored position. None: it gives no targets.
     """
 
     tokens: Tensor
@@ -76,6 +78,7 @@ class NoisyBatch:
     documents: Tensor | None = None
     padding: Tensor | None = None
     sequence_weights: Tensor | None = None
+    teacher_shares: Tensor | None = None
 
     def to(self, device: torch.device) -> "NoisyBatch":
         """Return a copy on another device."""
@@ -177,13 +180,14 @@ class LogWindow:
 
     Attributes:
         sums: (2 + 2k,) total, count, bucket sums and bucket counts of `LossReport`; None without a
-            step that was not skipped.
+            finite step.
         expert_tokens: (layers, experts) tokens of each expert; None as for `sums`, and without
             experts.
         sequences: Sequences consumed.
         skipped: Sequences in damaged shards.
         nonfinite: Steps whose loss or gradients were not finite.
         in_a_row: Such steps without interruption up to the checkpoint.
+        unscored: Steps that were skipped because no position was scored.
     """
 
     sums: list[float] | None = None
@@ -192,3 +196,4 @@ class LogWindow:
     skipped: int = 0
     nonfinite: int = 0
     in_a_row: int = 0
+    unscored: int = 0

@@ -6,7 +6,6 @@ import random
 import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("WANDB_MODE", "offline")
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
@@ -15,6 +14,12 @@ import torch
 import megatron_twotower.mcore  # noqa: F401
 
 torch.set_num_threads(1)
+
+
+def pytest_configure():
+    """Remove variables that decide over the recipes of tests."""
+    for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_NAME"):
+        os.environ.pop(name, None)
 
 
 def pytest_collection_finish():

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from megatron_twotower import doctor
 from megatron_twotower.common import device
+from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.schema import RunConfig, TrainConfig
 from megatron_twotower.doctor import Role, diagnose, environment, one_line_summary, print_doctor
 from megatron_twotower.mcore import modules
@@ -97,13 +98,13 @@ def test_the_roles_without_transformer_engine_name_the_classes_that_are_built(mo
 
 
 def test_kernels_are_used_if_their_package_is_usable(monkeypatch):
-    pretend_installed(monkeypatch, {"triton": "3.9.0", "mamba-ssm": "2.3.1", "causal-conv1d": None})
+    pretend_installed(monkeypatch, {"triton": "3.9.0", "mamba-ssm": "2.3.2", "causal-conv1d": None})
     missing = {"triton": None, "mamba-ssm": None, "causal-conv1d": "causal_conv1d is not installed"}
     monkeypatch.setattr(doctor.dispatch, "unavailable", missing.get)
     monkeypatch.setattr(device, "is_cpu", lambda: False)
     denoiser, context, seeded, convolution = diagnose()[1:5]
     assert denoiser == Role("denoiser scan", "this project's Triton kernels (triton 3.9.0)", "nothing", "-")
-    assert context == Role("context scan", "mamba-ssm kernels, in bfloat16 (mamba-ssm 2.3.1)", "nothing", "-")
+    assert context == Role("context scan", "mamba-ssm kernels, in bfloat16 (mamba-ssm 2.3.2)", "nothing", "-")
     assert seeded.implementation == "this project's Triton kernels (triton 3.9.0)"
     assert convolution.implementation == "that of denoiser conv" and convolution.faster == "causal-conv1d kernels"
     assert convolution.how_to_get == f"causal_conv1d is not installed: {doctor.GPU_EXTRA}"
@@ -170,6 +171,17 @@ def test_a_package_that_cannot_be_imported_is_reported(monkeypatch):
     assert doctor._package_line(broken) == (
         "0.1, cannot be imported (ModuleNotFoundError: No module named 'apex_that_is_not_there')"
     )
+
+
+def test_a_version_that_is_not_accepted_is_shown_and_ends_in_one_line(monkeypatch):
+    pretend_installed(monkeypatch, {"transformer-engine": "2.7.0+f8933bb", "mamba-ssm": "2.2.4"})
+    screen = io.StringIO()
+    with pytest.raises(UserError) as caught:
+        print_doctor(Console(file=screen, width=80))
+    assert str(caught.value) == (
+        "transformer-engine: found 2.7.0+f8933bb, expected >=2.9,<2.21; mamba-ssm: found 2.2.4, expected >=2.3.2,<3"
+    )
+    assert "2.7.0+f8933bb, expected >=2.9,<2.21" in screen.getvalue()
 
 
 def test_summary_is_one_short_line():

@@ -30,9 +30,9 @@ from megatron_twotower.config.schema import ModelConfig
 from megatron_twotower.data.dataset import evenly_spaced_windows
 from megatron_twotower.data.documents import VALIDATION
 from megatron_twotower.data.shards import Corpus
-from megatron_twotower.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from megatron_twotower.data.tokenizer import accepted_fingerprints, load_tokenizer
 from megatron_twotower.evaluate.likelihood import check_sequences, ratio, token_nats
-from megatron_twotower.generate.engine import default_devices, load, mask_token_id
+from megatron_twotower.generate.engine import default_devices, load
 from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as Model
 from megatron_twotower.hf.modeling_nemotron_h_twotower import Tower, context_tensors
 from megatron_twotower.model.parameter_map import context_entries, layer_of_projection, parameter_from_hf
@@ -50,7 +50,7 @@ class Fp8Options:
     Attributes:
         sequences: The number of held-out sequences.
         length_tokens: Tokens per sequence.
-        block_size_tokens: Block size of the denoiser.
+        block_size_tokens: Block size of the denoiser; None for that of the folder.
         levels: Shares of a block that are masked, for the denoiser.
         seed: Of the masked positions.
 
@@ -60,14 +60,15 @@ class Fp8Options:
 
     sequences: int = 32
     length_tokens: int = 256
-    block_size_tokens: int = 16
+    block_size_tokens: int | None = None
     levels: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     seed: int = 1234
 
     def __post_init__(self) -> None:
         for name, least in (("sequences", 2), ("length_tokens", 2), ("block_size_tokens", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}: found {getattr(self, name)}, expected at least {least}")
+            found = getattr(self, name)
+            if found is not None and found < least:
+                raise UserError(f"{name}: found {found}, expected at least {least}")
 
 
 QUICK = Fp8Options(sequences=2, length_tokens=32, levels=(1.0,))
@@ -254,7 +255,8 @@ def measure_fp8(
     """
     uniform = torch.rand(sequences.shape, generator=torch.Generator().manual_seed(options.seed))
     device, rows = model.context_tower.device, []
-    settings: dict[str, Any] = {"block": options.block_size_tokens, "levels": options.levels, "mask_id": mask_id}
+    block = options.block_size_tokens or model.block_size
+    settings: dict[str, Any] = {"block": block, "levels": options.levels, "mask_id": mask_id}
     for name, rounding in ROUNDINGS.items():
         for inputs in (False, True):
             started = time.perf_counter()
@@ -302,14 +304,14 @@ def run(
         UserError: A folder is wrong, or the data has another tokenizer.
     """
     corpus = Corpus.open(data / VALIDATION)
-    opened, tokenizer, denoiser = open_model(model)
-    found, expected = tokenizer_fingerprint(model), corpus.tokenizer_fingerprint
-    if found != expected:
-        raise UserError(f"{model}: found a tokenizer with sha256 {found}, expected that of {data}, {expected}")
+    opened, _, denoiser = open_model(model)
+    accepted, expected = accepted_fingerprints(model, exact_ids=corpus.exact_ids), corpus.tokenizer_fingerprint
+    if expected not in accepted:
+        raise UserError(f"{model}: found a tokenizer with sha256 {accepted[0]}, expected that of {data}, {expected}")
     opened.to(default_devices()[0])
     sequences = evenly_spaced_windows(corpus, count=options.sequences, length=options.length_tokens)
     if denoiser:
-        check_sequences(sequences, options.block_size_tokens)
+        check_sequences(sequences, options.block_size_tokens or opened.block_size)
     config, console = model_from_hf(read_hf_config(model), source=str(model)), console or wide_console()
     with measure.torch_threads(threads or torch.get_num_threads()):
         rows = measure_fp8(
@@ -317,7 +319,7 @@ def run(
             config,
             sequences,
             options=options,
-            mask_id=mask_token_id(tokenizer),
+            mask_id=opened.mask_token_id,
             denoiser=denoiser,
             log=lambda line: console.print(line, highlight=False, style="dim"),
         )

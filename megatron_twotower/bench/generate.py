@@ -30,7 +30,6 @@ from megatron_twotower.generate.engine import (
     default_devices,
     generate_ids,
     load,
-    mask_token_id,
     pad_left,
     place_towers,
 )
@@ -235,7 +234,7 @@ def run(
     settings = GenerationSettings(max_new_tokens=options.new_tokens, confidence_threshold=options.confidence_threshold)
     device = towers.context_tower.device
     cases = build_cases(source_prompts(tokenizer, options), options, lambda tensor: tensor.to(device))
-    mask_id = mask_token_id(tokenizer)
+    mask_id = towers.mask_token_id
     with measure.torch_threads(threads), torch.no_grad():
         times = measure.time_cases(
             [case.timed(towers, settings, mask_id) for case in cases],

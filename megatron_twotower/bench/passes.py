@@ -24,7 +24,7 @@ from megatron_twotower.common import device as common_device
 from megatron_twotower.common.errors import require
 from megatron_twotower.common.machine import machine
 from megatron_twotower.common.tables import plain_table, wide_console
-from megatron_twotower.generate.engine import default_devices, load, mask_token_id
+from megatron_twotower.generate.engine import default_devices, load
 from megatron_twotower.hf.modeling_nemotron_h_twotower import ContextCache
 from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as Model
 
@@ -195,7 +195,7 @@ def run(
     output: Path,
     *,
     model: Path,
-    block_size: int = 16,
+    block_size: int | None = None,
     prompt_tokens: int = 64,
     rounds: int = 100,
     threads: int | None = None,
@@ -204,15 +204,20 @@ def run(
     """Measure, print a table, and write `passes.json` to `output`.
 
     Args:
+        block_size: Tokens of a block; None for that of the folder.
         rounds: Counted rounds, after one that is not counted.
         threads: Threads of torch; its own choice if `None`.
     """
     for name, value in (("--block", block_size), ("--prompt-tokens", prompt_tokens), ("--rounds", rounds)):
-        require(value >= 1, f"{name}: found {value}, expected at least 1")
-    opened, tokenizer = load(model, device=default_devices()[0])
+        require(value is None or value >= 1, f"{name}: found {value}, expected at least 1")
+    opened, _ = load(model, device=default_devices()[0])
     with measure.torch_threads(threads or torch.get_num_threads()):
         results = measure_passes(
-            opened, mask_id=mask_token_id(tokenizer), block_size=block_size, prompt_tokens=prompt_tokens, rounds=rounds
+            opened,
+            mask_id=opened.mask_token_id,
+            block_size=block_size or opened.block_size,
+            prompt_tokens=prompt_tokens,
+            rounds=rounds,
         )
         results |= {"model": str(model), "machine": machine()}
     enough = results["break_even_tokens_per_pass"]

@@ -191,7 +191,11 @@ def run(
         quick: Use `QUICK` instead of `options`: tiny sizes, which only show that the command works.
     """
     options, console = QUICK if quick else options, console or wide_console()
-    config = load_recipe(recipe, [*overrides, *(QUICK_OVERRIDES if quick else ())])
+    config = load_recipe(recipe, [*(QUICK_OVERRIDES if quick else ()), *overrides])
+    set_threads = config.parallel.threads_per_rank
+    require(
+        set_threads in (0, threads), f"parallel.threads_per_rank: found {set_threads}, expected --threads {threads}"
+    )
     check_options(config, options)
     config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, threads_per_rank=threads))
     with measure.torch_threads(threads):

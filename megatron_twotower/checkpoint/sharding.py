@@ -8,13 +8,13 @@ data-parallel ranks have, each stores an equal part (`pieces`), in the same form
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
@@ -26,6 +26,8 @@ from megatron_twotower.model.parameter_map import Entry, canonical_tensors, name
 Box = tuple[tuple[int, int], ...]
 # The prefix of the optimizer's tensors in a checkpoint.
 OPTIMIZER_PREFIX = "optimizer."
+# The prefix of the fp32 main weights of parameters that are not fp32.
+MAIN_PREFIX = f"{OPTIMIZER_PREFIX}main."
 
 
 def boxes(shape: Sequence[int], first: int, last: int) -> list[Box]:
@@ -252,3 +254,31 @@ def complete(
             for part in _parts({"weight": tensor, **others}, piece).values():
                 # As bytes, because not every backend sends every dtype.
                 dist.broadcast(part.view(torch.uint8), group=group, group_src=piece.rank)
+
+
+def read_as_fp32(
+    shards: Iterable[ShardedTensor | ShardedObject], stored: Container[str]
+) -> tuple[list[ShardedTensor | ShardedObject], list[ShardedTensor | ShardedObject]]:
+    """Name shards as a checkpoint of another precision stores the same fp32 weights.
+
+    A checkpoint of a bf16 run has main weights, which a run in fp32 has as its weights. One of an
+    fp32 run has only weights, which a run in bf16 has as main weights and, rounded, as weights.
+
+    Args:
+        shards: The shards of this rank.
+        stored: The names of the tensors in the checkpoint.
+
+    Returns:
+        The shards to read; and main weights to read after that, under names that the first ones
+        have too.
+    """
+    first, main = [], []
+    for shard in shards:
+        if shard.key.startswith(MAIN_PREFIX) and shard.key not in stored:
+            shard.key = shard.key.removeprefix(MAIN_PREFIX)
+            main.append(shard)
+            continue
+        if isinstance(shard, ShardedTensor) and shard.dtype == torch.float32 and MAIN_PREFIX + shard.key in stored:
+            shard.key = MAIN_PREFIX + shard.key
+        first.append(shard)
+    return first, main

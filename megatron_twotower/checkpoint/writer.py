@@ -14,24 +14,26 @@ A save that fails does not change the older checkpoints.
 import contextlib
 import dataclasses
 import shutil
+import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_twotower.checkpoint import files as checkpoint_files
 from megatron_twotower.checkpoint.files import CheckpointState, FileSum, ShardedState
 from megatron_twotower.common import device
 from megatron_twotower.common.errors import UserError
+from megatron_twotower.common.files import is_seen
 from megatron_twotower.common.run_folder import checkpoint_folder
-from megatron_twotower.mcore import async_save, parallel
+from megatron_twotower.mcore import async_save, meeting, parallel
 from megatron_twotower.mcore.async_save import AsyncSave
 
 
@@ -64,7 +66,16 @@ class _PendingSave:
 class CheckpointWriter:
     """Saves the checkpoints of a run, one at a time."""
 
-    def __init__(self, run: Path, sharded_state: ShardedState, *, background: bool, keep: int, keep_every: int) -> None:
+    def __init__(
+        self,
+        run: Path,
+        sharded_state: ShardedState,
+        *,
+        background: bool,
+        keep: int,
+        keep_every: int,
+        check_lock: Callable[[], None] = lambda: None,
+    ) -> None:
         """Start the writing thread.
 
         Args:
@@ -73,10 +84,14 @@ class CheckpointWriter:
             background: Whether to write while training continues.
             keep: As in `files.retire`.
             keep_every: As in `files.retire`.
+            check_lock: Raises a `UserError` if the folder is another run's by now. The first rank
+                calls it before it changes the folder.
         """
-        self._run, self._sharded_state = run, sharded_state
+        self._run, self._sharded_state, self._check_lock = run, sharded_state, check_lock
         self._background, self._keep, self._keep_every = background, keep, keep_every
         self._pending: _PendingSave | None = None
+        self._saves, self._bytes_written, self._bytes_read = 0, 0, 0
+        self._unproven: CheckpointState | None = None
         self._validated = False  # the shards of a process are the same at every save
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
@@ -99,10 +114,8 @@ class CheckpointWriter:
         started = time.perf_counter()
         partial = checkpoint_folder(self._run, state.step)
         partial = partial.with_name(f"{partial.name}.partial")
-        if parallel.is_main():
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
+        if problem := parallel.broadcast_from_main(self._prepare(partial) if parallel.is_main() else None):
+            raise UserError(problem)
         with _one_line_errors(partial):
             sharded_state = checkpoint_files.state_dict(self._stable_state())
             save = async_save.prepare_save(
@@ -110,9 +123,23 @@ class CheckpointWriter:
             )
         self._validated = True
         save.copy_to_host()
-        written = self._writer.submit(_write, save)
+        self._saves += 1
+        written = self._writer.submit(_write, save, self._note_read)
+        threading.Thread(target=self._measure, args=(save, written), name="size of a save", daemon=True).start()
         self._pending = _PendingSave(state, partial, save, written, time.perf_counter() - started)
         return finished if self._background else finished + self.finish()
+
+    def _prepare(self, partial: Path) -> str | None:
+        """Create the empty folder of a save, on the first rank. Returns what is wrong."""
+        try:
+            self._check_lock()
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        except UserError as error:
+            return str(error)
+        except OSError as error:
+            return _cannot_be_written(partial, _reason(error))
+        return None
 
     def _stable_state(self) -> Iterator[ShardedTensor | ShardedObject]:
         """The state, with copies of tensors that training would change during the write."""
@@ -120,6 +147,24 @@ class CheckpointWriter:
             if self._background and device.is_cpu() and isinstance(shard, ShardedTensor):
                 shard.data = shard.data.clone(memory_format=torch.contiguous_format)
             yield shard
+
+    def work_done(self) -> int:
+        """Return a number that changes while this rank writes; any thread may call this.
+
+        It counts the bytes in this rank's files, and those read back for their checksums.
+        """
+        return self._bytes_written + self._bytes_read
+
+    def _note_read(self, count: int) -> None:
+        self._bytes_read += count
+
+    def _measure(self, save: AsyncSave, written: Future[Any]) -> None:
+        """Count the bytes of a save until it is written. A broken disk may block this thread."""
+        pause = 0.1
+        while wait([written], timeout=pause).not_done:
+            pause = min(2 * pause, 10.0)
+            with contextlib.suppress(OSError):  # not created yet
+                self._bytes_written = sum(file.stat().st_size for file in save.files)
 
     def poll(self) -> list[SavedCheckpoint]:
         """Finish the pending save if all ranks have written it.
@@ -145,11 +190,14 @@ class CheckpointWriter:
         Raises:
             UserError: The save could not be written.
         """
-        pending, self._pending = self._pending, None
+        pending = self._pending
         if pending is None:
             return []
         started = time.perf_counter()
         error = pending.written.exception()
+        # The slowest rank may be later than the time limit of a collective.
+        meeting.wait_for_all(f"save {self._saves}")
+        self._pending = None
         if parallel.any_rank(error is not None):
             reasons = [text for text in parallel.gather_objects(error and _reason(error)) if text]
             if parallel.is_main():
@@ -168,26 +216,46 @@ class CheckpointWriter:
 
     def _publish(self, pending: _PendingSave, written: list[dict[str, FileSum]]) -> str | None:
         """Complete the folder on rank 0 and rename it. Returns an error message, or `None`."""
-        files = {name: found for each in written for name, found in each.items()}
+        partial, files = pending.partial, {name: found for each in written for name, found in each.items()}
         try:
-            files |= {name: checkpoint_files.checksum(pending.partial / name) for name in async_save.INDEX_FILES}
-            checkpoint_files.write_state(pending.partial, dataclasses.replace(pending.state, files=files))
-            checkpoint_files.publish(pending.partial, checkpoint_folder(self._run, pending.state.step))
-            checkpoint_files.retire(self._run, keep=self._keep, keep_every=self._keep_every)
-        except OSError as error:
-            shutil.rmtree(pending.partial, ignore_errors=True)
-            return _cannot_be_written(pending.partial, _reason(error))
+            self._check_lock()
+            for rank, each in enumerate(written):
+                for name, found in each.items():
+                    if not is_seen(partial / name, size=found.size):
+                        raise UserError(f"rank 0 does not see {name} of rank {rank}, expected a folder of all nodes")
+            files |= {name: checkpoint_files.checksum(partial / name) for name in async_save.INDEX_FILES}
+            checkpoint_files.write_state(partial, dataclasses.replace(pending.state, files=files))
+            checkpoint_files.publish(partial, checkpoint_folder(self._run, pending.state.step))
+        except (OSError, UserError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            return _cannot_be_written(partial, _reason(error))
+        self._unproven = pending.state
+        # Of this checkpoint it is not known whether a step can be taken from it.
+        checkpoint_files.retire(self._run, keep=max(self._keep, 2), keep_every=self._keep_every)
         return None
+
+    def confirm(self, updates: int) -> None:
+        """Note the optimizer steps that the run has taken.
+
+        One after the newest checkpoint shows that training can go on from it.
+        """
+        if self._unproven is not None and updates > self._unproven.updates:
+            self._unproven = None
+            checkpoint_files.retire(self._run, keep=self._keep, keep_every=self._keep_every)
 
     def close(self) -> None:
         """End the writing thread. The folder of an unfinished save keeps its `.partial` name."""
         self._writer.shutdown()
 
 
-def _write(save: AsyncSave) -> tuple[dict[str, FileSum], float]:
-    """Write this rank's data files. Returns their sums by name, and the seconds that it took."""
+def _write(save: AsyncSave, note: Callable[[int], None]) -> tuple[dict[str, FileSum], float]:
+    """Write this rank's data files; `note` receives the bytes that are read back.
+
+    Returns:
+        Their sums by name, and the seconds that it took.
+    """
     started = time.perf_counter()
-    sums = {file.name: checkpoint_files.checksum(file) for file in save.write()}
+    sums = {file.name: checkpoint_files.checksum(file, note=note) for file in save.write()}
     return sums, time.perf_counter() - started
 
 
@@ -205,5 +273,5 @@ def _cannot_be_written(partial: Path, reason: str) -> str:
 def _one_line_errors(partial: Path) -> Iterator[None]:
     try:
         yield
-    except (dist_checkpointing.core.CheckpointingException, OSError, RuntimeError) as error:
+    except (dist_checkpointing.core.CheckpointingException, CheckpointException, OSError, RuntimeError) as error:
         raise UserError(_cannot_be_written(partial, _reason(error))) from error

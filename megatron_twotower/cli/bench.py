@@ -4,15 +4,22 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_twotower.cli.command import Command, Group
+from megatron_twotower.cli.command import Command, Group, Idle
 from megatron_twotower.cli.generate import add_device
-from megatron_twotower.cli.options import add_options, arguments_for, option
+from megatron_twotower.cli.options import COUNT, add_number, add_options, arguments_for, flags, option
 
 ROUNDS = {
-    "repeats": option("counted rounds, after one that is not counted"),
-    "budget_seconds": option("fewer rounds, but at least 3, if they would take longer", "--budget", metavar="SECONDS"),
+    "repeats": option("counted rounds, after one that is not counted", **COUNT),
+    "budget_seconds": option(
+        "fewer rounds, but at least 3, if they would take longer", "--budget", metavar="SECONDS", at_least=0
+    ),
 }
 QUICK_HELP = "tiny sizes, in seconds: only to see that it works"
+
+
+def _quick(*options: str) -> tuple[Idle]:
+    """The options in whose place `--quick` has its own sizes."""
+    return (Idle(options, lambda found: found.quick, "--quick"),)
 
 
 def _add_output(parser: argparse.ArgumentParser, what: str = "the JSON", *, default: str = "runs/bench") -> None:
@@ -25,11 +32,11 @@ def _add_model(parser: argparse.ArgumentParser, *, more: str = "") -> None:
 
 def _add_all_threads(parser: argparse.ArgumentParser) -> None:
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--threads", type=int, default=cores, help="CPU threads; the number of cores if left out")
+    add_number(parser, "--threads", default=cores, help="CPU threads; the number of cores if left out", **COUNT)
 
 
 def _add_torch_threads(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", type=int, help="CPU threads; torch's own choice if left out")
+    add_number(parser, "--threads", help="CPU threads; torch's own choice if left out", **COUNT)
 
 
 def _add_recipe(parser: argparse.ArgumentParser, recipe: str) -> None:
@@ -41,8 +48,8 @@ OPS = {
     "operations": option(
         "all if left out", "--operation", choices=("scan", "attention", "head", "convolution"), default=[]
     ),
-    "lengths": option("tokens; up to 8192 if left out", "--length"),
-    "blocks": option("tokens per block; 4 to 128 if left out", "--block"),
+    "lengths": option("tokens; up to 8192 if left out", "--length", **COUNT),
+    "blocks": option("tokens per block; 4 to 128 if left out", "--block", **COUNT),
     "dtype": option("dtype of the tensors", choices=("fp32", "bf16")),
 } | ROUNDS
 
@@ -64,9 +71,9 @@ def _ops(arguments: argparse.Namespace) -> int:
 
 
 STEP = {
-    "lengths": option("sequence lengths, at the recipe's tokens per step"),
-    "draws": option("noise draws per context pass"),
-    "seeds": option("gradients for each variance"),
+    "lengths": option("sequence lengths, at the recipe's tokens per step", **COUNT),
+    "draws": option("noise draws per context pass", **COUNT),
+    "seeds": option("gradients for each variance", at_least=2),
 } | ROUNDS
 
 
@@ -95,7 +102,7 @@ def _step(arguments: argparse.Namespace) -> int:
 
 
 GPU = {
-    "layers": option("the first N layers of the pattern; 0 for as many as fit"),
+    "layers": option("the first N layers of the pattern; 0 for as many as fit", at_least=0),
     "ladder": option("measure what each setting and kernel brings, too"),
     "rungs": option("only these rungs of the ladder, by name", metavar="NAME"),
 } | ROUNDS
@@ -132,11 +139,11 @@ def _data(arguments: argparse.Namespace) -> int:
 
 
 GENERATE = {
-    "batch_sizes": option("prompts in a batch"),
+    "batch_sizes": option("prompts in a batch", **COUNT),
     "modes": option("modes of generation"),
-    "prompts": option("number of prompts"),
-    "new_tokens": option("tokens to write after each prompt"),
-    "confidence_threshold": option("commit at once the tokens that are more probable than this"),
+    "prompts": option("number of prompts", **COUNT),
+    "new_tokens": option("tokens to write after each prompt", **COUNT),
+    "confidence_threshold": option("commit at once the tokens that are more probable than this", at_least=0, at_most=1),
 } | ROUNDS
 
 
@@ -165,7 +172,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-CONVERT = {"size_mib": option("size of the model in bfloat16", "--size", metavar="MIB")} | ROUNDS
+CONVERT = {"size_mib": option("size of the model in bfloat16", "--size", metavar="MIB", **COUNT)} | ROUNDS
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -187,9 +194,9 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 PASSES = {
-    "block_size": option("tokens per block", "--block"),
-    "prompt_tokens": option("tokens of the prompt"),
-    "rounds": option("counted rounds, after one that is not counted"),
+    "block_size": option("tokens per block; those of the folder if left out", "--block", **COUNT),
+    "prompt_tokens": option("tokens of the prompt", **COUNT),
+    "rounds": option("counted rounds, after one that is not counted", **COUNT),
 }
 
 
@@ -211,9 +218,11 @@ def _passes(arguments: argparse.Namespace) -> int:
 
 
 FP8 = {
-    "sequences": option("windows of held-out text"),
-    "length_tokens": option("tokens of each window", "--length"),
-    "block_size_tokens": option("tokens per block of the denoiser", "--block"),
+    "sequences": option("windows of held-out text", at_least=2),
+    "length_tokens": option("tokens of each window", "--length", at_least=2),
+    "block_size_tokens": option(
+        "tokens per block of the denoiser; those of the folder if left out", "--block", **COUNT
+    ),
 }
 
 
@@ -237,9 +246,9 @@ def _fp8(arguments: argparse.Namespace) -> int:
 
 
 SOAK = {
-    "minutes": option("how long", default=60.0),
-    "counts": option("ranks to start it on; each start takes one of several numbers at random", "--ranks"),
-    "seed": option("seed of the kills"),
+    "minutes": option("how long", default=60.0, above=0),
+    "counts": option("ranks to start it on; each start takes one of several numbers at random", "--ranks", **COUNT),
+    "seed": option("seed of the kills", at_least=0),
 }
 
 
@@ -273,6 +282,7 @@ GROUP = Group(
             ("twotower bench step model=small --lengths 1024 --draws 1 2",),
             _add_step,
             _step,
+            idle=_quick(*flags(STEP)),
         ),
         Command(
             "gpu",
@@ -280,6 +290,7 @@ GROUP = Group(
             ("twotower bench gpu train.precision=bf16 --ladder",),
             _add_gpu,
             _gpu,
+            idle=_quick(*flags(ROUNDS)),
         ),
         Command(
             "data",
@@ -294,6 +305,7 @@ GROUP = Group(
             ("twotower bench generate --model runs/model --batch-sizes 1 8 32",),
             _add_generate,
             _generate,
+            idle=_quick(*(flag for flag in flags(GENERATE) if flag != "--modes")),
         ),
         Command(
             "convert",
@@ -315,6 +327,7 @@ GROUP = Group(
             ("twotower bench fp8 --model runs/quickstart/model --data runs/quickstart/tower-data",),
             _add_fp8,
             _fp8,
+            idle=_quick(*flags(FP8)),
         ),
         Command(
             "soak",

@@ -1,8 +1,25 @@
 """What a module of this folder declares: a command, or a group of commands."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+
+from megatron_twotower.common.errors import require
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Options that a command does not use beside certain others. To give one of them is an error.
+
+    Attributes:
+        options: The options.
+        beside: Whether they are not used, from the command line.
+        words: What does not use them, for the error.
+    """
+
+    options: tuple[str, ...]
+    beside: Callable[[argparse.Namespace], bool]
+    words: str
 
 
 @dataclass(frozen=True)
@@ -17,6 +34,7 @@ class Command:
             it may import torch.
         run: Does the work and returns the exit status.
         interrupted_by_sigterm: SIGTERM ends it like Ctrl-C, so that it removes what it was writing.
+        idle: Options that it does not use beside others.
     """
 
     name: str
@@ -25,6 +43,7 @@ class Command:
     add_options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
     interrupted_by_sigterm: bool = False
+    idle: tuple[Idle, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -34,3 +53,20 @@ class Group:
     name: str
     summary: str
     commands: tuple[Command, ...]
+
+
+def refuse_idle(command: Command, arguments: argparse.Namespace, *, given: Collection[str]) -> None:
+    """Refuse options that have no effect beside the others on the command line.
+
+    Args:
+        command: The command.
+        arguments: The command line.
+        given: The options on it.
+
+    Raises:
+        UserError: One line with the option, and what does not use it.
+    """
+    for idle in command.idle:
+        if idle.beside(arguments):
+            unused = [each for each in idle.options if each in given]
+            require(not unused, f"{''.join(unused[:1])}: found with {idle.words}, which does not use it")

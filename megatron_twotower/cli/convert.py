@@ -4,18 +4,19 @@ import argparse
 from pathlib import Path
 
 from megatron_twotower.cli.command import Command, Group
+from megatron_twotower.cli.options import add_number
 
 
-def _add_folders(parser: argparse.ArgumentParser, *, source: str) -> None:
+def _add_folders(parser: argparse.ArgumentParser, *, source: str, of: str) -> None:
     parser.add_argument("--from", dest="source", type=Path, required=True, help=source)
     parser.add_argument("--to", type=Path, required=True, help="folder to write")
-    parser.add_argument(
-        "--backbone", type=Path, help="folder of the backbone, if a denoiser is stored alone and its backbone moved"
-    )
+    parser.add_argument("--backbone", type=Path, help=f"folder of the backbone of {of}, if it moved")
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
-    _add_folders(parser, source="Hugging Face folder: a NemotronH, two towers, or a denoiser alone")
+    _add_folders(
+        parser, source="Hugging Face folder: a NemotronH, two towers, or a denoiser alone", of="a denoiser alone"
+    )
 
 
 def _import(arguments: argparse.Namespace) -> int:
@@ -32,7 +33,9 @@ def _import(arguments: argparse.Namespace) -> int:
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
-    _add_folders(parser, source="output folder of a training run, or a Hugging Face folder")
+    _add_folders(
+        parser, source="output folder of a training run, or a Hugging Face folder", of="a run or a denoiser alone"
+    )
     parser.add_argument(
         "--what", choices=("two_tower", "context", "denoiser"), help="what to write; all there is if left out"
     )
@@ -44,7 +47,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         choices=("hub", "transformers"),
         help="names of a plain NemotronH: one tensor per expert (hub) or stacked; those of the source, or hub",
     )
-    parser.add_argument("--step", type=int, help="step of the checkpoint; the newest if left out")
+    add_number(parser, "--step", help="step of the checkpoint; the newest if left out", at_least=0)
 
 
 def _export(arguments: argparse.Namespace) -> int:

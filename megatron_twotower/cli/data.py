@@ -7,25 +7,27 @@ import sys
 from pathlib import Path
 
 from megatron_twotower.cli.command import Command, Group
-from megatron_twotower.cli.options import add_options, arguments_for, option
+from megatron_twotower.cli.options import COUNT, add_number, add_options, arguments_for, option
 
 # What `tokenizer` and `prepare` both read: parameters of `data.prepare.prepare`.
 TEXT = {
-    "inputs": option("files, folders of text, .jsonl (.gz, .zst), .parquet; or python-stdlib", "--input"),
+    "inputs": option("files, folders of text, .jsonl, .json (.gz, .zst), .parquet; or python-stdlib", "--input"),
     "output": option("folder to write"),
-    "holdout_fraction": option("share set aside for validation: of files by name, of records by text", "--holdout"),
+    "holdout_fraction": option(
+        "share set aside for validation: of files by name, of records by text", "--holdout", at_least=0, below=1
+    ),
     "text_field": option("field or column of a record that holds its text"),
     "suffixes": option("suffixes of the text files of a folder"),
 }
 MARKS = ("none", "document")
 PREPARE = {
     "tokenizer": option("Hugging Face tokenizer folder"),
-    "shard_tokens": option("tokens per shard"),
+    "shard_tokens": option("tokens per shard", **COUNT),
     "overwrite": option("replace an existing output folder"),
-    "workers": option("processes; the number of cores if left out", default=len(os.sched_getaffinity(0))),
-    "max_malformed": option("malformed records to skip: a share of all records below 1, else a number"),
-    "min_tokens": option("leave out shorter documents"),
-    "max_tokens": option("leave out longer documents"),
+    "workers": option("processes; the number of cores if left out", default=len(os.sched_getaffinity(0)), **COUNT),
+    "max_malformed": option("malformed records to skip: a share of all records below 1, else a number", at_least=0),
+    "min_tokens": option("leave out shorter documents", **COUNT),
+    "max_tokens": option("leave out longer documents", **COUNT),
     "deduplicate": option("keep repeated documents", "--no-dedup", dest="deduplicate"),
     "bos": option("begin each document with BOS", choices=MARKS),
     "eos": option("end each document with EOS", choices=MARKS),
@@ -36,17 +38,20 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     from megatron_twotower.data.prepare import prepare
 
     add_options(parser, prepare, TEXT)
-    parser.add_argument("--vocab-size", type=int, default=4096, help="entries of the vocabulary")
+    add_number(parser, "--vocab-size", default=4096, help="entries of the vocabulary", **COUNT)
 
 
 def _tokenizer(arguments: argparse.Namespace) -> int:
-    from megatron_twotower.data.documents import find_documents, training_texts
+    from megatron_twotower.data.documents import find_inputs, training_texts
     from megatron_twotower.data.tokenizer import train_tokenizer
 
-    documents = find_documents(arguments.input, suffixes=arguments.suffixes)
+    found = find_inputs(arguments.input, suffixes=arguments.suffixes, text_field=arguments.text_field)
+    documents = found.documents
     texts = training_texts(documents, holdout_fraction=arguments.holdout, text_field=arguments.text_field)
     train_tokenizer(texts, vocab_size=arguments.vocab_size, output=arguments.output)
     print(f"{arguments.output}: {arguments.vocab_size} entries from {len(documents)} files, without held-out text")
+    if found.passed_over.counts:
+        print(f"passed over: {found.passed_over}")
     return 0
 
 
@@ -70,8 +75,8 @@ DATA_HELP = "prepared folder, URL of one, or blend file"
 BLEND = {"folder": option("folder of the corpora of a blend; that of the blend file if left out")}
 INSPECT = BLEND | {
     "split": option("split of a prepared folder", default="train"),
-    "samples": option("documents to show", default=3),
-    "block_size": option("tokens per block", default=16),
+    "samples": option("documents to show", default=3, at_least=0),
+    "block_size": option("tokens per block", default=16, **COUNT),
     "picture": option("PNG file to write", default=Path("lengths.png")),
     "tokenizer": option("folder of the tokenizer to decode with; the data's own if left out"),
 }

@@ -4,13 +4,13 @@ import argparse
 from pathlib import Path
 
 from megatron_twotower.cli.command import Command
-from megatron_twotower.cli.options import add_options, arguments_for, option
+from megatron_twotower.cli.options import COUNT, add_options, arguments_for, option
 
 TEXTS = {
-    "sequences": option("number of texts", default=4096),
-    "prompt_tokens": option("tokens of each prompt", default=64),
-    "new_tokens": option("tokens to write after each prompt", default=192),
-    "batch_size": option("texts in a batch", default=64),
+    "sequences": option("number of texts", default=4096, **COUNT),
+    "prompt_tokens": option("tokens of each prompt", default=64, **COUNT),
+    "new_tokens": option("tokens to write after each prompt", default=192, **COUNT),
+    "batch_size": option("texts in a batch", default=64, **COUNT),
 }
 
 

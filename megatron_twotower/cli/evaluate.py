@@ -3,17 +3,20 @@
 import argparse
 from pathlib import Path
 
-from megatron_twotower.cli.command import Command
-from megatron_twotower.cli.options import add_options, arguments_for, option
+from megatron_twotower.cli.command import Command, Idle
+from megatron_twotower.cli.options import COUNT, add_number, add_options, arguments_for, flags, option
 from megatron_twotower.common.errors import UserError
 
 # Options of both kinds of evaluation, as parameters of EvaluationSettings.
 SHARED = {
-    "block_size_tokens": option("tokens per block, as trained", "--block-size"),
-    "threshold": option("confidence threshold where it is not swept", "--confidence-threshold", metavar="P"),
-    "new_tokens": option("tokens to write", "--new-tokens"),
-    "bound_draws": option("noise draws per block of the likelihood bound", "--draws"),
-    "seed": option("seed of the noise and the sampling", "--seed"),
+    "block_size_tokens": option("tokens per block; those of the folder if left out", "--block-size", **COUNT),
+    "threshold": option(
+        "confidence threshold where it is not swept", "--confidence-threshold", metavar="P", at_least=0, at_most=1
+    ),
+    "new_tokens": option("tokens to write", "--new-tokens", **COUNT),
+    "bound_draws": option("noise draws per block of the likelihood bound", "--draws", **COUNT),
+    # numpy's generators, which the harness seeds too, take 32 bits.
+    "seed": option("seed of the noise and the sampling", "--seed", at_least=0, below=2**32),
 }
 # The same options, as parameters of HarnessSettings.
 SHARED_WITH_TASKS = {
@@ -24,15 +27,15 @@ SHARED_WITH_TASKS = {
     "seed": SHARED["seed"],
 }
 HELD_OUT = {
-    "sequences": option("windows of text to score"),
-    "sequence_length_tokens": option("tokens of each window", "--length"),
-    "thresholds": option("confidence thresholds to try", nargs="*", metavar="P"),
-    "block_sizes": option("other block sizes to try", nargs="*", metavar="S"),
-    "steps": option("denoiser passes per block to try", nargs="*", metavar="N"),
+    "sequences": option("windows of text to score", at_least=2),
+    "sequence_length_tokens": option("tokens of each window", "--length", at_least=2),
+    "thresholds": option("confidence thresholds to try", nargs="*", metavar="P", at_least=0, at_most=1),
+    "block_sizes": option("other block sizes to try", nargs="*", metavar="S", **COUNT),
+    "steps": option("denoiser passes per block to try", nargs="*", metavar="N", **COUNT),
     "every": option("try all combinations of these, not one list at a time"),
-    "prompts": option("prompts to continue with each setting"),
-    "prompt_tokens": option("tokens of each prompt"),
-    "samples": option("prompts to continue in every mode, for reading"),
+    "prompts": option("prompts to continue with each setting", **COUNT),
+    "prompt_tokens": option("tokens of each prompt", **COUNT),
+    "samples": option("prompts to continue in every mode, for reading", at_least=0),
 }
 TASKS = {
     "mode": option("how answers are written", choices=("mask_diffusion", "mock_ar", "ar", "speculative")),
@@ -40,11 +43,22 @@ TASKS = {
         "how given answers are scored: by the context tower, the diffusion bound or mock AR",
         choices=("ar", "bound", "mock_ar"),
     ),
-    "batch_size": option("rows at a time"),
-    "max_length_tokens": option("tokens of context and answer; the model's own if left out", "--max-length"),
-    "steps_per_block": option("denoiser passes per block, at most"),
-    "draft_steps": option("denoiser passes per draft, mode speculative"),
+    "batch_size": option("rows at a time", **COUNT),
+    "max_length_tokens": option(
+        "tokens of context and answer; the model's own if left out", "--max-length", at_least=2
+    ),
+    "steps_per_block": option("denoiser passes per block, at most, mode mask_diffusion", **COUNT),
+    "draft_steps": option("denoiser passes per draft, mode speculative", **COUNT),
 }
+TASK_OPTIONS = ("--shots", "--limit", "--task-files", "--allow-code-execution")
+
+
+# The options of one mode or scoring are accepted with another one: a comparison of them has one
+# command line.
+IDLE = (
+    Idle(("--data", *flags(HELD_OUT)), lambda found: bool(found.tasks), "--tasks"),
+    Idle((*flags(TASKS), *TASK_OPTIONS), lambda found: not found.tasks, "no --tasks"),
+)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -71,8 +85,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="the harness's names, recipes of recipes/evaluation (card), or their paths",
     )
     add_options(tasks, HarnessSettings, TASKS, unset=True)
-    tasks.add_argument("--shots", type=int, help="examples before each question, in place of the recipe's")
-    tasks.add_argument("--limit", type=int, help="documents of each task")
+    add_number(tasks, "--shots", help="examples before each question, in place of the recipe's", at_least=0)
+    add_number(tasks, "--limit", help="documents of each task", **COUNT)
     tasks.add_argument("--task-files", type=Path, metavar="DIR", help="folder of further task files")
     tasks.add_argument("--allow-code-execution", action="store_true", help="run code that the model writes")
 
@@ -114,4 +128,5 @@ COMMAND = Command(
     ),
     _add_options,
     _run,
+    idle=IDLE,
 )

@@ -3,22 +3,37 @@
 import argparse
 from pathlib import Path
 
-from megatron_twotower.cli.command import Command
-from megatron_twotower.cli.options import add_options, arguments_for, option
+from megatron_twotower.cli.command import Command, Idle
+from megatron_twotower.cli.options import COUNT, add_options, arguments_for, option
 from megatron_twotower.common.errors import UserError
 
 GENERATION = {
-    "max_new_tokens": option("tokens to write, at most"),
-    "block_size": option("tokens per block"),
-    "steps_per_block": option("denoiser passes per block, at most"),
-    "confidence_threshold": option("commit at once the tokens that are more probable than this"),
-    "temperature": option("0 takes the most probable tokens"),
-    "top_k": option("sample among the K most probable tokens"),
-    "top_p": option("sample among the most probable tokens that have this probability together"),
-    "draft_steps": option("denoiser passes per draft, mode speculative"),
-    "seed": option("seed of the sampling"),
+    "max_new_tokens": option("tokens to write, at most", **COUNT),
+    "block_size": option(
+        "tokens per block, modes mask_diffusion and speculative; those of the folder if left out", **COUNT
+    ),
+    "steps_per_block": option("denoiser passes per block, at most, mode mask_diffusion", **COUNT),
+    "confidence_threshold": option(
+        "commit at once the tokens that are more probable than this, mode mask_diffusion", at_least=0, at_most=1
+    ),
+    "temperature": option("0 takes the most probable tokens", at_least=0),
+    "top_k": option("sample among the K most probable tokens, temperature above 0", **COUNT),
+    "top_p": option(
+        "sample among the most probable tokens that have this probability together, temperature above 0",
+        above=0,
+        at_most=1,
+    ),
+    "draft_steps": option("denoiser passes per draft, mode speculative", **COUNT),
+    "seed": option("seed of the sampling, temperature above 0", at_least=0),
 }
-BATCHING = {"batch_size": option("prompts in a batch")}
+BATCHING = {"batch_size": option("prompts in a batch, with --prompts", **COUNT)}
+
+
+# The options of one mode are accepted with another one: a comparison of modes has one command line.
+IDLE = (
+    Idle(("--batch-size",), lambda found: found.prompts is None, "--prompt"),
+    Idle(("--top-k", "--top-p", "--seed"), lambda found: found.temperature == 0, "--temperature 0"),
+)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +58,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="prompts to continue in batches: one a line, or .jsonl with a field `prompt`",
+        help="prompts to continue in batches: one a line, or JSON lines or an array with a field `prompt`",
     )
     parser.add_argument(
         "--mode",
@@ -102,4 +117,5 @@ COMMAND = Command(
     ),
     _add_options,
     _run,
+    idle=IDLE,
 )

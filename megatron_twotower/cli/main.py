@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from megatron_twotower.cli import bench, convert, data, distil, doctor, evaluate, generate, plan, report, train
-from megatron_twotower.cli.command import Command, Group
+from megatron_twotower.cli.command import Command, Group, refuse_idle
+from megatron_twotower.cli.options import check_numbers
 from megatron_twotower.common.errors import UserError
 
 COMMANDS: tuple[Command | Group, ...] = (
@@ -24,6 +25,7 @@ COMMANDS: tuple[Command | Group, ...] = (
     doctor.COMMAND,
 )
 USER_ERROR, INTERRUPTED = 2, 130
+_NOT_GIVEN = object()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -31,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, command: Command | None = None, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
-        self._command = command
+        self._command = self._chosen = command
 
     def complete(self) -> None:
         """Add the options of the command, once."""
@@ -41,9 +43,20 @@ class _Parser(argparse.ArgumentParser):
             self.set_defaults(command=command)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse as argparse does, with all options."""
+        """Parse as argparse does, with all options, and check those of the command.
+
+        Raises:
+            UserError: A number is out of range, or an option has no effect beside the others.
+        """
         self.complete()
-        return super().parse_known_args(args, namespace)
+        found, rest = super().parse_known_args(args, namespace)
+        if self._chosen is not None:
+            blank = argparse.Namespace(**{action.dest: _NOT_GIVEN for action in self._actions})
+            super().parse_known_args(args, blank)
+            given = [each for each in self._actions if getattr(blank, each.dest) is not _NOT_GIVEN]
+            check_numbers(given, found)
+            refuse_idle(self._chosen, found, given={name for each in given for name in each.option_strings})
+        return found, rest
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one line on standard error."""
@@ -106,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:
         if arguments.debug:
             raise
-        print(f"twotower: {error}", file=sys.stderr)
+        print(f"twotower: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print("twotower: interrupted", file=sys.stderr)

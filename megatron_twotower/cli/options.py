@@ -1,18 +1,20 @@
 """Options whose names, types and defaults come from the parameters of a function or of a dataclass.
 
 A table says which parameters are options, and adds what a parameter does not know: the help text,
-and another name or metavar if the option has one. `add_options` declares the options, and
-`arguments_for` returns the arguments to call the function or the dataclass with.
+another name or metavar if the option has one, and the numbers that it accepts. `add_options`
+declares the options, and `arguments_for` returns the arguments to call the function or the
+dataclass with.
 """
 
 import argparse
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 from megatron_twotower.common.errors import UserError
+from megatron_twotower.config.setting import Accepts
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,13 @@ class Option:
         help: What the user sets with it.
         flag: The option, if it is not the name of the parameter with hyphens.
         keywords: Keywords of `ArgumentParser.add_argument`. They override those of the parameter.
+        accepts: The numbers that it accepts.
     """
 
     help: str
     flag: str | None
     keywords: Mapping[str, Any]
+    accepts: Accepts
 
     def flag_of(self, parameter: str) -> str:
         """The option of `parameter`, with its two hyphens."""
@@ -40,9 +44,37 @@ class Option:
         return tuple(value) if isinstance(value, list) else value
 
 
+LIMITS = ("at_least", "above", "at_most", "below")
+
+
 def option(help: str, flag: str | None = None, **keywords: Any) -> Option:
-    """An entry of a table of options."""
-    return Option(help, flag, keywords)
+    """An entry of a table of options; see `Accepts` for the limits of a number."""
+    limits = {name: keywords.pop(name) for name in LIMITS if name in keywords}
+    return Option(help, flag, keywords, Accepts(**limits))
+
+
+# A number of things: rows, steps, tokens.
+COUNT: Mapping[str, Any] = {"at_least": 1}
+
+
+def add_number(parser: "Parser", flag: str, kind: type[int] | type[float] = int, **keywords: Any) -> None:
+    """Add one option that takes numbers, with its limits."""
+    entry = option(keywords.pop("help"), flag, **keywords)
+    action = parser.add_argument(flag, type=kind, help=entry.help, **entry.keywords)
+    vars(action)["accepts"] = entry.accepts
+
+
+def check_numbers(actions: Iterable[argparse.Action], arguments: argparse.Namespace) -> None:
+    """Compare the numbers on the command line with the limits of their options.
+
+    Raises:
+        UserError: One line with the option, what was found and what is accepted.
+    """
+    for action in actions:
+        value, accepts = getattr(arguments, action.dest, None), vars(action).get("accepts")
+        for each in value if isinstance(value, list) else [value]:
+            if accepts is not None and each is not None:
+                accepts.check(action.option_strings[0], each)
 
 
 Options = Mapping[str, Option]
@@ -66,7 +98,8 @@ def add_options(parser: Parser, source: Callable[..., Any], options: Options, *,
         keywords: dict[str, Any] = {"help": entry.help, **_keywords(parameter), **entry.keywords}
         if unset and keywords.get("action") is None:
             keywords |= {"default": None, "help": entry.help + _shown(parameter.default)}
-        parser.add_argument(entry.flag_of(name), **keywords)
+        action = parser.add_argument(entry.flag_of(name), **keywords)
+        vars(action)["accepts"] = entry.accepts
 
 
 def _keywords(parameter: inspect.Parameter) -> dict[str, Any]:
@@ -98,6 +131,11 @@ def _shown(default: Any) -> str:
     if default is None:
         return ""
     return f" ({' '.join(map(str, default)) if isinstance(default, tuple) else default})"
+
+
+def flags(options: Options) -> tuple[str, ...]:
+    """The options of a table."""
+    return tuple(entry.flag_of(name) for name, entry in options.items())
 
 
 def arguments_for(options: Options, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -3,13 +3,13 @@
 import argparse
 from pathlib import Path
 
-from megatron_twotower.cli.command import Command
-from megatron_twotower.cli.options import add_options, arguments_for, option, recipe_and_overrides
+from megatron_twotower.cli.command import Command, Idle
+from megatron_twotower.cli.options import COUNT, add_number, add_options, arguments_for, option, recipe_and_overrides
 
 ASSUMPTIONS = {
-    "utilisation": option("assumed share of a GPU's dense BF16 peak while it computes"),
-    "link_share": option("assumed share of a link's speed that a collective reaches"),
-    "expert_imbalance": option("assumed tokens of the busiest expert-parallel rank over the mean"),
+    "utilisation": option("assumed share of a GPU's dense BF16 peak while it computes", above=0, at_most=1),
+    "link_share": option("assumed share of a link's speed that a collective reaches", above=0, at_most=1),
+    "expert_imbalance": option("assumed tokens of the busiest expert-parallel rank over the mean", at_least=1),
 }
 
 
@@ -17,7 +17,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     from megatron_twotower.plan.estimate import Assumptions
 
     parser.add_argument("settings", nargs="+", metavar="recipe=NAME key=value", help="as for train")
-    parser.add_argument("--ranks", type=int, help="number of ranks; parallel.ranks if left out")
+    add_number(parser, "--ranks", help="number of ranks; parallel.ranks if left out", **COUNT)
     add_options(parser, Assumptions, ASSUMPTIONS)
     parser.add_argument(
         "--measured",
@@ -25,16 +25,17 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="gpu.json of `twotower bench gpu`, whose utilisation replaces --utilisation",
     )
-    parser.add_argument(
+    add_number(
+        parser,
         "--scaling",
         nargs="+",
-        type=int,
         default=[],
         metavar="GPUS",
         help="an estimate for each number of GPUs: 8 64 256 1024",
+        **COUNT,
     )
     parser.add_argument("--search", action="store_true", help="rank other layouts of the same number of GPUs")
-    parser.add_argument("--rows", type=int, default=10, help="layouts to show")
+    add_number(parser, "--rows", default=10, help="layouts to show", **COUNT)
     parser.add_argument("--json", action="store_true", help="bytes, seconds and operations as JSON")
 
 
@@ -74,4 +75,9 @@ COMMAND = Command(
     ("twotower plan recipe=nano_30b_a3b_phase1 parallel=h100x64 --search",),
     _add_options,
     _run,
+    idle=(
+        Idle(("--ranks", "--search", "--rows"), lambda found: bool(found.scaling), "--scaling"),
+        Idle(("--rows",), lambda found: not found.search, "no --search"),
+        Idle(("--utilisation",), lambda found: found.measured is not None, "--measured"),
+    ),
 )

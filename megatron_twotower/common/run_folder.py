@@ -6,6 +6,7 @@ metrics.jsonl                one JSON object per line: training, validation and 
 checkpoints/step-00000100/   training state after that many optimizer steps
 ledger/rank-00000.jsonl      which samples each step consumed, if asked for
 nonfinite/                   batches of steps whose loss or gradients were not finite
+run.lock                     the process that trains here, while it does
 """
 
 import json
@@ -17,6 +18,7 @@ from typing import Any
 
 from megatron_twotower.common import machine
 from megatron_twotower.common.errors import UserError
+from megatron_twotower.common.files import read_json_object, write_file
 
 CONFIG_FILE = "config.yaml"
 PROVENANCE_FILE = "provenance.json"
@@ -24,6 +26,7 @@ METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS_FOLDER = "checkpoints"
 LEDGER_FOLDER = "ledger"
 NONFINITE_FOLDER = "nonfinite"
+LOCK_FILE = "run.lock"
 _PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "webdataset", "numpy")
 
 
@@ -53,9 +56,13 @@ def provenance(version: str, *, seed: int, ranks: int, backbone: str | None, fin
 
 
 def read_provenance(run: Path) -> dict[str, Any]:
-    """The facts in a run's `provenance.json`; empty if the run has not written it yet."""
+    """The facts in a run's `provenance.json`; empty if the run has not written it yet.
+
+    Raises:
+        UserError: The file cannot be read.
+    """
     file = run / PROVENANCE_FILE
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_json_object(file, expected="the facts of a run") if file.is_file() else {}
 
 
 def write_start(run: Path, *, config: str, facts: Mapping[str, Any]) -> None:
@@ -65,9 +72,8 @@ def write_start(run: Path, *, config: str, facts: Mapping[str, Any]) -> None:
         config: The configuration as YAML text.
         facts: The content of `provenance.json`.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    (run / CONFIG_FILE).write_text(config)
-    (run / PROVENANCE_FILE).write_text(json.dumps(facts, indent=1) + "\n")
+    write_file(run / CONFIG_FILE, config)
+    write_file(run / PROVENANCE_FILE, json.dumps(facts, indent=1) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,14 +1,16 @@
 """From a Hydra recipe and overrides to a resolved `RunConfig`, and back to YAML."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_twotower.common.errors import UserError, require
 from megatron_twotower.config.hf_config import model_from_hf, read_hf_config, read_pointer
+from megatron_twotower.config.overrides import plain_overrides, quoted
 from megatron_twotower.config.phases import steps_of
-from megatron_twotower.config.schema import InitConfig, RunConfig, flatten
+from megatron_twotower.config.schema import FROM_FOLDER, InitConfig, ModelConfig, RunConfig, flatten
+from megatron_twotower.config.special_tokens import RELEASED_BLOCK_SIZE, RELEASED_MASK_TOKEN_ID, read_special_tokens
 
 
 def load_recipe(recipe: str, overrides: Sequence[str] = (), *, planning: bool = False) -> RunConfig:
@@ -24,37 +26,75 @@ def load_recipe(recipe: str, overrides: Sequence[str] = (), *, planning: bool = 
     """
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError  # type: ignore[import-untyped]
+
+    path, search = prepare_hydra(recipe)
+    words = plain_overrides(overrides)
+    try:
+        with initialize_config_dir(str(path.parent), version_base="1.3"):
+            composed = compose(path.stem, overrides=[*search, *words])
+    # Hydra passes on what the YAML reader raises, and raises ValueError for some defaults lists.
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"recipe {recipe}: {_first_cause(error)}") from error
+    return resolve_composed(composed, recipe=recipe, planning=planning)
+
+
+def resolve_composed(composed: Any, *, recipe: str, planning: bool = False) -> RunConfig:
+    """Make a configuration of what Hydra composed, and resolve it.
+
+    Args:
+        composed: What Hydra composed from a recipe and overrides.
+        recipe: Name of the recipe for error messages.
+        planning: See `resolve`.
+
+    Raises:
+        UserError: The recipe does not build on `run_config`, a value is missing or refers to no
+            key, or see `resolve`.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    path, search = prepare_hydra(recipe, overrides)
+    require(
+        OmegaConf.get_type(composed) is RunConfig,
+        f"recipe {recipe}: found no settings of a run, expected a list `defaults` that begins with run_config or "
+        "another recipe",
+    )
+    given = {str(key) for key in composed.model if not OmegaConf.is_missing(composed.model, key)}
+    for item in dataclasses.fields(ModelConfig):
+        if item.name not in given:
+            composed.model[item.name] = item.default
     try:
-        with initialize_config_dir(str(path.parent), version_base="1.3"):
-            composed = compose(path.stem, overrides=[*search, *overrides])
+        missing = sorted(OmegaConf.missing_keys(composed))
+        require(not missing, f"recipe {recipe}: {', '.join(missing)}: found ???, expected a value")
         config = OmegaConf.to_object(composed)
-    except (HydraException, OmegaConfBaseException) as error:
+    except OmegaConfBaseException as error:
         raise UserError(f"recipe {recipe}: {_first_cause(error)}") from error
     assert isinstance(config, RunConfig)
-    return resolve(config, planning=planning)
+    return resolve(config, planning=planning, given=given)
 
 
-def resolve(config: RunConfig, *, planning: bool = False) -> RunConfig:
-    """Fill in the model of the backbone if the recipe has none, and the steps of all phases.
+def resolve(config: RunConfig, *, planning: bool = False, given: Collection[str] = ()) -> RunConfig:
+    """Fill in what a recipe leaves to a folder, and the steps of all phases.
+
+    From a folder come the model of the backbone, the mask token and the block size.
 
     Args:
         config: A composed configuration.
         planning: If the backbone's folder does not exist, the recipe's model is enough.
+        given: The fields of `model` that the recipe or an override sets.
 
     Raises:
-        UserError: The recipe has neither a model nor a backbone, or both and they differ.
+        UserError: The recipe has neither a model nor a backbone, or the backbone has another value
+            than the recipe.
     """
     if config.phases and config.train.steps == 0:
         total = sum(steps_of(phase.tokens, config.data) for phase in config.phases)
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=total))
     shaped = config.model.hybrid_override_pattern != ""
     if planning and shaped and not (config.init.backbone and Path(config.init.backbone).is_dir()):
-        return config
-    config = dataclasses.replace(config, init=_with_backbone(config.init))
+        return _with_noise_of_folders(config)
+    config = _with_noise_of_folders(dataclasses.replace(config, init=_with_backbone(config.init)))
     if config.init.backbone is None:
         require(
             shaped,
@@ -67,10 +107,11 @@ def resolve(config: RunConfig, *, planning: bool = False) -> RunConfig:
         return config
     source = f"{config.init.backbone}/config.json"
     found = model_from_hf(read_hf_config(config.init.backbone), source=source)
-    if shaped:
-        for key, value in flatten(config.model):
-            other = getattr(found, key)
-            require(other == value, f"model.{key}: found {value!r}, but {source} has {other!r}")
+    for key, value in flatten(config.model):
+        other = getattr(found, key)
+        require(
+            other == value or not (shaped or key in given), f"model.{key}: found {value!r}, but {source} has {other!r}"
+        )
     return dataclasses.replace(config, model=found)
 
 
@@ -87,6 +128,29 @@ def _with_backbone(init: InitConfig) -> InitConfig:
     return dataclasses.replace(init, backbone=init.backbone or own)
 
 
+def _with_noise_of_folders(config: RunConfig) -> RunConfig:
+    """Fill in the mask token and the block size if the recipe does not say.
+
+    The first folder that names one decides: the denoiser, the backbone, the tokenizer of the data.
+    """
+    noise, data = config.noise, config.data
+    if FROM_FOLDER not in (noise.mask_token_id, noise.block_size_tokens):
+        return config
+    named = [config.init.denoiser, config.init.backbone, f"{data.folder}/tokenizer" if data.folder else None]
+    folders = [folder for folder in named if folder and Path(folder).is_dir()]
+    said = [read_special_tokens(each) for each in folders] if config.objective == "two_tower" else []
+
+    def first(name: str, default: int) -> int:
+        found = (getattr(each, name) for each in said)
+        return next((value for value in found if value is not None), default)
+
+    if noise.mask_token_id == FROM_FOLDER:
+        noise = dataclasses.replace(noise, mask_token_id=first("mask_token_id", RELEASED_MASK_TOKEN_ID))
+    if noise.block_size_tokens == FROM_FOLDER:
+        noise = dataclasses.replace(noise, block_size_tokens=first("block_size", RELEASED_BLOCK_SIZE))
+    return dataclasses.replace(config, noise=noise)
+
+
 def recipes_folder() -> Path:
     """Return the folder of the shipped recipes: in the package, or next to it in a source tree."""
     package = Path(__file__).resolve().parent.parent
@@ -101,27 +165,38 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
 
 
-def prepare_hydra(recipe: str, overrides: Sequence[str]) -> tuple[Path, list[str]]:
-    """Find the file of a recipe, check the overrides, and register `RunConfig` with Hydra.
+def prepare_hydra(recipe: str) -> tuple[Path, list[str]]:
+    """Find the file of a recipe, and register `RunConfig` with Hydra.
+
+    The fields of `model` are registered without values, so that what is composed tells which of
+    them a recipe or an override sets.
 
     Returns:
         The file, and the overrides with which Hydra finds the shipped recipes.
 
     Raises:
-        UserError: Unknown recipe, or an override that adds or removes a key.
+        UserError: Unknown recipe, or a file that is not UTF-8.
     """
     from hydra.core.config_store import ConfigStore
-    from omegaconf import OmegaConf
+    from omegaconf import MISSING, OmegaConf
 
-    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else recipes_folder() / f"{recipe}.yaml"
+    path = Path(recipe) if recipe.endswith(".yaml") else recipes_folder() / f"{recipe}.yaml"
     if not path.is_file():
-        raise UserError(f"recipe {recipe!r}: not found, expected a YAML file or one of {', '.join(recipe_names())}")
-    added = [item for item in overrides if item.startswith(("+", "~"))]
-    require(not added, f"override {''.join(added[:1])!r}: keys cannot be added or removed, only set")
+        raise UserError(
+            f"recipe {recipe!r}: not found, expected a file NAME.yaml or one of {', '.join(recipe_names())}"
+        )
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"recipe {recipe}: found bytes that are not UTF-8 at place {error.start}") from error
     node = OmegaConf.structured(RunConfig)
     _allow_changes(node)
+    # Else what a recipe says could not be told from what it leaves out.
+    node.noise.mask_token_id = node.noise.block_size_tokens = FROM_FOLDER
+    for item in dataclasses.fields(ModelConfig):
+        node.model[item.name] = MISSING
     ConfigStore.instance().store(name="run_config", node=node)
-    return path.resolve(), [f"hydra.searchpath=[file://{recipes_folder()}]"]
+    return path.resolve(), [f"hydra.searchpath=[{quoted(f'file://{recipes_folder()}')}]"]
 
 
 def _allow_changes(node: Any) -> None:
@@ -136,7 +211,7 @@ def _allow_changes(node: Any) -> None:
 
 
 def _first_cause(error: BaseException) -> str:
-    """Return the innermost message of a Hydra error: it names the key and the value."""
+    """Return the innermost message of an error in one line: it names the key and the value."""
     cause = error.__cause__
     text = f"{error}\n{cause}" if cause is not None else str(error)
     noise = ("object_type", "reference_type", "To append")

@@ -15,6 +15,9 @@ from typing import Any
 from megatron_twotower.config.precision import CONTEXT_PRECISIONS, PRECISIONS
 from megatron_twotower.config.setting import FREE, setting
 
+# The value of `noise.block_size_tokens` and `noise.mask_token_id` in a recipe that does not say:
+# `recipes.resolve` fills in that of a folder.
+FROM_FOLDER = -1
 LAYER_KINDS = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
 
 
@@ -112,8 +115,11 @@ class NoiseConfig:
     t is the noise level.
 
     Attributes:
-        block_size_tokens: Tokens of a block, which the denoiser predicts together.
-        mask_token_id: The token id that replaces a masked token.
+        block_size_tokens: Tokens of a block, which the denoiser predicts together. A recipe that
+            does not say (or says -1) has the block size of the folder in `init`, or 16.
+        mask_token_id: The token id that replaces a masked token. A recipe that does not say (or
+            says -1) has the mask token of the folder in `init`, of its tokenizer or that of the
+            data, or 3. Another id than theirs is refused.
         time_per: What has one noise level: a `sequence` or a `block`.
         time_sampling: `uniform`: noise levels are independent. `stratified`: they are spread evenly
             over the range.
@@ -124,6 +130,10 @@ class NoiseConfig:
         report_buckets: Equal ranges of the noise level for which the loss is reported.
         draws_per_context: Noisy copies of each sequence that share one forward pass of the context
             tower.
+        distillation: Share of the context tower's next-token distribution in the target of a masked
+            position after which no token of its block is visible; the rest is the clean token. 0:
+            the context tower gives no targets.
+        distillation_elsewhere: The same share for the other masked positions.
     """
 
     block_size_tokens: int = setting(16, unit="tokens", at_least=1)
@@ -135,6 +145,13 @@ class NoiseConfig:
     weighting: str = setting("masked_mean", choices=("masked_mean", "elbo"))
     report_buckets: int = setting(5, unit="buckets", at_least=1)
     draws_per_context: int = setting(1, unit="copies", at_least=1)
+    distillation: float = setting(0.0, at_least=0, at_most=1)
+    distillation_elsewhere: float = setting(0.0, at_least=0, at_most=1)
+
+    @property
+    def distils(self) -> bool:
+        """Whether the context tower gives targets."""
+        return self.distillation > 0 or self.distillation_elsewhere > 0
 
 
 @dataclass(frozen=True)
@@ -229,8 +246,9 @@ class ScheduleConfig:
     Attributes:
         kind: `wsd`: warm-up, constant rate, decay over the last `decay_steps`. `cosine`: decay from
             the warm-up to the end. `constant`: no decay.
+        warmup_steps: The rate rises evenly to the highest one, which step `warmup_steps` has.
         decay_shape: Shape of the decay of `wsd`.
-        minimum_learning_rate: The rate at the end of the decay.
+        minimum_learning_rate: The rate of the last step, if there is a decay.
     """
 
     kind: str = setting("wsd", choices=("wsd", "cosine", "constant"))
@@ -262,7 +280,8 @@ class ParallelConfig:
             optimizer).
         bucket_parameters: Parameters that are reduced or gathered at a time; 0: Megatron's choice.
         collective_timeout_minutes: A collective that waits this long for a rank ends the job. The
-            watchdog (`train.hang_timeout_seconds`) must come first, because it names the rank.
+            watchdog (`train.hang_timeout_seconds`, `train.save_timeout_seconds`) must come first,
+            because it names the rank.
         threads_per_rank: CPU threads of torch; 0: torch's choice.
         ranks: The number of ranks that the layout is made for; 0: any number.
         card: The GPU that `twotower plan` computes for.
@@ -281,7 +300,7 @@ class ParallelConfig:
     overlap_grad_reduce: bool = setting(False, free=True)
     overlap_param_gather: bool = setting(False, free=True)
     bucket_parameters: int = setting(0, unit="parameters", at_least=0)
-    collective_timeout_minutes: int = setting(30, unit="minutes", at_least=1)
+    collective_timeout_minutes: int = setting(90, unit="minutes", at_least=1)
     threads_per_rank: int = setting(0, unit="threads", at_least=0)
     ranks: int = setting(0, unit="ranks", at_least=0)
     card: str = setting("h100", choices=("h100", "h200", "b200", "a100"))
@@ -315,14 +334,17 @@ class TrainConfig:
         validation_sequences: Held-out sequences of a validation.
         checkpoint_every_steps: Steps between checkpoints; 0: only at the end.
         checkpoint_async: Write checkpoints during training, from a copy in host memory.
-        keep_checkpoints: The number of newest checkpoints that stay.
+        keep_checkpoints: The number of newest checkpoints that stay. Those written while steps
+            were skipped do not count.
         keep_every_steps: Checkpoints of multiples of this step stay too; 0: none.
         verify_checkpoints: Compare each file with its checksum before a run resumes from it.
         on_damaged_checkpoint: `stop`, or resume from the `previous` checkpoint.
         stop_after_nonfinite: A step whose loss or gradients are not finite is skipped. This number
             of consecutive skipped steps ends the run.
         hang_timeout_seconds: A rank that makes no progress for this long ends the job, with an
-            error that names the rank; 0: never.
+            error that names the rank; 0: never. Every micro-batch is progress.
+        save_timeout_seconds: The same while a checkpoint is saved. What any rank writes or reads
+            back is progress, the wait until a file is on disk is not; 0: never.
         collect_garbage_every_steps: Python's garbage collector runs after this number of steps, at
             the same step on all ranks; 0: whenever Python chooses, which differs between ranks.
         ledger: Record which samples every step consumed (`ledger/` in the run folder).
@@ -347,6 +369,7 @@ class TrainConfig:
     on_damaged_checkpoint: str = setting("stop", choices=("stop", "previous"))
     stop_after_nonfinite: int = setting(10, unit="steps", at_least=1)
     hang_timeout_seconds: int = setting(900, unit="seconds", at_least=0)
+    save_timeout_seconds: int = setting(3600, unit="seconds", at_least=0)
     collect_garbage_every_steps: int = setting(100, unit="steps", at_least=0)
     ledger: bool = setting(False, free=True)
 
@@ -397,7 +420,8 @@ class LoggingConfig:
 
     Attributes:
         console: Print a table of figures.
-        wandb: Mode of Weights & Biases.
+        wandb: Mode of Weights & Biases. WANDB_MODE, WANDB_PROJECT and WANDB_NAME, if set in the
+            environment, decide instead of this key and the next two.
         project: Project in Weights & Biases.
         name: Name of the run in Weights & Biases; null: its own choice.
     """
@@ -417,8 +441,8 @@ class RunConfig:
             backbone on the next token.
         seed: Seed of all random numbers.
         output: The run folder.
-        resume: Resume from the newest checkpoint in the run folder. If false, a run folder with
-            checkpoints is an error.
+        resume: Resume from the newest checkpoint in the run folder. If false, a run folder in which
+            a run has trained is an error.
         phases: The phases of the run, in order. Empty: one phase of `train.steps`.
     """
 

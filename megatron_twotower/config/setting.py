@@ -1,6 +1,7 @@
 """Dataclass fields that state the values they accept, and the check of a configuration."""
 
 import dataclasses
+import math
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -43,9 +44,17 @@ class Accepts:
     def check(self, key: str, value: Any) -> None:
         """Compare one value with the limits.
 
+        A number must also be finite and fit into 64 bits, and a text cannot contain NUL.
+
         Raises:
             UserError: One line with the key, the value and what is accepted.
         """
+        if isinstance(value, str):
+            require("\0" not in value, f"{key}: found {value!r}, expected a text without NUL")
+        if isinstance(value, int):
+            require(abs(value) < 2**63, f"{key}: found {value}, expected less than 2^63 = {2**63}")
+        if isinstance(value, float):
+            require(not math.isinf(value), f"{key}: found {value}, expected a finite number")
         if self.choices:
             require(value in self.choices, f"{key}: found {value!r}, expected one of {', '.join(self.choices)}")
         if self.letters:

@@ -16,15 +16,17 @@ from megatron_twotower.checkpoint import files as checkpoint_files
 from megatron_twotower.common import run_folder
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.progress import BytesProgress, silent_bytes
-from megatron_twotower.config import hf_config, recipes
+from megatron_twotower.config import hf_config, overrides, recipes
 from megatron_twotower.config.hf_config import POINTER_FILE
 from megatron_twotower.config.schema import ConditioningConfig, RunConfig
+from megatron_twotower.config.special_tokens import SpecialTokens, read_special_tokens
 from megatron_twotower.convert import model_card
 from megatron_twotower.convert.hf_folder import HfFolder, fingerprint, rename_tensors, write_folder
 from megatron_twotower.convert.initial_weights import check_pointer
 from megatron_twotower.convert.mcore_checkpoint import CheckpointWeights
 from megatron_twotower.convert.tensors import LazyTensor
 from megatron_twotower.data.sources import tokenizer_folder
+from megatron_twotower.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 from megatron_twotower.hf import MODELING_FILE
 from megatron_twotower.model.parameter_map import (
     TENSOR_NAMINGS,
@@ -48,8 +50,8 @@ class ExportOptions:
         style: A key of `TENSOR_NAMINGS`, for a plain NemotronH; `None` for the style of the
             backbone's folder, or "hub".
         step: The optimizer step of the checkpoint; `None` for the newest.
-        backbone: The folder of the backbone of a denoiser alone; `None` for the folder in its
-            pointer file.
+        backbone: The folder of the backbone of a run or of a denoiser alone; `None` for the folder
+            in the configuration of the run, or in the pointer file of the denoiser.
     """
 
     what: str | None = None
@@ -110,12 +112,15 @@ def export(
     what = options.what or ("two_tower" if model.denoiser else "context")
     if what != "context" and not model.denoiser:
         raise UserError(f"{source}: found one tower, expected two to export {what}")
+    if what != "context" and options.style is not None:
+        raise UserError(f"--style: found {options.style} to export {what}, expected it for a plain NemotronH")
     kind = FOLDER_KINDS[what]
     tensors = {name: _converted(name, tensor, options.dtype) for name, tensor in kind.tensors(model, options).items()}
     card = model_card.ModelCard(what, model.facts, recipe=model.recipe is not None)
     files = {
         "README.md": card.text(name=output.name),
         model_card.GENERATION_FILE: json.dumps(model.generation, indent=2),
+        **model_card.exact_tokenizer_config(model.tokenizer),
         **kind.files(model, output),
     }
     if model.recipe is not None:
@@ -144,7 +149,7 @@ def _open_run(run: Path, options: ExportOptions) -> ExportableModel:
     """A checkpoint of a run, and the backbone that the run started from."""
     checkpoint = _find_checkpoint(run, options.step)
     state = checkpoint_files.read_state(checkpoint)
-    config = recipes.load_recipe(str(run / run_folder.CONFIG_FILE))
+    config = recipes.load_recipe(str(run / run_folder.CONFIG_FILE), _moved_backbone(run, state.backbone, options))
     model, two_tower, backbone_path = config.model, config.objective == "two_tower", config.init.backbone
     if two_tower:
         _check_conditioning(config.conditioning)
@@ -157,31 +162,60 @@ def _open_run(run: Path, options: ExportOptions) -> ExportableModel:
         raise UserError(
             f"{backbone_path}: changed since the run, found sha256 {origin[1]}, expected {state.fingerprint}"
         )
+    data = config.data.blend or config.data.folder
+    data_tokenizer = tokenizer_folder(config) if data and Path(data).exists() else None
+    said = read_special_tokens(data_tokenizer) if data_tokenizer else SpecialTokens()
     if backbone_path:
         backbone = HfFolder.open(backbone_path)
         config_json = hf_config.read_hf_config(backbone_path)
     else:
         backbone = None
         config_json = model_card.backbone_config_json(model, dtype=trained["lm_head.weight"].dtype)
+        config_json |= _special_ids(data_tokenizer)
     backbone_folder = backbone.path if backbone else None
-    data_tokenizer = tokenizer_folder(config) if config.data.folder or config.data.blend else None
     return ExportableModel(
         backbone=backbone.backbone_tensors(model) if two_tower and backbone else trained,
         denoiser=trained if two_tower else {},
         config=model_card.trained_config(config_json, config) if state.step else config_json,
         naming=backbone.naming if backbone and "backbone" in backbone.towers else TENSOR_NAMINGS["hub"],
         origin=origin,
-        generation=model_card.generation_config(backbone_folder, config_json)
-        | (model_card.block_defaults(config) if two_tower and state.step else {}),
+        generation=model_card.with_special_tokens(model_card.generation_config(backbone_folder, config_json), said)
+        | (model_card.block_defaults(config, cursor=state.cursor) if two_tower else {}),
         tokenizer=model_card.tokenizer_files(data_tokenizer, backbone_folder),
         facts=model_card.run_facts(config, run_folder.read_provenance(run), step=state.step, cursor=state.cursor),
         recipe=(run / run_folder.CONFIG_FILE).read_text(),
     )
 
 
+def _special_ids(tokenizer: Path | None) -> dict[str, int]:
+    """The special tokens that `config.json` of a model from random weights takes from its data."""
+    if tokenizer is None or not (tokenizer / TOKENIZER_FILE).is_file():
+        return {}
+    opened = load_tokenizer(tokenizer)
+    ids = {"bos_token_id": opened.bos_token_id, "eos_token_id": opened.eos_token_id}
+    return {key: value for key, value in ids.items() if value is not None}
+
+
+def _moved_backbone(run: Path, recorded: str | None, options: ExportOptions) -> list[str]:
+    """The override of a run's configuration that names the folder of a backbone that moved."""
+    if options.backbone is None:
+        if recorded is not None and not Path(recorded).is_dir():
+            raise UserError(
+                f"{recorded}: not found, expected the backbone of {run} (if it moved, name it with --backbone)"
+            )
+        return []
+    if recorded is None:
+        raise UserError(f"--backbone: found {options.backbone}, but {run} started from random weights")
+    return [f"init.backbone={overrides.quoted(str(options.backbone))}"]
+
+
 def _open_folder(path: Path, options: ExportOptions) -> ExportableModel:
     """A Hugging Face folder. If it has a denoiser alone, also the folder of its backbone."""
     folder, config_json = HfFolder.open(path), hf_config.read_hf_config(path)
+    if options.step is not None:
+        raise UserError(f"--step: found {options.step}, but {path} is no training run and has no checkpoints")
+    if options.backbone is not None and folder.towers != {"denoiser"}:
+        raise UserError(f"--backbone: found {options.backbone}, but {path} has its own context tower")
     config = RunConfig(model=hf_config.model_from_hf(config_json, source=f"{path}/config.json"))
     folder.check(config)
     backbone, sha256 = folder, fingerprint(path)
@@ -202,7 +236,9 @@ def _open_folder(path: Path, options: ExportOptions) -> ExportableModel:
         config=config_json,
         naming=backbone.naming if "backbone" in backbone.towers else TENSOR_NAMINGS["hub"],
         origin=(backbone.path, sha256),
-        generation=model_card.generation_config(path, config_json),
+        generation=model_card.with_special_tokens(
+            model_card.generation_config(path, config_json), read_special_tokens(path)
+        ),
         tokenizer=model_card.tokenizer_files(path, backbone.path),
         facts=facts,
     )

@@ -13,7 +13,7 @@ from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.files import atomic_folder
 from megatron_twotower.common.progress import BytesProgress, silent_bytes
 from megatron_twotower.config import recipes
-from megatron_twotower.config.schema import InitConfig, RunConfig, TrainConfig
+from megatron_twotower.config.schema import FROM_FOLDER, InitConfig, NoiseConfig, RunConfig, TrainConfig
 from megatron_twotower.convert.hf_folder import HfFolder, dtype_name, fingerprint, raise_faults
 from megatron_twotower.convert.initial_weights import check_pointer
 from megatron_twotower.convert.mcore_checkpoint import checkpoint_tensors, write_weights
@@ -48,6 +48,8 @@ def import_folder(
     if run.exists():
         raise UserError(f"{run}: exists, expected a folder that is not there yet")
     folder = HfFolder.open(source)
+    if backbone is not None and folder.towers != {"denoiser"}:
+        raise UserError(f"--backbone: found {backbone}, but {source} has its own context tower")
     config = _run_config(folder, run, backbone)
     folder.check(config)
     backbone_path = config.init.backbone
@@ -104,6 +106,7 @@ def _run_config(folder: HfFolder, run: Path, backbone: Path | None) -> RunConfig
             objective="two_tower" if two_tower else "ar",
             output=str(run),
             init=init,
+            noise=NoiseConfig(block_size_tokens=FROM_FOLDER, mask_token_id=FROM_FOLDER),
             train=TrainConfig(precision="bf16" if dtype == torch.bfloat16 else "fp32"),
         )
     )

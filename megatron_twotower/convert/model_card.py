@@ -5,18 +5,22 @@ These are `config.json`, the defaults of generation, the model card, and the fil
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_twotower.common.files import read_json_object
+from megatron_twotower.config.hf_config import GENERATION_FILE, MODEL_TYPE
+from megatron_twotower.config.phases import phase_number, resolve_phases
 from megatron_twotower.config.schema import ModelConfig, RunConfig
+from megatron_twotower.config.special_tokens import SpecialTokens, read_special_tokens
 from megatron_twotower.convert.hf_folder import dtype_name
+from megatron_twotower.data.tokenizer import CONFIG_FILE, EXACT_CLASS, rebuilt_class
 from megatron_twotower.hf import twotower_config_json
 
-GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -37,9 +41,10 @@ def backbone_config_json(model: ModelConfig, *, dtype: torch.dtype) -> dict[str,
     fields = dataclasses.asdict(model)
     clamp = fields.pop("time_step_clamp")
     return fields | {
-        "model_type": "nemotron_h",
+        "model_type": MODEL_TYPE,
         "architectures": ["NemotronHForCausalLM"],
         "time_step_min": max(clamp, _NO_CLAMP),
+        **_time_step_limit(clamp),
         "num_hidden_layers": model.num_layers,
         "n_shared_experts": 1,
         "n_group": 1,
@@ -71,7 +76,7 @@ def plain_config(found: Mapping[str, Any], *, dtype: torch.dtype) -> dict[str, A
         dtype: The dtype of the exported tensors.
     """
     plain = {key: value for key, value in found.items() if key != "auto_map"}
-    return _with_dtype(plain | {"architectures": ["NemotronHForCausalLM"]}, dtype)
+    return _with_dtype(plain | {"model_type": MODEL_TYPE, "architectures": ["NemotronHForCausalLM"]}, dtype)
 
 
 def two_tower_config(found: Mapping[str, Any], *, dtype: torch.dtype) -> dict[str, Any]:
@@ -86,15 +91,22 @@ def two_tower_config(found: Mapping[str, Any], *, dtype: torch.dtype) -> dict[st
 
 def _with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The same with another dtype, under the key that is there. transformers 5 writes `dtype`."""
+    # transformers does not read the older name of the head size.
+    if "attention_head_dim" in config:
+        config = {"head_dim": config["attention_head_dim"]} | config
     return config | {"dtype" if "dtype" in config else "torch_dtype": dtype_name(dtype)}
 
 
 def trained_config(found: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
     """The `config.json` of a backbone's folder, with the clamp of time steps that a run used."""
     clamp = config.model.time_step_clamp
-    if config.objective == "ar":
-        return {**found, "time_step_min": max(clamp, _NO_CLAMP)}
-    return {**found, "time_step_limit": [clamp, float("inf")]} if clamp else dict(found)
+    lowest = {"time_step_min": max(clamp, _NO_CLAMP)} if config.objective == "ar" else {}
+    return {**found, **lowest, **_time_step_limit(clamp)}
+
+
+def _time_step_limit(clamp: float) -> dict[str, Any]:
+    """The field from which this project and the modelling file read the clamp; none without it."""
+    return {"time_step_limit": [clamp, float("inf")]} if clamp else {}
 
 
 def generation_config(folder: Path | None, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,15 +118,38 @@ def generation_config(folder: Path | None, config: Mapping[str, Any]) -> dict[st
     """
     path = folder / GENERATION_FILE if folder else None
     if path and path.is_file():
-        return dict(json.loads(path.read_text()))
+        return read_json_object(path, expected="the defaults of generation")
     tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {key: config[key] for key in tokens if config.get(key) is not None}
 
 
-def block_defaults(config: RunConfig) -> dict[str, Any]:
-    """The defaults of generation by mask diffusion: mask token, and the last block size."""
-    sizes = [phase.block_size_tokens for phase in config.phases if phase.block_size_tokens is not None]
-    return {"mask_token_id": config.noise.mask_token_id, "block_size": (sizes or [config.noise.block_size_tokens])[-1]}
+def with_special_tokens(generation: Mapping[str, Any], said: SpecialTokens) -> dict[str, Any]:
+    """The defaults of generation with the mask token and EOS that another file names.
+
+    The ids of EOS are added to those that are there: text ends with each of them.
+    """
+    found, eos = dict(generation), generation.get("eos_token_id")
+    own = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    ids = list(dict.fromkeys((*own, *said.eos_token_ids)))
+    if ids:
+        found["eos_token_id"] = ids if len(ids) > 1 else ids[0]
+    if said.mask_token_id is not None:
+        found.setdefault("mask_token_id", said.mask_token_id)
+    return found
+
+
+def block_defaults(config: RunConfig, *, cursor: int) -> dict[str, Any]:
+    """The defaults of generation by mask diffusion after a run has read `cursor` sequences.
+
+    These are the mask token, the block size of the phase that the run has reached, and all block
+    sizes that its denoiser was trained with.
+    """
+    phases = resolve_phases(config)
+    reached = phases[: phase_number(phases, max(cursor - 1, 0)) + 1]
+    before = read_special_tokens(config.init.denoiser).trained_block_sizes if config.init.denoiser else ()
+    sizes = [*before, *(phase.noise.block_size_tokens for phase in reached if cursor)]
+    defaults = {"mask_token_id": config.noise.mask_token_id, "block_size": reached[-1].noise.block_size_tokens}
+    return defaults | ({"trained_block_sizes": sorted(set(sizes))} if sizes else {})
 
 
 def tokenizer_files(*folders: Path | None) -> list[Path]:
@@ -123,6 +158,21 @@ def tokenizer_files(*folders: Path | None) -> list[Path]:
         if folder and (folder / TOKENIZER_FILES[0]).is_file():
             return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     return []
+
+
+def exact_tokenizer_config(tokenizer: Sequence[Path]) -> dict[str, str]:
+    """The tokenizer_config.json with which AutoTokenizer takes tokenizer.json as it is.
+
+    Args:
+        tokenizer: The files of the tokenizer.
+
+    Returns:
+        Its text by its name; empty if the file among `tokenizer` needs no change.
+    """
+    for path in tokenizer:
+        if path.name == CONFIG_FILE and rebuilt_class(path.parent):
+            return {path.name: json.dumps(json.loads(path.read_text()) | {"tokenizer_class": EXACT_CLASS}, indent=2)}
+    return {}
 
 
 @dataclass(frozen=True)
@@ -154,6 +204,7 @@ class ModelCard:
             about,
             "## Usage",
             f"```python\n{usage}```",
+            *_NOTES[self.what],
             "## Provenance",
             "Written by `megatron_twotower`.",
             "\n".join(["| | |", "|---|---|", *rows]),
@@ -180,7 +231,7 @@ def run_facts(config: RunConfig, provenance: Mapping[str, Any], *, step: int, cu
     """
     facts = {"objective": config.objective, "steps": step, "tokens": cursor * config.data.sequence_length_tokens}
     if config.objective == "two_tower":
-        facts |= {"block size": block_defaults(config)["block_size"], "noise": _noise(config)}
+        facts |= {"block size": block_defaults(config, cursor=cursor)["block_size"], "noise": _noise(config)}
     facts |= {"seed": str(config.seed), "ranks": provenance.get("ranks"), "precision": config.train.precision}
     facts |= {key: provenance.get(key) for key in ("backbone", "backbone_sha256", "commit")}
     versions = {key: provenance.get(key) for key in ("megatron_twotower", "python")}
@@ -193,29 +244,35 @@ def _noise(config: RunConfig) -> str:
     return f"one level per {noise.time_per}, {levels}; loss {noise.weighting}"
 
 
-_LOAD = """import torch
+_IMPORTS = """import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
 """
 _PLAIN = (
-    _LOAD
-    + """model = AutoModelForCausalLM.from_pretrained("{name}").eval()
+    _IMPORTS
+    + """tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}").eval()
 inputs = tokenizer("France is a country ", return_tensors="pt")
 outputs = model.generate(**inputs, max_new_tokens=128)
 print(tokenizer.decode(outputs[0], skip_special_tokens=True))
 """
 )
 _BLOCKS = (
-    _LOAD
-    + """model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True).eval()
+    _IMPORTS
+    + """tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True).eval()
 inputs = tokenizer("France is a country ", return_tensors="pt")
 outputs = model.generate_mask_diffusion(
-    inputs["input_ids"], max_new_tokens=128, block_size=16, confidence_threshold=0.8,
-    eos_token_id=tokenizer.eos_token_id,
+    inputs["input_ids"], max_new_tokens=128, confidence_threshold=0.8
 )
 print(tokenizer.decode(outputs[0], skip_special_tokens=True))
 """
+)
+# What to know of loading a folder with two towers, or with a denoiser alone.
+_TRUST = (
+    "`modeling_nemotron_h_twotower.py` in this folder is the code of the model, so transformers needs "
+    "`trust_remote_code=True` and refuses the folder without it. `generate` and `forward` are those of the context "
+    "tower, as in other causal language models; training through them (Trainer, PEFT) trains the context tower alone."
 )
 # Title, description and usage of each kind of folder.
 _TEXTS = {
@@ -235,4 +292,5 @@ _TEXTS = {
         _BLOCKS,
     ),
 }
+_NOTES = {"context": (), "two_tower": (_TRUST,), "denoiser": (_TRUST,)}
 _TAGS = {"context": (), "two_tower": ("block-diffusion", "two-tower"), "denoiser": ("block-diffusion", "two-tower")}

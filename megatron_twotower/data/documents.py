@@ -1,35 +1,47 @@
-"""The input of a corpus: text files, JSON lines and parquet files, cut into units of work.
+"""The input of a corpus: text files and files of records, cut into units of work.
 
 One worker reads a unit from its start to its end. Units and their order follow from the inputs
 alone: held-out text files first, then files of records, then the other text files.
 """
 
-import codecs
 import hashlib
 import os
 import sysconfig
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_twotower.common.errors import UserError
+from megatron_twotower.data.input_form import (
+    JSON_SUFFIX,
+    PARQUET,
+    RECORD_SUFFIXES,
+    TEXT,
+    Unreadable,
+    find_form,
+    form_of_name,
+    has_suffix,
+    has_text,
+)
 from megatron_twotower.data.record_formats import (
+    ARRAY,
     Fault,
     checked_text,
+    column_of_strings,
+    is_compressed,
     open_parquet,
     read_column,
-    read_lines,
-    text_of_line,
+    read_items,
+    text_of_record,
 )
 
 STANDARD_LIBRARY = "python-stdlib"
 SUFFIXES = (".md", ".py", ".txt")
-LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".json.gz", ".json.zst")
-PARQUET_SUFFIX = ".parquet"
-RECORD_SUFFIXES = (*LINE_SUFFIXES, PARQUET_SUFFIX)
 TRAIN, VALIDATION = "train", "validation"
 
 _SKIPPED_FOLDERS = frozenset({"__pycache__", "dist-packages", "site-packages"})
+_FIRST_PASSED_OVER = 10
 
 
 @dataclass(frozen=True)
@@ -38,15 +50,58 @@ class Document:
 
     Attributes:
         name: Its path relative to the input under which it was found, with `/`.
+        form: What it is, see `input_form.find_form`; what its name says if left out.
     """
 
     name: str
     path: Path
+    form: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.form:
+            object.__setattr__(self, "form", form_of_name(self.path))
 
     @property
     def is_records(self) -> bool:
         """Whether it is a file of records."""
-        return self.path.name.endswith(RECORD_SUFFIXES)
+        return self.form != TEXT
+
+
+def printable(name: str) -> str:
+    """A name with bytes that are not UTF-8, which a file may have, written as escapes."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+@dataclass
+class PassedOver:
+    """What the folders of an input have besides its documents.
+
+    Attributes:
+        counts: By suffix of a file, or by another reason.
+        first: The first names, with `/` after that of a folder.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    first: list[str] = field(default_factory=list)
+
+    def add(self, name: str, reason: str) -> None:
+        """Count one, and keep its name if it is among the first."""
+        self.counts[reason] += 1
+        self.first = sorted([*self.first, name])[:_FIRST_PASSED_OVER]
+
+    def __str__(self) -> str:
+        """The counts, and the first names."""
+        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(self.counts.items()))
+        others = ", ..." if self.counts.total() > len(self.first) else ""
+        return printable(f"{counts} ({', '.join(self.first)}{others})")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The documents of all inputs, and what was passed over in their folders."""
+
+    documents: list[Document]
+    passed_over: PassedOver
 
 
 @dataclass(frozen=True)
@@ -58,7 +113,7 @@ class Unit:
         split: The split of the text files; None for records, whose texts each have a split of their
             own.
         begin, end: Of plain JSON lines, the range of bytes in which the lines start; of parquet,
-            the range of row groups.
+            the range of row groups; of other records, all bytes.
         size: Bytes of input.
     """
 
@@ -76,45 +131,96 @@ Item = tuple[int, str | Fault | None]
 # --- input files and their splits ---
 
 
-def find_documents(inputs: Sequence[str], *, suffixes: Sequence[str] = SUFFIXES) -> list[Document]:
-    """The files of all inputs, sorted by name within each input.
+def find_documents(
+    inputs: Sequence[str], *, suffixes: Sequence[str] = SUFFIXES, text_field: str = "text"
+) -> list[Document]:
+    """The documents of `find_inputs`."""
+    return find_inputs(inputs, suffixes=suffixes, text_field=text_field).documents
+
+
+def find_inputs(inputs: Sequence[str], *, suffixes: Sequence[str] = SUFFIXES, text_field: str = "text") -> Inputs:
+    """The files of all inputs, sorted by name within each input, and what was passed over.
 
     An input is a file, a folder, or `python-stdlib`, the library source (.py) of the running
-    interpreter. A folder gives its files with `suffixes` and its files of records, at any depth.
-    Hidden folders, byte-code caches and installed packages are skipped. A file that is found twice
-    counts once.
+    interpreter. A folder gives its files with `suffixes` and its files of records, at any depth; of
+    its .json files, those of records with a text. Hidden folders, byte-code caches, installed
+    packages and links to folders are skipped. A file that is found twice counts once.
+
+    Args:
+        text_field: The field of a record with its text.
 
     Raises:
-        UserError: An input does not exist or has no such file.
+        UserError: An input does not exist, has no such file, or is neither text nor records.
     """
     found: dict[Path, Document] = {}
+    passed_over = PassedOver()
     for given in inputs:
+        path = Path(given)
         if given == STANDARD_LIBRARY:
-            documents = _walk(Path(sysconfig.get_paths()["stdlib"]), suffixes=(".py",))
-        elif Path(given).is_dir():
-            documents = _walk(Path(given), suffixes=(*suffixes, *RECORD_SUFFIXES))
-        elif Path(given).is_file():
-            documents = [Document(Path(given).name, Path(given))]
+            documents = _walk(Path(sysconfig.get_paths()["stdlib"]), (".py",), text_field, PassedOver())
+        elif path.is_dir():
+            documents = _walk(path, tuple(suffixes), text_field, passed_over)
+        elif path.is_file():
+            if isinstance(form := find_form(path, text_field=text_field), Unreadable):
+                raise UserError(f"{path}: {form.reason}")
+            documents = [Document(path.name, path, form)]
         else:
             raise UserError(f"{given}: no such file or folder, expected a path or the word {STANDARD_LIBRARY}")
         if not documents:
             expected = ", ".join((*suffixes, *RECORD_SUFFIXES))
-            raise UserError(f"{given}: no files found there, expected some of {expected}")
+            others = f"; passed over: {passed_over}" if passed_over.counts else ""
+            raise UserError(f"{given}: no files found there, expected some of {expected}{others}")
         for document in documents:
             found.setdefault(document.path.resolve(), document)
     if not found:
         raise UserError(f"no input given, expected files, folders or the word {STANDARD_LIBRARY}")
-    return list(found.values())
+    return Inputs(list(found.values()), passed_over)
 
 
-def _walk(root: Path, *, suffixes: tuple[str, ...]) -> list[Document]:
+def _walk(root: Path, suffixes: tuple[str, ...], text_field: str, passed_over: PassedOver) -> list[Document]:
     documents = []
     for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS and not name.startswith(".")]
-        paths = (Path(folder, name) for name in files if name.endswith(suffixes))
-        # os.walk also lists broken links and pipes as files.
-        documents += [Document(path.relative_to(root).as_posix(), path) for path in paths if path.is_file()]
+        for name in list(subfolders):
+            if reason := _skipped_folder(folder, name):
+                subfolders.remove(name)
+                passed_over.add(f"{Path(folder, name).relative_to(root).as_posix()}/", reason)
+        for name in files:
+            path = Path(folder, name)
+            relative = path.relative_to(root).as_posix()
+            form = _form_in_folder(path, suffixes, text_field)
+            if isinstance(form, Unreadable):
+                passed_over.add(relative, form.reason)
+            else:
+                documents.append(Document(relative, path, form))
     return sorted(documents, key=lambda document: document.name)
+
+
+def _skipped_folder(folder: str, name: str) -> str | None:
+    """Why a folder in an input is not read; None if it is."""
+    if name in _SKIPPED_FOLDERS:
+        return name
+    if name.startswith("."):
+        return "hidden folder"
+    return "link to a folder" if os.path.islink(os.path.join(folder, name)) else None
+
+
+def _form_in_folder(path: Path, suffixes: tuple[str, ...], text_field: str) -> str | Unreadable:
+    """The form of a file of a folder, or why it is passed over."""
+    as_text = has_suffix(path, suffixes)
+    if not as_text and not has_suffix(path, RECORD_SUFFIXES):
+        return Unreadable(path.suffix.lower() or "without suffix")
+    if not path.is_file():  # os.walk also lists broken links and pipes as files
+        return Unreadable("no file")
+    form = find_form(path, text_field=text_field)
+    if has_suffix(path, [JSON_SUFFIX]):  # any folder may have such files that are no records
+        if isinstance(form, str) and has_text(path, form, text_field=text_field):
+            return form
+        return TEXT if as_text else Unreadable(f"{JSON_SUFFIX} without records with {text_field!r}")
+    if isinstance(form, Unreadable):
+        if not as_text:
+            raise UserError(f"{path}: {form.reason}")
+        return Unreadable(f"{path.suffix.lower()} of {form.reason.removeprefix('found ').partition(',')[0]}")
+    return form
 
 
 def read_text(document: Document) -> str | None:
@@ -183,7 +289,7 @@ def cut_units(
     )
     units = list(_text_units(splits[VALIDATION], split=VALIDATION, unit_bytes=unit_bytes))
     for document in documents:
-        if document.path.name.endswith(PARQUET_SUFFIX):
+        if document.form == PARQUET:
             units += _parquet_units(document, text_field=text_field, unit_bytes=unit_bytes)
         elif document.is_records:
             units += _line_units(document, unit_bytes=unit_bytes)
@@ -206,7 +312,7 @@ def _text_units(documents: Sequence[Document], *, split: str, unit_bytes: int) -
 
 def _line_units(document: Document, *, unit_bytes: int) -> Iterator[Unit]:
     size = document.path.stat().st_size
-    if document.path.suffix in (".gz", ".zst"):  # can only be read from the start
+    if document.form == ARRAY or is_compressed(document.path):  # can only be read from the start
         yield Unit((document,), None, 0, size, size)
         return
     for begin in range(0, size, unit_bytes):
@@ -216,12 +322,8 @@ def _line_units(document: Document, *, unit_bytes: int) -> Iterator[Unit]:
 
 def _parquet_units(document: Document, *, text_field: str, unit_bytes: int) -> Iterator[Unit]:
     with open_parquet(document.path) as file:
-        schema, metadata = file.schema_arrow, file.metadata
-        if text_field not in schema.names:
-            raise UserError(f"{document.path}: no column {text_field!r}, found {', '.join(schema.names)}")
-        kind = str(schema.field(text_field).type)
-        if "string" not in kind or "list" in kind or "struct" in kind:
-            raise UserError(f"{document.path}: column {text_field!r} holds {kind}, expected strings")
+        column_of_strings(document.path, file.schema_arrow, text_field)
+        metadata = file.metadata
         begin = total = 0
         sizes = [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
         for number, size in enumerate(sizes):
@@ -237,15 +339,15 @@ def _parquet_units(document: Document, *, text_field: str, unit_bytes: int) -> I
 
 
 def read_unit(unit: Unit, *, text_field: str, advance: Callable[[int], None]) -> Iterator[Item]:
-    """Yields every line, row or file of a unit.
+    """Yields every line, value, row or file of a unit.
 
-    One line, one file or a few hundred rows are in memory at a time.
+    One line, value or file, or a few hundred rows, are in memory at a time.
 
     Args:
         advance: Receives the numbers of bytes of input, as they are read.
 
     Raises:
-        UserError: a file cannot be read, or its compression is damaged.
+        UserError: a file cannot be read, or its compression or array is damaged.
     """
     first = unit.files[0].path
     if unit.split is not None:
@@ -253,14 +355,14 @@ def read_unit(unit: Unit, *, text_field: str, advance: Callable[[int], None]) ->
             text = read_text(document)
             yield number, Fault("not_utf8") if text is None else text
             advance(document.path.stat().st_size)
-    elif first.name.endswith(PARQUET_SUFFIX):
+    elif unit.files[0].form == PARQUET:
         values = read_column(first, text_field, range(unit.begin, unit.end), size=unit.size, advance=advance)
         for number, value in enumerate(values):
             yield number, checked_text(value, f"column {text_field!r}")
     else:
-        for number, line in enumerate(read_lines(first, unit.begin, unit.end, advance=advance)):
-            line = line.removeprefix(codecs.BOM_UTF8)  # at the start of the file, or of a file appended to it
-            yield number, text_of_line(line, text_field=text_field) if line.strip() else None
+        items = read_items(first, unit.files[0].form, unit.begin, unit.end, advance=advance)
+        for number, item in enumerate(items):
+            yield number, text_of_record(item, text_field=text_field)
 
 
 def training_texts(documents: Sequence[Document], *, holdout_fraction: float, text_field: str) -> Iterator[str]:

@@ -16,6 +16,7 @@ from megatron_twotower.common import plots
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.data import remote
 from megatron_twotower.data.blend import prepared_folders, split_folder
+from megatron_twotower.data.documents import printable
 from megatron_twotower.data.shards import Corpus
 from megatron_twotower.data.tokenizer import load_tokenizer
 
@@ -158,7 +159,7 @@ def document_name(corpus: Corpus, number: int) -> str:
     with tarfile.open(corpus.local_shard(shard), mode="r:") as tar:
         for member in tar:
             if member.name == f"{number:09d}.json" and (stream := tar.extractfile(member)):
-                return str(json.load(stream)["name"])
+                return printable(json.load(stream)["name"])
     return "without a name"
 
 

@@ -29,8 +29,10 @@ from typing import Any
 from megatron_twotower import __version__
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.progress import CorpusProgress, OnCorpusProgress
+from megatron_twotower.config.special_tokens import read_special_tokens
 from megatron_twotower.data import workers, workspace
-from megatron_twotower.data.documents import SUFFIXES, TRAIN, VALIDATION, Unit, cut_units, find_documents
+from megatron_twotower.data.documents import SUFFIXES, TRAIN, VALIDATION, PassedOver, Unit, cut_units, find_inputs
+from megatron_twotower.data.mask_token import check_mask_token
 from megatron_twotower.data.parts import FIRST_FAULTS, UnitTask, part_path, read_part, write_part
 from megatron_twotower.data.planned_shards import ShardTask, read_planned_shard, shard_arrays, write_planned_shard
 from megatron_twotower.data.selection import Selection, lines_before, select
@@ -90,8 +92,8 @@ def prepare(
     OUTPUT.partial, and resumes from there when it is called again with the same settings.
 
     Left out and counted are files that are not UTF-8, and texts that are empty, that repeat another
-    text, or that are too short or too long. A shard takes documents up to `shard_tokens` tokens, or
-    one longer document.
+    text, or that are too short or too long. What is passed over in a folder is counted and named.
+    A shard takes documents up to `shard_tokens` tokens, or one longer document.
 
     Args:
         inputs: Files and folders of text or records, or `python-stdlib`
@@ -114,9 +116,9 @@ def prepare(
         unit_bytes: Input that one worker reads at a time.
 
     Raises:
-        UserError: An input or the tokenizer is missing, there is no text to train on, a value is
-            out of range, too many records are malformed, the disk is full, OUTPUT.partial is from
-            other settings, or `output` exists. `output` is then unchanged.
+        UserError: An input or the tokenizer is missing or cannot be read, there is no text to train
+            on, a value is out of range, too many records are malformed, the disk is full,
+            OUTPUT.partial is from other settings, or `output` exists. `output` is then unchanged.
     """
     output = Path(output)
     settings = Settings(
@@ -134,7 +136,8 @@ def prepare(
     _check_settings(settings, workers=workers, max_malformed=max_malformed)
     workspace.check_output(output, mark=f"{TRAIN}/{INDEX_FILE}", overwrite=overwrite)
     vocabulary = _vocabulary(Path(tokenizer), settings)
-    documents = find_documents(inputs, suffixes=suffixes)
+    found = find_inputs(inputs, suffixes=suffixes, text_field=text_field)
+    documents = found.documents
     units = cut_units(documents, holdout_fraction=holdout_fraction, text_field=text_field, unit_bytes=unit_bytes)
     request = _request(inputs, units, settings, vocabulary)
     with workspace.resuming(output, request=request, overwrite=overwrite) as partial:
@@ -153,9 +156,9 @@ def prepare(
         )
         if not selection.totals[TRAIN]["documents"]:
             workspace.discard(partial)
-            found = f"{_what_was_found(selection)} in {len(documents)} files"
-            raise UserError(f"{' '.join(inputs)}: found {found}, expected text to train on")
-        summary = _write_data(job, selection, faults=_faults(units, part_counts))
+            what = f"{_what_was_found(selection)} in {len(documents)} files"
+            raise UserError(f"{' '.join(inputs)}: found {what}, expected text to train on")
+        summary = _write_data(job, selection, faults=_faults(units, part_counts), passed_over=found.passed_over)
         _write_provenance(job, inputs=inputs, part_counts=part_counts)
         workspace.move_into_place(output)
     return summary
@@ -168,13 +171,17 @@ def prepare(
 class _Vocabulary:
     vocab_size: int
     tokenizer_fingerprint: str
+    exact_ids: bool
     dtype: str
     bos_token_id: int | None
     eos_token_id: int | None
 
 
 def _vocabulary(tokenizer: Path, settings: Settings) -> _Vocabulary:
-    opened = load_tokenizer(tokenizer)
+    opened, said = load_tokenizer(tokenizer), read_special_tokens(tokenizer)
+    if said.mask_token_id is not None:
+        size, ends = max(opened.get_vocab().values()) + 1, said.eos_token_ids
+        check_mask_token(tokenizer, said.mask_token_id, vocab_size=size, key="mask_token_id", eos_ids=ends)
     ids = {"bos": (settings.bos, opened.bos_token_id), "eos": (settings.eos, opened.eos_token_id)}
     for name, (choice, token) in ids.items():
         if choice == "document" and token is None:
@@ -185,6 +192,7 @@ def _vocabulary(tokenizer: Path, settings: Settings) -> _Vocabulary:
     return _Vocabulary(
         vocab_size=vocab_size,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        exact_ids=True,
         dtype="uint16" if vocab_size <= 1 << 16 else "uint32",
         bos_token_id=opened.bos_token_id if settings.bos == "document" else None,
         eos_token_id=opened.eos_token_id if settings.eos == "document" else None,
@@ -322,7 +330,7 @@ def _faults(units: Sequence[Unit], part_counts: Sequence[dict[str, Any]]) -> lis
 # --- writing ---
 
 
-def _write_data(job: _Job, selection: Selection, *, faults: Sequence[str]) -> dict[str, Any]:
+def _write_data(job: _Job, selection: Selection, *, faults: Sequence[str], passed_over: PassedOver) -> dict[str, Any]:
     """Write shards, indices, tokenizer and summary into `data`; return the summary."""
     data, vocabulary = job.folder / "data", job.vocabulary
     for split in selection.splits:
@@ -352,7 +360,12 @@ def _write_data(job: _Job, selection: Selection, *, faults: Sequence[str]) -> di
     for name in _TOKENIZER_FILES:
         if (job.tokenizer / name).is_file():
             shutil.copyfile(job.tokenizer / name, data / "tokenizer" / name)
-    summary = {**header, "splits": splits, "malformed": list(faults)}
+    summary = {
+        **header,
+        "splits": splits,
+        "malformed": list(faults),
+        "passed_over": {"counts": dict(sorted(passed_over.counts.items())), "first": passed_over.first},
+    }
     (data / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 

@@ -143,7 +143,8 @@ def trim(folder: Path, *, keep: int) -> None:
             elif path.suffix == _PARTIAL and seconds < time.time() - _STALE_SECONDS:
                 path.unlink()
     for _, path in sorted(copies)[: max(len(copies) - keep, 0)]:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # one that cannot be removed takes space, and nothing else
+            path.unlink()
 
 
 def _retried(url: str, attempt: Callable[[], T]) -> T:

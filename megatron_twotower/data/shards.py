@@ -158,6 +158,8 @@ class Corpus:
 
     Attributes:
         folder: a path, or a URL (str).
+        exact_ids: Whether the ids of the text are known to be those of its tokenizer.json. Data
+            prepared by older versions says nothing about it (`tokenizer.rebuilt_class`).
         total_bytes, total_characters: Of the text of the ids (UTF-8), without BOS and EOS.
         bos_token_id, eos_token_id: The first and last id of each document; None if nothing was
             added.
@@ -173,6 +175,7 @@ class Corpus:
     folder: Path | str
     vocab_size: int
     tokenizer_fingerprint: str
+    exact_ids: bool
     total_tokens: int
     total_bytes: int
     total_characters: int
@@ -363,6 +366,7 @@ def _open_corpus(folder: Path | str, *, verify_shards: bool) -> Corpus:
             folder=folder,
             vocab_size=index["vocab_size"],
             tokenizer_fingerprint=index["tokenizer_fingerprint"],
+            exact_ids=index.get("exact_ids", False),
             total_tokens=index["tokens"],
             total_bytes=index["bytes"],
             total_characters=index["characters"],

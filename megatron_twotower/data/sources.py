@@ -2,7 +2,8 @@
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Sequence
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from megatron_twotower.data.blend import Blend, BlendedDataset, BlendMixture, sp
 from megatron_twotower.data.dataset import SequenceDataset
 from megatron_twotower.data.order import LONGEST_PERIOD, Shuffle
 from megatron_twotower.data.packing import Packing
-from megatron_twotower.data.shards import Corpus
-from megatron_twotower.data.tokenizer import tokenizer_fingerprint
+from megatron_twotower.data.shards import INDEX_FILE, OFFSETS_FILE, STARTS_FILE, Corpus
+from megatron_twotower.data.tokenizer import accepted_fingerprints, rebuilt_class
 
 
 def open_training(config: RunConfig, *, examine: bool = True) -> SequenceDataset | BlendedDataset:
@@ -73,6 +74,26 @@ def open_validation(config: RunConfig, count: int, *, examine: bool = True) -> S
     return source
 
 
+def describing_files(config: RunConfig) -> dict[str, list[Path]]:
+    """The files that say what a run reads, by key and path: blend file, indices and their arrays.
+
+    Files at URLs are not among them.
+
+    Raises:
+        UserError: The blend file cannot be read.
+    """
+    data, files = config.data, {}
+    folders = [data.folder] if data.folder else []
+    if data.blend:
+        files[f"data.blend {data.blend}"] = [Path(data.blend)]
+        folders = [corpus.folder for mixture in _mixtures(config, resolve_phases(config)) for corpus in mixture.corpora]
+    for folder in dict.fromkeys(folders):
+        splits = [split_folder(folder, split) for split in ("train", "validation")]
+        names = (INDEX_FILE, STARTS_FILE, OFFSETS_FILE)
+        files[f"data {folder}"] = [split / name for split in splits if isinstance(split, Path) for name in names]
+    return files
+
+
 def _mixtures(config: RunConfig, phases: Sequence[Phase]) -> list[BlendMixture]:
     blend = Blend.open(config.data.blend, root=config.data.folder or None)
     return [blend.mixture(phase.mixture) for phase in phases]
@@ -122,11 +143,16 @@ def _open_corpus(config: RunConfig, folder: str, split: str, *, number: int, exa
     )
     backbone = config.init.backbone
     if examine and backbone and (Path(backbone) / "tokenizer.json").is_file():
-        expected = tokenizer_fingerprint(Path(backbone))
-        if corpus.tokenizer_fingerprint != expected:
+        accepted = accepted_fingerprints(Path(backbone), exact_ids=corpus.exact_ids)
+        if corpus.tokenizer_fingerprint not in accepted:
             raise UserError(
                 f"{folder}: found tokens of tokenizer {corpus.tokenizer_fingerprint[:12]}, expected those "
-                f"of {backbone}, {expected[:12]}"
+                f"of {backbone}, {accepted[0][:12]}"
+            )
+        if not corpus.exact_ids and (name := rebuilt_class(Path(backbone))):
+            logging.getLogger(__name__).warning(
+                f"{folder}: prepared by an older version with tokenizer_class {name}, so its ids may not be those of "
+                "tokenizer.json (`twotower data verify` compares them)"
             )
     if corpus.vocab_size > config.model.vocab_size:
         raise UserError(
@@ -152,6 +178,20 @@ def tokenizer_folder(config: RunConfig) -> Path:
     return Path(_mixtures(config, resolve_phases(config))[0].corpora[0].folder) / "tokenizer"
 
 
+def order_settings(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that decide the order of a run, except for the alignment of documents.
+
+    Args:
+        configuration: A resolved configuration as nested mappings, such as that of a checkpoint.
+    """
+    data = configuration["data"]
+    names = ("sequence_length_tokens", "documents", "shuffle")
+    order = {"seed": configuration["seed"]} | {name: data[name] for name in names}
+    if data["shuffle"] == "windowed":
+        order |= {"run_tokens": data["shuffle_run_tokens"], "window_runs": data["shuffle_window_runs"]}
+    return order
+
+
 def data_summary(config: RunConfig, source: SequenceDataset | BlendedDataset) -> dict[str, Any]:
     """What decides the order of a run, as values of JSON, and the share of padding of every corpus.
 
@@ -159,17 +199,9 @@ def data_summary(config: RunConfig, source: SequenceDataset | BlendedDataset) ->
         Order: the settings; corpora: by name, "" if there is no blend; phases: of a blend, the
         first sequence and the weights of each phase.
     """
-    data = config.data
-    order = {
-        "seed": config.seed,
-        "sequence_length_tokens": data.sequence_length_tokens,
-        "documents": data.documents,
-        "shuffle": data.shuffle,
-    }
-    if data.documents == "respect":
+    order = order_settings(dataclasses.asdict(config))
+    if config.data.documents == "respect":
         order["alignment"] = document_alignment(config)
-    if data.shuffle == "windowed":
-        order |= {"run_tokens": data.shuffle_run_tokens, "window_runs": data.shuffle_window_runs}
     weighted: list[tuple[Phase, dict[str, float]]] = []
     datasets = {"": source} if isinstance(source, SequenceDataset) else source.datasets
     if isinstance(source, BlendedDataset):

@@ -2,15 +2,23 @@
 
 Ids 0 to 3 of a tokenizer trained here are `<unk>` (also padding), `<s>`, `</s>` and `<mask>`. Ids 4
 to 259 are the 256 bytes, so no text ever needs `<unk>`.
+
+The ids of a text are those of tokenizer.json, in every release of transformers. AutoTokenizer gives
+others: for some names in `tokenizer_class` it builds the pre-tokenizer anew, and which names these
+are depends on the release (5.3: LlamaTokenizer and others; 5.24: GPT2Tokenizer, Qwen2Tokenizer,
+GPTNeoXTokenizer, CodeGenTokenizer and others).
 """
 
+import functools
 import hashlib
+import json
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.files import write_file
@@ -18,6 +26,13 @@ from megatron_twotower.common.files import write_file
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<mask>")
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
 TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+# Files next to tokenizer.json that transformers reads tokens from.
+_TOKEN_FILES = (TOKENIZER_FILE, CONFIG_FILE, "special_tokens_map.json", "added_tokens.json")
+# With this `tokenizer_class` every release of transformers takes tokenizer.json as it is.
+EXACT_CLASS = "PreTrainedTokenizerFast"
+_EXACT_CLASSES = (None, EXACT_CLASS, "TokenizersBackend")
+_NOT_SPECIAL = re.compile(rb'"special"\s*:\s*false')
 
 # The pieces that merges never cross. They are chosen for source code. A line break includes the
 # indentation after it, so that a new level is one token. A word includes the space or dot before it
@@ -101,27 +116,111 @@ def _tokenizer_file(folder: Path) -> Path:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Open the tokenizer in `folder`, from local files only.
 
+    It encodes text as tokenizer.json does. The other files name its special tokens and its chat
+    template.
+
     Raises:
-        UserError: The folder or its tokenizer.json is missing, or is not a fast tokenizer.
+        UserError: The folder or its tokenizer.json is missing or cannot be read, or another file
+            adds an ordinary token that tokenizer.json does not have.
     """
-    file = _tokenizer_file(folder)
+    return _load(_tokenizer_file(folder))[0]
+
+
+def _load(file: Path) -> tuple[PreTrainedTokenizerFast, list[str]]:
+    """The tokenizer of a tokenizer.json, and the tokens that only other files call special."""
+    folder = file.parent
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), local_files_only=True)
+        plain = Tokenizer.from_file(str(file))
+        # The class is named, so that no other class builds the tokenizer anew. So is the file,
+        # because `fast_tokenizer_files` of tokenizer_config.json may name another one.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False, tokenizer_file=str(file)
+        )
     except Exception as error:  # the Rust parser raises plain `Exception`
         reason = " ".join(str(error).split())
         raise UserError(f"{file}: cannot be read as a Hugging Face tokenizer ({reason})") from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(f"{folder}: found a {type(tokenizer).__name__}, expected a fast tokenizer (tokenizer.json)")
-    return tokenizer
+    backend, made_special = tokenizer.backend_tokenizer, []
+    backend.normalizer, backend.pre_tokenizer = plain.normalizer, plain.pre_tokenizer
+    own = plain.get_added_tokens_decoder()
+    for token_id, token in backend.get_added_tokens_decoder().items():
+        if token_id not in own:
+            if not token.special:
+                raise UserError(
+                    f"{folder}: found an added token {token.content!r} that {TOKENIZER_FILE} does not have, expected "
+                    f"ordinary tokens in {TOKENIZER_FILE} (`save_pretrained` of the tokenizer writes them there)"
+                )
+        elif repr(token) != repr(own[token_id]):  # transformers took what another file says of it
+            if token.special and not own[token_id].special:
+                made_special.append(token.content)
+                own[token_id].special = True
+            backend.add_tokens([own[token_id]])
+    return tokenizer, made_special
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
-    """SHA-256, in hex, of the tokenizer.json in `folder`. Equal fingerprints mean equal ids.
+    """SHA-256, in hex, of what decides the ids of a text: equal fingerprints mean equal ids.
+
+    That is tokenizer.json and, if there are any, the tokens that only another file calls special
+    (`text_encoder` encodes their spelling as characters).
 
     Raises:
         UserError: The folder or its tokenizer.json is missing.
     """
-    return hashlib.sha256(_tokenizer_file(folder).read_bytes()).hexdigest()
+    return accepted_fingerprints(folder, exact_ids=True)[0]
+
+
+def accepted_fingerprints(folder: Path, *, exact_ids: bool) -> tuple[str, ...]:
+    """The fingerprints of data whose ids are those of the tokenizer in `folder`.
+
+    Args:
+        exact_ids: False for data prepared before ids were those of tokenizer.json in every release
+            of transformers. The fingerprint of such data is the SHA-256 of tokenizer.json alone.
+
+    Raises:
+        UserError: The folder or its tokenizer.json is missing.
+    """
+    file = _tokenizer_file(folder)
+    times = [path.stat().st_mtime_ns if (path := file.with_name(name)).is_file() else 0 for name in _TOKEN_FILES]
+    found = _fingerprints(file.resolve(), tuple(times))
+    return found[:1] if exact_ids else found
+
+
+def rebuilt_class(folder: Path) -> str | None:
+    """The name in tokenizer_config.json by which some release of transformers changes the ids.
+
+    Data that was prepared before `exact_ids` with such a tokenizer may hold other ids than
+    tokenizer.json gives. None if the name changes nothing.
+    """
+    try:
+        name = json.loads((folder / CONFIG_FILE).read_bytes()).get("tokenizer_class")
+    except (AttributeError, OSError, ValueError):
+        return None
+    return None if name in _EXACT_CLASSES else str(name)
+
+
+@functools.lru_cache(maxsize=64)
+def _fingerprints(file: Path, times: tuple[int, ...]) -> tuple[str, str]:
+    """The fingerprint, and the SHA-256 of tokenizer.json alone.
+
+    Args:
+        times: Part of the cache key, because the files may change.
+    """
+    content = file.read_bytes()
+    digest = hashlib.sha256(content)
+    alone = digest.hexdigest()
+    # To load a large tokenizer takes seconds. Most have only special tokens among those added.
+    if _NOT_SPECIAL.search(content) and (made_special := _load(file)[1]):
+        digest.update(json.dumps(sorted(made_special)).encode())
+    return digest.hexdigest(), alone
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether UTF-8 can encode a text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[Sequence[str]], list[list[int]]]:
@@ -129,6 +228,8 @@ def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[Sequence[str]]
 
     A special token that a text spells out ("<mask>" in a source file) is encoded as its characters:
     clean text must never contain the mask token or end early.
+
+    The function raises a `UserError` for text that UTF-8 cannot encode.
     """
     # A copy, because the settings below would change the tokenizer of the caller.
     plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -137,6 +238,12 @@ def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[Sequence[str]]
     plain.encode_special_tokens = True
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+        try:
+            return [encoding.ids for encoding in plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except TypeError as error:
+            for text in texts:
+                if not _is_unicode(text):
+                    raise UserError(f"found half of a surrogate pair in {text[:60]!r}, expected text") from error
+            raise
 
     return encode

@@ -4,7 +4,7 @@ import functools
 import itertools
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from megatron_twotower.common.progress import CorpusProgress, OnCorpusProgress
 from megatron_twotower.data import remote
 from megatron_twotower.data.blend import prepared_folders, split_folder
 from megatron_twotower.data.shards import INDEX_FILE, Corpus, checksum, token_members
-from megatron_twotower.data.tokenizer import tokenizer_fingerprint
+from megatron_twotower.data.tokenizer import accepted_fingerprints, load_tokenizer, text_encoder
 from megatron_twotower.data.workers import count, unordered
+
+_DOCUMENTS_ENCODED_AGAIN = 8  # of a shard
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,13 @@ class _Check:
 
     Attributes:
         split: The folder or URL of its split.
+        tokenizer: The folder of the tokenizer to compare ids with; None for a corpus whose ids are
+            known to be exact, and for one at a URL.
     """
 
     split: str
     shard: int
+    tokenizer: Path | None
 
 
 def verify(
@@ -44,7 +49,9 @@ def verify(
 
     Checked are the index and its arrays, the size and checksum of each shard, the index against the
     tar, ids against the vocabulary, BOS and EOS, the totals, and that all data is from one
-    tokenizer: that of its folder, and `tokenizer` if given.
+    tokenizer: that of its folder, and `tokenizer` if given. A few documents of each shard that an
+    older version prepared are decoded and encoded again: their ids may not be those of
+    tokenizer.json (`Corpus.exact_ids`).
 
     Args:
         data, folder: As in `blend.prepared_folders`.
@@ -53,7 +60,7 @@ def verify(
     problems: list[str] = []
     checks: list[_Check] = []
     total_tokens = 0
-    given = {} if tokenizer is None else {str(tokenizer): tokenizer_fingerprint(tokenizer)}
+    given = {} if tokenizer is None else {str(tokenizer): accepted_fingerprints(tokenizer, exact_ids=False)}
     _open.cache_clear()  # it remembers faults, which may be repaired since
     for prepared in dict.fromkeys(prepared_folders(data, folder=folder).values()):
         totals = _read_totals(prepared, problems)
@@ -64,9 +71,12 @@ def verify(
                 problems.append(str(error))
                 continue
             problems += _index_problems(corpus, totals[split])
-            problems += _tokenizer_problems(corpus, {**_own_tokenizer(prepared, problems), **given})
-            given.setdefault(str(corpus.folder), corpus.tokenizer_fingerprint)
-            checks += [_Check(str(corpus.folder), number) for number in range(len(corpus.shards))]
+            own = _own_tokenizer(prepared, problems)
+            problems += _tokenizer_problems(corpus, {**own, **given})
+            given.setdefault(str(corpus.folder), (corpus.tokenizer_fingerprint,) * 2)
+            known = corpus.exact_ids or not any(corpus.tokenizer_fingerprint in each for each in own.values())
+            compared = None if known else Path(prepared) / "tokenizer"
+            checks += [_Check(str(corpus.folder), number, compared) for number in range(len(corpus.shards))]
             total_tokens += corpus.total_tokens
 
     def on_count(amounts: Sequence[int]) -> None:
@@ -91,23 +101,28 @@ def _read_totals(prepared: str, problems: list[str]) -> dict[str, Any]:
         return {}
 
 
-def _own_tokenizer(prepared: str, problems: list[str]) -> dict[str, str]:
+def _own_tokenizer(prepared: str, problems: list[str]) -> dict[str, tuple[str, ...]]:
     if remote.is_url(prepared):
         return {}
     folder = Path(prepared) / "tokenizer"
     try:
-        return {str(folder): tokenizer_fingerprint(folder)}
+        return {str(folder): accepted_fingerprints(folder, exact_ids=False)}
     except UserError as error:
         problems.append(str(error))
         return {}
 
 
-def _tokenizer_problems(corpus: Corpus, others: dict[str, str]) -> Iterator[str]:
-    for name, fingerprint in others.items():
-        if fingerprint != corpus.tokenizer_fingerprint:
+def _tokenizer_problems(corpus: Corpus, others: dict[str, tuple[str, ...]]) -> Iterator[str]:
+    """A line for each of `others` that is another tokenizer.
+
+    Args:
+        others: By name, the fingerprint for exact ids, then that for older data.
+    """
+    for name, fingerprints in others.items():
+        if corpus.tokenizer_fingerprint not in (fingerprints[:1] if corpus.exact_ids else fingerprints):
             yield (
                 f"{corpus.folder}: found tokens of tokenizer {corpus.tokenizer_fingerprint[:12]}, expected those of "
-                f"{name}, {fingerprint[:12]}"
+                f"{name}, {fingerprints[0][:12]}"
             )
 
 
@@ -148,6 +163,8 @@ def shard_problems(check: _Check) -> list[str]:
         if in_tar != in_index:
             return [f"{name}: found (document, offset, (tokens, dtype)) {in_tar}, expected {in_index} of {INDEX_FILE}"]
     problems = list(_id_problems(corpus, first, last, name))
+    if check.tokenizer and not problems:
+        problems = list(_other_ids(corpus, first, last, name, check.tokenizer))
     count(last - first, 0, corpus.shards[check.shard].tokens)
     return problems
 
@@ -166,3 +183,26 @@ def _id_problems(corpus: Corpus, first: int, last: int, name: str) -> Iterator[s
             if token is not None and ids[place] != token:
                 yield f"{name}: found id {ids[place]} where document {number} has its {mark}, expected {token}"
                 return
+
+
+def _other_ids(corpus: Corpus, first: int, last: int, name: str, tokenizer: Path) -> Iterator[str]:
+    """A line if a document has other ids than the tokenizer gives for its text."""
+    decode, encode = _codec(tokenizer)
+    begin, end = int(corpus.bos_token_id is not None), int(corpus.eos_token_id is not None)
+    for number in range(first, last, -(-(last - first) // _DOCUMENTS_ENCODED_AGAIN)):
+        ids = corpus.document(number).tolist()
+        ids = ids[begin : len(ids) - end]
+        again = encode([decode(ids)])[0]
+        # A tokenizer that changes text cannot be compared in this way.
+        if again != ids and decode(again) == decode(ids):
+            yield (
+                f"{name}: found ids in document {number} that are not those of {tokenizer} for its text: an older "
+                "version prepared it with a tokenizer that transformers had built anew; prepare the data again"
+            )
+            return
+
+
+@functools.lru_cache(maxsize=1)
+def _codec(tokenizer: Path) -> tuple[Callable[[Sequence[int]], str], Callable[[Sequence[str]], list[list[int]]]]:
+    opened = load_tokenizer(tokenizer)
+    return functools.partial(opened.backend_tokenizer.decode, skip_special_tokens=False), text_encoder(opened)

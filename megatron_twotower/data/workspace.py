@@ -105,7 +105,8 @@ def move_into_place(output: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
         output.replace(old)
     (partial / "data").replace(output)
-    shutil.rmtree(partial)
+    # NFS keeps the lock, which is open, under another name; the next run removes it.
+    shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -94,7 +94,7 @@ def score_by_bound(
             cache,
             ids,
             lengths,
-            block_size=settings.block_size,
+            block_size=settings.block_size or model.block_size,
             draws=settings.bound_draws,
             seed=settings.seed,
             mask_id=mask_id,

@@ -5,6 +5,7 @@ Importing this module registers the name `twotower` with the harness. It needs t
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from megatron_twotower.evaluate.harness_settings import (
 from megatron_twotower.generate.engine import (
     GenerationSettings,
     default_devices,
+    eos_token_ids,
     generate_ids,
     load,
-    mask_token_id,
     pad_left,
+    warn_of_larger_blocks,
 )
 
 # `TwoTower.write` looks for the end of answers after about this number of tokens.
@@ -64,7 +66,7 @@ class TwoTower(TemplateLM):
         batch_size: int = 8,
         max_length: int | None = None,
         max_gen_toks: int = 256,
-        block_size: int = 16,
+        block_size: int | None = None,
         steps_per_block: int = 16,
         confidence_threshold: float = 0.8,
         draft_steps: int = 1,
@@ -82,7 +84,7 @@ class TwoTower(TemplateLM):
             int(batch_size),
             max_length,
             int(max_gen_toks),
-            int(block_size),
+            None if block_size is None else int(block_size),
             int(steps_per_block),
             float(confidence_threshold),
             int(draft_steps),
@@ -92,14 +94,20 @@ class TwoTower(TemplateLM):
         self._device = torch.device(device or default_devices()[0])
         self.model, self.tokenizer = load(pretrained, device=self._device)
         self._encode = text_encoder(self.tokenizer)
-        self.mask_id = mask_token_id(self.tokenizer)
+        warn_of_larger_blocks(self.model, self.settings.block_size)
+        self.block_size = self.settings.block_size or self.model.block_size
+        self.settings = replace(self.settings, block_size=self.block_size)
+        self.mask_id, self.eos_ids = self.model.mask_token_id, eos_token_ids(self.model, self.tokenizer)
         self.max_length = self.settings.max_length_tokens or int(self.model.config.max_position_embeddings)
         self.passes, self.new_tokens, self.seconds = 0, 0, 0.0
 
     @property
     def eot_token_id(self) -> int:
         """The end-of-text token. Texts without a context begin with it."""
-        found = self.tokenizer.eos_token_id
+        # The tokenizer's own, else the first of the folder.
+        found = (
+            self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else next(iter(self.eos_ids), None)
+        )
         if found is None:
             raise UserError("tokenizer: found no end-of-text token, expected one to begin texts without a context")
         return int(found)
@@ -211,13 +219,14 @@ class TwoTower(TemplateLM):
         texts: list[str | None] = [None] * len(rows)
         # A turn is a number of complete blocks, so that blocks begin where they would without
         # pauses.
-        turn_tokens, turn = self.settings.block_size * max(1, _TOKENS_PER_TURN // self.settings.block_size), 0
+        turn_tokens, turn = self.block_size * max(1, _TOKENS_PER_TURN // self.block_size), 0
         while left := [i for i in range(len(rows)) if texts[i] is None]:
             count = min(turn_tokens, limit - turn_tokens * turn)
             added = self._continue([rows[i] + new[i] for i in left], answer, count, self.settings.seed + turn)
             for i, ids in zip(left, added, strict=True):
-                ended = self.tokenizer.eos_token_id in ids
-                new[i] += ids[: ids.index(self.tokenizer.eos_token_id)] if ended else ids
+                end = next((place for place, each in enumerate(ids) if each in self.eos_ids), None)
+                ended = end is not None
+                new[i] += ids[:end]
                 text = self.tokenizer.decode(new[i], skip_special_tokens=True)
                 texts[i] = text_before_stop(text, answer.until)
                 if texts[i] is None and (ended or len(new[i]) >= limit):
@@ -246,7 +255,7 @@ class TwoTower(TemplateLM):
                 draft_steps=own.draft_steps,
             ),
             mask_id=self.mask_id,
-            eos_id=self.tokenizer.eos_token_id,
+            eos_id=self.eos_ids,
             attention_mask=None if mask is None else mask.to(device),
         )
         self.passes, self.new_tokens = self.passes + stats.row_passes, self.new_tokens + stats.new_tokens

@@ -24,7 +24,8 @@ class HarnessSettings:
         max_length_tokens: Maximum number of tokens of context and answer together; a longer
             context loses its beginning. None for the maximum of the model.
         max_new_tokens: Maximum tokens of an answer, if the task does not say.
-        block_size: Tokens of a block, which the denoiser fills together.
+        block_size: Tokens of a block, which the denoiser fills together; None for that of the
+            folder.
         steps_per_block: Maximum number of denoiser passes for a block.
         confidence_threshold: Mask diffusion commits every token more probable than this at once.
         draft_steps: Denoiser passes for a draft; only for speculative generation.
@@ -37,7 +38,7 @@ class HarnessSettings:
     batch_size: int = 8
     max_length_tokens: int | None = None
     max_new_tokens: int = 256
-    block_size: int = 16
+    block_size: int | None = None
     steps_per_block: int = 16
     confidence_threshold: float = 0.8
     draft_steps: int = 1
@@ -49,8 +50,9 @@ class HarnessSettings:
             if found not in choices:
                 raise UserError(f"{name}: found {found!r}, expected one of {', '.join(choices)}")
         for name in ("batch_size", "max_new_tokens", "bound_draws", "block_size", "steps_per_block"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: found {getattr(self, name)}, expected at least 1")
+            found = getattr(self, name)
+            if found is not None and found < 1:
+                raise UserError(f"{name}: found {found}, expected at least 1")
 
 
 @dataclass(frozen=True)

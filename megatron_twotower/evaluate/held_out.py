@@ -5,7 +5,7 @@ It does not need Megatron.
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from megatron_twotower.common.tables import wide_console
 from megatron_twotower.data.dataset import evenly_spaced_windows
 from megatron_twotower.data.documents import VALIDATION
 from megatron_twotower.data.shards import Corpus
-from megatron_twotower.data.tokenizer import tokenizer_fingerprint
+from megatron_twotower.data.tokenizer import accepted_fingerprints
 from megatron_twotower.evaluate import likelihood
 from megatron_twotower.evaluate.held_out_figures import PLOTS, print_figures
 from megatron_twotower.evaluate.likelihood import LEVELS, Estimate
@@ -30,9 +30,10 @@ from megatron_twotower.generate.engine import (
     GenerationSettings,
     decode,
     default_devices,
+    eos_token_ids,
     generate_ids,
     load,
-    mask_token_id,
+    warn_of_larger_blocks,
 )
 from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as TwoTowerModel
 
@@ -44,7 +45,8 @@ class EvaluationSettings:
     Attributes:
         sequences: Number of windows of held-out text for the likelihoods.
         sequence_length_tokens: Tokens of a window.
-        block_size_tokens: The block size that the denoiser was trained with.
+        block_size_tokens: The block size that the denoiser was trained with; None for that of the
+            folder.
         levels: Noise levels of the masked loss.
         bound_draws: Noise draws for each block, of the likelihood bound.
         thresholds: Confidence thresholds of the sweep, at the trained block size with a step per
@@ -62,7 +64,7 @@ class EvaluationSettings:
 
     sequences: int = 32
     sequence_length_tokens: int = 256
-    block_size_tokens: int = 16
+    block_size_tokens: int | None = None
     levels: tuple[float, ...] = LEVELS
     bound_draws: int = 4
     thresholds: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -88,7 +90,7 @@ class EvaluationSettings:
         }
         for name, expected in least.items():
             found = getattr(self, name)
-            if found < expected:
+            if found is not None and found < expected:
                 raise UserError(f"{name}: found {found}, expected at least {expected}")
         if self.prompts > self.sequences:
             raise UserError(f"prompts {self.prompts}: expected at most {self.sequences}, the sequences to begin")
@@ -118,22 +120,15 @@ def generate_samples(
     """Greedy text in three modes from prompts (n, l), with the default threshold."""
     settings = GenerationSettings(max_new_tokens=max_new_tokens, block_size=block_size, steps_per_block=block_size)
     samples: list[dict[str, Any]] = []
-    modes = ("mask_diffusion", "mock_ar", "ar")
+    modes, eos_ids = ("mask_diffusion", "mock_ar", "ar"), eos_token_ids(model, tokenizer)
     for row in prompts:
         for mode in modes:
-            ids, stats = generate_ids(
-                model,
-                row.unsqueeze(0),
-                mode=mode,
-                settings=settings,
-                mask_id=mask_token_id(tokenizer),
-                eos_id=tokenizer.eos_token_id,
-            )
+            ids, stats = generate_ids(model, row.unsqueeze(0), mode=mode, settings=settings, eos_id=eos_ids)
             samples.append(
                 {
                     "mode": mode,
                     "prompt": tokenizer.decode(row.tolist()),
-                    "text": decode(tokenizer, ids[0, len(row) :]),
+                    "text": decode(tokenizer, ids[0, len(row) :], eos_ids=eos_ids),
                     "passes": stats.passes,
                     "new_tokens": stats.new_tokens,
                     "seconds": stats.seconds,
@@ -155,7 +150,7 @@ def likelihoods(
 
     They are given as means over all tokens, by noise level, and by position in the block.
     """
-    block = settings.block_size_tokens
+    block = settings.block_size_tokens or model.block_size
     ar_nats = likelihood.ar_nats(model, sequences, progress=progress)
     # Of the tokens that the bound scores: all blocks except the first.
     ar_nats_on_bound_tokens = ar_nats[:, block - 1 :]
@@ -200,7 +195,7 @@ def _generation(
     progress: OnProgress,
 ) -> dict[str, Any]:
     """The sweep over prompts (n, l), and samples of text in every mode."""
-    block = settings.block_size_tokens
+    block = settings.block_size_tokens or model.block_size
     points = sweep_points(
         thresholds=settings.thresholds,
         block_sizes=settings.block_sizes,
@@ -209,7 +204,7 @@ def _generation(
         threshold=settings.threshold,
         every=settings.every,
     )
-    mask_id, new_tokens = mask_token_id(tokenizer), settings.new_tokens
+    mask_id, new_tokens = model.mask_token_id, settings.new_tokens
     rows = sweep(model, prompts, points=points, max_new_tokens=new_tokens, mask_id=mask_id, progress=progress)
     first = prompts[: settings.samples]
     samples = generate_samples(model, tokenizer, first, max_new_tokens=new_tokens, block_size=block, progress=progress)
@@ -240,13 +235,16 @@ def evaluate(
     started = time.perf_counter()
     corpus = Corpus.open(Path(data) / VALIDATION)
     model, tokenizer = load(folder, device=default_devices()[0])
-    found, expected = tokenizer_fingerprint(Path(folder)), corpus.tokenizer_fingerprint
-    if found != expected:
-        raise UserError(f"{folder}: found a tokenizer with sha256 {found}, expected that of {data}, {expected}")
+    accepted, expected = accepted_fingerprints(Path(folder), exact_ids=corpus.exact_ids), corpus.tokenizer_fingerprint
+    if expected not in accepted:
+        raise UserError(f"{folder}: found a tokenizer with sha256 {accepted[0]}, expected that of {data}, {expected}")
     sequences = evenly_spaced_windows(corpus, count=settings.sequences, length=settings.sequence_length_tokens)
-    likelihood.check_sequences(sequences, settings.block_size_tokens)
+    warn_of_larger_blocks(model, settings.block_size_tokens)
+    block = settings.block_size_tokens or model.block_size
+    settings = replace(settings, block_size_tokens=block)
+    likelihood.check_sequences(sequences, block)
 
-    scored = likelihoods(model, sequences, settings=settings, mask_id=mask_token_id(tokenizer), progress=progress)
+    scored = likelihoods(model, sequences, settings=settings, mask_id=model.mask_token_id, progress=progress)
     prompts = sequences[: settings.prompts, : settings.prompt_tokens].to(model.context_tower.device)
     generated = _generation(model, tokenizer, prompts, settings=settings, progress=progress)
     bytes_per_token = corpus.total_bytes / corpus.total_tokens
@@ -257,7 +255,7 @@ def evaluate(
         **generated,
         "model": str(folder),
         "data": str(data),
-        "tokenizer_sha256": found,
+        "tokenizer_sha256": accepted[0],
         "sequences": len(sequences),
         "settings": asdict(settings),
         "machine": machine(),

@@ -68,7 +68,7 @@ def run_tasks(
     rows = [_run_task(model, task, manager, limit=limit, allow_code_execution=allow_code_execution) for task in tasks]
     return {
         "tasks": rows,
-        "settings": asdict(settings),
+        "settings": asdict(model.settings),
         "limit": limit,
         "model": str(folder),
         "weights_sample_sha256": weights_sample(Path(folder)),

@@ -16,7 +16,7 @@ from megatron_twotower.common.progress import OnProgress, silent, stage_bars
 from megatron_twotower.data.dataset import evenly_spaced_windows
 from megatron_twotower.data.documents import TRAIN
 from megatron_twotower.data.shards import Corpus
-from megatron_twotower.generate.engine import default_devices, load
+from megatron_twotower.generate.engine import default_devices, eos_token_ids, load
 
 
 def distil(
@@ -39,7 +39,8 @@ def distil(
             when it is complete.
         sequences: Number of texts.
         prompt_tokens: Tokens of a window of training text.
-        new_tokens: Tokens that the context tower adds to a window.
+        new_tokens: Tokens that the context tower adds to a window, at most: EOS ends a text, and is
+            not part of it.
         batch_size: Texts at a time.
         progress: Called after every batch.
 
@@ -60,12 +61,15 @@ def distil(
     require(not output.exists(), f"{output}: exists, expected a file that is not there yet")
     prompts = evenly_spaced_windows(Corpus.open(Path(data) / TRAIN), count=sequences, length=prompt_tokens)
     model, tokenizer = load(folder, device=default_devices()[0])
+    eos_ids = eos_token_ids(model, tokenizer)
     output.parent.mkdir(parents=True, exist_ok=True)
     done = 0
     with atomic_file(output) as partial, partial.open("w") as file:
         for rows in prompts.split(batch_size):
-            for ids in model.generate_ar(rows.to(model.context_tower.device), new_tokens).tolist():
-                file.write(json.dumps({"text": tokenizer.decode(ids)}) + "\n")
+            written = model.generate_ar(rows.to(model.context_tower.device), new_tokens, eos_token_id=eos_ids)
+            for ids in written.tolist():
+                end = next((i for i in range(prompt_tokens, len(ids)) if ids[i] in eos_ids), len(ids))
+                file.write(json.dumps({"text": tokenizer.decode(ids[:end])}) + "\n")
             done += len(rows)
             progress("writing", done, len(prompts))
     return done

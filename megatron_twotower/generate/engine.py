@@ -1,8 +1,9 @@
 """Load an exported two-tower folder and generate text with it, in four modes."""
 
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,16 +12,20 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from megatron_twotower.common.errors import UserError
+from megatron_twotower.common.errors import UserError, require
 from megatron_twotower.config.hf_config import read_hf_config
+from megatron_twotower.config.special_tokens import SpecialTokens, read_special_tokens
 from megatron_twotower.data.tokenizer import load_tokenizer, text_encoder
 from megatron_twotower.hf import ARCHITECTURE
-from megatron_twotower.hf.modeling_nemotron_h_twotower import ArgumentError, GenerationStats, OnStep, OnTokens
+from megatron_twotower.hf.modeling_nemotron_h_twotower import (
+    ArgumentError,
+    EndOfText,
+    GenerationStats,
+    OnStep,
+    OnTokens,
+    as_ids,
+)
 from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as TwoTowerModel
-
-# The mask token of the released checkpoint, for a tokenizer that names none.
-MASK_TOKEN_ID = 3
-
 
 # --- settings and results ---
 
@@ -31,7 +36,8 @@ class GenerationSettings:
 
     Attributes:
         max_new_tokens: Maximum number of new tokens.
-        block_size: Tokens of a block, which the denoiser fills together.
+        block_size: Tokens of a block, which the denoiser fills together; None for that of the
+            folder.
         steps_per_block: Maximum number of denoiser passes for a block; only for mask diffusion.
         confidence_threshold: Mask diffusion commits every token more probable than this at once.
         temperature: 0 is greedy.
@@ -42,7 +48,7 @@ class GenerationSettings:
     """
 
     max_new_tokens: int = 128
-    block_size: int = 16
+    block_size: int | None = None
     steps_per_block: int = 16
     confidence_threshold: float = 0.8
     temperature: float = 0.0
@@ -119,16 +125,16 @@ def load(
         device: Device of both towers.
 
     Returns:
-        The model in evaluation mode, and its tokenizer.
+        The model in evaluation mode, with the special tokens of the folder, and its tokenizer.
 
     Raises:
-        UserError: Not a two-tower folder, or weights that are not exactly those of its
-            configuration.
+        UserError: Not a two-tower folder, weights that are not exactly those of its configuration,
+            or files that disagree about the special tokens.
     """
     architectures = read_hf_config(folder).get("architectures")
     if architectures != [ARCHITECTURE]:
         raise UserError(f"{folder}/config.json: architectures: found {architectures}, expected ['{ARCHITECTURE}']")
-    tokenizer = load_tokenizer(Path(folder))
+    tokenizer, said = load_tokenizer(Path(folder)), read_special_tokens(folder)
     if not sys.stderr.isatty():
         disable_progress_bar()
     try:
@@ -142,7 +148,39 @@ def load(
         if names:
             first = ", ".join(names[:3])
             raise UserError(f"{folder}: {problem.replace('_', ' ')}: found {len(names)} ({first}), expected none")
+    _set_special_tokens(model, said, tokenizer)
     return model.eval().to(device), tokenizer
+
+
+def _set_special_tokens(model: TwoTowerModel, said: SpecialTokens, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Give the model the mask token and EOS of its tokenizer, if its own files name none."""
+    mask = tokenizer.mask_token_id if said.mask_token_id is None else said.mask_token_id
+    eos = said.eos_token_ids or as_ids(tokenizer.eos_token_id)
+    require(mask is None or mask not in eos, f"mask_token_id: found {mask}, which is EOS too, expected another id")
+    model.generation_config.mask_token_id = mask
+    if eos:
+        model.generation_config.eos_token_id = list(eos)
+
+
+def eos_token_ids(model: TwoTowerModel, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """All ids that end a text: those of the folder, and that of the tokenizer."""
+    return as_ids((*model.eos_token_ids, *as_ids(tokenizer.eos_token_id)))
+
+
+def with_block_size(model: TwoTowerModel, settings: GenerationSettings) -> GenerationSettings:
+    """The settings with the block size of the folder if they have none; warns of larger blocks."""
+    warn_of_larger_blocks(model, settings.block_size)
+    return replace(settings, block_size=model.block_size if settings.block_size is None else settings.block_size)
+
+
+def warn_of_larger_blocks(model: TwoTowerModel, block_size: int | None) -> None:
+    """Warn of a block size that is larger than all that the denoiser was trained with."""
+    trained = vars(model.generation_config).get("trained_block_sizes") or [model.block_size]
+    if block_size is not None and block_size > max(trained):
+        sizes = ", ".join(map(str, trained))
+        logging.getLogger(__name__).warning(
+            "block_size %d: the denoiser was trained with blocks of %s; in larger ones text is worse", block_size, sizes
+        )
 
 
 def default_devices() -> tuple[str, ...]:
@@ -165,12 +203,6 @@ def place_towers(model: TwoTowerModel, devices: Sequence[str]) -> None:
         raise UserError(f"device: found {' '.join(devices)}, expected one or two that are here ({reason})") from error
 
 
-def mask_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The mask token of a tokenizer, or that of the released checkpoint if it names none."""
-    found = tokenizer.mask_token_id
-    return MASK_TOKEN_ID if found is None else int(found)
-
-
 # --- modes ---
 
 
@@ -180,8 +212,8 @@ class Prompts:
 
     ids: Tensor
     attention_mask: Tensor | None
-    mask_id: int
-    eos_id: int | None
+    mask_id: int | None
+    eos_ids: tuple[int, ...]
     callbacks: Callbacks
 
 
@@ -202,7 +234,7 @@ def _mask_diffusion(model: TwoTowerModel, prompts: Prompts, settings: Generation
         settings.temperature,
         settings.top_k,
         settings.confidence_threshold,
-        prompts.eos_id,
+        prompts.eos_ids,
         attention_mask=prompts.attention_mask,
         top_p=settings.top_p,
         generator=_generator(model.denoiser_tower.device, settings),
@@ -216,7 +248,7 @@ def _mock_ar(model: TwoTowerModel, prompts: Prompts, settings: GenerationSetting
         settings.max_new_tokens,
         settings.temperature,
         settings.top_k,
-        prompts.eos_id,
+        prompts.eos_ids,
         attention_mask=prompts.attention_mask,
         top_p=settings.top_p,
         generator=_generator(model.denoiser_tower.device, settings),
@@ -230,7 +262,7 @@ def _ar(model: TwoTowerModel, prompts: Prompts, settings: GenerationSettings) ->
         settings.max_new_tokens,
         settings.temperature,
         settings.top_k,
-        prompts.eos_id,
+        prompts.eos_ids,
         attention_mask=prompts.attention_mask,
         top_p=settings.top_p,
         generator=_generator(model.context_tower.device, settings),
@@ -247,7 +279,7 @@ def _speculative(model: TwoTowerModel, prompts: Prompts, settings: GenerationSet
         prompts.mask_id,
         settings.temperature,
         settings.top_k,
-        prompts.eos_id,
+        prompts.eos_ids,
         attention_mask=prompts.attention_mask,
         top_p=settings.top_p,
         generator=_generator(model.context_tower.device, settings),
@@ -293,8 +325,8 @@ def generate_ids(
     *,
     mode: str,
     settings: GenerationSettings,
-    mask_id: int,
-    eos_id: int | None,
+    mask_id: int | None = None,
+    eos_id: EndOfText = None,
     attention_mask: Tensor | None = None,
     callbacks: Callbacks = NO_CALLBACKS,
 ) -> tuple[Tensor, GenerationStats]:
@@ -305,8 +337,8 @@ def generate_ids(
         ids: (b, l) int64, on the device of the context tower.
         mode: One of `MODES`.
         settings: How to generate.
-        mask_id: Id of the mask token.
-        eos_id: Ends a row; with None every row gets `max_new_tokens`.
+        mask_id: Id of the mask token; None for that of the folder.
+        eos_id: One id or several that end a row; with None every row gets `max_new_tokens`.
         attention_mask: (b, l), 0 at padding on the left of shorter prompts; None without padding.
         callbacks: Functions to call while text is generated.
 
@@ -318,17 +350,17 @@ def generate_ids(
     """
     check_mode(mode)
     try:
-        output = MODES[mode](model, Prompts(ids, attention_mask, mask_id, eos_id, callbacks), settings)
+        output = MODES[mode](model, Prompts(ids, attention_mask, mask_id, as_ids(eos_id), callbacks), settings)
     except ArgumentError as error:
         raise UserError(str(error)) from error
     assert model.last_generation is not None
     return output, model.last_generation
 
 
-def decode(tokenizer: PreTrainedTokenizerFast, new: Tensor) -> str:
+def decode(tokenizer: PreTrainedTokenizerFast, new: Tensor, *, eos_ids: Sequence[int]) -> str:
     """Decode new ids (n,) to text, without the EOS that may end them."""
     ids = new.tolist()
-    return tokenizer.decode(ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids)
+    return tokenizer.decode(ids[:-1] if ids and ids[-1] in eos_ids else ids)
 
 
 def generate(
@@ -340,7 +372,7 @@ def generate(
     settings: GenerationSettings = GenerationSettings(),
     callbacks: Callbacks = NO_CALLBACKS,
 ) -> Generation:
-    """Continue one prompt, up to the end-of-text token of the tokenizer.
+    """Continue one prompt, up to an end-of-text token of the folder.
 
     Raises:
         UserError: An empty prompt, an unknown mode, or a setting out of range.
@@ -349,16 +381,9 @@ def generate(
     if not ids:
         raise UserError("prompt: found no text, expected at least one token")
     inputs = torch.tensor([ids], device=model.context_tower.device)
-    output, stats = generate_ids(
-        model,
-        inputs,
-        mode=mode,
-        settings=settings,
-        mask_id=mask_token_id(tokenizer),
-        eos_id=tokenizer.eos_token_id,
-        callbacks=callbacks,
-    )
+    eos_ids = eos_token_ids(model, tokenizer)
+    output, stats = generate_ids(model, inputs, mode=mode, settings=settings, eos_id=eos_ids, callbacks=callbacks)
     all_ids = output[0].cpu()
-    text = decode(tokenizer, all_ids[len(ids) :])
+    text = decode(tokenizer, all_ids[len(ids) :], eos_ids=eos_ids)
     accepted = stats.accepted if mode == "speculative" else None
     return Generation(mode, prompt, text, all_ids, stats.new_tokens, stats.passes, stats.seconds, accepted)

@@ -62,9 +62,17 @@ def _check_request(path: Path, found: dict[str, Any], request: dict[str, Any]) -
             )
 
 
+def json_line(value: Any) -> bytes:
+    """A value as a line of JSON: as UTF-8, or escaped where it has half of a surrogate pair."""
+    try:
+        return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(value).encode() + b"\n"
+
+
 def append(stream: IO[bytes], entry: dict[str, Any]) -> None:
     """Write an entry as a line, and wait until it is on disk."""
-    stream.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+    stream.write(json_line(entry))
     stream.flush()
     os.fsync(stream.fileno())
 

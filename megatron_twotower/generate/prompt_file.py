@@ -16,30 +16,33 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.files import atomic_file, partial_path
 from megatron_twotower.common.progress import stage_bars
+from megatron_twotower.data.input_form import PARQUET, TEXT, Unreadable, find_form
+from megatron_twotower.data.record_formats import LINES, Fault, checked_text, json_reason, read_items
 from megatron_twotower.data.tokenizer import text_encoder
 from megatron_twotower.generate.engine import (
     GenerationSettings,
     check_mode,
     decode,
     default_devices,
+    eos_token_ids,
     generate_ids,
     load,
-    mask_token_id,
     pad_left,
     place_towers,
+    with_block_size,
 )
-from megatron_twotower.generate.journal import append, open_journal, rows_in_order
+from megatron_twotower.generate.journal import append, json_line, open_journal, rows_in_order
 from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as TwoTowerModel
 
 # Version of the journal.
 VERSION = 1
-JSON_LINES = (".jsonl", ".ndjson")
 # Fields that the output adds to those of a prompt.
 OUTPUT_FIELDS = ("text", "new_tokens", "finish_reason")
 _SAMPLED_BYTES = 1 << 20
@@ -107,31 +110,40 @@ def read_prompts(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of a prompts file, each with a field `prompt`.
 
     Args:
-        path: JSON lines if its suffix says so, else lines of text.
+        path: JSON lines, one JSON array of objects, or lines of text; as for a corpus, its content
+            decides (`input_form.find_form`).
 
     Raises:
         UserError: With file and line: an empty prompt, a line that is no JSON object, a field that
             the output needs.
     """
+    form = find_form(path, text_field="prompt")
+    if isinstance(form, Unreadable):
+        raise UserError(f"{path}: {form.reason}")
+    if form == PARQUET:
+        raise UserError(f"{path}: found parquet, expected JSON lines, a JSON array or lines of text")
     try:
-        with open(path, encoding="utf-8", newline="\n") as stream:
-            for number, line in enumerate(stream, start=1):
-                yield _record(line.rstrip("\r\n"), where=f"{path}:{number}", json_lines=path.suffix in JSON_LINES)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise UserError(f"{path}: cannot be read ({reason}), expected a text file of prompts") from error
+        for number, item in enumerate(read_items(path, LINES if form == TEXT else form), start=1):
+            yield _record(item, where=f"{path}:{number}", is_text=form == TEXT)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read (not UTF-8), expected a text file of prompts") from error
 
 
-def _record(line: str, *, where: str, json_lines: bool) -> dict[str, Any]:
-    record: Any = {"prompt": line}
-    if json_lines:
+def _record(item: Any, *, where: str, is_text: bool) -> dict[str, Any]:
+    """A record of prompts from a line (bytes) of text or JSON, or from a value of an array."""
+    line = item.decode("utf-8").rstrip("\r\n") if isinstance(item, bytes) else None
+    record: Any = item if line is None else {"prompt": line}
+    if not is_text:
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            found = f"{error.msg}, column {error.colno}"
+            record = item if line is None else json.loads(line)
+        except (ValueError, RecursionError) as error:
+            found = json_reason(error)
             raise UserError(f"{where}: not valid JSON ({found}), expected an object with a field 'prompt'") from error
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-            raise UserError(f"{where}: found {line[:60]!r}, expected a JSON object with a text field 'prompt'")
+            shown = line or json.dumps(item)
+            raise UserError(f"{where}: found {shown[:60]!r}, expected a JSON object with a text field 'prompt'")
+        if isinstance(fault := checked_text(record["prompt"], "field 'prompt'"), Fault):
+            raise UserError(f"{where}: {fault.reason}, expected text")
         for name in OUTPUT_FIELDS:
             if name in record:
                 raise UserError(f"{where}: found a field {name!r}, which the output writes, expected another name")
@@ -208,22 +220,24 @@ def generate_batch(
 ) -> list[dict[str, Any]]:
     """Rows of the output, in the order of the batch."""
     ids, mask = pad_left(batch.ids)
-    device = model.context_tower.device
+    device, eos_ids = model.context_tower.device, eos_token_ids(model, tokenizer)
     output, _ = generate_ids(
         model,
         ids.to(device),
         mode=mode,
         settings=replace(settings, seed=batch_seed(settings.seed, batch.number)),
-        mask_id=mask_token_id(tokenizer),
-        eos_id=tokenizer.eos_token_id,
+        eos_id=eos_ids,
         attention_mask=None if mask is None else mask.to(device),
     )
     rows = []
     for record, new in zip(batch.records, output[:, ids.shape[1] :].cpu(), strict=True):
-        ends = (new == tokenizer.eos_token_id).nonzero()
+        ends = torch.isin(new, torch.tensor(eos_ids, dtype=new.dtype)).nonzero()
         kept = new[: int(ends[0]) + 1] if len(ends) else new
         reason = "stop" if len(ends) else "length"
-        rows.append(record | dict(zip(OUTPUT_FIELDS, (decode(tokenizer, kept), len(kept), reason), strict=True)))
+        rows.append(
+            record
+            | dict(zip(OUTPUT_FIELDS, (decode(tokenizer, kept, eos_ids=eos_ids), len(kept), reason), strict=True))
+        )
     return rows
 
 
@@ -293,9 +307,9 @@ def generate_all(
                 prompt_tokens=progress.prompt_tokens + sum(lengths),
             )
             report(progress)
-        with atomic_file(output) as partial, open(partial, "w", encoding="utf-8") as target:
+        with atomic_file(output) as partial, open(partial, "wb") as target:
             for row in rows_in_order(stream, batching.window_batches):
-                target.write(json.dumps(row, ensure_ascii=False) + "\n")
+                target.write(json_line(row))
         partial_path(output).unlink()
     return progress
 
@@ -337,6 +351,7 @@ def run(
         raise UserError(f"{output}: exists already, expected a file that does not")
     count, sha256 = check_prompts(prompts)
     model, tokenizer = load(folder)
+    settings = with_block_size(model, settings)
     place_towers(model, devices or default_devices())
     request = {
         "version": VERSION,

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from megatron_twotower.common.errors import UserError
+from megatron_twotower.config.special_tokens import RELEASED_MASK_TOKEN_ID
 from megatron_twotower.generate.engine import (
     DECIDING_TOWER,
     MODES,
@@ -24,8 +25,8 @@ from megatron_twotower.generate.engine import (
     default_devices,
     generate,
     load,
-    mask_token_id,
     place_towers,
+    with_block_size,
 )
 from megatron_twotower.generate.replay.page import write_page
 from megatron_twotower.generate.replay.recording import Recorder
@@ -44,8 +45,10 @@ class Canvas:
     shows the last lines that fit.
     """
 
-    def __init__(self, prompt: str, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.prompt, self.tokenizer, self.mask_id = prompt, tokenizer, mask_token_id(tokenizer)
+    def __init__(
+        self, prompt: str, tokenizer: PreTrainedTokenizerFast, *, mask_id: int = RELEASED_MASK_TOKEN_ID
+    ) -> None:
+        self.prompt, self.tokenizer, self.mask_id = prompt, tokenizer, mask_id
         self.pieces: dict[int, str] = {}
         self.block = 0
         # Finished ids, ids of the current block or pass, and which of the latter are new. Replaced
@@ -93,13 +96,13 @@ class Canvas:
 
 @contextlib.contextmanager
 def live_callbacks(
-    console: Console, prompt: str, tokenizer: PreTrainedTokenizerFast, recorder: Recorder | None
+    console: Console, prompt: str, tokenizer: PreTrainedTokenizerFast, recorder: Recorder | None, *, mask_id: int
 ) -> Iterator[Callbacks]:
     """Yield the callbacks of a generation.
 
     They draw a live view if the console is a terminal, and record the steps if there is a recorder.
     """
-    canvas = Canvas(prompt, tokenizer)
+    canvas = Canvas(prompt, tokenizer, mask_id=mask_id)
 
     def on_step(step: DenoisingStep) -> None:
         if console.is_interactive:
@@ -195,6 +198,7 @@ def run(
         check_page(page, mode)
     console = console or Console()
     model, tokenizer = load(folder)
+    settings = with_block_size(model, settings)
     place_towers(model, devices or default_devices())
     if mode == ALL:  # the first call in each mode is slower, and speeds are compared
         for each in MODES:
@@ -203,7 +207,7 @@ def run(
     generations: list[Generation] = []
     for each in MODES if mode == ALL else (mode,):
         recorder = Recorder() if page is not None and each == "mask_diffusion" else None
-        with live_callbacks(console, prompt, tokenizer, recorder) as callbacks:
+        with live_callbacks(console, prompt, tokenizer, recorder, mask_id=model.mask_token_id) as callbacks:
             generations.append(generate(model, tokenizer, prompt, mode=each, settings=settings, callbacks=callbacks))
         print_generation(generations[-1], console)
         if recorder is not None and page is not None:

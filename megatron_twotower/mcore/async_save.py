@@ -7,6 +7,7 @@ the request apart, so that a thread of the training process can write instead. N
 what a request contains.
 """
 
+import contextlib
 import queue
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,19 @@ class AsyncSave:
 
     def __init__(self, request: AsyncRequest) -> None:
         self._request = request
+        if request.async_fn is not None:
+            _forget(request.async_fn_args[2])
 
     def copy_to_host(self) -> None:
         """Copy this rank's CUDA tensors to host memory. CPU tensors are not copied."""
         if self._request.preload_fn is not None:
             buckets = self._request.preload_fn()
             self._request = self._request._replace(async_fn_args=(None, buckets, self._request.async_fn_args[2]))
+
+    @property
+    def files(self) -> list[Path]:
+        """The data files of this rank, after `copy_to_host`; none if it has nothing to write."""
+        return [] if self._request.async_fn is None else [Path(file) for file, _, _ in self._request.async_fn_args[1]]
 
     def write(self) -> list[Path]:
         """Write this rank's data files. This may run in another thread.
@@ -66,12 +74,23 @@ class AsyncSave:
                 raise found
             written[number] = found
         results.put(written)
-        return [Path(file) for file, _, _ in buckets]
+        return self.files
 
     def finalise(self) -> None:
         """Write the index when every rank has written its files. All ranks call this."""
         for function in self._request.finalize_fns:
             function()
+
+
+def _forget(results: "queue.Queue[Any]") -> None:
+    """Empty the queue of results, which all saves of a process share.
+
+    A run that ended with an error has left those of a save that it did not finalise. The next save
+    would take them for its own.
+    """
+    with contextlib.suppress(queue.Empty):
+        while True:
+            results.get_nowait()
 
 
 def prepare_save(

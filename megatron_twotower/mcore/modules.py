@@ -23,10 +23,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_twotower.common.device import device
+from megatron_twotower.common import versions
+from megatron_twotower.common.device import device, is_cpu
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.precision import CONTEXT_PRECISIONS, PRECISIONS
-from megatron_twotower.config.schema import RunConfig
+from megatron_twotower.config.schema import RunConfig, TrainConfig
 from megatron_twotower.ops.dispatch import unavailable
 from megatron_twotower.ops.norm import rms_norm
 
@@ -133,7 +134,9 @@ def choose_transformer_impl(config: RunConfig) -> str:
     Raises:
         UserError: The configuration asks for something that is not available.
     """
-    train, dispatcher, missing = config.train, config.parallel.moe_dispatcher, unavailable("transformer-engine")
+    train, dispatcher = config.train, config.parallel.moe_dispatcher
+    _require_versions(train)
+    missing = unavailable("transformer-engine")
     precisions = {"train.precision": train.precision, "train.context_precision": train.context_precision}
     needs = {key: value for key, value in precisions.items() if value.startswith("fp8")}
     if train.transformer_impl == "transformer_engine":
@@ -146,6 +149,21 @@ def choose_transformer_impl(config: RunConfig) -> str:
     if train.transformer_impl != "auto":
         return train.transformer_impl
     return "local" if missing or train.precision == "fp32" else "transformer_engine"
+
+
+def _require_versions(train: TrainConfig) -> None:
+    """Refuse packages that a run on this device would use, if their versions are not accepted.
+
+    Without this check an old Transformer Engine fails at the first forward pass, after all weights
+    are loaded, and an old mamba-ssm gives gradients that are not finite.
+    """
+    if is_cpu():
+        return
+    for package in ("mamba-ssm", "causal-conv1d"):
+        versions.require_fit(package, otherwise=", or none of it")
+    by_itself = train.transformer_impl == "auto" and train.precision != "fp32"
+    if by_itself or train.transformer_impl == "transformer_engine":
+        versions.require_fit("transformer-engine", otherwise=", or train.transformer_impl=local")
 
 
 def _unsupported_by_device(value: str) -> str | None:

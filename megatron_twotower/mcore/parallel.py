@@ -3,7 +3,7 @@
 import contextlib
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,8 +19,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_twotower.common import device
-from megatron_twotower.common.errors import UserError
+from megatron_twotower.common.errors import UserError, require
 from megatron_twotower.config.schema import RunConfig
+from megatron_twotower.mcore import meeting
 
 T = TypeVar("T")
 
@@ -32,8 +33,37 @@ def world_size() -> int:
     """The number of ranks of this job.
 
     Before the process group exists it is read from WORLD_SIZE, which torchrun and srun set.
+
+    Raises:
+        UserError: The variables of a launcher are not complete, or are no numbers.
     """
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    return dist.get_world_size() if dist.is_initialized() else _launched_ranks(os.environ)
+
+
+def _launched_ranks(environment: Mapping[str, str]) -> int:
+    """The number of ranks that a launcher has set; 1 without a launcher.
+
+    A shell keeps what was exported by hand, or by a job that it was started from: ranks that do not
+    exist would be waited for.
+    """
+    if "WORLD_SIZE" not in environment:
+        return 1
+    ranks = environment["WORLD_SIZE"]
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    require(
+        not missing,
+        f"WORLD_SIZE: found {ranks} in the environment without {', '.join(missing)}, expected all of them, as torchrun "
+        "sets them, or none (unset WORLD_SIZE)",
+    )
+    for name in ("WORLD_SIZE", "RANK", "MASTER_PORT"):
+        require(
+            environment[name].isdecimal(), f"{name}: found {environment[name]!r} in the environment, expected a number"
+        )
+    require(
+        int(environment["RANK"]) < int(ranks),
+        f"RANK: found {environment['RANK']} in the environment, expected less than WORLD_SIZE {ranks}",
+    )
+    return int(ranks)
 
 
 def rank() -> int:
@@ -46,8 +76,8 @@ def is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def initialise(config: RunConfig) -> ProcessGroupCollection:
-    """Start the process group, unless it exists already, and create Megatron's parallel groups."""
+def connect(config: RunConfig) -> None:
+    """Start the process group of all ranks, unless it exists already."""
     threads = config.parallel.threads_per_rank
     if threads:
         torch.set_num_threads(threads)
@@ -55,6 +85,15 @@ def initialise(config: RunConfig) -> ProcessGroupCollection:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         _start_process_group(config)
+
+
+def initialise(config: RunConfig) -> ProcessGroupCollection:
+    """Create Megatron's parallel groups, and before them the process group unless it exists.
+
+    Raises:
+        UserError: torchrun was started in a way in which ranks that start again do not meet.
+    """
+    connect(config)
     parallel_state.destroy_model_parallel()
     with _without_splitting():
         _create_groups(config)
@@ -85,7 +124,8 @@ def _start_process_group(config: RunConfig) -> None:
         return
     # With a device NCCL connects all ranks here, not in their first collective: what is wrong with
     # the network or with two ranks on one GPU shows at once, and `barrier` knows its device.
-    dist.init_process_group(device.backend(), timeout=timeout, device_id=None if device.is_cpu() else device.device())
+    gpu = None if device.is_cpu() else device.device()
+    dist.init_process_group(device.backend(), timeout=timeout, device_id=gpu, **meeting.place())
 
 
 @contextlib.contextmanager

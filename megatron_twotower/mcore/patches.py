@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+from megatron_twotower.common import versions
 from megatron_twotower.common.device import CPU, is_cpu
 from megatron_twotower.mcore.releases import RELEASE, Release, installed_release
 
@@ -170,8 +171,9 @@ def install() -> None:
 
     Raises:
         RuntimeError: A module whose source must be patched is already imported.
-        UserError: The installed release of Megatron Core is not supported.
+        UserError: The installed release of torch or of Megatron Core is not supported.
     """
+    versions.require_fit("torch")
     release = installed_release()
     for message, category in _WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category)

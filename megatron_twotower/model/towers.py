@@ -185,8 +185,8 @@ class TwoTower(PipelineModel):
     """Context tower and denoiser: layer i of the context tower, then layer i of the denoiser.
 
     Attributes:
-        context_layers: The number of layers of the context tower that run. Layers after the last
-            one with a handoff are not needed.
+        context_layers: The number of layers of the context tower up to the last handoff. Those
+            after it run only if the context tower gives targets.
     """
 
     def __init__(
@@ -216,7 +216,9 @@ class TwoTower(PipelineModel):
     def forward(self, batch: NoisyBatch) -> Tensor:
         """Compute the final hidden states (l, r b, h) of the noisy stream.
 
-        A stage that is not the last returns the tensor for the next stage instead.
+        With `batch.teacher_shares` those of the clean stream follow: (l, r b + b, h). They need the
+        layers of the context tower after the last handoff. A stage that is not the last returns the
+        tensor for the next stage instead.
         """
         # Built once for all attention layers.
         mask = block_mask(batch.tokens, block=batch.block, documents=batch.documents) if self.has_attention else None
@@ -226,11 +228,17 @@ class TwoTower(PipelineModel):
         with modules.fp8_model_context(self.config):
             for number in stage.layers:
                 handoff = None
-                if number < self.context_layers:
+                if number < self.context_layers or batch.teacher_shares is not None:
                     with torch.no_grad():
                         clean, handoff = self.context.layers[str(number)](clean, blocks)
                 noisy = self._denoiser_layer(number, noisy, conditioning, handoff, blocks)
-        return self.tower.final(noisy) if stage.last else _pack_for_next_stage(clean, noisy, conditioning)
+        if not stage.last:
+            return _pack_for_next_stage(clean, noisy, conditioning)
+        if batch.teacher_shares is None:
+            return self.tower.final(noisy)
+        with torch.no_grad():
+            clean = self.context.final(clean)
+        return torch.cat([self.tower.final(noisy), clean], dim=1)
 
     def _first_inputs(self, batch: NoisyBatch) -> tuple[Tensor, Tensor, Tensor]:
         """The clean stream (l, b, h), noisy stream (l, r b, h) and conditioning (r b, n, 3h)."""

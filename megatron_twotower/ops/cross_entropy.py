@@ -5,7 +5,7 @@ only scales them. The memory beyond inputs and gradients is one chunk of logits.
 triton, the kernel of `ops.triton.cross_entropy` overwrites each chunk of logits with its gradient.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,20 @@ POSITION_CHUNK = 512
 # Positions of a chunk with the Triton kernel, which needs only the logits: 1 GiB in bf16. Chunks
 # are few, because each of them reads and writes the complete gradient of the head.
 KERNEL_CHUNK = 4096
+
+
+class Teacher(NamedTuple):
+    """A frozen head whose distribution replaces a share of each one-hot target.
+
+    Attributes:
+        hidden: (m, h) final hidden states that the distribution of each position follows from.
+        weight: (v / tensor parallel size, h), this rank's slice of the head.
+        shares: (m,) float32 share of the distribution in the target of each position, in [0, 1].
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    shares: Tensor
 
 
 def chunk_cross_entropy_torch(
@@ -61,6 +75,44 @@ def chunk_cross_entropy_torch(
     return losses, probabilities.to(logits.dtype) if gradient else logits
 
 
+def chunk_soft_targets(
+    logits: Tensor, teacher_logits: Tensor, targets: Tensor, shares: Tensor, *, group: Any, first: int
+) -> tuple[Tensor, Tensor]:
+    """What a teacher's distribution changes that replaces a share a of a one-hot target.
+
+    With target (1 - a) e_y + a q and logits z, the cross-entropy grows by a (z_y - sum_v q_v z_v),
+    and its gradient by a (e_y - q).
+
+    Args:
+        logits: (m, v / tensor parallel size).
+        teacher_logits: (m, v / tensor parallel size) of the same slice of the vocabulary.
+        targets: (m,) int64 token ids.
+        shares: (m,) float32.
+        group: Tensor-parallel process group, or `None`.
+        first: First vocabulary entry of this rank's slice.
+
+    Returns:
+        The growth of the losses (m,) and of the gradient of the logits, both float32.
+    """
+    shared = group is not None and dist.get_world_size(group) > 1
+    teacher = teacher_logits.float()
+    highest = teacher.max(dim=-1).values
+    if shared:
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+    teacher = (teacher - highest.unsqueeze(-1)).exp_()
+    wide, local = logits.float(), targets - first
+    in_slice, index = (local >= 0) & (local < wide.shape[1]), local.clamp(0, wide.shape[1] - 1).unsqueeze(-1)
+    at_target = wide.gather(1, index).squeeze(-1) * in_slice
+    sums = torch.stack([teacher.sum(-1), (teacher * wide).sum(-1), at_target])
+    if shared:
+        dist.all_reduce(sums, group=group)
+    total, weighted, at_target = sums
+    growth = shares * (at_target - weighted / total)
+    gradient = teacher.mul_((-shares / total).unsqueeze(-1))
+    gradient.scatter_add_(1, index, (shares * in_slice).unsqueeze(-1))
+    return growth, gradient
+
+
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left^T right to `total`, in float32.
 
@@ -76,22 +128,44 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, group: Any, first: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        group: Any,
+        first: int,
+        teacher: Teacher | None,
     ) -> tuple[Tensor, Tensor]:
         compute, chunk = chunk_cross_entropy_torch, POSITION_CHUNK
         if dispatch.uses_triton(hidden, "cross-entropy"):
             from megatron_twotower.ops.triton.cross_entropy import chunk_cross_entropy_triton as compute
 
-            chunk = KERNEL_CHUNK
+            # The distribution of a teacher is in fp32, beside the logits.
+            chunk = KERNEL_CHUNK if teacher is None else POSITION_CHUNK
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        growth = torch.zeros_like(losses) if teacher is None else torch.empty_like(losses)
         needed = hidden.requires_grad or weight.requires_grad
         grad_hidden = torch.empty_like(hidden) if needed else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needed else None
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
+            logits, soft = F.linear(hidden[part], weight), None
+            if teacher is not None:
+                growth[part], soft = chunk_soft_targets(
+                    logits,
+                    F.linear(teacher.hidden[part], teacher.weight),
+                    targets[part],
+                    teacher.shares[part],
+                    group=group,
+                    first=first,
+                )
+            # From here on the logits may be overwritten.
             losses[part], gradient = compute(
-                F.linear(hidden[part], weight), targets[part], weights[part], group=group, first=first, gradient=needed
+                logits, targets[part], weights[part], group=group, first=first, gradient=needed
             )
+            if soft is not None and needed:
+                gradient = (gradient + soft.mul_(weights[part].unsqueeze(-1))).to(gradient.dtype)
             if grad_hidden is not None and grad_weight is not None:
                 grad_hidden[part] = gradient @ weight
                 _add_product(grad_weight, gradient, hidden[part])
@@ -100,7 +174,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(losses)
         ctx.weight_dtype = weight.dtype
-        return (losses * weights).sum(), losses
+        return ((losses + growth) * weights).sum(), losses
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -109,30 +183,46 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # else together. Autograd itself refuses a second backward pass, because a saved tensor has
         # changed.
         scaled = grad_weight.mul_(grad).to(ctx.weight_dtype)
-        return grad_hidden.mul_(grad.to(grad_hidden.dtype)), scaled, None, None, None, None
+        return grad_hidden.mul_(grad.to(grad_hidden.dtype)), scaled, None, None, None, None, None
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, *, group: Any = None, first: int = 0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    group: Any = None,
+    first: int = 0,
+    teacher: Teacher | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of the cross-entropies of `hidden @ weight.T`, and the losses of the positions.
 
-    Args:
-        hidden: (m, h), of the scored positions only.
-        weight: (v / tensor parallel size, h), this rank's slice of the head.
-        targets: (m,) int64 token ids.
-        weights: (m,) float32 weight of each position in the sum.
-        group: Tensor-parallel process group, or `None`.
-        first: First vocabulary entry of this rank's slice.
+    With a teacher the sum is that of the cross-entropies with its soft targets. The losses of the
+    positions are those of the tokens in any case.
+
+    Args: hidden: (m, h), of the scored positions only. weight: (v / tensor parallel size, h), this
+        rank's slice of the head. targets: (m,) int64 token ids. weights: (m,) float32 weight of
+        each position in the sum. group: Tensor-parallel process group, or `None`. first: First
+        vocabulary entry of this rank's slice. teacher: Whose distribution replaces a share of the
+        targets; `None`: the targets are one-hot.
 
     Returns:
         The sum, a float32 scalar with gradients into `hidden` and `weight`; the losses (m,) in
         nats, without gradients.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, targets, weights.float(), group, first)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, weights.float(), group, first, teacher)
 
 
-def linear_cross_entropy_ref(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy_ref(
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, teacher: Teacher | None = None
+) -> tuple[Tensor, Tensor]:
     """Reference implementation of `linear_cross_entropy`: all logits at once, by autograd."""
-    losses = F.cross_entropy(F.linear(hidden, weight), targets, reduction="none")
-    return (losses * weights).sum(), losses.detach()
+    logits = F.linear(hidden, weight)
+    losses = trained = F.cross_entropy(logits, targets, reduction="none")
+    if teacher is not None:
+        shares = teacher.shares.unsqueeze(-1)
+        distribution = F.linear(teacher.hidden, teacher.weight).softmax(-1)
+        target = (1 - shares) * F.one_hot(targets, len(weight)) + shares * distribution
+        trained = F.cross_entropy(logits, target, reduction="none")
+    return (trained * weights).sum(), losses.detach()

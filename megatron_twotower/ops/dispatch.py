@@ -21,6 +21,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from megatron_twotower.common import versions
+
 # By package: the module to import.
 MODULES = {
     "mamba-ssm": "mamba_ssm.ops.triton.ssd_combined",
@@ -43,6 +45,8 @@ def unavailable(package: str) -> str | None:
         return "no CUDA device"
     if package in _switched_off:
         return "switched off"
+    if wrong := versions.unfit(package):
+        return f"{package} {wrong.removeprefix('found ')}"
     try:
         _module(package)
     except ModuleNotFoundError as error:

@@ -13,7 +13,8 @@ For attention, n is the number of positions that are read.
     -     4 h f
     E     router 2 h E, routed 4 k h x, shared 4 h s
     head  2 h V per scored position: all of `ar`, a share t of a noisy sequence,
-          E[t] = (time_min + time_max) / 2
+          E[t] = (time_min + time_max) / 2. The head of the context tower runs there too if it
+          gives targets
 
 A frozen layer runs forward (1), a trained layer forward and backward (3), and a recomputed layer
 once more forward. Norms, activation functions and the optimizer are no matrix products and not
@@ -90,9 +91,14 @@ def head_flops(model: ModelConfig) -> float:
     return 2 * model.hidden_size * model.vocab_size
 
 
-def context_layers(model: ModelConfig) -> str:
-    """The pattern of the context tower's layers that run: up to the last one with a handoff."""
-    return model.hybrid_override_pattern.rstrip("E-")
+def context_layers(config: RunConfig) -> str:
+    """The pattern of the context tower's layers that run.
+
+    These are the layers up to the last one with a handoff, or all if the context tower gives
+    targets.
+    """
+    pattern = config.model.hybrid_override_pattern
+    return pattern if config.noise.distils else pattern.rstrip("E-")
 
 
 def step_flops(
@@ -126,6 +132,7 @@ def step_flops(
     trained = 3 * draws * (sum(forward[kind] for kind in pattern) + head)
     # Only the denoiser can be recomputed.
     again = draws * sum(forward[kind] for kind in pattern if kind in recomputed) if two_tower else 0.0
-    running = [kinds[layer] for layer in layers if layer < len(context_layers(model))] if two_tower else []
+    running = [kinds[layer] for layer in layers if layer < len(context_layers(config))] if two_tower else []
     frozen = sum(layer_flops(model, kind, length=length, load=load) for kind in running)
+    frozen += draws * head if two_tower and noise.distils else 0.0
     return StepFlops(model=frozen + trained, executed=frozen + trained + again, context=frozen)

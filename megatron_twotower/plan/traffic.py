@@ -163,9 +163,14 @@ def _ends(
         if config.parallel.sequence:
             yield Collective("tensor", "embeddings", "all_gather", positions * row, 1)
     if any(stage.last for stage in stages):
+        distils = config.objective == "two_tower" and config.noise.distils
         if config.parallel.sequence:
-            yield Collective("tensor", "final states", "all_gather", positions * row, 1)
-        yield Collective("tensor", "loss", "all_reduce", scored * (row + 3 * FP32), 1)
+            final = positions + frozen if distils else positions
+            yield Collective("tensor", "final states", "all_gather", final * row, 1)
+        # Of a position: the gradient, the highest logit, the sum, the logit of the target; and of
+        # the targets of the context tower the highest logit and three sums.
+        numbers = 7 if distils else 3
+        yield Collective("tensor", "loss", "all_reduce", scored * (row + numbers * FP32), 1)
 
 
 def _between_stages(config: RunConfig, shape: MicroBatchShape, stages: Sequence[PipelineStage]) -> Iterator[Collective]:
@@ -228,7 +233,7 @@ def collectives(
     found = [*_tower(config, shape, pattern, positions, trained=True), *_ends(config, shape, scored, stages)]
     found += _between_stages(config, shape, stages)
     if two_tower:
-        frozen = "".join(kinds[layer] for layer in layers if layer < len(context_layers(config.model)))
+        frozen = "".join(kinds[layer] for layer in layers if layer < len(context_layers(config)))
         found += _tower(config, shape, frozen, shape.clean, trained=False)
     per_step = micro_batches(config, layout)
     found = [replace(each, count=each.count * per_step) for each in found]

@@ -16,8 +16,15 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from megatron_twotower.common.errors import UserError
+from megatron_twotower.common.files import read_json_object
 from megatron_twotower.common.plots import Curve
-from megatron_twotower.common.run_folder import CONFIG_FILE, METRICS_FILE, PROVENANCE_FILE, read_metrics
+from megatron_twotower.common.run_folder import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    PROVENANCE_FILE,
+    read_metrics,
+    read_provenance,
+)
 from megatron_twotower.generate.replay import page as replay
 
 EVALUATION_FILE, REPLAY_FILE = "evaluation.json", "generation.html"
@@ -49,12 +56,12 @@ class TrainingRun:
     @property
     def train_curve(self) -> Curve:
         """Training loss by optimizer step."""
-        return [(record["step"], record["loss"]) for record in self.train]
+        return [(record["step"], record["loss"]) for record in self.train if record.get("loss") is not None]
 
     @property
     def validation_curve(self) -> Curve:
         """Validation loss by optimizer step."""
-        return [(record["step"], record["loss"]) for record in self.validation]
+        return [(record["step"], record["loss"]) for record in self.validation if record.get("loss") is not None]
 
     def until(self, step: int) -> "TrainingRun":
         """The same run up to and including an optimizer step."""
@@ -108,7 +115,7 @@ def read_findings(run: Path) -> Findings:
         evaluation=evaluation,
         conditioning=_conditioning_runs(compared, twotower, _initialisation(run / "twotower" / CONFIG_FILE)),
         texts=texts | {"evaluation settings": json.dumps(evaluation["settings"], indent=1)},
-        backbone=json.loads(texts.get(f"twotower/{PROVENANCE_FILE}", "{}")).get("backbone"),
+        backbone=read_provenance(run / "twotower").get("backbone"),
         recording=replay.read_page(run / REPLAY_FILE) if (run / REPLAY_FILE).is_file() else None,
     )
 
@@ -125,10 +132,7 @@ def _read_training(path: Path) -> TrainingRun:
 def _read_evaluation(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: not found, expected the output of `twotower evaluate`")
-    try:
-        evaluation = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
+    evaluation = read_json_object(path, expected="the output of `twotower evaluate`")
     missing = [key for key in EVALUATION_KEYS if key not in evaluation]
     if missing:
         raise UserError(f"{path}: expected the keys {', '.join(missing)}")

@@ -3,15 +3,20 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
 from megatron_twotower.checkpoint import files, fp8_state
-from megatron_twotower.checkpoint.files import ShardedState
-from megatron_twotower.checkpoint.sharding import OPTIMIZER_PREFIX, complete
+from megatron_twotower.checkpoint.files import CheckpointState, ShardedState
+from megatron_twotower.checkpoint.sharding import OPTIMIZER_PREFIX, complete, read_as_fp32
 from megatron_twotower.checkpoint.writer import CheckpointWriter, SavedCheckpoint
+from megatron_twotower.common import run_folder
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.schema import RunConfig
+from megatron_twotower.data.sources import check_unchanged, order_settings
 from megatron_twotower.mcore import parallel
 from megatron_twotower.mcore.optimizer_state import optimizer_shards, set_update_count
 from megatron_twotower.model.parameter_map import entries_of_stage, trained_entries
@@ -29,16 +34,17 @@ def find_checkpoint(run: Path, config: RunConfig, *, fingerprint: str | None) ->
         fingerprint: SHA-256 of the backbone that the run starts from.
 
     Raises:
-        UserError: The checkpoint is damaged, or of another model, objective or backbone; or there
-            is one and `resume` is false.
+        UserError: The checkpoint is damaged, or of a run that was configured differently; or none
+            is left of an earlier run; or there was one and `resume` is false.
     """
-    if not config.resume and parallel.from_main(lambda: bool(files.find_checkpoints(run))):
-        raise UserError(f"{run}: found checkpoints, expected resume=true or another output folder")
+    if not config.resume:
+        files.check_fresh(run, resume=False)
     settings = config.train
     found = files.newest_complete(run, verify=settings.verify_checkpoints, on_damaged=settings.on_damaged_checkpoint)
     if parallel.is_main():
         files.clear_leftovers(run)
     if found is None:
+        files.check_fresh(run, resume=config.resume)
         return None
     state = parallel.from_main(lambda: files.read_state(found))
     expected = {"objective": config.objective, "model": dataclasses.asdict(config.model), "fingerprint": fingerprint}
@@ -46,14 +52,77 @@ def find_checkpoint(run: Path, config: RunConfig, *, fingerprint: str | None) ->
         other = getattr(state, key)
         if other != value:
             raise UserError(f"{found}: found {key} {other}, expected {value}")
+    _check_fixed(found, state, config)
+    _check_window(found, state, config)
     return found
+
+
+# Settings that change what the denoiser computes from the same input. A checkpoint of an import is
+# of step 0, and its configuration does not know what the run will be.
+_FIXED = {"conditioning": ("frequencies", "period", "time_scale", "round_time_to_bf16"), "noise": ("mask_token_id",)}
+
+
+def _check_fixed(checkpoint: Path, state: CheckpointState, config: RunConfig) -> None:
+    """Compare settings that may not change during a run with those in its checkpoint.
+
+    Raises:
+        UserError: One of them has changed.
+    """
+    if config.objective != "two_tower":
+        return
+    now = dataclasses.asdict(config)
+    for section, names in _FIXED.items():
+        before = state.configuration.get(section, {})
+        for name in names if state.step or section == "conditioning" else ():
+            if before.get(name, now[section][name]) != now[section][name]:
+                raise UserError(
+                    f"{section}.{name}: found {now[section][name]}, expected {before[name]}, as in {checkpoint}"
+                )
+
+
+def _check_window(checkpoint: Path, state: CheckpointState, config: RunConfig) -> None:
+    """Refuse other ranges of the noise level than those of the sums for the next record.
+
+    Raises:
+        UserError: Their number has changed.
+    """
+    sums, buckets = state.window.sums, config.noise.report_buckets
+    if config.objective == "two_tower" and sums is not None and len(sums) != 2 + 2 * buckets:
+        raise UserError(
+            f"noise.report_buckets: found {buckets}, expected {len(sums) // 2 - 1} up to the next record: {checkpoint} "
+            "has sums of the steps since the last one"
+        )
+
+
+def check_data(checkpoint: Path | None, run: Path, found: dict[str, Any]) -> None:
+    """Compare the data with what the run has read up to a checkpoint.
+
+    Checkpoints of older versions do not say what it was; then `provenance.json` does, or at least
+    the configuration in the checkpoint.
+
+    Args:
+        checkpoint: The checkpoint to resume from.
+        run: The run folder.
+        found: `data_summary` of this start.
+
+    Raises:
+        UserError: They differ.
+    """
+    if checkpoint is None:
+        return
+    state = files.read_state(checkpoint)
+    if state.step:
+        order = found | {"order": order_settings(state.configuration)}
+        before = state.data or run_folder.read_provenance(run).get("data") or order
+        check_unchanged(found, before, cursor=state.cursor)
 
 
 def restore(checkpoint: Path, trainer: Trainer, sharded_state: ShardedState) -> TrainingProgress:
     """Fill weights, optimizer and schedule from a checkpoint that any layout wrote.
 
-    The checkpoint of an import contains only weights. FP8 scales of another precision or layout are
-    not loaded: they start from their initial values.
+    The checkpoint of an import contains only weights. Between fp32 and other precisions the fp32
+    weights that Adam updates are the same. FP8 scales of another precision or layout are not
+    loaded: they start from their initial values.
 
     Returns:
         How far the run is.
@@ -70,7 +139,15 @@ def restore(checkpoint: Path, trainer: Trainer, sharded_state: ShardedState) -> 
             checkpoint,
         )
     skipped = ((OPTIMIZER_PREFIX,) if imported else ()) + (() if same_scales else (fp8_state.FP8_STATE_PREFIX,))
-    loaded = files.load(checkpoint, lambda: (item for item in sharded_state() if not item.key.startswith(skipped)))
+    shards = [item for item in sharded_state() if not item.key.startswith(skipped)]
+    main: list[ShardedTensor | ShardedObject] = []
+    precisions = (state.configuration["train"]["precision"], trainer.config.train.precision)
+    other_precision = not imported and precisions.count("fp32") == 1
+    if other_precision:
+        shards, main = read_as_fp32(shards, files.stored_names(checkpoint))
+    loaded = files.load(checkpoint, lambda: shards)
+    if other_precision:
+        files.load(checkpoint, lambda: main)
     _complete(trainer, optimizer=not imported)
     fp8_state.restore_fp8_state([chunk.module for chunk in trainer.model.chunks], loaded)
     if imported:
@@ -101,19 +178,30 @@ class CheckpointSaver:
         sharded_state: Returns what a checkpoint stores of this rank.
         fingerprint: SHA-256 of the backbone that the run starts from.
         metrics: Receives the records.
+        data: `data_summary` of the run.
+        check_lock: As in `CheckpointWriter`.
     """
 
     def __init__(
-        self, run: Path, trainer: Trainer, sharded_state: ShardedState, *, fingerprint: str | None, metrics: Metrics
+        self,
+        run: Path,
+        trainer: Trainer,
+        sharded_state: ShardedState,
+        *,
+        fingerprint: str | None,
+        metrics: Metrics,
+        data: dict[str, Any],
+        check_lock: Callable[[], None] = lambda: None,
     ) -> None:
         settings = trainer.config.train
-        self._trainer, self._fingerprint, self._metrics = trainer, fingerprint, metrics
+        self._trainer, self._fingerprint, self._metrics, self._data = trainer, fingerprint, metrics, data
         self._writer = CheckpointWriter(
             run,
             sharded_state,
             background=settings.checkpoint_async,
             keep=settings.keep_checkpoints,
             keep_every=settings.keep_every_steps,
+            check_lock=check_lock,
         )
 
     def save(self, progress: TrainingProgress) -> None:
@@ -129,6 +217,7 @@ class CheckpointSaver:
             model=dataclasses.asdict(config.model),
             window=log_window(progress, self._trainer.groups),
             configuration=dataclasses.asdict(config),
+            data=self._data,
         )
         self._log(self._writer.begin(state, self._trainer.schedule.state_dict()), progress)
         progress.window_started = time.perf_counter()
@@ -136,6 +225,11 @@ class CheckpointSaver:
     def finish(self, progress: TrainingProgress, *, wait: bool) -> None:
         """Finish a save whose files are written; with `wait`, wait for them."""
         self._log(self._writer.finish() if wait else self._writer.poll(), progress)
+        self._writer.confirm(progress.updates)
+
+    def work_done(self) -> int:
+        """Return a number that changes while this rank writes files; any thread may call this."""
+        return self._writer.work_done()
 
     def _log(self, saved: Sequence[SavedCheckpoint], progress: TrainingProgress) -> None:
         for each in saved:

@@ -26,12 +26,17 @@ from megatron_twotower.model.towers import rows_between_stages
 from megatron_twotower.train.losses import autoregressive_loss, masked_diffusion_loss
 from megatron_twotower.train.metrics import Metrics, peak_memory_gib
 from megatron_twotower.train.noise import corrupt
-from megatron_twotower.train.optimizer import guarded_step
+from megatron_twotower.train.optimizer import Outcome, guarded_step
 from megatron_twotower.train.progress import TrainingProgress, damaged_on_all_ranks
+from megatron_twotower.train.watchdog import SAVING
 from megatron_twotower.types import Batch, LossReport
 
 # The seed of the noise of validation is that of the run with these bits flipped.
 VALIDATION_STREAM = 0x5EED
+
+
+def _nothing() -> None:
+    """Called where nobody asks whether the loop is alive."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +115,10 @@ def two_tower_forward(
     """Run one model chunk of both towers on a micro-batch; see `OBJECTIVES`."""
     noisy = corrupt(micro_batch.batch, config.noise, seed=micro_batch.seed, times=micro_batch.times)
     noisy = noisy.to(device.device())
-    hidden, tower = chunk(noisy), chunk.module.tower
-    return hidden, masked_diffusion_loss(tower, hidden, noisy, config.noise, groups) if tower.stage.last else None
+    hidden, model = chunk(noisy), chunk.module
+    if not model.tower.stage.last:
+        return hidden, None
+    return hidden, masked_diffusion_loss(model.tower, hidden, noisy, config.noise, groups, context=model.context)
 
 
 # The forward pass of a model chunk returns the activations for the next stage and no report; on the
@@ -134,8 +141,16 @@ def _no_sums(config: RunConfig) -> Tensor:
     return torch.zeros(2 + 2 * _num_buckets(config), dtype=torch.float64, device=device.device())
 
 
-def forward_backward(trainer: Trainer, micro_batches: Sequence[MicroBatch], *, forward_only: bool) -> Tensor:
+def forward_backward(
+    trainer: Trainer, micro_batches: Sequence[MicroBatch], *, forward_only: bool, alive: Callable[[], None] = _nothing
+) -> Tensor:
     """Run micro-batches through Megatron's schedule.
+
+    Args:
+        trainer: What this rank trains with.
+        micro_batches: Of this rank.
+        forward_only: Whether to skip the backward pass.
+        alive: Called at every micro-batch.
 
     Returns:
         The packed sums of this rank, zero on stages before the last.
@@ -144,6 +159,7 @@ def forward_backward(trainer: Trainer, micro_batches: Sequence[MicroBatch], *, f
     megatron = trainer.model.config
 
     def step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+        alive()
         output, report = objective(chunk, next(iterator), config, trainer.groups)
 
         def loss(total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,20 +188,26 @@ class StepResult:
     Attributes:
         sums: Packed sums of this rank.
         grad_norm: Gradient norm over all ranks, before clipping.
-        taken: Whether the step was taken; False: it was skipped.
+        outcome: Whether the step was taken, or why it was skipped.
     """
 
     sums: Tensor
     grad_norm: float
-    taken: bool
+    outcome: Outcome
+
+    @property
+    def taken(self) -> bool:
+        """Whether the step was taken."""
+        return self.outcome is Outcome.TAKEN
 
 
-def train_step(trainer: Trainer, batches: Sequence[Batch]) -> StepResult:
+def train_step(trainer: Trainer, batches: Sequence[Batch], *, alive: Callable[[], None] = _nothing) -> StepResult:
     """Take one optimizer step on this rank's micro-batches of a global batch.
 
-    If the loss or a gradient is not finite on any rank, no weight and no optimizer state changes,
-    on all ranks.
+    If the loss or a gradient is not finite on any rank, or if no rank has a position to learn from,
+    no weight and no optimizer state changes, on all ranks. `alive` is called at every micro-batch.
     """
+    trainer.schedule.step(1)
     trainer.model.train()
     trainer.model.zero_grad_buffer()
     trainer.optimizer.zero_grad()
@@ -194,13 +216,26 @@ def train_step(trainer: Trainer, batches: Sequence[Batch]) -> StepResult:
     named = [item for chunk in trainer.model.chunks for item in chunk.named_buffers()]
     biases = [(buffer, buffer.clone()) for name, buffer in named if name.endswith("expert_bias")]
     micro_batches = [MicroBatch(batch, trainer.config.seed) for batch in batches]
-    sums = forward_backward(trainer, micro_batches, forward_only=False)
-    taken, norm = guarded_step(trainer.optimizer, unusable=parallel.any_rank_flag(~sums[0].isfinite()))
-    if not taken:
+    sums = forward_backward(trainer, micro_batches, forward_only=False, alive=alive)
+    outcome, norm = guarded_step(trainer.optimizer, outcome=_usable(sums, trainer.config))
+    if outcome is not Outcome.TAKEN:
         for buffer, before in biases:
             buffer.copy_(before)
-    trainer.schedule.step(1)
-    return StepResult(sums, norm, taken)
+    return StepResult(sums, norm, outcome)
+
+
+def _usable(sums: Tensor, config: RunConfig) -> Tensor:
+    """Return the `Outcome` that the sums of all ranks allow, () int, without waiting for it.
+
+    A batch without a scored position has no gradient of the loss, and a step on it would be weight
+    decay and momentum alone. The balance loss has a gradient as long as the loss has a count to
+    divide by: with `elbo`, which counts all tokens, and not with `masked_mean`.
+    """
+    scored = sums[2 + _num_buckets(config) :].sum() > 0
+    if config.train.sequence_aux_loss and "E" in config.model.hybrid_override_pattern:
+        scored = sums[1] > 0
+    not_finite, learns = parallel.any_rank_flag(torch.stack([~sums[0].isfinite(), scored]))
+    return torch.where(not_finite, Outcome.NOT_FINITE, torch.where(learns, Outcome.TAKEN, Outcome.UNSCORED))
 
 
 def validation_times(count: int, noise: NoiseConfig) -> Tensor:
@@ -210,33 +245,40 @@ def validation_times(count: int, noise: NoiseConfig) -> Tensor:
 
 
 @torch.no_grad()
-def validate(trainer: Trainer, batches: Sequence[Batch]) -> dict[str, Any]:
+def validate(trainer: Trainer, batches: Sequence[Batch], *, alive: Callable[[], None] = _nothing) -> dict[str, Any]:
     """Compute the loss of fixed sequences at fixed noise: the same figure on any layout.
+
+    It is the loss of the clean tokens, whatever the targets of training are.
 
     Args:
         trainer: What this rank trains with.
         batches: This rank's micro-batches; `positions` count the validation sequences from 0.
+        alive: Called at every micro-batch.
     """
     trainer.model.eval()
-    seed, noise = trainer.config.seed ^ VALIDATION_STREAM, trainer.config.noise
+    noise = dataclasses.replace(trainer.config.noise, distillation=0.0, distillation_elsewhere=0.0)
+    trainer = dataclasses.replace(trainer, config=dataclasses.replace(trainer.config, noise=noise))
+    seed = trainer.config.seed ^ VALIDATION_STREAM
     times = validation_times(trainer.config.train.validation_sequences, noise)
     micro_batches = [MicroBatch(batch, seed, times[batch.positions].unsqueeze(-1)) for batch in batches]
-    sums = parallel.sum_over_stages(forward_backward(trainer, micro_batches, forward_only=True), trainer.groups)
+    sums = forward_backward(trainer, micro_batches, forward_only=True, alive=alive)
+    sums = parallel.sum_over_stages(sums, trainer.groups)
     figures = _figures(sums, _num_buckets(trainer.config))
-    return {"loss": figures["loss"], "loss_by_noise": figures["loss_by_noise"], "tokens": figures["scored_tokens"]}
+    return {"tokens": figures.pop("scored_tokens"), **figures}
 
 
 def _figures(sums: Tensor, buckets: int) -> dict[str, Any]:
     """Compute means from packed sums over all ranks.
 
-    These are the trained loss, and the unweighted loss by noise level.
+    These are the trained loss, and the unweighted loss by noise level. Without anything to divide
+    by there is no loss.
     """
     values = sums.tolist()
     total, count, by_level, scored = values[0], values[1], values[2 : 2 + buckets], values[2 + buckets :]
     names = [f"{i / buckets:.1f}-{(i + 1) / buckets:.1f}" for i in range(buckets)]
     by_noise = {name: s / n for name, s, n in zip(names, by_level, scored, strict=True) if n}
-    figures = {"loss": total / count if count else math.nan, "scored_tokens": int(sum(scored))}
-    return figures | {"loss_by_noise": by_noise if buckets > 1 else {}}
+    loss = {"loss": total / count} if count else {}
+    return loss | {"scored_tokens": int(sum(scored)), "loss_by_noise": by_noise if buckets > 1 else {}}
 
 
 def _data_figures(trainer: Trainer, progress: TrainingProgress, hooks: LoopHooks) -> dict[str, Any]:
@@ -248,6 +290,8 @@ def _data_figures(trainer: Trainer, progress: TrainingProgress, hooks: LoopHooks
         figures["tokens_by_corpus"] = hooks.count_corpus_tokens(progress.cursor)
     if progress.nonfinite:
         figures["nonfinite_steps"] = progress.nonfinite
+    if progress.unscored:
+        figures["unscored_steps"] = progress.unscored
     if trainer.config.data.damaged_shards == "skip":
         figures["skipped_sequences"] = damaged_on_all_ranks(progress, trainer.groups)
     return figures
@@ -256,13 +300,16 @@ def _data_figures(trainer: Trainer, progress: TrainingProgress, hooks: LoopHooks
 def _train_record(trainer: Trainer, progress: TrainingProgress, grad_norm: float, started: float) -> dict[str, Any]:
     """Compute the log record of the log window, over all ranks."""
     config, groups = trainer.config, trainer.groups
-    # There are no sums if every step of the log window was skipped.
+    # There are no sums if no step of the log window was finite.
     sums = _no_sums(config) if progress.sums is None else progress.sums
     figures = _figures(parallel.sum_over_stages(sums, groups), _num_buckets(config))
+    if progress.sums is None:
+        figures["loss"] = math.nan
     load = {}
     if progress.expert_tokens is not None:
         tokens = parallel.sum_over_ranks(progress.expert_tokens.double())
-        load = {"max_over_mean": (tokens.max(dim=1).values / tokens.mean(dim=1)).max().item()}
+        mean = tokens.mean(dim=1).clamp(min=torch.finfo(tokens.dtype).tiny)  # a batch may be padding alone
+        load = {"max_over_mean": (tokens.max(dim=1).values / mean).max().item()}
     now = time.perf_counter()
     length = config.data.sequence_length_tokens
     return {
@@ -282,16 +329,20 @@ def _train_record(trainer: Trainer, progress: TrainingProgress, grad_norm: float
 def _advance(
     trainer: Trainer, progress: TrainingProgress, batches: Sequence[Batch], cursor: int, result: StepResult
 ) -> None:
-    """Count a step. A skipped step has consumed its batch, but adds nothing to the sums."""
+    """Count a step. One that is not finite has consumed its batch, but adds nothing to the sums."""
     progress.step += 1
     progress.sequences += cursor - progress.cursor
     progress.cursor = cursor
     progress.damaged_sequences += sum(map(skipped_sequences, batches))
-    progress.nonfinite += not result.taken
-    progress.consecutive_nonfinite = 0 if result.taken else progress.consecutive_nonfinite + 1
-    if not result.taken:
+    if result.outcome is Outcome.NOT_FINITE:
+        progress.nonfinite += 1
+        progress.consecutive_nonfinite += 1
         return
-    progress.updates += 1
+    if result.taken:
+        progress.consecutive_nonfinite = 0
+        progress.updates += 1
+    else:
+        progress.unscored += 1
     progress.sums = result.sums if progress.sums is None else progress.sums + result.sums
     tokens = trainer.model.expert_tokens
     if tokens is not None:
@@ -343,9 +394,14 @@ def train(
     def due(every: int) -> bool:
         return bool(every) and (progress.step % every == 0 or progress.step == settings.steps)
 
+    def begins(activity: str) -> Callable[[], None]:
+        """Report the activity, and return what reports it again: it goes on."""
+        hooks.heartbeat(activity)
+        return lambda: hooks.heartbeat(activity)
+
     def run_validation() -> None:
-        hooks.heartbeat(f"validation after step {progress.step}")
-        figures = validate(trainer.in_phase_of(max(progress.cursor - 1, 0)), validation)
+        alive = begins(f"validation after step {progress.step}")
+        figures = validate(trainer.in_phase_of(max(progress.cursor - 1, 0)), validation, alive=alive)
         hooks.metrics.log({"kind": "validation", "step": progress.step, **figures})
         progress.window_started = time.perf_counter()
 
@@ -354,8 +410,8 @@ def train(
     while progress.step < settings.steps:
         hooks.heartbeat(f"reading step {progress.step + 1}")
         batches, cursor = next(stream)
-        hooks.heartbeat(f"step {progress.step + 1}")
-        result = train_step(trainer.in_phase_of(progress.cursor), batches)
+        alive = begins(f"step {progress.step + 1}")
+        result = train_step(trainer.in_phase_of(progress.cursor), batches, alive=alive)
         _advance(trainer, progress, batches, cursor, result)
         hooks.record_samples(batches, progress.step)
         hooks.metrics.step_done(progress.step)
@@ -375,8 +431,8 @@ def train(
             run_validation()
         stop = hooks.stop_requested()
         last = stop or progress.step == settings.steps
+        hooks.heartbeat(f"{SAVING} after step {progress.step}")
         if last or due(settings.checkpoint_every_steps):
-            hooks.heartbeat(f"saving after step {progress.step}")
             hooks.save_checkpoint(progress)
         hooks.finish_checkpoint(progress, wait=last)
         if stop:

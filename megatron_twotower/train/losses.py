@@ -10,15 +10,21 @@ from torch import Tensor
 
 from megatron_twotower.config.schema import NoiseConfig
 from megatron_twotower.model.towers import Tower
-from megatron_twotower.ops.cross_entropy import linear_cross_entropy
+from megatron_twotower.ops.cross_entropy import Teacher, linear_cross_entropy
 from megatron_twotower.types import Batch, LossReport, NoisyBatch
 
 
 def _head(
-    tower: Tower, hidden: Tensor, targets: Tensor, weights: Tensor, groups: ProcessGroupCollection
+    tower: Tower,
+    hidden: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    groups: ProcessGroupCollection,
+    teacher: Teacher | None = None,
 ) -> tuple[Tensor, Tensor]:
+    first = tower.vocabulary_start()
     return linear_cross_entropy(
-        hidden, tower.output_layer(), targets, weights, group=groups.tp, first=tower.vocabulary_start()
+        hidden, tower.output_layer(), targets, weights, group=groups.tp, first=first, teacher=teacher
     )
 
 
@@ -53,7 +59,13 @@ def noise_buckets(times: Tensor, buckets: int) -> Tensor:
 
 
 def masked_diffusion_loss(
-    tower: Tower, hidden: Tensor, batch: NoisyBatch, noise: NoiseConfig, groups: ProcessGroupCollection
+    tower: Tower,
+    hidden: Tensor,
+    batch: NoisyBatch,
+    noise: NoiseConfig,
+    groups: ProcessGroupCollection,
+    *,
+    context: Tower | None = None,
 ) -> LossReport:
     """Compute the cross-entropy of the clean tokens at masked positions.
 
@@ -62,12 +74,17 @@ def masked_diffusion_loss(
     all tokens that are not padding: the likelihood bound of absorbing diffusion with a linear
     schedule (MDLM, Sahoo et al. 2024, equation 10; BD3-LM section 3).
 
+    With `batch.teacher_shares`, targets are shared between the clean tokens and the context tower's
+    next-token distributions. The sums by noise level are those of the clean tokens in any case.
+
     Args:
         tower: The tower with the head.
-        hidden: (l, r b, h) final hidden states of the noisy stream.
+        hidden: (l, r b, h) final hidden states of the noisy stream. With `batch.teacher_shares`
+            those of the clean stream follow: (l, r b + b, h).
         batch: The noisy sequences and their targets.
         noise: The settings of the noise.
         groups: Process groups of this rank.
+        context: The context tower, for `batch.teacher_shares`.
     """
     length = batch.noisy.shape[1]
     times = batch.times.repeat_interleave(length // batch.times.shape[1], dim=1)
@@ -75,9 +92,15 @@ def masked_diffusion_loss(
     scored = (torch.arange(len(levels), device=levels.device) < batch.num_scored).to(levels.dtype)
     elbo = noise.weighting == "elbo"
     weights = scored / levels if elbo else scored
-    rows = hidden.transpose(0, 1).flatten(0, 1)[batch.scored_positions]
-    targets = batch.tokens.flatten()[batch.scored_positions % batch.tokens.numel()]
-    total, losses = _head(tower, rows, targets, weights, groups)
+    positions = batch.scored_positions % batch.tokens.numel()
+    rows = hidden[:, : len(batch.noisy)].transpose(0, 1).flatten(0, 1)[batch.scored_positions]
+    teacher = None
+    if batch.teacher_shares is not None:
+        assert context is not None, "the targets of teacher_shares are those of a context tower"
+        # The distribution of a token follows from the position before it.
+        before = hidden[:, len(batch.noisy) :].detach().transpose(0, 1).flatten(0, 1)[(positions - 1).clamp(min=0)]
+        teacher = Teacher(before, context.output_layer(), batch.teacher_shares)
+    total, losses = _head(tower, rows, batch.tokens.flatten()[positions], weights, groups, teacher)
     index = noise_buckets(levels, noise.report_buckets)
     zeros = torch.zeros(noise.report_buckets, device=levels.device)
     count = batch.num_tokens if elbo else batch.num_scored

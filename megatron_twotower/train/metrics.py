@@ -6,9 +6,10 @@ ranks write nothing.
 Kind `train`, of the steps since the last record:
 
     step, seconds      at the record: optimizer steps done, and the time since the process started
-    loss               nats per scored token
+    loss               nats per scored token; null if no step was finite, left out if nothing was
+                       scored
     loss_by_noise      {"0.0-0.2": nats, ...}; empty for the objective `ar`
-    learning_rate, grad_norm
+    learning_rate, grad_norm    of the last step
     tokens             consumed since the start of the run
     tokens_per_second, scored_tokens
     expert_load        {"max_over_mean": ratio}; empty without experts
@@ -17,11 +18,12 @@ Kind `train`, of the steps since the last record:
     tokens_by_corpus   {name: tokens since the start of the run}; with a blend
     skipped_sequences  in damaged shards; with data.damaged_shards=skip
     nonfinite_steps    skipped steps; if there were any
+    unscored_steps     steps without a masked token, which were skipped; if there were any
 
 Kind `validation`:
 
     step
-    loss               nats per scored token
+    loss               nats per scored token; left out if nothing was scored
     loss_by_noise      see above
     tokens             scored tokens
 
@@ -52,8 +54,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-from megatron_twotower.common.errors import UserError
+from megatron_twotower.common.errors import UserError, require
 from megatron_twotower.common.run_folder import METRICS_FILE, read_metrics
+from megatron_twotower.config.schema import LoggingConfig
 
 WANDB_ID_FILE = "wandb_run_id"
 Record = Mapping[str, Any]
@@ -72,6 +75,22 @@ class WandbSettings:
     mode: str = "offline"
     project: str = "megatron-twotower"
     name: str | None = None
+
+
+WANDB_MODES = ("offline", "online", "disabled")
+
+
+def wandb_settings(logging: LoggingConfig, environment: Mapping[str, str]) -> WandbSettings:
+    """Return the settings of W&B: those of its own variables that are set, else those of the run.
+
+    Raises:
+        UserError: WANDB_MODE is not one of `WANDB_MODES`.
+    """
+    mode = environment.get("WANDB_MODE") or logging.wandb
+    require(mode in WANDB_MODES, f"WANDB_MODE: found {mode!r}, expected one of {', '.join(WANDB_MODES)}")
+    return WandbSettings(
+        mode, environment.get("WANDB_PROJECT") or logging.project, environment.get("WANDB_NAME") or logging.name
+    )
 
 
 class Sink(Protocol):
@@ -241,7 +260,7 @@ def _open_wandb(
         import wandb
     except ImportError as error:
         raise UserError(
-            f"logging.wandb: found {settings.mode!r}, but wandb is not installed; "
+            f"logging.wandb or WANDB_MODE: found {settings.mode!r}, but wandb is not installed; "
             "expected `pip install wandb` or logging.wandb=disabled"
         ) from error
     # A resumed run keeps its id, so that W&B joins the parts.
@@ -259,7 +278,9 @@ def _open_wandb(
             settings=wandb.Settings(silent=True, console="off"),
         )
     except wandb.Error as error:
-        raise UserError(f"logging.wandb: found {settings.mode!r}, but W&B did not start: {error}") from error
+        raise UserError(
+            f"logging.wandb or WANDB_MODE: found {settings.mode!r}, but W&B did not start: {error}"
+        ) from error
     id_file.write_text(identity + "\n")
 
     def finish(kind: type[BaseException] | None, *_: Any) -> None:

@@ -2,7 +2,7 @@
 
 `twotower train --multirun recipe=tiny seed=1,2` trains twice, into OUTPUT/seed=1 and OUTPUT/seed=2.
 Hydra's launchers (`hydra/launcher=...`) decide where the jobs run; without one they run here, one
-after the other.
+after the other. With several ranks every rank runs all jobs, in the same order.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_twotower.common.errors import UserError
-from megatron_twotower.config.recipes import load_recipe, prepare_hydra, resolve
-from megatron_twotower.config.schema import RunConfig
+from megatron_twotower.config.overrides import plain_overrides, quoted
+from megatron_twotower.config.recipes import load_recipe, prepare_hydra, resolve_composed
 
 
 class StoppedEarly(Exception):
@@ -24,14 +24,12 @@ class StoppedEarly(Exception):
 def _job(composed: Any) -> None:
     """Train one run of a sweep. A module-level function, so that a launcher can pickle it."""
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
 
     from megatron_twotower.mcore import parallel
     from megatron_twotower.train import run as train_run
 
-    config = OmegaConf.to_object(composed)
-    assert isinstance(config, RunConfig)
-    config = dataclasses.replace(resolve(config), output=HydraConfig.get().runtime.output_dir)
+    config = resolve_composed(composed, recipe=str(HydraConfig.get().job.config_name))
+    config = dataclasses.replace(config, output=HydraConfig.get().runtime.output_dir)
     try:
         if not train_run.run_training(config):
             raise StoppedEarly
@@ -66,16 +64,23 @@ def run(recipe: str, overrides: Sequence[str]) -> None:
     """
     import hydra
 
-    path, search = prepare_hydra(recipe, overrides)
+    path, search = prepare_hydra(recipe)
+    overrides = plain_overrides(overrides, several=True)
     keys, single = _split_overrides(overrides)
     if not keys:
         raise UserError("--multirun: found no key with several values, expected one such as seed=1,2")
     if "output" in keys:
         raise UserError("output: found several values, expected one, below which each job has a folder")
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    launchers = [text for text in overrides if text.startswith("hydra/launcher=")]
+    if launchers and ranks != "1":
+        raise UserError(
+            f"{launchers[0]}: found {ranks} ranks, each of which would launch the jobs; expected one process"
+        )
     output = load_recipe(recipe, single).output
     named_otherwise = [text.partition("=")[0] for text in [*search, *overrides] if text.partition("=")[0] not in keys]
     own = [
-        f"hydra.sweep.dir='{output}'",
+        f"hydra.sweep.dir={quoted(output)}",
         "hydra.sweep.subdir=${hydra.job.override_dirname}",
         f"hydra.job.config.override_dirname.exclude_keys=[{','.join(named_otherwise)}]",
         "hydra/job_logging=disabled",

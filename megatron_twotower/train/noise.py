@@ -99,15 +99,45 @@ def noisy_batch(batch: Batch, masked: Tensor, times: Tensor, noise: NoiseConfig)
     scored = masked & real
     positions = scored.flatten().nonzero().squeeze(-1)
     noisy = batch.tokens.repeat(draws, 1).masked_fill(masked, noise.mask_token_id)
+    scored_positions = F.pad(positions, (0, -len(positions) % SCORED_MULTIPLE))
+    shares = teacher_shares(batch, masked, noise) if noise.distils else None
     return NoisyBatch(
         tokens=batch.tokens,
         noisy=noisy,
         times=times,
-        scored_positions=F.pad(positions, (0, -len(positions) % SCORED_MULTIPLE)),
+        scored_positions=scored_positions,
         num_scored=torch.tensor(len(positions), dtype=torch.int32),
         num_tokens=real.sum(dtype=torch.int32),
         block=noise.block_size_tokens,
         documents=batch.documents,
         padding=batch.padding,
         sequence_weights=(real if noise.weighting == "elbo" else scored).sum(dim=1, dtype=torch.float32),
+        teacher_shares=None if shares is None else shares.flatten()[scored_positions],
     )
+
+
+def teacher_shares(batch: Batch, masked: Tensor, noise: NoiseConfig) -> Tensor:
+    """Compute the share of the context tower's next-token distribution in the target of a position.
+
+    For a masked token x_i with no visible token after it in its block, p(x_i | x_<i) of the context
+    tower is an unbiased target: its mean over the masked tokens of x_<i is the distribution of x_i
+    given what the denoiser sees. For another position it ignores the visible tokens after i.
+    The first token of a sequence or of a document has no such distribution.
+
+    Args:
+        batch: The clean sequences.
+        masked: (r b, l) bool.
+        noise: The settings of the noise.
+
+    Returns:
+        (r b, l) float32.
+    """
+    visible = ~masked.unflatten(1, (-1, noise.block_size_tokens))
+    visible_from_here = visible.flip(-1).cumsum(-1).flip(-1) > 0
+    visible_later = F.pad(visible_from_here[..., 1:], (0, 1)).flatten(1)
+    shares = torch.where(visible_later, noise.distillation_elsewhere, noise.distillation)
+    starts = torch.zeros_like(batch.tokens, dtype=torch.bool)
+    starts[:, 0] = True
+    if batch.documents is not None:
+        starts[:, 1:] = batch.documents[:, 1:] != batch.documents[:, :-1]
+    return shares.masked_fill(starts.repeat(len(masked) // len(starts), 1), 0.0)

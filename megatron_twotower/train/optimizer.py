@@ -1,6 +1,7 @@
 """Megatron's AdamW and learning-rate schedule, and a step that skips non-finite gradients."""
 
 import bisect
+import enum
 import math
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -23,6 +24,22 @@ from megatron_twotower.mcore.parallel import ModelChunks
 # Parameters of two dimensions that are no weight matrices: decay would pull gates to zero and
 # shorten filters.
 NO_WEIGHT_DECAY = ("*scale_shift_table", "*conv1d_weight")
+
+
+class Outcome(enum.IntEnum):
+    """What became of an optimizer step.
+
+    A step that is not `TAKEN` changes no weight and no optimizer state, on all ranks.
+
+    Attributes:
+        TAKEN: The step was taken.
+        NOT_FINITE: The loss or a gradient is not finite.
+        UNSCORED: The global batch gives no gradient, because no position of it is scored.
+    """
+
+    TAKEN = 0
+    NOT_FINITE = 1
+    UNSCORED = 2
 
 
 def build_optimizer(config: RunConfig, model: ModelChunks, groups: ProcessGroupCollection) -> MegatronOptimizer:
@@ -56,7 +73,7 @@ def build_optimizer(config: RunConfig, model: ModelChunks, groups: ProcessGroupC
 
 
 @torch.no_grad()
-def guarded_step(optimizer: MegatronOptimizer, *, unusable: Tensor) -> tuple[bool, float]:
+def guarded_step(optimizer: MegatronOptimizer, *, outcome: Tensor) -> tuple[Outcome, float]:
     """Take one step of the optimizer; none if the gradients are not finite.
 
     A step that is not taken changes nothing. It is Megatron's own step, with a check of the
@@ -64,27 +81,30 @@ def guarded_step(optimizer: MegatronOptimizer, *, unusable: Tensor) -> tuple[boo
 
     Args:
         optimizer: Megatron's optimizer, whose gradients are reduced.
-        unusable: () bool, True to take no step in any case; the same on every rank. It is read
-            after the norm, for which the host waits in any case.
+        outcome: () int, an `Outcome`; another one than `TAKEN` to take no step in any case. It is
+            the same on every rank, and read after the norm, for which the host waits in any case.
 
     Returns:
-        Whether a step was taken, and the global gradient norm before clipping.
+        What became of the step, and the global gradient norm before clipping.
     """
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm() or 0.0)
-    if not math.isfinite(norm) or unusable.item():
-        return False, norm
+    found = Outcome(int(outcome.item())) if math.isfinite(norm) else Outcome.NOT_FINITE
+    if found is not Outcome.TAKEN:
+        return found, norm
     for inner in nonempty_optimizers(optimizer):
         parameters = inner.get_parameters()
         if parameters and inner.config.clip_grad > 0:
             clip_grad_by_total_norm_fp32(parameters, max_norm=inner.config.clip_grad, total_norm=norm)
     optimizer.step_with_ready_grads()
-    return True, norm
+    return Outcome.TAKEN, norm
 
 
 def build_schedule(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Build the learning-rate schedule, which takes one step per optimizer step.
+    """Build the learning-rate schedule, which takes one step before each optimizer step.
 
+    Optimizer step k, counted from 1, then has the rate of Megatron's schedule at k. The warm-up
+    ends with the highest rate in its last step, and a decay with the lowest rate in the last step.
     Every phase has a warm-up, and then `wsd`, `cosine` or `constant`.
     """
     phases = resolve_phases(config)
@@ -107,8 +127,8 @@ class PhasedScheduler(OptimizerParamScheduler):
         super().__init__(optimizer, **_rates(config, whole_run(config)))
 
     def get_lr(self, param_group: dict[str, Any]) -> float:
-        """Return the rate of the current phase at `num_steps`, the same for all groups."""
-        number = bisect.bisect_right(self._starts, self.num_steps) - 1
+        """Return the rate of step `num_steps`, counted from 1, in its phase; all groups have it."""
+        number = max(bisect.bisect_left(self._starts, self.num_steps) - 1, 0)
         self._schedules[number].num_steps = self.num_steps - self._starts[number]
         return self._schedules[number].get_lr({})
 

@@ -23,12 +23,13 @@ class TrainingProgress:
         step: Optimizer steps done, with skipped ones.
         cursor: Sequences consumed by all ranks.
         updates: Optimizer steps that were not skipped.
-        consecutive_nonfinite: Steps skipped without interruption up to now.
-        nonfinite: Steps skipped in the log window.
+        consecutive_nonfinite: Steps that were not finite without interruption up to now.
+        nonfinite: Steps of the log window that were skipped because they were not finite.
+        unscored: Steps of the log window that were skipped because no position was scored.
         sequences: Sequences consumed by all ranks in the log window.
         damaged_sequences: Sequences in damaged shards that this rank skipped in the log window.
         sums: (2 + 2k,) float64 packed loss reports of this rank in the log window; None without a
-            step that was not skipped.
+            finite step.
         expert_tokens: (layers, experts) tokens of each expert on this rank in the log window; None
             as for `sums`, and without experts.
         window_started: Time at which the log window started, in seconds of `time.perf_counter`.
@@ -39,6 +40,7 @@ class TrainingProgress:
     updates: int = 0
     consecutive_nonfinite: int = 0
     nonfinite: int = 0
+    unscored: int = 0
     sequences: int = 0
     damaged_sequences: int = 0
     sums: Tensor | None = None
@@ -48,7 +50,7 @@ class TrainingProgress:
     def start_log_window(self) -> None:
         """Forget the sums of the log window that was just recorded."""
         self.sums = self.expert_tokens = None
-        self.sequences = self.damaged_sequences = self.nonfinite = 0
+        self.sequences = self.damaged_sequences = self.nonfinite = self.unscored = 0
         self.window_started = time.perf_counter()
 
 
@@ -62,6 +64,7 @@ def log_window(progress: TrainingProgress, groups: ProcessGroupCollection) -> Lo
         skipped=damaged_on_all_ranks(progress, groups),
         nonfinite=progress.nonfinite,
         in_a_row=progress.consecutive_nonfinite,
+        unscored=progress.unscored,
     )
 
 
@@ -90,6 +93,7 @@ def restore_progress(state: CheckpointState, groups: ProcessGroupCollection) -> 
         updates=state.updates,
         consecutive_nonfinite=window.in_a_row,
         nonfinite=window.nonfinite,
+        unscored=window.unscored,
         sequences=window.sequences,
         damaged_sequences=window.skipped if first_data_rank else 0,
         sums=None if window.sums is None else tensor(window.sums, here=sums_here),

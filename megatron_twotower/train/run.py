@@ -1,9 +1,13 @@
 """A complete training run, built from a resolved configuration."""
 
+import contextlib
 import dataclasses
+import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -12,6 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from megatron_twotower import __version__
+from megatron_twotower.checkpoint import files as checkpoint_files
 from megatron_twotower.checkpoint.files import ShardedState
 from megatron_twotower.checkpoint.fp8_state import sharded_fp8_state
 from megatron_twotower.checkpoint.sharding import sharded_optimizer, sharded_weights
@@ -24,9 +29,10 @@ from megatron_twotower.config.schema import RunConfig
 from megatron_twotower.config.validation import validate
 from megatron_twotower.convert import hf_folder, initial_weights, load
 from megatron_twotower.convert.tensors import TensorSource
+from megatron_twotower.data import mask_token
 from megatron_twotower.data.blend import BlendedDataset
 from megatron_twotower.data.dataset import SequenceDataset, batches, global_batch, rank_slice, split_batch
-from megatron_twotower.data.sources import check_unchanged, data_summary, open_training, open_validation
+from megatron_twotower.data.sources import data_summary, open_training, open_validation
 from megatron_twotower.doctor import diagnose, one_line_summary
 from megatron_twotower.mcore import parallel
 from megatron_twotower.mcore.optimizer_state import optimizer_shards
@@ -36,13 +42,14 @@ from megatron_twotower.model.parameter_map import Entry
 from megatron_twotower.model.towers import BackboneModel, TwoTower, build_context_tower
 from megatron_twotower.plan.activations import bytes_by_kind
 from megatron_twotower.train import checkpoints, ledger
+from megatron_twotower.train.agreement import check_ranks_agree, own_run_folder
 from megatron_twotower.train.garbage import collected_together
 from megatron_twotower.train.loop import LoopHooks, Trainer, train
-from megatron_twotower.train.metrics import Metrics, WandbSettings, open_metrics
+from megatron_twotower.train.metrics import Metrics, open_metrics, wandb_settings
 from megatron_twotower.train.optimizer import build_optimizer, build_schedule
 from megatron_twotower.train.progress import TrainingProgress
 from megatron_twotower.train.signals import StopSignal
-from megatron_twotower.train.watchdog import watching
+from megatron_twotower.train.watchdog import SAVING, watching
 from megatron_twotower.types import Batch
 
 Dataset = SequenceDataset | BlendedDataset
@@ -81,9 +88,14 @@ class TrainedModel:
 
 
 def backbone_fingerprint(config: RunConfig) -> str | None:
-    """Return the SHA-256 of `init.backbone`, which rank 0 reads; `None` without one."""
+    """Return the SHA-256 of `init.backbone`; `None` without one. Rank 0 reads it, for all.
+
+    `check_ranks_agree` has compared the copies that nodes may have.
+    """
     backbone = config.init.backbone
-    return parallel.from_main(lambda: hf_folder.fingerprint(backbone)) if backbone else None
+    if not backbone:
+        return None
+    return parallel.from_main(lambda: hf_folder.fingerprint(backbone))
 
 
 def build_model(
@@ -135,8 +147,9 @@ def build_model(
 def dry_run(config: RunConfig) -> str:
     """Build everything but the data, take no step, and describe what a run would train."""
     validate(config, world_size=parallel.world_size())
+    _check_mask_token(config, resumed=False)
     phases = resolve_phases(config)
-    groups = parallel.initialise(config)
+    groups = _join(config)
     model = build_model(config, groups)
     trained = sum(p.numel() for chunk in model.chunks for p in chunk.parameters() if p.requires_grad)
     lines = [f"{config.objective}: {trained:,} trained parameters on this rank, {config.train.steps} steps"]
@@ -162,29 +175,56 @@ def run_training(config: RunConfig) -> bool:
     validate(config, world_size=parallel.world_size())
     # From here on a signal ends the run after its first step.
     stop = StopSignal()
-    run, groups = Path(config.output), parallel.initialise(config)
+    run, groups = Path(config.output), _join(config)
+    with own_run_folder(run) as check_lock:
+        return _train_in(run, config, groups, stop=stop, check_lock=check_lock)
+
+
+def _join(config: RunConfig) -> ProcessGroupCollection:
+    """Connect all ranks, compare what they were started with, and create the parallel groups."""
+    parallel.connect(config)
+    check_ranks_agree(config)
+    return parallel.initialise(config)
+
+
+def _train_in(
+    run: Path, config: RunConfig, groups: ProcessGroupCollection, *, stop: StopSignal, check_lock: Callable[[], None]
+) -> bool:
+    """Train in a folder that is this run's own; see `run_training`."""
     source = initial_weights.backbone_source(config)  # its headers; a wrong folder ends the run here
     fingerprint = backbone_fingerprint(config)
+    resumed = parallel.from_main(lambda: _has_trained(run))
+    _check_mask_token(config, resumed=resumed)
     checkpoint = checkpoints.find_checkpoint(run, config, fingerprint=fingerprint)
+    validation, dataset = _validation_batches(config, groups), _training_data(config)
+    _check_corpora(config, dataset, resumed=resumed)
+    data = data_summary(config, dataset)
+    # Before `restore`: the first rank writes provenance.json again after all ranks are restored.
+    parallel.from_main(lambda: checkpoints.check_data(checkpoint, run, data))
     model = build_model(config, groups, backbone_source=source, fingerprint=fingerprint, resumed=checkpoint is not None)
     trainer = build_trainer(config, model, groups)
     sharded_state = state_of(trainer, model)
-    # Read before `restore`: the first rank writes the file again after all ranks are restored.
-    data_before = parallel.from_main(lambda: run_folder.read_provenance(run).get("data")) if checkpoint else None
     progress = checkpoints.restore(checkpoint, trainer, sharded_state) if checkpoint else TrainingProgress()
     _check_cursor(config, progress)
-    validation, dataset = _validation_batches(config, groups), _training_data(config)
-    if data_before:
-        check_unchanged(data_summary(config, dataset), data_before, cursor=progress.cursor)
     stream = _training_stream(config, dataset, groups, progress.cursor)
-    _write_run_files(run, config, model, dataset)
+    _write_run_files(run, config, model, data)
     _print_summary(config)
-    with (
-        _open_metrics(run, config, progress) as metrics,
-        watching(limit_seconds=config.train.hang_timeout_seconds) as heartbeat,
-        collected_together(config.train.collect_garbage_every_steps) as collect_garbage,
-    ):
-        saver = checkpoints.CheckpointSaver(run, trainer, sharded_state, fingerprint=model.fingerprint, metrics=metrics)
+    with contextlib.ExitStack() as resources:
+        metrics = resources.enter_context(_open_metrics(run, config, progress))
+        saver = checkpoints.CheckpointSaver(
+            run,
+            trainer,
+            sharded_state,
+            fingerprint=model.fingerprint,
+            metrics=metrics,
+            data=data,
+            check_lock=check_lock,
+        )
+        limits = config.train.hang_timeout_seconds, config.train.save_timeout_seconds
+        heartbeat = resources.enter_context(
+            watching(limit_seconds=limits[0], save_limit_seconds=limits[1], work_done=saver.work_done)
+        )
+        collect_garbage = resources.enter_context(collected_together(config.train.collect_garbage_every_steps))
         hooks = LoopHooks(
             metrics=metrics,
             save_checkpoint=saver.save,
@@ -199,7 +239,33 @@ def run_training(config: RunConfig) -> bool:
         try:
             return train(trainer, progress, stream, validation, hooks)
         finally:
+            heartbeat(f"{SAVING} what had begun")
             saver.close()
+
+
+def _has_trained(run: Path) -> bool:
+    """Whether a run folder has a checkpoint after its first step (an import has one before it)."""
+    return any(folder != run_folder.checkpoint_folder(run, 0) for folder in checkpoint_files.find_checkpoints(run))
+
+
+def _check_mask_token(config: RunConfig, *, resumed: bool) -> None:
+    """Refuse a mask token that does not fit; of a run that has trained with it, only warn."""
+    if config.objective != "two_tower":
+        return
+    try:
+        mask_token.check_run(config)
+    except UserError as error:
+        if not resumed:
+            raise
+        if parallel.is_main():
+            logging.getLogger(__name__).warning("the run goes on as it began, although: %s", error)
+
+
+def _check_corpora(config: RunConfig, dataset: Dataset, *, resumed: bool) -> None:
+    """Refuse data that holds the mask token. The first rank reads it, for all."""
+    if config.objective != "two_tower" or resumed:
+        return
+    parallel.from_main(lambda: mask_token.check_corpora(config, dataset))
 
 
 def build_trainer(config: RunConfig, model: TrainedModel, groups: ProcessGroupCollection) -> Trainer:
@@ -272,7 +338,7 @@ def _corpus_token_counter(config: RunConfig, dataset: Dataset) -> Callable[[int]
     return lambda cursor: {name: count * length for name, count in dataset.sequences_before(cursor).items()}
 
 
-def _write_run_files(run: Path, config: RunConfig, model: TrainedModel, dataset: Dataset) -> None:
+def _write_run_files(run: Path, config: RunConfig, model: TrainedModel, data: dict[str, Any]) -> None:
     """Write `config.yaml` and `provenance.json`, on the first rank."""
     if not parallel.is_main():
         return
@@ -283,7 +349,7 @@ def _write_run_files(run: Path, config: RunConfig, model: TrainedModel, dataset:
         backbone=config.init.backbone,
         fingerprint=model.fingerprint,
     )
-    facts["data"] = data_summary(config, dataset)
+    facts["data"] = data
     facts["roles"] = {role.role: role.implementation for role in diagnose(config)}
     run_folder.write_start(run, config=recipes.to_yaml(config), facts=facts)
 
@@ -303,6 +369,6 @@ def _open_metrics(run: Path, config: RunConfig, progress: TrainingProgress) -> M
         total_steps=config.train.steps,
         resume_step=progress.step,
         console=logging.console,
-        wandb=WandbSettings(logging.wandb, logging.project, logging.name),
+        wandb=wandb_settings(logging, os.environ),
         config=dataclasses.asdict(config),
     )

@@ -5,11 +5,15 @@ at two clocks: that of its own training loop, and the heartbeat of the next rank
 no progress is reported by its own thread, with the call it is in. A process that is frozen, or
 whose interpreter is, is reported by the rank before it. Then the process ends with status 76, and
 torchrun and Slurm end the others.
+
+A save has a limit of its own, and while any rank writes, it is alive: ranks that are done wait for
+the slowest one.
 """
 
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import socket
 import sys
@@ -28,20 +32,27 @@ from megatron_twotower.mcore import parallel
 
 # Exit status of a process whose job hangs.
 HUNG = 76
-# The activity of a loop that has ended.
+# The activity of a loop that has ended, and the first word of that of a save.
 FINISHED = "the end"
+SAVING = "saving"
 
 
 class Watchdog:
     """The watchdog of one rank. The training loop calls `heartbeat`; the rest happens in a thread.
 
     Args:
-        limit_seconds: How long a loop may make no progress, or a process publish no heartbeat.
+        limit_seconds: How long a loop may make no progress, or a process publish no heartbeat; 0:
+            any time.
+        save_limit_seconds: The same during a save.
+        work_done: Returns a number that changes while this rank writes a checkpoint.
     """
 
-    def __init__(self, *, limit_seconds: float) -> None:
-        self._limit = limit_seconds
-        self._interval = min(max(limit_seconds / 10, 0.1), 30.0)
+    def __init__(
+        self, *, limit_seconds: float, save_limit_seconds: float = 0, work_done: Callable[[], int] = lambda: 0
+    ) -> None:
+        self._limit, self._save_limit = limit_seconds or math.inf, save_limit_seconds or math.inf
+        self._interval = min(max(min(self._limit, self._save_limit) / 10, 0.1), 30.0)
+        self._work_done, self._work = work_done, (0, 0)
         self._activity, self._since = "start", time.monotonic()
         self._main = threading.main_thread().ident
         self._name = f"{parallel.rank()} (process {os.getpid()} on {socket.gethostname()})"
@@ -80,6 +91,7 @@ class Watchdog:
         """
         end: float | None = None
         while not self._stopped.wait(self._interval):
+            self._notice_writing()
             found = [self._check_own_loop(), self._check_neighbour()]
             for text in filter(None, found):
                 print(f"watchdog: {text}", file=sys.stderr, flush=True)
@@ -89,10 +101,24 @@ class Watchdog:
             if end is not None and time.monotonic() > end:
                 os._exit(HUNG)
 
+    def _limit_of(self, activity: str) -> float:
+        return self._save_limit if activity.startswith(SAVING) else self._limit
+
+    def _notice_writing(self) -> None:
+        """Count it as progress of a save that this rank, or another one, has written something."""
+        if not self._activity.startswith(SAVING):
+            return
+        own, total = self._work_done(), 0
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):  # `_check_neighbour` reports it
+                total = self._store.add("watchdog/writing", int(own != self._work[0]))
+        if (own, total) != self._work:
+            self._work, self._since = (own, total), time.monotonic()
+
     def _check_own_loop(self) -> str | None:
         """Return what is wrong with the training loop of this rank; only the first time."""
         seconds = time.monotonic() - self._since
-        if seconds < self._limit or self._reported_own:
+        if seconds < self._limit_of(self._activity) or self._reported_own:
             return None
         self._reported_own = True
         frame = sys._current_frames().get(self._main or 0)
@@ -120,7 +146,7 @@ class Watchdog:
             self._neighbour_beat, self._neighbour_since = beat, time.monotonic()
         _, activity, name = json.loads(beat)
         seconds = time.monotonic() - self._neighbour_since
-        if seconds < self._limit or activity == FINISHED:
+        if seconds < self._limit_of(activity) or activity == FINISHED:
             return None
         self._reported_neighbour = True
         return f"rank {name}: no heartbeat for {seconds:.0f} s, the last at {activity}"
@@ -131,7 +157,7 @@ class Watchdog:
             return None
         store: Any = dist.distributed_c10d._get_default_store()
         store = store.clone()
-        store.set_timeout(timedelta(seconds=max(self._limit, 1.0)))
+        store.set_timeout(timedelta(seconds=max(min(self._limit, self._save_limit), 1.0)))
         return store
 
 
@@ -151,16 +177,18 @@ def describe_call(frame: FrameType | None) -> str:
 
 
 @contextlib.contextmanager
-def watching(*, limit_seconds: float) -> Iterator[Callable[[str], None]]:
-    """Run a watchdog for the duration of a run; none if the limit is 0.
+def watching(
+    *, limit_seconds: float, save_limit_seconds: float, work_done: Callable[[], int]
+) -> Iterator[Callable[[str], None]]:
+    """Run a watchdog for the duration of a run; none if both limits are 0. See `Watchdog`.
 
     Yields:
         The function that receives the activity of the loop.
     """
-    if not limit_seconds:
+    if not limit_seconds and not save_limit_seconds:
         yield lambda activity: None
         return
-    watchdog = Watchdog(limit_seconds=limit_seconds)
+    watchdog = Watchdog(limit_seconds=limit_seconds, save_limit_seconds=save_limit_seconds, work_done=work_done)
     watchdog.start()
     try:
         yield watchdog.heartbeat

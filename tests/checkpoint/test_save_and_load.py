@@ -1,5 +1,6 @@
 """Checkpoints: any layout reads any other, damage is named, and incomplete ones are never used."""
 
+import json
 import os
 import shutil
 import signal
@@ -7,10 +8,15 @@ import signal
 import pytest
 from megatron.core.dist_checkpointing import state_dict_utils
 
-from helpers.runs import losses, records, train_arguments
+from helpers.runs import losses, records, settings, train_arguments
 from megatron_twotower.bench import ranks
 from megatron_twotower.checkpoint import files
 from megatron_twotower.cli.main import main
+from megatron_twotower.common.errors import UserError
+from megatron_twotower.config.recipes import load_recipe
+from megatron_twotower.convert import hf_folder
+from megatron_twotower.data.sources import data_summary, open_training
+from megatron_twotower.train import checkpoints
 
 # The schedule does not depend on the number of steps, so a run can be continued.
 PLAIN = [
@@ -184,6 +190,92 @@ def test_the_previous_checkpoint_is_used_on_request(copied, whole_run, tiny_data
     assert losses(copied) == losses(whole_run)
     assert files.damaged(newest) is None, "written again"
     assert newest.with_name(f"{newest.name}.damaged").is_dir(), "kept for inspection"
+
+
+def contents(run):
+    return {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("then", ["all damaged", "set aside", "removed"])
+def test_a_run_never_starts_anew_over_an_earlier_one(then, copied, tiny_data, tiny_backbone, capsys):
+    for folder in files.find_checkpoints(copied)[:-2]:
+        shutil.rmtree(folder)
+    for folder in files.find_checkpoints(copied):
+        flip(folder / "__0_0.distcp")
+        if then == "set aside":
+            folder.rename(f"{folder}.damaged")
+        elif then == "removed":
+            shutil.rmtree(folder)
+    before = contents(copied)
+    extra = [*PLAIN, "train.steps=16", "train.on_damaged_checkpoint=previous"]
+    assert main(train_arguments(tiny_data, copied, tiny_backbone, *extra)) == 2
+    said = capsys.readouterr().err
+    told = {
+        "all damaged": "found 2 checkpoints, all damaged",
+        "set aside": "found checkpoints/step-00000014.damaged and no complete checkpoint",
+        "removed": "found metrics.jsonl with records of checkpoints and no complete checkpoint",
+    }
+    assert said.count("\n") == 1 and told[then] in said and "to start anew, name another output folder" in said
+    assert contents(copied) == before
+
+
+def test_without_resume_any_record_of_a_step_is_an_earlier_run(copied, tmp_path, tiny_data, tiny_backbone, capsys):
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    shutil.copy(copied / "metrics.jsonl", fresh)
+    for folder, found in ((copied, "checkpoints/step-00000014"), (fresh, "metrics.jsonl with records")):
+        assert main(train_arguments(tiny_data, folder, tiny_backbone, *PLAIN, "resume=false")) == 2
+        assert f"{folder}: found {found}, expected resume=true or another" in capsys.readouterr().err
+
+
+def start(run, data, backbone, *overrides):
+    """What a start looks at before it restores a checkpoint."""
+    config = load_recipe("tiny", settings(data, run, backbone, *PLAIN, *overrides))
+    found = checkpoints.find_checkpoint(run, config, fingerprint=hf_folder.fingerprint(backbone))
+    checkpoints.check_data(found, run, data_summary(config, open_training(config)))
+    return found
+
+
+@pytest.fixture(params=["this version", "an older version"])
+def alone(request, tmp_path, whole_run):
+    """A folder with a checkpoint and nothing else, also without what the run has read."""
+    run = tmp_path / "alone"
+    folder = shutil.copytree(files.find_checkpoints(whole_run)[-1], run / "checkpoints" / "step-00000014")
+    if request.param == "an older version":
+        content = json.loads((folder / "state.json").read_text())
+        assert content["data"]["order"]["seed"] == 1234
+        del content["data"], content["sha256"]
+        (folder / "state.json").write_text(json.dumps(content | {"sha256": files._content_sum(content)}))
+    return run
+
+
+FIXED = {
+    "seed=4321": "seed: found 4321, expected 1234",
+    "data.sequence_length_tokens=64": "sequence_length_tokens: found 64, expected 32",
+    "data.shuffle=none": "shuffle: found none, expected full",
+    "noise.mask_token_id=5": "noise.mask_token_id: found 5, expected 3, as in",
+    "conditioning.period=100": "conditioning.period: found 100.0, expected 10000.0, as in",
+    "conditioning.frequencies=64": "conditioning.frequencies: found 64, expected 256, as in",
+}
+
+
+def test_what_must_not_change_is_in_the_checkpoint_itself(alone, tiny_data, tiny_backbone):
+    assert start(
+        alone, tiny_data, tiny_backbone, "optimizer.learning_rate=1e-4", "conditioning.initialisation=released"
+    )
+    for setting, told in FIXED.items():
+        with pytest.raises(UserError, match=told):
+            start(alone, tiny_data, tiny_backbone, setting)
+
+
+def test_another_corpus_is_refused_by_the_checkpoint_itself(copied, tmp_path, tiny_data, tiny_backbone):
+    (copied / "provenance.json").unlink()
+    other = tmp_path / "data"
+    shutil.copytree(tiny_data, other)
+    shutil.rmtree(other / "train")
+    shutil.copytree(other / "validation", other / "train")
+    with pytest.raises(UserError, match=rf"{other}/train: found tokens .*, as the run has read so far"):
+        start(copied, other, tiny_backbone)
 
 
 def test_incomplete_checkpoints_are_ignored_and_removed(copied, whole_run, tiny_data, tiny_backbone):

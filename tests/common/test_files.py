@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from megatron_twotower.common.errors import UserError
-from megatron_twotower.common.files import atomic_file, atomic_folder, partial_path, write_file
+from megatron_twotower.common.files import atomic_file, atomic_folder, partial_path, read_json_object, write_file
 
 
 def names(folder):
@@ -84,6 +84,17 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     assert names(tmp_path) == ["out"] and names(out) == []
 
 
+def test_a_second_process_that_writes_the_same_folder_is_refused(tmp_path):
+    out = tmp_path / "out"
+    with atomic_folder(out) as folder:
+        (folder / "a").write_text("first")
+        for replace in (False, True):
+            with pytest.raises(UserError, match=r"out.partial: in use, expected no other process"):
+                atomic_folder(out, replace=replace).__enter__()
+        assert names(folder) == ["a"]
+    assert names(out) == ["a"]
+
+
 def test_a_kill_between_the_two_renames_leaves_the_old_folder(tmp_path, monkeypatch):
     out, replace = tmp_path / "out", os.replace
     out.mkdir()
@@ -123,3 +134,23 @@ def test_an_error_that_no_user_can_correct_is_passed_on(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "out"):
         (tmp_path / "no" / "such").read_text()
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "not valid JSON (Expecting value"),
+        (b"{", "not valid JSON"),
+        (b"[1]", "found a list"),
+        (b"3", "found a int"),
+        (b"\xe9", "not valid JSON ('utf-8' codec"),
+        (None, "cannot be read (No such file"),
+    ],
+)
+def test_what_is_no_json_object_is_one_line(content, said, tmp_path):
+    file = tmp_path / "facts.json"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        read_json_object(file, expected="facts")
+    assert str(error.value).startswith(f"{file}: {said}") and str(error.value).endswith("expected facts")

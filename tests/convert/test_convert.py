@@ -196,4 +196,4 @@ def test_shipped_model_equals_training_model(groups, tmp_path):
         cache = shipped.prefill(batch.tokens[:, : 4 * b])
         got = shipped.denoise_block(batch.noisy[:, block], batch.times[:, b], cache)
         torch.testing.assert_close(got, want[:, block], rtol=1e-5, atol=1e-5)
-    assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == "nemotron_h"
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == "nemotron_h_twotower"

@@ -1,5 +1,6 @@
 """Folders that `convert export` writes: kinds, dtypes, other files, and that none is incomplete."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -11,17 +12,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from helpers import TESTS, hf_folders
 from helpers.hf_folders import MODEL, config_of, contents
 from helpers.runs import train
+from megatron_twotower.checkpoint import files
 from megatron_twotower.cli import main
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.progress import silent_bytes
 from megatron_twotower.common.run_folder import checkpoint_folder
+from megatron_twotower.config.phases import resolve_phases
 from megatron_twotower.config.recipes import load_recipe
-from megatron_twotower.convert import export, hf_folder, import_run
+from megatron_twotower.config.special_tokens import SpecialTokens
+from megatron_twotower.convert import export, hf_folder, import_run, model_card
 from megatron_twotower.convert.mcore_checkpoint import CheckpointWeights
 from megatron_twotower.model import parameter_map
 
@@ -187,8 +192,24 @@ def test_the_snippet_of_the_card_runs(run, tiny_data, tmp_path, monkeypatch, cap
         assert file.stat().st_mode & 0o044, "others may read it"
     snippet = (tmp_path / "model" / "README.md").read_text().split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
-    exec(snippet.replace("max_new_tokens=128", "max_new_tokens=20"), {})
+    exec(snippet, {})  # as written
     assert "France is a country" in capsys.readouterr().out
+
+
+def test_the_exported_tokenizer_gives_the_ids_of_its_file(tiny_data, tmp_path):
+    """AutoTokenizer builds a tokenizer of some classes anew, so the copy names another class."""
+    source = hf_folders.write(tmp_path / "source", "hub")
+    for file in (tiny_data / "tokenizer").iterdir():
+        shutil.copyfile(file, source / file.name)
+    given = json.loads((source / "tokenizer_config.json").read_text()) | {"tokenizer_class": "Qwen2Tokenizer"}
+    (source / "tokenizer_config.json").write_text(json.dumps(given))
+    export.export(source, tmp_path / "out")
+    copied = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert copied == given | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    text = "def alpha(12345):\n        return self.beta"
+    expected = Tokenizer.from_file(str(source / "tokenizer.json")).encode(text).ids
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(text)["input_ids"] == expected
+    assert AutoTokenizer.from_pretrained(source)(text)["input_ids"] != expected
 
 
 def test_defaults_of_a_source_are_kept(tmp_path):
@@ -201,6 +222,33 @@ def test_defaults_of_a_source_are_kept(tmp_path):
     for name in ("tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "out" / name).read_text() == (source / name).read_text()
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [2, 11]
+
+
+def test_the_block_size_is_that_of_the_phase_that_was_reached():
+    config = load_recipe("nano_30b_a3b", planning=True)
+    phases = resolve_phases(config)
+    sizes = []
+    for cursor in (0, 1, phases[1].first, phases[2].first, phases[2].first + 1, 10**12):
+        found = model_card.block_defaults(config, cursor=cursor)
+        sizes.append((found["block_size"], found.get("trained_block_sizes")))
+    assert sizes == [(32, None), (32, [32]), (32, [32]), (32, [32]), (16, [16, 32]), (16, [16, 32])]
+
+
+def test_eos_of_the_tokenizer_is_among_those_of_the_folder(tmp_path):
+    said = SpecialTokens(mask_token_id=5, eos_token_ids=(9,))
+    assert model_card.with_special_tokens({}, said) == {"eos_token_id": 9, "mask_token_id": 5}
+    assert model_card.with_special_tokens({"eos_token_id": 9}, said)["eos_token_id"] == 9
+    assert model_card.with_special_tokens({"eos_token_id": [2, 11]}, said)["eos_token_id"] == [2, 11, 9]
+    assert model_card.with_special_tokens({"mask_token_id": 4}, SpecialTokens()) == {"mask_token_id": 4}
+
+
+def test_a_model_from_random_weights_has_the_special_tokens_of_its_data(tmp_path, tiny_data):
+    assert export._special_ids(tiny_data / "tokenizer") == {"bos_token_id": 1, "eos_token_id": 2}
+    shutil.copytree(tiny_data / "tokenizer", tmp_path / "tokenizer")
+    names = json.loads((tmp_path / "tokenizer" / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(names | {"eos_token": "<mask>"}))
+    assert export._special_ids(tmp_path / "tokenizer")["eos_token_id"] == 3
+    assert export._special_ids(tmp_path) == export._special_ids(None) == {}
 
 
 def test_a_step_is_chosen(run, tmp_path):
@@ -225,6 +273,45 @@ def test_a_changed_backbone_and_a_damaged_checkpoint_are_refused(run, tiny_backb
     with pytest.raises(UserError, match=r"changed since the run, found sha256 0000"):
         export.export(run, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_run_whose_backbone_moved_is_exported_with_it(run, tiny_backbone, tmp_path, capsys):
+    """The run was started with a path that leads nowhere now."""
+    copy, moved = shutil.copytree(run, tmp_path / "run"), shutil.copytree(tiny_backbone, tmp_path / "moved>here, now")
+    config = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(config.replace(str(tiny_backbone), "lost"))
+    folder = checkpoint_folder(copy, 6)
+    state = dataclasses.replace(files.read_state(folder), backbone="lost")
+    files.write_state(folder, state)
+    words = ["convert", "export", "--from", str(copy), "--to", str(tmp_path / "out")]
+    assert main.main(words) == 2
+    assert f"lost: not found, expected the backbone of {copy} (if it moved, name it with" in capsys.readouterr().err
+    assert main.main([*words, "--backbone", str(moved)]) == 0
+    export.export(run, tmp_path / "as before")
+    assert contents(tmp_path / "out") == contents(tmp_path / "as before")
+    other = hf_folders.write(tmp_path / "other", "hub")
+    assert main.main([*words[:-1], str(tmp_path / "wrong"), "--backbone", str(other)]) == 2
+    assert "twotower: model.vocab_size: found 512" in capsys.readouterr().err and not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "command", "words", "message"),
+    [
+        ("two_tower", "export", ["--backbone", "b"], "--backbone: found b, but SOURCE has its own context tower"),
+        ("two_tower", "import", ["--backbone", "b"], "--backbone: found b, but SOURCE has its own context tower"),
+        ("hub", "import", ["--backbone", "b"], "--backbone: found b, but SOURCE has its own context tower"),
+        ("hub", "export", ["--step", "3"], "--step: found 3, but SOURCE is no training run"),
+        ("two_tower", "export", ["--style", "hub"], "--style: found hub to export two_tower, expected it for a plain"),
+        ("hub", "export", ["--step", "-1"], "--step: found -1, expected at least 0"),
+    ],
+)
+def test_an_option_that_a_source_does_not_use_is_refused(source, command, words, message, tmp_path, capsys):
+    folder = hf_folders.write(tmp_path / "source", source)
+    call = ["convert", command, "--from", str(folder), "--to", str(tmp_path / "out"), *words]
+    assert main.main(call) == 2
+    error = capsys.readouterr().err
+    assert message.replace("SOURCE", str(folder)) in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_that_is_not_the_model_is_refused_with_names(run, tmp_path):

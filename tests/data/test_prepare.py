@@ -14,6 +14,7 @@ import time
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from helpers.corpora import as_lines, content, make_tokenizer, read_samples, texts, write_records, write_tree
 from megatron_twotower.cli import main
@@ -151,6 +152,25 @@ def test_the_tokenizer_is_copied_into_the_data(tokenizer, prepared):
     assert tokenizer_fingerprint(output / "tokenizer") == tokenizer_fingerprint(tokenizer)
     assert summary["tokenizer_fingerprint"] == tokenizer_fingerprint(tokenizer)
     assert load_tokenizer(output / "tokenizer").mask_token_id == 3
+
+
+def test_the_ids_are_those_of_tokenizer_json_whatever_class_its_configuration_names(tokenizer, tmp_path):
+    write_records(tmp_path / "a.jsonl", [f"don't add 12345 {text}" for text in texts(40)])
+    named = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    found = []
+    for name in ("TokenizersBackend", "GPT2Tokenizer"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "tokenizer.json").write_bytes((tokenizer / "tokenizer.json").read_bytes())
+        (folder / "tokenizer_config.json").write_text(json.dumps(named | {"tokenizer_class": name}))
+        prepare([str(tmp_path / "a.jsonl")], tokenizer=folder, output=folder / "out", holdout_fraction=0)
+        corpus = Corpus.open(folder / "out" / "train")
+        assert corpus.exact_ids and corpus.tokenizer_fingerprint == tokenizer_fingerprint(tokenizer)
+        found.append(corpus.tokens(0, corpus.total_tokens).tolist())
+    assert found[0] == found[1]
+    file = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    first = file.encode(f"don't add 12345 {texts(1)[0]}", add_special_tokens=False).ids
+    assert found[0][: len(first) + 1] == [*first, END]
 
 
 def test_provenance_says_what_it_was_made_from(mixed, tokenizer, tmp_path):

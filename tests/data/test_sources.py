@@ -1,6 +1,9 @@
 """What a configuration opens and refuses, and what may change when a run resumes."""
 
 import copy
+import json
+import logging
+import shutil
 
 import pytest
 import torch
@@ -87,6 +90,29 @@ def test_a_corpus_of_another_tokenizer_is_named(tmp_path, two_corpora, tiny_back
     )
     with pytest.raises(UserError, match=r"other/train: found tokens of tokenizer \w{12}, expected those of .*numbers"):
         sources.open_training(config)
+
+
+def test_older_data_is_read_with_a_word_where_its_ids_may_differ(tiny_data, tiny_backbone, tmp_path, caplog):
+    """An index of an older version does not say how ids were made; its fingerprint still counts."""
+    data, backbone = shutil.copytree(tiny_data, tmp_path / "data"), shutil.copytree(tiny_backbone, tmp_path / "hf")
+    for file in (tiny_data / "tokenizer").iterdir():
+        shutil.copyfile(file, backbone / file.name)
+    config = load_recipe("tiny", [f"data.folder={data}", f"init.backbone={backbone}"])
+    named = json.loads((backbone / "tokenizer_config.json").read_text())
+
+    def warnings(tokenizer_class, exact):
+        (backbone / "tokenizer_config.json").write_text(json.dumps(named | {"tokenizer_class": tokenizer_class}))
+        index = json.loads((data / "train" / "index.json").read_text()) | {"exact_ids": exact}
+        (data / "train" / "index.json").write_text(json.dumps(index))
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert len(sources.open_training(config))
+        return [record.getMessage() for record in caplog.records]
+
+    assert warnings("TokenizersBackend", False) == warnings("Qwen2Tokenizer", True) == []
+    (line,) = warnings("Qwen2Tokenizer", False)
+    assert line.startswith(f"{data}: prepared by an older version with tokenizer_class Qwen2Tokenizer")
+    assert "twotower data verify" in line
 
 
 # --- resuming ---

@@ -5,9 +5,11 @@ import shutil
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from helpers.corpora import make_tokenizer, read_samples, texts, write_records
 from megatron_twotower.cli import main
+from megatron_twotower.data import parts
 from megatron_twotower.data.prepare import prepare
 from megatron_twotower.data.shards import Corpus, Sample, checksum, write_index, write_shard
 from megatron_twotower.data.verify import verify
@@ -180,3 +182,33 @@ def test_data_from_another_tokenizer_is_named(data, prepared_blend):
     prepare([str(data / "three.jsonl")], tokenizer=other, output=data / "two")
     problems = verify(str(data / "blend.yaml"))
     assert problems and all(line.startswith(str(data / "two")) for line in problems)
+
+
+def as_older(prepared):
+    """Make prepared data look as an older version wrote it: without a word on how ids were made."""
+    for file in prepared.rglob("index.json"):
+        index = json.loads(file.read_text())
+        assert index.pop("exact_ids") is True
+        file.write_text(json.dumps(index))
+
+
+def test_older_data_with_other_ids_than_its_tokenizer_file_gives_is_named(prepared_blend, tmp_path, monkeypatch):
+    """Older versions let transformers build a tokenizer of some class names anew."""
+    tokenizer = shutil.copytree(prepared_blend / "tokenizer", tmp_path / "tokenizer")
+    file = tokenizer / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": "GPT2Tokenizer"}))
+    write_records(tmp_path / "a.jsonl", [f"of 12345 and {text}" for text in texts(60)])
+    options = {"tokenizer": tokenizer, "holdout_fraction": 0.2, "bos": "document"}
+    prepare([str(tmp_path / "a.jsonl")], output=tmp_path / "new", **options)
+    parts._encoder.cache_clear()
+    monkeypatch.setattr(parts, "load_tokenizer", lambda folder: AutoTokenizer.from_pretrained(str(folder)))
+    prepare([str(tmp_path / "a.jsonl")], output=tmp_path / "old", **options)
+    parts._encoder.cache_clear()
+    for name in ("new", "old"):
+        as_older(tmp_path / name)
+        assert not Corpus.open(tmp_path / name / "train").exact_ids
+    assert verify(str(tmp_path / "new"), tokenizer=tokenizer) == []
+    found = verify(str(tmp_path / "old"), tokenizer=tokenizer)
+    shards = sorted((tmp_path / "old").rglob("*.tar"))
+    assert len(shards) >= 2 and sorted(line.partition(": ")[0] for line in found) == list(map(str, shards))
+    assert all(f"are not those of {tmp_path}/old/tokenizer for its text" in line for line in found)

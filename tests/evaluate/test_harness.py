@@ -173,6 +173,20 @@ def test_every_mode_generates_in_a_batch_the_text_of_each_prompt_alone(folder, m
     assert lm.passes > 0 and lm.new_tokens >= 4 * 70 // 2
 
 
+def test_every_eos_of_the_folder_ends_an_answer_and_its_block_size_is_used(folder, tmp_path):
+    lm = opened(folder, mode="ar")
+    ids = torch.tensor([lm.tok_encode(PROMPTS[0])])
+    new = lm.model.generate_ar(ids, 70, eos_token_id=())[0, ids.shape[1] :].tolist()
+    eos = next(token for token in new[5:] if token != 2)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, eos], "block_size": 8}))
+    lm = TwoTower(copy, mode="ar", device="cpu")
+    assert (lm.eos_ids, lm.settings.block_size) == ((2, eos), 8)
+    text = lm.generate_until(asked("generate_until", (PROMPTS[0], {"max_gen_toks": 70})), True)[0]
+    end = min(new.index(token) for token in lm.eos_ids if token in new)
+    assert text == lm.tokenizer.decode(new[:end], skip_special_tokens=True)
+
+
 def test_text_ends_before_the_first_stop_string(folder):
     lm = opened(folder, mode="ar")
     whole = lm.generate_until(asked("generate_until", (PROMPTS[0], {"max_gen_toks": 200})), True)[0]

@@ -145,3 +145,23 @@ def test_mistakes_are_named(identity_folder, tiny_data, tmp_path):
     with pytest.raises(UserError, match="expected at least 2 x 1000000"):
         held_out.evaluate(identity_folder, tiny_data, settings=settings)
     assert not output.exists()
+
+
+def test_mask_token_and_block_size_are_those_of_the_folder(identity_folder, tiny_data, tmp_path, monkeypatch):
+    folder = shutil.copytree(identity_folder, tmp_path / "folder")
+    names = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(names | {"mask_token": None}))
+    (folder / "generation_config.json").write_text(json.dumps({"mask_token_id": 500, "block_size": 8}))
+    asked = []
+
+    def sweep(model, prompts, *, points, mask_id, **_):
+        asked.append((mask_id, points[0].block_size))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(held_out, "sweep", sweep)
+    masked = []
+    monkeypatch.setattr(held_out, "likelihoods", lambda *_, settings, mask_id, **__: masked.append((settings, mask_id)))
+    with pytest.raises(KeyboardInterrupt):
+        held_out.evaluate(folder, tiny_data, settings=dataclasses.replace(SMALL, block_size_tokens=None))
+    assert asked == [(500, 8)]
+    assert masked == [(SMALL, 500)]

@@ -1,6 +1,7 @@
 """Text of the context tower as training data."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -24,6 +25,20 @@ def test_every_line_is_training_text_with_its_greedy_continuation(two_tower_fold
     expected = [tokenizer.decode(model.generate_ar(row.unsqueeze(0), 6)[0].tolist()) for row in prompts]
     assert [json.loads(line) for line in output.read_text().splitlines()] == [{"text": text} for text in expected]
     assert [path.name for path in tmp_path.iterdir()] == ["texts.jsonl"]
+
+
+def test_every_eos_of_the_folder_ends_a_text(two_tower_folder, tiny_data, tmp_path):
+    model, tokenizer = engine.load(two_tower_folder)
+    prompts = evenly_spaced_windows(Corpus.open(tiny_data / "train"), count=5, length=8)
+    whole = [model.generate_ar(row.unsqueeze(0), 6, eos_token_id=())[0].tolist() for row in prompts]
+    eos = whole[0][10]
+    folder = shutil.copytree(two_tower_folder, tmp_path / "folder")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, eos]}))
+    distil(folder, tiny_data, tmp_path / "texts.jsonl", **SMALL)
+    ends = [next((i for i in range(8, 14) if ids[i] in (2, eos)), 14) for ids in whole]
+    assert ends[0] <= 10
+    expected = [tokenizer.decode(ids[:end]) for ids, end in zip(whole, ends, strict=True)]
+    assert [json.loads(line)["text"] for line in (tmp_path / "texts.jsonl").read_text().splitlines()] == expected
 
 
 def test_the_output_is_prepared_like_any_text(two_tower_folder, tiny_data, tmp_path, capsys):

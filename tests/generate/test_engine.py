@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,9 +31,8 @@ def test_loading_gives_the_saved_weights(two_tower_folder, loaded):
     assert state.keys() == saved.keys()
     assert all(torch.equal(state[name], saved[name]) for name in saved)
     assert not model.training
-    assert engine.mask_token_id(tokenizer) == 3
-    assert engine.mask_token_id(SimpleNamespace(mask_token_id=None)) == 3
-    assert engine.mask_token_id(SimpleNamespace(mask_token_id=9)) == 9
+    assert (model.mask_token_id, model.block_size, model.eos_token_ids) == (3, 16, (2,))
+    assert engine.eos_token_ids(model, tokenizer) == (2,)
     assert engine.load(two_tower_folder, dtype=torch.bfloat16)[0].lm_head.weight.dtype == torch.bfloat16
 
 
@@ -88,6 +86,63 @@ def test_an_incomplete_folder_is_refused_in_one_line(copy, spoil, message):
         engine.load(copy)
     assert str(copy) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def say(folder, **fields):
+    """Write a generation_config.json."""
+    (folder / "generation_config.json").write_text(json.dumps(fields))
+    return folder
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_the_folder_says_rules_and_every_eos_ends_a_text(loaded, copy, mode):
+    """The tokenizer names no mask token; its EOS is one of two."""
+    names = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps(names | {"mask_token": None}))
+    free = engine.load(say(copy, mask_token_id=500, block_size=8))
+    assert (free[0].mask_token_id, free[0].block_size, free[0].eos_token_ids) == (500, 8, (2,))
+    settings = GenerationSettings(max_new_tokens=24)
+    ids = torch.tensor([free[1](PROMPT, add_special_tokens=False)["input_ids"]])
+    arguments = {"mask_diffusion": {"mask_token_id": 500, "block_size": 8, "confidence_threshold": 0.8}}
+    arguments["speculative"] = {"mask_token_id": 500, "block_size": 8}
+    whole = getattr(free[0], f"generate_{mode}")(ids, 24, eos_token_id=(), **arguments.get(mode, {}))
+    new = whole[0, ids.shape[1] :].tolist()
+    assert len(new) == 24
+    other = next(token for token in new[3:] if token != 2)
+    end = min(new.index(token) for token in (2, other) if token in new)
+    model, tokenizer = engine.load(say(copy, mask_token_id=500, block_size=8, eos_token_id=[2, other]))
+    assert model.eos_token_ids == (2, other)
+    found = engine.generate(model, tokenizer, PROMPT, mode=mode, settings=settings)
+    assert found.ids[ids.shape[1] :].tolist() == new[: end + 1]
+    assert found.text == tokenizer.decode(new[:end])
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"mask_token_id": 5}, "found mask_token_id 5 .* the mask token of tokenizer_config.json has id 3"),
+        ({"eos_token_id": [7, 8]}, r"found eos_token_id 7, 8, but the EOS of tokenizer_config.json has id 2"),
+        ({"mask_token_id": [3, 4]}, r"mask_token_id: found 3 and 4 in generation_config.json"),
+        ({"block_size": 0}, "generation_config.json: block_size: found 0, expected whole numbers from 1"),
+        ({"eos_token_id": [2, "x"]}, "eos_token_id: found .*, expected whole numbers from 0"),
+        ({"eos_token_id": [2, 3], "mask_token_id": 3}, "mask_token_id: found 3, which is EOS too"),
+    ],
+)
+def test_files_that_disagree_are_refused_by_name(copy, said, message):
+    with pytest.raises(UserError, match=message) as raised:
+        engine.load(say(copy, **said))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_block_size_above_the_trained_ones_is_warned_of(loaded, caplog):
+    model, _ = loaded
+    engine.warn_of_larger_blocks(model, 16)
+    engine.warn_of_larger_blocks(model, None)
+    assert not caplog.records
+    engine.warn_of_larger_blocks(model, 32)
+    assert "block_size 32: the denoiser was trained with blocks of 16" in caplog.text
+    assert engine.with_block_size(model, GenerationSettings()) == GenerationSettings(block_size=16)
+    assert engine.with_block_size(model, GenerationSettings(block_size=8)).block_size == 8
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,5 +1,6 @@
 """A file of prompts: what is read, how it is batched, how a killed run resumes, what is written."""
 
+import gzip
 import json
 import os
 import signal
@@ -77,6 +78,9 @@ def test_rows_that_end_have_the_finish_reason_stop(loaded, tmp_path, monkeypatch
     row = prompt_file.generate_batch(model, tokenizer, batch, mode="ar", settings=SETTINGS)[0]
     assert (row["finish_reason"], row["new_tokens"]) == ("stop", first + 1)
     assert row["text"] == tokenizer.decode(new[:first].tolist())
+    monkeypatch.undo()
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [2, int(new[2])])
+    assert row == prompt_file.generate_batch(model, tokenizer, batch, mode="ar", settings=SETTINGS)[0]
 
 
 def test_a_batch_has_prompts_of_similar_lengths_within_a_window(loaded, prompts):
@@ -150,6 +154,31 @@ def test_text_files_have_a_prompt_on_each_line(two_tower_folder, tmp_path):
         assert [row["prompt"] for row in rows] == expected
 
 
+@pytest.mark.parametrize("name", ["p.json", "P.JSONL", "p.NDJSON", "p.txt", "p", "p.jsonl.gz"])
+def test_prompts_are_read_as_what_they_are_under_any_name(name, tmp_path):
+    """As a corpus is: JSON lines or one array, with a byte order mark or without."""
+    records = [{"prompt": "def alpha(", "id": 1}, {"prompt": "beta", "id": 2}]
+    lines = "".join(json.dumps(record) + "\r\n" for record in records).encode()
+    for content in (lines, b"\xef\xbb\xbf" + lines, json.dumps(records, indent=1).encode()):
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+        assert list(read_prompts(tmp_path / name)) == records
+
+
+def test_a_byte_order_mark_is_no_prompt(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"\xef\xbb\xbfdef alpha(\n \xef\xbb\xbf{\n")
+    assert [record["prompt"] for record in read_prompts(path)] == ["def alpha(", " \ufeff{"]
+
+
+def test_half_a_surrogate_pair_beside_a_prompt_is_copied(two_tower_folder, tmp_path):
+    """JSON can escape what UTF-8 cannot encode; the output escapes it again."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "alpha", "id": "\\ud83d"}\n{"prompt": "é", "id": "ä"}\n')
+    rows = run(two_tower_folder, path, tmp_path / "out.jsonl")
+    assert [row["id"] for row in rows] == ["\ud83d", "ä"]
+    assert "ä".encode() in (tmp_path / "out.jsonl").read_bytes()
+
+
 def test_the_fingerprint_changes_with_configuration_and_weights(two_tower_folder, tmp_path):
     before = prompt_file.model_fingerprint(two_tower_folder)
     assert prompt_file.model_fingerprint(two_tower_folder) == before
@@ -173,7 +202,34 @@ MISTAKES = {
     "a field of ours": (b'{"prompt": "a", "text": 1}\n', "prompts.jsonl:1: found a field 'text', which the output"),
     "not text": (b'{"prompt": "\xff"}\n', "prompts.jsonl: cannot be read (not UTF-8)"),
     "empty": (b"", "prompts.jsonl: found no prompt"),
+    "half a surrogate pair": (
+        b'{"prompt": "a"}\n{"prompt": "\\ud83d"}\n',
+        "prompts.jsonl:2: field 'prompt' holds an unpaired surrogate",
+    ),
+    "a value of an array": (
+        b'[{"prompt": "a"}, {"text": "b"}]',
+        'prompts.jsonl:2: found \'{"text": "b"}\', expected a',
+    ),
+    "half an array": (b'[{"prompt": "a"}, {"prom', "prompts.jsonl: not a JSON array (after 1 values"),
+    "deep JSON": (b'{"prompt": ' + b"[" * 100_000, "prompts.jsonl:1: not valid JSON (maximum recursion depth"),
+    "zip": (b"PK\x03\x04", "prompts.jsonl: found a zip file, expected text, records"),
 }
+
+
+def test_prompts_in_json_that_is_no_list_of_records_are_refused(two_tower_folder, tmp_path, capsys):
+    for name, content, expected in (
+        (
+            "a.json",
+            '{\n "prompts": ["a"]\n}',
+            "a.json: found one JSON object over several lines, expected JSON lines or",
+        ),
+        ("a.parquet", "PAR1", "a.parquet: found parquet, expected JSON lines, a JSON array or lines of text"),
+    ):
+        (tmp_path / name).write_text(content)
+        assert main.main(arguments(two_tower_folder, tmp_path / name)) == 2
+        error = capsys.readouterr().err
+        assert expected in error and error.count("\n") == 1
+    assert not list(tmp_path.glob("out.jsonl*"))
 
 
 def arguments(folder, path, *more):
@@ -197,8 +253,8 @@ def test_a_prompt_that_cannot_be_used_is_named_by_file_and_line(mistake, two_tow
     ("more", "expected"),
     [
         (["--mode", "all"], "mode: found 'all', expected one of mask_diffusion, mock_ar, ar, speculative"),
-        (["--batch-size", "0"], "batch_size: found 0, expected at least 1"),
-        (["--block-size", "0"], "block_size: found 0, expected at least 1"),
+        (["--batch-size", "0"], "--batch-size: found 0, expected at least 1"),
+        (["--block-size", "0"], "--block-size: found 0, expected at least 1"),
         (["--model", "/no/such"], "/no/such/config.json: not found"),
     ],
 )

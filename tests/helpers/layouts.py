@@ -59,7 +59,14 @@ TOKENS = SEQUENCES * LENGTH
 RUNS = {
     "plain": {},
     "hard": {
-        "noise": {"time_per": "block", "time_sampling": "stratified", "weighting": "elbo", "draws_per_context": 2},
+        "noise": {
+            "time_per": "block",
+            "time_sampling": "stratified",
+            "weighting": "elbo",
+            "draws_per_context": 2,
+            "distillation": 0.9,
+            "distillation_elsewhere": 0.3,
+        },
         "train": {"recompute_layers": "ME", "sequence_aux_loss": 0.1},
         "phases": [PhaseConfig("first", 3 * TOKENS), PhaseConfig("second", 2 * TOKENS, block_size_tokens=4)],
     },

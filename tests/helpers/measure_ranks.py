@@ -237,9 +237,9 @@ def measured(changes):
 
 
 def _noting(loss, scored):
-    def noting(tower, hidden, batch, *rest):
+    def noting(tower, hidden, batch, *rest, **more):
         scored.append(len(batch.scored_positions))
-        return loss(tower, hidden, batch, *rest)
+        return loss(tower, hidden, batch, *rest, **more)
 
     return noting
 

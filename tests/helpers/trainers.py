@@ -29,6 +29,7 @@ def save(run, trainer, model, progress):
         train_run.state_of(trainer, model),
         fingerprint=model.fingerprint,
         metrics=Metrics((), contextlib.ExitStack()),
+        data={},
     )
     saver.save(progress)
     saver.finish(progress, wait=True)

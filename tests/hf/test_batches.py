@@ -1,10 +1,12 @@
 """Padded batches, streaming, seeding, wrong arguments, and the compiled denoiser step."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from helpers.modeling import MASK, PATTERNS, VOCABULARY, random_ids, tiny_model
-from megatron_twotower.hf.modeling_nemotron_h_twotower import ArgumentError, ContextCache, Sampling
+from megatron_twotower.hf.modeling_nemotron_h_twotower import ContextCache, Sampling
 
 MODES = ("generate_ar", "generate_mock_ar", "generate_mask_diffusion", "generate_speculative", "generate")
 LENGTHS = (1, 4, 9, 21)
@@ -47,6 +49,7 @@ def test_padded_rows_are_written_as_if_alone(mode, eos):
     model = tiny_model()
     ids, mask = padded_prompts()
     settings = {"max_new_tokens": 21, "eos_token_id": eos}
+    settings |= {"pad_token_id": eos or model.config.eos_token_id} if mode == "generate" else {}
     together = getattr(model, mode)(ids, attention_mask=mask, **settings)
     assert torch.equal(together[:, : ids.shape[1]], ids)
     assert torch.equal(
@@ -78,17 +81,53 @@ def test_streamed_tokens_are_the_text(mode, new):
         for row in range(4):
             streamed[row] += tokens[row][is_text[row]].tolist()
 
-    written = getattr(model, mode)(ids, max_new_tokens=new, eos_token_id=eos, on_tokens=on_tokens)[:, 6:]
+    settings = {"max_new_tokens": new, "eos_token_id": eos, "on_tokens": on_tokens}
+    settings |= {"pad_token_id": eos} if mode == "generate" else {}
+    written = getattr(model, mode)(ids, **settings)[:, 6:]
     assert model.last_generation.new_tokens == sum(map(len, streamed))
     for row, parts in zip(written.tolist(), streamed, strict=True):
         assert row[: len(parts)] == parts
         assert set(row[len(parts) :]) <= {eos}
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_any_of_several_ends_ends_a_row(mode):
+    model, ids = tiny_model(), random_ids(4, 6)
+    write = partial(getattr(model, mode), ids, max_new_tokens=32)
+    full = write()[:, 6:]
+    eos = [int(full[0, 4]), int(full[1, 7])]
+    given = write(eos_token_id=eos)[:, 6:]
+    assert torch.equal(write(eos_token_id=torch.tensor(eos))[:, 6:], given)
+    model.generation_config.eos_token_id = eos
+    assert model.eos_token_ids == tuple(eos)
+    assert torch.equal(write()[:, 6:], given), "those of the folder"
+    assert torch.equal(write(eos_token_id=())[:, 6:], full), "none"
+    ends = [next((i for i, token in enumerate(row) if token in eos), 31) for row in full.tolist()]
+    for row, whole, end in zip(given.tolist(), full.tolist(), ends, strict=True):
+        assert row[: end + 1] == whole[: end + 1]
+        assert set(row[end + 1 :]) <= {row[end]}
+    assert max(ends[:2]) < 31
+    assert model.last_generation.new_tokens == 4 * 32
+
+
+def test_the_mask_token_and_the_block_size_are_those_of_the_folder():
+    model, ids = tiny_model(), random_ids(2, 6)
+    assert (model.mask_token_id, model.block_size) == (3, 16)
+    model.config.mask_token_id = 30
+    assert model.mask_token_id == 30
+    model.generation_config.mask_token_id, model.generation_config.block_size = 20, 8
+    for mode in ("generate_mask_diffusion", "generate_speculative"):
+        write = getattr(model, mode)
+        found, steps = write(ids, 24), model.last_generation
+        assert torch.equal(found, write(ids, 24, block_size=8, mask_token_id=20)) and steps.passes > 0
+        assert (model.last_generation.passes, model.last_generation.draft_passes) == (steps.passes, steps.draft_passes)
+        assert steps.passes == 3 * 8 or mode == "generate_speculative"
+
+
 def test_generate_is_the_context_tower_with_the_configurations_end():
     model, ids = tiny_model(), random_ids(2, 6)
     eos = int(model.generate_ar(ids, 8)[0, 6 + 2])
-    model.config.eos_token_id = eos
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = eos
     assert torch.equal(model.generate(input_ids=ids, max_new_tokens=8), model.generate_ar(ids, 8, eos_token_id=eos))
     sampled = [
         model.generate(ids, max_new_tokens=8, do_sample=True, top_p=0.9, generator=torch.Generator().manual_seed(seed))
@@ -127,13 +166,17 @@ def test_top_p_keeps_the_fewest_that_sum_to_it(top_p, kept):
         ({"attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])}, "attention_mask: found padding on the right"),
         ({"attention_mask": torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]])}, "attention_mask: found padding within text"),
         ({"attention_mask": torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]])}, "attention_mask: found a row without text"),
+        ({"eos_token_id": [2, -1]}, f"eos_token_id: found -1, expected 0 to {VOCABULARY - 1}"),
+        ({"eos_token_id": ["2"]}, "eos_token_id: found .'2'., expected ids"),
         ({"eos_token_id": VOCABULARY}, f"eos_token_id: found {VOCABULARY}, expected 0 to {VOCABULARY - 1}"),
         ({"top_p": 0.0}, "top_p: found 0.0, expected above 0, at most 1"),
         ({"max_new_tokens": 0}, "max_new_tokens: found 0"),
     ],
 )
 def test_arguments_that_no_mode_can_work_with_are_named(mode, changes, message):
-    with pytest.raises(ArgumentError, match=message):
+    if mode == "generate" and "top_p" in changes:
+        changes, message = changes | {"do_sample": True}, "top_p"
+    with pytest.raises(ValueError, match=message):
         getattr(tiny_model(), mode)(random_ids(2, 4), **changes)
 
 

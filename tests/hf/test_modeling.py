@@ -1,6 +1,7 @@
 """The modelling file against transformers, against a per-token reference, and by itself."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import NemotronHConfig, NemotronHForCausalLM
+from transformers import AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM
 
 from helpers import models, reference
 from helpers.modeling import (
@@ -543,6 +544,23 @@ print(tokenizer.decode(outputs[0][inputs["input_ids"].shape[1]:], skip_special_t
 """  # noqa: E501
 
 
+def test_a_loaded_folder_says_its_tokens(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model, ids = tiny_model(dtype=torch.float32), random_ids(2, 5)
+    save(tmp_path / "model", model, mask_token_id=20)
+    said = {"block_size": 8, "eos_token_id": [44, int(model.generate_ar(ids, 9)[0, 5 + 6])]}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(said))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    assert (loaded.mask_token_id, loaded.block_size) == (20, 8)
+    assert loaded.eos_token_ids == tuple(said["eos_token_id"])
+    for mode, given in {"generate_ar": {}, "generate_mask_diffusion": {"block_size": 8, "mask_token_id": 20}}.items():
+        expected = getattr(model, mode)(ids, 20, eos_token_id=said["eos_token_id"], **given)
+        assert torch.equal(getattr(loaded, mode)(ids, 20), expected)
+    loaded.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert (again["block_size"], again["eos_token_id"]) == (8, said["eos_token_id"])
+
+
 def test_the_snippet_of_the_model_card_runs(tmp_path, tiny_data, monkeypatch, capsys):
     """Word for word, but for the devices."""
     save(tmp_path / "model", tiny_model(dtype=torch.float32, vocab_size=512), vocab_size=512)
@@ -562,6 +580,7 @@ def test_the_snippet_of_the_model_card_runs(tmp_path, tiny_data, monkeypatch, ca
 def test_the_configuration_gains_only_the_class():
     backbone = tiny_fields()
     added = twotower_config_json(backbone)
-    assert {key for key in added if added[key] != backbone.get(key)} == {"architectures", "auto_map"}
+    changed = {key for key in added if added[key] != backbone.get(key)}
+    assert changed == {"architectures", "auto_map", "model_type"}
     assert added["auto_map"]["AutoModelForCausalLM"].startswith(f"{MODELING_FILE.stem}.")
     assert "architectures" not in backbone

@@ -3,6 +3,7 @@
 A run finishes; a run that is cut off is requeued and resumes.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -45,13 +46,13 @@ def whole(tmp_path_factory, arguments):
     return run
 
 
-def submit(cluster, folder, *options):
+def submit(cluster, folder, *options, **variables):
     """Queue the shipped script from a folder of its own.
 
     `python` must be this interpreter on every node.
     """
     path = f"{Path(sys.executable).parent}:{cluster.environment['PATH']}"
-    said = cluster.run("sbatch", "--parsable", *options, cwd=folder, PATH=path, PYTHONPATH=str(ROOT))
+    said = cluster.run("sbatch", "--parsable", *options, cwd=folder, PATH=path, PYTHONPATH=str(ROOT), **variables)
     return said.strip().partition(";")[0]
 
 
@@ -112,3 +113,49 @@ def test_a_job_that_is_cut_off_resumes_to_the_same_losses(cut, cluster, argument
     assert "start 1" in story and "start 2" in story, story
     assert len(list((run / "checkpoints").iterdir())) == 2, "one after the signal, one at the end: the run resumed"
     assert losses(records_of(run)) == pytest.approx(losses(records_of(whole)), rel=1e-5)
+
+
+def test_the_script_sends_the_signal_before_the_time_of_a_job_ends(cluster, arguments, tmp_path):
+    job = submit(
+        cluster,
+        tmp_path,
+        *CPU[:-1],
+        "--time=2",
+        str(ROOT / "launch" / "slurm.sbatch"),
+        *arguments,
+        f"output={tmp_path}/run",
+        "train.steps=1000000",
+        "train.checkpoint_every_steps=0",
+        "schedule.decay_steps=0",
+        REQUEUE="0",
+    )
+    assert cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT") == "FAILED", seen(tmp_path)
+    story = (tmp_path / f"twotower-{job}.log").read_text()
+    assert "signal 60 s before its end" in story or "signal 59 s before its end" in story, story
+    assert "status 75" in story and len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+
+
+def test_tasks_of_an_array_from_a_launch_folder_with_a_space(cluster, arguments, whole, tmp_path, records_of):
+    """Both find the files beside the script.
+
+    A task that is cut off does not start the other one again.
+    """
+    shutil.copytree(ROOT / "launch", tmp_path / "my launch")
+    job = submit(
+        cluster,
+        tmp_path,
+        *["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0", "--time=10", "--array=1-2"],
+        str(tmp_path / "my launch" / "slurm.sbatch"),
+        *arguments[:-1],
+        f"output={tmp_path}/run-${{oc.env:SLURM_ARRAY_TASK_ID}}",
+        "train.checkpoint_every_steps=0",
+    )
+    first = f"{job}_1"
+    wait_for_step(cluster, first, tmp_path / "run-1", records_of)
+    cluster.run("scancel", "--signal=USR1", first)
+    for task in (first, f"{job}_2"):
+        assert cluster.wait(task, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT") == "COMPLETED", seen(tmp_path)
+    stories = [path.read_text() for path in tmp_path.glob("twotower-*.log")]
+    assert sorted("start 2" in story for story in stories) == [False, True], stories
+    for run in (tmp_path / "run-1", tmp_path / "run-2"):
+        assert losses(records_of(run)) == pytest.approx(losses(records_of(whole)), rel=1e-5)

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import importlib.metadata
 import re
 
 import pytest
@@ -229,6 +230,38 @@ def test_what_is_not_available_is_reported_in_one_line(asked, message, monkeypat
     with pytest.raises(UserError, match=message) as caught:
         modules.choose_transformer_impl(tiny_config("M", **asked))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("found", "settings", "named"),
+    [
+        ({"transformer-engine": "2.7.0"}, {"precision": "bf16"}, "transformer-engine: found 2.7.0, expected >=2.9"),
+        ({"transformer-engine": "2.7.0"}, {"precision": "fp8_current"}, "transformer-engine: found 2.7.0"),
+        ({"transformer-engine": "2.7.0"}, {"precision": "bf16", "transformer_impl": "local"}, None),
+        ({"transformer-engine": "2.7.0"}, {"precision": "fp32"}, None),
+        ({"mamba-ssm": "2.2.4"}, {"precision": "bf16", "transformer_impl": "local"}, "mamba-ssm: found 2.2.4"),
+        ({"causal-conv1d": "1.4.0"}, {"precision": "fp32"}, "causal-conv1d: found 1.4.0"),
+        ({"mamba-ssm": "2.3.2.post1"}, {"precision": "bf16", "transformer_impl": "local"}, None),
+    ],
+)
+def test_a_version_that_is_too_old_is_refused_before_anything_is_built(found, settings, named, monkeypatch):
+    def version(name):
+        if name in found:
+            return found[name]
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(modules, "is_cpu", lambda: False)
+    config = tiny_config("M", **settings)
+    if named is None:
+        assert modules.choose_transformer_impl(config) == "local"
+        return
+    with pytest.raises(UserError, match=re.escape(named)) as caught:
+        modules.choose_transformer_impl(config)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(modules, "is_cpu", lambda: True)
+    if "fp8" not in settings["precision"]:
+        assert modules.choose_transformer_impl(config) == "local", "a login node uses none of them"
 
 
 @pytest.mark.parametrize(

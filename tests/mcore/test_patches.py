@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from megatron_twotower.common import versions
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.mcore import patches, releases
 
@@ -31,6 +32,12 @@ def test_with_a_device_only_what_fails_on_every_device_is_patched():
     done = subprocess.run([sys.executable, "-c", WITH_A_DEVICE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[-1]) == 24.0
+
+
+def test_a_torch_that_is_not_accepted_is_refused_before_anything_is_imported(monkeypatch):
+    monkeypatch.setitem(versions.ACCEPTED, "torch", ">=99")
+    with pytest.raises(UserError, match=r"^torch: found .*, expected >=99$"):
+        patches.install()
 
 
 def test_an_unsupported_release_of_megatron_is_rejected_in_one_line(monkeypatch):

@@ -128,6 +128,20 @@ def test_identity_start_on_clean_single_token_blocks_is_the_context_tower(groups
     torch.testing.assert_close(two_tower(batch), context.final_norm(hidden), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("pattern", ["M*E", "ME*-M*"])
+def test_with_targets_of_the_context_tower_its_final_states_follow(groups, pattern):
+    config = tiny_config(pattern)
+    model, _ = build_two_tower(config, groups)
+    batch = random_noisy_batch(config, batch=2)
+    shares = torch.ones(len(batch.scored_positions))
+    both = model(dataclasses.replace(batch, teacher_shares=shares))
+    hidden = model.context.embed(batch.tokens)
+    for layer in model.context.layers.values():
+        hidden, _ = layer(hidden, Blocks())
+    assert torch.equal(both[:, :2], model(batch))
+    torch.testing.assert_close(both[:, 2:], model.context.final_norm(hidden))
+
+
 @pytest.mark.parametrize("pattern", ["M", "*", "ME*-M*"])
 def test_packed_documents_are_as_if_each_were_alone(groups, pattern):
     """Forward and gradients of a sequence of three documents, none of which sees another."""

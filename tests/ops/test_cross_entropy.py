@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from helpers.references import draw
 from megatron_twotower.ops import cross_entropy
-from megatron_twotower.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
+from megatron_twotower.ops.cross_entropy import Teacher, linear_cross_entropy, linear_cross_entropy_ref
 
 
 @given(
@@ -49,6 +49,38 @@ def test_linear_cross_entropy_in_bfloat16(positions, vocabulary, chunk, seed):
     for a, b in zip(torch.autograd.grad(got, (hidden, weight)), torch.autograd.grad(want, wide), strict=True):
         assert a.dtype == torch.bfloat16
         torch.testing.assert_close(a.float(), b, rtol=0.02, atol=0.05)
+
+
+@given(
+    positions=st.integers(0, 30), vocabulary=st.integers(2, 20), chunk=st.integers(1, 12), seed=st.integers(0, 10**6)
+)
+@settings(max_examples=50, deadline=None)
+def test_soft_targets_of_a_teacher(positions, vocabulary, chunk, seed):
+    hidden, weight, other, head = (
+        draw(n, 6, seed=seed + i, grad=False).float() for i, n in enumerate((positions, vocabulary) * 2)
+    )
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    targets = torch.arange(positions) % vocabulary
+    weights, shares = torch.rand(2, positions, generator=torch.Generator().manual_seed(seed))
+    shares[::3], weights[::5] = 1, 0
+    teacher = Teacher(other, head, shares)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cross_entropy, "POSITION_CHUNK", chunk)
+        got, losses = linear_cross_entropy(hidden, weight, targets, weights, teacher=teacher)
+    want, each = linear_cross_entropy_ref(hidden, weight, targets, weights, teacher)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses, each, rtol=1e-5, atol=1e-5)
+    ours, theirs = torch.autograd.grad(3 * got, (hidden, weight)), torch.autograd.grad(3 * want, (hidden, weight))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_own_distribution_as_target_has_no_gradient():
+    hidden, weight = draw(5, 6, seed=1).float(), draw(9, 6, seed=2).float()
+    teacher = Teacher(hidden.detach(), weight.detach(), torch.ones(5))
+    total, _ = linear_cross_entropy(hidden, weight, torch.arange(5), torch.ones(5), teacher=teacher)
+    for gradient in torch.autograd.grad(total, (hidden, weight)):
+        assert gradient.abs().max() < 1e-6
 
 
 def test_a_second_backward_pass_is_refused():

@@ -28,13 +28,16 @@ def nano(*overrides, recipe=NANO, ranks=64):
     return config
 
 
-@pytest.mark.parametrize("recompute", ["", "ME"])
-def test_operations_are_those_that_torch_counts(groups, recompute):
-    config = planned_config({"train.recompute_layers": recompute, "data.sequence_length_tokens": 256})
+@pytest.mark.parametrize(("recompute", "distillation"), [("", 0.0), ("ME", 0.0), ("", 1.0)])
+def test_operations_are_those_that_torch_counts(groups, recompute, distillation):
+    config = planned_config(
+        {"train.recompute_layers": recompute, "data.sequence_length_tokens": 256, "noise.distillation": distillation}
+    )
     model, _ = build_two_tower(config, groups, dtype=torch.float32)
     batch = random_noisy_batch(config)
     with FlopCounterMode(display=False) as counter:
-        report = masked_diffusion_loss(model.tower, model.train()(batch), batch, config.noise, groups)
+        hidden = model.train()(batch)
+        report = masked_diffusion_loss(model.tower, hidden, batch, config.noise, groups, context=model.context)
         report.total.backward()
     share = len(batch.scored_positions) / batch.tokens.numel()
     levels = dataclasses.replace(config.noise, time_min=share, time_max=share)

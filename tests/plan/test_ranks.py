@@ -21,15 +21,16 @@ from megatron_twotower.plan.weights import rank_parameters, weight_bytes
 
 DISTRIBUTED, WIDE = {"optimizer.distributed": True}, {"train.precision": "bf16"}
 TENSOR = {"parallel.tensor": 2, "parallel.sequence": True}
+TAUGHT = {"noise.distillation": 1.0}
 LAYOUTS = {
-    1: [{}, {"noise.time_per": "block"} | WIDE, {"train.recompute_layers": "ME"} | DISTRIBUTED | WIDE],
+    1: [{}, {"noise.time_per": "block"} | WIDE | TAUGHT, {"train.recompute_layers": "ME"} | DISTRIBUTED | WIDE],
     2: [
         {},
         DISTRIBUTED | WIDE,
         {"parallel.expert": 2, "train.router_dtype": "fp64"} | DISTRIBUTED,
         {"parallel.expert": 2, "parallel.moe_dispatcher": "allgather"} | WIDE,
         {"train.recompute_layers": "ME"} | TENSOR,
-        {"parallel.expert": 2, "parallel.expert_tensor": 1} | TENSOR | DISTRIBUTED,
+        {"parallel.expert": 2, "parallel.expert_tensor": 1} | TENSOR | DISTRIBUTED | TAUGHT,
         {"parallel.pipeline": 2, "parallel.pipeline_layers": [4, 2], "noise.time_per": "block"} | DISTRIBUTED | WIDE,
     ],
     4: [

@@ -84,6 +84,7 @@ def test_torchrun_resumes_with_the_remaining_ranks(tmp_path, tiny_data, tiny_bac
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},  # as launch/torchrun.sh
         )
         for _ in range(2)
     ]
@@ -219,3 +220,75 @@ def test_a_weight_that_is_nan_stops_the_run_and_the_batch_is_written(tmp_path, t
     batches = torch.load(kept)
     assert sorted(position for batch in batches for position in batch["positions"].tolist()) == list(range(16, 24))
     assert not files.find_checkpoints(run)
+
+
+# --- batches without a masked token ---
+
+
+def unscored_batches(monkeypatch, steps):
+    """Mask no token in some steps, counted from 1; a step has one micro-batch in these tests."""
+    original, calls = loop.corrupt, iter(range(1, 1000))
+
+    def corrupt(batch, noise, *, seed, times=None):
+        times = torch.zeros(len(batch.tokens), 1) if next(calls) in steps else times
+        return original(batch, noise, seed=seed, times=times)
+
+    monkeypatch.setattr(loop, "corrupt", corrupt)
+
+
+@pytest.mark.parametrize(
+    ("extra", "taken", "loss"),
+    [
+        ([], False, None),
+        (["train.sequence_aux_loss=0.1"], False, None),
+        (["noise.weighting=elbo"], False, 0.0),
+        (["noise.weighting=elbo", "train.sequence_aux_loss=0.1"], True, 0.0),
+        (["optimizer.distributed=true", "train.precision=bf16"], False, None),
+    ],
+    ids=["masked_mean", "masked_mean, balance", "elbo", "elbo, balance", "distributed"],
+)
+def test_a_batch_without_a_masked_token_takes_no_step(
+    extra, taken, loss, tmp_path, tiny_data, tiny_backbone, monkeypatch
+):
+    """Neither weight decay nor momentum moves a weight; a balance loss that has a gradient does."""
+    kept, states, original = trained_parameters(monkeypatch), [], loop.train_step
+
+    def train_step(trainer, batches):
+        result = original(trainer, batches)
+        states.append({name: tensor.detach().clone() for name, tensor in kept["module"].named_parameters()})
+        states[-1] |= {n: b.clone() for n, b in kept["module"].named_buffers() if n.endswith("expert_bias")}
+        return result
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    unscored_batches(monkeypatch, {2, 3})
+    run = tmp_path / "run"
+    arguments = [*SHORT, "data.micro_batch_size=8", "train.steps=4", "train.router_bias_update_rate=0.1", *extra]
+    assert run_in_process(train_arguments(tiny_data, run, tiny_backbone, *arguments))
+    for empty in (1, 2):
+        same = all(torch.equal(states[empty][name], states[empty - 1][name]) for name in states[0])
+        assert same is not taken
+    assert any(not torch.equal(states[3][name], states[2][name]) for name in states[0])
+    found = records(run)
+    assert [found[step].get("unscored_steps", 0) for step in range(1, 5)] == [0, int(not taken), int(not taken), 0]
+    assert [found[step]["scored_tokens"] > 0 for step in range(1, 5)] == [True, False, False, True]
+    assert [found[step].get("loss", None) for step in (2, 3)] == [loss, loss] and found[4]["loss"] > 0
+    assert ("loss" in found[2]) is (loss is not None), "left out where there is nothing to divide by"
+    state = files.read_state(files.find_checkpoints(run)[-1])
+    assert (state.step, state.cursor, state.updates) == (4, 32, 4 if taken else 2)
+
+
+def test_unscored_steps_are_counted_across_a_resume(tmp_path, tiny_data, tiny_backbone, monkeypatch):
+    """The loss of a record is that of its scored steps."""
+    run = tmp_path / "run"
+    arguments = [*SHORT, "data.micro_batch_size=8", "train.log_every_steps=3", "train.steps=3"]
+    arguments = train_arguments(tiny_data, run, tiny_backbone, *arguments)
+    unscored_batches(monkeypatch, {2})
+    with monkeypatch.context() as signalled:
+        stops = iter([False, True])
+        signalled.setattr(train_run, "StopSignal", lambda: lambda: next(stops))
+        assert not run_in_process(arguments)
+    state = files.read_state(files.find_checkpoints(run)[-1])
+    assert (state.step, state.window.unscored, state.window.in_a_row, state.updates) == (2, 1, 0, 1)
+    assert run_in_process(arguments)
+    record = records(run)[3]
+    assert record["unscored_steps"] == 1 and record["loss"] > 0 and "nonfinite_steps" not in record

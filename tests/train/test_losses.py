@@ -1,5 +1,6 @@
 """The objectives: what they score, what divides the sum, and that a step waits for no count."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from megatron_twotower.ops import attention
 from megatron_twotower.ops.convolution import block_history, seeded_block_conv
 from megatron_twotower.ops.scan import chunk_scan, two_stream_scan
 from megatron_twotower.train.losses import autoregressive_loss, masked_diffusion_loss, noise_buckets
-from megatron_twotower.train.noise import corrupt
+from megatron_twotower.train.noise import corrupt, teacher_shares
 from megatron_twotower.types import Batch
 
 GROUPS = SimpleNamespace(tp=None)
@@ -55,6 +56,42 @@ def test_masked_positions_that_are_not_padding_are_scored(weighting, draws):
         inside = scored & (noise_buckets(times, noise.report_buckets) == bucket)
         torch.testing.assert_close(report.bucket_sums[bucket], each[inside].sum())
         assert report.bucket_counts[bucket] == inside.sum()
+
+
+@pytest.mark.parametrize("weighting", ["masked_mean", "elbo"])
+def test_targets_are_shared_with_the_next_token_distributions_of_the_context_tower(weighting):
+    noise = NoiseConfig(
+        block_size_tokens=4,
+        weighting=weighting,
+        draws_per_context=2,
+        time_per="block",
+        distillation=0.75,
+        distillation_elsewhere=0.25,
+    )
+    batch = batch_of()
+    noisy = corrupt(batch, noise, seed=5)
+    hidden, weight = hidden_and_weight(draws=3)  # two noisy streams, and the clean one
+    hidden.requires_grad_()
+    head = torch.randn(20, 8, generator=torch.Generator().manual_seed(2))
+    report = masked_diffusion_loss(tower_of(weight), hidden, noisy, noise, GROUPS, context=tower_of(head))
+
+    masked = noisy.noisy == 3
+    streams, clean = hidden.detach().requires_grad_().transpose(0, 1).split([6, 3])
+    logits, teacher = streams @ weight.t(), (clean @ head.t()).softmax(-1).roll(1, dims=1).repeat(2, 1, 1)
+    shares = teacher_shares(batch, masked, noise).unsqueeze(-1)
+    targets = (1 - shares) * F.one_hot(batch.tokens.repeat(2, 1), 20) + shares * teacher.detach()
+    each = -(targets * logits.log_softmax(-1)).sum(-1)
+    if weighting == "elbo":
+        each = each / noisy.times.repeat_interleave(4, dim=1)
+    want = (each * masked).sum()
+    torch.testing.assert_close(report.total, want)
+    ours, theirs = torch.autograd.grad(report.total, hidden)[0], torch.autograd.grad(want, streams)[0]
+    torch.testing.assert_close(ours[:, :6].transpose(0, 1), theirs)
+    assert not ours[:, 6:].any(), "no gradient reaches the context tower"
+    plain = masked_diffusion_loss(
+        tower_of(weight), hidden, dataclasses.replace(noisy, teacher_shares=None), noise, GROUPS
+    )
+    torch.testing.assert_close(report.bucket_sums, plain.bucket_sums)
 
 
 def test_next_tokens_are_scored_within_their_document():

@@ -11,10 +11,12 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from helpers.runs import PLAIN, records, settings, train
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.run_folder import read_metrics
+from megatron_twotower.config.schema import LoggingConfig
 from megatron_twotower.train import metrics
-from megatron_twotower.train.metrics import WandbSettings, open_metrics, peak_memory_gib
+from megatron_twotower.train.metrics import WandbSettings, open_metrics, peak_memory_gib, wandb_settings
 
 DISABLED = WandbSettings(mode="disabled")
 
@@ -181,9 +183,28 @@ def test_wandb_offline_writes_a_run_folder(tmp_path):
     assert [path.stat().st_size > 0 for path in tmp_path.glob("wandb/offline-run-*/run-*.wandb")] == [True]
 
 
+def test_variables_of_wandb_decide_over_the_recipe():
+    recipe = LoggingConfig(wandb="online", project="p", name="n")
+    assert wandb_settings(recipe, {}) == WandbSettings("online", "p", "n")
+    assert wandb_settings(recipe, {"WANDB_MODE": ""}) == WandbSettings("online", "p", "n"), "as if it were not set"
+    for mode in ("offline", "online", "disabled"):
+        assert wandb_settings(recipe, {"WANDB_MODE": mode}).mode == mode
+    named = {"WANDB_PROJECT": "other", "WANDB_NAME": "run"}
+    assert wandb_settings(recipe, named) == WandbSettings("online", "other", "run")
+    with pytest.raises(UserError, match=r"WANDB_MODE: found 'dry', expected one of offline, online, disabled"):
+        wandb_settings(recipe, {"WANDB_MODE": "dry"})
+
+
+def test_a_run_without_wandb_because_of_the_environment(tmp_path, tiny_data, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    run = tmp_path / "run"
+    assert train("tiny_ar", *settings(tiny_data, run, None, "logging.wandb=offline", "train.steps=6", *PLAIN))
+    assert not (run / "wandb").exists() and records(run)
+
+
 def test_missing_wandb_is_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"logging\.wandb: found 'offline', but wandb is not installed"):
+    with pytest.raises(UserError, match=r"logging\.wandb or WANDB_MODE: found 'offline', but wandb is not installed"):
         write(tmp_path, [], wandb=WandbSettings())
 
 

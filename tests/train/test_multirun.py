@@ -3,6 +3,7 @@
 import pytest
 
 from helpers.runs import losses, records
+from megatron_twotower.bench import ranks
 from megatron_twotower.cli import main
 from megatron_twotower.config.recipes import load_recipe
 
@@ -45,6 +46,26 @@ def test_the_same_sweep_again_takes_no_step(sweep):
     assert main.main(["train", "--multirun", *arguments, "seed=1,2"]) == 0
     after = {path: (path / "metrics.jsonl").read_text() for path in before}
     assert after == before and before
+
+
+def test_several_ranks_run_all_jobs(sweep, tmp_path):
+    """Each job has its own part of the ranks' store: they would else read old addresses there."""
+    output, arguments, _ = sweep
+    arguments = [f"output={tmp_path}/out" if text.startswith("output=") else text for text in arguments]
+    job = ranks.start(2, ["train", "--multirun", *arguments, "seed=1,2"], logs=tmp_path / "logs")
+    try:
+        assert job.wait(240) == [0, 0], job.output()
+    finally:
+        job.kill()
+    for name in ("seed=1", "seed=2"):
+        assert losses(tmp_path / "out" / name) == pytest.approx(losses(output / name), rel=1e-4)
+
+
+def test_ranks_do_not_each_launch_the_jobs(sweep, capsys, monkeypatch):
+    _, arguments, _ = sweep
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main.main(["train", "--multirun", *arguments, "seed=1,2", "hydra/launcher=submitit_slurm"]) == 2
+    assert "hydra/launcher=submitit_slurm: found 2 ranks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_twotower.config.schema import NoiseConfig
-from megatron_twotower.train.noise import SCORED_MULTIPLE, corrupt, sample_times
+from megatron_twotower.train.noise import SCORED_MULTIPLE, corrupt, sample_times, teacher_shares
 from megatron_twotower.types import Batch
 
 NOISE = NoiseConfig(block_size_tokens=4)
@@ -96,3 +96,26 @@ def test_stratified_times_of_consecutive_samples_are_spread_evenly():
     even = [sample_times(batch_of(range(i, i + 8)), noise, seed=0).mean() for i in range(0, 4000, 8)]
     free = [sample_times(batch_of(range(i, i + 8)), NOISE, seed=0).mean() for i in range(0, 4000, 8)]
     assert torch.stack(even).std() < 0.5 * torch.stack(free).std()
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+def test_a_token_with_nothing_visible_after_it_in_its_block_has_the_share_of_a_teacher(draws):
+    noise = NoiseConfig(
+        block_size_tokens=4, draws_per_context=draws, time_per="block", distillation=0.75, distillation_elsewhere=0.25
+    )
+    documents = torch.zeros(6, 16, dtype=torch.int32)
+    documents[:, 8:] = 1
+    batch = dataclasses.replace(batch_of(range(6)), documents=documents)
+    noisy = corrupt(batch, noise, seed=3)
+    masked = noisy.noisy == noise.mask_token_id
+    shares = teacher_shares(batch, masked, noise)
+    seen = set()
+    for row in range(6 * draws):
+        for i in range(16):
+            later = [j for j in range(i + 1, 16) if j // 4 == i // 4 and not masked[row, j]]
+            want = 0.0 if i in (0, 8) else 0.25 if later else 0.75
+            assert shares[row, i] == want, (row, i)
+            seen.add(want)
+    assert seen == {0.0, 0.25, 0.75}
+    assert torch.equal(noisy.teacher_shares, shares.flatten()[noisy.scored_positions])
+    assert corrupt(batch, NOISE, seed=3).teacher_shares is None

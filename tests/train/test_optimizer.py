@@ -12,12 +12,12 @@ STEP = 256 * 8  # tokens of a global batch
 
 
 def rates(config):
-    """The rate of every step, and the one after the last."""
+    """The rate that every step takes, counted from 0; the schedule is at the end."""
     optimizer = SimpleNamespace(param_groups=[{"max_lr": 99.0, "min_lr": 0.5}] if config.phases else [{}])
     schedule, found = build_schedule(config, optimizer), []
-    for _ in range(config.train.steps + 1):
-        found.append(optimizer.param_groups[0]["lr"])
+    for _ in range(config.train.steps):
         schedule.step(1)
+        found.append(optimizer.param_groups[0]["lr"])
     return found, schedule, optimizer
 
 
@@ -40,11 +40,20 @@ def two_phases():
 
 def test_each_phase_warms_up_stays_and_decays_anew():
     found, _, _ = rates(two_phases())
-    assert found[:5] == pytest.approx([0, 2.5e-4, 5e-4, 7.5e-4, 1e-3])
-    assert found[5:16] == pytest.approx([1e-3] * 11)
-    assert found[16:20] == pytest.approx([1e-3 - i / 5 * (1e-3 - 1e-5) for i in range(1, 5)])
-    assert found[20:24] == pytest.approx([0, 2e-4, 4e-4, 4e-4])
-    assert found[24:31] == pytest.approx([4e-4] * 7)
+    assert found[:4] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3])
+    assert found[4:15] == pytest.approx([1e-3] * 11)
+    assert found[15:20] == pytest.approx([1e-3 - i / 5 * (1e-3 - 1e-5) for i in range(1, 6)])
+    assert found[20:22] == pytest.approx([2e-4, 4e-4])
+    assert found[22:] == pytest.approx([4e-4] * 8)
+
+
+@pytest.mark.parametrize("shape", [{"kind": "wsd"}, {"kind": "wsd", "decay_shape": "cosine"}, {"kind": "cosine"}])
+@pytest.mark.parametrize("phased", [False, True])
+def test_no_step_has_rate_0_and_the_last_one_has_the_minimum(shape, phased):
+    config = run(*[PhaseConfig("a", 20 * STEP)] * phased, steps=20)
+    found, _, _ = rates(dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, **shape)))
+    assert found[3] == max(found) == pytest.approx(1e-3) and found[0] == pytest.approx(2.5e-4)
+    assert found[-1] == min(found) == pytest.approx(1e-5)
 
 
 def test_a_phase_that_is_the_whole_run_has_the_rates_of_the_run():
@@ -61,6 +70,6 @@ def test_a_resumed_schedule_goes_on_inside_its_phase():
         optimizer = SimpleNamespace(param_groups=[{}])
         schedule = build_schedule(two_phases(), optimizer)
         schedule.load_state_dict(state)
-        assert optimizer.param_groups[0]["lr"] == found[step]
+        assert optimizer.param_groups[0]["lr"] == found[step - 1]
         schedule.step(1)
-        assert optimizer.param_groups[0]["lr"] == found[step + 1]
+        assert optimizer.param_groups[0]["lr"] == found[step]

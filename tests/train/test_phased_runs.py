@@ -56,9 +56,9 @@ def test_a_run_passes_through_its_phases(whole_run, records_of):
     names = ["breadth"] * 11 + ["quality"] * 10 + ["short-blocks"] * 9
     assert [records[step]["phase"] for step in range(1, 31)] == names
     rates = [records[step]["learning_rate"] for step in range(1, 31)]
-    # A record has the rate that the next step takes.
-    assert rates[:3] == pytest.approx([5e-3 / 3, 1e-2 / 3, 5e-3]) and rates[9] < rates[7] == pytest.approx(5e-3)
-    assert rates[10:13] == pytest.approx([0, 1.5e-3, 3e-3]) and rates[20:23] == pytest.approx([0, 2.5e-3, 5e-3])
+    assert rates[:3] == pytest.approx([5e-3 / 3, 1e-2 / 3, 5e-3])
+    assert rates[7:11] == pytest.approx([5e-3, 1e-2 / 3, 5e-3 / 3, 0]), "it decays to the minimum, which is 0"
+    assert rates[11:13] == pytest.approx([1.5e-3, 3e-3]) and rates[21:23] == pytest.approx([2.5e-3, 5e-3])
     assert sum(records[step]["loss"] for step in (28, 29, 30)) < sum(records[step]["loss"] for step in (1, 2, 3))
     facts = json.loads((whole_run / "provenance.json").read_text())
     assert facts["data"]["corpora"].keys() == {"numbers", "calls"}

@@ -115,8 +115,7 @@ def test_one_rank_reads_the_backbone_for_its_fingerprint(tiny_backbone, bytes_re
     config = load_recipe("tiny", [f"init.backbone={tiny_backbone}"])
     found = ThreadRanks(monkeypatch, RANKS).run(lambda rank: train_run.backbone_fingerprint(config))
     size = sum(file.stat().st_size for file in Path(tiny_backbone).glob("*.safetensors"))
-    assert list(bytes_read.values()) == [size]
-    monkeypatch.undo()
+    assert sum(bytes_read.values()) == max(bytes_read.values()) == size
     assert set(found) == {hf_folder.fingerprint(tiny_backbone)}
 
 

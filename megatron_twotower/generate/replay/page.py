@@ -63,7 +63,10 @@ def read_page(path: Path) -> dict[str, Any]:
     found = _RECORDING.search(path.read_text(encoding="utf-8"))
     if found is None:
         raise UserError(f"{path}: found no recording, expected a page of `twotower generate --html`")
-    recording = json.loads(found[1])
+    try:
+        recording = json.loads(found[1])
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: found a damaged recording ({error})") from error
     if recording.get("version") != VERSION:
         raise UserError(f"{path}: found a recording of version {recording.get('version')}, expected {VERSION}")
     return recording
