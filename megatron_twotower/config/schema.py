@@ -280,7 +280,8 @@ class ParallelConfig:
             optimizer).
         bucket_parameters: Parameters that are reduced or gathered at a time; 0: Megatron's choice.
         collective_timeout_minutes: A collective that waits this long for a rank ends the job. The
-            watchdog (`train.hang_timeout_seconds`) must come first, because it names the rank.
+            watchdog (`train.hang_timeout_seconds`, `train.save_timeout_seconds`) must come first,
+            because it names the rank.
         threads_per_rank: CPU threads of torch; 0: torch's choice.
         ranks: The number of ranks that the layout is made for; 0: any number.
         card: The GPU that `twotower plan` computes for.
@@ -299,7 +300,7 @@ class ParallelConfig:
     overlap_grad_reduce: bool = setting(False, free=True)
     overlap_param_gather: bool = setting(False, free=True)
     bucket_parameters: int = setting(0, unit="parameters", at_least=0)
-    collective_timeout_minutes: int = setting(30, unit="minutes", at_least=1)
+    collective_timeout_minutes: int = setting(90, unit="minutes", at_least=1)
     threads_per_rank: int = setting(0, unit="threads", at_least=0)
     ranks: int = setting(0, unit="ranks", at_least=0)
     card: str = setting("h100", choices=("h100", "h200", "b200", "a100"))

@@ -132,12 +132,13 @@ def _validate_layout(config: RunConfig, world_size: int) -> None:
         not parallel.overlap_param_gather or parallel.overlap_grad_reduce,
         "parallel.overlap_param_gather: found true with parallel.overlap_grad_reduce false, expected both",
     )
-    hang, limit = config.train.hang_timeout_seconds, 60 * parallel.collective_timeout_minutes
-    require(
-        hang < limit,
-        f"parallel.collective_timeout_minutes {parallel.collective_timeout_minutes}: expected more than "
-        f"train.hang_timeout_seconds {hang}, so that the watchdog names the rank before collectives end the job",
-    )
+    for key in ("hang_timeout_seconds", "save_timeout_seconds"):
+        seconds, minutes = getattr(config.train, key), parallel.collective_timeout_minutes
+        require(
+            seconds < 60 * minutes,
+            f"parallel.collective_timeout_minutes {minutes}: expected more than train.{key} {seconds}, so that the "
+            "watchdog names the rank before collectives end the job",
+        )
 
 
 def _validate_model_split(config: RunConfig) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron_twotower.common.errors import require
 from megatron_twotower.config.phases import Phase, resolve_phases
 from megatron_twotower.config.pipeline_stages import PipelineStage, stages_of_rank, whole_model
 from megatron_twotower.config.schema import RunConfig
@@ -344,8 +343,6 @@ def estimate(config: RunConfig, *, ranks: int, assumptions: Assumptions | None =
         assumptions: The values that are not computed; `None` for the defaults.
     """
     assumptions = assumptions or Assumptions()
-    imbalance = assumptions.expert_imbalance
-    require(imbalance >= 1, f"--expert-imbalance: found {imbalance:g}, expected at least 1 (all equally busy)")
     layout, phases = layout_of(config, ranks=ranks), resolve_phases(config)
     blocks = sorted({phase.noise.block_size_tokens for phase in phases})
     memories, sent = [], []

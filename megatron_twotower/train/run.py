@@ -88,9 +88,14 @@ class TrainedModel:
 
 
 def backbone_fingerprint(config: RunConfig) -> str | None:
-    """Return the SHA-256 of `init.backbone`, which rank 0 reads; `None` without one."""
+    """Return the SHA-256 of `init.backbone`; `None` without one. Rank 0 reads it, for all.
+
+    `check_ranks_agree` has compared the copies that nodes may have.
+    """
     backbone = config.init.backbone
-    return parallel.from_main(lambda: hf_folder.fingerprint(backbone)) if backbone else None
+    if not backbone:
+        return None
+    return parallel.from_main(lambda: hf_folder.fingerprint(backbone))
 
 
 def build_model(

@@ -10,7 +10,7 @@ from megatron_twotower.cli import main
 from megatron_twotower.common import device
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.recipes import load_recipe
-from megatron_twotower.config.schema import ParallelConfig, RunConfig, TrainConfig
+from megatron_twotower.config.schema import ParallelConfig, RunConfig
 from megatron_twotower.config.validation import validate
 from megatron_twotower.mcore import parallel
 
@@ -51,12 +51,15 @@ def test_the_time_out_of_collectives_is_a_setting(created, monkeypatch):
     assert {each["timeout"] for each in created} == {timedelta(minutes=7)}
 
 
-def test_the_watchdog_comes_before_the_time_out_of_collectives():
-    config = load_recipe("tiny_ar", ["train.hang_timeout_seconds=600", "parallel.collective_timeout_minutes=10"])
-    with pytest.raises(UserError, match=r"collective_timeout_minutes 10: expected more than train.hang"):
+@pytest.mark.parametrize("key", ["hang_timeout_seconds", "save_timeout_seconds"])
+def test_the_watchdog_comes_before_the_time_out_of_collectives(key):
+    others = ["train.hang_timeout_seconds=1", "train.save_timeout_seconds=1", "parallel.collective_timeout_minutes=10"]
+    config = load_recipe("tiny_ar", [*others, f"train.{key}=600"])
+    with pytest.raises(UserError, match=rf"collective_timeout_minutes 10: expected more than train.{key} 600"):
         validate(config, world_size=1)
-    validate(load_recipe("tiny_ar", ["train.hang_timeout_seconds=599"]), world_size=1)
-    validate(RunConfig(model=config.model, train=TrainConfig(hang_timeout_seconds=0)), world_size=1)
+    for value in (0, 599):
+        validate(load_recipe("tiny_ar", [*others, f"train.{key}={value}"]), world_size=1)
+    validate(load_recipe("tiny_ar", []), world_size=1)
 
 
 def test_a_gpu_is_given_to_the_process_group_but_subgroups_are_not_split_from_it(created, monkeypatch):

@@ -55,9 +55,9 @@ def test_a_run_collects_at_its_steps(tiny_data, tmp_path, collections, monkeypat
 
     at, step = [], loop.train_step
 
-    def recording(*arguments):
+    def recording(*arguments, **more):
         at.append(len(collections))
-        return step(*arguments)
+        return step(*arguments, **more)
 
     monkeypatch.setattr(loop, "train_step", recording)
     arguments = settings(tiny_data, tmp_path / "run", None, *PLAIN, "schedule.warmup_steps=0", "train.steps=5")
