@@ -108,6 +108,20 @@ def test_bf16_resumes_bit_for_bit(layout, tmp_path, tiny_data, tiny_backbone):
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout", [[], ["optimizer.distributed=true"], ["parallel.tensor=2", "parallel.sequence=true"]]
+)
+def test_two_ranks_change_their_precision(layout, tmp_path, tiny_data, tiny_backbone, whole_run):
+    """What is exact about it is in tests/train/test_precision_changes.py, on one rank."""
+    for steps, precision in ((2, "fp32"), (4, "bf16"), (6, "fp32")):
+        extra = [*PLAIN, *layout, f"train.precision={precision}", f"train.steps={steps}"]
+        train(2, train_arguments(tiny_data, tmp_path / "run", tiny_backbone, *extra), tmp_path / "logs")
+    got, want = losses(tmp_path / "run"), losses(whole_run)
+    assert sorted(got) == list(range(1, 7))
+    assert all(got[step] == pytest.approx(want[step], rel=0.03) for step in got)
+
+
 def test_the_newest_checkpoints_and_those_of_every_third_step_stay(tmp_path, tiny_data, tiny_backbone):
     run = tmp_path / "run"
     extra = [
