@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +21,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_twotower.common import device
 from megatron_twotower.common.errors import require
 from megatron_twotower.config.schema import RunConfig
+
+# The wrapped models of the current process groups, which `shutdown` frees.
+_wrapped: "weakref.WeakSet[ModelChunks]" = weakref.WeakSet()
 
 
 def world_size() -> int:
@@ -117,7 +121,12 @@ def pretend_rank(config: RunConfig, *, ranks: int, rank: int) -> Iterator[Proces
 
 
 def shutdown() -> None:
-    """Destroy all groups, so that a later run in this process can create its own."""
+    """Free the wrapped models and destroy all groups, with their threads and sockets.
+
+    A later run in this process can create its own.
+    """
+    for model in list(_wrapped):
+        model.release()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -128,7 +137,7 @@ def _virtual_stages(chunks: int) -> int | None:
     return chunks if chunks > 1 else None
 
 
-@dataclass
+@dataclass(eq=False)
 class ModelChunks:
     """The model chunks of this rank, each in its own DDP wrapper.
 
@@ -211,6 +220,7 @@ def wrap(modules: Sequence[MegatronModule], config: RunConfig, groups: ProcessGr
             for i, module in enumerate(modules)
         ]
     )
+    _wrapped.add(wrapped)
     moe_layers = [i for i, kind in enumerate(config.model.hybrid_override_pattern) if kind == "E"]
 
     def finalise(chunks: list[Any], *args: Any, **kwargs: Any) -> None:
