@@ -143,7 +143,7 @@ class NoiseConfig:
     time_min: float = setting(0.001, above=0, at_most=1)
     time_max: float = setting(1.0, above=0, at_most=1)
     weighting: str = setting("masked_mean", choices=("masked_mean", "elbo"))
-    report_buckets: int = setting(5, unit="buckets", at_least=1)
+    report_buckets: int = setting(5, unit="buckets", at_least=1, at_most=1000)
     draws_per_context: int = setting(1, unit="copies", at_least=1)
     distillation: float = setting(0.0, at_least=0, at_most=1)
     distillation_elsewhere: float = setting(0.0, at_least=0, at_most=1)
@@ -193,7 +193,7 @@ class DataConfig:
     micro_batch_size: int = setting(8, unit="sequences", at_least=1)
     global_batch_size: int = setting(8, unit="sequences", at_least=1)
     prefetch_batches: int = setting(2, unit="steps", at_least=1)
-    prefetch_workers: int = setting(1, unit="threads", at_least=1)
+    prefetch_workers: int = setting(1, unit="threads", at_least=1, at_most=1024)
 
 
 # Not frozen: OmegaConf would then refuse `phases.0.tokens=...` on the command line.
@@ -301,7 +301,7 @@ class ParallelConfig:
     overlap_param_gather: bool = setting(False, free=True)
     bucket_parameters: int = setting(0, unit="parameters", at_least=0)
     collective_timeout_minutes: int = setting(90, unit="minutes", at_least=1)
-    threads_per_rank: int = setting(0, unit="threads", at_least=0)
+    threads_per_rank: int = setting(0, unit="threads", at_least=0, at_most=1024)
     ranks: int = setting(0, unit="ranks", at_least=0)
     card: str = setting("h100", choices=("h100", "h200", "b200", "a100"))
 

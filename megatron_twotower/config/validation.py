@@ -23,6 +23,7 @@ def validate(config: RunConfig, *, world_size: int) -> None:
         UserError: One line with the key, what was found and what was expected.
     """
     check_settings(config)
+    require(config.output.strip() != "", "output: found nothing, expected the run folder")
     require(
         config.init.denoiser is None or config.objective == "two_tower",
         f"init.denoiser: found {config.init.denoiser} with objective {config.objective}, expected objective two_tower",

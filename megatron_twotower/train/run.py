@@ -23,6 +23,7 @@ from megatron_twotower.checkpoint.sharding import sharded_optimizer, sharded_wei
 from megatron_twotower.common import run_folder
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.config import recipes
+from megatron_twotower.config.idle import refuse_idle
 from megatron_twotower.config.phases import resolve_phases
 from megatron_twotower.config.pipeline_stages import stages_of_rank
 from megatron_twotower.config.schema import RunConfig
@@ -147,6 +148,7 @@ def build_model(
 def dry_run(config: RunConfig) -> str:
     """Build everything but the data, take no step, and describe what a run would train."""
     validate(config, world_size=parallel.world_size())
+    refuse_idle(config)
     _check_mask_token(config, resumed=False)
     phases = resolve_phases(config)
     groups = _join(config)
@@ -173,6 +175,7 @@ def run_training(config: RunConfig) -> bool:
         UserError: The configuration, the data, the weights or a checkpoint does not fit.
     """
     validate(config, world_size=parallel.world_size())
+    refuse_idle(config)
     # From here on a signal ends the run after its first step.
     stop = StopSignal()
     run, groups = Path(config.output), _join(config)
