@@ -240,12 +240,13 @@ def test_distilled_text_is_that_of_the_host(two_tower_folder, tiny_data, monkeyp
     with pretended_cuda() as waits:
         distil.distil(two_tower_folder, tiny_data, tmp_path / "there", **small)
     assert (tmp_path / "there").read_text() == (tmp_path / "host").read_text()
-    # Two batches: prompts are copied to the device and text back. A token waits only in its layer
-    # of experts.
+    # Two batches: prompts are copied to the device and text back. A token waits in its layer of
+    # experts, and to see whether all texts have ended.
     assert waits.counted("ours") == {
         "a copy from the host: distil.distil": 2,
         "a copy to the host: distil.distil": 2,
-        NUMBER.format("_generate_by_token"): 2,
+        NUMBER.format("_generate_by_token"): 2 * (6 + 1),
+        NUMBER.format("fill_after_eos"): 2 * 2,
         EXPERTS.format("routed_experts"): 2 * 6,
     }
 
