@@ -34,7 +34,7 @@ PLACE = {folder: place for place, folder in enumerate(ORDER)}
 
 # Packages that some folders or modules alone may import.
 ONLY_IN = {
-    "hydra": {"config.recipes", "train.multirun"},
+    "hydra": {"config.overrides", "config.recipes", "train.multirun"},
     "omegaconf": {"config.recipes", "train.multirun"},
     "wandb": {"train.metrics"},
     "matplotlib": {"common.plots"},
