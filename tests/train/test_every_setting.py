@@ -91,10 +91,6 @@ REASONS = {
 REASONS_AT_RESUME = {key: reason for key, reason in REASONS.items() if key.startswith(("parallel.", "fusion."))} | {
     "conditioning.initialisation": "The time conditioning is in the checkpoint."
 }
-# Megatron ends a resume in another precision with a traceback.
-OPEN_AT_RESUME = {
-    "train.precision": pytest.mark.xfail(reason="another precision at a resume is not refused yet", strict=False)
-}
 
 
 def another(key):
@@ -318,7 +314,7 @@ RESUMED_RUNS = {}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key", [pytest.param(key, marks=OPEN_AT_RESUME.get(key, ())) for key in KEYS])
+@pytest.mark.parametrize("key", KEYS)
 def test_at_a_resume(key, places, begun, request, tmp_path):
     _, names, words = places
     base, run = tuple(words(key)), tmp_path / "run"
