@@ -28,9 +28,6 @@ T = TypeVar("T")
 # The wrapped models of the current process groups, which `shutdown` frees.
 _wrapped: "weakref.WeakSet[ModelChunks]" = weakref.WeakSet()
 
-# The wrapped models of the current process groups, which `shutdown` frees.
-_wrapped: "weakref.WeakSet[ModelChunks]" = weakref.WeakSet()
-
 
 def world_size() -> int:
     """The number of ranks of this job.
