@@ -39,7 +39,7 @@ from megatron_twotower.types import LogWindow
 # training state, and objects.
 ShardedState = Callable[[], Iterable[ShardedTensor | ShardedObject]]
 
-_START_ANEW = "expected one to resume from; to start anew, name another output folder or remove this one"
+_START_ANEW = "expected one to resume from; to start again from step 0, name another output folder or remove this one"
 
 logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
 

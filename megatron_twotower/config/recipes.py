@@ -191,7 +191,7 @@ def prepare_hydra(recipe: str) -> tuple[Path, list[str]]:
         raise UserError(f"recipe {recipe}: found bytes that are not UTF-8 at place {error.start}") from error
     node = OmegaConf.structured(RunConfig)
     _allow_changes(node)
-    # Else what a recipe says could not be told from what it leaves out.
+    # Else what a recipe says could not be distinguished from what it leaves out.
     node.noise.mask_token_id = node.noise.block_size_tokens = FROM_FOLDER
     for item in dataclasses.fields(ModelConfig):
         node.model[item.name] = MISSING

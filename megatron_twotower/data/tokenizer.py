@@ -4,7 +4,7 @@ Ids 0 to 3 of a tokenizer trained here are `<unk>` (also padding), `<s>`, `</s>`
 to 259 are the 256 bytes, so no text ever needs `<unk>`.
 
 The ids of a text are those of tokenizer.json, in every release of transformers. AutoTokenizer gives
-others: for some names in `tokenizer_class` it builds the pre-tokenizer anew, and which names these
+others: for some names in `tokenizer_class` it rebuilds the pre-tokenizer, and which names these
 are depends on the release (5.3: LlamaTokenizer and others; 5.24: GPT2Tokenizer, Qwen2Tokenizer,
 GPTNeoXTokenizer, CodeGenTokenizer and others).
 """
@@ -131,7 +131,7 @@ def _load(file: Path) -> tuple[PreTrainedTokenizerFast, list[str]]:
     folder = file.parent
     try:
         plain = Tokenizer.from_file(str(file))
-        # The class is named, so that no other class builds the tokenizer anew. So is the file,
+        # The class is named, so that no other class rebuilds the tokenizer. So is the file,
         # because `fast_tokenizer_files` of tokenizer_config.json may name another one.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False, tokenizer_file=str(file)

@@ -197,7 +197,7 @@ def _other_ids(corpus: Corpus, first: int, last: int, name: str, tokenizer: Path
         if again != ids and decode(again) == decode(ids):
             yield (
                 f"{name}: found ids in document {number} that are not those of {tokenizer} for its text: an older "
-                "version prepared it with a tokenizer that transformers had built anew; prepare the data again"
+                "version prepared it with a tokenizer that transformers had rebuilt; prepare the data again"
             )
             return
 

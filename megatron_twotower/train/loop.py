@@ -395,7 +395,7 @@ def train(
         return bool(every) and (progress.step % every == 0 or progress.step == settings.steps)
 
     def begins(activity: str) -> Callable[[], None]:
-        """Report the activity, and return what reports it again: it goes on."""
+        """Report the activity, and return the function that reports it again."""
         hooks.heartbeat(activity)
         return lambda: hooks.heartbeat(activity)
 

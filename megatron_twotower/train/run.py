@@ -261,7 +261,7 @@ def _check_mask_token(config: RunConfig, *, resumed: bool) -> None:
         if not resumed:
             raise
         if parallel.is_main():
-            logging.getLogger(__name__).warning("the run goes on as it began, although: %s", error)
+            logging.getLogger(__name__).warning("the run continues as it began, although: %s", error)
 
 
 def _check_corpora(config: RunConfig, dataset: Dataset, *, resumed: bool) -> None:

@@ -229,7 +229,11 @@ def test_a_run_never_starts_anew_over_an_earlier_one(then, copied, tiny_data, ti
         "set aside": "found checkpoints/step-00000014.damaged and no complete checkpoint",
         "removed": "found metrics.jsonl with records of checkpoints and no complete checkpoint",
     }
-    assert said.count("\n") == 1 and told[then] in said and "to start anew, name another output folder" in said
+    assert (
+        said.count("\n") == 1
+        and told[then] in said
+        and "to start again from step 0, name another output folder" in said
+    )
     assert contents(copied) == before
 
 

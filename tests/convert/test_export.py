@@ -204,7 +204,7 @@ def test_the_snippet_of_the_card_runs(run, tiny_data, tmp_path, monkeypatch, cap
 
 
 def test_the_exported_tokenizer_gives_the_ids_of_its_file(tiny_data, tmp_path):
-    """AutoTokenizer builds a tokenizer of some classes anew, so the copy names another class."""
+    """AutoTokenizer rebuilds a tokenizer of some classes, so the copy names another class."""
     source = hf_folders.write(tmp_path / "source", "hub")
     for file in (tiny_data / "tokenizer").iterdir():
         shutil.copyfile(file, source / file.name)

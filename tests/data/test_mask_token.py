@@ -114,7 +114,7 @@ def test_a_run_that_has_begun_goes_on_with_a_warning(tmp_path, tiny_data, tiny_b
     monkeypatch.setattr(mask_token, "can_stand_in_text", lambda *_: True)
     with caplog.at_level(logging.WARNING):
         assert train("tiny", *run, "train.steps=2")
-    assert "the run goes on as it began, although: noise.mask_token_id: found 3" in caplog.text
+    assert "the run continues as it began, although: noise.mask_token_id: found 3" in caplog.text
     with pytest.raises(UserError, match=r"noise.mask_token_id: found 3"):
         train("tiny", *run, "train.steps=2", f"output={tmp_path / 'other'}")
 

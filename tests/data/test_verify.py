@@ -193,7 +193,7 @@ def as_older(prepared):
 
 
 def test_older_data_with_other_ids_than_its_tokenizer_file_gives_is_named(prepared_blend, tmp_path, monkeypatch):
-    """Older versions let transformers build a tokenizer of some class names anew."""
+    """Older versions let transformers rebuild a tokenizer of some class names."""
     tokenizer = shutil.copytree(prepared_blend / "tokenizer", tmp_path / "tokenizer")
     file = tokenizer / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": "GPT2Tokenizer"}))

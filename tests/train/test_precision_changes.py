@@ -1,4 +1,4 @@
-"""A run whose precision changes at a resume goes on with the same fp32 weights and moments."""
+"""A run whose precision changes at a resume continues with the same fp32 weights and moments."""
 
 import shutil
 
