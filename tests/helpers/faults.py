@@ -7,8 +7,8 @@ def with_bad_steps(monkeypatch, bad, *, loss=False):
     """Make the gradients of some steps, counted from 1, infinite or NaN; or only the loss."""
     original, calls = loop.forward_backward, iter(range(1, 1000))
 
-    def forward_backward(trainer, micro_batches, *, forward_only):
-        sums = original(trainer, micro_batches, forward_only=forward_only)
+    def forward_backward(trainer, micro_batches, *, forward_only, **keywords):
+        sums = original(trainer, micro_batches, forward_only=forward_only, **keywords)
         if not forward_only and (step := next(calls)) in bad:
             if loss:
                 sums[0] = float("inf")

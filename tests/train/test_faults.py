@@ -133,8 +133,8 @@ def trained_parameters(monkeypatch):
     """A dict that receives the `module` of the next run in this process."""
     kept, original = {}, train_run.build_model
 
-    def remember(config, groups):
-        kept["module"] = (model := original(config, groups)).module
+    def remember(config, groups, **keywords):
+        kept["module"] = (model := original(config, groups, **keywords)).module
         return model
 
     monkeypatch.setattr(train_run, "build_model", remember)
@@ -163,8 +163,8 @@ def test_a_step_that_is_not_finite_changes_nothing(loss, layout, tmp_path, tiny_
     kept, states = trained_parameters(monkeypatch), []
     original = loop.train_step
 
-    def train_step(trainer, batches):
-        result = original(trainer, batches)
+    def train_step(trainer, batches, **keywords):
+        result = original(trainer, batches, **keywords)
         states.append(
             {
                 name: tensor.clone()
@@ -253,8 +253,8 @@ def test_a_batch_without_a_masked_token_takes_no_step(
     """Neither weight decay nor momentum moves a weight; a balance loss that has a gradient does."""
     kept, states, original = trained_parameters(monkeypatch), [], loop.train_step
 
-    def train_step(trainer, batches):
-        result = original(trainer, batches)
+    def train_step(trainer, batches, **keywords):
+        result = original(trainer, batches, **keywords)
         states.append({name: tensor.detach().clone() for name, tensor in kept["module"].named_parameters()})
         states[-1] |= {n: b.clone() for n, b in kept["module"].named_buffers() if n.endswith("expert_bias")}
         return result

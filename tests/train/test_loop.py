@@ -141,8 +141,8 @@ def test_frozen_means_bitwise_unchanged_and_the_rest_moves(tmp_path, tiny_data, 
     kept = {}
     original = train_run.build_model
 
-    def remember(config, groups):
-        model = original(config, groups)
+    def remember(config, groups, **keywords):
+        model = original(config, groups, **keywords)
         context = model.module.context
         kept["context"] = context
         kept["before"] = {n: t.clone() for n, t in context.state_dict().items() if isinstance(t, torch.Tensor)}
