@@ -118,7 +118,8 @@ def two_tower_forward(
     hidden, model = chunk(noisy), chunk.module
     if not model.tower.stage.last:
         return hidden, None
-    return hidden, masked_diffusion_loss(model.tower, hidden, noisy, config.noise, groups, context=model.context)
+    teacher = None if noisy.teacher_shares is None else model.context
+    return hidden, masked_diffusion_loss(model.tower, hidden, noisy, config.noise, groups, context=teacher)
 
 
 # The forward pass of a model chunk returns the activations for the next stage and no report; on the
