@@ -14,7 +14,9 @@ import pytest
 
 from megatron_twotower.cli import main
 from megatron_twotower.cli.command import Group
+from megatron_twotower.data.documents import Inputs, PassedOver
 
+INPUTS = {"data.documents:find_inputs": Inputs([], PassedOver()), "data.documents:training_texts": []}
 PLAN = ["recipe=nano_30b_a3b_phase1", "parallel=h100x64"]
 MODEL, DATA = ["--model", "m"], ["--data", "d"]
 MEASURED = SimpleNamespace(utilisation=0.5)
@@ -27,10 +29,7 @@ CALLS = {
     "plan --search": (PLAN, PLANS),
     "plan --scaling 8": (PLAN, PLANS),
     "plan --measured gpu.json": (PLAN, PLANS),
-    "data tokenizer": (
-        ["--input", "a", "--output", "o"],
-        {"data.documents:find_documents": [], "data.documents:training_texts": [], "data.tokenizer:train_tokenizer": 0},
-    ),
+    "data tokenizer": (["--input", "a", "--output", "o"], INPUTS | {"data.tokenizer:train_tokenizer": 0}),
     "data prepare": (["--input", "a", "--tokenizer", "t", "--output", "o"], {"data.prepare:prepare": {}}),
     "data inspect": (["d"], {"data.inspect:inspect": None}),
     "data verify": (["d"], {"data.verify:verify": []}),
