@@ -161,7 +161,7 @@ def _compare_contents(files: Mapping[str, Sequence[Path]], everyone: Sequence[Ma
 def own_run_folder(run: Path) -> Iterator[Callable[[], None]]:
     """Create the run folder, lock it, and check that all ranks see and can write the same folder.
 
-    All ranks enter. The first one has the lock.
+    All ranks enter. The first one has the lock. A folder in which nothing was written is removed.
 
     Yields:
         A function for the first rank, which raises a `UserError` if another run has taken the
@@ -184,6 +184,9 @@ def own_run_folder(run: Path) -> Iterator[Callable[[], None]]:
         with contextlib.suppress(OSError):
             probe.unlink()
         lock.release()
+        if parallel.is_main():
+            with contextlib.suppress(OSError):
+                run.rmdir()  # an error if it has files
 
 
 def _lock(run: Path, lock: FolderLock, probe: Path) -> str | None:
