@@ -115,4 +115,4 @@ def test_measurements_without_a_utilisation_are_errors(tmp_path, capsys):
     with pytest.raises(UserError, match=r"expected gpu\.json"):
         scale_out.measured(tmp_path / "other.json")
     status, said = told(capsys, "--scaling", "0")
-    assert status == 2 and said.err == "twotower: --scaling: found 0, expected numbers of GPUs\n"
+    assert status == 2 and said.err == "twotower: --scaling: found 0, expected at least 1\n"
