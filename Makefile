@@ -15,6 +15,8 @@ RUN ?= runs/quickstart
 BACKBONE ?= recipes/backbones/small
 PROMPT ?= def main():
 PYTEST_ARGS ?=
+# Processes of `make test`. Many tests start ranks of their own.
+TEST_PROCESSES ?= 2
 SOAK_MINUTES ?= 60
 
 # Nothing is downloaded from a model hub, and nothing is sent to W&B unless a recipe or WANDB_MODE says so.
@@ -131,7 +133,7 @@ soak: $(VENV)/.installed ## kill a small run again and again, and account for ev
 # Development ----------------------------------------------------------------------------------------------------
 
 test: $(VENV)/.installed-dev ## run the tests (PYTEST_ARGS='tests/ops -k scan')
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-dev ## run the slow tests
 	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)

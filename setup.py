@@ -50,6 +50,7 @@ EXTRAS = {
     "eval": ["lm-eval>=0.4.9"],
     "dev": [
         "pytest>=8",
+        "pytest-xdist>=3.5",
         "hypothesis>=6",
         "lm-eval>=0.4.9",
         "peft>=0.17",  # it and accelerate train the exported class in tests
