@@ -6,7 +6,6 @@ import shutil
 import signal
 
 import pytest
-from megatron.core.dist_checkpointing import state_dict_utils
 
 from helpers.runs import losses, records, settings, train_arguments
 from megatron_twotower.bench import ranks
@@ -143,6 +142,9 @@ def test_shards_of_all_ranks_are_compared_at_the_first_save_of_a_process(
     tmp_path, tiny_data, tiny_backbone, monkeypatch
 ):
     """Rank 0 gathers and compares them, which takes seconds on a thousand ranks."""
+    # Not above: processes that start with this file must run `megatron_twotower.mcore` first.
+    from megatron.core.dist_checkpointing import state_dict_utils
+
     calls, validate = [], state_dict_utils.validate_sharding_integrity
     monkeypatch.setattr(
         state_dict_utils, "validate_sharding_integrity", lambda *each, **more: calls.append(validate(*each, **more))
