@@ -20,6 +20,7 @@ def small_layers(monkeypatch):
     monkeypatch.setattr(bench_convert, "_SHAPE", MODEL)
 
 
+@pytest.mark.slow
 def test_it_measures_every_conversion_and_prints_what_it_writes(tmp_path, monkeypatch):
     seen = {}
     time_cases = bench_convert.time_cases

@@ -31,6 +31,7 @@ def environment(**values):
     return os.environ | {"PATH": path, "PYTHONPATH": str(LAUNCH.parent)} | values
 
 
+@pytest.mark.slow
 def test_two_nodes_meet_and_train_as_one(tmp_path, tiny_data, tiny_backbone, records_of):
     run, port = tmp_path / "run", str(random.randrange(20000, 30000))
     arguments = [

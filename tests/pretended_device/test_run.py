@@ -36,6 +36,7 @@ def run(tmp_path, tiny_data, tiny_backbone, records_of):
     return once
 
 
+@pytest.mark.slow
 def test_a_run_is_that_of_the_host_and_resumes_on_either(run):
     with as_there():
         want = run("host", 4)

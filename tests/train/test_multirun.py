@@ -48,6 +48,7 @@ def test_the_same_sweep_again_takes_no_step(sweep):
     assert after == before and before
 
 
+@pytest.mark.slow
 def test_several_ranks_run_all_jobs(sweep, tmp_path):
     """Each job has its own part of the ranks' store: they would else read old addresses there."""
     output, arguments, _ = sweep

@@ -91,6 +91,7 @@ def assert_same(got, want):
             assert got[key] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), key
 
 
+@pytest.mark.slow
 def test_a_run_killed_inside_a_phase_resumes_to_the_same_run(
     tmp_path, two_corpora, tiny_backbone, whole_run, records_of
 ):
@@ -210,6 +211,7 @@ def read(config):
     return [global_batch(source, first=step * BATCH, count=BATCH) for step in range(config.train.steps)]
 
 
+@pytest.mark.slow
 def test_documents_are_kept_apart_through_all_phases(tmp_path, two_corpora, tiny_backbone, records_of):
     extra = ["data.documents=respect", "train.validation_sequences=4"]
     assert train(*settings(two_corpora, tmp_path / "run", tiny_backbone, *extra))
