@@ -30,7 +30,7 @@ from megatron_twotower.config.schema import ModelConfig
 from megatron_twotower.data.dataset import evenly_spaced_windows
 from megatron_twotower.data.documents import VALIDATION
 from megatron_twotower.data.shards import Corpus
-from megatron_twotower.data.tokenizer import accepted_fingerprints, load_tokenizer
+from megatron_twotower.data.tokenizer import check_tokenizer, load_tokenizer
 from megatron_twotower.evaluate.likelihood import check_sequences, ratio, token_nats
 from megatron_twotower.generate.engine import default_devices, load
 from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as Model
@@ -305,9 +305,7 @@ def run(
     """
     corpus = Corpus.open(data / VALIDATION)
     opened, _, denoiser = open_model(model)
-    accepted, expected = accepted_fingerprints(model, exact_ids=corpus.exact_ids), corpus.tokenizer_fingerprint
-    if expected not in accepted:
-        raise UserError(f"{model}: found a tokenizer with sha256 {accepted[0]}, expected that of {data}, {expected}")
+    check_tokenizer(model, corpus.tokenizer_fingerprint, exact_ids=corpus.exact_ids, data=data)
     opened.to(default_devices()[0])
     sequences = evenly_spaced_windows(corpus, count=options.sequences, length=options.length_tokens)
     if denoiser:

@@ -244,7 +244,7 @@ def check_fresh(run: Path, *, resume: bool) -> None:
     Raises:
         UserError: A run has saved a checkpoint here; or, with `resume` false, has taken a step.
     """
-    left = parallel.broadcast_from_main(left_of_earlier_run(run, records=not resume) if parallel.is_main() else None)
+    left = parallel.from_main(lambda: left_of_earlier_run(run, records=not resume))
     if left and not resume:
         raise UserError(f"{run}: found {left}, expected resume=true or another output folder")
     if left:

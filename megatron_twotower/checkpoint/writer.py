@@ -114,8 +114,7 @@ class CheckpointWriter:
         started = time.perf_counter()
         partial = checkpoint_folder(self._run, state.step)
         partial = partial.with_name(f"{partial.name}.partial")
-        if problem := parallel.broadcast_from_main(self._prepare(partial) if parallel.is_main() else None):
-            raise UserError(problem)
+        parallel.from_main(lambda: self._prepare(partial))
         with _one_line_errors(partial):
             sharded_state = checkpoint_files.state_dict(self._stable_state())
             save = async_save.prepare_save(
@@ -129,17 +128,14 @@ class CheckpointWriter:
         self._pending = _PendingSave(state, partial, save, written, time.perf_counter() - started)
         return finished if self._background else finished + self.finish()
 
-    def _prepare(self, partial: Path) -> str | None:
-        """Create the empty folder of a save, on the first rank. Returns what is wrong."""
+    def _prepare(self, partial: Path) -> None:
+        """Create the empty folder of a save, on the first rank."""
+        self._check_lock()
         try:
-            self._check_lock()
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        except UserError as error:
-            return str(error)
         except OSError as error:
-            return _cannot_be_written(partial, _reason(error))
-        return None
+            raise UserError(_cannot_be_written(partial, _reason(error))) from error
 
     def _stable_state(self) -> Iterator[ShardedTensor | ShardedObject]:
         """The state, with copies of tensors that training would change during the write."""

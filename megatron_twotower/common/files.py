@@ -3,11 +3,12 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,17 @@ def is_seen(path: Path, *, size: int | None = None) -> bool:
         time.sleep(0.2)
         with contextlib.suppress(OSError):
             os.listdir(path.parent)  # NFS asks the server again
+
+
+def contents_sha256(paths: Iterable[Path]) -> str:
+    """SHA-256, in hex, of the names and contents of files, in their order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while chunk := file.read(2**24):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def partial_path(path: Path) -> Path:

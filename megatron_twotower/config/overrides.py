@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_twotower.common.errors import UserError, require
+from megatron_twotower.common.text import is_unicode
 from megatron_twotower.config.schema import PhaseConfig, RunConfig
 
 
@@ -60,7 +61,7 @@ def _plain(override: str, *, several: bool) -> str:
         several or not re.match(r"hydra\b", key),
         f"override {override!r}: found a key of Hydra itself, which only --multirun uses",
     )
-    require(_encodable(override), f"override {override!r}: found bytes that are not UTF-8")
+    require(is_unicode(override), f"override {override!r}: found bytes that are not UTF-8")
     text = re.sub(r"\.\d+(?=\.)", "", key) in _TEXT_KEYS
     try:
         parsed = OverridesParser.create().parse_override(override)
@@ -82,12 +83,3 @@ def _meant_for_hydra(value: str, parsed: Any) -> bool:
     return (
         parsed is None or parsed == value or in_quotes or "${" in value or (isinstance(parsed, str) and "\\" in value)
     )
-
-
-def _encodable(text: str) -> bool:
-    """Whether a text can be written to a file: a word with other bytes than UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -1,6 +1,5 @@
 """Hugging Face model folders: reading by name, checking all tensors, and writing in one step."""
 
-import hashlib
 import json
 import re
 import shutil
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_twotower.common.errors import UserError
-from megatron_twotower.common.files import atomic_folder
+from megatron_twotower.common.files import atomic_folder, contents_sha256
 from megatron_twotower.common.progress import BytesProgress, silent_bytes
 from megatron_twotower.config.schema import ModelConfig, RunConfig
 from megatron_twotower.convert.tensors import (
@@ -273,10 +272,4 @@ def rename_tensors(tensors: Mapping[str, LazyTensor], naming: TensorNaming) -> d
 
 def fingerprint(folder: str | Path) -> str:
     """SHA-256, in hex, of the names and contents of `config.json` and all safetensors files."""
-    digest = hashlib.sha256()
-    for path in sorted([Path(folder) / "config.json", *Path(folder).glob("*.safetensors")]):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while chunk := file.read(2**24):
-                digest.update(chunk)
-    return digest.hexdigest()
+    return contents_sha256(sorted([Path(folder) / "config.json", *Path(folder).glob("*.safetensors")]))

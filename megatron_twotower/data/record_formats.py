@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_twotower.common.errors import UserError
+from megatron_twotower.common.text import is_unicode
 
 _BYTES_A_READ = 1 << 16
 _SKIPPED_BYTES_A_READ = 1 << 16
@@ -65,9 +66,7 @@ def checked_text(value: Any, where: str) -> str | Fault:
     """
     if not isinstance(value, str):
         return Fault(f"{where} holds {type(value).__name__}, expected a string", malformed=True)
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON can escape half of a surrogate pair
+    if not is_unicode(value):
         return Fault(f"{where} holds an unpaired surrogate", malformed=True)
     return value
 

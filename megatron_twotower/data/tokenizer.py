@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.files import write_file
+from megatron_twotower.common.text import is_unicode
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<mask>")
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
@@ -198,6 +199,26 @@ def rebuilt_class(folder: Path) -> str | None:
     return None if name in _EXACT_CLASSES else str(name)
 
 
+def check_tokenizer(folder: Path, fingerprint: str, *, exact_ids: bool, data: Path | str) -> str:
+    """Refuse a model whose tokenizer is not that of the data. Returns the model's fingerprint.
+
+    Args:
+        folder: The folder of the model.
+        fingerprint: That of the data.
+        exact_ids: As in `accepted_fingerprints`.
+        data: The folder of the data, for the error.
+
+    Raises:
+        UserError: The tokenizers differ, or the folder has none.
+    """
+    accepted = accepted_fingerprints(folder, exact_ids=exact_ids)
+    if fingerprint not in accepted:
+        raise UserError(
+            f"{folder}: found a tokenizer with sha256 {accepted[0]}, expected that of {data}, {fingerprint}"
+        )
+    return accepted[0]
+
+
 @functools.lru_cache(maxsize=64)
 def _fingerprints(file: Path, times: tuple[int, ...]) -> tuple[str, str]:
     """The fingerprint, and the SHA-256 of tokenizer.json alone.
@@ -212,15 +233,6 @@ def _fingerprints(file: Path, times: tuple[int, ...]) -> tuple[str, str]:
     if _NOT_SPECIAL.search(content) and (made_special := _load(file)[1]):
         digest.update(json.dumps(sorted(made_special)).encode())
     return digest.hexdigest(), alone
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether UTF-8 can encode a text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def text_encoder(
@@ -254,7 +266,7 @@ def text_encoder(
             return [encoding.ids for encoding in plain.encode_batch_fast(list(texts), add_special_tokens=False)]
         except TypeError as error:
             for text in texts:
-                if not _is_unicode(text):
+                if not is_unicode(text):
                     raise UserError(f"found half of a surrogate pair in {text[:60]!r}, expected text") from error
             raise
 

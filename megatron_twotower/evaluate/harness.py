@@ -28,6 +28,7 @@ from megatron_twotower.evaluate.harness_settings import (
 from megatron_twotower.generate.engine import (
     GenerationSettings,
     default_devices,
+    end_of_text,
     eos_token_ids,
     generate_ids,
     load,
@@ -253,11 +254,10 @@ class TwoTower(TemplateLM):
             count = min(turn_tokens, limit - turn_tokens * turn)
             added = self._continue([rows[i] + new[i] for i in left], answer, count, self.settings.seed + turn)
             for i, ids in zip(left, added, strict=True):
-                end = next((place for place, each in enumerate(ids) if each in self.eos_ids), None)
-                ended = end is not None
+                end = end_of_text(ids, self.eos_ids)
                 new[i] += ids[:end]
                 texts[i] = self._text_before_stop(new[i], answer.until)
-                if texts[i] is None and (ended or len(new[i]) >= limit):
+                if texts[i] is None and (end is not None or len(new[i]) >= limit):
                     texts[i] = self.tokenizer.decode(new[i], skip_special_tokens=True)
             turn += 1
         return [text for text in texts if text is not None]

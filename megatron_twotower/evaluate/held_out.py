@@ -21,7 +21,7 @@ from megatron_twotower.common.tables import wide_console
 from megatron_twotower.data.dataset import evenly_spaced_windows
 from megatron_twotower.data.documents import VALIDATION
 from megatron_twotower.data.shards import Corpus
-from megatron_twotower.data.tokenizer import accepted_fingerprints
+from megatron_twotower.data.tokenizer import check_tokenizer
 from megatron_twotower.evaluate import likelihood
 from megatron_twotower.evaluate.held_out_figures import PLOTS, print_figures
 from megatron_twotower.evaluate.likelihood import LEVELS, Estimate
@@ -235,9 +235,7 @@ def evaluate(
     started = time.perf_counter()
     corpus = Corpus.open(Path(data) / VALIDATION)
     model, tokenizer = load(folder, device=default_devices()[0])
-    accepted, expected = accepted_fingerprints(Path(folder), exact_ids=corpus.exact_ids), corpus.tokenizer_fingerprint
-    if expected not in accepted:
-        raise UserError(f"{folder}: found a tokenizer with sha256 {accepted[0]}, expected that of {data}, {expected}")
+    sha256 = check_tokenizer(Path(folder), corpus.tokenizer_fingerprint, exact_ids=corpus.exact_ids, data=data)
     sequences = evenly_spaced_windows(corpus, count=settings.sequences, length=settings.sequence_length_tokens)
     warn_of_larger_blocks(model, settings.block_size_tokens)
     block = settings.block_size_tokens or model.block_size
@@ -255,7 +253,7 @@ def evaluate(
         **generated,
         "model": str(folder),
         "data": str(data),
-        "tokenizer_sha256": accepted[0],
+        "tokenizer_sha256": sha256,
         "sequences": len(sequences),
         "settings": asdict(settings),
         "machine": machine(),

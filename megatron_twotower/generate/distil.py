@@ -16,7 +16,7 @@ from megatron_twotower.common.progress import OnProgress, silent, stage_bars
 from megatron_twotower.data.dataset import evenly_spaced_windows
 from megatron_twotower.data.documents import TRAIN
 from megatron_twotower.data.shards import Corpus
-from megatron_twotower.generate.engine import default_devices, eos_token_ids, load
+from megatron_twotower.generate.engine import default_devices, end_of_text, eos_token_ids, load
 
 
 def distil(
@@ -68,8 +68,9 @@ def distil(
         for rows in prompts.split(batch_size):
             written = model.generate_ar(rows.to(model.context_tower.device), new_tokens, eos_token_id=eos_ids)
             for ids in written.tolist():
-                end = next((i for i in range(prompt_tokens, len(ids)) if ids[i] in eos_ids), len(ids))
-                file.write(json.dumps({"text": tokenizer.decode(ids[:end])}) + "\n")
+                new = ids[prompt_tokens:]
+                text = tokenizer.decode(ids[:prompt_tokens] + new[: end_of_text(new, eos_ids)])
+                file.write(json.dumps({"text": text}) + "\n")
             done += len(rows)
             progress("writing", done, len(prompts))
     return done

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -165,6 +165,11 @@ def _set_special_tokens(model: TwoTowerModel, said: SpecialTokens, tokenizer: Pr
 def eos_token_ids(model: TwoTowerModel, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
     """All ids that end a text: those of the folder, and that of the tokenizer."""
     return as_ids((*model.eos_token_ids, *as_ids(tokenizer.eos_token_id)))
+
+
+def end_of_text(ids: Sequence[int], eos_ids: Collection[int]) -> int | None:
+    """The index of the first EOS of written ids; None without one."""
+    return next((place for place, each in enumerate(ids) if each in eos_ids), None)
 
 
 def with_block_size(model: TwoTowerModel, settings: GenerationSettings) -> GenerationSettings:

@@ -16,7 +16,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
@@ -31,6 +30,7 @@ from megatron_twotower.generate.engine import (
     check_mode,
     decode,
     default_devices,
+    end_of_text,
     eos_token_ids,
     generate_ids,
     load,
@@ -231,13 +231,10 @@ def generate_batch(
     )
     rows = []
     for record, new in zip(batch.records, output[:, ids.shape[1] :].cpu(), strict=True):
-        ends = torch.isin(new, torch.tensor(eos_ids, dtype=new.dtype)).nonzero()
-        kept = new[: int(ends[0]) + 1] if len(ends) else new
-        reason = "stop" if len(ends) else "length"
-        rows.append(
-            record
-            | dict(zip(OUTPUT_FIELDS, (decode(tokenizer, kept, eos_ids=eos_ids), len(kept), reason), strict=True))
-        )
+        end = end_of_text(new.tolist(), eos_ids)
+        kept, reason = (new, "length") if end is None else (new[: end + 1], "stop")
+        written = decode(tokenizer, kept, eos_ids=eos_ids), len(kept), reason
+        rows.append(record | dict(zip(OUTPUT_FIELDS, written, strict=True)))
     return rows
 
 

@@ -35,6 +35,29 @@ class Teacher(NamedTuple):
     shares: Tensor
 
 
+def _is_divided(group: Any) -> bool:
+    """Whether the vocabulary is divided over several ranks."""
+    return group is not None and dist.get_world_size(group) > 1
+
+
+def _highest(logits: Tensor, group: Any) -> Tensor:
+    """The highest logit of each position over the complete vocabulary (m, 1)."""
+    highest = logits.max(dim=-1, keepdim=True).values
+    if _is_divided(group):
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+    return highest
+
+
+def _places(targets: Tensor, *, first: int, size: int) -> tuple[Tensor, Tensor]:
+    """Where the targets are in this rank's slice of the vocabulary.
+
+    Returns:
+        Whether each is in the slice (m,), and an index into the slice (m, 1), any if it is not.
+    """
+    local = targets - first
+    return (local >= 0) & (local < size), local.clamp(0, size - 1).unsqueeze(-1)
+
+
 def chunk_cross_entropy_torch(
     logits: Tensor, targets: Tensor, weights: Tensor, *, group: Any, first: int, gradient: bool
 ) -> tuple[Tensor, Tensor]:
@@ -54,17 +77,13 @@ def chunk_cross_entropy_torch(
         The losses (m,) float32, and the gradient of the logits in their dtype, undefined if
         `gradient` is false.
     """
-    wide, shared = logits.float(), group is not None and dist.get_world_size(group) > 1
-    highest = wide.max(dim=-1).values
-    if shared:
-        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-    wide -= highest.unsqueeze(-1)
-    local = targets - first
-    in_slice, index = (local >= 0) & (local < wide.shape[1]), local.clamp(0, wide.shape[1] - 1).unsqueeze(-1)
+    wide = logits.float()
+    wide -= _highest(wide, group)
+    in_slice, index = _places(targets, first=first, size=wide.shape[1])
     at_target = wide.gather(1, index).squeeze(-1) * in_slice
     probabilities = wide.exp_()
     total = probabilities.sum(-1)
-    if shared:
+    if _is_divided(group):
         dist.all_reduce(at_target, group=group)
         dist.all_reduce(total, group=group)
     losses = total.log() - at_target
@@ -94,17 +113,12 @@ def chunk_soft_targets(
     Returns:
         The growth of the losses (m,) and of the gradient of the logits, both float32.
     """
-    shared = group is not None and dist.get_world_size(group) > 1
-    teacher = teacher_logits.float()
-    highest = teacher.max(dim=-1).values
-    if shared:
-        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-    teacher = (teacher - highest.unsqueeze(-1)).exp_()
-    wide, local = logits.float(), targets - first
-    in_slice, index = (local >= 0) & (local < wide.shape[1]), local.clamp(0, wide.shape[1] - 1).unsqueeze(-1)
+    teacher, wide = teacher_logits.float(), logits.float()
+    teacher = (teacher - _highest(teacher, group)).exp_()
+    in_slice, index = _places(targets, first=first, size=wide.shape[1])
     at_target = wide.gather(1, index).squeeze(-1) * in_slice
     sums = torch.stack([teacher.sum(-1), (teacher * wide).sum(-1), at_target])
-    if shared:
+    if _is_divided(group):
         dist.all_reduce(sums, group=group)
     total, weighted, at_target = sums
     growth = shares * (at_target - weighted / total)
@@ -169,7 +183,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None and grad_weight is not None:
                 grad_hidden[part] = gradient @ weight
                 _add_product(grad_weight, gradient, hidden[part])
-        if grad_hidden is not None and group is not None and dist.get_world_size(group) > 1:
+        if grad_hidden is not None and _is_divided(group):
             dist.all_reduce(grad_hidden, group=group)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(losses)

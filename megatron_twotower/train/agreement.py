@@ -8,7 +8,6 @@ are refused at the start, with one gather of digests and one of flags.
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -18,8 +17,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import megatron_twotower
-from megatron_twotower.common.errors import UserError
-from megatron_twotower.common.files import is_seen
+from megatron_twotower.common import versions
+from megatron_twotower.common.errors import UserError, require
+from megatron_twotower.common.files import contents_sha256, is_seen
 from megatron_twotower.common.folder_lock import FolderLock
 from megatron_twotower.common.run_folder import LOCK_FILE
 from megatron_twotower.config.schema import RunConfig, flatten
@@ -60,9 +60,7 @@ def _facts(config: RunConfig) -> dict[str, str]:
     """The settings and releases of this rank, by what an error calls them."""
     facts = {key: str(value) for key, value in flatten(config)}
     facts["the version of python"] = platform.python_version()
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            facts[f"the version of {package}"] = importlib.metadata.version(package)
+    facts |= {f"the version of {package}": str(versions.installed(package)) for package in _PACKAGES}
     return facts
 
 
@@ -94,16 +92,10 @@ def _identity(paths: Sequence[Path]) -> str:
 
 def _contents(paths: Sequence[Path]) -> str:
     """The SHA-256 of names and contents; or why a file cannot be read."""
-    digest = hashlib.sha256()
     try:
-        for path in paths:
-            digest.update(path.name.encode())
-            with path.open("rb") as stream:
-                for chunk in iter(functools.partial(stream.read, 2**24), b""):
-                    digest.update(chunk)
+        return f"sha256 {contents_sha256(paths)[:12]}"
     except OSError as error:
-        return f"{path.name}: {error.strerror or error}"
-    return f"sha256 {digest.hexdigest()[:12]}"
+        return f"{Path(error.filename).name}: {error.strerror or error}"
 
 
 def _differences(facts: Mapping[str, str]) -> list[str]:
@@ -173,10 +165,7 @@ def own_run_folder(run: Path) -> Iterator[Callable[[], None]]:
     lock = FolderLock(run / LOCK_FILE, say=functools.partial(print, flush=True))
     probe = run / f"{_PROBE}{secrets.token_hex(8)}-{parallel.rank()}"
     try:
-        problem = _lock(run, lock, probe) if parallel.is_main() else None
-        problem, first = parallel.broadcast_from_main((problem, probe.name))
-        if problem:
-            raise UserError(problem)
+        first = parallel.from_main(lambda: _lock(run, lock, probe))
         if parallel.world_size() > 1:
             _check_one_folder(probe, run / first)
         yield lock.check
@@ -189,8 +178,8 @@ def own_run_folder(run: Path) -> Iterator[Callable[[], None]]:
                 run.rmdir()  # an error if it has files
 
 
-def _lock(run: Path, lock: FolderLock, probe: Path) -> str | None:
-    """Create the folder, lock it, and write the first probe. Returns what is wrong, in one line."""
+def _lock(run: Path, lock: FolderLock, probe: Path) -> str:
+    """Create the folder, lock it, and write the first probe. Returns the name of the probe."""
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -198,11 +187,9 @@ def _lock(run: Path, lock: FolderLock, probe: Path) -> str | None:
             old.unlink(missing_ok=True)
         if parallel.world_size() > 1:
             probe.write_text(_this_rank())
-    except UserError as error:
-        return str(error)
     except OSError as error:
-        return f"{run}: cannot be written ({error.strerror or error})"
-    return None
+        raise UserError(f"{run}: cannot be written ({error.strerror or error})") from error
+    return probe.name
 
 
 def _check_one_folder(probe: Path, first: Path) -> None:
@@ -225,13 +212,22 @@ def _check_one_folder(probe: Path, first: Path) -> None:
         except OSError as error:
             problem = f"{run}: cannot be written on {_this_rank()} ({error.strerror or error})"
     found: list[tuple[str | None, str]] = parallel.gather_objects((problem, probe.name if written else ""))
-    problem = next((each for each, _ in found if each), None)
-    if problem is None and parallel.is_main():
-        unseen = next((rank for rank, (_, name) in enumerate(found) if name and not is_seen(run / name)), None)
-        if unseen is not None:
-            problem = _another_folder(run, f"rank 0 does not see what rank {unseen} has written")
-    if problem := parallel.broadcast_from_main(problem):
-        raise UserError(problem)
+    parallel.from_main(lambda: _check_probes(run, found))
+
+
+def _check_probes(run: Path, found: Sequence[tuple[str | None, str]]) -> None:
+    """Raise the first problem of a rank, or that the first rank does not see the probe of another.
+
+    Args:
+        run: The run folder.
+        found: Of each rank the problem, and the name of its probe, or nothing.
+    """
+    for problem, _ in found:
+        require(problem is None, problem or "")
+    for rank, (_, name) in enumerate(found):
+        require(
+            not name or is_seen(run / name), _another_folder(run, f"rank 0 does not see what rank {rank} has written")
+        )
 
 
 def _first_of_node() -> bool:

@@ -54,9 +54,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-from megatron_twotower.common.errors import UserError, require
+from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.run_folder import METRICS_FILE, read_metrics
 from megatron_twotower.config.schema import LoggingConfig
+from megatron_twotower.config.setting import accepts
 
 WANDB_ID_FILE = "wandb_run_id"
 Record = Mapping[str, Any]
@@ -77,17 +78,14 @@ class WandbSettings:
     name: str | None = None
 
 
-WANDB_MODES = ("offline", "online", "disabled")
-
-
 def wandb_settings(logging: LoggingConfig, environment: Mapping[str, str]) -> WandbSettings:
     """Return the settings of W&B: those of its own variables that are set, else those of the run.
 
     Raises:
-        UserError: WANDB_MODE is not one of `WANDB_MODES`.
+        UserError: WANDB_MODE is not one of those of `logging.wandb`.
     """
     mode = environment.get("WANDB_MODE") or logging.wandb
-    require(mode in WANDB_MODES, f"WANDB_MODE: found {mode!r}, expected one of {', '.join(WANDB_MODES)}")
+    accepts(LoggingConfig, "wandb").check("WANDB_MODE", mode)
     return WandbSettings(
         mode, environment.get("WANDB_PROJECT") or logging.project, environment.get("WANDB_NAME") or logging.name
     )

@@ -80,11 +80,11 @@ def test_many_differences_are_one_line_that_counts_the_ranks(monkeypatch):
 
 
 def test_another_release_is_refused(monkeypatch):
-    version = agreement.importlib.metadata.version
+    version = agreement.versions.importlib.metadata.version
     ranks = ThreadRanks(monkeypatch, 2)
     monkeypatch.setattr(agreement, "compared_files", lambda config: {})
     monkeypatch.setattr(
-        agreement.importlib.metadata,
+        agreement.versions.importlib.metadata,
         "version",
         lambda name: "9.9" if name == "torch" and ranks.rank() == 1 else version(name),
     )
