@@ -149,9 +149,9 @@ def dry_run(config: RunConfig) -> str:
     """Build everything but the data, take no step, and describe what a run would train."""
     validate(config, world_size=parallel.world_size())
     refuse_idle(config)
-    _check_mask_token(config, resumed=False)
     phases = resolve_phases(config)
     groups = _join(config)
+    _check_mask_token(config, resumed=False)
     model = build_model(config, groups)
     trained = sum(p.numel() for chunk in model.chunks for p in chunk.parameters() if p.requires_grad)
     lines = [f"{config.objective}: {trained:,} trained parameters on this rank, {config.train.steps} steps"]
@@ -256,7 +256,7 @@ def _check_mask_token(config: RunConfig, *, resumed: bool) -> None:
     if config.objective != "two_tower":
         return
     try:
-        mask_token.check_run(config)
+        parallel.from_main(lambda: mask_token.check_run(config))
     except UserError as error:
         if not resumed:
             raise
