@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.data.order import Shuffle, corpus_seed, shuffled
-from megatron_twotower.data.packing import Packing
+from megatron_twotower.data.packing import Packing, WholePacking
 from megatron_twotower.data.shards import Corpus
 from megatron_twotower.types import Batch
 
@@ -40,11 +40,13 @@ class TokenSequence:
         tokens: (l,) int64.
         documents: (l,) int32 as in `Batch`.
         padding: (l,) bool as in `Batch`.
+        scored: (l,) bool as in `Batch`.
     """
 
     tokens: np.ndarray
     documents: np.ndarray | None = None
     padding: np.ndarray | None = None
+    scored: np.ndarray | None = None
 
 
 class Source(Protocol):
@@ -76,7 +78,7 @@ class SequenceDataset:
     seed: int = field(kw_only=True)
     number: int = field(kw_only=True, default=0)
     shuffle: Shuffle = field(kw_only=True, default=Shuffle())
-    packing: Packing | None = field(kw_only=True, default=None)
+    packing: Packing | WholePacking | None = field(kw_only=True, default=None)
     skip_damaged: bool = field(kw_only=True, default=False)
 
     def __post_init__(self) -> None:
@@ -110,11 +112,14 @@ class SequenceDataset:
     def _read(self, number: int) -> TokenSequence:
         first, count = number * self.sequence_length, self.sequence_length
         if self.packing is None:
-            return TokenSequence(self.corpus.tokens(first, count))
+            return TokenSequence(self.corpus.tokens(first, count), scored=self.corpus.scored(first, count))
         window = self.packing.window(first, count)
         begin, end = int(window.sources[0]), int(window.sources[-1]) + 1
         tokens = self.corpus.tokens(begin, end - begin)[window.sources - begin]
-        return TokenSequence(tokens, window.documents, window.padding)
+        scored = self.corpus.scored(begin, end - begin)
+        if scored is not None:
+            scored = scored[window.sources - begin] & ~window.padding
+        return TokenSequence(tokens, window.documents, window.padding, scored)
 
     def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Epochs and sequence numbers, (b,) int64 each, at indices (b,) int64.
@@ -163,8 +168,12 @@ def stack_sequences(
     if any(sequence.padding is not None for sequence in sequences):
         no_padding = np.zeros(tokens.shape[1], dtype=bool)
         padding = np.stack([no_padding if one.padding is None else one.padding for one in sequences])
+    scored = None
+    if any(sequence.scored is not None for sequence in sequences):
+        everything = np.ones(tokens.shape[1], dtype=bool)  # of a text, as in a blend with conversations
+        scored = np.stack([everything if one.scored is None else one.scored for one in sequences])
     required = (torch.from_numpy(item) for item in (tokens, samples, epochs, positions))
-    optional = (None if item is None else torch.from_numpy(item) for item in (documents, padding, corpora))
+    optional = (None if item is None else torch.from_numpy(item) for item in (documents, padding, corpora, scored))
     return Batch(*required, *optional)
 
 
@@ -188,7 +197,7 @@ def global_batch(source: Source, *, first: int, count: int) -> Batch:
 def split_batch(batch: Batch, size: int) -> list[Batch]:
     """Micro-batches of `size` sequences, the last one with the remainder: views of the batch."""
     required = (batch.tokens, batch.samples, batch.epochs, batch.positions)
-    optional = (batch.documents, batch.padding, batch.corpora)
+    optional = (batch.documents, batch.padding, batch.corpora, batch.scored)
 
     def part(at: int) -> Batch:
         cut = slice(at, at + size)

@@ -5,6 +5,9 @@ padded documents make one stream, which is cut into sequences. What is at a posi
 prefix sums of the padded lengths, in O(log documents): nothing is packed in advance, and nothing is
 stored. A document that does not fit in a sequence continues in the next one, as a document of its
 own there. Padding is less than a block per document.
+
+Conversations (`WholePacking`) are never cut in this way: one that does not fit any more begins the
+next sequence. Of one that is longer than a sequence, the end is left out.
 """
 
 from dataclasses import dataclass, field
@@ -88,6 +91,71 @@ class Packing:
             documents=np.repeat(np.arange(stop - begin, dtype=np.int32), inside),
             sources=np.repeat(starts[begin:stop], inside) + np.minimum(offsets, last),
             padding=offsets > last,
+        )
+
+
+@dataclass(frozen=True)
+class WholePacking:
+    """Sequences of whole documents in their order, each padded to a multiple of `alignment` tokens.
+
+    A sequence takes documents as long as they fit. What fills up the block at the end of a document
+    repeats its last token and counts as text: the end of an answer is then learnt as it is
+    generated, with nothing visible after it. What fills up the sequence is padding.
+
+    Attributes:
+        starts: As in `Packing`.
+        alignment: The tokens that documents are padded to a multiple of.
+        length: The tokens of a sequence, a multiple of `alignment`.
+        firsts: (sequences + 1,) int64, the first document of each sequence.
+    """
+
+    starts: np.ndarray = field(repr=False)
+    alignment: int
+    length: int
+    firsts: np.ndarray = field(repr=False)
+
+    @classmethod
+    def of(cls, starts: np.ndarray, *, alignment: int, length: int) -> "WholePacking":
+        """The packing of documents; takes 16 bytes for each, and microseconds for each sequence."""
+        assert alignment > 0 and length % alignment == 0, (alignment, length)
+        sizes = np.minimum(_padded(np.diff(starts), alignment), length)
+        ends = np.concatenate([[0], np.cumsum(sizes)])
+        firsts = [0]
+        while firsts[-1] < len(sizes):
+            firsts.append(int(np.searchsorted(ends, ends[firsts[-1]] + length, side="right")) - 1)
+        return cls(starts, alignment, length, np.array(firsts, dtype=np.int64))
+
+    @property
+    def total_tokens(self) -> int:
+        """The length of all sequences."""
+        return (len(self.firsts) - 1) * self.length
+
+    @property
+    def padding_fraction(self) -> float:
+        """The share of positions that repeat a token."""
+        kept = int(np.minimum(np.diff(self.starts), self.length).sum())
+        return 1 - kept / max(self.total_tokens, 1)
+
+    @property
+    def cut_documents(self) -> int:
+        """The number of documents that are longer than a sequence."""
+        return int((np.diff(self.starts) > self.length).sum())
+
+    def window(self, first: int, count: int) -> PackedWindow:
+        """What is at the positions of one sequence, which begins at `first`."""
+        assert first % self.length == 0 and count == self.length, (first, count, self.length)
+        begin, stop = self.firsts[first // self.length : first // self.length + 2].tolist()
+        starts = np.asarray(self.starts[begin : stop + 1])
+        lengths = np.minimum(np.diff(starts), self.length)
+        inside = _padded(lengths, self.alignment)
+        filler = self.length - int(inside.sum())
+        offsets = np.arange(self.length - filler) - np.repeat(np.cumsum(inside) - inside, inside)
+        sources = np.repeat(starts[:-1], inside) + np.minimum(offsets, np.repeat(lengths - 1, inside))
+        documents = np.repeat(np.arange(stop - begin, dtype=np.int32), inside)
+        return PackedWindow(
+            documents=np.pad(documents, (0, filler), mode="edge"),
+            sources=np.pad(sources, (0, filler), mode="edge"),
+            padding=np.arange(self.length) >= self.length - filler,
         )
 
 

@@ -13,8 +13,8 @@ from megatron_twotower.config.schema import RunConfig
 from megatron_twotower.data.blend import Blend, BlendedDataset, BlendMixture, split_folder
 from megatron_twotower.data.dataset import SequenceDataset
 from megatron_twotower.data.order import LONGEST_PERIOD, Shuffle
-from megatron_twotower.data.packing import Packing
-from megatron_twotower.data.shards import INDEX_FILE, OFFSETS_FILE, STARTS_FILE, Corpus
+from megatron_twotower.data.packing import Packing, WholePacking
+from megatron_twotower.data.shards import INDEX_FILE, OFFSETS_FILE, SCORED_FILE, STARTS_FILE, Corpus
 from megatron_twotower.data.tokenizer import accepted_fingerprints, rebuilt_class
 
 
@@ -89,7 +89,7 @@ def describing_files(config: RunConfig) -> dict[str, list[Path]]:
         folders = [corpus.folder for mixture in _mixtures(config, resolve_phases(config)) for corpus in mixture.corpora]
     for folder in dict.fromkeys(folders):
         splits = [split_folder(folder, split) for split in ("train", "validation")]
-        names = (INDEX_FILE, STARTS_FILE, OFFSETS_FILE)
+        names = (INDEX_FILE, STARTS_FILE, OFFSETS_FILE, SCORED_FILE)
         files[f"data {folder}"] = [split / name for split in splits if isinstance(split, Path) for name in names]
     return files
 
@@ -166,9 +166,16 @@ def _open_corpus(config: RunConfig, folder: str, split: str, *, number: int, exa
         seed=config.seed,
         number=number,
         shuffle=Shuffle(data.shuffle, -(-data.shuffle_run_tokens // length), data.shuffle_window_runs),
-        packing=Packing.of(corpus.starts, alignment=alignment) if data.documents == "respect" else None,
+        packing=_packing(corpus, length, alignment) if data.documents == "respect" else None,
         skip_damaged=skip,
     )
+
+
+def _packing(corpus: Corpus, length: int, alignment: int) -> Packing | WholePacking:
+    """Conversations stay whole: an answer would lack its question. Other documents may be cut."""
+    if corpus.scored_offsets is None:
+        return Packing.of(corpus.starts, alignment=alignment)
+    return WholePacking.of(corpus.starts, alignment=alignment, length=length)
 
 
 def tokenizer_folder(config: RunConfig) -> Path:
@@ -195,6 +202,8 @@ def order_settings(configuration: Mapping[str, Any]) -> dict[str, Any]:
 def data_summary(config: RunConfig, source: SequenceDataset | BlendedDataset) -> dict[str, Any]:
     """What decides the order of a run, as values of JSON, and the share of padding of every corpus.
 
+    Of conversations also how many are longer than a sequence, whose end is left out (`cut`).
+
     Returns:
         Order: the settings; corpora: by name, "" if there is no blend; phases: of a blend, the
         first sequence and the weights of each phase.
@@ -214,6 +223,7 @@ def data_summary(config: RunConfig, source: SequenceDataset | BlendedDataset) ->
             "tokens": dataset.corpus.total_tokens,
             "sequences": len(dataset),
             "padding": 0.0 if dataset.packing is None else round(dataset.packing.padding_fraction, 6),
+            **({"cut": dataset.packing.cut_documents} if isinstance(dataset.packing, WholePacking) else {}),
         }
         for name, dataset in datasets.items()
     }

@@ -31,7 +31,8 @@ def _head(
 def autoregressive_loss(tower: Tower, hidden: Tensor, batch: Batch, groups: ProcessGroupCollection) -> LossReport:
     """Compute the next-token cross-entropy of every position but the last.
 
-    If `batch.documents` is set, the first token of a document is not scored.
+    If `batch.documents` is set, the first token of a document is not scored. With `batch.scored`,
+    the positions in it alone are.
 
     Args:
         tower: The tower with the head.
@@ -44,6 +45,8 @@ def autoregressive_loss(tower: Tower, hidden: Tensor, batch: Batch, groups: Proc
         weights = weights * (batch.documents[:, 1:] == batch.documents[:, :-1])
     if batch.padding is not None:
         weights = weights * ~batch.padding[:, 1:]
+    if batch.scored is not None:
+        weights = weights * batch.scored[:, 1:]
     weights = weights.t().flatten()
     total, losses = _head(tower, hidden[:-1].flatten(0, 1), batch.tokens.t()[1:].flatten(), weights, groups)
     count = weights.sum()
@@ -71,8 +74,8 @@ def masked_diffusion_loss(
 
     `masked_mean` divides by the number of masked positions: the objective of the published trainer,
     but over the global batch. `elbo` weights each position by 1 / t and divides by the number of
-    all tokens that are not padding: the likelihood bound of absorbing diffusion with a linear
-    schedule (MDLM, Sahoo et al. 2024, equation 10; BD3-LM section 3).
+    all tokens that may be scored, masked or not: the likelihood bound of absorbing diffusion with a
+    linear schedule (MDLM, Sahoo et al. 2024, equation 10; BD3-LM section 3).
 
     With `batch.teacher_shares`, targets are shared between the clean tokens and the context tower's
     next-token distributions. The sums by noise level are those of the clean tokens in any case.

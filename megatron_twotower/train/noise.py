@@ -88,6 +88,9 @@ def _mask(batch: Batch, noise: NoiseConfig, seed: int, draw: int, times: Tensor)
 def noisy_batch(batch: Batch, masked: Tensor, times: Tensor, noise: NoiseConfig) -> NoisyBatch:
     """Apply a mask to clean sequences. Padding is masked like other tokens, and not scored.
 
+    With `batch.scored`, other positions are neither masked nor scored: they stand clean in both
+    streams, padding too.
+
     Args:
         batch: The clean sequences.
         masked: (r b, l) bool.
@@ -96,6 +99,9 @@ def noisy_batch(batch: Batch, masked: Tensor, times: Tensor, noise: NoiseConfig)
     """
     draws = len(masked) // len(batch.tokens)
     real = torch.ones_like(masked) if batch.padding is None else ~batch.padding.repeat(draws, 1)
+    if batch.scored is not None:
+        real = real & batch.scored.repeat(draws, 1)
+        masked = masked & real
     scored = masked & real
     positions = scored.flatten().nonzero().squeeze(-1)
     noisy = batch.tokens.repeat(draws, 1).masked_fill(masked, noise.mask_token_id)
