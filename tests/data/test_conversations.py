@@ -310,7 +310,7 @@ def test_folders_give_their_records_of_conversations(chat_tokenizer, tmp_path):
 
 
 def test_wrong_input_is_one_line(chat_tokenizer, small_tokenizer, tmp_path):
-    with pytest.raises(UserError, match="no chat template, expected chat_template.jinja"):
+    with pytest.raises(UserError, match=r"no chat template, expected chat_template\.jinja"):
         prepared_chats(tmp_path, chat_tokenizer, conversations(3), template="", output=tmp_path / "a")
     bad = [{"messages": [{"role": "user", "content": "x"}]}, *conversations(3)]
     with pytest.raises(UserError, match=r"chats\.jsonl:1: found no turn of the assistant.*first of 1 malformed"):

@@ -79,7 +79,8 @@ NEMOTRON_THINKING = (
     "{% else %}<think></think>{{ answer }}{% endif %}"
     "{% else %}{{ message['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% else %}<think>\n{% endif %}{% endif %}"
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% else %}<think>\n{% endif %}"
+    "{% endif %}"
 )
 # Reasoning of earlier turns is removed; the begin of an answer leaves the reasoning to the model.
 QWEN_THINKING = (
