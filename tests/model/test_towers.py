@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from helpers.models import build_two_tower, random_noisy_batch, tiny_config
 from helpers.reference import block_by_block
@@ -167,6 +168,59 @@ def test_packed_documents_are_as_if_each_were_alone(groups, pattern):
         if name in gradients:
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-8, atol=1e-9, msg=name)
     assert not torch.allclose(together, logits_of(model, batch)), "the boundaries must matter"
+
+
+@pytest.mark.parametrize("pattern", ["M", "*", "ME*-M*"])
+def test_packed_conversations_have_the_gradients_of_single_ones(groups, pattern):
+    """The loss of answers over a sequence of three conversations, and over each alone, in float64.
+
+    The counts of the routers, too, are the sums of those of single conversations.
+    """
+    config = tiny_config(pattern, length=24)
+    generator, spans = torch.Generator().manual_seed(3), [slice(0, 8), slice(8, 12), slice(12, 20)]
+    tokens = torch.randint(4, config.model.vocab_size, (1, 24), generator=generator)
+    documents = torch.tensor([[0] * 8 + [1] * 4 + [2] * 12], dtype=torch.int32)
+    scored, padding = torch.zeros(2, 1, 24, dtype=torch.bool)
+    for answer in (slice(5, 8), slice(9, 12), slice(14, 20)):
+        scored[:, answer] = True
+    padding[:, 20:] = True  # what fills up the sequence
+    numbers = torch.arange(1)
+    whole = Batch(tokens, numbers, numbers, numbers, documents=documents, padding=padding, scored=scored)
+    masked = (torch.rand(1, 24, generator=generator) < 0.6) & scored
+    times = torch.full((1, 6), 0.6)
+    model, _ = build_two_tower(config, groups)
+
+    def total_and_count(batch, masked, times):
+        noisy = noisy_batch(batch, masked, times, config.noise)
+        places = noisy.scored_positions[: int(noisy.num_scored)]
+        logits, targets = logits_of(model, noisy).flatten(0, 1)[places], noisy.tokens.flatten()[places]
+        return F.cross_entropy(logits, targets, reduction="sum"), len(places)
+
+    def router_counts():
+        found = [buffer for name, buffer in model.named_buffers() if name.endswith("local_tokens_per_expert")]
+        counts = torch.cat(found) if found else torch.zeros(1)
+        for buffer in found:
+            buffer.zero_()
+        return counts.clone()
+
+    model.train()
+    total, count = total_and_count(whole, masked, times)
+    assert count == masked.sum() > 5
+    total.backward()
+    together = router_counts()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for span in spans:
+        alone = Batch(tokens[:, span], numbers, numbers, numbers, scored=scored[:, span])
+        part, part_count = total_and_count(alone, masked[:, span], times[:, span.start // 4 : span.stop // 4])
+        part.backward()
+        total, count = total - part, count - part_count
+    assert count == 0 and abs(float(total.detach())) < 1e-9
+    alone_counts = router_counts()
+    assert torch.equal(together, alone_counts) and (together.sum() > 0) == ("E" in pattern)
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-8, atol=1e-9, msg=name)
 
 
 @pytest.mark.parametrize("pattern", ["M", "*", "ME*-M*"])

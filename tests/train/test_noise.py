@@ -119,3 +119,28 @@ def test_a_token_with_nothing_visible_after_it_in_its_block_has_the_share_of_a_t
     assert seen == {0.0, 0.25, 0.75}
     assert torch.equal(noisy.teacher_shares, shares.flatten()[noisy.scored_positions])
     assert corrupt(batch, NOISE, seed=3).teacher_shares is None
+
+
+@pytest.mark.parametrize("time_per", ["sequence", "block"])
+@pytest.mark.parametrize("sampling", ["uniform", "stratified"])
+@pytest.mark.parametrize("weighting", ["masked_mean", "elbo"])
+@pytest.mark.parametrize("draws", [1, 3])
+def test_only_scored_positions_are_masked_and_the_others_stand_clean(time_per, sampling, weighting, draws):
+    scored = torch.rand(6, 16, generator=torch.Generator().manual_seed(0)) < 0.4
+    padding = torch.zeros(6, 16, dtype=torch.bool)
+    padding[:, 13:] = True
+    scored, scored[3] = scored & ~padding, False
+    noise = NoiseConfig(
+        block_size_tokens=4, time_per=time_per, time_sampling=sampling, weighting=weighting, draws_per_context=draws
+    )
+    batch = dataclasses.replace(batch_of(range(6)), padding=padding, scored=scored)
+    noisy, everything = corrupt(batch, noise, seed=3), corrupt(batch_of(range(6)), noise, seed=3)
+    masked = noisy.noisy == noise.mask_token_id
+    # The noise itself is that of the whole sequence.
+    assert torch.equal(masked, (everything.noisy == noise.mask_token_id) & scored.repeat(draws, 1))
+    assert torch.equal(noisy.times, everything.times)
+    assert torch.equal(noisy.noisy[~masked], batch.tokens.repeat(draws, 1)[~masked])
+    assert torch.equal(noisy.scored_positions[: int(noisy.num_scored)], masked.flatten().nonzero().squeeze(-1))
+    assert int(noisy.num_scored) == int(masked.sum()) and int(noisy.num_tokens) == int(scored.sum()) * draws
+    counted = scored.repeat(draws, 1) if weighting == "elbo" else masked
+    assert torch.equal(noisy.sequence_weights, counted.sum(1).float()) and noisy.sequence_weights[3] == 0
