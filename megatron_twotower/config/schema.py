@@ -80,7 +80,8 @@ class InitConfig:
             tower is the backbone. null: random weights, keyed by seed and tensor name.
         denoiser: A two-tower folder, or an exported denoiser without its backbone, whose denoiser
             is trained further. The backbone is then the context tower in that folder, or the one
-            that the folder points to. null: the denoiser starts as a copy of the backbone.
+            that the folder points to, unless `backbone` names another one of the same shape. null:
+            the denoiser starts as a copy of the backbone.
     """
 
     backbone: str | None = setting(None, free=True)

@@ -3,6 +3,7 @@
 It runs in one process and reads one tensor at a time.
 """
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -25,8 +26,8 @@ from megatron_twotower.convert.hf_folder import HfFolder, fingerprint, rename_te
 from megatron_twotower.convert.initial_weights import check_pointer
 from megatron_twotower.convert.mcore_checkpoint import CheckpointWeights
 from megatron_twotower.convert.tensors import LazyTensor
-from megatron_twotower.data.sources import tokenizer_folder
-from megatron_twotower.data.tokenizer import TOKENIZER_FILE, load_tokenizer
+from megatron_twotower.data.sources import tokenizer_folder, turn_ends
+from megatron_twotower.data.tokenizer import TOKENIZER_FILE, check_same_ids, load_tokenizer
 from megatron_twotower.hf import MODELING_FILE
 from megatron_twotower.model.parameter_map import (
     TENSOR_NAMINGS,
@@ -51,7 +52,8 @@ class ExportOptions:
             backbone's folder, or "hub".
         step: The optimizer step of the checkpoint; `None` for the newest.
         backbone: The folder of the backbone of a run or of a denoiser alone; `None` for the folder
-            in the configuration of the run, or in the pointer file of the denoiser.
+            in the configuration of the run, or in the pointer file of the denoiser. Of a folder
+            with two towers: another context tower for its denoiser; `None` for its own.
     """
 
     what: str | None = None
@@ -165,6 +167,8 @@ def _open_run(run: Path, options: ExportOptions) -> ExportableModel:
     data = config.data.blend or config.data.folder
     data_tokenizer = tokenizer_folder(config) if data and Path(data).exists() else None
     said = read_special_tokens(data_tokenizer) if data_tokenizer else SpecialTokens()
+    if data_tokenizer:  # answers of conversations end otherwise than texts
+        said = dataclasses.replace(said, eos_token_ids=tuple(dict.fromkeys((*said.eos_token_ids, *turn_ends(config)))))
     if backbone_path:
         backbone = HfFolder.open(backbone_path)
         config_json = hf_config.read_hf_config(backbone_path)
@@ -210,12 +214,12 @@ def _moved_backbone(run: Path, recorded: str | None, options: ExportOptions) -> 
 
 
 def _open_folder(path: Path, options: ExportOptions) -> ExportableModel:
-    """A Hugging Face folder. If it has a denoiser alone, also the folder of its backbone."""
+    """A Hugging Face folder, and the folder of its context tower if that is another one."""
     folder, config_json = HfFolder.open(path), hf_config.read_hf_config(path)
     if options.step is not None:
         raise UserError(f"--step: found {options.step}, but {path} is no training run and has no checkpoints")
-    if options.backbone is not None and folder.towers != {"denoiser"}:
-        raise UserError(f"--backbone: found {options.backbone}, but {path} has its own context tower")
+    if options.backbone is not None and "denoiser" not in folder.towers:
+        raise UserError(f"--backbone: found {options.backbone}, but {path} has no denoiser")
     config = RunConfig(model=hf_config.model_from_hf(config_json, source=f"{path}/config.json"))
     folder.check(config)
     backbone, sha256 = folder, fingerprint(path)
@@ -224,22 +228,29 @@ def _open_folder(path: Path, options: ExportOptions) -> ExportableModel:
     if "denoiser" in folder.towers:
         entries = denoiser_entries(config.model, config.conditioning.frequencies)
         denoiser = folder.entry_tensors(entries, config.model)
-        if "context" not in folder.towers:
+        if "context" not in folder.towers or options.backbone is not None:
             backbone = HfFolder.open(_backbone_of(path, options))
             backbone.check(config)
             sha256 = fingerprint(backbone.path)
             check_pointer(path, backbone.path, sha256)
+            check_same_ids(backbone.path, path)
             facts |= {"backbone": backbone.path.name, "backbone_sha256": sha256}
+    generation = model_card.with_special_tokens(
+        model_card.generation_config(path, config_json), read_special_tokens(path)
+    )
+    # A context tower that takes the place of another one brings its tokenizer, with its template.
+    tokenizers = (path, backbone.path)
+    if "context" in folder.towers and backbone is not folder:
+        generation = model_card.with_special_tokens(generation, read_special_tokens(backbone.path))
+        tokenizers = (backbone.path, path)
     return ExportableModel(
         backbone=backbone.backbone_tensors(config.model),
         denoiser=denoiser,
         config=config_json,
         naming=backbone.naming if "backbone" in backbone.towers else TENSOR_NAMINGS["hub"],
         origin=(backbone.path, sha256),
-        generation=model_card.with_special_tokens(
-            model_card.generation_config(path, config_json), read_special_tokens(path)
-        ),
-        tokenizer=model_card.tokenizer_files(path, backbone.path),
+        generation=generation,
+        tokenizer=model_card.tokenizer_files(*tokenizers),
         facts=facts,
     )
 

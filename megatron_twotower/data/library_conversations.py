@@ -18,7 +18,7 @@ _LONGEST_LINE = 60  # characters
 
 
 def question_and_answer(line: str) -> tuple[str, str] | None:
-    """The conversation about a line of source; None if it is no complete first line of a function."""
+    """The conversation about a line of source; None if it does not begin a function."""
     question = line.strip()
     if not question.startswith("def ") or not question.endswith(":") or len(question) > _LONGEST_LINE:
         return None

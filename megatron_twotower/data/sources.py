@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +13,10 @@ from megatron_twotower.config.phases import Phase, document_alignment, resolve_p
 from megatron_twotower.config.schema import RunConfig
 from megatron_twotower.data.blend import Blend, BlendedDataset, BlendMixture, split_folder
 from megatron_twotower.data.dataset import SequenceDataset
+from megatron_twotower.data.documents import TRAIN
 from megatron_twotower.data.order import LONGEST_PERIOD, Shuffle
 from megatron_twotower.data.packing import Packing, WholePacking
+from megatron_twotower.data.remote import is_url
 from megatron_twotower.data.shards import INDEX_FILE, OFFSETS_FILE, SCORED_FILE, STARTS_FILE, Corpus
 from megatron_twotower.data.tokenizer import accepted_fingerprints, rebuilt_class
 
@@ -183,6 +186,16 @@ def tokenizer_folder(config: RunConfig) -> Path:
     if not config.data.blend:
         return Path(config.data.folder) / "tokenizer"
     return Path(_mixtures(config, resolve_phases(config))[0].corpora[0].folder) / "tokenizer"
+
+
+def turn_ends(config: RunConfig) -> tuple[int, ...]:
+    """The ids that end the answers of a run's conversations; none without data that is there."""
+    folders = [config.data.folder]
+    if config.data.blend:
+        folders = [corpus.folder for mixture in _mixtures(config, resolve_phases(config)) for corpus in mixture.corpora]
+    indices = [Path(folder) / TRAIN / INDEX_FILE for folder in dict.fromkeys(folders) if not is_url(folder)]
+    found = (json.loads(index.read_bytes()).get("conversations") for index in indices if index.is_file())
+    return tuple(sorted({token for each in found if each for token in each["turn_ends"]}))
 
 
 def order_settings(configuration: Mapping[str, Any]) -> dict[str, Any]:

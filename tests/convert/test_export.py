@@ -304,7 +304,7 @@ def test_a_run_whose_backbone_moved_is_exported_with_it(run, tiny_backbone, tmp_
 @pytest.mark.parametrize(
     ("source", "command", "words", "message"),
     [
-        ("two_tower", "export", ["--backbone", "b"], "--backbone: found b, but SOURCE has its own context tower"),
+        ("hub", "export", ["--backbone", "b"], "--backbone: found b, but SOURCE has no denoiser"),
         ("two_tower", "import", ["--backbone", "b"], "--backbone: found b, but SOURCE has its own context tower"),
         ("hub", "import", ["--backbone", "b"], "--backbone: found b, but SOURCE has its own context tower"),
         ("hub", "export", ["--step", "3"], "--step: found 3, but SOURCE is no training run"),
