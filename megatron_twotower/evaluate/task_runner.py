@@ -32,6 +32,7 @@ def run_tasks(
     limit: int | None = None,
     include_path: str | Path | None = None,
     allow_code_execution: bool = False,
+    apply_chat_template: bool = False,
 ) -> dict[str, Any]:
     """Run tasks of lm-evaluation-harness.
 
@@ -42,6 +43,7 @@ def run_tasks(
         limit: Documents of each task; None for all.
         include_path: Folder of further task files.
         allow_code_execution: Run code that the model has generated, for tasks that need it.
+        apply_chat_template: Ask questions as turns of a conversation, examples as earlier turns.
 
     Returns:
         The results, ready for JSON.
@@ -65,11 +67,13 @@ def run_tasks(
         bound_draws=settings.bound_draws,
         seed=settings.seed,
     )
-    rows = [_run_task(model, task, manager, limit=limit, allow_code_execution=allow_code_execution) for task in tasks]
+    options = {"confirm_run_unsafe_code": allow_code_execution, "apply_chat_template": apply_chat_template}
+    rows = [_run_task(model, task, manager, limit=limit, options=options) for task in tasks]
     return {
         "tasks": rows,
         "settings": asdict(model.settings),
         "limit": limit,
+        "apply_chat_template": apply_chat_template,
         "model": str(folder),
         "weights_sample_sha256": weights_sample(Path(folder)),
         "lm_eval": metadata.version("lm_eval"),
@@ -79,7 +83,7 @@ def run_tasks(
 
 
 def _run_task(
-    model: TwoTower, task: HarnessTask, manager: TaskManager, *, limit: int | None, allow_code_execution: bool
+    model: TwoTower, task: HarnessTask, manager: TaskManager, *, limit: int | None, options: Mapping[str, bool]
 ) -> dict[str, Any]:
     """Run one task; returns its row of the table."""
     model.passes, model.new_tokens, model.seconds, started = 0, 0, 0.0, time.perf_counter()
@@ -92,7 +96,7 @@ def _run_task(
             limit=limit,
             task_manager=manager,
             log_samples=False,
-            confirm_run_unsafe_code=allow_code_execution,
+            **options,
             random_seed=seed,
             numpy_random_seed=seed,
             torch_random_seed=seed,

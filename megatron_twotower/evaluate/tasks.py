@@ -61,6 +61,7 @@ def run(
     limit: int | None = None,
     task_files: Path | None = None,
     allow_code_execution: bool = False,
+    apply_chat_template: bool = False,
     console: Console | None = None,
 ) -> None:
     """Run the command: run the tasks, write `output` and print the table.
@@ -74,6 +75,7 @@ def run(
         limit: Documents of each task; None for all.
         task_files: Folder of further task files.
         allow_code_execution: Run code that the model has generated, for tasks that need it.
+        apply_chat_template: Ask questions as turns of a conversation.
         console: The console to print on; None for standard output.
 
     Raises:
@@ -91,6 +93,7 @@ def run(
         limit=limit,
         include_path=task_files,
         allow_code_execution=allow_code_execution,
+        apply_chat_template=apply_chat_template,
     )
     write_file(Path(output), (json.dumps(found, indent=1) + "\n").encode())
     console = console or wide_console()
