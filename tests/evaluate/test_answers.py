@@ -63,7 +63,7 @@ def test_the_last_answers_are_scored_after_all_before_them(chats, two_tower_fold
     assert found["diffusion_bound"] > 0 and found["conversations"] == 6
     ar, diffusion = found["answers"]
     assert (ar["mode"], ar["agreement"], ar["tokens_per_pass"], ar["exact_match"]) == ("ar", 1.0, 1.0, 0.0)
-    assert diffusion["confidence_threshold"] == 0.5 and diffusion["tokens_per_pass"] >= 1
+    assert diffusion["confidence_threshold"] == 0.5 and diffusion["tokens_per_pass"] > 0
     # Generated one by one and compared with the choices of the context tower.
     chosen = total = 0
     for context, _ in pairs:
