@@ -1,9 +1,9 @@
 """Conversations about Python's standard library, for small runs: no data needs to be downloaded.
 
-The question is the first line of a function. The answer is a call of it: its name, and its
-parameters without `self` and `cls`, annotations and defaults.
+The question is the first line of a function. The answer says what it is, and how many parameters a
+call may give it: those of the line without `self` and `cls`.
 
-    def get(self, key, default=None):    ->    get(key, default)
+    def get(self, key, default=None):    ->    a method with 2 parameters
 """
 
 import ast
@@ -15,10 +15,11 @@ from megatron_twotower.common.files import atomic_file
 from megatron_twotower.data.documents import STANDARD_LIBRARY, find_documents, read_text
 
 _LONGEST_LINE = 60  # characters
+_KINDS = {"self": "a method", "cls": "a class method"}
 
 
 def question_and_answer(line: str) -> tuple[str, str] | None:
-    """The conversation about a line of source; None if it does not begin a function."""
+    """The conversation about a line of source; None if it begins no function with parameters."""
     question = line.strip()
     if not question.startswith("def ") or not question.endswith(":") or len(question) > _LONGEST_LINE:
         return None
@@ -30,11 +31,11 @@ def question_and_answer(line: str) -> tuple[str, str] | None:
         return None
     found = function.args
     names = [each.arg for each in (*found.posonlyargs, *found.args)]
-    names = names[1:] if names[:1] in (["self"], ["cls"]) else names
-    names += [f"*{found.vararg.arg}"] if found.vararg else []
-    names += [f"{each.arg}={each.arg}" for each in found.kwonlyargs]
-    names += [f"**{found.kwarg.arg}"] if found.kwarg else []
-    return question, f"{function.name}({', '.join(names)})"
+    kind = _KINDS.get(names[0] if names else "", "a function")
+    count = len(names) - (kind != "a function") + len(found.kwonlyargs)
+    count += (found.vararg is not None) + (found.kwarg is not None)
+    # Without the many that have none, no answer is given to most questions.
+    return (question, f"{kind} with {count} parameter{'s' if count > 1 else ''}") if count else None
 
 
 def library_conversations() -> Iterator[dict[str, object]]:
