@@ -1,4 +1,4 @@
-"""The commands of `data`: tokenizer, prepare, inspect, verify."""
+"""The commands of `data`: tokenizer, prepare, conversations, inspect, verify."""
 
 import argparse
 import json
@@ -77,6 +77,23 @@ def _prepare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+CONVERSATIONS = {"output": option("JSON lines to write")}
+
+
+def _add_conversations(parser: argparse.ArgumentParser) -> None:
+    from megatron_twotower.data.library_conversations import write_library_conversations
+
+    add_options(parser, write_library_conversations, CONVERSATIONS)
+
+
+def _conversations(arguments: argparse.Namespace) -> int:
+    from megatron_twotower.data.library_conversations import write_library_conversations
+
+    count = write_library_conversations(**arguments_for(CONVERSATIONS, arguments))
+    print(f"{arguments.output}: {count:,} conversations")
+    return 0
+
+
 DATA_HELP = "prepared folder, URL of one, or blend file"
 BLEND = {"folder": option("folder of the corpora of a blend; that of the blend file if left out")}
 INSPECT = BLEND | {
@@ -146,6 +163,13 @@ GROUP = Group(
             _add_prepare,
             _prepare,
             idle=IDLE,
+        ),
+        Command(
+            "conversations",
+            "write conversations about Python's standard library, for small runs",
+            ("twotower data conversations --output runs/sft/library.jsonl",),
+            _add_conversations,
+            _conversations,
         ),
         Command(
             "inspect",

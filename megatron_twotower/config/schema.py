@@ -166,6 +166,9 @@ class DataConfig:
         documents: `ignore` packs sequences across document boundaries, as the released model was
             trained. `respect` keeps documents apart and pads each one to a multiple of the block
             sizes of all phases.
+        align_blocks: Of conversations that are kept apart: `grid` begins blocks with the
+            conversation. `answer` begins them with each answer, as in generation: a conversation
+            comes once for each of its answers, after padding that nothing sees.
         shuffle: `full` reads from all places of a corpus. `windowed` permutes runs of neighbouring
             sequences (each about as long as a shard) and mixes `shuffle_window_runs` of them at a
             time. `none` reads a corpus in its stored order.
@@ -185,6 +188,7 @@ class DataConfig:
     folder: str = setting("", free=True)
     blend: str = setting("", free=True)
     documents: str = setting("ignore", choices=("ignore", "respect"))
+    align_blocks: str = setting("grid", choices=("grid", "answer"))
     shuffle: str = setting("full", choices=("full", "windowed", "none"))
     shuffle_run_tokens: int = setting(1 << 20, unit="tokens", at_least=1)
     shuffle_window_runs: int = setting(32, unit="runs", at_least=1)

@@ -114,10 +114,10 @@ class SequenceDataset:
         if self.packing is None:
             return TokenSequence(self.corpus.tokens(first, count), scored=self.corpus.scored(first, count))
         window = self.packing.window(first, count)
-        begin, end = int(window.sources[0]), int(window.sources[-1]) + 1
+        begin, end = int(window.sources.min()), int(window.sources.max()) + 1
         tokens = self.corpus.tokens(begin, end - begin)[window.sources - begin]
-        scored = self.corpus.scored(begin, end - begin)
-        if scored is not None:
+        scored = window.scored if window.scored is not None else self.corpus.scored(begin, end - begin)
+        if window.scored is None and scored is not None:
             scored = scored[window.sources - begin] & ~window.padding
         return TokenSequence(tokens, window.documents, window.padding, scored)
 

@@ -10,6 +10,7 @@ Conversations (`WholePacking`) are never cut in this way: one that does not fit 
 next sequence. Of one that is longer than a sequence, the end is left out.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,14 +27,16 @@ class PackedWindow:
     Attributes:
         documents: (count,) int32, the number of each position's document, counted from 0 in the
             window.
-        sources: (count,) int64, never falling: the position in the corpus's own stream whose token
-            is here.
+        sources: (count,) int64: the position in the corpus's own stream whose token is here. It
+            never falls, unless a conversation comes once for each of its answers.
         padding: (count,) bool, true where that token is the document's last one, repeated.
+        scored: (count,) bool, the positions that are scored; None if the corpus alone says it.
     """
 
     documents: np.ndarray
     sources: np.ndarray
     padding: np.ndarray
+    scored: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -102,28 +105,69 @@ class WholePacking:
     repeats its last token and counts as text: the end of an answer is then learnt as it is
     generated, with nothing visible after it. What fills up the sequence is padding.
 
+    With `of_answers`, a conversation comes once for each of its answers, with what is before that
+    answer. Padding before it, a document of its own, makes the answer begin a block, as in
+    generation. Only that answer is scored.
+
     Attributes:
-        starts: As in `Packing`.
         alignment: The tokens that documents are padded to a multiple of.
         length: The tokens of a sequence, a multiple of `alignment`.
+        begins: (documents,) int64, where each begins in the corpus's own stream.
+        sizes: (documents,) int64, the tokens of each that are kept.
+        answers: (documents,) int64, the tokens of each before its answer; None if the corpus says
+            what is scored.
         firsts: (sequences + 1,) int64, the first document of each sequence.
+        cut_documents: The number of documents that are longer than a sequence.
     """
 
-    starts: np.ndarray = field(repr=False)
     alignment: int
     length: int
+    begins: np.ndarray = field(repr=False)
+    sizes: np.ndarray = field(repr=False)
+    answers: np.ndarray | None = field(repr=False)
     firsts: np.ndarray = field(repr=False)
+    cut_documents: int
 
     @classmethod
     def of(cls, starts: np.ndarray, *, alignment: int, length: int) -> "WholePacking":
-        """The packing of documents; takes 16 bytes for each, and microseconds for each sequence."""
+        """The packing of documents that begin at `starts`, as in `Packing`.
+
+        It takes some 32 bytes for each document, and microseconds for each sequence.
+        """
+        return cls._of(np.asarray(starts[:-1]), np.diff(starts), None, alignment=alignment, length=length)
+
+    @classmethod
+    def of_answers(
+        cls, begins: np.ndarray, answers: np.ndarray, ends: np.ndarray, *, alignment: int, length: int
+    ) -> "WholePacking":
+        """The packing of answers, (answers,) int64 each in the corpus's own stream.
+
+        An answer that begins after the end of a sequence is left out.
+
+        Args:
+            begins: Where the conversation of each answer begins.
+            answers: Where the answer begins.
+            ends: Where it ends.
+            alignment: The tokens of a block.
+            length: The tokens of a sequence.
+        """
+        kept = _padded(answers - begins, alignment) < length
+        before, sizes = (answers - begins)[kept], (ends - begins)[kept]
+        packing = cls._of(begins[kept], sizes, before, alignment=alignment, length=length)
+        return dataclasses.replace(packing, cut_documents=packing.cut_documents + int((~kept).sum()))
+
+    @classmethod
+    def _of(
+        cls, begins: np.ndarray, sizes: np.ndarray, answers: np.ndarray | None, *, alignment: int, length: int
+    ) -> "WholePacking":
         assert alignment > 0 and length % alignment == 0, (alignment, length)
-        sizes = np.minimum(_padded(np.diff(starts), alignment), length)
-        ends = np.concatenate([[0], np.cumsum(sizes)])
+        room = length - _shifts(answers, alignment)
+        cut, kept = int((sizes > room).sum()), np.minimum(sizes, room)
+        ends = np.concatenate([[0], np.cumsum(_padded(kept + length - room, alignment))])
         firsts = [0]
-        while firsts[-1] < len(sizes):
+        while firsts[-1] < len(kept):
             firsts.append(int(np.searchsorted(ends, ends[firsts[-1]] + length, side="right")) - 1)
-        return cls(starts, alignment, length, np.array(firsts, dtype=np.int64))
+        return cls(alignment, length, begins, kept, answers, np.array(firsts, dtype=np.int64), cut)
 
     @property
     def total_tokens(self) -> int:
@@ -133,30 +177,38 @@ class WholePacking:
     @property
     def padding_fraction(self) -> float:
         """The share of positions that repeat a token."""
-        kept = int(np.minimum(np.diff(self.starts), self.length).sum())
-        return 1 - kept / max(self.total_tokens, 1)
-
-    @property
-    def cut_documents(self) -> int:
-        """The number of documents that are longer than a sequence."""
-        return int((np.diff(self.starts) > self.length).sum())
+        return 1 - int(self.sizes.sum()) / max(self.total_tokens, 1)
 
     def window(self, first: int, count: int) -> PackedWindow:
         """What is at the positions of one sequence, which begins at `first`."""
         assert first % self.length == 0 and count == self.length, (first, count, self.length)
-        begin, stop = self.firsts[first // self.length : first // self.length + 2].tolist()
-        starts = np.asarray(self.starts[begin : stop + 1])
-        lengths = np.minimum(np.diff(starts), self.length)
-        inside = _padded(lengths, self.alignment)
+        here = slice(*self.firsts[first // self.length : first // self.length + 2].tolist())
+        begins, sizes = self.begins[here], self.sizes[here]
+        answers = None if self.answers is None else self.answers[here]
+        shifts = np.broadcast_to(_shifts(answers, self.alignment), sizes.shape)
+        inside = _padded(shifts + sizes, self.alignment)
         filler = self.length - int(inside.sum())
-        offsets = np.arange(self.length - filler) - np.repeat(np.cumsum(inside) - inside, inside)
-        sources = np.repeat(starts[:-1], inside) + np.minimum(offsets, np.repeat(lengths - 1, inside))
-        documents = np.repeat(np.arange(stop - begin, dtype=np.int32), inside)
+
+        def each(values: np.ndarray) -> np.ndarray:
+            return np.repeat(values, inside)
+
+        # Of each position: its place in the document, below 0 in the padding before it.
+        offsets = np.arange(self.length - filler) - each(np.cumsum(inside) - inside) - each(shifts)
+        sources = each(begins) + np.clip(offsets, 0, each(sizes - 1))
+        documents = 2 * each(np.arange(len(sizes), dtype=np.int32)) + (offsets >= 0)
+        before = offsets < 0
+        scored = None if answers is None else np.pad((offsets >= each(answers)) & ~before, (0, filler))
         return PackedWindow(
-            documents=np.pad(documents, (0, filler), mode="edge"),
+            documents=np.pad(documents, (0, filler), mode="edge").astype(np.int32),
             sources=np.pad(sources, (0, filler), mode="edge"),
-            padding=np.arange(self.length) >= self.length - filler,
+            padding=np.pad(before, (0, filler), constant_values=True),
+            scored=scored,
         )
+
+
+def _shifts(answers: np.ndarray | None, alignment: int) -> np.ndarray:
+    """The padding before each document that makes its answer begin a block; 0 without answers."""
+    return np.zeros(1, dtype=np.int64) if answers is None else -answers % alignment
 
 
 def _padded(lengths: np.ndarray, alignment: int) -> np.ndarray:

@@ -325,6 +325,22 @@ class Corpus:
         place = int(self.scored_offsets[number])
         return self._values(self._shard_of_document(number), place, length, np.dtype(bool))
 
+    def answers(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Every scored turn of all conversations, (turns,) int64 each in the stream.
+
+        They are where its conversation begins, where it begins, and where it ends. All masks are
+        read, a byte for each token.
+        """
+        begins, ends = [], []
+        for number in range(self.documents):
+            scored = self.scored_document(number)
+            assert scored is not None, "answers are those of conversations"
+            edges = np.flatnonzero(np.diff(np.pad(scored, 1).astype(np.int8))) + int(self.starts[number])
+            begins.append(edges[::2])
+            ends.append(edges[1::2])
+        counts = [len(each) for each in begins]
+        return np.repeat(self.starts[:-1], counts), np.concatenate(begins), np.concatenate(ends)
+
     def shard_of(self, position: int) -> int:
         """The number of the shard with a position of the stream."""
         assert 0 <= position < self.total_tokens, (position, self.total_tokens)

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.phases import Phase, document_alignment, resolve_phases
-from megatron_twotower.config.schema import RunConfig
+from megatron_twotower.config.schema import DataConfig, RunConfig
 from megatron_twotower.data.blend import Blend, BlendedDataset, BlendMixture, split_folder
 from megatron_twotower.data.dataset import SequenceDataset
 from megatron_twotower.data.documents import TRAIN
@@ -169,15 +169,20 @@ def _open_corpus(config: RunConfig, folder: str, split: str, *, number: int, exa
         seed=config.seed,
         number=number,
         shuffle=Shuffle(data.shuffle, -(-data.shuffle_run_tokens // length), data.shuffle_window_runs),
-        packing=_packing(corpus, length, alignment) if data.documents == "respect" else None,
+        packing=_packing(corpus, data, alignment) if data.documents == "respect" else None,
         skip_damaged=skip,
     )
 
 
-def _packing(corpus: Corpus, length: int, alignment: int) -> Packing | WholePacking:
+def _packing(corpus: Corpus, data: DataConfig, alignment: int) -> Packing | WholePacking:
     """Conversations stay whole: an answer would lack its question. Other documents may be cut."""
+    length = data.sequence_length_tokens
     if corpus.scored_offsets is None:
+        if data.align_blocks == "answer":
+            raise UserError(f"data.align_blocks: found answer, but {corpus.folder} has no conversations, expected grid")
         return Packing.of(corpus.starts, alignment=alignment)
+    if data.align_blocks == "answer":
+        return WholePacking.of_answers(*corpus.answers(), alignment=alignment, length=length)
     return WholePacking.of(corpus.starts, alignment=alignment, length=length)
 
 
@@ -207,6 +212,8 @@ def order_settings(configuration: Mapping[str, Any]) -> dict[str, Any]:
     data = configuration["data"]
     names = ("sequence_length_tokens", "documents", "shuffle")
     order = {"seed": configuration["seed"]} | {name: data[name] for name in names}
+    if (align := data.get("align_blocks", "grid")) != "grid":  # older checkpoints have no such key
+        order["align_blocks"] = align
     if data["shuffle"] == "windowed":
         order |= {"run_tokens": data["shuffle_run_tokens"], "window_runs": data["shuffle_window_runs"]}
     return order

@@ -32,6 +32,7 @@ CALLS = {
     "data tokenizer": (["--input", "a", "--output", "o"], INPUTS | {"data.tokenizer:train_tokenizer": 0}),
     "data prepare": (["--input", "a", "--tokenizer", "t", "--output", "o"], {"data.prepare:prepare": {}}),
     "data prepare --chat": (["--input", "a", "--tokenizer", "t", "--output", "o"], {"data.prepare:prepare": {}}),
+    "data conversations": (["--output", "o"], {"data.library_conversations:write_library_conversations": 3}),
     "data inspect": (["d"], {"data.inspect:inspect": None}),
     "data verify": (["d"], {"data.verify:verify": []}),
     "convert import": (

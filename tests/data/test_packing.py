@@ -89,12 +89,49 @@ def test_whole_documents_fill_sequences(alignment, length, longest):
     for number, sequence in enumerate(expected):
         found = packed.window(number * length, length)
         documents, sources, padding = map(np.array, zip(*sequence, strict=True))
-        assert (found.documents == documents).all() and found.documents.dtype == np.int32
+        assert (found.documents == 2 * documents + 1).all() and found.documents.dtype == np.int32
+        assert found.scored is None
         assert (found.sources == sources).all() and found.sources.dtype == np.int64
         assert (found.padding == padding).all()
     kept = sum(min(size, length) for size in lengths)
     assert packed.padding_fraction == pytest.approx(1 - kept / packed.total_tokens)
     assert packed.cut_documents == sum(size > length for size in lengths)
+
+
+@pytest.mark.parametrize(("alignment", "length"), [(1, 64), (8, 64), (16, 128)])
+def test_every_answer_begins_a_block_after_what_is_before_it(alignment, length):
+    rng = np.random.default_rng(alignment)
+    conversations = []  # where each begins, and the begin and end of its answers
+    for begin in np.cumsum(rng.integers(60, 200, 80)).tolist():
+        edges = np.sort(rng.choice(np.arange(begin + 1, begin + 90), 2 * int(rng.integers(1, 4)), replace=False))
+        conversations += [(begin, first, last) for first, last in edges.reshape(-1, 2).tolist()]
+    packed = WholePacking.of_answers(*np.array(conversations).T, alignment=alignment, length=length)
+    found = []
+    for number in range(packed.total_tokens // length):
+        window = packed.window(number * length, length)
+        assert (np.diff(window.documents) >= 0).all() and window.documents.dtype == np.int32
+        assert not (window.scored & window.padding).any()
+        for document in np.unique(window.documents[~window.padding]):
+            here = np.flatnonzero((window.documents == document) & ~window.padding)
+            assert (np.diff(here) == 1).all() and (here[-1] + 1) % alignment == 0
+            scored = here[window.scored[here]]
+            assert scored[0] % alignment == 0 and scored[-1] == here[-1]
+            sources = window.sources[here]
+            # The last token of the answer fills up the block.
+            last = int(sources[-1])
+            assert sources.tolist() == [min(int(sources[0]) + k, last) for k in range(len(here))]
+            found.append((int(sources[0]), int(window.sources[scored[0]]), last + 1))
+    cut = 0
+    expected = []
+    for begin, first, last in conversations:
+        shift = -(first - begin) % alignment
+        if first - begin + shift >= length:
+            cut += 1
+            continue
+        cut += last - begin + shift > length
+        expected.append((begin, first, min(last, begin + length - shift)))
+    assert found == expected and packed.cut_documents == cut
+    assert packed.padding_fraction == pytest.approx(1 - sum(c - a for a, _, c in expected) / packed.total_tokens)
 
 
 def test_an_index_on_disk_stays_there(tmp_path):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from helpers.models import build_two_tower, random_noisy_batch, tiny_config
-from helpers.reference import block_by_block
+from helpers.reference import block_by_block, context_caches, denoise_block
 from megatron_twotower.convert import initial_weights, load
 from megatron_twotower.mcore import transformer_config
 from megatron_twotower.model import parameter_map, towers
@@ -221,6 +221,33 @@ def test_packed_conversations_have_the_gradients_of_single_ones(groups, pattern)
     for name, parameter in model.named_parameters():
         if name in gradients:
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-8, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("pattern", ["M", "*", "ME*-M*"])
+def test_blocks_that_begin_with_an_answer_are_those_of_generation(groups, pattern):
+    """Two conversations after padding that nothing sees: each block as if it were generated."""
+    config = tiny_config(pattern, length=24)
+    generator = torch.Generator().manual_seed(4)
+    tokens = torch.randint(4, config.model.vocab_size, (1, 24), generator=generator)
+    # Padding, a prompt, an answer; twice. The prompts have 2 and 5 tokens, blocks 4.
+    documents = torch.tensor([[0] * 2 + [1] * 6 + [2] * 3 + [3] * 13], dtype=torch.int32)
+    padding = (documents == 0) | (documents == 2)
+    scored = torch.zeros(1, 24, dtype=torch.bool)
+    scored[:, 4:8] = scored[:, 16:24] = True
+    numbers = torch.arange(1)
+    batch = Batch(tokens, numbers, numbers, numbers, documents=documents, padding=padding, scored=scored)
+    masked, times = torch.rand(1, 24, generator=generator) < 0.6, torch.rand(1, 6, generator=generator)
+    model, source = build_two_tower(config, groups)
+    noisy = noisy_batch(batch, masked, times, config.noise)
+    got = logits_of(model, noisy)[0]
+    for begin, start in ((2, 4), (11, 16), (11, 20)):
+        caches, _ = context_caches(source, config.model, tokens[0, begin:start])
+        want = denoise_block(source, config.model, 16, noisy.noisy[0, start : start + 4], times[0, start // 4], caches)
+        torch.testing.assert_close(got[start : start + 4], want, rtol=1e-5, atol=1e-6)
+    # What the padding holds makes no difference.
+    other = dataclasses.replace(batch, tokens=tokens.masked_fill(padding, 7))
+    again = logits_of(model, noisy_batch(other, masked, times, config.noise))[0]
+    torch.testing.assert_close(again[scored[0]], got[scored[0]], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("pattern", ["M", "*", "ME*-M*"])

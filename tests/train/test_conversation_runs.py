@@ -7,6 +7,7 @@ import pytest
 
 from helpers.corpora import write_records
 from helpers.runs import launch, losses, records, settings, train
+from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.recipes import load_recipe
 from megatron_twotower.convert import export
 from megatron_twotower.data.dataset import global_batch
@@ -87,6 +88,22 @@ def test_a_resumed_run_is_the_uninterrupted_run(whole_run, chats, tiny_backbone,
         assert train("tiny", *settings(chats, run, tiny_backbone, *RUN, f"train.steps={steps}"))
     assert losses(run) == losses(whole_run)
     assert losses(run, "validation")[8] == losses(whole_run, "validation")[8]
+
+
+def test_blocks_may_begin_with_answers(chats, tiny_data, tiny_backbone, tmp_path):
+    words = (*RUN, "data.align_blocks=answer", "data.sequence_length_tokens=64")
+    overrides = settings(chats, tmp_path / "whole", tiny_backbone, *words)
+    assert train("tiny", *overrides)
+    batch = global_batch(open_training(load_recipe("tiny", overrides)), first=0, count=8)
+    begins = batch.scored & ~np.pad(batch.scored, ((0, 0), (1, 0)))[:, :-1]
+    assert (begins.nonzero()[:, 1] % 8 == 0).all() and begins.sum() > 8
+    for steps in (4, 8):
+        assert train("tiny", *settings(chats, tmp_path / "run", tiny_backbone, *words, f"train.steps={steps}"))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    with pytest.raises(UserError, match="align_blocks: found None, expected answer, as the run has read so far"):
+        train("tiny", *settings(chats, tmp_path / "run", tiny_backbone, *words[:-2], *words[-1:], "train.steps=9"))
+    with pytest.raises(UserError, match=r"data\.align_blocks: found answer, but .* has no conversations"):
+        train("tiny", *settings(tiny_data, tmp_path / "other", tiny_backbone, *words))
 
 
 @pytest.mark.parametrize("more", [("noise.weighting=elbo",), ("noise.draws_per_context=2", "noise.time_per=sequence")])
