@@ -21,12 +21,8 @@ from torch import Tensor
 from megatron_twotower.config.context_split import PER_RANK, in_sequence_order, stretch_numbers
 
 
-# The stretches of a rank that has complete sequences.
-COMPLETE = (slice(None),)
-
-
 def rows_of_stretches(tensor: Tensor, stretches: Sequence[slice]) -> Tensor:
-    """Cut sequences (b, ...) along their second dimension into rows (b k, ...), k stretches each."""
+    """Cut sequences (b, l, ...) along l into rows (b k, ...), one for each of k stretches."""
     if len(stretches) == 1:
         return tensor[:, stretches[0]]
     return torch.stack([tensor[:, stretch] for stretch in stretches], dim=1).flatten(0, 1)
@@ -153,3 +149,15 @@ class ContextRanks:
                 state = state * joined[:, number]
         rows = torch.stack([states[number] for number in self.numbers], dim=1)
         return rows.flatten(0, 1).view(-1, heads, *own.shape[2:])
+
+
+def context_ranks(group: Any, documents: Tensor | None) -> ContextRanks | None:
+    """The ranks that share sequences, or `None` if this rank has complete sequences.
+
+    Args:
+        group: The context-parallel process group, or `None`.
+        documents: Of complete sequences, as in `ContextRanks`.
+    """
+    if group is None or dist.get_world_size(group) == 1:
+        return None
+    return ContextRanks(group, documents)

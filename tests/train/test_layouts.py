@@ -49,7 +49,7 @@ LAYOUTS = {
         "context x expert": ("hard", {"context": 2, "expert": 2, **OVERLAP}, DISTRIBUTED),
     },
     4: {
-        "context of four": ("plain", {"context": 4}, {"noise": {"block_size_tokens": 4}}),
+        "context of four": ("small blocks", {"context": 4}, {}),
         "context x data": ("hard", {"context": 2, **OVERLAP}, DISTRIBUTED),
         "context x tensor": ("hard", {"context": 2, **TENSOR}, {}),
         "context x pipeline": ("hard", {"context": 2, **ONE_CHUNK}, {}),
@@ -230,7 +230,11 @@ MISTAKES = {
         "data.global_batch_size 8: expected a multiple of 16 (data.micro_batch_size 2 x 2 data-parallel ranks x 4 sta",
     ),
     "context ranks": (3, {"context": 2}, "x parallel.context 2: does not divide 3 ranks"),
-    "context": (4, {"context": 4}, "data.sequence_length_tokens 32: expected a multiple of noise.block_size_tokens 8 x 8 s"),
+    "context": (
+        4,
+        {"context": 4},
+        "data.sequence_length_tokens 32: expected a multiple of noise.block_size_tokens 8 x 8 s",
+    ),
     "sequence alone": (2, {"sequence": True}, "found true with parallel.tensor 1"),
     "gather without": (1, {"overlap_param_gather": True}, "found true with optimizer.distributed false"),
 }
