@@ -1,4 +1,4 @@
-"""Context-parallel ranks as threads of this process, for the operations of `ops.context_parallel`."""
+"""Context-parallel ranks as threads of this process, for `ops.context_parallel`."""
 
 import threading
 import types
