@@ -195,6 +195,31 @@ def test_a_layout_gives_the_numbers_of_one_rank(ranks, name, one_rank, results_o
         assert any(len(set(counts)) > 1 for counts in got["shares"]), "ranks must have different counts"
 
 
+def test_a_denoiser_sends_nothing_to_context_ranks_in_its_backward_pass(results_on):
+    """Each micro-batch: in M a gather of inputs and one of states, in * one of keys and values."""
+    results = results_on(2)
+    micro_batches = layouts.STEPS * layouts.SEQUENCES // 2
+    gathers = {"M": 2, "*": 1}
+    expected = sum(gathers.get(kind, 0) for kind in layouts.MODEL.hybrid_override_pattern)
+    # Validation has as many micro-batches as a step.
+    forward = expected * (micro_batches + layouts.SEQUENCES // 2)
+    assert results["context, without documents"]["sent"] == {("all_gather_into_tensor", "forward"): forward}
+    kinds = {name for name, phase in results["context"]["sent"] if phase == "backward"}
+    assert kinds == {"all_reduce"}, "the sum of the auxiliary loss, when an expert layer is recomputed"
+    ar = results["context, next token, without documents"]["sent"]
+    assert ar == {
+        ("all_gather_into_tensor", "forward"): expected * micro_batches,
+        # States once; inputs, and keys and values, as sums that go back to their ranks.
+        ("all_gather_into_tensor", "backward"): layouts.MODEL.hybrid_override_pattern.count("M") * micro_batches,
+        ("reduce_scatter_tensor", "backward"): expected_sums(micro_batches),
+    }
+
+
+def expected_sums(micro_batches):
+    pattern = layouts.MODEL.hybrid_override_pattern
+    return (pattern.count("M") + pattern.count("*")) * micro_batches
+
+
 # A layout of a model of 8 layers on a number of ranks, and what the error must say.
 MISTAKES = {
     "tensor x pipeline": (
