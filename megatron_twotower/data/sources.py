@@ -82,10 +82,13 @@ def reading_only(
     If damaged shards are skipped it reads all: whether a sequence touches one must be known to all
     ranks that share it.
     """
-    if isinstance(source, BlendedDataset):
-        datasets = {name: reading_only(each, stretches) for name, each in source.datasets.items()}
-        return dataclasses.replace(source, datasets=datasets)
-    return source if source.skip_damaged else dataclasses.replace(source, stretches=stretches)
+
+    def part(dataset: SequenceDataset) -> SequenceDataset:
+        return dataset if dataset.skip_damaged else dataclasses.replace(dataset, stretches=stretches)
+
+    if isinstance(source, SequenceDataset):
+        return part(source)
+    return dataclasses.replace(source, datasets={name: part(each) for name, each in source.datasets.items()})
 
 
 def describing_files(config: RunConfig) -> dict[str, list[Path]]:
