@@ -44,12 +44,13 @@ class _Gather(torch.autograd.Function):
         own = rows.unflatten(0, (-1, PER_RANK)).transpose(0, 1).contiguous()
         gathered = own.new_empty(ranks * PER_RANK, *own.shape[1:])
         dist.all_gather_into_tensor(gathered, own, group=group)
-        return gathered[ctx.order].transpose(0, 1)
+        # Not by an index tensor, which the host would copy to the device, and wait.
+        return torch.stack([gathered[place] for place in ctx.order], dim=1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        stretches = torch.empty_like(grad.transpose(0, 1), memory_format=torch.contiguous_format)
-        stretches[ctx.order] = grad.transpose(0, 1)
+        number_at = sorted(range(len(ctx.order)), key=ctx.order.__getitem__)
+        stretches = torch.stack([grad[:, number] for number in number_at])
         own = stretches.new_empty(PER_RANK, *stretches.shape[1:])
         dist.reduce_scatter_tensor(own, stretches, group=ctx.group)
         return own.transpose(0, 1).flatten(0, 1), None
@@ -84,7 +85,7 @@ class ContextRanks:
 
     def _own(self, stretches: Tensor) -> Tensor:
         """What (b, stretches of a sequence, ...) has of this rank: (b k, ...)."""
-        return stretches[:, list(self.numbers)].flatten(0, 1)
+        return torch.stack([stretches[:, number] for number in self.numbers], dim=1).flatten(0, 1)
 
     def whole_sequences(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (b k, heads, l, e) of stretches -> of sequences: (b, heads, k C l, e)."""
