@@ -59,6 +59,7 @@ IDLE = (
         lambda config: config.data.shuffle == "windowed",
         "another data.shuffle than windowed",
     ),
+    Idle(("noise.late_bias",), lambda config: config.noise.mask_counts != "random", "noise.mask_counts random"),
     Idle(("phases.mixture",), lambda config: config.data.blend != "", "no data.blend"),
     Idle(
         ("fp8.history_steps", "fp8.margin"),
