@@ -64,6 +64,7 @@ IDLE = (
         lambda config: config.objective == "two_tower" and config.data.documents == "respect",
         "objective ar or data.documents ignore",
     ),
+    Idle(("noise.late_bias",), lambda config: config.noise.mask_counts != "random", "noise.mask_counts random"),
     Idle(("phases.mixture",), lambda config: config.data.blend != "", "no data.blend"),
     Idle(
         ("fp8.history_steps", "fp8.margin"),

@@ -142,7 +142,7 @@ def test_next_tokens_that_are_scored_are_the_answers():
     documents[:, 8:] = 1
     hidden, weight = hidden_and_weight()
     batch = batch_of(scored=scored, documents=documents)
-    report = autoregressive_loss(tower_of(weight), hidden, batch, GROUPS)
+    report = autoregressive_loss(tower_of(weight), hidden, next_tokens(batch), GROUPS)
     logits = hidden.transpose(0, 1)[:, :-1] @ weight.t()
     each = F.cross_entropy(logits.flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="none").view(3, 15)
     targets = scored[:, 1:].clone()
