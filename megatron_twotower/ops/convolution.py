@@ -89,7 +89,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, *, documents: Tensor | 
     kernels of `ops.triton.convolution`.
     """
     available = x.is_cuda and x.dtype != torch.float64 and dispatch.unavailable("causal-conv1d") is None
-    if available and dispatch.causal_conv1d_unsupported(*weight.shape) is None:
+    if available and dispatch.causal_conv1d_takes(x, weight):
         return dispatch.causal_conv1d(x, weight, bias, documents=documents)
     if dispatch.uses_triton(x, "convolution"):
         from megatron_twotower.ops.triton.convolution import block_conv_triton
