@@ -308,7 +308,7 @@ def _validation_batches(config: RunConfig, groups: ProcessGroupCollection) -> li
         return []
     count = config.train.validation_sequences
     dataset = parallel.checked_by_main(lambda examine: open_validation(config, count, examine=examine))
-    first, share = rank_slice(0, count, rank=groups.dp_cp.rank(), world=groups.dp_cp.size())
+    first, share = rank_slice(0, count, rank=groups.dp.rank(), world=groups.dp.size())
     return split_batch(global_batch(dataset, first=first, count=share), config.data.micro_batch_size)
 
 
@@ -326,8 +326,8 @@ def _training_stream(
         cursor=cursor,
         global_batch_size=data.global_batch_size,
         micro_batch_size=data.micro_batch_size,
-        rank=groups.dp_cp.rank(),
-        world=groups.dp_cp.size(),
+        rank=groups.dp.rank(),
+        world=groups.dp.size(),
         workers=data.prefetch_workers,
         depth=data.prefetch_batches,
     )

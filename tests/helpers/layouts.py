@@ -71,6 +71,7 @@ RUNS = {
         "phases": [PhaseConfig("first", 3 * TOKENS), PhaseConfig("second", 2 * TOKENS, block_size_tokens=4)],
     },
     "ar": {"objective": "ar", "train": {"sequence_aux_loss": 0.1}},
+    "ar without documents": {"objective": "ar"},
     # A rate at which five steps of bf16 change every parameter.
     "bf16": {"train": {"precision": "bf16"}, "optimizer": {"learning_rate": 1e-2}},
 }
@@ -149,8 +150,8 @@ def global_batch(step, *, documents):
 
 
 def micro_batches(config, groups, step):
-    whole = global_batch(step, documents=config.objective == "ar" or bool(config.phases))
-    first, share = rank_slice(0, SEQUENCES, rank=groups.dp_cp.rank(), world=groups.dp_cp.size())
+    whole = global_batch(step, documents=bool(config.train.sequence_aux_loss))
+    first, share = rank_slice(0, SEQUENCES, rank=groups.dp.rank(), world=groups.dp.size())
     (mine,) = split_batch(Batch(*(None if t is None else t[first : first + share] for t in fields(whole))), share)
     return split_batch(mine, config.data.micro_batch_size)
 

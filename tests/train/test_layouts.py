@@ -42,8 +42,21 @@ LAYOUTS = {
         "pipeline, next token": ("ar", ONE_CHUNK, {}),
         "pipeline, interleaved": ("hard", TWO_CHUNKS, {}),
         "pipeline in bf16": ("bf16", ONE_CHUNK, {}),
+        "context": ("hard", {"context": 2}, {}),
+        "context, next token": ("ar", {"context": 2}, {}),
+        "context, without documents": ("plain", {"context": 2}, DISTRIBUTED),
+        "context, next token, without documents": ("ar without documents", {"context": 2}, {}),
+        "context x expert": ("hard", {"context": 2, "expert": 2, **OVERLAP}, DISTRIBUTED),
     },
     4: {
+        "context of four": ("plain", {"context": 4}, {"noise": {"block_size_tokens": 4}}),
+        "context x data": ("hard", {"context": 2, **OVERLAP}, DISTRIBUTED),
+        "context x tensor": ("hard", {"context": 2, **TENSOR}, {}),
+        "context x pipeline": ("hard", {"context": 2, **ONE_CHUNK}, {}),
+        "context x pipeline, interleaved, x expert": ("hard", {"context": 2, **TWO_CHUNKS, "expert": 2}, DISTRIBUTED),
+        "context x tensor, next token": ("ar", {"context": 2, **TENSOR}, {}),
+        "context x pipeline, next token": ("ar", {"context": 2, **ONE_CHUNK}, {}),
+        "context of four, next token": ("ar", {"context": 4}, {}),
         "tensor x pipeline": ("hard", {**TENSOR, **ONE_CHUNK}, {}),
         "tensor x data, distributed optimizer, overlapped": ("hard", {**TENSOR, **OVERLAP}, DISTRIBUTED),
         "tensor x expert, whole experts": ("hard", {**TENSOR, "expert": 4, "expert_tensor": 1}, {}),
@@ -177,8 +190,8 @@ def test_a_layout_gives_the_numbers_of_one_rank(ranks, name, one_rank, results_o
     run, layout, _ = LAYOUTS[ranks][name]
     got, want = results_on(ranks)[name], one_rank(run)
     assert_same(got, want, "bf16" if run == "bf16" else "fp32")
-    data = ranks // (layout.get("tensor", 1) * layout.get("pipeline", 1))
-    if data > 1:
+    shares = ranks // (layout.get("tensor", 1) * layout.get("pipeline", 1))
+    if shares > 1:
         assert any(len(set(counts)) > 1 for counts in got["shares"]), "ranks must have different counts"
 
 
@@ -216,7 +229,8 @@ MISTAKES = {
         {"pipeline": 4, "pipeline_chunks": 2},
         "data.global_batch_size 8: expected a multiple of 16 (data.micro_batch_size 2 x 2 data-parallel ranks x 4 sta",
     ),
-    "context": (2, {"context": 2}, "parallel.context: found 2, expected 1 (context parallelism is not built"),
+    "context ranks": (3, {"context": 2}, "x parallel.context 2: does not divide 3 ranks"),
+    "context": (4, {"context": 4}, "data.sequence_length_tokens 32: expected a multiple of noise.block_size_tokens 8 x 8 s"),
     "sequence alone": (2, {"sequence": True}, "found true with parallel.tensor 1"),
     "gather without": (1, {"overlap_param_gather": True}, "found true with optimizer.distributed false"),
 }

@@ -64,7 +64,13 @@ def _head_and_chunk(length, HEADS: tl.constexpr, CHUNK: tl.constexpr):
     chunks = tl.cdiv(length, CHUNK)
     index, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     start = chunk.to(tl.int64) * CHUNK
-    return (index // HEADS).to(tl.int64), (index % HEADS).to(tl.int64), chunk, start, index.to(tl.int64) * chunks * CHUNK + start
+    return (
+        (index // HEADS).to(tl.int64),
+        (index % HEADS).to(tl.int64),
+        chunk,
+        start,
+        index.to(tl.int64) * chunks * CHUNK + start,
+    )
 
 
 @triton.jit
@@ -105,7 +111,9 @@ def _clean_pairs(i, j, row_ok, docs_i, documents, docs_l, length, BLOCK: tl.cons
 @triton.jit
 def _clean_factors(clean_decay, dt, dt_l, j, length):
     """Log decays and time steps of the clean positions j, for one head."""
-    return tl.load(clean_decay + j, mask=j < length, other=0.0), tl.load(dt + j.to(tl.int64) * dt_l, mask=j < length, other=0.0)
+    return tl.load(clean_decay + j, mask=j < length, other=0.0), tl.load(
+        dt + j.to(tl.int64) * dt_l, mask=j < length, other=0.0
+    )
 
 
 @triton.jit
@@ -357,7 +365,9 @@ def forward_kernel(
         out = _dot(round_to(weights, x_i.dtype), x_i, out)
         out += tl.load(D + head).to(tl.float32) * x_i.to(tl.float32)
         ok = row_ok[:, None] & (p < HEAD_SIZE)[None, :]
-        tl.store(y + head * y_m + i.to(tl.int64)[:, None] * y_l + p[None, :], round_to(out, y.dtype.element_ty), mask=ok)
+        tl.store(
+            y + head * y_m + i.to(tl.int64)[:, None] * y_l + p[None, :], round_to(out, y.dtype.element_ty), mask=ok
+        )
 
 
 @triton.jit

@@ -53,7 +53,7 @@ def results(function, tensors, upstream):
 
 
 def same_with_long_strides(function, tensors, *, dims, upstream=None):
-    """All results of `function` are the same if all tensors have a long stride along a dimension."""
+    """All results of `function` are the same with a long stride along a dimension of all tensors."""
     upstream = numbers(*function(*tensors).shape, seed=9) if upstream is None else upstream
     wanted = results(function, tensors, upstream)
     with programs_of(every_program):
@@ -70,7 +70,9 @@ def scan_inputs(*, batch, length, heads, groups, size, state, chunk):
     """The tensors of a scan, in order, then those of the names SCAN."""
 
     def stream(seed):
-        x, B, C = (numbers(batch, length, n, k, seed=seed) for n, k in ((heads, size), (groups, state), (groups, state)))
+        x, B, C = (
+            numbers(batch, length, n, k, seed=seed) for n, k in ((heads, size), (groups, state), (groups, state))
+        )
         dt, A = numbers(batch, length, heads, seed=seed).abs(), -numbers(heads, seed=seed).abs()
         return x, dt, A, B, C, numbers(heads, seed=seed)
 
