@@ -64,6 +64,7 @@ def run_tasks(
         draft_steps=settings.draft_steps,
         bound_draws=settings.bound_draws,
         seed=settings.seed,
+        prefill_chunk_size=settings.prefill_chunk_size,
     )
     rows = [_run_task(model, task, manager, limit=limit, allow_code_execution=allow_code_execution) for task in tasks]
     return {

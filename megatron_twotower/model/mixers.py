@@ -296,9 +296,7 @@ class MambaMixer(Mixer):
         z, conv_input, dt = self._project(hidden)
         documents, context = blocks.documents, blocks.context
         before = None if context is None else context.before(conv_input, self.taps - 1)
-        convolved = causal_conv(
-            conv_input, self.conv1d_weight, self.conv1d_bias, documents=documents, before=before
-        )
+        convolved = causal_conv(conv_input, self.conv1d_weight, self.conv1d_bias, documents=documents, before=before)
         x, B, C = self._split(convolved)
         A, chunk = self._A(), chunk_length(blocks.size or 1, preferred=self.preferred_chunk)
         if blocks.size is None:

@@ -59,9 +59,7 @@ def next_tokens(batch: Batch, stretches: Sequence[slice] = COMPLETE) -> TargetBa
     )
 
 
-def autoregressive_loss(
-    tower: Tower, hidden: Tensor, batch: TargetBatch, groups: ProcessGroupCollection
-) -> LossReport:
+def autoregressive_loss(tower: Tower, hidden: Tensor, batch: TargetBatch, groups: ProcessGroupCollection) -> LossReport:
     """Compute the next-token cross-entropy of every position that has a weight.
 
     Args:

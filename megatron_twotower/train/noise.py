@@ -58,12 +58,7 @@ def sample_times(batch: Batch, noise: NoiseConfig, *, seed: int, draw: int = 0) 
 
 
 def corrupt(
-    batch: Batch,
-    noise: NoiseConfig,
-    *,
-    seed: int,
-    times: Tensor | None = None,
-    stretches: Sequence[slice] = COMPLETE,
+    batch: Batch, noise: NoiseConfig, *, seed: int, times: Tensor | None = None, stretches: Sequence[slice] = COMPLETE
 ) -> NoisyBatch:
     """Replace each token by the mask token with probability t, the noise level of its block.
 

@@ -53,7 +53,7 @@ def results(function, tensors, upstream):
 
 
 def same_with_long_strides(function, tensors, *, dims, upstream=None):
-    """All results of `function` are the same with a long stride along a dimension of all tensors."""
+    """All results of `function` are the same if one dimension of all tensors has a long stride."""
     upstream = numbers(*function(*tensors).shape, seed=9) if upstream is None else upstream
     wanted = results(function, tensors, upstream)
     with programs_of(every_program):
