@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from megatron_twotower.config.context_split import COMPLETE
 from megatron_twotower.config.schema import NoiseConfig
 from megatron_twotower.model.towers import Tower
-from megatron_twotower.ops.context_parallel import COMPLETE, rows_of_stretches
+from megatron_twotower.ops.context_parallel import ContextRanks, context_ranks, rows_of_stretches
 from megatron_twotower.ops.cross_entropy import Teacher, linear_cross_entropy
 from megatron_twotower.types import Batch, LossReport, NoisyBatch, TargetBatch
 
@@ -55,7 +56,7 @@ def next_tokens(batch: Batch, stretches: Sequence[slice] = COMPLETE) -> TargetBa
         weights=rows(F.pad(weights, (0, 1))),
         documents=None if batch.documents is None else rows(batch.documents),
         padding=None if batch.padding is None else rows(batch.padding),
-        sequence_documents=None if stretches is COMPLETE else batch.documents,
+        sequence_documents=None if stretches == COMPLETE else batch.documents,
     )
 
 
@@ -74,16 +75,15 @@ def autoregressive_loss(tower: Tower, hidden: Tensor, batch: TargetBatch, groups
     return LossReport(total, count.to(torch.int32), (losses * weights).sum().view(1), count.view(1))
 
 
-def _states_before(clean: Tensor, positions: Tensor, batch: NoisyBatch, context: Tower) -> Tensor:
+def _states_before(clean: Tensor, positions: Tensor, ranks: ContextRanks | None) -> Tensor:
     """The final states (m, h) from which the distributions of the tokens at `positions` follow.
 
     Args:
         clean: (l, b, h) final states of the clean stream.
         positions: (m,) in the flattened (b, l).
-        batch: The noisy sequences.
-        context: The context tower.
+        ranks: The ranks that share the sequences.
     """
-    rows, ranks = clean.transpose(0, 1), context.context_ranks(batch.sequence_documents)
+    rows = clean.transpose(0, 1)
     states = rows.flatten(0, 1)[(positions - 1).clamp(min=0)]
     if ranks is None:
         return states
@@ -139,7 +139,8 @@ def masked_diffusion_loss(
     teacher = None
     if batch.teacher_shares is not None:
         assert context is not None, "the targets of teacher_shares are those of a context tower"
-        before = _states_before(hidden[:, len(batch.noisy) :].detach(), positions, batch, context)
+        clean = hidden[:, len(batch.noisy) :].detach()
+        before = _states_before(clean, positions, context_ranks(groups.cp, batch.sequence_documents))
         teacher = Teacher(before, context.output_layer(), batch.teacher_shares)
     total, losses = _head(tower, rows, batch.tokens.flatten()[positions], weights, groups, teacher)
     index = noise_buckets(levels, noise.report_buckets)

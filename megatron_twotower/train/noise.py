@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_twotower.common.keyed_random import keyed_uniform
+from megatron_twotower.config.context_split import COMPLETE
 from megatron_twotower.config.schema import NoiseConfig
-from megatron_twotower.ops.context_parallel import COMPLETE, rows_of_stretches
+from megatron_twotower.ops.context_parallel import rows_of_stretches
 from megatron_twotower.types import Batch, NoisyBatch
 
 # Purposes: separate streams of numbers with one seed. The purposes of consecutive draws of a
@@ -124,7 +125,7 @@ def noisy_batch(
         block=noise.block_size_tokens,
         documents=None if batch.documents is None else rows(batch.documents),
         padding=None if batch.padding is None else rows(batch.padding),
-        sequence_documents=None if stretches is COMPLETE else batch.documents,
+        sequence_documents=None if stretches == COMPLETE else batch.documents,
         sequence_weights=(real if noise.weighting == "elbo" else scored).sum(dim=1, dtype=torch.float32),
         teacher_shares=None if shares is None else rows(shares).flatten()[scored_positions],
     )
@@ -132,7 +133,7 @@ def noisy_batch(
 
 def _times_of_rows(times: Tensor, stretches: Sequence[slice], *, block: int) -> Tensor:
     """Noise levels (r b, n) or (r b, 1) of sequences -> of rows."""
-    if stretches is COMPLETE:
+    if stretches == COMPLETE:
         return times
     if times.shape[1] == 1:
         return times.repeat_interleave(len(stretches), dim=0)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers.modeling import PATTERN, PATTERNS, VOCABULARY, randomise, random_ids, tiny_config, tiny_model
+from helpers.modeling import PATTERNS, random_ids, tiny_model
 from megatron_twotower.evaluate.likelihood import ar_scores
 from megatron_twotower.hf import modeling_nemotron_h_twotower as modeling
 from megatron_twotower.hf.modeling_nemotron_h_twotower import ArgumentError, KeyValueCache, MambaState
@@ -90,7 +90,7 @@ def test_a_folder_on_two_devices_reads_in_pieces():
 
 
 def test_no_tensor_of_a_prefill_grows_with_the_square_of_the_length():
-    """The largest tensors that the passes create, but for the cache, do not grow with the prompt."""
+    """The largest tensor that the passes create, but for the cache, is that of any length."""
     model, largest = tiny_model(), {}
 
     class Sizes(torch.overrides.TorchFunctionMode):

@@ -184,7 +184,7 @@ def test_float32_stays_accurate_over_131072_steps():
 
 
 def errors_by_group(got, want):
-    """The largest error over the largest value, of all tensors and three groups of heads of each."""
+    """The largest error over the largest value, of tensors and three groups of heads of each."""
     errors = {}
     for name, exact in want.items():
         # Heads or groups: the dimension of 6 or 3.
