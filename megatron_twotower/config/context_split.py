@@ -12,6 +12,8 @@ T = TypeVar("T")
 
 # Stretches of each sequence on each of several ranks.
 PER_RANK = 2
+# The stretches of a rank that has complete sequences.
+COMPLETE = (slice(None),)
 
 
 def stretches_per_rank(ranks: int) -> int:
@@ -26,6 +28,8 @@ def stretch_numbers(*, ranks: int, rank: int) -> tuple[int, ...]:
 
 def stretches(length: int, *, ranks: int, rank: int) -> tuple[slice, ...]:
     """The positions of each stretch of a rank, in a sequence of `length` positions."""
+    if ranks == 1:
+        return COMPLETE
     size = length // (ranks * stretches_per_rank(ranks))
     return tuple(slice(k * size, (k + 1) * size) for k in stretch_numbers(ranks=ranks, rank=rank))
 

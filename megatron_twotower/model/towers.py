@@ -36,7 +36,7 @@ from megatron_twotower.model.adaln import TimeConditioning
 from megatron_twotower.model.layers import DenoiserLayer, Layer
 from megatron_twotower.model.mixers import HANDOFF_KINDS
 from megatron_twotower.ops.attention import block_mask
-from megatron_twotower.ops.context_parallel import ContextRanks
+from megatron_twotower.ops.context_parallel import ContextRanks, context_ranks
 from megatron_twotower.types import Blocks, Handoff, NoisyBatch, TargetBatch
 
 
@@ -110,10 +110,6 @@ class Tower(MegatronModule):
     def _sequence_parallel(self) -> bool:
         return bool(self.config.sequence_parallel)
 
-    def context_ranks(self, documents: Tensor | None) -> ContextRanks | None:
-        """The ranks that share sequences; documents (b, l) of the complete sequences, or `None`."""
-        return ContextRanks(self.groups.cp, documents) if self.groups.cp.size() > 1 else None
-
     def vocabulary_start(self) -> int:
         """The index of the first vocabulary entry in this rank's slice of the head."""
         return int(self.output_layer.output_size_per_partition) * self.groups.tp.rank()
@@ -176,7 +172,7 @@ class BackboneModel(PipelineModel):
         A stage that is not the last returns the tensor for the next stage instead.
         """
         tokens, stage = batch.tokens, self.tower.stage
-        context = self.tower.context_ranks(batch.sequence_documents)
+        context = context_ranks(self.tower.groups.cp, batch.sequence_documents)
         blocks = Blocks(documents=batch.documents, padding=batch.padding, context=context)
         hidden = self.tower.embed(tokens) if stage.first else self.received().unflatten(0, (-1, len(tokens)))
         with modules.fp8_model_context(self.config):
@@ -224,7 +220,7 @@ class TwoTower(PipelineModel):
         layers of the context tower after the last handoff. A stage that is not the last returns the
         tensor for the next stage instead.
         """
-        context, stage = self.tower.context_ranks(batch.sequence_documents), self.tower.stage
+        context, stage = context_ranks(self.tower.groups.cp, batch.sequence_documents), self.tower.stage
         masks = self._attention_masks(batch, context)
         blocks = Blocks(batch.block, batch.documents, batch.padding, batch.sequence_weights, masks, context)
         clean, noisy, conditioning = self._first_inputs(batch) if stage.first else self._received_inputs(batch)

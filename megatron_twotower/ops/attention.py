@@ -37,8 +37,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, documents: Te
     if documents is None and length == total:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     if documents is None and query.is_cuda:
-        mask = causal_lower_right(length, total)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+        last_positions = causal_lower_right(length, total)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=last_positions, enable_gqa=True)
     positions = torch.arange(total, device=query.device)
     outs = []
     for start in range(total - length, total, QUERY_CHUNK):

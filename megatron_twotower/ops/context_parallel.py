@@ -21,12 +21,8 @@ from torch import Tensor
 from megatron_twotower.config.context_split import PER_RANK, in_sequence_order, stretch_numbers
 
 
-# The stretches of a rank that has complete sequences.
-COMPLETE = (slice(None),)
-
-
 def rows_of_stretches(tensor: Tensor, stretches: Sequence[slice]) -> Tensor:
-    """Cut sequences (b, ...) along their second dimension into rows (b k, ...), k stretches each."""
+    """Cut sequences (b, l, ...) along l into rows (b k, ...), one for each of k stretches."""
     if len(stretches) == 1:
         return tensor[:, stretches[0]]
     return torch.stack([tensor[:, stretch] for stretch in stretches], dim=1).flatten(0, 1)
@@ -48,12 +44,13 @@ class _Gather(torch.autograd.Function):
         own = rows.unflatten(0, (-1, PER_RANK)).transpose(0, 1).contiguous()
         gathered = own.new_empty(ranks * PER_RANK, *own.shape[1:])
         dist.all_gather_into_tensor(gathered, own, group=group)
-        return gathered[ctx.order].transpose(0, 1)
+        # Not by an index tensor, which the host would copy to the device, and wait.
+        return torch.stack([gathered[place] for place in ctx.order], dim=1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        stretches = torch.empty_like(grad.transpose(0, 1), memory_format=torch.contiguous_format)
-        stretches[ctx.order] = grad.transpose(0, 1)
+        number_at = sorted(range(len(ctx.order)), key=ctx.order.__getitem__)
+        stretches = torch.stack([grad[:, number] for number in number_at])
         own = stretches.new_empty(PER_RANK, *stretches.shape[1:])
         dist.reduce_scatter_tensor(own, stretches, group=ctx.group)
         return own.transpose(0, 1).flatten(0, 1), None
@@ -88,7 +85,7 @@ class ContextRanks:
 
     def _own(self, stretches: Tensor) -> Tensor:
         """What (b, stretches of a sequence, ...) has of this rank: (b k, ...)."""
-        return stretches[:, list(self.numbers)].flatten(0, 1)
+        return torch.stack([stretches[:, number] for number in self.numbers], dim=1).flatten(0, 1)
 
     def whole_sequences(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (b k, heads, l, e) of stretches -> of sequences: (b, heads, k C l, e)."""
@@ -153,3 +150,15 @@ class ContextRanks:
                 state = state * joined[:, number]
         rows = torch.stack([states[number] for number in self.numbers], dim=1)
         return rows.flatten(0, 1).view(-1, heads, *own.shape[2:])
+
+
+def context_ranks(group: Any, documents: Tensor | None) -> ContextRanks | None:
+    """The ranks that share sequences, or `None` if this rank has complete sequences.
+
+    Args:
+        group: The context-parallel process group, or `None`.
+        documents: Of complete sequences, as in `ContextRanks`.
+    """
+    if group is None or dist.get_world_size(group) == 1:
+        return None
+    return ContextRanks(group, documents)

@@ -101,7 +101,8 @@ def causal_conv(
     if before is not None:
         count = before.shape[1]
         joined = torch.cat([before, x], dim=1)
-        return causal_conv(joined, weight, bias, documents=_extended(documents, count))[:, count:]
+        known = None if documents is None else _extended(documents, count)
+        return causal_conv(joined, weight, bias, documents=known)[:, count:]
     available = x.is_cuda and x.dtype != torch.float64 and dispatch.unavailable("causal-conv1d") is None
     if available and dispatch.causal_conv1d_takes(x, weight):
         return dispatch.causal_conv1d(x, weight, bias, documents=documents)
@@ -110,12 +111,13 @@ def causal_conv(
 
         return block_conv_triton(x, None, weight, bias, block=x.shape[1], documents=documents)
     count = weight.shape[1] - 1
-    return _filter(F.pad(x, (0, 0, count, 0)), _extended(documents, count), weight, bias)
+    known = None if documents is None else _extended(documents, count)
+    return _filter(F.pad(x, (0, 0, count, 0)), known, weight, bias)
 
 
-def _extended(documents: Tensor | None, count: int) -> Tensor | None:
+def _extended(documents: Tensor, count: int) -> Tensor:
     """Documents (b, l) -> (b, count + l): inputs before the first position are of its document."""
-    return None if documents is None else torch.cat([documents[:, :1].expand(-1, count), documents], dim=1)
+    return torch.cat([documents[:, :1].expand(-1, count), documents], dim=1)
 
 
 def block_history(x: Tensor, *, taps: int, block: int, before: Tensor | None = None) -> Tensor:

@@ -104,14 +104,14 @@ def _sum_over_chunks(parts: Tensor, keep: Tensor, order: Iterable[int]) -> Tenso
 
 
 def _start_state(states: Tensor, keep: Tensor, context: ContextRanks | None) -> Tensor | None:
-    """The state (b, m, p, d) that each row starts from: that of the row before it on other ranks."""
+    """The state (b, m, p, d) that each row starts from, after the row before it on any rank."""
     if context is None:
         return None
     return context.states_before(_sum_over_chunks(states, keep, range(states.shape[1])), keep.prod(1))
 
 
 def _end_gradient(grads: Tensor, keep: Tensor, context: ContextRanks | None) -> Tensor | None:
-    """The gradient (b, m, p, d) of the state after each row, from the rows on other ranks."""
+    """The gradient (b, m, p, d) of the state after each row, from the rows that follow it."""
     if context is None:
         return None
     return context.gradients_after(_sum_over_chunks(grads, keep, reversed(range(grads.shape[1]))), keep.prod(1))

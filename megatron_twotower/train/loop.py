@@ -24,7 +24,6 @@ from megatron_twotower.config.schema import NoiseConfig, RunConfig
 from megatron_twotower.data.dataset import skipped_sequences
 from megatron_twotower.mcore import parallel
 from megatron_twotower.model.towers import rows_between_stages
-from megatron_twotower.ops.context_parallel import COMPLETE
 from megatron_twotower.train.losses import autoregressive_loss, masked_diffusion_loss, next_tokens
 from megatron_twotower.train.metrics import Metrics, peak_memory_gib
 from megatron_twotower.train.noise import corrupt
@@ -102,18 +101,17 @@ class MicroBatch:
     times: Tensor | None = None
 
 
-def stretches_of_rank(batch: Batch, groups: ProcessGroupCollection) -> Sequence[slice]:
-    """The positions that this rank has of each sequence of a batch."""
-    if groups.cp.size() == 1:
-        return COMPLETE
-    return stretches(batch.tokens.shape[1], ranks=groups.cp.size(), rank=groups.cp.rank())
+def stretches_of_rank(length: int, groups: ProcessGroupCollection) -> tuple[slice, ...]:
+    """The positions that this rank has of each sequence of `length` positions."""
+    return stretches(length, ranks=groups.cp.size(), rank=groups.cp.rank())
 
 
 def ar_forward(
     chunk: Any, micro_batch: MicroBatch, config: RunConfig, groups: ProcessGroupCollection
 ) -> tuple[Tensor, LossReport | None]:
     """Run one model chunk of a backbone on a micro-batch; see `OBJECTIVES`."""
-    batch = next_tokens(micro_batch.batch, stretches_of_rank(micro_batch.batch, groups)).to(device.device())
+    length = config.data.sequence_length_tokens
+    batch = next_tokens(micro_batch.batch, stretches_of_rank(length, groups)).to(device.device())
     hidden, tower = chunk(batch), chunk.module.tower
     return hidden, autoregressive_loss(tower, hidden, batch, groups) if tower.stage.last else None
 
@@ -122,10 +120,13 @@ def two_tower_forward(
     chunk: Any, micro_batch: MicroBatch, config: RunConfig, groups: ProcessGroupCollection
 ) -> tuple[Tensor, LossReport | None]:
     """Run one model chunk of both towers on a micro-batch; see `OBJECTIVES`."""
-    batch = micro_batch.batch
-    stretches = stretches_of_rank(batch, groups)
-    noisy = corrupt(batch, config.noise, seed=micro_batch.seed, times=micro_batch.times, stretches=stretches)
-    noisy = noisy.to(device.device())
+    noisy = corrupt(
+        micro_batch.batch,
+        config.noise,
+        seed=micro_batch.seed,
+        times=micro_batch.times,
+        stretches=stretches_of_rank(config.data.sequence_length_tokens, groups),
+    ).to(device.device())
     hidden, model = chunk(noisy), chunk.module
     if not model.tower.stage.last:
         return hidden, None

@@ -49,7 +49,7 @@ LAYOUTS = {
         "context x expert": ("hard", {"context": 2, "expert": 2, **OVERLAP}, DISTRIBUTED),
     },
     4: {
-        "context of four": ("plain", {"context": 4}, {"noise": {"block_size_tokens": 4}}),
+        "context of four": ("small blocks", {"context": 4}, {}),
         "context x data": ("hard", {"context": 2, **OVERLAP}, DISTRIBUTED),
         "context x tensor": ("hard", {"context": 2, **TENSOR}, {}),
         "context x pipeline": ("hard", {"context": 2, **ONE_CHUNK}, {}),
@@ -195,6 +195,31 @@ def test_a_layout_gives_the_numbers_of_one_rank(ranks, name, one_rank, results_o
         assert any(len(set(counts)) > 1 for counts in got["shares"]), "ranks must have different counts"
 
 
+def test_a_denoiser_sends_nothing_to_context_ranks_in_its_backward_pass(results_on):
+    """Each micro-batch: in M a gather of inputs and one of states, in * one of keys and values."""
+    results = results_on(2)
+    micro_batches = layouts.STEPS * layouts.SEQUENCES // 2
+    gathers = {"M": 2, "*": 1}
+    expected = sum(gathers.get(kind, 0) for kind in layouts.MODEL.hybrid_override_pattern)
+    # Validation has as many micro-batches as a step.
+    forward = expected * (micro_batches + layouts.SEQUENCES // 2)
+    assert results["context, without documents"]["sent"] == {("all_gather_into_tensor", "forward"): forward}
+    kinds = {name for name, phase in results["context"]["sent"] if phase == "backward"}
+    assert kinds == {"all_reduce"}, "the sum of the auxiliary loss, when an expert layer is recomputed"
+    ar = results["context, next token, without documents"]["sent"]
+    assert ar == {
+        ("all_gather_into_tensor", "forward"): expected * micro_batches,
+        # States once; inputs, and keys and values, as sums that go back to their ranks.
+        ("all_gather_into_tensor", "backward"): layouts.MODEL.hybrid_override_pattern.count("M") * micro_batches,
+        ("reduce_scatter_tensor", "backward"): expected_sums(micro_batches),
+    }
+
+
+def expected_sums(micro_batches):
+    pattern = layouts.MODEL.hybrid_override_pattern
+    return (pattern.count("M") + pattern.count("*")) * micro_batches
+
+
 # A layout of a model of 8 layers on a number of ranks, and what the error must say.
 MISTAKES = {
     "tensor x pipeline": (
@@ -230,7 +255,11 @@ MISTAKES = {
         "data.global_batch_size 8: expected a multiple of 16 (data.micro_batch_size 2 x 2 data-parallel ranks x 4 sta",
     ),
     "context ranks": (3, {"context": 2}, "x parallel.context 2: does not divide 3 ranks"),
-    "context": (4, {"context": 4}, "data.sequence_length_tokens 32: expected a multiple of noise.block_size_tokens 8 x 8 s"),
+    "context": (
+        4,
+        {"context": 4},
+        "data.sequence_length_tokens 32: expected a multiple of noise.block_size_tokens 8 x 8 s",
+    ),
     "sequence alone": (2, {"sequence": True}, "found true with parallel.tensor 1"),
     "gather without": (1, {"overlap_param_gather": True}, "found true with optimizer.distributed false"),
 }
