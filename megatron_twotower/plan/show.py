@@ -71,9 +71,9 @@ def _layout_rows(found: Estimate) -> list[tuple[str, str, str]]:
     step = data.global_batch_size * data.sequence_length_tokens
     load = expert_load(config.parallel, found.assumptions.expert_imbalance)
     experts = f"{layout.expert} x {layout.expert_tensor} x {layout.expert_data}"
-    dense = f"{layout.tensor} x {layout.context} x {layout.pipeline} x {layout.data}"
     return [
-        ("tensor x context x pipeline x data", dense, f"{layout.ranks} ranks"),
+        ("tensor x pipeline x data", f"{layout.tensor} x {layout.pipeline} x {layout.data}", f"{layout.ranks} ranks"),
+        ("context", f"{layout.context}", "ranks that share each sequence"),
         ("expert x tensor x data", experts, f"experts, {config.parallel.moe_dispatcher}"),
         ("busiest rank of experts", f"{load:.2f}", "its tokens over the mean (assumed)"),
         ("tokens a step", f"{step:,}", f"{data.global_batch_size:,} sequences of {data.sequence_length_tokens:,}"),

@@ -33,12 +33,7 @@ from megatron_twotower.config.pipeline_stages import PipelineStage, whole_model
 from megatron_twotower.config.precision import PRECISIONS
 from megatron_twotower.config.schema import RunConfig
 from megatron_twotower.model.parameter_map import entries_of_stage
-from megatron_twotower.plan.activations import (
-    MicroBatchShape,
-    convolution_channels,
-    key_value_width,
-    micro_batch_shape,
-)
+from megatron_twotower.plan.activations import MicroBatchShape, convolution_channels, key_value_width, micro_batch_shape
 from megatron_twotower.plan.flops import context_layers
 from megatron_twotower.plan.layout import Accelerator, Layout, micro_batches
 from megatron_twotower.plan.weights import FP32, WeightBytes, parameter_count, tower_entries
