@@ -49,6 +49,7 @@ TASKS = {
     ),
     "steps_per_block": option("denoiser passes per block, at most, mode mask_diffusion", **COUNT),
     "draft_steps": option("denoiser passes per draft, mode speculative", **COUNT),
+    "prefill_chunk_size": option("positions of each context that the context tower reads at a time", **COUNT),
 }
 TASK_OPTIONS = ("--shots", "--limit", "--task-files", "--allow-code-execution", "--apply-chat-template")
 

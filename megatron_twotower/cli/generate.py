@@ -24,6 +24,7 @@ GENERATION = {
         at_most=1,
     ),
     "draft_steps": option("denoiser passes per draft, mode speculative", **COUNT),
+    "prefill_chunk_size": option("positions of each prompt that the context tower reads at a time", **COUNT),
     "seed": option("seed of the sampling, temperature above 0", at_least=0),
 }
 BATCHING = {"batch_size": option("prompts in a batch, with --prompts", **COUNT)}

@@ -66,6 +66,7 @@ def run_tasks(
         draft_steps=settings.draft_steps,
         bound_draws=settings.bound_draws,
         seed=settings.seed,
+        prefill_chunk_size=settings.prefill_chunk_size,
     )
     options = {"confirm_run_unsafe_code": allow_code_execution, "apply_chat_template": apply_chat_template}
     rows = [_run_task(model, task, manager, limit=limit, options=options) for task in tasks]

@@ -45,6 +45,7 @@ class GenerationSettings:
         seed: Seed of the sampling.
         top_p: Probability mass of the most probable tokens to sample among; None for all.
         draft_steps: Denoiser passes for a draft; only for speculative generation.
+        prefill_chunk_size: Positions of each prompt that the context tower reads at a time.
     """
 
     max_new_tokens: int = 128
@@ -56,6 +57,7 @@ class GenerationSettings:
     seed: int = 0
     top_p: float | None = None
     draft_steps: int = 1
+    prefill_chunk_size: int = TwoTowerModel.prefill_chunk_size
 
 
 @dataclass(frozen=True)
@@ -354,6 +356,7 @@ def generate_ids(
         UserError: An unknown mode, or a setting out of range.
     """
     check_mode(mode)
+    model.prefill_chunk_size = settings.prefill_chunk_size
     try:
         output = MODES[mode](model, Prompts(ids, attention_mask, mask_id, as_ids(eos_id), callbacks), settings)
     except ArgumentError as error:

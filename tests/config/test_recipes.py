@@ -7,11 +7,14 @@ from megatron_twotower.config.phases import resolve_phases
 from megatron_twotower.config.recipes import load_recipe, recipes_folder
 from megatron_twotower.config.validation import validate
 from megatron_twotower.mcore.modules import implementation_fields
-from megatron_twotower.plan.layout import layout_of
+from megatron_twotower.plan.estimate import Assumptions, estimate
+from megatron_twotower.plan.layout import GIB, layout_of
 from megatron_twotower.plan.weights import bucket_elements, rank_parameters
 
 PHASES = ["nano_30b_a3b", "nano_30b_a3b_phase1", "nano_30b_a3b_phase2", "nano_30b_a3b_phase3"]
-LAYOUTS = sorted(path.stem for path in (recipes_folder() / "parallel").glob("*.yaml"))
+ALL_LAYOUTS = sorted(path.stem for path in (recipes_folder() / "parallel").glob("*.yaml"))
+LAYOUTS = [name for name in ALL_LAYOUTS if not name.endswith("_long")]
+LONG, LONG_LAYOUTS = "nano_30b_a3b_long", [name for name in ALL_LAYOUTS if name.endswith("_long")]
 
 
 def nano(recipe, layout="h100x64"):
@@ -96,3 +99,28 @@ def test_a_later_phase_resumes_from_the_phase_before():
         assert config.phases == whole.phases[:number]
         assert config.output == whole.output and config.init == whole.init
     assert nano(PHASES[3]) == whole
+
+
+@pytest.mark.parametrize("layout", LONG_LAYOUTS)
+def test_long_sequences_fit_on_their_layouts(layout):
+    config = nano(LONG, layout)
+    ranks = config.parallel.ranks
+    assert layout == f"{config.parallel.card}x{ranks}_long"
+    validate(config, world_size=ranks)
+    assert config.data.sequence_length_tokens == 131_072 and config.data.documents == "respect"
+    step = config.data.global_batch_size * config.data.sequence_length_tokens
+    assert step == 1024 * 8192, "the tokens of a step of the other recipes"
+    found = estimate(config, ranks=ranks)
+    data = found.layout.data
+    assert config.data.global_batch_size % data == config.train.validation_sequences % data == 0
+    # Two GiB are left, and experts may be uneven.
+    busy = estimate(config, ranks=ranks, assumptions=Assumptions(expert_imbalance=1.5))
+    assert found.fits and busy.memory.total < busy.accelerator.memory_bytes - 2 * GIB
+    alone = load_recipe(
+        LONG, [f"parallel={layout}", "parallel.context=1", "train.recompute_layers='ME*-'"], planning=True
+    )
+    assert estimate(alone, ranks=ranks).memory.total > 2 * found.accelerator.memory_bytes
+
+
+def test_there_are_layouts_for_long_sequences():
+    assert {"h100x64_long", "h100x256_long"} <= set(LONG_LAYOUTS)
