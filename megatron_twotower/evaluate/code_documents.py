@@ -319,3 +319,35 @@ def write_documents(
         write_file(folder / f"{kind}.jsonl", data)
     write_file(folder / INDEX_FILE, (json.dumps(content, indent=1) + "\n").encode())
     return content
+
+
+def dataset(kind: str, questions: str, **_: Any) -> dict[str, Any]:
+    """The questions of a kind as a data set of lm-evaluation-harness, for its task files.
+
+    Args:
+        kind: One of `KINDS`.
+        questions: The folder that `write_documents` wrote.
+    """
+    from datasets import Dataset
+
+    lines = (Path(questions) / f"{kind}.jsonl").read_text(encoding="utf-8").split("\n")
+    return {"test": Dataset.from_list([json.loads(line) for line in lines if line])}
+
+
+def read_index(folder: str | Path) -> dict[str, Any]:
+    """The index of a folder of questions.
+
+    Raises:
+        UserError: It has no index, or a file is not the one that the index names.
+    """
+    file = Path(folder) / INDEX_FILE
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read, expected a folder of `twotower data questions`") from error
+    for kind, facts in content["kinds"].items():
+        questions = file.with_name(f"{kind}.jsonl")
+        found = hashlib.sha256(questions.read_bytes()).hexdigest() if questions.is_file() else "no file"
+        if found != facts["sha256"]:
+            raise UserError(f"{questions}: found {found[:12]}, expected sha256 {facts['sha256'][:12]} of {INDEX_FILE}")
+    return content

@@ -33,6 +33,7 @@ CALLS = {
     "data prepare": (["--input", "a", "--tokenizer", "t", "--output", "o"], {"data.prepare:prepare": {}}),
     "data inspect": (["d"], {"data.inspect:inspect": None}),
     "data verify": (["d"], {"data.verify:verify": []}),
+    "data questions": (["--output", "o"], {"evaluate.code_documents:write_documents": {}}),
     "convert import": (
         ["--from", "a", "--to", "b"],
         {"convert.import_run:import_folder": SimpleNamespace(objective="ar")},

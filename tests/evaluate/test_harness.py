@@ -413,13 +413,9 @@ def test_the_command_runs_local_tasks_from_end_to_end(folder, task_files, tmp_pa
 def test_shots_and_limit_and_every_scoring_reach_the_harness(folder, task_files):
     for scoring, shots in (("ar", 2), ("bound", 0), ("mock_ar", 0)):
         settings = HarnessSettings(scoring=scoring, bound_draws=2, block_size=4, steps_per_block=4)
-        found = task_runner.run_tasks(
-            folder,
-            [HarnessTask("choice", ("tiny_choice",), shots)],
-            settings=settings,
-            limit=2,
-            include_path=task_files,
-        )
+        tasks = [HarnessTask("choice", ("tiny_choice",), shots)]
+        manager = task_runner.task_manager(tasks, task_files)
+        found = task_runner.run_tasks(folder, tasks, manager, settings=settings, limit=2)
         assert found["tasks"][0]["documents"] == 2
         assert found["tasks"][0]["metric"] == "acc,none"
         assert found["limit"] == 2
