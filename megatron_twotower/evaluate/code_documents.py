@@ -54,7 +54,7 @@ class Source:
 
     Attributes:
         name: Its path, from the folder of the package's parent, with `/`.
-        text: Its text, with `\\n` at the end of lines.
+        text: Its text.
     """
 
     name: str
@@ -139,7 +139,7 @@ def brackets(source: Source) -> Iterator[Question]:
 
 
 def indents(source: Source) -> Iterator[Question]:
-    """Lines that follow a line of code and close its indentation; the answer is their indentation."""
+    """Lines that follow a line of code and close its block; the answer is their indentation."""
     tokens = source.tokens
     for number, token in enumerate(tokens[:-1]):
         following = tokens[number + 1]
@@ -172,7 +172,7 @@ def parameter_names(arguments: ast.arguments) -> list[str]:
 
 
 def bodies(source: Source) -> Iterator[Question]:
-    """Functions of a module up to a statement in their middle; the answer is the rest of their text."""
+    """Functions of a module up to a statement in their middle; the answer is their rest."""
     body = source.tree.body
     for number, node in enumerate(body):
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or len(node.body) < 4:
@@ -181,7 +181,7 @@ def bodies(source: Source) -> Iterator[Question]:
         # The statements before it that fit.
         starts = [source.line_starts[each.lineno] for each in body[: number + 1] if not _decorators(each)]
         start = next((each for each in starts if cut - each <= LONGEST_PROMPT), None)
-        if start is not None and SHORTEST_PROMPT <= cut - start and node.end_lineno and not _decorators(node):
+        if start is not None and cut - start >= SHORTEST_PROMPT and node.end_lineno and not _decorators(node):
             yield Question(source.text[start:cut], source.text[cut : source.line_starts[node.end_lineno + 1]])
 
 

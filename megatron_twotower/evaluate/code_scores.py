@@ -50,7 +50,7 @@ def same_indent(question: Mapping[str, str], results: Sequence[str]) -> dict[str
 
 
 def written_parameters(text: str) -> list[str]:
-    """The names of the parameters that a text, after `def name(`, writes up to its closing bracket."""
+    """The names of the parameters in a text after `def name(`, up to the closing bracket."""
     for place in re.finditer(r"\)", text):
         tree = _tree(f"def f({text[: place.start()]}): pass")
         if tree is not None and isinstance(tree.body[0], ast.FunctionDef):

@@ -177,10 +177,7 @@ def _metrics(table: Mapping[str, Any]) -> list[str]:
 
 
 def task_manager(
-    tasks: Sequence[HarnessTask],
-    include_path: str | Path | None = None,
-    *,
-    metadata: Mapping[str, Any] | None = None,
+    tasks: Sequence[HarnessTask], include_path: str | Path | None = None, *, metadata: Mapping[str, Any] | None = None
 ) -> TaskManager:
     """The harness's index of tasks, with all of these tasks.
 
