@@ -97,7 +97,7 @@ def test_the_recipe_asks_every_kind_of_question():
 def test_a_recipe_with_settings_is_alone(tmp_path):
     assert chosen_setup(["card", "gsm8k"]) == TaskSetup()
     assert chosen_setup(["code_small"]).settings == {"batch_size": 1, "bound_draws": 4}
-    assert [task.name for task in chosen_tasks(["code_small"])][0] == "next line"
+    assert chosen_tasks(["code_small"])[0].name == "next line"
     with pytest.raises(UserError, match="--tasks: found code_small with others, expected it alone"):
         chosen_setup(["gsm8k", "code_small"])
     for text, message in (
