@@ -245,12 +245,10 @@ def release(name: str) -> dict[str, str | None]:
     if not distributions:
         return {"version": None, "licence": None}
     metadata = importlib.metadata.metadata(distributions[0])
-    licence = metadata.get("License-Expression") or metadata.get("License")
-    classifiers = [each.rpartition(" :: ")[2] for each in metadata.get_all("Classifier", []) if "License" in each]
-    return {
-        "version": metadata["Version"],
-        "licence": ", ".join(classifiers) or (licence.splitlines()[0] if licence else None),
-    }
+    classifiers = [each for each in metadata.get_all("Classifier") or [] if each.startswith("License ::")]
+    stated = [each.rpartition(" :: ")[2] for each in classifiers]
+    stated += [metadata[key].split("\n")[0] for key in ("License-Expression", "License") if key in metadata]
+    return {"version": metadata["Version"], "licence": stated[0] if stated else None}
 
 
 def chosen(kind: str, packages: Sequence[Sequence[Source]], *, count: int, seed: int) -> list[dict[str, str]]:
@@ -261,7 +259,7 @@ def chosen(kind: str, packages: Sequence[Sequence[Source]], *, count: int, seed:
     rng = random.Random(f"{seed} {kind}")
     orders = [rng.sample(list(modules), len(modules)) for modules in packages]
     turns = [source for row in zip_longest(*orders) for source in row if source is not None]
-    left = {source.name: [] for source in turns}
+    left: dict[str, list[Question]] = {}
     found: list[dict[str, str]] = []
     for turn in range(count):
         for source in turns:
