@@ -116,19 +116,24 @@ def questions(tmp_path_factory):
     folder = tmp_path_factory.mktemp("questions")
     with pytest.MonkeyPatch.context() as short:
         short.setattr(code_documents, "TEXT_CHARACTERS", 64)
+        short.setattr(code_documents, "LONGEST_PROMPT", 240)
         code_documents.write_documents(folder / "q", packages=["click"], count=2)
     return folder / "q"
 
 
-def test_the_command_prints_and_writes_the_comparison(questions, tmp_path, capsys):
-    """Of the shipped pair on bytes. The figures of two questions say nothing about it."""
+@pytest.mark.parametrize(
+    ("pair", "threshold"), [("random", 0.01), pytest.param("shipped", 0.5, marks=pytest.mark.slow)]
+)
+def test_the_command_prints_and_writes_the_comparison(pair, threshold, two_tower_folder, questions, tmp_path, capsys):
+    """Of a small random pair, and of the shipped one. Figures of two questions say nothing."""
+    folder = two_tower_folder if pair == "random" else recipes_folder() / "models" / "bytes"
     output = tmp_path / "code.json"
-    words = ["--model", str(recipes_folder() / "models" / "bytes"), "--tasks", "code_small", "--output", str(output)]
-    assert main.main(["evaluate", *words, "--questions", str(questions), "--thresholds", "0.5"]) == 0
+    words = ["--model", str(folder), "--tasks", "code_small", "--output", str(output), "--block-size", "16"]
+    assert main.main(["evaluate", *words, "--questions", str(questions), "--thresholds", f"{threshold}"]) == 0
     found = json.loads(output.read_text())
     ar, diffusion = found["settings"]
     assert (ar["mode"], ar["speedup"], ar["tokens_per_pass"], ar["retained"]) == ("ar", 1.0, 1.0, None)
-    assert (diffusion["confidence_threshold"], diffusion["block_size"]) == (0.5, 16)
+    assert (diffusion["confidence_threshold"], diffusion["block_size"]) == (threshold, 16)
     assert diffusion["tokens_per_pass"] > 1 and diffusion["passes"] < ar["passes"]
     names = ["next line", "parses", "identifier", "closing", "signature", "nats/byte"]
     assert [task["name"] for task in found["tasks"]] == names
@@ -142,9 +147,11 @@ def test_the_command_prints_and_writes_the_comparison(questions, tmp_path, capsy
     assert diffusion["retained"] == (pytest.approx(mean_other / mean_ar) if mean_ar else None)
     assert found["questions"] == code_documents.read_index(questions)
     printed = capsys.readouterr().out
-    assert "0.5, S 16" in printed and "wall-clock against cached AR" in printed and "nats/byte (2)" in printed
+    assert (
+        f"{threshold:g}, S 16" in printed and "wall-clock against cached AR" in printed and "nats/byte (2)" in printed
+    )
     # The likelihood of AR is that of the context tower, in an independent computation.
-    model = TwoTower(recipes_folder() / "models" / "bytes", mode="ar")
+    model = TwoTower(folder, mode="ar")
     rows = [json.loads(line) for line in (questions / "texts.jsonl").read_text().splitlines()]
     nats = [
         -model.score([([model.eot_token_id], model.tok_encode(row["prompt"]))], quiet=True)[0][0]

@@ -265,6 +265,7 @@ def test_tiles_are_complete_blocks_and_cover_the_chunk(name, block, chunk):
     assert constants.rows & (constants.rows - 1) == 0 and constants.rows >= 16
 
 
+@compiles_kernels
 def test_the_scan_does_not_import_triton():
     code = "import sys, megatron_twotower.ops.scan; print('megatron_twotower.ops.triton.scan' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
