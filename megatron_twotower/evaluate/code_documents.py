@@ -277,7 +277,7 @@ def chosen(kind: str, packages: Sequence[Sequence[Source]], *, count: int, seed:
 
 
 def write_documents(
-    output: str | Path, *, packages: Sequence[str] = PACKAGES, count: int = 100, seed: int = 1234
+    output: Path, *, packages: Sequence[str] = PACKAGES, count: int = 100, seed: int = 1234
 ) -> dict[str, Any]:
     """Write a file of questions of each kind, and an index with the packages and checksums.
 
@@ -293,9 +293,8 @@ def write_documents(
     Raises:
         UserError: The folder has questions already, or there is no question of a kind.
     """
-    folder = Path(output)
-    if (folder / INDEX_FILE).exists():
-        raise UserError(f"{folder}: found {INDEX_FILE}, expected a folder without questions")
+    if (output / INDEX_FILE).exists():
+        raise UserError(f"{output}: found {INDEX_FILE}, expected a folder without questions")
     folders = {name: found for name in packages if (found := package_folder(name))}
     if not folders:
         raise UserError(f"packages: found none of {', '.join(packages)}, expected one that is installed")
@@ -314,8 +313,8 @@ def write_documents(
         "kinds": index,
     }
     for kind, data in files.items():
-        write_file(folder / f"{kind}.jsonl", data)
-    write_file(folder / INDEX_FILE, (json.dumps(content, indent=1) + "\n").encode())
+        write_file(output / f"{kind}.jsonl", data)
+    write_file(output / INDEX_FILE, (json.dumps(content, indent=1) + "\n").encode())
     return content
 
 

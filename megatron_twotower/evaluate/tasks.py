@@ -192,5 +192,5 @@ def _questions(setup: TaskSetup, folder: Path | None, new: str) -> tuple[dict[st
     """
     if not setup.questions:
         return {}, {}
-    index = write_documents(new) if folder is None else read_index(folder)
+    index = write_documents(Path(new)) if folder is None else read_index(folder)
     return {"questions": index}, {"questions": str(folder or new)}

@@ -116,7 +116,7 @@ def questions(tmp_path_factory):
     folder = tmp_path_factory.mktemp("questions")
     with pytest.MonkeyPatch.context() as short:
         short.setattr(code_documents, "TEXT_CHARACTERS", 64)
-        short.setattr(code_documents, "LONGEST_PROMPT", 240)
+        short.setattr(code_documents, "LONGEST_PROMPT", 500)
         code_documents.write_documents(folder / "q", packages=["click"], count=2)
     return folder / "q"
 
