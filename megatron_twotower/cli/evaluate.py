@@ -52,8 +52,9 @@ TASKS = {
     ),
     "steps_per_block": option("denoiser passes per block, at most, mode mask_diffusion", **COUNT),
     "draft_steps": option("denoiser passes per draft, mode speculative", **COUNT),
+    "prefill_chunk_size": option("positions of each context that the context tower reads at a time", **COUNT),
 }
-TASK_OPTIONS = ("--shots", "--limit", "--task-files", "--allow-code-execution", "--questions")
+TASK_OPTIONS = ("--shots", "--limit", "--task-files", "--allow-code-execution", "--apply-chat-template", "--questions")
 
 
 # The options of one mode or scoring are accepted with another one: a comparison of them has one
@@ -74,7 +75,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_options(parser, EvaluationSettings, SHARED | COMPARED, unset=True)
     text = parser.add_argument_group("likelihoods and sweeps on held-out text")
-    text.add_argument("--data", type=Path, help="prepared data folder, whose held-out part is read")
+    text.add_argument("--data", type=Path, help="prepared data folder, whose held-out text or answers are read")
     add_options(text, EvaluationSettings, HELD_OUT, unset=True)
     tasks = parser.add_argument_group(
         "tasks of lm-evaluation-harness (needs the extra `eval`)",
@@ -94,6 +95,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     tasks.add_argument(
         "--questions", type=Path, metavar="DIR", help="folder of `twotower data questions`; made anew if left out"
     )
+    tasks.add_argument("--apply-chat-template", action="store_true", help="ask questions as turns of a conversation")
     tasks.add_argument("--allow-code-execution", action="store_true", help="run code that the model writes")
 
 
@@ -102,10 +104,11 @@ def _run(arguments: argparse.Namespace) -> int:
         return _run_tasks(arguments)
     if arguments.data is None:
         raise UserError("evaluate: found neither --data nor --tasks, expected a prepared data folder or task names")
-    from megatron_twotower.evaluate import held_out
+    from megatron_twotower.evaluate import answers, held_out
 
     settings = held_out.EvaluationSettings(**arguments_for(SHARED | COMPARED | HELD_OUT, arguments))
-    held_out.run(arguments.model, data=arguments.data, output=arguments.output, settings=settings)
+    run = answers.run if answers.has_conversations(arguments.data) else held_out.run
+    run(arguments.model, data=arguments.data, output=arguments.output, settings=settings)
     return 0
 
 
@@ -120,6 +123,7 @@ def _run_tasks(arguments: argparse.Namespace) -> int:
         limit=arguments.limit,
         task_files=arguments.task_files,
         allow_code_execution=arguments.allow_code_execution,
+        apply_chat_template=arguments.apply_chat_template,
         questions=arguments.questions,
         **arguments_for(COMPARED, arguments),
         settings=arguments_for(SHARED_WITH_TASKS | TASKS, arguments),

@@ -144,6 +144,7 @@ def compare_tasks(
     block_sizes: Sequence[int],
     limit: int | None = None,
     allow_code_execution: bool = False,
+    apply_chat_template: bool = False,
 ) -> dict[str, Any]:
     """Run tasks with AR and with mask diffusion at several thresholds and block sizes.
 
@@ -156,6 +157,7 @@ def compare_tasks(
         block_sizes: Block sizes, at the confidence threshold of `settings`.
         limit: Documents of each task; None for all.
         allow_code_execution: Run code that the model has generated, for tasks that need it.
+        apply_chat_template: Ask questions as turns of a conversation.
 
     Returns:
         The results, ready for JSON. `settings` has a row for each setting, AR first; `tasks` has
@@ -175,6 +177,7 @@ def compare_tasks(
     )
     compared = compared_settings(model.settings, points)
     model.begin(compared)
+    options = {"confirm_run_unsafe_code": allow_code_execution, "apply_chat_template": apply_chat_template}
     rows: list[dict[str, Any]] = []
     documents: list[list[list[list[float]]]] = [[] for _ in compared]  # setting, task that counts, harness task
     for task in tasks:
@@ -182,9 +185,7 @@ def compare_tasks(
         outcomes = []
         for number, each in enumerate(compared):
             model.use(each)
-            results = evaluated(
-                model, task, manager, limit=limit, allow_code_execution=allow_code_execution, with_samples=True
-            )
+            results = evaluated(model, task, manager, limit=limit, options=options, with_samples=True)
             outcomes.append(outcome(results, task))
             metric = outcomes[-1]["metric"]
             larger_is_better = all(found[metric.partition(",")[0]] for found in results["higher_is_better"].values())
@@ -209,6 +210,7 @@ def compare_tasks(
         "tasks": rows,
         "shared": asdict(model.settings),
         "limit": limit,
+        "apply_chat_template": apply_chat_template,
         **facts(folder, started),
     }
 

@@ -41,6 +41,7 @@ def run_tasks(
     settings: HarnessSettings,
     limit: int | None = None,
     allow_code_execution: bool = False,
+    apply_chat_template: bool = False,
 ) -> dict[str, Any]:
     """Run tasks of lm-evaluation-harness.
 
@@ -51,6 +52,7 @@ def run_tasks(
         settings: How the model answers.
         limit: Documents of each task; None for all.
         allow_code_execution: Run code that the model has generated, for tasks that need it.
+        apply_chat_template: Ask questions as turns of a conversation, examples as earlier turns.
 
     Returns:
         The results, ready for JSON.
@@ -60,8 +62,15 @@ def run_tasks(
     """
     started = time.perf_counter()
     model = open_model(TwoTower, folder, settings)
-    rows = [_run_task(model, task, manager, limit=limit, allow_code_execution=allow_code_execution) for task in tasks]
-    return {"tasks": rows, "settings": asdict(model.settings), "limit": limit, **facts(folder, started)}
+    options = {"confirm_run_unsafe_code": allow_code_execution, "apply_chat_template": apply_chat_template}
+    rows = [_run_task(model, task, manager, limit=limit, options=options) for task in tasks]
+    return {
+        "tasks": rows,
+        "settings": asdict(model.settings),
+        "limit": limit,
+        "apply_chat_template": apply_chat_template,
+        **facts(folder, started),
+    }
 
 
 def open_model(kind: type[Model], folder: str | Path, settings: HarnessSettings) -> Model:
@@ -79,6 +88,7 @@ def open_model(kind: type[Model], folder: str | Path, settings: HarnessSettings)
         draft_steps=settings.draft_steps,
         bound_draws=settings.bound_draws,
         seed=settings.seed,
+        prefill_chunk_size=settings.prefill_chunk_size,
     )
 
 
@@ -94,11 +104,11 @@ def facts(folder: str | Path, started: float) -> dict[str, Any]:
 
 
 def _run_task(
-    model: TwoTower, task: HarnessTask, manager: TaskManager, *, limit: int | None, allow_code_execution: bool
+    model: TwoTower, task: HarnessTask, manager: TaskManager, *, limit: int | None, options: Mapping[str, bool]
 ) -> dict[str, Any]:
     """Run one task; returns its row of the table."""
     model.passes, model.new_tokens, model.seconds, started = 0, 0, 0.0, time.perf_counter()
-    results = evaluated(model, task, manager, limit=limit, allow_code_execution=allow_code_execution)
+    results = evaluated(model, task, manager, limit=limit, options=options)
     return {
         "name": task.name,
         "tasks": list(task.tasks),
@@ -119,10 +129,18 @@ def evaluated(
     manager: TaskManager,
     *,
     limit: int | None,
-    allow_code_execution: bool,
+    options: Mapping[str, bool],
     with_samples: bool = False,
 ) -> dict[str, Any]:
-    """What the harness returns of a task, if asked with the metrics of every document.
+    """What the harness returns of a task.
+
+    Args:
+        model: The model that answers.
+        task: The task to run.
+        manager: The index that has it.
+        limit: Documents; None for all.
+        options: Keywords of `simple_evaluate`.
+        with_samples: Whether to return the metrics of every document too.
 
     Raises:
         UserError: The task cannot be run.
@@ -136,7 +154,7 @@ def evaluated(
             limit=limit,
             task_manager=manager,
             log_samples=with_samples,
-            confirm_run_unsafe_code=allow_code_execution,
+            **options,
             random_seed=seed,
             numpy_random_seed=seed,
             torch_random_seed=seed,

@@ -120,6 +120,7 @@ def run(
     limit: int | None = None,
     task_files: Path | None = None,
     allow_code_execution: bool = False,
+    apply_chat_template: bool = False,
     thresholds: Sequence[float] | None = None,
     block_sizes: Sequence[int] | None = None,
     questions: Path | None = None,
@@ -139,6 +140,7 @@ def run(
         limit: Documents of each task; None for all.
         task_files: Folder of further task files.
         allow_code_execution: Run code that the model has generated, for tasks that need it.
+        apply_chat_template: Ask questions as turns of a conversation.
         thresholds: Confidence thresholds to compare with AR.
         block_sizes: Block sizes to compare with AR. If this and `thresholds` are None, the recipe's
             are compared.
@@ -169,7 +171,12 @@ def run(
     with tempfile.TemporaryDirectory() as written:
         facts, folder_of_questions = _questions(setup, questions, written)
         manager = task_manager(tasks, setup.task_files or task_files, metadata=folder_of_questions)
-        common: dict[str, Any] = {"settings": own, "limit": limit, "allow_code_execution": allow_code_execution}
+        common: dict[str, Any] = {
+            "settings": own,
+            "limit": limit,
+            "allow_code_execution": allow_code_execution,
+            "apply_chat_template": apply_chat_template,
+        }
         if any(compare.values()):
             found = compare_tasks(folder, tasks, manager, **compare, **common)
         else:

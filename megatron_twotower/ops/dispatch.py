@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_twotower.common import versions
+from megatron_twotower.ops.context_parallel import ContextRanks
 
 # By package: the module to import.
 MODULES = {
@@ -85,8 +86,43 @@ def _module(package: str) -> ModuleType:
     return importlib.import_module(MODULES[package])
 
 
+# The largest offset of packages that compute offsets in 32 bits.
+MAX_OFFSET = 2**31 - 1
+
+
+def _reach(tensor: Tensor) -> int:
+    """The offset of a tensor's last element from its first, in elements."""
+    return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _too_far(offset: int) -> str | None:
+    return f"offsets up to {offset:,} elements, expected at most {MAX_OFFSET:,}" if offset > MAX_OFFSET else None
+
+
+def mamba_ssm_unsupported(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, *, chunk: int) -> str | None:
+    """`None`, or why mamba-ssm does not take these inputs, in a few words.
+
+    Its kernels multiply the index of a chunk with strides in 32 bits (mamba-ssm 2.3.2.post1,
+    ops/triton/ssd_*.py; github.com/state-spaces/mamba/issues/1015). Beyond that they read and write
+    at wrong addresses, often without an error.
+    """
+    b, l, m, p = x.shape
+    chunks = b * -(-l // chunk)
+    states, scores = chunks * m * p * B.shape[3], chunks * B.shape[2] * chunk**2
+    return _too_far(max(*map(_reach, (x, dt, B, C)), x.numel(), states, scores))
+
+
 def mamba_ssm_chunk_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, chunk: int, documents: Tensor | None = None
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    *,
+    chunk: int,
+    documents: Tensor | None = None,
+    context: ContextRanks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The scan of one stream by mamba-ssm, without gradients.
 
@@ -99,19 +135,29 @@ def mamba_ssm_chunk_scan(
             are (m,).
         chunk: Positions of a chunk.
         documents: (b, l), or `None` for one document.
+        context: As in `ops.scan.chunk_scan`.
 
     Returns:
         y (b, l, m, p) in x's dtype; states (b, ceil(l / chunk), m, p, d) at the start of each chunk
         and the final state (b, m, p, d), both float32.
     """
     ssd = _module("mamba-ssm")
+    sizes = (x.shape[3], B.shape[3])
     with torch.no_grad(), torch.cuda.device_of(x):
+        if context is not None and documents is not None:
+            # To mamba-ssm a start state is one of document 0.
+            documents = documents - documents[:, :1]
         decays, steps = ssd._chunk_cumsum_fwd(dt, A, chunk)
-        added = ssd._chunk_state_fwd(B, x, steps, decays, seq_idx=documents, states_in_fp32=True)
-        states, final = ssd._state_passing_fwd(
-            added.flatten(3), decays[..., -1], seq_idx=documents, chunk_size=chunk, out_dtype=torch.float32
-        )
-        states, final = (t.unflatten(-1, (x.shape[3], B.shape[3])) for t in (states, final))
+        added = ssd._chunk_state_fwd(B, x, steps, decays, seq_idx=documents, states_in_fp32=True).flatten(3)
+        passing = {"seq_idx": documents, "chunk_size": chunk, "out_dtype": torch.float32}
+        states, final = ssd._state_passing_fwd(added, decays[..., -1], **passing)
+        if context is not None:
+            keep = decays[..., -1].sum(-1).exp()
+            if documents is not None:
+                keep = keep * (documents[:, -1:] == 0)
+            initial = context.states_before(final.unflatten(-1, sizes), keep).flatten(2)
+            states, final = ssd._state_passing_fwd(added, decays[..., -1], initial_states=initial, **passing)
+        states, final = (t.unflatten(-1, sizes) for t in (states, final))
         scores = ssd._bmm_chunk_fwd(C, B, chunk, seq_idx=documents, output_dtype=torch.float32)
         y, _ = ssd._chunk_scan_fwd(scores, x, steps, decays, C, states, D=D, seq_idx=documents)
     return y, states, final
@@ -125,13 +171,26 @@ def mamba_ssm_scan(
         return _module("mamba-ssm").mamba_chunk_scan_combined(x, dt, A, B, C, chunk, D=D, seq_idx=documents)
 
 
-def causal_conv1d_unsupported(channels: int, taps: int) -> str | None:
-    """`None`, or why causal-conv1d does not take such a convolution, in a few words."""
+def causal_conv1d_unsupported(channels: int, taps: int, *, reach: int = 0) -> str | None:
+    """`None`, or why causal-conv1d does not take such a convolution, in a few words.
+
+    Its offsets are 32-bit (csrc/causal_conv1d.h, index_t).
+
+    Args:
+        channels: The number of channels.
+        taps: The width of the filter.
+        reach: The largest offset in the input or the output.
+    """
     if channels % 8:
         return f"{channels} channels, expected a multiple of 8"
     if not 2 <= taps <= 4:
         return f"{taps} taps, expected 2 to 4"
-    return None
+    return _too_far(reach)
+
+
+def causal_conv1d_takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether causal-conv1d takes inputs x (b, l, c) and weight (c, k)."""
+    return causal_conv1d_unsupported(*weight.shape, reach=max(_reach(x), x.numel())) is None
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, *, documents: Tensor | None = None) -> Tensor:

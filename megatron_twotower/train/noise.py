@@ -6,18 +6,21 @@ micro-batch, after any resume, on CPU and on CUDA, and no generator has a state 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_twotower.common.keyed_random import keyed_uniform
+from megatron_twotower.config.context_split import COMPLETE
 from megatron_twotower.config.schema import NoiseConfig
+from megatron_twotower.ops.context_parallel import rows_of_stretches
 from megatron_twotower.types import Batch, NoisyBatch
 
 # Purposes: separate streams of numbers with one seed. The purposes of consecutive draws of a
 # sequence differ by `_DRAW`.
-_TIMES, _MASKS, _STRATA = 1, 2, 3
+_TIMES, _MASKS, _STRATA, _COUNTS = 1, 2, 3, 4
 _DRAW = 16
 
 # The list of scored positions is padded to a multiple of this: few shapes for the head, and full
@@ -55,7 +58,9 @@ def sample_times(batch: Batch, noise: NoiseConfig, *, seed: int, draw: int = 0) 
     return (noise.time_max - uniform * (noise.time_max - noise.time_min)).to(torch.float32)
 
 
-def corrupt(batch: Batch, noise: NoiseConfig, *, seed: int, times: Tensor | None = None) -> NoisyBatch:
+def corrupt(
+    batch: Batch, noise: NoiseConfig, *, seed: int, times: Tensor | None = None, stretches: Sequence[slice] = COMPLETE
+) -> NoisyBatch:
     """Replace each token by the mask token with probability t, the noise level of its block.
 
     There are `noise.draws_per_context` draws.
@@ -66,13 +71,28 @@ def corrupt(batch: Batch, noise: NoiseConfig, *, seed: int, times: Tensor | None
         seed: Seed of levels and masks.
         times: (b, n) or (b, 1) float32 noise levels instead of sampled ones; then there is one
             draw.
+        stretches: The positions that this rank has of each sequence (`config.context_split`). Other
+            tokens of the batch are not used.
     """
     if times is not None:
         levels = [times]
     else:
-        levels = [sample_times(batch, noise, seed=seed, draw=draw) for draw in range(noise.draws_per_context)]
+        levels = [_draw_times(batch, noise, seed, draw) for draw in range(noise.draws_per_context)]
     masked = [_mask(batch, noise, seed, draw, each) for draw, each in enumerate(levels)]
-    return noisy_batch(batch, torch.cat(masked), torch.cat(levels), noise)
+    return noisy_batch(batch, torch.cat(masked), torch.cat(levels), noise, stretches)
+
+
+def _is_second(noise: NoiseConfig, draw: int) -> bool:
+    """Whether a draw follows from the one before it."""
+    return noise.paired_draws != "independent" and draw % 2 == 1
+
+
+def _draw_times(batch: Batch, noise: NoiseConfig, seed: int, draw: int) -> Tensor:
+    """The noise levels of one draw, as `sample_times` samples them or as its pair has them."""
+    if not _is_second(noise, draw):
+        return sample_times(batch, noise, seed=seed, draw=draw)
+    first = sample_times(batch, noise, seed=seed, draw=draw - 1)
+    return first if noise.paired_draws == "mirrored" else noise.time_min + noise.time_max - first
 
 
 def _mask(batch: Batch, noise: NoiseConfig, seed: int, draw: int, times: Tensor) -> Tensor:
@@ -81,39 +101,76 @@ def _mask(batch: Batch, noise: NoiseConfig, seed: int, draw: int, times: Tensor)
     blocks = torch.arange(length // noise.block_size_tokens, device=device).unsqueeze(-1)
     offsets = torch.arange(noise.block_size_tokens, device=device)
     epochs, samples = (key.reshape(-1, 1, 1) for key in (batch.epochs, batch.samples))
-    uniform = keyed_uniform(seed, _MASKS + _DRAW * draw, epochs, samples, blocks, offsets)
-    return (uniform < times.unsqueeze(-1)).reshape(-1, length)
+    second, levels = _is_second(noise, draw), times.unsqueeze(-1).to(torch.float64)
+
+    def uniform(purpose: int, *keys: Tensor) -> Tensor:
+        numbers = keyed_uniform(seed, purpose + _DRAW * (draw - second), epochs, samples, blocks, *keys)
+        return 1.0 - numbers if second else numbers
+
+    if noise.mask_counts == "random":
+        return (uniform(_MASKS, offsets) < levels).reshape(-1, length)
+    counts = (levels * noise.block_size_tokens + uniform(_COUNTS)).floor()
+    if noise.mask_counts == "at_least_one":
+        counts = counts.clamp(min=1)
+    # The masked positions are the first of a race, in which a position wins with odds in proportion
+    # to its weight.
+    times_of_arrival = -torch.log1p(-uniform(_MASKS, offsets)) * torch.exp(-noise.late_bias * (1 - levels) * offsets)
+    places = times_of_arrival.argsort(dim=-1).argsort(dim=-1)
+    return (places < counts).reshape(-1, length)
 
 
-def noisy_batch(batch: Batch, masked: Tensor, times: Tensor, noise: NoiseConfig) -> NoisyBatch:
+def noisy_batch(
+    batch: Batch, masked: Tensor, times: Tensor, noise: NoiseConfig, stretches: Sequence[slice] = COMPLETE
+) -> NoisyBatch:
     """Apply a mask to clean sequences. Padding is masked like other tokens, and not scored.
+
+    With `batch.scored`, other positions are neither masked nor scored: they stand clean in both
+    streams, padding too.
 
     Args:
         batch: The clean sequences.
         masked: (r b, l) bool.
         times: (r b, n) or (r b, 1) float32 noise levels.
         noise: The settings of the noise.
+        stretches: As in `corrupt`.
     """
     draws = len(masked) // len(batch.tokens)
     real = torch.ones_like(masked) if batch.padding is None else ~batch.padding.repeat(draws, 1)
+    if batch.scored is not None:
+        real = real & batch.scored.repeat(draws, 1)
+        masked = masked & real
     scored = masked & real
-    positions = scored.flatten().nonzero().squeeze(-1)
     noisy = batch.tokens.repeat(draws, 1).masked_fill(masked, noise.mask_token_id)
-    scored_positions = F.pad(positions, (0, -len(positions) % SCORED_MULTIPLE))
     shares = teacher_shares(batch, masked, noise) if noise.distils else None
+
+    def rows(tensor: Tensor) -> Tensor:
+        return rows_of_stretches(tensor, stretches)
+
+    positions = rows(scored).flatten().nonzero().squeeze(-1)
+    scored_positions = F.pad(positions, (0, -len(positions) % SCORED_MULTIPLE))
     return NoisyBatch(
-        tokens=batch.tokens,
-        noisy=noisy,
-        times=times,
+        tokens=rows(batch.tokens),
+        noisy=rows(noisy),
+        times=_times_of_rows(times, stretches, block=noise.block_size_tokens),
         scored_positions=scored_positions,
         num_scored=torch.tensor(len(positions), dtype=torch.int32),
-        num_tokens=real.sum(dtype=torch.int32),
+        num_tokens=rows(real).sum(dtype=torch.int32),
         block=noise.block_size_tokens,
-        documents=batch.documents,
-        padding=batch.padding,
+        documents=None if batch.documents is None else rows(batch.documents),
+        padding=None if batch.padding is None else rows(batch.padding),
+        sequence_documents=None if stretches == COMPLETE else batch.documents,
         sequence_weights=(real if noise.weighting == "elbo" else scored).sum(dim=1, dtype=torch.float32),
-        teacher_shares=None if shares is None else shares.flatten()[scored_positions],
+        teacher_shares=None if shares is None else rows(shares).flatten()[scored_positions],
     )
+
+
+def _times_of_rows(times: Tensor, stretches: Sequence[slice], *, block: int) -> Tensor:
+    """Noise levels (r b, n) or (r b, 1) of sequences -> of rows."""
+    if stretches == COMPLETE:
+        return times
+    if times.shape[1] == 1:
+        return times.repeat_interleave(len(stretches), dim=0)
+    return rows_of_stretches(times, [slice(part.start // block, part.stop // block) for part in stretches])
 
 
 def teacher_shares(batch: Batch, masked: Tensor, noise: NoiseConfig) -> Tensor:

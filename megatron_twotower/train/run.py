@@ -33,7 +33,7 @@ from megatron_twotower.convert.tensors import TensorSource
 from megatron_twotower.data import mask_token
 from megatron_twotower.data.blend import BlendedDataset
 from megatron_twotower.data.dataset import SequenceDataset, batches, global_batch, rank_slice, split_batch
-from megatron_twotower.data.sources import data_summary, open_training, open_validation
+from megatron_twotower.data.sources import data_summary, open_training, open_validation, reading_only
 from megatron_twotower.doctor import diagnose, one_line_summary
 from megatron_twotower.mcore import parallel
 from megatron_twotower.mcore.optimizer_state import optimizer_shards
@@ -45,7 +45,7 @@ from megatron_twotower.plan.activations import bytes_by_kind
 from megatron_twotower.train import checkpoints, ledger
 from megatron_twotower.train.agreement import check_ranks_agree, own_run_folder
 from megatron_twotower.train.garbage import collected_together
-from megatron_twotower.train.loop import LoopHooks, Trainer, train
+from megatron_twotower.train.loop import LoopHooks, Trainer, stretches_of_rank, train
 from megatron_twotower.train.metrics import Metrics, open_metrics, wandb_settings
 from megatron_twotower.train.optimizer import build_optimizer, build_schedule
 from megatron_twotower.train.progress import TrainingProgress
@@ -97,6 +97,26 @@ def backbone_fingerprint(config: RunConfig) -> str | None:
     if not backbone:
         return None
     return parallel.from_main(lambda: hf_folder.fingerprint(backbone))
+
+
+def denoiser_fingerprint(run: Path, config: RunConfig, *, backbone: str | None) -> str | None:
+    """Return the SHA-256 of `init.denoiser`; `None` without one. The first rank calls this.
+
+    A run that resumes keeps what it has written down: its denoiser is in the checkpoint, and the
+    folder may be gone.
+
+    Args:
+        run: The run folder.
+        config: The configuration of the run.
+        backbone: The fingerprint of `init.backbone`, which may be the same folder.
+    """
+    denoiser = config.init.denoiser
+    if denoiser is None or denoiser == config.init.backbone:
+        return backbone if denoiser else None
+    before = run_folder.read_provenance(run)
+    if before.get("denoiser") == denoiser and before.get("denoiser_sha256"):
+        return str(before["denoiser_sha256"])
+    return hf_folder.fingerprint(denoiser) if Path(denoiser).is_dir() else None
 
 
 def build_model(
@@ -211,7 +231,7 @@ def _train_in(
     _check_cursor(config, progress)
     stream = _training_stream(config, dataset, groups, progress.cursor)
     _write_run_files(run, config, model, data)
-    _print_summary(config)
+    _print_summary(config, model.fingerprint)
     with contextlib.ExitStack() as resources:
         metrics = resources.enter_context(_open_metrics(run, config, progress))
         saver = checkpoints.CheckpointSaver(
@@ -308,8 +328,14 @@ def _validation_batches(config: RunConfig, groups: ProcessGroupCollection) -> li
         return []
     count = config.train.validation_sequences
     dataset = parallel.checked_by_main(lambda examine: open_validation(config, count, examine=examine))
-    first, share = rank_slice(0, count, rank=groups.dp_cp.rank(), world=groups.dp_cp.size())
-    return split_batch(global_batch(dataset, first=first, count=share), config.data.micro_batch_size)
+    first, share = rank_slice(0, count, rank=groups.dp.rank(), world=groups.dp.size())
+    own = _read_by_rank(dataset, config, groups)
+    return split_batch(global_batch(own, first=first, count=share), config.data.micro_batch_size)
+
+
+def _read_by_rank(dataset: Dataset, config: RunConfig, groups: ProcessGroupCollection) -> Dataset:
+    """Return what this rank reads of a dataset: of each sequence its own stretches."""
+    return reading_only(dataset, stretches_of_rank(config.data.sequence_length_tokens, groups))
 
 
 def _training_data(config: RunConfig) -> Dataset:
@@ -322,12 +348,12 @@ def _training_stream(
 ) -> Iterator[tuple[list[Batch], int]]:
     data = config.data
     return batches(
-        dataset,
+        _read_by_rank(dataset, config, groups),
         cursor=cursor,
         global_batch_size=data.global_batch_size,
         micro_batch_size=data.micro_batch_size,
-        rank=groups.dp_cp.rank(),
-        world=groups.dp_cp.size(),
+        rank=groups.dp.rank(),
+        world=groups.dp.size(),
         workers=data.prefetch_workers,
         depth=data.prefetch_batches,
     )
@@ -351,15 +377,21 @@ def _write_run_files(run: Path, config: RunConfig, model: TrainedModel, data: di
         ranks=parallel.world_size(),
         backbone=config.init.backbone,
         fingerprint=model.fingerprint,
+        denoiser=config.init.denoiser,
+        denoiser_fingerprint=denoiser_fingerprint(run, config, backbone=model.fingerprint),
     )
     facts["data"] = data
     facts["roles"] = {role.role: role.implementation for role in diagnose(config)}
     run_folder.write_start(run, config=recipes.to_yaml(config), facts=facts)
 
 
-def _print_summary(config: RunConfig) -> None:
+def _print_summary(config: RunConfig, fingerprint: str | None) -> None:
     """Print what is trained, from which weights and on what, on the first rank."""
-    if parallel.is_main() and config.logging.console:
+    if not parallel.is_main():
+        return
+    if other := initial_weights.other_context(config, fingerprint):
+        logging.getLogger(__name__).warning("%s; it is trained with that of %s now", other, config.init.backbone)
+    if config.logging.console:
         start = config.init.backbone or f"random weights, seed {config.seed}"
         summary = f"[bold]{config.objective}[/bold] from {start}; {one_line_summary()}"
         Console().print(summary, highlight=False, soft_wrap=True)
