@@ -35,6 +35,7 @@ CALLS = {
     "data conversations": (["--output", "o"], {"data.library_conversations:write_library_conversations": 3}),
     "data inspect": (["d"], {"data.inspect:inspect": None}),
     "data verify": (["d"], {"data.verify:verify": []}),
+    "data questions": (["--output", "o"], {"evaluate.code_documents:write_documents": {}}),
     "convert import": (
         ["--from", "a", "--to", "b"],
         {"convert.import_run:import_folder": SimpleNamespace(objective="ar")},
