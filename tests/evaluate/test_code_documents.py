@@ -96,6 +96,8 @@ def test_brackets_are_those_of_code(source):
 def test_indents_are_those_after_a_block(source):
     found = places("indents", source)
     after = {MODULE[place:].split("\n")[0].strip(): answer for place, answer in found}
+    with_empty_line = Source("a.py", MODULE.replace("            return 1\n", "            return 1\n\n"))
+    assert len(list(KINDS["indents"](with_empty_line))) == len(found) - 1
     assert after == {"else:": " " * 8, 'limit = LIMIT["second"]': " " * 4, "return 0": " " * 8}
 
 
@@ -156,6 +158,9 @@ def test_packages_take_turns_and_the_same_seed_gives_the_same_files(packages, tm
     assert len({row["source"] for row in rows[:6]}) == 6, "all modules before one again"
     assert not [row for row in rows if "test" in row["source"] or "broken" in row["source"]]
     assert len(code_documents_of["one"]["signatures"].splitlines()) == 6, "there are no more"
+    code_documents.write_documents(tmp_path / "all", packages=packages, count=1000)
+    rows = (tmp_path / "all" / "next_lines.jsonl").read_text().splitlines()
+    assert 12 < len(rows) == len(set(rows)) < 1000
 
 
 def test_mistakes_are_one_line_and_write_nothing(packages, tmp_path):
