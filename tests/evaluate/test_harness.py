@@ -451,9 +451,7 @@ def test_tasks_are_asked_as_turns_if_wanted(chat_folder, task_files, monkeypatch
     manager = task_runner.task_manager(task, task_files)
     for wanted in (True, False):
         prompts.clear()
-        found = task_runner.run_tasks(
-            chat_folder, task, manager, settings=settings, apply_chat_template=wanted
-        )
+        found = task_runner.run_tasks(chat_folder, task, manager, settings=settings, apply_chat_template=wanted)
         assert found["apply_chat_template"] is wanted
         assert len(prompts) == 4 and all(prompt.startswith("<s>[user]") is wanted for prompt in prompts)
 
