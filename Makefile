@@ -25,6 +25,8 @@ export TOKENIZERS_PARALLELISM ?= true
 
 BIN := $(VENV)/bin
 TWOTOWER := $(BIN)/twotower
+# Python compiles a module at its first import; pip would compile all eighteen thousand.
+PIP_INSTALL := $(BIN)/python -m pip install -qq --no-compile
 
 .PHONY: help install train report bench speed sft soak test test-slow test-gpu test-te test-mamba test-transformers test-releases test-slurm check format backbone bytes clean
 
@@ -40,14 +42,14 @@ $(VENV)/.installed: setup.py
 	@echo "installing into $(VENV), once (about 2 minutes) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "  torch ..."
-	@$(BIN)/python -m pip install -qq $(TORCH)
+	@$(PIP_INSTALL) $(TORCH)
 	@echo "  megatron-twotower and what it needs ..."
-	@$(BIN)/python -m pip install -qq --editable .
+	@$(PIP_INSTALL) --editable .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "  tools for tests and checks ..."
-	@$(BIN)/python -m pip install -qq --editable '.[dev]'
+	@$(PIP_INSTALL) --editable '.[dev]'
 	@touch $@
 
 # The main job: from text to a two-tower model that generates. Each step is done once. A run that

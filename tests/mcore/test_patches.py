@@ -34,6 +34,13 @@ def test_with_a_device_only_what_fails_on_every_device_is_patched():
     assert float(done.stdout.split()[-1]) == 24.0
 
 
+def test_a_start_does_not_import_wandb():
+    """It takes a second, and a run that wants it can still import it."""
+    code = "import sys, megatron_twotower.train.run; assert 'wandb' not in sys.modules; import wandb; print(wandb.init)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "function init" in done.stdout, done.stderr
+
+
 def test_a_torch_that_is_not_accepted_is_refused_before_anything_is_imported(monkeypatch):
     monkeypatch.setitem(versions.ACCEPTED, "torch", ">=99")
     with pytest.raises(UserError, match=r"^torch: found .*, expected >=99$"):
