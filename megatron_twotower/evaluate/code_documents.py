@@ -147,7 +147,7 @@ def indents(source: Source) -> Iterator[Question]:
             continue
         row, line_start = following.start[0], source.line_starts[following.start[0]]
         prompt = source.before(line_start)
-        if prompt and row == token.start[0] + 1 and following.start[1]:
+        if prompt and following.start[1]:
             yield Question(prompt, " " * following.start[1])
 
 
