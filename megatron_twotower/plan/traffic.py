@@ -83,9 +83,9 @@ def group_sizes(layout: Layout) -> dict[str, int]:
 def crosses_nodes(group: str, layout: Layout, accelerator: Accelerator) -> bool:
     """Whether a group of this kind has ranks on several nodes.
 
-    Megatron numbers tensor-parallel ranks consecutively, then context-parallel ranks; of experts
-    the ranks that split them, then expert-parallel ranks. The ranks of data-parallel groups and of
-    a pipeline are far apart.
+    Megatron numbers tensor-parallel ranks consecutively, then context-parallel ranks. For experts
+    it numbers those that split an expert, then expert-parallel ranks. The ranks of data-parallel
+    groups and of a pipeline are far apart.
     """
     sizes = group_sizes(layout)
     spans = sizes | {"expert": layout.expert * layout.expert_tensor, "context": layout.context * layout.tensor}

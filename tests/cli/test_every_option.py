@@ -67,6 +67,8 @@ CALLS = {
     "bench step --quick": ([], {"bench.step:run": None}),
     "bench context": ([], {"bench.context:run": None}),
     "bench context --quick": ([], {"bench.context:run": None}),
+    "bench prefill": (MODEL, {"bench.prefill:run": None}),
+    "bench prefill --quick": (MODEL, {"bench.prefill:run": None}),
     "bench gpu": ([], {"bench.gpu.command:run": True}),
     "bench gpu --quick": ([], {"bench.gpu.command:run": True}),
     "bench generate": (MODEL, {"bench.generate:run": None}),

@@ -439,6 +439,23 @@ def test_the_harness_makes_chats_with_begun_turns(chat_folder, task_files, monke
     assert all(ids[0] == BOS and ids.count(EOS) == 1 for ids in prompts)
 
 
+def test_tasks_are_asked_as_turns_if_wanted(chat_folder, task_files, monkeypatch):
+    prompts, write = [], TwoTower.write
+
+    def recording(self, rows, answer):
+        prompts.extend(self.tokenizer.decode(row) for row in rows)
+        return write(self, rows, answer)
+
+    monkeypatch.setattr(TwoTower, "write", recording)
+    settings, task = HarnessSettings(mode="ar"), [HarnessTask("write", ("tiny_write",), 0)]
+    manager = task_runner.task_manager(task, task_files)
+    for wanted in (True, False):
+        prompts.clear()
+        found = task_runner.run_tasks(chat_folder, task, manager, settings=settings, apply_chat_template=wanted)
+        assert found["apply_chat_template"] is wanted
+        assert len(prompts) == 4 and all(prompt.startswith("<s>[user]") is wanted for prompt in prompts)
+
+
 def test_mistakes_in_tasks_are_one_line(folder, task_files, tmp_path, capsys, monkeypatch):
     # Without the harness's own tasks, which are thousands of files.
     own_files = functools.partial(task_runner.TaskManager, include_defaults=False)
