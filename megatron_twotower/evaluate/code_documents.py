@@ -145,9 +145,8 @@ def indents(source: Source) -> Iterator[Question]:
         following = tokens[number + 1]
         if token.type != tokenize.NEWLINE or following.type != tokenize.DEDENT:
             continue
-        row, line_start = following.start[0], source.line_starts[following.start[0]]
-        prompt = source.before(line_start)
-        if prompt and row == token.start[0] + 1 and following.start[1]:
+        prompt = source.before(source.line_starts[following.start[0]])
+        if prompt and following.start[1]:
             yield Question(prompt, " " * following.start[1])
 
 
