@@ -47,7 +47,7 @@ ONLY_IN = {
     "fsspec": {"data.remote"},
     "pyarrow": {"data"},
     "zstandard": {"data"},
-    "lm_eval": {"evaluate.harness", "evaluate.task_runner"},
+    "lm_eval": {"evaluate.harness", "evaluate.task_runner", "evaluate.comparison"},
     # A folder that imports Megatron Core imports `mcore` first, in its `__init__`.
     "megatron": {"mcore", "model", "checkpoint", "train", "doctor", "bench.data"},
 }

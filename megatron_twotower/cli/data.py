@@ -1,4 +1,4 @@
-"""The commands of `data`: tokenizer, prepare, inspect, verify."""
+"""The commands of `data`: tokenizer, prepare, conversations, inspect, verify, questions."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_twotower.cli.command import Command, Group
+from megatron_twotower.cli.command import Command, Group, Idle
 from megatron_twotower.cli.options import COUNT, add_number, add_options, arguments_for, option
 
 # What `tokenizer` and `prepare` both read: parameters of `data.prepare.prepare`.
@@ -31,7 +31,13 @@ PREPARE = {
     "deduplicate": option("keep repeated documents", "--no-dedup", dest="deduplicate"),
     "bos": option("begin each document with BOS", choices=MARKS),
     "eos": option("end each document with EOS", choices=MARKS),
+    "chat": option("records are conversations, rendered by the chat template; answers alone are scored"),
+    "chat_template": option("file with the chat template, in place of that of the tokenizer", metavar="FILE"),
 }
+IDLE = (
+    Idle(("--text-field", "--suffixes", "--bos", "--eos"), lambda found: found.chat, "--chat"),
+    Idle(("--chat-template",), lambda found: not found.chat, "no --chat"),
+)
 
 
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +74,23 @@ def _prepare(arguments: argparse.Namespace) -> int:
     with corpus_bars() as report:
         summary = prepare(**arguments_for(TEXT | PREPARE, arguments), progress=report)
     print(json.dumps(summary, indent=1))
+    return 0
+
+
+CONVERSATIONS = {"output": option("JSON lines to write")}
+
+
+def _add_conversations(parser: argparse.ArgumentParser) -> None:
+    from megatron_twotower.data.library_conversations import write_library_conversations
+
+    add_options(parser, write_library_conversations, CONVERSATIONS)
+
+
+def _conversations(arguments: argparse.Namespace) -> int:
+    from megatron_twotower.data.library_conversations import write_library_conversations
+
+    count = write_library_conversations(**arguments_for(CONVERSATIONS, arguments))
+    print(f"{arguments.output}: {count:,} conversations")
     return 0
 
 
@@ -118,6 +141,27 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 2 if problems else 0
 
 
+QUESTIONS = {
+    "output": option("folder to write"),
+    "packages": option("installed packages to cut them from; those that are not installed are left out"),
+    "count": option("questions of each kind, at most", **COUNT),
+    "seed": option("seed of the choice", at_least=0),
+}
+
+
+def _add_questions(parser: argparse.ArgumentParser) -> None:
+    from megatron_twotower.evaluate.code_documents import write_documents
+
+    add_options(parser, write_documents, QUESTIONS)
+
+
+def _questions(arguments: argparse.Namespace) -> int:
+    from megatron_twotower.evaluate.code_documents import write_documents
+
+    print(json.dumps(write_documents(**arguments_for(QUESTIONS, arguments)), indent=1))
+    return 0
+
+
 GROUP = Group(
     "data",
     "make a tokenizer, prepare shards",
@@ -135,9 +179,18 @@ GROUP = Group(
             (
                 "twotower data prepare --input texts/ more.jsonl.zst --tokenizer runs/tokenizer "
                 "--output runs/data --workers 16",
+                "twotower data prepare --chat --input chats.jsonl --tokenizer my/instruct --output runs/chats",
             ),
             _add_prepare,
             _prepare,
+            idle=IDLE,
+        ),
+        Command(
+            "conversations",
+            "write conversations about Python's standard library, for small runs",
+            ("twotower data conversations --output runs/sft/library.jsonl",),
+            _add_conversations,
+            _conversations,
         ),
         Command(
             "inspect",
@@ -152,6 +205,13 @@ GROUP = Group(
             ("twotower data verify runs/data --tokenizer recipes/backbones/small",),
             _add_verify,
             _verify,
+        ),
+        Command(
+            "questions",
+            "cut questions about Python source from installed packages (evaluate --tasks code_small)",
+            ("twotower data questions --output runs/questions --packages networkx rich --count 200",),
+            _add_questions,
+            _questions,
         ),
     ),
 )

@@ -379,13 +379,23 @@ def generate(
     mode: str = "mask_diffusion",
     settings: GenerationSettings = GenerationSettings(),
     callbacks: Callbacks = NO_CALLBACKS,
+    recognised: Collection[str] = (),
 ) -> Generation:
     """Continue one prompt, up to an end-of-text token of the folder.
+
+    Args:
+        model: Two-tower model.
+        tokenizer: The tokenizer of the model.
+        prompt: Text to continue.
+        mode: One of `MODES`.
+        settings: How to generate.
+        callbacks: Functions to call while text is generated.
+        recognised: As in `text_encoder`, for a rendered conversation.
 
     Raises:
         UserError: An empty prompt, an unknown mode, or a setting out of range.
     """
-    ids = text_encoder(tokenizer)([prompt])[0]
+    ids = text_encoder(tokenizer, recognised=recognised)([prompt])[0]
     if not ids:
         raise UserError("prompt: found no text, expected at least one token")
     inputs = torch.tensor([ids], device=model.context_tower.device)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from megatron_twotower.config.idle import refuse_idle
 from megatron_twotower.config.phases import resolve_phases
 from megatron_twotower.config.recipes import load_recipe, recipes_folder
 from megatron_twotower.config.validation import validate
@@ -32,6 +33,16 @@ def test_every_phase_is_valid_on_every_layout_at_its_ranks(recipe, layout):
     assert (config.parallel.card, config.parallel.ranks) == (card, int(ranks))
     validate(config, world_size=int(ranks))
     assert config.train.validation_sequences % (config.data.micro_batch_size * int(ranks)) == 0, "whole batches"
+
+
+@pytest.mark.parametrize("layout", ["h100x8", "h100x64", "h200x8"])
+def test_instruction_tuning_of_the_real_model_is_valid(layout):
+    config = nano("nano_30b_a3b_sft", layout)
+    validate(config, world_size=config.parallel.ranks)
+    refuse_idle(config)
+    assert config.init.backbone != config.init.denoiser, "a post-trained context tower under the base denoiser"
+    assert config.model == nano(PHASES[0]).model and not config.phases
+    assert config.data.documents == "respect" and config.schedule.warmup_steps < 50
 
 
 def test_a_layout_changes_the_hardware_and_nothing_of_the_objective():
