@@ -16,6 +16,7 @@ import os
 import platform
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -97,7 +98,7 @@ def _connected(address: str, *, workers: int | None, gpus: int) -> Any:
     """
     if address.startswith("ray://"):
         raise UserError(f"{address}: found a Ray client address, expected HOST:PORT of the cluster (6379 by default)")
-    if address == LOCAL_ADDRESS:
+    if address == LOCAL_ADDRESS and "ray" not in sys.modules:  # Ray reads these when it is imported
         os.environ.update(
             RAY_USAGE_STATS_ENABLED="0",
             # Ray's own way to keep to the loopback interface, where it does not support clusters.
@@ -105,10 +106,14 @@ def _connected(address: str, *, workers: int | None, gpus: int) -> Any:
             RAY_AUTH_MODE="token",
             RAY_AUTH_TOKEN=secrets.token_hex(32),
         )
-    elif address != "auto":
+    elif address not in (LOCAL_ADDRESS, "auto"):
         _check_port(address)
     import ray
+    import ray._private.worker
 
+    # ray/_private/worker.py (2.60) prints ten lines on standard output for each worker that dies,
+    # whatever `log_to_driver` says. `_Pool` says it in one, on standard error.
+    ray._private.worker.print_to_stdstream = lambda *arguments, **keywords: None
     cores = workers or len(os.sched_getaffinity(0))
     own: dict[str, Any] = {"num_cpus": cores, "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
     try:
@@ -240,6 +245,7 @@ class _Pool:
                 self._look_for_room()
                 self._hand_out(queue, running, sent)
                 if not running and (numbered := queue.take()) is None:
+                    counts.report([])
                     return
                 if not running:
                     queue.give_back(*numbered)  # no worker is ready
@@ -252,6 +258,7 @@ class _Pool:
                     try:
                         error, result, counted = self._ray.get(ref)
                     except self._lost as death:
+                        logging.getLogger(__name__).warning("ray: a worker was lost, its tasks are done again")
                         self._drop(actor)
                         for lost in [other for other, (its, _, _) in running.items() if its is actor]:
                             queue.give_back(*running.pop(lost)[1:])
@@ -270,7 +277,8 @@ class _Pool:
                     counts.add(counted)
                     queue.finish(number)
                     yield task, result
-                counts.report(self._actors)
+                if counts.due():
+                    counts.report(self._actors)
         finally:
             if running:  # an error, or the caller has enough
                 self.end()
@@ -347,10 +355,12 @@ class _Counts:
         """Add the counts of a finished task."""
         self._finished = [one + other for one, other in zip(self._finished, counted, strict=True)]
 
+    def due(self) -> bool:
+        """Whether a second has passed since the last report."""
+        return time.monotonic() - self._last >= _COUNT_SECONDS
+
     def report(self, actors: Sequence[_Actor]) -> None:
-        """Ask all workers, and report what they have answered, every second."""
-        if time.monotonic() - self._last < _COUNT_SECONDS:
-            return
+        """Report what workers have answered, and ask them again."""
         self._last = time.monotonic()
         if self._asked:
             answered, _ = self._ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0)
