@@ -48,6 +48,8 @@ EXTRAS = {
     "data": ["pyarrow>=14", "zstandard>=0.22"],
     # Tasks of lm-evaluation-harness: `twotower evaluate --tasks`.
     "eval": ["lm-eval>=0.4.9"],
+    # `--engine ray`: preparing data, generation and evaluation on a cluster.
+    "cluster": ["ray>=2.52,<3"],
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.5",
@@ -59,6 +61,7 @@ EXTRAS = {
         "mypy>=1.13",
         "pyarrow>=14",
         "zstandard>=0.22",
+        "ray>=2.52,<3",
         "triton; platform_system == 'Linux'",  # its interpreter runs the kernels on a CPU
     ],
 }

@@ -48,6 +48,7 @@ ONLY_IN = {
     "pyarrow": {"data"},
     "zstandard": {"data"},
     "lm_eval": {"evaluate.harness", "evaluate.task_runner"},
+    "ray": {"common.ray_engine"},
     # A folder that imports Megatron Core imports `mcore` first, in its `__init__`.
     "megatron": {"mcore", "model", "checkpoint", "train", "doctor", "bench.data"},
 }

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from megatron_twotower.cli.command import Command, Idle
+from megatron_twotower.cli.engine import ENGINE_FLAGS, ONE_PROCESS_IDLE, add_engine, one_process_settings
 from megatron_twotower.cli.options import COUNT, add_options, arguments_for, option
 from megatron_twotower.common.errors import UserError
 
@@ -31,7 +32,8 @@ BATCHING = {"batch_size": option("prompts in a batch, with --prompts", **COUNT)}
 
 # The options of one mode are accepted with another one: a comparison of modes has one command line.
 IDLE = (
-    Idle(("--batch-size",), lambda found: found.prompts is None, "--prompt"),
+    Idle(("--batch-size", *ENGINE_FLAGS), lambda found: found.prompts is None, "--prompt"),
+    *ONE_PROCESS_IDLE,
     Idle(("--top-k", "--top-p", "--seed"), lambda found: found.temperature == 0, "--temperature 0"),
 )
 
@@ -76,6 +78,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="JSON lines for --prompts, in their order; an interrupted run resumes",
     )
     add_options(parser, BatchingSettings, BATCHING)
+    add_engine(parser)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -105,6 +108,7 @@ def _run(arguments: argparse.Namespace) -> int:
         settings=settings,
         batching=prompt_file.BatchingSettings(**arguments_for(BATCHING, arguments)),
         devices=arguments.device,
+        engine=one_process_settings(arguments),
     )
 
 
@@ -114,6 +118,8 @@ COMMAND = Command(
     (
         "twotower generate --model runs/model --prompt 'def main():' --mode all --html replay.html",
         "twotower generate --model runs/model --prompts prompts.jsonl --output texts.jsonl --batch-size 32",
+        "twotower generate --model /shared/model --prompts prompts.jsonl --output texts.jsonl --engine ray "
+        "--address head:6379 --device cuda",
     ),
     _add_options,
     _run,

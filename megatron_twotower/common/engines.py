@@ -48,11 +48,11 @@ class Needs:
     Attributes:
         files: Small files that each node must have with the same content as here. They show that
             the file system is shared.
-        gpus: GPUs of a worker.
+        gpus: GPUs of a worker on Ray; None for one, if the cluster has any.
     """
 
     files: Sequence[Path] = ()
-    gpus: int = 0
+    gpus: int | None = 0
 
 
 @contextlib.contextmanager

@@ -53,7 +53,9 @@ def program() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def ray_engine(address: str | None, *, workers: int | None, files: Sequence[Path], gpus: int) -> Iterator[Engine]:
+def ray_engine(
+    address: str | None, *, workers: int | None, files: Sequence[Path], gpus: int | None
+) -> Iterator[Engine]:
     """Yields an engine on a Ray cluster.
 
     Args:
@@ -70,7 +72,9 @@ def ray_engine(address: str | None, *, workers: int | None, files: Sequence[Path
         raise UserError(f"ray: not installed, expected for --engine ray ({INSTALL})")
     require_fit("ray")
     address = address or os.environ.get("RAY_ADDRESS") or LOCAL_ADDRESS
-    ray = _connected(address, workers=workers, gpus=gpus)
+    ray = _connected(address, workers=workers)
+    if gpus is None:
+        gpus = int(ray.cluster_resources().get("GPU", 0) >= 1)
     pool = _Pool(ray, workers=workers, gpus=gpus, program=program(), files=_checksums(files))
     try:
         if not pool.room():
@@ -90,7 +94,7 @@ def _checksums(files: Sequence[Path]) -> dict[str, str]:
 # --- the cluster ---
 
 
-def _connected(address: str, *, workers: int | None, gpus: int) -> Any:
+def _connected(address: str, *, workers: int | None) -> Any:
     """The module `ray`, connected to a cluster.
 
     Raises:

@@ -3,6 +3,7 @@
 `tasks` is the command around it, `harness` the model that answers.
 """
 
+import contextlib
 import hashlib
 import json
 import tempfile
@@ -17,11 +18,19 @@ import yaml  # type: ignore[import-untyped]
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
+from megatron_twotower.common.engines import ONE_PROCESS, EngineSettings
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.machine import machine
+from megatron_twotower.config.hf_config import read_hf_config
+from megatron_twotower.evaluate.answering import model_elsewhere
 from megatron_twotower.evaluate.harness import TwoTower
 from megatron_twotower.evaluate.harness_settings import HarnessSettings
 from megatron_twotower.evaluate.task_recipes import HarnessTask
+from megatron_twotower.generate.journal import open_journal
+from megatron_twotower.generate.loaded import ModelPlace
+
+# Version of the journal.
+JOURNAL_VERSION = 1
 
 
 def run_tasks(
@@ -32,6 +41,8 @@ def run_tasks(
     limit: int | None = None,
     include_path: str | Path | None = None,
     allow_code_execution: bool = False,
+    engine: EngineSettings = ONE_PROCESS,
+    journal: Path | None = None,
 ) -> dict[str, Any]:
     """Run tasks of lm-evaluation-harness.
 
@@ -42,6 +53,8 @@ def run_tasks(
         limit: Documents of each task; None for all.
         include_path: Folder of further task files.
         allow_code_execution: Run code that the model has generated, for tasks that need it.
+        engine: Who answers. Each worker has a model of its own.
+        journal: The file that keeps answers, from which an interrupted run resumes; None for none.
 
     Returns:
         The results, ready for JSON.
@@ -51,21 +64,16 @@ def run_tasks(
     """
     started = time.perf_counter()
     manager = task_manager(tasks, include_path)
-    model = TwoTower(
-        folder,
-        mode=settings.mode,
-        scoring=settings.scoring,
-        batch_size=settings.batch_size,
-        max_length=settings.max_length_tokens,
-        max_gen_toks=settings.max_new_tokens,
-        block_size=settings.block_size,
-        steps_per_block=settings.steps_per_block,
-        confidence_threshold=settings.confidence_threshold,
-        draft_steps=settings.draft_steps,
-        bound_draws=settings.bound_draws,
-        seed=settings.seed,
-    )
-    rows = [_run_task(model, task, manager, limit=limit, allow_code_execution=allow_code_execution) for task in tasks]
+    read_hf_config(folder)  # a wrong path is found before workers start
+    place = ModelPlace.of(folder)
+    request = {"version": JOURNAL_VERSION, "model": place.fingerprint, **asdict(settings)}
+    with contextlib.ExitStack() as stack:
+        workers = stack.enter_context(started(engine, place.needs))
+        stream = None if journal is None else stack.enter_context(open_journal(journal, request))[0]
+        model = model_elsewhere(workers, place, settings, journal=stream)
+        rows = [
+            _run_task(model, task, manager, limit=limit, allow_code_execution=allow_code_execution) for task in tasks
+        ]
     return {
         "tasks": rows,
         "settings": asdict(model.settings),

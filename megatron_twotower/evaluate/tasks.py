@@ -9,8 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_twotower.common.engines import ONE_PROCESS, EngineSettings
 from megatron_twotower.common.errors import UserError
-from megatron_twotower.common.files import write_file
+from megatron_twotower.common.files import partial_path, write_file
 from megatron_twotower.common.machine import machine_line
 from megatron_twotower.common.tables import number, plain_table, wide_console, with_error
 from megatron_twotower.evaluate.harness_settings import HarnessSettings
@@ -61,6 +62,7 @@ def run(
     limit: int | None = None,
     task_files: Path | None = None,
     allow_code_execution: bool = False,
+    engine: EngineSettings = ONE_PROCESS,
     console: Console | None = None,
 ) -> None:
     """Run the command: run the tasks, write `output` and print the table.
@@ -74,16 +76,20 @@ def run(
         limit: Documents of each task; None for all.
         task_files: Folder of further task files.
         allow_code_execution: Run code that the model has generated, for tasks that need it.
+        engine: Who answers. Each worker has a model of its own.
         console: The console to print on; None for standard output.
 
     Raises:
-        UserError: The harness is not installed, or see `run_tasks`; nothing is written then.
+        UserError: The harness is not installed, or see `run_tasks`; `output` is not written then.
+            OUTPUT.partial keeps the answers, if there were any.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("lm_eval: not installed, expected for --tasks (pip install 'megatron-twotower[eval]')")
     tasks = chosen_tasks(chosen, shots=shots)
     from megatron_twotower.evaluate.task_runner import run_tasks  # needs lm_eval
 
+    journal = partial_path(Path(output))
+    journal.parent.mkdir(parents=True, exist_ok=True)
     found = run_tasks(
         folder,
         tasks,
@@ -91,8 +97,11 @@ def run(
         limit=limit,
         include_path=task_files,
         allow_code_execution=allow_code_execution,
+        engine=engine,
+        journal=journal,
     )
     write_file(Path(output), (json.dumps(found, indent=1) + "\n").encode())
+    journal.unlink()
     console = console or wide_console()
     console.print(results_table(found))
     console.print(machine_line(found["machine"]), highlight=False)

@@ -41,9 +41,15 @@ def cluster(*, nodes):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def add_node(made):
-    """A node of one core joins."""
-    return made.add_node(wait=False, num_cpus=1, **NODE)
+def add_node(made, *, attempts=4):
+    """A node of one core joins. Ray gives it 30 s to start, which a busy machine may exceed."""
+    while True:
+        try:
+            return made.add_node(wait=False, num_cpus=1, **NODE)
+        except Exception as error:
+            attempts -= 1
+            if not attempts or "timed out during startup" not in str(error):
+                raise
 
 
 def kill_node(made, node):
