@@ -49,8 +49,9 @@ ONLY_IN = {
     "zstandard": {"data"},
     "lm_eval": {"evaluate.harness", "evaluate.task_runner"},
     "ray": {"common.ray_engine"},
+    "datatrove": {"bench.prepare"},
     # A folder that imports Megatron Core imports `mcore` first, in its `__init__`.
-    "megatron": {"mcore", "model", "checkpoint", "train", "doctor", "bench.data"},
+    "megatron": {"mcore", "model", "checkpoint", "train", "doctor", "bench.data", "bench.prepare"},
 }
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

@@ -71,15 +71,19 @@ def model_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-@functools.lru_cache(maxsize=1)
 def loaded(place: ModelPlace) -> tuple[TwoTowerModel, PreTrainedTokenizerFast]:
     """The model of this process, on its devices, and its tokenizer.
 
     Raises:
         UserError: See `engine.load` and `engine.place_towers`.
     """
+    return _loaded(place, place.devices or default_devices())
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(place: ModelPlace, devices: tuple[str, ...]) -> tuple[TwoTowerModel, PreTrainedTokenizerFast]:
     model, tokenizer = load(place.folder)
-    place_towers(model, place.devices or default_devices())
+    place_towers(model, devices)
     return model, tokenizer
 
 

@@ -55,6 +55,7 @@ CALLS = {
     ),
     "doctor": ([], {"doctor:print_doctor": None}),
     "bench data": ([], {"bench.data:run": None}),
+    "bench prepare": ([], {"bench.prepare:run": None}),
     "bench convert": ([], {"bench.convert:run": None}),
     "bench passes": (MODEL, {"bench.passes:run": None}),
     "bench soak": ([], {"bench.soak:run": True}),

@@ -104,11 +104,18 @@ class Trouble:
                     kill_worker(self.draw.choice(found))
             elif kind == "node":
                 kill_node(self.made, self.nodes.pop(self.draw.randrange(len(self.nodes))))
-                self.nodes.append(add_node(self.made))
+                self._replace_node()
             else:
                 process.kill()
                 process.wait()
                 process = start()
+
+    def _replace_node(self):
+        """Another node joins, if this machine is not too busy; the last one must be replaced."""
+        try:
+            self.nodes.append(add_node(self.made, attempts=1 if self.nodes else 10))
+        except Exception:
+            assert self.nodes
 
 
 def kill_worker(pid):
