@@ -1,4 +1,4 @@
-"""The command `bench prepare`: one core from text to shards, against the tokenizer alone and others.
+"""The command `bench prepare`: one core from text to shards, and a corpus of very many documents.
 
 The same JSON lines, made of Python's standard library, go through every way in every round, in this
 process with one thread. Rates are tokens for each second of CPU time, so that other processes on
@@ -11,6 +11,10 @@ the machine count less; results are medians of rounds. The ways:
 - datatrove's tokeniser pipeline (JSON lines to its .ds files), if it is installed.
 
 Then `data prepare` with one and with two worker processes, by the clock.
+
+Last, the stage that decides on documents, alone and with one worker, over parts that are made up:
+random digests, of which one in a hundred is repeated, and random lengths. Three sizes show how time
+and memory grow.
 """
 
 import contextlib
@@ -21,6 +25,7 @@ import os
 import shutil
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,13 +37,25 @@ import torch
 from rich.console import Console
 from tokenizers import Tokenizer
 
+from megatron_twotower.bench.measure import process_memory_bytes
 from megatron_twotower.bench.results import report
 from megatron_twotower.common.engines import EngineSettings
 from megatron_twotower.common.machine import machine
 from megatron_twotower.common.tables import plain_table
+from megatron_twotower.common.workers import local_engine
 from megatron_twotower.config.recipes import recipes_folder
-from megatron_twotower.data.documents import STANDARD_LIBRARY, find_documents, read_text
+from megatron_twotower.data.documents import (
+    STANDARD_LIBRARY,
+    TRAIN,
+    VALIDATION,
+    Document,
+    Unit,
+    find_documents,
+    read_text,
+)
+from megatron_twotower.data.parts import RECORD, part_path
 from megatron_twotower.data.prepare import prepare
+from megatron_twotower.data.selection import Rules, select
 from megatron_twotower.data.tokenizer import TOKENIZER_FILE
 
 LIMIT, OURS, MEGATRON, DATATROVE = "tokenizers alone", "data prepare", "Megatron-LM's way", "datatrove"
@@ -58,12 +75,14 @@ class PrepareOptions:
         rounds: Counted rounds, after one that is not counted.
         tokenizer: Hugging Face tokenizer folder; that of the shipped backbone if `None`.
         unit_bytes: Input that a worker of the scaling measurement reads at a time.
+        documents: Documents of the largest made-up corpus.
     """
 
     megabytes: float = 16.0
     rounds: int = 5
     tokenizer: Path | None = None
     unit_bytes: int = 1 << 20
+    documents: int = 1_000_000
 
 
 def run(output: Path, *, options: PrepareOptions = PrepareOptions(), console: Console | None = None) -> None:
@@ -104,6 +123,7 @@ def measure(folder: Path, options: PrepareOptions) -> dict[str, Any]:
         "tokens_per_cpu_second": {name: round(statistics.median(found[1:])) for name, found in rates.items()},
         "of_the_limit": {name: round(statistics.median(found[1:]), 3) for name, found in shares.items()},
         "machine": machine(),
+        "selection": [measure_selection(folder / "selection", options.documents // part) for part in (10, 3, 1)],
         "seconds_by_workers": _scaling(source, tokenizer, folder / "scaling", options),
     }
 
@@ -238,6 +258,82 @@ def _scaling(source: Path, tokenizer: Path, target: Path, options: PrepareOption
     return {name: round(seconds, 3) for name, seconds in found.items()}
 
 
+# --- deciding ---
+
+_DOCUMENTS_A_PART = 2000  # 8 MiB of text
+_TOKENS_A_SHARD = 10_000_000
+
+
+def measure_selection(folder: Path, documents: int) -> dict[str, float]:
+    """Decide on a made-up corpus.
+
+    Args:
+        folder: Does not exist, and is removed.
+
+    Returns:
+        documents, shards, seconds by the clock and of CPU time, and by how many MiB the memory of
+        this process (without mapped files) had grown at most.
+    """
+    (folder / "parts").mkdir(parents=True)
+    counts = [min(_DOCUMENTS_A_PART, documents - at) for at in range(0, documents, _DOCUMENTS_A_PART)]
+    for part, count in enumerate(counts):
+        _write_part(folder, part, count)
+    document = Document("text.jsonl", folder / "text.jsonl")
+    units = [Unit((document,), None, part, part + 1, 1) for part in range(len(counts))]
+    part_counts = [{"documents": count, "lines": count, "left_out": {}} for count in counts]
+    clock, cpu = time.perf_counter(), time.process_time()
+    with local_engine(1) as engine, _PeakMemory() as peak:
+        selection = select(
+            folder,
+            units,
+            part_counts,
+            rules=Rules(holdout_fraction=0.01, deduplicate=True, min_tokens=1, max_tokens=None),
+            shard_tokens=_TOKENS_A_SHARD,
+            added_ids=1,
+            engine=engine,
+        )
+    results = {
+        "documents": documents,
+        "shards": len(selection.shards),
+        "repeated": selection.left_out[TRAIN]["repeated"] + selection.left_out[VALIDATION]["repeated"],
+        "seconds": round(time.perf_counter() - clock, 1),
+        "cpu_seconds": round(time.process_time() - cpu, 1),
+        "peak_mib": round(peak.grown / 2**20, 1),
+    }
+    shutil.rmtree(folder)
+    return results
+
+
+def _write_part(folder: Path, part: int, count: int) -> None:
+    rng = np.random.default_rng(part)
+    records = np.zeros(count, dtype=RECORD)
+    records["digest"] = rng.integers(0, 1 << 64, (count, 2), dtype=np.uint64)
+    records["digest"][::100] = np.random.default_rng(part // 2).integers(0, 1 << 64, (1, 2), dtype=np.uint64)
+    records["tokens"] = rng.integers(1, 2000, count)
+    records["bytes"] = records["characters"] = 4 * records["tokens"]
+    records.tofile(part_path(folder, part, ".records"))
+
+
+class _PeakMemory:
+    """How much the memory of this process grows while a block runs, seen twenty times a second."""
+
+    def __enter__(self) -> "_PeakMemory":
+        self.grown, self._begin, self._ended = 0, process_memory_bytes("RssAnon"), threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+        return self
+
+    def _look(self) -> None:
+        while True:
+            self.grown = max(self.grown, process_memory_bytes("RssAnon") - self._begin)
+            if self._ended.wait(0.05):
+                return
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
 def _print(results: dict[str, Any], output: Path, console: Console) -> None:
     rates, shares = results["tokens_per_cpu_second"], results["of_the_limit"]
     table = plain_table(
@@ -250,4 +346,8 @@ def _print(results: dict[str, Any], output: Path, console: Console) -> None:
     notes = [f"seconds for a million tokens, by the clock: one worker {one:.2f}, two {two:.2f} ({one / two:.2f} x)"]
     if DATATROVE not in rates:
         notes.append("datatrove is not installed and was left out")
-    report(output, "prepare", results, tables=[table], console=console, notes=notes)
+    headings = ("documents", "shards", "seconds", "CPU seconds", "MiB at most")
+    keys = ("documents", "shards", "seconds", "cpu_seconds", "peak_mib")
+    rows = [[f"{row[key]:,}" for key in keys] for row in results["selection"]]
+    deciding = plain_table("deciding on documents, one worker", headings, rows)
+    report(output, "prepare", results, tables=[table, deciding], console=console, notes=notes)

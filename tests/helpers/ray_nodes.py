@@ -33,7 +33,7 @@ def cluster(*, nodes):
 
     # Not tmp_path: the path of a socket is short.
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-    made = Cluster(True, head_node_args={"num_cpus": 0, "temp_dir": folder, **NODE})
+    made = _patiently(lambda: Cluster(True, head_node_args={"num_cpus": 0, "temp_dir": folder, **NODE}))
     try:
         yield made, [add_node(made) for _ in range(nodes)]
     finally:
@@ -42,10 +42,15 @@ def cluster(*, nodes):
 
 
 def add_node(made, *, attempts=4):
-    """A node of one core joins. Ray gives it 30 s to start, which a busy machine may exceed."""
+    """A node of one core joins."""
+    return _patiently(lambda: made.add_node(wait=False, num_cpus=1, **NODE), attempts=attempts)
+
+
+def _patiently(start, *, attempts=4):
+    """Ray gives a node 30 s to start, which a busy machine may exceed."""
     while True:
         try:
-            return made.add_node(wait=False, num_cpus=1, **NODE)
+            return start()
         except Exception as error:
             attempts -= 1
             if not attempts or "timed out during startup" not in str(error):
