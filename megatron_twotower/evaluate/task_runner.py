@@ -62,7 +62,7 @@ def run_tasks(
     Raises:
         UserError: a task that does not exist or that cannot be run.
     """
-    started = time.perf_counter()
+    began = time.perf_counter()
     manager = task_manager(tasks, include_path)
     read_hf_config(folder)  # a wrong path is found before workers start
     place = ModelPlace.of(folder)
@@ -82,7 +82,7 @@ def run_tasks(
         "weights_sample_sha256": weights_sample(Path(folder)),
         "lm_eval": metadata.version("lm_eval"),
         "machine": machine(),
-        "seconds": time.perf_counter() - started,
+        "seconds": time.perf_counter() - began,
     }
 
 

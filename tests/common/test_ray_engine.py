@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.ray_nodes import ENVIRONMENT, wait_longer_for_nodes
 from megatron_twotower.common import ray_engine, workers
 from megatron_twotower.common.engines import EngineSettings, Needs, started
 from megatron_twotower.common.errors import UserError
@@ -61,6 +62,9 @@ def listening():
 
 def test_the_engine_on_a_ray_of_this_machine(tmp_path, monkeypatch, capfd):
     """All of it with one Ray, which takes seconds to start."""
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)  # Ray reads them at its import, before the engine sets its own
+    wait_longer_for_nodes()
     before = listening()
     with started(EngineSettings("ray", workers=2), Needs((Path(__file__),))) as engine:
         assert all(port.startswith(("127.0.0.1:", "[::1]:")) for port in listening() - before)
