@@ -7,6 +7,10 @@ Dimension legend, used in names and docstrings everywhere:
     s  block size in tokens              c  channels of the Mamba convolution
     n  blocks in a sequence, n = l / s   k  noise buckets of a report
     r  noise draws per sequence          w  clean inputs kept before a block (convolution width - 1)
+
+With context parallelism each sequence is cut into stretches, of which a rank has some
+(`config.context_split`). From the noise on, each stretch is a row of its own: b then counts rows,
+and l is the length of a stretch.
 """
 
 import dataclasses
@@ -47,6 +51,32 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class TargetBatch:
+    """Clean sequences, and the token that follows each position.
+
+    Attributes:
+        tokens: (b, l) int64 token ids.
+        targets: (b, l) int64 token ids.
+        weights: (b, l) float32 weight of each target: 1, or 0 if it is not scored.
+        documents: (b, l), see `Batch`.
+        padding: (b, l), see `Batch`.
+        sequence_documents: Documents of complete sequences, see `Batch`; None if documents do not
+            matter, or without context parallelism.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    weights: Tensor
+    documents: Tensor | None = None
+    padding: Tensor | None = None
+    sequence_documents: Tensor | None = None
+
+    def to(self, device: torch.device) -> "TargetBatch":
+        """Return a copy on another device."""
+        return _moved(self, device)
+
+
+@dataclass(frozen=True)
 class NoisyBatch:
     """Clean sequences with their r corrupted copies, ordered by draw: (r b, ...).
 
@@ -62,8 +92,9 @@ class NoisyBatch:
         block: Block size s.
         documents: (b, l), see `Batch`.
         padding: (b, l), see `Batch`.
-        sequence_weights: (r b,) float32, what each copy adds to the count that the loss is divided
-            by. None: the number of its positions that are not padding.
+        sequence_documents: See `TargetBatch`.
+        sequence_weights: Of each copy of a complete sequence, float32, what it adds to the count
+            that the loss is divided by. None: the number of its positions that are not padding.
         teacher_shares: (m,) float32 share of the context tower's next-token distribution in the
             target of each scored position. None: it gives no targets.
     """
@@ -77,6 +108,7 @@ class NoisyBatch:
     block: int
     documents: Tensor | None = None
     padding: Tensor | None = None
+    sequence_documents: Tensor | None = None
     sequence_weights: Tensor | None = None
     teacher_shares: Tensor | None = None
 
@@ -103,15 +135,18 @@ class Blocks:
         size: Block size s; None in a stream that passes nothing to a denoiser.
         documents: (b, l), see `Batch`.
         padding: (b, l), see `Batch`.
-        sequence_weights: (r b,), see `NoisyBatch`.
-        attention_mask: What `ops.attention.block_mask` built for all attention layers, or None.
+        sequence_weights: See `NoisyBatch`.
+        attention_masks: What `ops.attention.block_mask` built for all attention layers, for each
+            stretch that a rank has of a sequence; empty if there is nothing to build.
+        context: The `ops.context_parallel.ContextRanks` that share the sequences, or None.
     """
 
     size: int | None = None
     documents: Tensor | None = None
     padding: Tensor | None = None
     sequence_weights: Tensor | None = None
-    attention_mask: Any = None
+    attention_masks: tuple[Any, ...] = ()
+    context: Any = None
 
 
 @dataclass(frozen=True)
@@ -119,8 +154,8 @@ class AttentionHandoff:
     """What an attention layer of the context tower passes to the same layer of the denoiser.
 
     Attributes:
-        key: (b, kv heads, l, head size).
-        value: (b, kv heads, l, head size).
+        key: (b, kv heads, l, head size); with context parallelism of complete sequences.
+        value: Likewise.
     """
 
     key: Tensor
@@ -139,6 +174,8 @@ class MambaHandoff:
         A: (heads,) input of the scan.
         B: (b, l, groups, state size) input of the scan.
         states: (b, chunks, heads, head size, state size) state at the start of each chunk.
+        before: (b, w, c) inputs of the convolution before each stretch; None without context
+            parallelism.
     """
 
     conv_input: Tensor
@@ -148,6 +185,7 @@ class MambaHandoff:
     A: Tensor
     B: Tensor
     states: Tensor
+    before: Tensor | None = None
 
 
 Handoff = AttentionHandoff | MambaHandoff | None

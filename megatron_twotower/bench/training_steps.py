@@ -26,7 +26,7 @@ from megatron_twotower.model import parameter_map
 from megatron_twotower.train import loop
 from megatron_twotower.train import run as train_run
 from megatron_twotower.train.loop import Trainer
-from megatron_twotower.train.losses import autoregressive_loss, masked_diffusion_loss
+from megatron_twotower.train.losses import autoregressive_loss, masked_diffusion_loss, next_tokens
 from megatron_twotower.train.noise import corrupt
 from megatron_twotower.train.optimizer import build_optimizer, build_schedule
 from megatron_twotower.types import Batch, Blocks
@@ -98,11 +98,11 @@ def step_case(name: str, trainer: Trainer, batch: Batch) -> TimedCase:
 
 def ar_step_in_parts(trainer: Trainer, batch: Batch) -> TimedCase:
     """An autoregressive step in parts. The head computes its gradients while its logits exist."""
-    model, moved = trainer.model.only, batch.to(device())
+    model, moved = trainer.model.only, next_tokens(batch).to(device())
     results: dict[str, Any] = {}
 
     def forward() -> None:
-        results["hidden"] = model(moved.tokens)
+        results["hidden"] = model(moved)
 
     def head() -> None:
         loss = autoregressive_loss(model.module.tower, results.pop("hidden"), moved, trainer.groups)

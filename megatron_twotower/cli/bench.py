@@ -101,6 +101,35 @@ def _step(arguments: argparse.Namespace) -> int:
     return 0
 
 
+CONTEXT = {
+    "length_tokens": option("sequence length of the short case", "--length", at_least=1),
+    "ranks": option("ranks that share a sequence", at_least=2),
+    "repeats": option("rounds; in each of them every case takes one step", at_least=1),
+}
+
+
+def _add_context(parser: argparse.ArgumentParser) -> None:
+    from megatron_twotower.bench import context
+
+    _add_recipe(parser, "bench_step")
+    add_options(parser, context.ContextOptions, CONTEXT)
+    _add_output(parser)
+    parser.add_argument("--quick", action="store_true", help=QUICK_HELP)
+
+
+def _context(arguments: argparse.Namespace) -> int:
+    from megatron_twotower.bench import context
+
+    context.run(
+        arguments.output,
+        recipe=arguments.recipe,
+        overrides=arguments.settings,
+        options=context.ContextOptions(**arguments_for(CONTEXT, arguments)),
+        quick=arguments.quick,
+    )
+    return 0
+
+
 GPU = {
     "layers": option("the first N layers of the pattern; 0 for as many as fit", at_least=0),
     "ladder": option("measure what each setting and kernel brings, too"),
@@ -306,6 +335,14 @@ GROUP = Group(
             _add_step,
             _step,
             idle=_quick(*flags(STEP)),
+        ),
+        Command(
+            "context",
+            "a training step of context-parallel ranks against one rank",
+            ("twotower bench context --length 4096",),
+            _add_context,
+            _context,
+            idle=_quick(*flags(CONTEXT)),
         ),
         Command(
             "gpu",

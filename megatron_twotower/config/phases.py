@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_twotower.common.errors import UserError
+from megatron_twotower.config.context_split import stretches_per_rank
 from megatron_twotower.config.schema import DataConfig, NoiseConfig, PhaseConfig, RunConfig
 
 
@@ -93,10 +94,13 @@ def _resolve_phase(config: RunConfig, given: PhaseConfig, *, number: int, first_
             f"{data.sequence_length_tokens * data.global_batch_size} tokens"
         )
     size = _or(given.block_size_tokens, config.noise.block_size_tokens)
-    if config.objective == "two_tower" and (size < 1 or data.sequence_length_tokens % size):
+    context = config.parallel.context
+    stretch = data.sequence_length_tokens // (context * stretches_per_rank(context))
+    if config.objective == "two_tower" and (size < 1 or stretch % size):
+        of = f", stretches of parallel.context {context} ranks" if context > 1 else ""
         raise UserError(
-            f"{key}.block_size_tokens: found {size}, expected a divisor of data.sequence_length_tokens "
-            f"{data.sequence_length_tokens}"
+            f"{key}.block_size_tokens: found {size}, expected a divisor of {stretch} (data.sequence_length_tokens "
+            f"{data.sequence_length_tokens}{of})"
         )
     warmup, decay = (
         steps_of(tokens, data) if tokens is not None else default

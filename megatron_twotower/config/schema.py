@@ -271,7 +271,7 @@ class ParallelConfig:
         pipeline_chunks: Model chunks of each pipeline rank; above 1 the schedule is interleaved.
         pipeline_layers: Layers of each of the pipeline x pipeline_chunks model chunks, in order.
             Empty: all have the same number.
-        context: Ranks that split a sequence. Only 1 is built.
+        context: Ranks that split each sequence, between blocks.
         moe_dispatcher: How tokens reach their experts. `deepep` and `hybridep` are kernels of the
             package deep_ep.
         overlap_grad_reduce: Reduce the gradients of a bucket while the backward pass computes the

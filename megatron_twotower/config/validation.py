@@ -7,6 +7,7 @@ are the rules between several settings, such as what must divide what.
 from collections.abc import Iterator
 
 from megatron_twotower.common.errors import require
+from megatron_twotower.config.context_split import stretches_per_rank
 from megatron_twotower.config.precision import FP8_MULTIPLE, FP8_SQUARE
 from megatron_twotower.config.schema import LAYER_KINDS, ModelConfig, ParallelConfig, RunConfig
 from megatron_twotower.config.setting import check_settings
@@ -82,10 +83,13 @@ def _validate_noise(config: RunConfig) -> None:
     )
     if config.objective != "two_tower":
         return
+    stretches = _num_stretches(config)
+    divisor = f"noise.block_size_tokens {noise.block_size_tokens}"
+    if stretches > 1:
+        divisor += f" x {stretches} stretches of parallel.context {config.parallel.context} ranks"
     require(
-        length % noise.block_size_tokens == 0,
-        f"data.sequence_length_tokens {length}: expected a multiple of "
-        f"noise.block_size_tokens {noise.block_size_tokens}",
+        length % (noise.block_size_tokens * stretches) == 0,
+        f"data.sequence_length_tokens {length}: expected a multiple of {divisor}",
     )
     require(
         noise.mask_token_id < config.model.vocab_size,
@@ -100,17 +104,11 @@ def _validate_layout(config: RunConfig, world_size: int) -> None:
         parallel.ranks in (0, world_size),
         f"parallel.ranks: found {parallel.ranks}, expected the {world_size} ranks that were started, or 0",
     )
-    require(
-        parallel.context == 1,
-        f"parallel.context: found {parallel.context}, expected 1 (context parallelism is not built: shorten sequences, "
-        "or split them with parallel.tensor and parallel.sequence)",
-    )
-    dense = parallel.tensor * parallel.pipeline
-    require(
-        world_size % dense == 0,
-        f"parallel.tensor {parallel.tensor} x parallel.pipeline {parallel.pipeline}: "
-        f"does not divide {world_size} ranks",
-    )
+    dense = parallel.tensor * parallel.context * parallel.pipeline
+    product = f"parallel.tensor {parallel.tensor} x parallel.pipeline {parallel.pipeline}"
+    if parallel.context > 1:
+        product += f" x parallel.context {parallel.context}"
+    require(world_size % dense == 0, f"{product}: does not divide {world_size} ranks")
     experts = parallel.expert * parallel.expert_tensor_ranks * parallel.pipeline
     require(
         world_size % experts == 0,
@@ -142,6 +140,11 @@ def _validate_layout(config: RunConfig, world_size: int) -> None:
         )
 
 
+def _num_stretches(config: RunConfig) -> int:
+    """The stretches into which context-parallel ranks cut a sequence; 1 without such ranks."""
+    return config.parallel.context * stretches_per_rank(config.parallel.context)
+
+
 def _validate_model_split(config: RunConfig) -> None:
     """Every size of the model divides over the ranks that split it."""
     parallel, model, length = config.parallel, config.model, config.data.sequence_length_tokens
@@ -160,9 +163,22 @@ def _validate_model_split(config: RunConfig) -> None:
         tensor == 1 or parallel.sequence or not experts,
         f"parallel.tensor {tensor}: expected parallel.sequence true for a pattern with MoE layers",
     )
+    stretches = _num_stretches(config)
     require(
-        not parallel.sequence or length % tensor == 0,
-        f"data.sequence_length_tokens {length}: expected a multiple of parallel.tensor {tensor}",
+        length % stretches == 0,
+        f"data.sequence_length_tokens {length}: expected a multiple of the {stretches} stretches of "
+        f"parallel.context {parallel.context} ranks",
+    )
+    stretch = length // stretches
+    require(
+        stretches == 1 or stretch >= model.conv_kernel - 1,
+        f"data.sequence_length_tokens {length}: found stretches of {stretch} for parallel.context {parallel.context} "
+        f"ranks, expected at least {model.conv_kernel - 1} (model.conv_kernel - 1)",
+    )
+    of = "data.sequence_length_tokens" if stretches == 1 else f"a stretch of {stretches} of data.sequence_length_tokens"
+    require(
+        not parallel.sequence or stretch % tensor == 0,
+        f"{of} {stretch}: expected a multiple of parallel.tensor {tensor}",
     )
 
 
@@ -246,10 +262,11 @@ def _validate_precision(config: RunConfig) -> None:
     )
     for what, size in _fp8_sides(config):
         require(size % FP8_MULTIPLE == 0, f"{what}: expected a multiple of {FP8_MULTIPLE} with {in_fp8[0]}")
-    tokens = config.data.sequence_length_tokens * config.data.micro_batch_size // parallel.tensor
+    ranks = parallel.tensor * parallel.context
+    tokens = config.data.sequence_length_tokens * config.data.micro_batch_size // ranks
     require(
         not (parallel.sequence and any(each.endswith("blockwise") for each in in_fp8)) or tokens % FP8_SQUARE == 0,
-        f"data.sequence_length_tokens x data.micro_batch_size over {parallel.tensor} ranks is {tokens}: expected a "
+        f"data.sequence_length_tokens x data.micro_batch_size over {ranks} ranks is {tokens}: expected a "
         f"multiple of {FP8_SQUARE} with fp8_blockwise and parallel.sequence",
     )
 
@@ -282,5 +299,6 @@ def _fp8_sides(config: RunConfig) -> Iterator[tuple[str, int]]:
         if kind in model.hybrid_override_pattern:
             for name, (size, ranks) in named.items():
                 yield f"{name} {size} over {ranks} ranks is {size // ranks}", size // ranks
-    tokens = data.sequence_length_tokens * data.micro_batch_size
-    yield f"data.sequence_length_tokens x data.micro_batch_size {tokens}", tokens
+    tokens, context = data.sequence_length_tokens * data.micro_batch_size, config.parallel.context
+    over = f" over {context} ranks is {tokens // context}" if context > 1 else ""
+    yield f"data.sequence_length_tokens x data.micro_batch_size {tokens}{over}", tokens // context

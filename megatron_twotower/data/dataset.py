@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_twotower.common.errors import UserError
+from megatron_twotower.config.context_split import COMPLETE
 from megatron_twotower.data.order import Shuffle, corpus_seed, shuffled
 from megatron_twotower.data.packing import Packing
 from megatron_twotower.data.shards import Corpus
@@ -30,6 +31,7 @@ T = TypeVar("T")
 # the corpus in them. It keys the noise of the sequence.
 SAMPLE_BITS = 43
 _FILLER = 0  # the token id of a sequence that cannot be read; never scored
+UNREAD = -1  # the token id of positions that another context-parallel rank reads; never used
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class SequenceDataset:
         packing: Keeps documents apart; None to cut across documents.
         skip_damaged: Make a sequence that touches a damaged shard padding, instead of stopping the
             run. The corpus must be opened with `verify_shards`.
+        stretches: The positions of each sequence that are read; the token after each of them is
+            read too, as a target. The others are `UNREAD`.
 
     Raises:
         UserError: The corpus is shorter than one sequence.
@@ -78,6 +82,7 @@ class SequenceDataset:
     shuffle: Shuffle = field(kw_only=True, default=Shuffle())
     packing: Packing | None = field(kw_only=True, default=None)
     skip_damaged: bool = field(kw_only=True, default=False)
+    stretches: tuple[slice, ...] = field(kw_only=True, default=COMPLETE)
 
     def __post_init__(self) -> None:
         if self.sequence_length < 1:
@@ -109,12 +114,23 @@ class SequenceDataset:
 
     def _read(self, number: int) -> TokenSequence:
         first, count = number * self.sequence_length, self.sequence_length
-        if self.packing is None:
-            return TokenSequence(self.corpus.tokens(first, count))
-        window = self.packing.window(first, count)
-        begin, end = int(window.sources[0]), int(window.sources[-1]) + 1
-        tokens = self.corpus.tokens(begin, end - begin)[window.sources - begin]
-        return TokenSequence(tokens, window.documents, window.padding)
+        window = None if self.packing is None else self.packing.window(first, count)
+
+        def tokens(start: int, stop: int) -> np.ndarray:
+            if window is None:
+                return self.corpus.tokens(first + start, stop - start)
+            sources = window.sources[start:stop]
+            begin, end = int(sources[0]), int(sources[-1]) + 1
+            return self.corpus.tokens(begin, end - begin)[sources - begin]
+
+        if self.stretches == COMPLETE:
+            read = tokens(0, count)
+        else:
+            read = np.full(count, UNREAD, dtype=np.int64)
+            for stretch in self.stretches:
+                stop = min(stretch.stop + 1, count)
+                read[stretch.start : stop] = tokens(stretch.start, stop)
+        return TokenSequence(read) if window is None else TokenSequence(read, window.documents, window.padding)
 
     def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Epochs and sequence numbers, (b,) int64 each, at indices (b,) int64.

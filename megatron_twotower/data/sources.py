@@ -74,6 +74,23 @@ def open_validation(config: RunConfig, count: int, *, examine: bool = True) -> S
     return source
 
 
+def reading_only(
+    source: SequenceDataset | BlendedDataset, stretches: tuple[slice, ...]
+) -> SequenceDataset | BlendedDataset:
+    """The same source, which reads only some positions of each sequence.
+
+    If damaged shards are skipped it reads all: whether a sequence touches one must be known to all
+    ranks that share it.
+    """
+
+    def part(dataset: SequenceDataset) -> SequenceDataset:
+        return dataset if dataset.skip_damaged else dataclasses.replace(dataset, stretches=stretches)
+
+    if isinstance(source, SequenceDataset):
+        return part(source)
+    return dataclasses.replace(source, datasets={name: part(each) for name, each in source.datasets.items()})
+
+
 def describing_files(config: RunConfig) -> dict[str, list[Path]]:
     """The files that say what a run reads, by key and path: blend file, indices and their arrays.
 

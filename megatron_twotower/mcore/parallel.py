@@ -106,6 +106,7 @@ def _create_groups(config: RunConfig) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
+        context_parallel_size=config.parallel.context,
         virtual_pipeline_model_parallel_size=_virtual_stages(config.parallel.pipeline_chunks),
         expert_model_parallel_size=config.parallel.expert,
         expert_tensor_parallel_size=config.parallel.expert_tensor_ranks,
@@ -324,8 +325,9 @@ def run_forward_backward(
         data_iterator=[iter(micro_batches) for _ in model.chunks],
         model=model.chunks,
         num_microbatches=len(micro_batches),
-        # Under sequence parallelism Megatron divides this number by the tensor-parallel ranks.
-        seq_length=rows_between_stages * (groups.tp.size() if config.sequence_parallel else 1),
+        # Megatron divides this number by the context-parallel ranks, and under sequence parallelism
+        # by the tensor-parallel ranks.
+        seq_length=rows_between_stages * groups.cp.size() * (groups.tp.size() if config.sequence_parallel else 1),
         micro_batch_size=1,
         forward_only=forward_only,
         pg_collection=groups,
@@ -334,7 +336,7 @@ def run_forward_backward(
 
 
 def sum_over_stages(tensor: torch.Tensor, groups: ProcessGroupCollection) -> torch.Tensor:
-    """The sum over data-parallel ranks and pipeline stages.
+    """The sum over data-parallel and context-parallel ranks and pipeline stages.
 
     Only the last stage has values to report.
     """
@@ -352,9 +354,9 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def sum_over_data_parallel(tensor: torch.Tensor, groups: ProcessGroupCollection) -> torch.Tensor:
-    """The sum over data-parallel ranks."""
+    """The sum over data-parallel ranks, of what context-parallel ranks have in common."""
     total = tensor.clone()
-    dist.all_reduce(total, group=groups.dp_cp)
+    dist.all_reduce(total, group=groups.dp)
     return total
 
 

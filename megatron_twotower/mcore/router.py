@@ -16,12 +16,15 @@ class Router(TopKRouter):
     number of ranks that split a sequence.
 
     Attributes:
-        sequence_weights: (b,) what each sequence adds to the count that the loss is divided by. It
-            is set before each forward pass. `None` uses the number of positions that are not
+        sequence_weights: (sequences,) what each sequence adds to the count that the loss is divided
+            by. It is set before each forward pass. `None` uses the number of positions that are not
             padding.
+        rows_per_sequence: The number of rows that this rank has of each sequence: its stretches,
+            with context parallelism.
     """
 
     sequence_weights: Tensor | None = None
+    rows_per_sequence: int = 1
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Compute the weights and choices of experts, both (l b, experts).
@@ -54,17 +57,18 @@ class Router(TopKRouter):
             scores_for_aux_loss: (l b, experts), with this rank's l under sequence parallelism.
             routing_map: (l b, experts) bool, likewise.
             seq_length: l of this rank.
-            bsz: b.
+            bsz: b, the number of rows.
             with_padding_mask: Not used.
         """
         coefficient = self.get_aux_loss_coeff("seq_aux_loss")
         if coefficient == 0:
             return probs
-        chosen = routing_map.unflatten(0, (seq_length, bsz)).sum(0, dtype=torch.float32)
+        shape = (seq_length, bsz // self.rows_per_sequence, self.rows_per_sequence)
+        chosen = routing_map.unflatten(0, shape).sum((0, 2), dtype=torch.float32)
         if self.tp_cp_group.size() > 1:
             dist.all_reduce(chosen, group=self.tp_cp_group)
         real = chosen.sum(dim=1, keepdim=True) / self.topk
-        scores = scores_for_aux_loss.unflatten(0, (seq_length, bsz)).sum(0)
+        scores = scores_for_aux_loss.unflatten(0, shape).sum((0, 2))
         losses = self.num_experts * (chosen / self.topk * scores).sum(dim=1) / real.square().clamp(min=1).squeeze(1)
         weights = real.squeeze(1) if self.sequence_weights is None else self.sequence_weights
         return MoEAuxLossAutoScaler.apply(probs, coefficient * (weights * losses).sum())

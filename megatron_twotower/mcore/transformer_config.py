@@ -85,6 +85,7 @@ def transformer_config(config: RunConfig, *, transformer_impl: str | None = None
         output_layer_init_method=leave_uninitialised,
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence,
+        context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor_ranks,
         calculate_per_token_loss=True,

@@ -12,7 +12,7 @@ Every mixer has two modes:
 Weights are not initialised here. They are always loaded from named tensors.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -80,6 +80,38 @@ def _split_draws(tensors: tuple[Tensor, ...], batch: int) -> list[tuple[Tensor, 
 
 def _join_draws(draws: list[Tensor]) -> Tensor:
     return draws[0] if len(draws) == 1 else torch.cat(draws)
+
+
+def _rows(blocks: Blocks, sequences: int) -> int:
+    """The rows of a number of sequences: one for each stretch."""
+    return sequences * (1 if blocks.context is None else len(blocks.context.numbers))
+
+
+def _stretches(rows: Tensor, blocks: Blocks) -> Iterator[tuple[slice, int, Tensor | None, Any]]:
+    """Each stretch that this rank has of all its sequences; without context parallelism one.
+
+    Args:
+        rows: (b, heads, l, e).
+        blocks: How the sequences are divided.
+
+    Yields:
+        The rows of the stretch, one for each sequence; the length of the sequence up to the end of
+        the stretch; the documents up to there; the attention mask.
+    """
+    length, masks = rows.shape[2], blocks.attention_masks
+    if blocks.context is None:
+        yield slice(None), length, blocks.documents, masks[0] if masks else None
+        return
+    numbers, documents = blocks.context.numbers, blocks.context.documents
+    for place, number in enumerate(numbers):
+        end = (number + 1) * length
+        known = None if documents is None else documents[:, :end]
+        yield slice(place, None, len(numbers)), end, known, masks[place] if masks else None
+
+
+def _interleave(outs: list[Tensor]) -> Tensor:
+    """Results of each stretch (sequences, ...) -> rows (sequences x stretches, ...)."""
+    return outs[0] if len(outs) == 1 else torch.stack(outs, dim=1).flatten(0, 1)
 
 
 class Mixer(MegatronModule):
@@ -159,9 +191,14 @@ class SelfAttention(Mixer):
         There is none if `blocks` has no size: then no denoiser reads this stream.
         """
         query, key, value = self._project(hidden)
-        attended = causal_attention(query, key, value, documents=blocks.documents)
+        if blocks.context is not None:
+            key, value = blocks.context.whole_sequences(key, value)
+        outs = []
+        for rows, length, documents, _ in _stretches(query, blocks):
+            keys, values = key[:, :, :length], value[:, :, :length]
+            outs.append(causal_attention(query[rows], keys, values, documents=documents))
         handoff = AttentionHandoff(key, value) if blocks.size else None
-        return self._output(attended), handoff
+        return self._output(_interleave(outs)), handoff
 
     def handoff_recompute_fn(self, handoff: AttentionHandoff, blocks: Blocks) -> Callable[[], AttentionHandoff]:
         """Keep the handoff itself: key and value are all that it has."""
@@ -170,20 +207,23 @@ class SelfAttention(Mixer):
     def denoise(self, hidden: Tensor, handoff: AttentionHandoff, blocks: Blocks) -> Tensor:
         """Let each position attend to its own noisy block and to the clean blocks before it."""
         assert blocks.size is not None
-        outs = []
-        for query, key, value in _split_draws(self._project(hidden), len(handoff.key)):
-            out = block_attention(
-                query,
-                key,
-                value,
-                clean_key=handoff.key,
-                clean_value=handoff.value,
-                block=blocks.size,
-                documents=blocks.documents,
-                mask=blocks.attention_mask,
-            )
-            outs.append(out)
-        return self._output(_join_draws(outs))
+        draws, projected = [], self._project(hidden)
+        for query, key, value in _split_draws(projected, _rows(blocks, len(handoff.key))):
+            outs = []
+            for rows, length, documents, mask in _stretches(query, blocks):
+                out = block_attention(
+                    query[rows],
+                    key[rows],
+                    value[rows],
+                    clean_key=handoff.key[:, :, :length],
+                    clean_value=handoff.value[:, :, :length],
+                    block=blocks.size,
+                    documents=documents,
+                    mask=mask,
+                )
+                outs.append(out)
+            draws.append(_interleave(outs))
+        return self._output(_join_draws(draws))
 
 
 class MambaMixer(Mixer):
@@ -254,28 +294,33 @@ class MambaMixer(Mixer):
     def causal(self, hidden: Tensor, blocks: Blocks) -> tuple[Tensor, MambaHandoff | None]:
         """Scan the stream from its start. Without a size in `blocks` there is no handoff."""
         z, conv_input, dt = self._project(hidden)
-        documents = blocks.documents
-        x, B, C = self._split(causal_conv(conv_input, self.conv1d_weight, self.conv1d_bias, documents=documents))
+        documents, context = blocks.documents, blocks.context
+        before = None if context is None else context.before(conv_input, self.taps - 1)
+        convolved = causal_conv(conv_input, self.conv1d_weight, self.conv1d_bias, documents=documents, before=before)
+        x, B, C = self._split(convolved)
         A, chunk = self._A(), chunk_length(blocks.size or 1, preferred=self.preferred_chunk)
         if blocks.size is None:
-            return self._output(stream_scan(x, dt, A, B, C, self.D, chunk=chunk, documents=documents), z), None
-        y, states, _ = chunk_scan(x, dt, A, B, C, self.D, chunk=chunk, documents=documents)
-        history = block_history(conv_input, taps=self.taps, block=blocks.size)
-        return self._output(y, z), MambaHandoff(conv_input, history, x, dt, A, B, states)
+            y = stream_scan(x, dt, A, B, C, self.D, chunk=chunk, documents=documents, context=context)
+            return self._output(y, z), None
+        y, states, _ = chunk_scan(x, dt, A, B, C, self.D, chunk=chunk, documents=documents, context=context)
+        history = block_history(conv_input, taps=self.taps, block=blocks.size, before=before)
+        return self._output(y, z), MambaHandoff(conv_input, history, x, dt, A, B, states, before)
 
     def handoff_recompute_fn(self, handoff: MambaHandoff, blocks: Blocks) -> Callable[[], MambaHandoff]:
         """Keep the input of the convolution, and recompute x, B and the history from it."""
         assert blocks.size is not None
         # A copy, because a view would keep the output of the projection in memory.
-        conv_input, block = handoff.conv_input.contiguous(), blocks.size
+        conv_input, block, before = handoff.conv_input.contiguous(), blocks.size, handoff.before
         dt, A, states = handoff.dt, handoff.A, handoff.states
 
         @torch.no_grad()
         def recompute() -> MambaHandoff:
-            convolved = causal_conv(conv_input, self.conv1d_weight, self.conv1d_bias, documents=blocks.documents)
+            convolved = causal_conv(
+                conv_input, self.conv1d_weight, self.conv1d_bias, documents=blocks.documents, before=before
+            )
             x, B, _ = self._split(convolved)
-            history = block_history(conv_input, taps=self.taps, block=block)
-            return MambaHandoff(conv_input, history, x, dt, A, B, states)
+            history = block_history(conv_input, taps=self.taps, block=block, before=before)
+            return MambaHandoff(conv_input, history, x, dt, A, B, states, before)
 
         return recompute
 
@@ -373,6 +418,7 @@ class MixtureOfExperts(PointwiseMixer):
     def apply_to(self, hidden: Tensor, blocks: Blocks) -> Tensor:
         """Apply routed and shared experts to (l, b, h)."""
         self.moe.router.sequence_weights = blocks.sequence_weights
+        self.moe.router.rows_per_sequence = _rows(blocks, 1)
         padding = blocks.padding
         if padding is not None:
             padding = padding.repeat(hidden.shape[1] // len(padding), 1)

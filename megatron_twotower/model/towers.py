@@ -13,6 +13,7 @@ conditioning is 3 / s of the size of a stream.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
@@ -27,6 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_twotower.common.device import device
+from megatron_twotower.config.context_split import stretches_per_rank
 from megatron_twotower.config.pipeline_stages import PipelineStage, whole_model
 from megatron_twotower.config.schema import ModelConfig, RunConfig
 from megatron_twotower.mcore import modules
@@ -34,7 +36,8 @@ from megatron_twotower.model.adaln import TimeConditioning
 from megatron_twotower.model.layers import DenoiserLayer, Layer
 from megatron_twotower.model.mixers import HANDOFF_KINDS
 from megatron_twotower.ops.attention import block_mask
-from megatron_twotower.types import Blocks, Handoff, NoisyBatch
+from megatron_twotower.ops.context_parallel import ContextRanks, context_ranks
+from megatron_twotower.types import Blocks, Handoff, NoisyBatch, TargetBatch
 
 
 class Head(ColumnParallelLinear):
@@ -163,17 +166,14 @@ class BackboneModel(PipelineModel):
         super().__init__(megatron, stage)
         self.tower = Tower(config.model, megatron, groups, stage=stage)
 
-    def forward(self, tokens: Tensor, documents: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
+    def forward(self, batch: TargetBatch) -> Tensor:
         """Compute the final hidden states (l, b, h).
 
         A stage that is not the last returns the tensor for the next stage instead.
-
-        Args:
-            tokens: (b, l).
-            documents: As in `Batch`.
-            padding: As in `Batch`.
         """
-        blocks, stage = Blocks(documents=documents, padding=padding), self.tower.stage
+        tokens, stage = batch.tokens, self.tower.stage
+        context = context_ranks(self.tower.groups.cp, batch.sequence_documents)
+        blocks = Blocks(documents=batch.documents, padding=batch.padding, context=context)
         hidden = self.tower.embed(tokens) if stage.first else self.received().unflatten(0, (-1, len(tokens)))
         with modules.fp8_model_context(self.config):
             for layer in self.tower.layers.values():
@@ -220,10 +220,9 @@ class TwoTower(PipelineModel):
         layers of the context tower after the last handoff. A stage that is not the last returns the
         tensor for the next stage instead.
         """
-        # Built once for all attention layers.
-        mask = block_mask(batch.tokens, block=batch.block, documents=batch.documents) if self.has_attention else None
-        blocks = Blocks(batch.block, batch.documents, batch.padding, batch.sequence_weights, mask)
-        stage = self.tower.stage
+        context, stage = context_ranks(self.tower.groups.cp, batch.sequence_documents), self.tower.stage
+        masks = self._attention_masks(batch, context)
+        blocks = Blocks(batch.block, batch.documents, batch.padding, batch.sequence_weights, masks, context)
         clean, noisy, conditioning = self._first_inputs(batch) if stage.first else self._received_inputs(batch)
         with modules.fp8_model_context(self.config):
             for number in stage.layers:
@@ -239,6 +238,19 @@ class TwoTower(PipelineModel):
         with torch.no_grad():
             clean = self.context.final(clean)
         return torch.cat([self.tower.final(noisy), clean], dim=1)
+
+    def _attention_masks(self, batch: NoisyBatch, context: ContextRanks | None) -> tuple[Any, ...]:
+        """The masks of all attention layers, which are built once."""
+        if not self.has_attention:
+            return ()
+        if context is None:
+            return (block_mask(batch.tokens, block=batch.block, documents=batch.documents),)
+        length, masks = batch.tokens.shape[1], []
+        for place, number in enumerate(context.numbers):
+            known = None if context.documents is None else context.documents[:, : (number + 1) * length]
+            tokens = batch.tokens[place :: len(context.numbers)]
+            masks.append(block_mask(tokens, block=batch.block, documents=known, first=number * length))
+        return tuple(masks)
 
     def _first_inputs(self, batch: NoisyBatch) -> tuple[Tensor, Tensor, Tensor]:
         """The clean stream (l, b, h), noisy stream (l, r b, h) and conditioning (r b, n, 3h)."""
@@ -292,11 +304,13 @@ def rows_between_stages(config: RunConfig, *, sequences: int, times: Tensor | No
         config: The configuration of the run.
         sequences: b, the number of sequences in the micro-batch.
         times: The noise levels, if they are given and not drawn.
-        ranks: The number of ranks that split a sequence (sequence parallelism).
+        ranks: The number of tensor-parallel ranks that split a sequence (sequence parallelism).
     """
-    noise, length = config.noise, config.data.sequence_length_tokens
+    noise, context = config.noise, config.parallel.context
+    length = config.data.sequence_length_tokens // context
     if config.objective == "ar":
         return sequences * length // ranks
-    blocks = length // noise.block_size_tokens if noise.time_per == "block" else 1
-    draws, levels = (noise.draws_per_context, blocks) if times is None else (1, times.shape[1])
+    per_block = (noise.time_per == "block") if times is None else times.shape[1] > 1
+    levels = length // noise.block_size_tokens if per_block else stretches_per_rank(context)
+    draws = noise.draws_per_context if times is None else 1
     return sequences * ((1 + draws) * length // ranks + 3 * draws * levels)

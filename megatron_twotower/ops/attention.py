@@ -2,6 +2,9 @@
 
 Shapes: query (b, heads, l, e); key, value (b, kv_heads, l, e), with head size e. Head i reads kv
 head i // (heads / kv_heads). documents (b, l) int32: no position attends to another document.
+
+The l queries may be the end of a longer stream: then the keys of the clean stream, and documents,
+have f + l positions, of which the first f are before the queries. f is a multiple of the block.
 """
 
 from collections.abc import Iterator
@@ -11,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from megatron_twotower.ops import dispatch
 
@@ -26,16 +30,24 @@ FLEX_TILE = 128
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, documents: Tensor | None = None) -> Tensor:
     """Causal attention of the context tower: (b, heads, l, e).
 
-    Position i attends to the positions j <= i of its document.
+    Position i attends to the positions j <= i of its document. There may be more keys than queries:
+    the queries are the last positions.
     """
-    if documents is None:
+    length, total = query.shape[2], key.shape[2]
+    if documents is None and length == total:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-    positions = torch.arange(query.shape[2], device=query.device)
+    if documents is None and query.is_cuda:
+        last_positions = causal_lower_right(length, total)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=last_positions, enable_gqa=True)
+    positions = torch.arange(total, device=query.device)
     outs = []
-    for start in range(0, query.shape[2], QUERY_CHUNK):
+    for start in range(total - length, total, QUERY_CHUNK):
         rows, past = slice(start, start + QUERY_CHUNK), slice(0, start + QUERY_CHUNK)
-        mask = _same_document(documents, rows, past) & (positions[past] <= positions[rows].unsqueeze(-1))
-        inputs = (query[:, :, rows], key[:, :, past], value[:, :, past])
+        mask = (positions[past] <= positions[rows].unsqueeze(-1)).unsqueeze(0)
+        if documents is not None:
+            mask = mask & _same_document(documents, rows, past)
+        own = query[:, :, start - (total - length) :][:, :, :QUERY_CHUNK]
+        inputs = (own, key[:, :, past], value[:, :, past])
         outs.append(F.scaled_dot_product_attention(*inputs, attn_mask=mask.unsqueeze(1), enable_gqa=True))
     return torch.cat(outs, dim=2)
 
@@ -67,9 +79,9 @@ def block_attention(
 
     Args:
         query: Of the noisy stream, like key and value.
-        clean_key: Key of the clean stream, like clean_value.
+        clean_key: Key of the clean stream (b, kv_heads, f + l, e), like clean_value.
         block: Block size s, a divisor of l.
-        documents: (b, l), or `None` for one document.
+        documents: (b, f + l), or `None` for one document.
         mask: From `block_mask`. FlexAttention builds it itself if it is `None`.
 
     Returns:
@@ -103,13 +115,15 @@ class _QueryChunk:
     """Some queries of one sequence and one kv head, and the keys and values that they may need.
 
     query (rows, e), scaled, head after head. Keys and values are those of the clean positions
-    0 .. clean - 1 and of the noisy positions `noisy`.
+    0 .. clean - 1 and of the noisy positions `noisy`. Noisy positions count from that of the first
+    query, clean ones from the start of the sequence, `first` earlier.
     """
 
     def __init__(self, tensors: tuple[Tensor, ...], documents: Tensor | None, block: int, start: int, stop: int):
         query, key, value, clean_key, clean_value = tensors
         low, high = start // block * block, -(-stop // block) * block
-        self.clean, self.noisy, self.block = high - block, slice(low, high), block
+        self.first = len(clean_key) - len(key)
+        self.clean, self.noisy, self.block = self.first + high - block, slice(low, high), block
         self.rows, self.documents = slice(start, stop), documents
         self.heads = query.shape[0]
         self.query = (query[:, start:stop] * query.shape[-1] ** -0.5).flatten(0, 1)
@@ -130,11 +144,12 @@ class _QueryChunk:
     def _masked(self, scores: Tensor) -> Tensor:
         view, low, high = scores.view(self.heads, -1, scores.shape[1]), self.noisy.start, self.noisy.stop
         clean, noisy = _masked_pairs(self.rows.start, self.rows.stop, low, high, self.block, scores.device)
-        view[:, :, low : self.clean].masked_fill_(clean, float("-inf"))
+        view[:, :, self.first + low : self.clean].masked_fill_(clean, float("-inf"))
         view[:, :, self.clean :].masked_fill_(noisy, float("-inf"))
         if self.documents is not None:
-            columns = torch.cat([self.documents[: self.clean], self.documents[self.noisy]])
-            view.masked_fill_(columns != self.documents[self.rows].unsqueeze(-1), float("-inf"))
+            own = self.documents[self.first :]
+            columns = torch.cat([self.documents[: self.clean], own[self.noisy]])
+            view.masked_fill_(columns != own[self.rows].unsqueeze(-1), float("-inf"))
         return scores
 
     def weighted_sum(self, weights: Tensor, clean: Tensor, noisy: Tensor) -> Tensor:
@@ -161,11 +176,11 @@ def _query_chunks(
                 yield b, group, kv, _QueryChunk(tensors_of_head, b_documents, block, start, stop)
 
 
-def _buffer(query: Tensor, key: Tensor) -> Tensor:
+def _buffer(query: Tensor, key: Tensor, clean_key: Tensor) -> Tensor:
     """Memory for the largest matrix of scores (elements,)."""
     heads, length = query.shape[1] // key.shape[1], query.shape[2]
     rows = heads * min(length, max(1, SCORE_ROWS // heads))
-    return torch.empty(rows * 2 * length, dtype=query.dtype, device=query.device)
+    return torch.empty(rows * (clean_key.shape[2] + length), dtype=query.dtype, device=query.device)
 
 
 def _widen(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -188,7 +203,7 @@ class _BlockAttention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, clean_key, clean_value, documents)
         ctx.block = block
         tensors, out = _widen((query, key, value, clean_key, clean_value)), torch.empty_like(query)
-        scores_buffer, weights_buffer = (_buffer(tensors[0], key) for _ in range(2))
+        scores_buffer, weights_buffer = (_buffer(tensors[0], key, clean_key) for _ in range(2))
         for b, heads, _, chunk in _query_chunks(tensors, documents, block):
             scores = chunk.scores(scores_buffer)
             weights = torch.softmax(scores, dim=-1, out=weights_buffer[: scores.numel()].view_as(scores))
@@ -201,7 +216,7 @@ class _BlockAttention(torch.autograd.Function):
         tensors, dtype = _widen(tuple(saved)), saved[0].dtype
         grad_query = torch.empty_like(tensors[0])
         grad_key, grad_value = torch.zeros_like(tensors[1]), torch.zeros_like(tensors[2])
-        scores_buffer, weights_buffer = (_buffer(tensors[0], grad_key) for _ in range(2))
+        scores_buffer, weights_buffer = (_buffer(tensors[0], grad_key, tensors[3]) for _ in range(2))
         scale = grad.shape[-1] ** -0.5
         for b, heads, kv, chunk in _query_chunks(tensors, documents, ctx.block):
             scores = chunk.scores(scores_buffer)
@@ -233,7 +248,7 @@ class _Ranges(NamedTuple):
 
 
 def _ranges(first: Tensor, last: Tensor, block: int, documents: Tensor | None) -> _Ranges:
-    """The ranges first..last, both (tiles,); empty if last < first."""
+    """The ranges first..last of positions, both (tiles,); empty if last < first."""
     ends, nonempty = (first, last), last >= first
     if documents is None:
         return _Ranges(nonempty, (first // block, last // block), None)
@@ -263,33 +278,38 @@ def _allowed_tiles(queries: _Ranges, keys: _Ranges, *, clean: bool) -> tuple[Ten
     return some & keys.nonempty, every | ~keys.nonempty
 
 
-def _build_mask(length: int, block: int, device: torch.device, documents: Tensor | None = None) -> Any:
-    """The block-sparse mask of l queries with l clean and l noisy keys.
+def _build_mask(
+    length: int, block: int, device: torch.device, documents: Tensor | None = None, *, first: int = 0
+) -> Any:
+    """The block-sparse mask of l queries with f + l clean and l noisy keys; `first` is f.
 
-    It is built from the first and last positions of the tiles, without a tensor of l x 2l.
+    It is built from the first and last positions of the tiles, without a tensor of all pairs.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        clean = k < length
-        position = torch.where(clean, k, k - length)
-        in_blocks = torch.where(clean, position // block < q // block, position // block == q // block)
-        return in_blocks if documents is None else in_blocks & (documents[b, q] == documents[b, position])
+    total = first + length
 
-    firsts = torch.arange(0, 2 * length, FLEX_TILE, device=device)
-    lasts = (firsts + FLEX_TILE).clamp(max=2 * length) - 1
-    rows = -(-length // FLEX_TILE)
-    queries = _ranges(firsts[:rows], lasts[:rows].clamp(max=length - 1), block, documents)
+    def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        clean, own = k < total, first + q
+        position = torch.where(clean, k, k - length)
+        in_blocks = torch.where(clean, position // block < own // block, position // block == own // block)
+        return in_blocks if documents is None else in_blocks & (documents[b, own] == documents[b, position])
+
+    rows = torch.arange(0, length, FLEX_TILE, device=device)
+    queries = _ranges(first + rows, first + (rows + FLEX_TILE).clamp(max=length) - 1, block, documents)
+    firsts = torch.arange(0, total + length, FLEX_TILE, device=device)
+    lasts = (firsts + FLEX_TILE).clamp(max=total + length) - 1
     # A column of tiles may contain the last clean and the first noisy keys.
-    clean = _ranges(firsts, lasts.clamp(max=length - 1), block, documents)
-    noisy = _ranges((firsts - length).clamp(min=0), lasts - length, block, documents)
+    clean = _ranges(firsts, lasts.clamp(max=total - 1), block, documents)
+    noisy = _ranges((firsts - length).clamp(min=first), lasts - length, block, documents)
     by_clean, by_noisy = _allowed_tiles(queries, clean, clean=True), _allowed_tiles(queries, noisy, clean=False)
-    full = (firsts[:rows] + FLEX_TILE <= length).unsqueeze(-1) & (firsts + FLEX_TILE <= 2 * length)
+    full = (rows + FLEX_TILE <= length).unsqueeze(-1) & (firsts + FLEX_TILE <= total + length)
     every = by_clean[1] & by_noisy[1] & full
     some = (by_clean[0] | by_noisy[0]) & ~every
     tables = (*_tile_lists(some), *_tile_lists(every))
-    mask = BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=FLEX_TILE, mask_mod=allowed, seq_lengths=(length, 2 * length))
-    _skip_gradients(mask, columns=length // FLEX_TILE)
+    lengths = (length, total + length)
+    mask = BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=FLEX_TILE, mask_mod=allowed, seq_lengths=lengths)
+    _skip_gradients(mask, columns=total // FLEX_TILE)
     return mask
 
 
@@ -316,33 +336,34 @@ def _tile_lists(tiles: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=16)
-def _mask_of_shape(length: int, block: int, device: torch.device) -> Any:
+def _mask_of_shape(length: int, block: int, device: torch.device, first: int) -> Any:
     """The mask without documents, built once for each shape."""
-    return _build_mask(length, block, device)
+    return _build_mask(length, block, device, first=first)
 
 
 def _uses_flex(x: Tensor) -> bool:
     return x.is_cuda and dispatch.unavailable("triton") is None
 
 
-def block_mask(tokens: Tensor, *, block: int, documents: Tensor | None = None) -> Any:
+def block_mask(tokens: Tensor, *, block: int, documents: Tensor | None = None, first: int = 0) -> Any:
     """The `mask` of `block_attention` for one micro-batch, to build once for all layers.
 
     Args:
         tokens: (b, l) on the device of the attention.
         block: Block size s.
-        documents: (b, l), or `None` for one document.
+        documents: (b, f + l), or `None` for one document.
+        first: f, the clean positions before the queries.
 
     Returns:
         A FlexAttention `BlockMask`, or `None` if `block_attention` does not use FlexAttention.
     """
-    return _flex_mask(tokens.shape[1], block, tokens.device, documents) if _uses_flex(tokens) else None
+    return _flex_mask(tokens.shape[1], block, tokens.device, documents, first) if _uses_flex(tokens) else None
 
 
-def _flex_mask(length: int, block: int, device: torch.device, documents: Tensor | None) -> Any:
+def _flex_mask(length: int, block: int, device: torch.device, documents: Tensor | None, first: int) -> Any:
     if documents is None:
-        return _mask_of_shape(length, block, device)
-    return _build_mask(length, block, device, documents)
+        return _mask_of_shape(length, block, device, first)
+    return _build_mask(length, block, device, documents, first=first)
 
 
 @lru_cache(maxsize=2)
@@ -368,7 +389,8 @@ def flex_block_attention(
     No gradients flow into the clean keys and values.
     """
     if mask is None:
-        mask = _flex_mask(query.shape[2], block, query.device, documents)
+        first = clean_key.shape[2] - query.shape[2]
+        mask = _flex_mask(query.shape[2], block, query.device, documents, first)
     # Detached: with this mask their gradients would be zeros.
     keys, values = torch.cat([clean_key.detach(), key], dim=2), torch.cat([clean_value.detach(), value], dim=2)
     return _flex(query.is_cuda)(query, keys, values, block_mask=mask, enable_gqa=True)
@@ -387,15 +409,15 @@ def block_attention_ref(
     block: int,
     documents: Tensor | None = None,
 ) -> Tensor:
-    """Reference of `block_attention`: a dense l x 2l mask and an explicit softmax."""
+    """Reference of `block_attention`: a dense mask of all pairs and an explicit softmax."""
     heads, length, size = query.shape[1:]
     keys, values = torch.cat([clean_key, key], dim=2), torch.cat([clean_value, value], dim=2)
     keys, values = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (keys, values))
-    of_block = torch.arange(length, device=query.device) // block
-    clean, noisy = of_block < of_block.unsqueeze(-1), of_block == of_block.unsqueeze(-1)
-    mask = torch.cat([clean, noisy], dim=-1)
+    of_block = torch.arange(clean_key.shape[2], device=query.device) // block
+    own = of_block[-length:].unsqueeze(-1)
+    mask = torch.cat([of_block < own, of_block[-length:] == own], dim=-1)
     if documents is not None:
-        same = documents.unsqueeze(-1) == documents.unsqueeze(-2)
-        mask = (mask & torch.cat([same, same], dim=-1)).unsqueeze(1)
+        same = documents[:, -length:].unsqueeze(-1) == documents.unsqueeze(-2)
+        mask = (mask & torch.cat([same, same[..., -length:]], dim=-1)).unsqueeze(1)
     scores = (query @ keys.transpose(-1, -2)) * size**-0.5
     return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ values

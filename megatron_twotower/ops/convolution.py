@@ -1,8 +1,8 @@
 """The short causal convolution before the Mamba scan, for one stream and for blocks with a history.
 
 Shapes: inputs (b, l, c); weight (c, k); bias (c,); history (b, n, k - 1, c); documents (b, l)
-int32. One filter per channel, followed by SiLU. Inputs before the sequence or in another document
-count as zeros.
+int32. One filter per channel, followed by SiLU. Inputs in another document count as zeros, and so
+do those before the first position, unless they are given.
 """
 
 from collections.abc import Iterator
@@ -82,12 +82,27 @@ def _filter(padded: Tensor, documents: Tensor | None, weight: Tensor, bias: Tens
     return _Filter.apply(padded, weight, bias, same)
 
 
-def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, *, documents: Tensor | None = None) -> Tensor:
-    """silu(bias + sum_i weight[:, i] x[l - k + 1 + i]): (b, l, c), with zeros before the sequence.
+def causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor, *, documents: Tensor | None = None, before: Tensor | None = None
+) -> Tensor:
+    """silu(bias + sum_i weight[:, i] x[l - k + 1 + i]): (b, l, c).
 
     On CUDA, causal-conv1d computes it if it is installed and takes the shapes, otherwise the
     kernels of `ops.triton.convolution`.
+
+    Args:
+        x: (b, l, c).
+        weight: (c, k).
+        bias: (c,).
+        documents: (b, l), or `None` for one document.
+        before: (b, k - 1, c), the inputs before x, of the document of its first position; zeros if
+            `None`.
     """
+    if before is not None:
+        count = before.shape[1]
+        joined = torch.cat([before, x], dim=1)
+        known = None if documents is None else _extended(documents, count)
+        return causal_conv(joined, weight, bias, documents=known)[:, count:]
     available = x.is_cuda and x.dtype != torch.float64 and dispatch.unavailable("causal-conv1d") is None
     if available and dispatch.causal_conv1d_unsupported(*weight.shape) is None:
         return dispatch.causal_conv1d(x, weight, bias, documents=documents)
@@ -95,18 +110,29 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, *, documents: Tensor | 
         from megatron_twotower.ops.triton.convolution import block_conv_triton
 
         return block_conv_triton(x, None, weight, bias, block=x.shape[1], documents=documents)
-    before = weight.shape[1] - 1
-    if documents is not None:
-        documents = F.pad(documents, (before, 0), value=-1)
-    return _filter(F.pad(x, (0, 0, before, 0)), documents, weight, bias)
+    count = weight.shape[1] - 1
+    known = None if documents is None else _extended(documents, count)
+    return _filter(F.pad(x, (0, 0, count, 0)), known, weight, bias)
 
 
-def block_history(x: Tensor, *, taps: int, block: int) -> Tensor:
+def _extended(documents: Tensor, count: int) -> Tensor:
+    """Documents (b, l) -> (b, count + l): inputs before the first position are of its document."""
+    return torch.cat([documents[:, :1].expand(-1, count), documents], dim=1)
+
+
+def block_history(x: Tensor, *, taps: int, block: int, before: Tensor | None = None) -> Tensor:
     """The k - 1 inputs before each block: (b, n, k - 1, c).
 
     The convolution of the noisy stream needs nothing else of the clean stream.
+
+    Args:
+        x: (b, l, c), the clean inputs.
+        taps: k.
+        block: Block size s.
+        before: As in `causal_conv`.
     """
-    windows = F.pad(x, (0, 0, taps - 1, 0)).unfold(1, taps - 1, block)[:, : x.shape[1] // block]
+    padded = F.pad(x, (0, 0, taps - 1, 0)) if before is None else torch.cat([before, x], dim=1)
+    windows = padded.unfold(1, taps - 1, block)[:, : x.shape[1] // block]
     return windows.transpose(-1, -2).contiguous()
 
 
@@ -132,7 +158,7 @@ def seeded_block_conv(
         return block_conv_triton(x, history, weight, bias, block=l // n, documents=documents)
     blocks = torch.cat([history, x.view(b, n, -1, c)], dim=2).flatten(0, 1)
     if documents is not None:
-        documents = F.pad(documents, (before, 0), value=-1).unfold(1, before + l // n, l // n).flatten(0, 1)
+        documents = _extended(documents, before).unfold(1, before + l // n, l // n).flatten(0, 1)
     return _filter(blocks, documents, weight, bias).view(b, l, c)
 
 

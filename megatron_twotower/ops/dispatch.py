@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_twotower.common import versions
+from megatron_twotower.ops.context_parallel import ContextRanks
 
 # By package: the module to import.
 MODULES = {
@@ -86,7 +87,16 @@ def _module(package: str) -> ModuleType:
 
 
 def mamba_ssm_chunk_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, chunk: int, documents: Tensor | None = None
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    *,
+    chunk: int,
+    documents: Tensor | None = None,
+    context: ContextRanks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The scan of one stream by mamba-ssm, without gradients.
 
@@ -99,19 +109,29 @@ def mamba_ssm_chunk_scan(
             are (m,).
         chunk: Positions of a chunk.
         documents: (b, l), or `None` for one document.
+        context: As in `ops.scan.chunk_scan`.
 
     Returns:
         y (b, l, m, p) in x's dtype; states (b, ceil(l / chunk), m, p, d) at the start of each chunk
         and the final state (b, m, p, d), both float32.
     """
     ssd = _module("mamba-ssm")
+    sizes = (x.shape[3], B.shape[3])
     with torch.no_grad(), torch.cuda.device_of(x):
+        if context is not None and documents is not None:
+            # To mamba-ssm a start state is one of document 0.
+            documents = documents - documents[:, :1]
         decays, steps = ssd._chunk_cumsum_fwd(dt, A, chunk)
-        added = ssd._chunk_state_fwd(B, x, steps, decays, seq_idx=documents, states_in_fp32=True)
-        states, final = ssd._state_passing_fwd(
-            added.flatten(3), decays[..., -1], seq_idx=documents, chunk_size=chunk, out_dtype=torch.float32
-        )
-        states, final = (t.unflatten(-1, (x.shape[3], B.shape[3])) for t in (states, final))
+        added = ssd._chunk_state_fwd(B, x, steps, decays, seq_idx=documents, states_in_fp32=True).flatten(3)
+        passing = {"seq_idx": documents, "chunk_size": chunk, "out_dtype": torch.float32}
+        states, final = ssd._state_passing_fwd(added, decays[..., -1], **passing)
+        if context is not None:
+            keep = decays[..., -1].sum(-1).exp()
+            if documents is not None:
+                keep = keep * (documents[:, -1:] == 0)
+            initial = context.states_before(final.unflatten(-1, sizes), keep).flatten(2)
+            states, final = ssd._state_passing_fwd(added, decays[..., -1], initial_states=initial, **passing)
+        states, final = (t.unflatten(-1, sizes) for t in (states, final))
         scores = ssd._bmm_chunk_fwd(C, B, chunk, seq_idx=documents, output_dtype=torch.float32)
         y, _ = ssd._chunk_scan_fwd(scores, x, steps, decays, C, states, D=D, seq_idx=documents)
     return y, states, final

@@ -20,6 +20,7 @@ and recompute the rest. Let dy be the gradient of y, u = dt x and du its gradien
 the running log decay is dy_i . (y_i - D x_i) - u_i . du_i, independent of the chunks.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_twotower.ops import dispatch
+from megatron_twotower.ops.context_parallel import ContextRanks
 from megatron_twotower.ops.scan_chunks import (
     MAX_CHUNK,
     Decays,
@@ -93,6 +95,28 @@ def _stream_decays(dt: Tensor, A: Tensor, documents: Tensor | None, batch: int) 
     return Decays(running, chunk, tile, rows, *factors), _StateFactors(write, keep)
 
 
+def _sum_over_chunks(parts: Tensor, keep: Tensor, order: Iterable[int]) -> Tensor:
+    """Pass a state (b, m, p, d) through all chunks, from zeros: parts (b, c, m, p, d) are added."""
+    state = torch.zeros_like(parts[:, 0])
+    for c in order:
+        state = torch.addcmul(parts[:, c], keep[:, c, :, None, None], state)
+    return state
+
+
+def _start_state(states: Tensor, keep: Tensor, context: ContextRanks | None) -> Tensor | None:
+    """The state (b, m, p, d) that each row starts from, after the row before it on any rank."""
+    if context is None:
+        return None
+    return context.states_before(_sum_over_chunks(states, keep, range(states.shape[1])), keep.prod(1))
+
+
+def _end_gradient(grads: Tensor, keep: Tensor, context: ContextRanks | None) -> Tensor | None:
+    """The gradient (b, m, p, d) of the state after each row, from the rows that follow it."""
+    if context is None:
+        return None
+    return context.gradients_after(_sum_over_chunks(grads, keep, reversed(range(grads.shape[1]))), keep.prod(1))
+
+
 def _pass_states(states: Tensor, keep: Tensor, initial: Tensor | None) -> Tensor:
     """The inter-chunk recurrence, in place: what each chunk adds -> the state before each chunk.
 
@@ -106,14 +130,17 @@ def _pass_states(states: Tensor, keep: Tensor, initial: Tensor | None) -> Tensor
     return state
 
 
-def _pass_states_backward(grads: Tensor, states: Tensor, final: Tensor, keep: Tensor) -> Tensor:
+def _pass_states_backward(
+    grads: Tensor, states: Tensor, final: Tensor, keep: Tensor, gradient: Tensor | None
+) -> Tensor:
     """The gradient of `_pass_states`, in place on grads (b, c, m, p, d).
 
     grads: the gradient of the state before each chunk -> the gradient of what each chunk adds.
-    states, final: what `_pass_states` computed. Returns the gradient of the log decay over each
-    chunk (b, c, m).
+    states, final: what `_pass_states` computed. gradient: that of `final`, or `None`. Returns the
+    gradient of the log decay over each chunk (b, c, m).
     """
-    gradient, after = torch.zeros_like(final), final
+    after = final
+    gradient = torch.zeros_like(final) if gradient is None else gradient
     totals = torch.empty_like(keep)
     for c in reversed(range(grads.shape[1])):
         totals[:, c] = torch.linalg.vecdot(gradient.flatten(2), after.flatten(2))
@@ -136,6 +163,7 @@ class _ChunkScan(torch.autograd.Function):
         chunk: int,
         initial: Tensor | None,
         documents: Tensor | None,
+        context: ContextRanks | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype, (b, l, m, p), (g, d) = working_dtype(x), x.shape, B.shape[2:]
         stream, Cs = Stream(*(in_chunks(t, chunk) for t in (x, dt.to(dtype), B))), in_chunks(C, chunk)
@@ -147,11 +175,13 @@ class _ChunkScan(torch.autograd.Function):
             written = (own.x * write[item.chunks, :, item.heads].unsqueeze(-1)).flatten(2)
             states[item.chunks, item.heads] = torch.bmm(written.transpose(1, 2), own.B).unflatten(1, (-1, p))
         by_sequence = states.unflatten(0, (b, -1))
+        if context is not None:
+            initial = _start_state(by_sequence, factors.keep, context)
         final = _pass_states(by_sequence, factors.keep, initial)
         y = chunk_outputs(stream, Cs, D.to(dtype), read=None, states=states, decays=decays)
         y = y.view(b, -1, m, p)[:, :l]
         ctx.save_for_backward(x, dt, A, B, C, D, y, by_sequence, final, documents)
-        ctx.chunk = chunk
+        ctx.chunk, ctx.context = chunk, context
         ctx.mark_non_differentiable(by_sequence, final)
         return y.to(x.dtype), by_sequence, final
 
@@ -170,7 +200,8 @@ class _ChunkScan(torch.autograd.Function):
             read = (g_i * decays.read_of(item)).flatten(2)
             into = torch.bmm(read.transpose(1, 2), Cs[item.chunks, :, item.group].to(dtype))
             added[item.chunks, item.heads] = into.view_as(added[item.chunks, item.heads])
-        total = _pass_states_backward(grads, states, final, factors.keep).flatten(0, 1)
+        after = _end_gradient(grads, factors.keep, ctx.context)
+        total = _pass_states_backward(grads, states, final, factors.keep, after).flatten(0, 1)
         gradients = chunk_gradients(
             gs,
             ys,
@@ -183,7 +214,7 @@ class _ChunkScan(torch.autograd.Function):
             decays=decays,
             state_gradients=StateGradients(factors.write, added, total),
         )
-        return *_like_inputs(gradients, inputs), None, None, None
+        return *_like_inputs(gradients, inputs), None, None, None, None
 
 
 def _uses_mamba_ssm(x: Tensor) -> bool:
@@ -204,6 +235,7 @@ def chunk_scan(
     chunk: int,
     initial: Tensor | None = None,
     documents: Tensor | None = None,
+    context: ContextRanks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The scan of one stream, with the state at the start of every chunk.
 
@@ -215,28 +247,40 @@ def chunk_scan(
         initial: (b, m, p, d), the state before position 0, of its document; zeros if `None`. No
             gradient flows into it.
         documents: (b, l), or `None` for one document.
+        context: The ranks that have the other stretches of the sequences. Each row then starts
+            from the state after the stretch before it, with gradients.
 
     Returns:
         y (b, l, m, p) in x's dtype; the state at the start of every chunk (b, ceil(l/q), m, p, d);
         the final state (b, m, p, d). The states are in the working dtype, without gradients.
     """
-    assert initial is None or not initial.requires_grad
+    assert initial is None or (context is None and not initial.requires_grad)
     # mamba-ssm gives the states in its forward pass only.
     if initial is None and not torch.is_grad_enabled() and _uses_mamba_ssm(x):
-        return dispatch.mamba_ssm_chunk_scan(x, dt, A, B, C, D, chunk=chunk, documents=documents)
-    return _ChunkScan.apply(x, dt, A, B, C, D, chunk, initial, documents)
+        return dispatch.mamba_ssm_chunk_scan(x, dt, A, B, C, D, chunk=chunk, documents=documents, context=context)
+    return _ChunkScan.apply(x, dt, A, B, C, D, chunk, initial, documents, context)
 
 
 def stream_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, chunk: int, documents: Tensor | None = None
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    *,
+    chunk: int,
+    documents: Tensor | None = None,
+    context: ContextRanks | None = None,
 ) -> Tensor:
     """The y of `chunk_scan`, with gradients, for next-token training.
 
-    On CUDA in half precision by mamba-ssm.
+    On CUDA in half precision by mamba-ssm, unless other ranks have stretches of the sequences: its
+    backward pass cannot wait for their gradient of the state.
     """
-    if _uses_mamba_ssm(x):
+    if _uses_mamba_ssm(x) and context is None:
         return dispatch.mamba_ssm_scan(x, dt, A, B, C, D, chunk=chunk, documents=documents)
-    return chunk_scan(x, dt, A, B, C, D, chunk=chunk, documents=documents)[0]
+    return chunk_scan(x, dt, A, B, C, D, chunk=chunk, documents=documents, context=context)[0]
 
 
 # --- a noisy stream that starts from a clean one ---

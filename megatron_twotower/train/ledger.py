@@ -117,9 +117,9 @@ def ledger_writer(
     It writes nothing without `train.ledger`, and on ranks whose samples another rank writes.
     """
     start = parallel.broadcast_from_main(time.time_ns())
-    if not config.train.ledger or groups.tp.rank() or groups.pp.rank():
+    if not config.train.ledger or groups.tp.rank() or groups.cp.rank() or groups.pp.rank():
         return lambda batches, step: None
-    stream = open_ledger(run, rank=groups.dp_cp.rank())
+    stream = open_ledger(run, rank=groups.dp.rank())
 
     def write(batches: Sequence[Batch], step: int) -> None:
         stream.write(ledger_line(batches, start=start, step=step))

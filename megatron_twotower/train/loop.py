@@ -18,12 +18,13 @@ from torch import Tensor
 
 from megatron_twotower.common import device
 from megatron_twotower.common.errors import UserError
+from megatron_twotower.config.context_split import stretches
 from megatron_twotower.config.phases import Phase, phase_number
 from megatron_twotower.config.schema import NoiseConfig, RunConfig
 from megatron_twotower.data.dataset import skipped_sequences
 from megatron_twotower.mcore import parallel
 from megatron_twotower.model.towers import rows_between_stages
-from megatron_twotower.train.losses import autoregressive_loss, masked_diffusion_loss
+from megatron_twotower.train.losses import autoregressive_loss, masked_diffusion_loss, next_tokens
 from megatron_twotower.train.metrics import Metrics, peak_memory_gib
 from megatron_twotower.train.noise import corrupt
 from megatron_twotower.train.optimizer import Outcome, guarded_step
@@ -100,12 +101,18 @@ class MicroBatch:
     times: Tensor | None = None
 
 
+def stretches_of_rank(length: int, groups: ProcessGroupCollection) -> tuple[slice, ...]:
+    """The positions that this rank has of each sequence of `length` positions."""
+    return stretches(length, ranks=groups.cp.size(), rank=groups.cp.rank())
+
+
 def ar_forward(
     chunk: Any, micro_batch: MicroBatch, config: RunConfig, groups: ProcessGroupCollection
 ) -> tuple[Tensor, LossReport | None]:
     """Run one model chunk of a backbone on a micro-batch; see `OBJECTIVES`."""
-    batch = micro_batch.batch.to(device.device())
-    hidden, tower = chunk(batch.tokens, batch.documents, batch.padding), chunk.module.tower
+    length = config.data.sequence_length_tokens
+    batch = next_tokens(micro_batch.batch, stretches_of_rank(length, groups)).to(device.device())
+    hidden, tower = chunk(batch), chunk.module.tower
     return hidden, autoregressive_loss(tower, hidden, batch, groups) if tower.stage.last else None
 
 
@@ -113,8 +120,13 @@ def two_tower_forward(
     chunk: Any, micro_batch: MicroBatch, config: RunConfig, groups: ProcessGroupCollection
 ) -> tuple[Tensor, LossReport | None]:
     """Run one model chunk of both towers on a micro-batch; see `OBJECTIVES`."""
-    noisy = corrupt(micro_batch.batch, config.noise, seed=micro_batch.seed, times=micro_batch.times)
-    noisy = noisy.to(device.device())
+    noisy = corrupt(
+        micro_batch.batch,
+        config.noise,
+        seed=micro_batch.seed,
+        times=micro_batch.times,
+        stretches=stretches_of_rank(config.data.sequence_length_tokens, groups),
+    ).to(device.device())
     hidden, model = chunk(noisy), chunk.module
     if not model.tower.stage.last:
         return hidden, None

@@ -4,14 +4,19 @@ Megatron adds up the counts over micro-batches and ranks, and divides the gradie
 count (`calculate_per_token_loss` in `mcore.transformer_config`). Nothing here divides by a count.
 """
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from megatron_twotower.config.context_split import COMPLETE
 from megatron_twotower.config.schema import NoiseConfig
 from megatron_twotower.model.towers import Tower
+from megatron_twotower.ops.context_parallel import ContextRanks, context_ranks, rows_of_stretches
 from megatron_twotower.ops.cross_entropy import Teacher, linear_cross_entropy
-from megatron_twotower.types import Batch, LossReport, NoisyBatch
+from megatron_twotower.types import Batch, LossReport, NoisyBatch, TargetBatch
 
 
 def _head(
@@ -28,10 +33,35 @@ def _head(
     )
 
 
-def autoregressive_loss(tower: Tower, hidden: Tensor, batch: Batch, groups: ProcessGroupCollection) -> LossReport:
-    """Compute the next-token cross-entropy of every position but the last.
+def next_tokens(batch: Batch, stretches: Sequence[slice] = COMPLETE) -> TargetBatch:
+    """The target of every position: the next token, if it is of the same document.
 
-    If `batch.documents` is set, the first token of a document is not scored.
+    Args:
+        batch: Clean sequences.
+        stretches: The positions that this rank has of each sequence (`config.context_split`). Of
+            the other tokens of the batch only the one after each stretch is used.
+    """
+    weights = torch.ones_like(batch.tokens[:, 1:], dtype=torch.float32)
+    if batch.documents is not None:
+        weights = weights * (batch.documents[:, 1:] == batch.documents[:, :-1])
+    if batch.padding is not None:
+        weights = weights * ~batch.padding[:, 1:]
+
+    def rows(tensor: Tensor) -> Tensor:
+        return rows_of_stretches(tensor, stretches)
+
+    return TargetBatch(
+        tokens=rows(batch.tokens),
+        targets=rows(F.pad(batch.tokens[:, 1:], (0, 1))),
+        weights=rows(F.pad(weights, (0, 1))),
+        documents=None if batch.documents is None else rows(batch.documents),
+        padding=None if batch.padding is None else rows(batch.padding),
+        sequence_documents=None if stretches == COMPLETE else batch.documents,
+    )
+
+
+def autoregressive_loss(tower: Tower, hidden: Tensor, batch: TargetBatch, groups: ProcessGroupCollection) -> LossReport:
+    """Compute the next-token cross-entropy of every position that has a weight.
 
     Args:
         tower: The tower with the head.
@@ -39,15 +69,27 @@ def autoregressive_loss(tower: Tower, hidden: Tensor, batch: Batch, groups: Proc
         batch: The targets.
         groups: Process groups of this rank.
     """
-    weights = torch.ones_like(batch.tokens[:, 1:], dtype=torch.float32)
-    if batch.documents is not None:
-        weights = weights * (batch.documents[:, 1:] == batch.documents[:, :-1])
-    if batch.padding is not None:
-        weights = weights * ~batch.padding[:, 1:]
-    weights = weights.t().flatten()
-    total, losses = _head(tower, hidden[:-1].flatten(0, 1), batch.tokens.t()[1:].flatten(), weights, groups)
+    weights, targets = batch.weights.t().flatten(), batch.targets.t().flatten()
+    total, losses = _head(tower, hidden.flatten(0, 1), targets, weights, groups)
     count = weights.sum()
     return LossReport(total, count.to(torch.int32), (losses * weights).sum().view(1), count.view(1))
+
+
+def _states_before(clean: Tensor, positions: Tensor, ranks: ContextRanks | None) -> Tensor:
+    """The final states (m, h) from which the distributions of the tokens at `positions` follow.
+
+    Args:
+        clean: (l, b, h) final states of the clean stream.
+        positions: (m,) in the flattened (b, l).
+        ranks: The ranks that share the sequences.
+    """
+    rows = clean.transpose(0, 1)
+    states = rows.flatten(0, 1)[(positions - 1).clamp(min=0)]
+    if ranks is None:
+        return states
+    length = rows.shape[1]
+    last_of_others = ranks.before(rows, 1).squeeze(1)[positions // length]
+    return torch.where((positions % length == 0).unsqueeze(-1), last_of_others, states)
 
 
 def noise_buckets(times: Tensor, buckets: int) -> Tensor:
@@ -97,8 +139,8 @@ def masked_diffusion_loss(
     teacher = None
     if batch.teacher_shares is not None:
         assert context is not None, "the targets of teacher_shares are those of a context tower"
-        # The distribution of a token follows from the position before it.
-        before = hidden[:, len(batch.noisy) :].detach().transpose(0, 1).flatten(0, 1)[(positions - 1).clamp(min=0)]
+        clean = hidden[:, len(batch.noisy) :].detach()
+        before = _states_before(clean, positions, context_ranks(groups.cp, batch.sequence_documents))
         teacher = Teacher(before, context.output_layer(), batch.teacher_shares)
     total, losses = _head(tower, rows, batch.tokens.flatten()[positions], weights, groups, teacher)
     index = noise_buckets(levels, noise.report_buckets)

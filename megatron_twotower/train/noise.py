@@ -6,13 +6,16 @@ micro-batch, after any resume, on CPU and on CUDA, and no generator has a state 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_twotower.common.keyed_random import keyed_uniform
+from megatron_twotower.config.context_split import COMPLETE
 from megatron_twotower.config.schema import NoiseConfig
+from megatron_twotower.ops.context_parallel import rows_of_stretches
 from megatron_twotower.types import Batch, NoisyBatch
 
 # Purposes: separate streams of numbers with one seed. The purposes of consecutive draws of a
@@ -55,7 +58,9 @@ def sample_times(batch: Batch, noise: NoiseConfig, *, seed: int, draw: int = 0) 
     return (noise.time_max - uniform * (noise.time_max - noise.time_min)).to(torch.float32)
 
 
-def corrupt(batch: Batch, noise: NoiseConfig, *, seed: int, times: Tensor | None = None) -> NoisyBatch:
+def corrupt(
+    batch: Batch, noise: NoiseConfig, *, seed: int, times: Tensor | None = None, stretches: Sequence[slice] = COMPLETE
+) -> NoisyBatch:
     """Replace each token by the mask token with probability t, the noise level of its block.
 
     There are `noise.draws_per_context` draws.
@@ -66,13 +71,15 @@ def corrupt(batch: Batch, noise: NoiseConfig, *, seed: int, times: Tensor | None
         seed: Seed of levels and masks.
         times: (b, n) or (b, 1) float32 noise levels instead of sampled ones; then there is one
             draw.
+        stretches: The positions that this rank has of each sequence (`config.context_split`). Other
+            tokens of the batch are not used.
     """
     if times is not None:
         levels = [times]
     else:
         levels = [sample_times(batch, noise, seed=seed, draw=draw) for draw in range(noise.draws_per_context)]
     masked = [_mask(batch, noise, seed, draw, each) for draw, each in enumerate(levels)]
-    return noisy_batch(batch, torch.cat(masked), torch.cat(levels), noise)
+    return noisy_batch(batch, torch.cat(masked), torch.cat(levels), noise, stretches)
 
 
 def _mask(batch: Batch, noise: NoiseConfig, seed: int, draw: int, times: Tensor) -> Tensor:
@@ -85,7 +92,9 @@ def _mask(batch: Batch, noise: NoiseConfig, seed: int, draw: int, times: Tensor)
     return (uniform < times.unsqueeze(-1)).reshape(-1, length)
 
 
-def noisy_batch(batch: Batch, masked: Tensor, times: Tensor, noise: NoiseConfig) -> NoisyBatch:
+def noisy_batch(
+    batch: Batch, masked: Tensor, times: Tensor, noise: NoiseConfig, stretches: Sequence[slice] = COMPLETE
+) -> NoisyBatch:
     """Apply a mask to clean sequences. Padding is masked like other tokens, and not scored.
 
     Args:
@@ -93,27 +102,42 @@ def noisy_batch(batch: Batch, masked: Tensor, times: Tensor, noise: NoiseConfig)
         masked: (r b, l) bool.
         times: (r b, n) or (r b, 1) float32 noise levels.
         noise: The settings of the noise.
+        stretches: As in `corrupt`.
     """
     draws = len(masked) // len(batch.tokens)
     real = torch.ones_like(masked) if batch.padding is None else ~batch.padding.repeat(draws, 1)
     scored = masked & real
-    positions = scored.flatten().nonzero().squeeze(-1)
     noisy = batch.tokens.repeat(draws, 1).masked_fill(masked, noise.mask_token_id)
-    scored_positions = F.pad(positions, (0, -len(positions) % SCORED_MULTIPLE))
     shares = teacher_shares(batch, masked, noise) if noise.distils else None
+
+    def rows(tensor: Tensor) -> Tensor:
+        return rows_of_stretches(tensor, stretches)
+
+    positions = rows(scored).flatten().nonzero().squeeze(-1)
+    scored_positions = F.pad(positions, (0, -len(positions) % SCORED_MULTIPLE))
     return NoisyBatch(
-        tokens=batch.tokens,
-        noisy=noisy,
-        times=times,
+        tokens=rows(batch.tokens),
+        noisy=rows(noisy),
+        times=_times_of_rows(times, stretches, block=noise.block_size_tokens),
         scored_positions=scored_positions,
         num_scored=torch.tensor(len(positions), dtype=torch.int32),
-        num_tokens=real.sum(dtype=torch.int32),
+        num_tokens=rows(real).sum(dtype=torch.int32),
         block=noise.block_size_tokens,
-        documents=batch.documents,
-        padding=batch.padding,
+        documents=None if batch.documents is None else rows(batch.documents),
+        padding=None if batch.padding is None else rows(batch.padding),
+        sequence_documents=None if stretches == COMPLETE else batch.documents,
         sequence_weights=(real if noise.weighting == "elbo" else scored).sum(dim=1, dtype=torch.float32),
-        teacher_shares=None if shares is None else shares.flatten()[scored_positions],
+        teacher_shares=None if shares is None else rows(shares).flatten()[scored_positions],
     )
+
+
+def _times_of_rows(times: Tensor, stretches: Sequence[slice], *, block: int) -> Tensor:
+    """Noise levels (r b, n) or (r b, 1) of sequences -> of rows."""
+    if stretches == COMPLETE:
+        return times
+    if times.shape[1] == 1:
+        return times.repeat_interleave(len(stretches), dim=0)
+    return rows_of_stretches(times, [slice(part.start // block, part.stop // block) for part in stretches])
 
 
 def teacher_shares(batch: Batch, masked: Tensor, noise: NoiseConfig) -> Tensor:

@@ -85,8 +85,7 @@ def restore_progress(state: CheckpointState, groups: ProcessGroupCollection) -> 
         total = torch.tensor(values, dtype=torch.float64, device=device.device())
         return total if here else torch.zeros_like(total)
 
-    window, first_data_rank = state.window, groups.dp_cp.rank() == 0
-    sums_here = first_data_rank and groups.pp.rank() == 0
+    window, sums_here = state.window, groups.dp_cp.rank() == 0 and groups.pp.rank() == 0
     return TrainingProgress(
         step=state.step,
         cursor=state.cursor,
@@ -95,7 +94,7 @@ def restore_progress(state: CheckpointState, groups: ProcessGroupCollection) -> 
         nonfinite=window.nonfinite,
         unscored=window.unscored,
         sequences=window.sequences,
-        damaged_sequences=window.skipped if first_data_rank else 0,
+        damaged_sequences=window.skipped if groups.dp.rank() == 0 else 0,
         sums=None if window.sums is None else tensor(window.sums, here=sums_here),
         expert_tokens=None if window.expert_tokens is None else tensor(window.expert_tokens, here=parallel.is_main()),
     )

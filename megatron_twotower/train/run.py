@@ -33,7 +33,7 @@ from megatron_twotower.convert.tensors import TensorSource
 from megatron_twotower.data import mask_token
 from megatron_twotower.data.blend import BlendedDataset
 from megatron_twotower.data.dataset import SequenceDataset, batches, global_batch, rank_slice, split_batch
-from megatron_twotower.data.sources import data_summary, open_training, open_validation
+from megatron_twotower.data.sources import data_summary, open_training, open_validation, reading_only
 from megatron_twotower.doctor import diagnose, one_line_summary
 from megatron_twotower.mcore import parallel
 from megatron_twotower.mcore.optimizer_state import optimizer_shards
@@ -45,7 +45,7 @@ from megatron_twotower.plan.activations import bytes_by_kind
 from megatron_twotower.train import checkpoints, ledger
 from megatron_twotower.train.agreement import check_ranks_agree, own_run_folder
 from megatron_twotower.train.garbage import collected_together
-from megatron_twotower.train.loop import LoopHooks, Trainer, train
+from megatron_twotower.train.loop import LoopHooks, Trainer, stretches_of_rank, train
 from megatron_twotower.train.metrics import Metrics, open_metrics, wandb_settings
 from megatron_twotower.train.optimizer import build_optimizer, build_schedule
 from megatron_twotower.train.progress import TrainingProgress
@@ -308,8 +308,14 @@ def _validation_batches(config: RunConfig, groups: ProcessGroupCollection) -> li
         return []
     count = config.train.validation_sequences
     dataset = parallel.checked_by_main(lambda examine: open_validation(config, count, examine=examine))
-    first, share = rank_slice(0, count, rank=groups.dp_cp.rank(), world=groups.dp_cp.size())
-    return split_batch(global_batch(dataset, first=first, count=share), config.data.micro_batch_size)
+    first, share = rank_slice(0, count, rank=groups.dp.rank(), world=groups.dp.size())
+    own = _read_by_rank(dataset, config, groups)
+    return split_batch(global_batch(own, first=first, count=share), config.data.micro_batch_size)
+
+
+def _read_by_rank(dataset: Dataset, config: RunConfig, groups: ProcessGroupCollection) -> Dataset:
+    """Return what this rank reads of a dataset: of each sequence its own stretches."""
+    return reading_only(dataset, stretches_of_rank(config.data.sequence_length_tokens, groups))
 
 
 def _training_data(config: RunConfig) -> Dataset:
@@ -322,12 +328,12 @@ def _training_stream(
 ) -> Iterator[tuple[list[Batch], int]]:
     data = config.data
     return batches(
-        dataset,
+        _read_by_rank(dataset, config, groups),
         cursor=cursor,
         global_batch_size=data.global_batch_size,
         micro_batch_size=data.micro_batch_size,
-        rank=groups.dp_cp.rank(),
-        world=groups.dp_cp.size(),
+        rank=groups.dp.rank(),
+        world=groups.dp.size(),
         workers=data.prefetch_workers,
         depth=data.prefetch_batches,
     )

@@ -37,9 +37,9 @@ def train(count, arguments, logs):
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory, tiny_data, tiny_backbone):
-    """An uninterrupted run of fourteen steps on one rank, with a checkpoint every two steps."""
+    """An uninterrupted run of sixteen steps on one rank, with a checkpoint every two steps."""
     folder = tmp_path_factory.mktemp("whole")
-    extra = [*PLAIN, "train.steps=14", "train.checkpoint_every_steps=2", "train.keep_checkpoints=99"]
+    extra = [*PLAIN, "train.steps=16", "train.checkpoint_every_steps=2", "train.keep_checkpoints=99"]
     train(1, train_arguments(tiny_data, folder / "run", tiny_backbone, *extra), folder / "logs")
     return folder / "run"
 
@@ -51,6 +51,7 @@ LAYOUTS = (
     (2, ["parallel.tensor=2", "parallel.sequence=true"]),
     (2, ["parallel.pipeline=2", "parallel.pipeline_layers=[2,3]", "optimizer.distributed=true"]),
     (2, ["parallel.expert=2", "optimizer.distributed=true"]),
+    (2, ["parallel.context=2", "optimizer.distributed=true"]),
     (2, ["parallel.tensor=2", "parallel.sequence=true", "optimizer.distributed=true", "train.checkpoint_async=false"]),
     (1, ["optimizer.distributed=true"]),
 )
@@ -62,7 +63,7 @@ def test_any_layout_resumes_from_any_other(tmp_path, tiny_data, tiny_backbone, w
         extra = [*PLAIN, *layout, f"train.steps={2 * number}", "train.ledger=true"]
         train(count, train_arguments(tiny_data, run, tiny_backbone, *extra), tmp_path / "logs")
     got, want = records(run), records(whole_run)
-    assert sorted(got) == sorted(want) == list(range(1, 15))
+    assert sorted(got) == sorted(want) == list(range(1, 17))
     for step, record in want.items():
         for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4)):
             assert got[step][key] == pytest.approx(record[key], rel=tolerance), (step, key)
@@ -77,7 +78,12 @@ FOUR = {
         "parallel.sequence=true",
     ],
     "tensor, expert": ["parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2", "parallel.expert_tensor=1"],
-    "tensor, distributed": ["parallel.tensor=2", "parallel.sequence=true", "optimizer.distributed=true"],
+    "context, tensor, distributed": [
+        "parallel.context=2",
+        "parallel.tensor=2",
+        "parallel.sequence=true",
+        "optimizer.distributed=true",
+    ],
     "expert, distributed": ["parallel.expert=4", "optimizer.distributed=true", "data.micro_batch_size=1"],
     "data, distributed": ["optimizer.distributed=true", "data.micro_batch_size=1"],
 }
@@ -203,7 +209,7 @@ def test_a_changed_number_in_the_state_is_noticed(copied):
 def test_the_previous_checkpoint_is_used_on_request(copied, whole_run, tiny_data, tiny_backbone):
     newest = files.find_checkpoints(copied)[-1]
     flip(newest / "__0_0.distcp")
-    extra = [*PLAIN, "train.steps=14", "train.on_damaged_checkpoint=previous"]
+    extra = [*PLAIN, "train.steps=16", "train.on_damaged_checkpoint=previous"]
     assert main(train_arguments(tiny_data, copied, tiny_backbone, *extra)) == 0
     assert losses(copied) == losses(whole_run)
     assert files.damaged(newest) is None, "written again"
@@ -324,7 +330,7 @@ def test_the_state_describes_the_run(whole_run, tiny_backbone):
 def test_killed_in_the_middle_of_every_part_of_a_save(tmp_path, whole_run, tiny_data, tiny_backbone):
     """A process that kills itself before one of the steps of a save, once for each step."""
     run = tmp_path / "run"
-    extra = [*PLAIN, "train.steps=14", "train.checkpoint_every_steps=2"]
+    extra = [*PLAIN, "train.steps=16", "train.checkpoint_every_steps=2"]
     for number, place in enumerate(KILLED_AT):
         process = ranks.forkserver().Process(
             target=train_killed_at, args=(place, train_arguments(tiny_data, run, tiny_backbone, *extra))
@@ -371,7 +377,7 @@ def train_killed_at(place, arguments):
 
 def test_a_full_disk_ends_in_one_line_and_leaves_what_is_there(tmp_path, whole_run, tiny_data, tiny_backbone):
     run = tmp_path / "run"
-    extra = [*PLAIN, "train.checkpoint_every_steps=2", "train.steps=14"]
+    extra = [*PLAIN, "train.checkpoint_every_steps=2", "train.steps=16"]
     train(1, train_arguments(tiny_data, run, tiny_backbone, *extra, "train.steps=4"), tmp_path / "logs")
     before = files.find_checkpoints(run)
     for mode in ("true", "false"):

@@ -63,6 +63,8 @@ CALLS = {
     "bench ops --quick": ([], {"bench.ops:run": None}),
     "bench step": ([], {"bench.step:run": None}),
     "bench step --quick": ([], {"bench.step:run": None}),
+    "bench context": ([], {"bench.context:run": None}),
+    "bench context --quick": ([], {"bench.context:run": None}),
     "bench gpu": ([], {"bench.gpu.command:run": True}),
     "bench gpu --quick": ([], {"bench.gpu.command:run": True}),
     "bench generate": (MODEL, {"bench.generate:run": None}),

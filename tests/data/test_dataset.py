@@ -1,5 +1,6 @@
 """Order, slices and batches: pure functions of a position for any layout; and reading ahead."""
 
+import dataclasses
 import threading
 import time
 import weakref
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from megatron_twotower.common.errors import UserError
+from megatron_twotower.config.context_split import stretches
 from megatron_twotower.data.dataset import (
+    UNREAD,
     SequenceDataset,
     batches,
     global_batch,
@@ -53,6 +56,25 @@ def test_sequences_are_the_stream_in_pieces(corpus, dataset):
     assert corpus.total_tokens % LENGTH  # the fixture has a rest, so the floor above is tested
     for number in range(len(dataset)):
         assert (dataset.sequence(number).tokens == stream[number * LENGTH : (number + 1) * LENGTH]).all()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_context_rank_reads_its_stretches_and_the_token_after_each(corpus, monkeypatch, packed):
+    packing = Packing.of(corpus.starts, alignment=4) if packed else None
+    everything = SequenceDataset(corpus, sequence_length=LENGTH, seed=11, packing=packing)
+    part = dataclasses.replace(everything, stretches=stretches(LENGTH, ranks=2, rank=0))
+    assert part.stretches == (slice(0, 4), slice(12, 16))
+    counts, read = [], Corpus.tokens
+    monkeypatch.setattr(Corpus, "tokens", lambda self, start, count: counts.append(count) or read(self, start, count))
+    got, want = global_batch(part, first=3, count=8), global_batch(everything, first=3, count=8)
+    known = torch.zeros(LENGTH, dtype=torch.bool)
+    known[[0, 1, 2, 3, 4, 12, 13, 14, 15]] = True
+    assert torch.equal(got.tokens[:, known], want.tokens[:, known])
+    assert (got.tokens[:, ~known] == UNREAD).all()
+    if packed:
+        assert torch.equal(got.documents, want.documents) and torch.equal(got.padding, want.padding)
+    else:
+        assert counts == [5, 4] * 8 + [LENGTH] * 8
 
 
 def test_an_epoch_is_every_sequence_once_and_the_next_in_another_order(dataset):

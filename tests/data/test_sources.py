@@ -10,6 +10,7 @@ import torch
 
 from helpers.two_corpora import settings, write_two_corpora
 from megatron_twotower.common.errors import UserError
+from megatron_twotower.config.context_split import COMPLETE
 from megatron_twotower.config.recipes import load_recipe
 from megatron_twotower.data import sources
 from megatron_twotower.data.dataset import SequenceDataset, batches, global_batch
@@ -20,6 +21,15 @@ from megatron_twotower.data.tokenizer import train_tokenizer
 @pytest.fixture(scope="module")
 def two_corpora(tmp_path_factory, tiny_data):
     return write_two_corpora(tmp_path_factory.mktemp("blend"), tokenizer=tiny_data / "tokenizer")
+
+
+def test_ranks_that_share_sequences_read_all_of_them_if_damaged_shards_are_skipped(two_corpora, tiny_backbone):
+    parts = (slice(0, 4), slice(12, 16))
+    for damaged, expected in (("stop", parts), ("skip", COMPLETE)):
+        source = sources.open_training(recipe(two_corpora, tiny_backbone, f"data.damaged_shards={damaged}"))
+        read = sources.reading_only(source, parts)
+        assert all(dataset.stretches == expected for dataset in read.datasets.values())
+        assert all(dataset.stretches == COMPLETE for dataset in source.datasets.values())
 
 
 def recipe(corpora, backbone, *extra):

@@ -3,6 +3,8 @@
 For `test_layouts`.
 """
 
+import collections
+import contextlib
 import dataclasses
 import random
 import sys
@@ -71,6 +73,8 @@ RUNS = {
         "phases": [PhaseConfig("first", 3 * TOKENS), PhaseConfig("second", 2 * TOKENS, block_size_tokens=4)],
     },
     "ar": {"objective": "ar", "train": {"sequence_aux_loss": 0.1}},
+    "small blocks": {"noise": {"block_size_tokens": 4}},
+    "ar without documents": {"objective": "ar"},
     # A rate at which five steps of bf16 change every parameter.
     "bf16": {"train": {"precision": "bf16"}, "optimizer": {"learning_rate": 1e-2}},
 }
@@ -149,8 +153,8 @@ def global_batch(step, *, documents):
 
 
 def micro_batches(config, groups, step):
-    whole = global_batch(step, documents=config.objective == "ar" or bool(config.phases))
-    first, share = rank_slice(0, SEQUENCES, rank=groups.dp_cp.rank(), world=groups.dp_cp.size())
+    whole = global_batch(step, documents=bool(config.train.sequence_aux_loss))
+    first, share = rank_slice(0, SEQUENCES, rank=groups.dp.rank(), world=groups.dp.size())
     (mine,) = split_batch(Batch(*(None if t is None else t[first : first + share] for t in fields(whole))), share)
     return split_batch(mine, config.data.micro_batch_size)
 
@@ -204,10 +208,44 @@ def frozen_state(model):
     return [tensor.clone() for state in chunks for tensor in state.values() if isinstance(tensor, torch.Tensor)]
 
 
+# Calls of collectives of the ranks that share sequences, as (name, "forward" or "backward").
+SENT = collections.Counter()
+COLLECTIVES = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "all_to_all_single", "all_gather")
+
+
+@contextlib.contextmanager
+def counting(groups):
+    """Count what context-parallel ranks send to each other in `SENT`."""
+    SENT.clear()
+    watched = [group for group in (groups.cp, groups.tp_cp) if groups.cp.size() > 1]
+    calls = {name: getattr(dist, name) for name in COLLECTIVES}
+
+    def counted(name):
+        def call(*args, group=None, **more):
+            if any(group is each for each in watched):
+                SENT[name, "forward" if torch._C._current_graph_task_id() < 0 else "backward"] += 1
+            return calls[name](*args, group=group, **more)
+
+        return call
+
+    for name in COLLECTIVES:
+        setattr(dist, name, counted(name))
+    try:
+        yield
+    finally:
+        for name, call in calls.items():
+            setattr(dist, name, call)
+
+
 def run(config):
     """Train `STEPS` steps. Returns figures that are the same on every rank."""
     validate(config, world_size=parallel.world_size())
     groups = parallel.initialise(config)
+    with counting(groups):
+        return _run(config, groups)
+
+
+def _run(config, groups):
     model = train_run.build_model(config, groups)
     frozen = frozen_state(model)
     wrapped = parallel.wrap(model.chunks, config, groups)
@@ -235,6 +273,7 @@ def run(config):
         "start": start,
         "parameters": whole_parameters(model, config, groups),
         "frozen": same,
+        "sent": dict(SENT),
     }
 
 

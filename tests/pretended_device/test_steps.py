@@ -3,6 +3,8 @@
 No operation mixes devices, no step waits without need, the numbers are equal.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -14,7 +16,9 @@ from helpers.pretended_device import Pretended, Waits, WrongDevice, as_there, on
 from helpers.trainers import built_trainer, restore, save
 from megatron_twotower.checkpoint import files
 from megatron_twotower.common import device
+from megatron_twotower.config.context_split import COMPLETE, stretches
 from megatron_twotower.mcore.releases import RELEASE
+from megatron_twotower.ops import context_parallel
 from megatron_twotower.train import loop
 from megatron_twotower.train import run as train_run
 from megatron_twotower.train.losses import masked_diffusion_loss
@@ -121,24 +125,40 @@ def test_modules_move_and_train_as_on_the_host():
 # --- training ---
 
 
-def two_tower_pass(config, groups):
+def two_tower_pass(config, groups, documents=None, stretches=COMPLETE):
     """Loss and gradients of a forward and backward pass of two towers."""
     model, _ = build_two_tower(config, groups)
     model.train()
     tokens = torch.randint(4, 48, (2, 16), generator=torch.Generator().manual_seed(0))
-    noisy = corrupt(Batch(tokens, *[torch.arange(2)] * 3), config.noise, seed=3).to(device.device())
+    batch = Batch(tokens, *[torch.arange(2)] * 3, documents=documents)
+    noisy = corrupt(batch, config.noise, seed=3, stretches=stretches).to(device.device())
     report = masked_diffusion_loss(model.tower, model(noisy), noisy, config.noise, groups)
     report.total.backward()
     return report, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def _gather_twice(out, own, group):
+    """What a rank would get if the other one had the same stretches."""
+    out.copy_(torch.cat([own, own]))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("recompute", ["", "ME*-"])
-def test_two_towers_forward_and_backward(groups, recompute):
-    config = tiny_config("ME*-M*", recompute_layers=recompute)
+def test_two_towers_forward_and_backward(groups, monkeypatch, recompute, ranks):
+    config, more = tiny_config("ME*-M*", recompute_layers=recompute), {}
+    if ranks > 1:
+        more = {
+            "documents": (torch.arange(16, dtype=torch.int32) // 6).repeat(2, 1),
+            "stretches": stretches(16, ranks=ranks, rank=0),
+        }
+        pretended = SimpleNamespace(
+            get_world_size=lambda group: ranks, get_rank=lambda group: 0, all_gather_into_tensor=_gather_twice
+        )
+        monkeypatch.setattr(context_parallel, "dist", pretended)
     with as_there():
-        want, gradients = two_tower_pass(config, groups)
+        want, gradients = two_tower_pass(config, groups, **more)
     with pretended_cuda() as waits:
-        got, there = two_tower_pass(config, groups)
+        got, there = two_tower_pass(config, groups, **more)
     assert all(tensor.is_cuda for tensor in (*vars(got).values(), *there.values()))
     assert torch.equal(on_host(got.total), want.total) and torch.equal(on_host(got.count), want.count)
     assert there.keys() == gradients.keys()

@@ -42,8 +42,21 @@ LAYOUTS = {
         "pipeline, next token": ("ar", ONE_CHUNK, {}),
         "pipeline, interleaved": ("hard", TWO_CHUNKS, {}),
         "pipeline in bf16": ("bf16", ONE_CHUNK, {}),
+        "context": ("hard", {"context": 2}, {}),
+        "context, next token": ("ar", {"context": 2}, {}),
+        "context, without documents": ("plain", {"context": 2}, DISTRIBUTED),
+        "context, next token, without documents": ("ar without documents", {"context": 2}, {}),
+        "context x expert": ("hard", {"context": 2, "expert": 2, **OVERLAP}, DISTRIBUTED),
     },
     4: {
+        "context of four": ("small blocks", {"context": 4}, {}),
+        "context x data": ("hard", {"context": 2, **OVERLAP}, DISTRIBUTED),
+        "context x tensor": ("hard", {"context": 2, **TENSOR}, {}),
+        "context x pipeline": ("hard", {"context": 2, **ONE_CHUNK}, {}),
+        "context x pipeline, interleaved, x expert": ("hard", {"context": 2, **TWO_CHUNKS, "expert": 2}, DISTRIBUTED),
+        "context x tensor, next token": ("ar", {"context": 2, **TENSOR}, {}),
+        "context x pipeline, next token": ("ar", {"context": 2, **ONE_CHUNK}, {}),
+        "context of four, next token": ("ar", {"context": 4}, {}),
         "tensor x pipeline": ("hard", {**TENSOR, **ONE_CHUNK}, {}),
         "tensor x data, distributed optimizer, overlapped": ("hard", {**TENSOR, **OVERLAP}, DISTRIBUTED),
         "tensor x expert, whole experts": ("hard", {**TENSOR, "expert": 4, "expert_tensor": 1}, {}),
@@ -177,9 +190,34 @@ def test_a_layout_gives_the_numbers_of_one_rank(ranks, name, one_rank, results_o
     run, layout, _ = LAYOUTS[ranks][name]
     got, want = results_on(ranks)[name], one_rank(run)
     assert_same(got, want, "bf16" if run == "bf16" else "fp32")
-    data = ranks // (layout.get("tensor", 1) * layout.get("pipeline", 1))
-    if data > 1:
+    shares = ranks // (layout.get("tensor", 1) * layout.get("pipeline", 1))
+    if shares > 1:
         assert any(len(set(counts)) > 1 for counts in got["shares"]), "ranks must have different counts"
+
+
+def test_a_denoiser_sends_nothing_to_context_ranks_in_its_backward_pass(results_on):
+    """Each micro-batch: in M a gather of inputs and one of states, in * one of keys and values."""
+    results = results_on(2)
+    micro_batches = layouts.STEPS * layouts.SEQUENCES // 2
+    gathers = {"M": 2, "*": 1}
+    expected = sum(gathers.get(kind, 0) for kind in layouts.MODEL.hybrid_override_pattern)
+    # Validation has as many micro-batches as a step.
+    forward = expected * (micro_batches + layouts.SEQUENCES // 2)
+    assert results["context, without documents"]["sent"] == {("all_gather_into_tensor", "forward"): forward}
+    kinds = {name for name, phase in results["context"]["sent"] if phase == "backward"}
+    assert kinds == {"all_reduce"}, "the sum of the auxiliary loss, when an expert layer is recomputed"
+    ar = results["context, next token, without documents"]["sent"]
+    assert ar == {
+        ("all_gather_into_tensor", "forward"): expected * micro_batches,
+        # States once; inputs, and keys and values, as sums that go back to their ranks.
+        ("all_gather_into_tensor", "backward"): layouts.MODEL.hybrid_override_pattern.count("M") * micro_batches,
+        ("reduce_scatter_tensor", "backward"): expected_sums(micro_batches),
+    }
+
+
+def expected_sums(micro_batches):
+    pattern = layouts.MODEL.hybrid_override_pattern
+    return (pattern.count("M") + pattern.count("*")) * micro_batches
 
 
 # A layout of a model of 8 layers on a number of ranks, and what the error must say.
@@ -216,7 +254,12 @@ MISTAKES = {
         {"pipeline": 4, "pipeline_chunks": 2},
         "data.global_batch_size 8: expected a multiple of 16 (data.micro_batch_size 2 x 2 data-parallel ranks x 4 sta",
     ),
-    "context": (2, {"context": 2}, "parallel.context: found 2, expected 1 (context parallelism is not built"),
+    "context ranks": (3, {"context": 2}, "x parallel.context 2: does not divide 3 ranks"),
+    "context": (
+        4,
+        {"context": 4},
+        "data.sequence_length_tokens 32: expected a multiple of noise.block_size_tokens 8 x 8 s",
+    ),
     "sequence alone": (2, {"sequence": True}, "found true with parallel.tensor 1"),
     "gather without": (1, {"overlap_param_gather": True}, "found true with optimizer.distributed false"),
 }

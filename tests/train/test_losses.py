@@ -12,11 +12,11 @@ from megatron_twotower.config.schema import NoiseConfig
 from megatron_twotower.ops import attention
 from megatron_twotower.ops.convolution import block_history, seeded_block_conv
 from megatron_twotower.ops.scan import chunk_scan, two_stream_scan
-from megatron_twotower.train.losses import autoregressive_loss, masked_diffusion_loss, noise_buckets
+from megatron_twotower.train.losses import autoregressive_loss, masked_diffusion_loss, next_tokens, noise_buckets
 from megatron_twotower.train.noise import corrupt, teacher_shares
 from megatron_twotower.types import Batch
 
-GROUPS = SimpleNamespace(tp=None)
+GROUPS = SimpleNamespace(tp=None, cp=None)
 NOISE = NoiseConfig(block_size_tokens=4, mask_token_id=3)
 
 
@@ -101,7 +101,7 @@ def test_next_tokens_are_scored_within_their_document():
     padding[0, 6:8] = True
     hidden, weight = hidden_and_weight()
     batch = batch_of(documents=documents, padding=padding)
-    report = autoregressive_loss(tower_of(weight), hidden, batch, GROUPS)
+    report = autoregressive_loss(tower_of(weight), hidden, next_tokens(batch), GROUPS)
     logits = hidden.transpose(0, 1)[:, :-1] @ weight.t()
     each = F.cross_entropy(logits.flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="none").view(3, 15)
     scored = torch.ones(3, 15, dtype=torch.bool)

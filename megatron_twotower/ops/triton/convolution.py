@@ -6,7 +6,7 @@ for compute capability 9.0. They have not yet been run or timed on a GPU.
 Shapes: x (b, l, c), a view with a contiguous last dimension is read without a copy; history
 (b, n, k - 1, c), the inputs before each block; weight (c, k); bias (c,); documents (b, l). Tap j of
 position i reads position i - (k - 1) + j: from x inside i's block, from the history before the
-block. It reads zeros before the sequence and in another document.
+block. It reads zeros in another document, and before the first position without a history.
 
 Memory traffic, in bfloat16 tensors of the size of x: in torch each tap is an operation of its own,
 after a copy that puts the history before each block, and the sum is 13 forward and 42 backward. The
@@ -52,10 +52,13 @@ def _tap(
     """What tap j of positions i reads: (i, cols) float32. `ok`: position and channel exist."""
     HISTORY: tl.constexpr = TAPS - 1
     read, start = i - HISTORY + j, i // BLOCK * BLOCK
-    seen = ok & (read >= 0)[:, None]
+    seen = ok
+    if not SEEDED:
+        seen = ok & (read >= 0)[:, None]
     if DOCUMENTS:
+        # Inputs before the first position are of its document.
         own = tl.load(documents + i * docs_l, mask=i < blocks * BLOCK, other=-1)
-        other = tl.load(documents + read * docs_l, mask=(read >= 0) & (i < blocks * BLOCK), other=-2)
+        other = tl.load(documents + tl.maximum(read, 0) * docs_l, mask=i < blocks * BLOCK, other=-2)
         seen = seen & (own == other)[:, None]
     inside = seen & (read >= start)[:, None]
     value = tl.load(x + read.to(tl.int64)[:, None] * x_l + cols[None, :], mask=inside, other=0.0).to(tl.float32)
