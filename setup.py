@@ -23,6 +23,7 @@ REQUIRES = [
     "safetensors>=0.4",
     "webdataset>=1.0,<2",
     "fsspec",  # opens shards at s3://, gs://, hf:// and others, with s3fs, gcsfs and so on
+    "universal-pathlib>=0.3,<1",  # inputs there
     "hydra-core>=1.3,<2",
     "wandb",
     "pyyaml",

@@ -45,6 +45,7 @@ ONLY_IN = {
     "causal_conv1d": {"ops"},
     "webdataset": {"data", "bench"},
     "fsspec": {"data.remote"},
+    "upath": {"data.remote"},
     "pyarrow": {"data"},
     "zstandard": {"data"},
     "lm_eval": {"evaluate.harness", "evaluate.task_runner"},

@@ -159,9 +159,11 @@ class _Worker:
     def __init__(self) -> None:
         self.node, self.number, self.counts = socket.gethostname(), -1, [0] * workers.COUNTERS
 
-    def start(self, expected: Mapping[str, str], files: Mapping[str, str]) -> str | None:
-        """Set up this process. Returns what is wrong with the node, or None."""
+    def start(self, expected: Mapping[str, str], files: Mapping[str, str], folder: str) -> str | None:
+        """Set up this process, in a folder if it is there. Returns what is wrong, or None."""
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
+        with contextlib.suppress(OSError):  # relative paths are those of the driver
+            os.chdir(folder)
         for name, version in program().items():
             if version != expected[name]:
                 return f"node {self.node}: found {name} {version}, expected {expected[name]}, as the driver has"
@@ -291,7 +293,14 @@ class _Pool:
     def _lost(self) -> tuple[type[Exception], ...]:
         """What Ray raises if a worker, its node or a result is gone."""
         found = self._ray.exceptions
-        return (found.RayActorError, found.WorkerCrashedError, found.NodeDiedError, found.ObjectLostError)
+        return (
+            found.RayActorError,
+            found.WorkerCrashedError,
+            found.NodeDiedError,
+            found.ObjectLostError,
+            found.OutOfMemoryError,
+            found.ActorUnschedulableError,
+        )
 
     def _hand_out(self, queue: TaskQueue[Task], running: dict[Any, tuple[_Actor, int, Task]], sent: Any) -> None:
         for load in range(_TASKS_A_WORKER):  # every worker gets one before any gets two
@@ -320,7 +329,7 @@ class _Pool:
             actor = _Actor(handle)
             self._actors.append(actor)
             start = handle.start.options(concurrency_group="control")
-            self._starting[start.remote(dict(self._program), dict(self._files))] = actor
+            self._starting[start.remote(dict(self._program), dict(self._files), os.getcwd())] = actor
 
     def _finish_start(self, ref: Any) -> None:
         actor = self._starting.pop(ref)

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.data.input_form import (
@@ -35,6 +36,7 @@ from megatron_twotower.data.record_formats import (
     read_items,
     text_of_record,
 )
+from megatron_twotower.data.remote import input_path
 
 STANDARD_LIBRARY = "python-stdlib"
 SUFFIXES = (".md", ".py", ".txt")
@@ -141,10 +143,11 @@ def find_documents(
 def find_inputs(inputs: Sequence[str], *, suffixes: Sequence[str] = SUFFIXES, text_field: str = "text") -> Inputs:
     """The files of all inputs, sorted by name within each input, and what was passed over.
 
-    An input is a file, a folder, or `python-stdlib`, the library source (.py) of the running
-    interpreter. A folder gives its files with `suffixes` and its files of records, at any depth; of
-    its .json files, those of records with a text. Hidden folders, byte-code caches, installed
-    packages and links to folders are skipped. A file that is found twice counts once.
+    An input is a file, a folder, the URL of one (`remote.input_path`), or `python-stdlib`, the
+    library source (.py) of the running interpreter. A folder gives its files with `suffixes` and
+    its files of records, at any depth; of its .json files, those of records with a text. Hidden
+    folders, byte-code caches, installed packages and links to folders are skipped. A file that is
+    found twice counts once.
 
     Args:
         text_field: The field of a record with its text.
@@ -155,7 +158,7 @@ def find_inputs(inputs: Sequence[str], *, suffixes: Sequence[str] = SUFFIXES, te
     found: dict[Path, Document] = {}
     passed_over = PassedOver()
     for given in inputs:
-        path = Path(given)
+        path = input_path(given)
         if given == STANDARD_LIBRARY:
             documents = _library()
         elif path.is_dir():
@@ -182,15 +185,17 @@ def _library() -> list[Document]:
     return [document for document in found if document.form == TEXT]  # records there are data of tests
 
 
-def _walk(root: Path, suffixes: tuple[str, ...], text_field: str, passed_over: PassedOver) -> list[Document]:
+def _walk(root: Any, suffixes: tuple[str, ...], text_field: str, passed_over: PassedOver) -> list[Document]:
     documents = []
-    for folder, subfolders, files in os.walk(root):
+    walked = os.walk(root) if isinstance(root, Path) else root.walk()
+    for given, subfolders, files in walked:
+        folder = Path(given) if isinstance(root, Path) else given
         for name in list(subfolders):
             if reason := _skipped_folder(folder, name):
                 subfolders.remove(name)
-                passed_over.add(f"{Path(folder, name).relative_to(root).as_posix()}/", reason)
+                passed_over.add(f"{(folder / name).relative_to(root).as_posix()}/", reason)
         for name in files:
-            path = Path(folder, name)
+            path = folder / name
             relative = path.relative_to(root).as_posix()
             form = _form_in_folder(path, suffixes, text_field)
             if isinstance(form, Unreadable):
@@ -200,13 +205,13 @@ def _walk(root: Path, suffixes: tuple[str, ...], text_field: str, passed_over: P
     return sorted(documents, key=lambda document: document.name)
 
 
-def _skipped_folder(folder: str, name: str) -> str | None:
+def _skipped_folder(folder: Path, name: str) -> str | None:
     """Why a folder in an input is not read; None if it is."""
     if name in _SKIPPED_FOLDERS:
         return name
     if name.startswith("."):
         return "hidden folder"
-    return "link to a folder" if os.path.islink(os.path.join(folder, name)) else None
+    return "link to a folder" if (folder / name).is_symlink() else None
 
 
 def _form_in_folder(path: Path, suffixes: tuple[str, ...], text_field: str) -> str | Unreadable:

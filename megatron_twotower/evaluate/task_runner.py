@@ -18,7 +18,7 @@ import yaml  # type: ignore[import-untyped]
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from megatron_twotower.common.engines import ONE_PROCESS, EngineSettings
+from megatron_twotower.common.engines import ONE_PROCESS, EngineSettings, started
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.machine import machine
 from megatron_twotower.config.hf_config import read_hf_config

@@ -105,19 +105,20 @@ def test_no_cluster_at_the_address_is_one_line(address, message):
 
 def test_a_node_with_another_program_or_without_the_files_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(ray_engine, "is_seen", Path.exists)
+    monkeypatch.chdir(tmp_path)  # and back
     worker = ray_engine._Worker()
     there = tmp_path / "file"
     there.write_text("one")
     files, program = ray_engine._checksums([there]), ray_engine.program()
-    assert worker.start(program, files) is None
-    message = worker.start(program | {"numpy": "0.1"}, files)
+    assert worker.start(program, files, str(tmp_path)) is None
+    message = worker.start(program | {"numpy": "0.1"}, files, str(tmp_path))
     assert message.startswith(f"node {worker.node}: found numpy ") and message.endswith(
         "expected 0.1, as the driver has"
     )
     there.write_text("two")
-    assert f"{there}: found another file, expected the driver's" in worker.start(program, files)
+    assert f"{there}: found another file, expected the driver's" in worker.start(program, files, str(tmp_path))
     there.unlink()
-    assert f"{there}: found no such file, expected the driver's" in worker.start(program, files)
+    assert f"{there}: found no such file, expected the driver's" in worker.start(program, files, str(tmp_path))
 
 
 def test_nothing_of_ray_is_imported_without_the_option():
