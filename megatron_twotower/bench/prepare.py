@@ -190,6 +190,8 @@ def _ours(source: Path, tokenizer: Path, target: Path) -> int:
 def _megatron(source: Path, file: Path, target: Path) -> int:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+    import megatron_twotower.mcore  # noqa: F401  # before Megatron Core
+
     target.mkdir()
     tokenizer, tokens = _plain(file), 0
     end = tokenizer.token_to_id(_END_OF_TEXT)

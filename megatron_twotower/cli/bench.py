@@ -172,7 +172,7 @@ PREPARE = {
     "rounds": option("counted rounds, after one that is not counted", **COUNT),
     "tokenizer": option("Hugging Face tokenizer folder; that of the shipped backbone if left out"),
     "unit_bytes": option("bytes that a worker reads at a time where workers are compared", **COUNT),
-    "documents": option("documents of the largest made-up corpus to decide on", at_least=1000),
+    "documents": option("documents of the largest made-up corpus to decide on", at_least=10),
 }
 
 
