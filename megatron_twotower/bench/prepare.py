@@ -40,6 +40,7 @@ from tokenizers import Tokenizer
 from megatron_twotower.bench.measure import process_memory_bytes
 from megatron_twotower.bench.results import report
 from megatron_twotower.common.engines import EngineSettings
+from megatron_twotower.common.errors import require
 from megatron_twotower.common.machine import machine
 from megatron_twotower.common.tables import plain_table
 from megatron_twotower.common.workers import local_engine
@@ -195,6 +196,8 @@ def _megatron(source: Path, file: Path, target: Path) -> int:
     target.mkdir()
     tokenizer, tokens = _plain(file), 0
     end = tokenizer.token_to_id(_END_OF_TEXT)
+    require(end is not None, f"{file}: found no token {_END_OF_TEXT!r}, expected one that ends a text")
+    assert end is not None
     builder = IndexedDatasetBuilder(str(target / "text.bin"), dtype=np.uint16)
     with open(source, encoding="utf-8") as lines:
         for line in lines:

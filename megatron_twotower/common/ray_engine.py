@@ -267,7 +267,8 @@ class _Pool:
                         logging.getLogger(__name__).warning("ray: a worker was lost, its tasks are done again")
                         self._drop(actor)
                         for lost in [other for other, (its, _, _) in running.items() if its is actor]:
-                            queue.give_back(*running.pop(lost)[1:])
+                            _, waiting_number, waiting = running.pop(lost)
+                            queue.give_back(waiting_number, waiting)
                         deaths[number] = deaths.get(number, 0) + 1
                         if deaths[number] >= _DEATHS:
                             raise UserError(

@@ -189,7 +189,7 @@ def _walk(root: Any, suffixes: tuple[str, ...], text_field: str, passed_over: Pa
     documents = []
     walked = os.walk(root) if isinstance(root, Path) else root.walk()
     for given, subfolders, files in walked:
-        folder = Path(given) if isinstance(root, Path) else given
+        folder: Any = Path(given) if isinstance(root, Path) else given
         for name in list(subfolders):
             if reason := _skipped_folder(folder, name):
                 subfolders.remove(name)
