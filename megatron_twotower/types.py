@@ -35,6 +35,8 @@ class Batch:
         padding: (b, l) bool, positions that fill up a block and are never scored; None without
             padding.
         corpora: (b,) int64 number of the corpus of each sequence; None with one corpus.
+        scored: (b, l) bool, the only positions that may be masked or scored, such as the answers
+            of conversations; never padding. None: all positions.
     """
 
     tokens: Tensor
@@ -44,6 +46,7 @@ class Batch:
     documents: Tensor | None = None
     padding: Tensor | None = None
     corpora: Tensor | None = None
+    scored: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """Return a copy on another device."""
@@ -88,7 +91,7 @@ class NoisyBatch:
             padding; only the first `num_scored` count. Computed on the host with the noise, so that
             no step waits for a count. m is rounded up, so that there are few shapes.
         num_scored: () int32 number of scored positions.
-        num_tokens: () int32 number of all r b l positions that are not padding.
+        num_tokens: () int32 number of all r b l positions that are not padding, and may be scored.
         block: Block size s.
         documents: (b, l), see `Batch`.
         padding: (b, l), see `Batch`.

@@ -31,7 +31,7 @@ from megatron_twotower.config.schema import NoiseConfig
 from megatron_twotower.data.dataset import SequenceDataset, global_batch
 from megatron_twotower.data.order import Shuffle
 from megatron_twotower.data.packing import Packing
-from megatron_twotower.data.shards import INDEX_VERSION, Corpus, Sample, Shard, write_index, write_shard
+from megatron_twotower.data.shards import INDEX_VERSION, Corpus, Sample, Shard, ShardArrays, write_index, write_shard
 from megatron_twotower.mcore import parallel
 from megatron_twotower.train.noise import corrupt
 from megatron_twotower.types import Batch
@@ -118,14 +118,14 @@ def random_corpus(folder: Path, *, tokens: int) -> Corpus:
     rng = np.random.default_rng(_SEED)
     folder.mkdir(parents=True)
     shards: list[Shard] = []
-    arrays: list[tuple[np.ndarray, np.ndarray]] = []
+    arrays: list[ShardArrays] = []
     documents = total = 0
     while total < tokens:
         samples = _random_samples(rng, first=documents)
         path = folder / f"shard-{len(shards):05d}.tar"
-        sha256, offsets, lengths = write_shard(path, samples, first=documents)
-        shards.append(Shard(path.name, path.stat().st_size, sha256, len(samples), int(lengths.sum())))
-        arrays.append((offsets, lengths))
+        sha256, found = write_shard(path, samples, first=documents)
+        shards.append(Shard(path.name, path.stat().st_size, sha256, len(samples), int(found.lengths.sum())))
+        arrays.append(found)
         documents, total = documents + len(samples), total + shards[-1].tokens
     write_index(folder, header=_header(documents, total), shards=shards, arrays=arrays)
     return Corpus.open(folder)
@@ -153,7 +153,7 @@ def _write_large(folder: Path, *, shards: int, per_shard: int, tokens: int) -> N
     folder.mkdir(parents=True)
     size, documents = per_shard * tokens * 4, shards * per_shard
     rows = [Shard(f"shard-{number:06d}.tar", size, "0" * 64, per_shard, per_shard * tokens) for number in range(shards)]
-    arrays = (np.arange(per_shard) * tokens * 4, np.full(per_shard, tokens))
+    arrays = ShardArrays(np.arange(per_shard) * tokens * 4, np.full(per_shard, tokens))
     write_index(folder, header=_header(documents, documents * tokens), shards=rows, arrays=(arrays for _ in rows))
     for row in rows:
         with open(folder / row.file, "wb") as stream:

@@ -48,6 +48,13 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         help="names of a plain NemotronH: one tensor per expert (hub) or stacked; those of the source, or hub",
     )
     add_number(parser, "--step", help="step of the checkpoint; the newest if left out", at_least=0)
+    add_number(
+        parser,
+        "--average",
+        help="checkpoints, up to that step, whose trained weights are averaged",
+        default=1,
+        at_least=1,
+    )
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -62,6 +69,7 @@ def _export(arguments: argparse.Namespace) -> int:
         dtype=dtypes[arguments.dtype],
         style=arguments.style,
         step=arguments.step,
+        average=arguments.average,
         backbone=arguments.backbone,
     )
     with bytes_bar("exporting") as progress:

@@ -1,4 +1,4 @@
-"""The commands of `data`: tokenizer, prepare, inspect, verify."""
+"""The commands of `data`: tokenizer, prepare, conversations, inspect, verify."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_twotower.cli.command import Command, Group
+from megatron_twotower.cli.command import Command, Group, Idle
 from megatron_twotower.cli.engine import ENGINE_IDLE, add_engine, engine_settings
 from megatron_twotower.cli.options import COUNT, add_number, add_options, arguments_for, option
 
@@ -31,7 +31,14 @@ PREPARE = {
     "deduplicate": option("keep repeated documents", "--no-dedup", dest="deduplicate"),
     "bos": option("begin each document with BOS", choices=MARKS),
     "eos": option("end each document with EOS", choices=MARKS),
+    "chat": option("records are conversations, rendered by the chat template; answers alone are scored"),
+    "chat_template": option("file with the chat template, in place of that of the tokenizer", metavar="FILE"),
 }
+IDLE = (
+    Idle(("--text-field", "--suffixes", "--bos", "--eos"), lambda found: found.chat, "--chat"),
+    Idle(("--chat-template",), lambda found: not found.chat, "no --chat"),
+    *ENGINE_IDLE,
+)
 
 
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
@@ -70,6 +77,23 @@ def _prepare(arguments: argparse.Namespace) -> int:
     with corpus_bars() as report:
         summary = prepare(**arguments_for(TEXT | PREPARE, arguments), engine=engine, progress=report)
     print(json.dumps(summary, indent=1))
+    return 0
+
+
+CONVERSATIONS = {"output": option("JSON lines to write")}
+
+
+def _add_conversations(parser: argparse.ArgumentParser) -> None:
+    from megatron_twotower.data.library_conversations import write_library_conversations
+
+    add_options(parser, write_library_conversations, CONVERSATIONS)
+
+
+def _conversations(arguments: argparse.Namespace) -> int:
+    from megatron_twotower.data.library_conversations import write_library_conversations
+
+    count = write_library_conversations(**arguments_for(CONVERSATIONS, arguments))
+    print(f"{arguments.output}: {count:,} conversations")
     return 0
 
 
@@ -139,10 +163,18 @@ GROUP = Group(
                 "--output runs/data --workers 16",
                 "twotower data prepare --input /shared/texts --tokenizer /shared/tokenizer --output /shared/data "
                 "--engine ray --address head:6379",
+                "twotower data prepare --chat --input chats.jsonl --tokenizer my/instruct --output runs/chats",
             ),
             _add_prepare,
             _prepare,
-            idle=ENGINE_IDLE,
+            idle=IDLE,
+        ),
+        Command(
+            "conversations",
+            "write conversations about Python's standard library, for small runs",
+            ("twotower data conversations --output runs/sft/library.jsonl",),
+            _add_conversations,
+            _conversations,
         ),
         Command(
             "inspect",

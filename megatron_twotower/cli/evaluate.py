@@ -50,8 +50,9 @@ TASKS = {
     ),
     "steps_per_block": option("denoiser passes per block, at most, mode mask_diffusion", **COUNT),
     "draft_steps": option("denoiser passes per draft, mode speculative", **COUNT),
+    "prefill_chunk_size": option("positions of each context that the context tower reads at a time", **COUNT),
 }
-TASK_OPTIONS = ("--shots", "--limit", "--task-files", "--allow-code-execution")
+TASK_OPTIONS = ("--shots", "--limit", "--task-files", "--allow-code-execution", "--apply-chat-template")
 
 
 # The options of one mode or scoring are accepted with another one: a comparison of them has one
@@ -73,7 +74,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_options(parser, EvaluationSettings, SHARED, unset=True)
     text = parser.add_argument_group("likelihoods and sweeps on held-out text")
-    text.add_argument("--data", type=Path, help="prepared data folder, whose held-out part is read")
+    text.add_argument("--data", type=Path, help="prepared data folder, whose held-out text or answers are read")
     add_options(text, EvaluationSettings, HELD_OUT, unset=True)
     tasks = parser.add_argument_group(
         "tasks of lm-evaluation-harness (needs the extra `eval`)",
@@ -90,6 +91,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add_number(tasks, "--shots", help="examples before each question, in place of the recipe's", at_least=0)
     add_number(tasks, "--limit", help="documents of each task", **COUNT)
     tasks.add_argument("--task-files", type=Path, metavar="DIR", help="folder of further task files")
+    tasks.add_argument("--apply-chat-template", action="store_true", help="ask questions as turns of a conversation")
     tasks.add_argument("--allow-code-execution", action="store_true", help="run code that the model writes")
     add_engine(tasks)
 
@@ -99,10 +101,11 @@ def _run(arguments: argparse.Namespace) -> int:
         return _run_tasks(arguments)
     if arguments.data is None:
         raise UserError("evaluate: found neither --data nor --tasks, expected a prepared data folder or task names")
-    from megatron_twotower.evaluate import held_out
+    from megatron_twotower.evaluate import answers, held_out
 
     settings = held_out.EvaluationSettings(**arguments_for(SHARED | HELD_OUT, arguments))
-    held_out.run(arguments.model, data=arguments.data, output=arguments.output, settings=settings)
+    run = answers.run if answers.has_conversations(arguments.data) else held_out.run
+    run(arguments.model, data=arguments.data, output=arguments.output, settings=settings)
     return 0
 
 
@@ -118,6 +121,7 @@ def _run_tasks(arguments: argparse.Namespace) -> int:
         task_files=arguments.task_files,
         allow_code_execution=arguments.allow_code_execution,
         engine=one_process_settings(arguments),
+        apply_chat_template=arguments.apply_chat_template,
         settings=arguments_for(SHARED_WITH_TASKS | TASKS, arguments),
     )
     return 0

@@ -25,6 +25,7 @@ GENERATION = {
         at_most=1,
     ),
     "draft_steps": option("denoiser passes per draft, mode speculative", **COUNT),
+    "prefill_chunk_size": option("positions of each prompt that the context tower reads at a time", **COUNT),
     "seed": option("seed of the sampling, temperature above 0", at_least=0),
 }
 BATCHING = {"batch_size": option("prompts in a batch, with --prompts", **COUNT)}
@@ -32,7 +33,8 @@ BATCHING = {"batch_size": option("prompts in a batch, with --prompts", **COUNT)}
 
 # The options of one mode are accepted with another one: a comparison of modes has one command line.
 IDLE = (
-    Idle(("--batch-size", *ENGINE_FLAGS), lambda found: found.prompts is None, "--prompt"),
+    Idle(("--batch-size", *ENGINE_FLAGS), lambda found: found.prompts is None, "--prompt or --chat"),
+    Idle(("--system",), lambda found: not found.chat, "no --chat"),
     *ONE_PROCESS_IDLE,
     Idle(("--top-k", "--top-p", "--seed"), lambda found: found.temperature == 0, "--temperature 0"),
 )
@@ -60,8 +62,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="prompts to continue in batches: one a line, or JSON lines or an array with a field `prompt`",
+        help="prompts to continue in batches: one a line, or JSON lines or an array with a field `prompt` or "
+        "`messages`",
     )
+    what.add_argument(
+        "--chat", action="store_true", help="a conversation: lines of standard input, and answers to them"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="turn of the system before a conversation")
     parser.add_argument(
         "--mode",
         default="mask_diffusion",
@@ -89,6 +96,10 @@ def _run(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) is not None and getattr(arguments, needed) is None:
             raise UserError(f"--{name}: found {getattr(arguments, name)}, expected it with --{needed} alone")
     settings = GenerationSettings(**arguments_for(GENERATION, arguments))
+    if arguments.chat:
+        return terminal.chat(
+            arguments.model, mode=arguments.mode, settings=settings, system=arguments.system, devices=arguments.device
+        )
     if arguments.prompts is None:
         return terminal.run(
             arguments.model,
@@ -120,6 +131,7 @@ COMMAND = Command(
         "twotower generate --model runs/model --prompts prompts.jsonl --output texts.jsonl --batch-size 32",
         "twotower generate --model /shared/model --prompts prompts.jsonl --output texts.jsonl --engine ray "
         "--address head:6379 --device cuda",
+        "twotower generate --model runs/sft/model --chat",
     ),
     _add_options,
     _run,

@@ -35,14 +35,26 @@ def checkpoint_folder(run: Path, step: int) -> Path:
     return run / CHECKPOINTS_FOLDER / f"step-{step:08d}"
 
 
-def provenance(version: str, *, seed: int, ranks: int, backbone: str | None, fingerprint: str | None) -> dict[str, Any]:
+def provenance(
+    version: str,
+    *,
+    seed: int,
+    ranks: int,
+    backbone: str | None,
+    fingerprint: str | None,
+    denoiser: str | None = None,
+    denoiser_fingerprint: str | None = None,
+) -> dict[str, Any]:
     """The facts that are needed to repeat a run.
 
     Args:
         version: The version of this package.
         backbone: The folder of the backbone, if the run started from one.
         fingerprint: SHA-256 of the backbone.
+        denoiser: The folder of the denoiser, if the run trains one further.
+        denoiser_fingerprint: SHA-256 of that folder.
     """
+    further = {"denoiser": denoiser, "denoiser_sha256": denoiser_fingerprint} if denoiser else {}
     return {
         "megatron_twotower": version,
         "commit": machine.commit(),
@@ -52,6 +64,7 @@ def provenance(version: str, *, seed: int, ranks: int, backbone: str | None, fin
         "ranks": ranks,
         "backbone": backbone,
         "backbone_sha256": fingerprint,
+        **further,
     }
 
 

@@ -59,6 +59,12 @@ IDLE = (
         lambda config: config.data.shuffle == "windowed",
         "another data.shuffle than windowed",
     ),
+    Idle(
+        ("data.align_blocks",),
+        lambda config: config.objective == "two_tower" and config.data.documents == "respect",
+        "objective ar or data.documents ignore",
+    ),
+    Idle(("noise.late_bias",), lambda config: config.noise.mask_counts != "random", "noise.mask_counts random"),
     Idle(("phases.mixture",), lambda config: config.data.blend != "", "no data.blend"),
     Idle(
         ("fp8.history_steps", "fp8.margin"),

@@ -112,20 +112,37 @@ def resolve(config: RunConfig, *, planning: bool = False, given: Collection[str]
         require(
             other == value or not (shaped or key in given), f"model.{key}: found {value!r}, but {source} has {other!r}"
         )
+    _check_denoiser(config.init, found)
     return dataclasses.replace(config, model=found)
 
 
+# What two towers of one shape may say differently.
+_NOT_OF_THE_SHAPE = ("max_position_embeddings", "initializer_range")
+
+
+def _check_denoiser(init: InitConfig, model: ModelConfig) -> None:
+    """Refuse a denoiser of another shape than the context tower that a recipe names for it."""
+    if init.denoiser in (None, init.backbone) or not (Path(init.denoiser or "") / "config.json").is_file():
+        return
+    source = f"{init.denoiser}/config.json"
+    other = model_from_hf(read_hf_config(str(init.denoiser)), source=source)
+    for key, value in flatten(model):
+        require(
+            key in _NOT_OF_THE_SHAPE or getattr(other, key) == value,
+            f"init.denoiser: {key}: found {getattr(other, key)!r} in {source}, expected {value!r} as in init.backbone "
+            f"{init.backbone}",
+        )
+
+
 def _with_backbone(init: InitConfig) -> InitConfig:
-    """Fill in `init.backbone` with the context tower that belongs to `init.denoiser`."""
+    """Fill in `init.backbone` with the context tower that belongs to `init.denoiser`.
+
+    A recipe that names another one trains the denoiser with that one from now on.
+    """
     if init.denoiser is None:
         return init
     pointer = read_pointer(init.denoiser)
-    own = pointer["backbone"] if pointer else init.denoiser
-    require(
-        pointer is not None or init.backbone in (None, own),
-        f"init.backbone: found {init.backbone}, expected null: init.denoiser {init.denoiser} has its own context tower",
-    )
-    return dataclasses.replace(init, backbone=init.backbone or own)
+    return dataclasses.replace(init, backbone=init.backbone or (pointer["backbone"] if pointer else init.denoiser))
 
 
 def _with_noise_of_folders(config: RunConfig) -> RunConfig:

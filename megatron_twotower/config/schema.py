@@ -80,7 +80,8 @@ class InitConfig:
             tower is the backbone. null: random weights, keyed by seed and tensor name.
         denoiser: A two-tower folder, or an exported denoiser without its backbone, whose denoiser
             is trained further. The backbone is then the context tower in that folder, or the one
-            that the folder points to. null: the denoiser starts as a copy of the backbone.
+            that the folder points to, unless `backbone` names another one of the same shape. null:
+            the denoiser starts as a copy of the backbone.
     """
 
     backbone: str | None = setting(None, free=True)
@@ -125,6 +126,13 @@ class NoiseConfig:
             over the range.
         time_min: Lowest noise level.
         time_max: Highest noise level.
+        mask_counts: `random`: each token is masked by itself. `exact`: t s tokens of a block of s,
+            rounded up or down at random. `at_least_one`: the same, but never none.
+        late_bias: Of exact counts: how much more often later tokens of a block are masked. The odds
+            of a token grow by the factor exp(late_bias (1 - t)) from one to the next.
+        paired_draws: How the second draw of each pair follows from the first. `independent`: not at
+            all. `mirrored`: from the random numbers 1 - u. `complementary`: also at the noise level
+            at the other end of the range, so that the two masks complement each other.
         weighting: `masked_mean`: mean cross-entropy over masked positions. `elbo`: each masked
             position is weighted by 1 / t, which bounds the likelihood.
         report_buckets: Equal ranges of the noise level for which the loss is reported.
@@ -134,6 +142,8 @@ class NoiseConfig:
             position after which no token of its block is visible; the rest is the clean token. 0:
             the context tower gives no targets.
         distillation_elsewhere: The same share for the other masked positions.
+        certainty: Weight of the entropy of the denoiser's distribution, which is added to the loss
+            of a position whose most probable token is the right one.
     """
 
     block_size_tokens: int = setting(16, unit="tokens", at_least=1)
@@ -142,16 +152,26 @@ class NoiseConfig:
     time_sampling: str = setting("uniform", choices=("uniform", "stratified"))
     time_min: float = setting(0.001, above=0, at_most=1)
     time_max: float = setting(1.0, above=0, at_most=1)
+    mask_counts: str = setting("random", choices=("random", "exact", "at_least_one"))
+    late_bias: float = setting(0.0, at_least=0)
+    paired_draws: str = setting("independent", choices=("independent", "mirrored", "complementary"))
     weighting: str = setting("masked_mean", choices=("masked_mean", "elbo"))
     report_buckets: int = setting(5, unit="buckets", at_least=1, at_most=1000)
     draws_per_context: int = setting(1, unit="copies", at_least=1)
     distillation: float = setting(0.0, at_least=0, at_most=1)
     distillation_elsewhere: float = setting(0.0, at_least=0, at_most=1)
+    certainty: float = setting(0.0, at_least=0)
 
     @property
     def distils(self) -> bool:
         """Whether the context tower gives targets."""
         return self.distillation > 0 or self.distillation_elsewhere > 0
+
+    def for_validation(self) -> "NoiseConfig":
+        """The same blocks, mask token and weighting, without what only changes how one trains."""
+        names = ("mask_counts", "late_bias", "paired_draws", "distillation", "distillation_elsewhere", "certainty")
+        defaults = NoiseConfig()
+        return dataclasses.replace(self, **{name: getattr(defaults, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -165,6 +185,9 @@ class DataConfig:
         documents: `ignore` packs sequences across document boundaries, as the released model was
             trained. `respect` keeps documents apart and pads each one to a multiple of the block
             sizes of all phases.
+        align_blocks: Of conversations that are kept apart: `grid` begins blocks with the
+            conversation. `answer` begins them with each answer, as in generation: a conversation
+            comes once for each of its answers, after padding that nothing sees.
         shuffle: `full` reads from all places of a corpus. `windowed` permutes runs of neighbouring
             sequences (each about as long as a shard) and mixes `shuffle_window_runs` of them at a
             time. `none` reads a corpus in its stored order.
@@ -184,6 +207,7 @@ class DataConfig:
     folder: str = setting("", free=True)
     blend: str = setting("", free=True)
     documents: str = setting("ignore", choices=("ignore", "respect"))
+    align_blocks: str = setting("grid", choices=("grid", "answer"))
     shuffle: str = setting("full", choices=("full", "windowed", "none"))
     shuffle_run_tokens: int = setting(1 << 20, unit="tokens", at_least=1)
     shuffle_window_runs: int = setting(32, unit="runs", at_least=1)

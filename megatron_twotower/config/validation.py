@@ -83,6 +83,16 @@ def _validate_noise(config: RunConfig) -> None:
     )
     if config.objective != "two_tower":
         return
+    require(
+        noise.paired_draws == "independent" or noise.draws_per_context % 2 == 0,
+        f"noise.paired_draws: found {noise.paired_draws} with noise.draws_per_context {noise.draws_per_context}, "
+        "expected an even number of draws",
+    )
+    biased = "mask_counts at_least_one" if noise.mask_counts == "at_least_one" else f"late_bias {noise.late_bias}"
+    require(
+        noise.weighting != "elbo" or (noise.mask_counts != "at_least_one" and not noise.late_bias),
+        f"noise.{biased}: found it with noise.weighting elbo, which then bounds nothing, expected masked_mean",
+    )
     stretches = _num_stretches(config)
     divisor = f"noise.block_size_tokens {noise.block_size_tokens}"
     if stretches > 1:

@@ -3,9 +3,10 @@
 It runs in one process and reads one tensor at a time.
 """
 
+import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,19 @@ from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.progress import BytesProgress, silent_bytes
 from megatron_twotower.config import hf_config, overrides, recipes
 from megatron_twotower.config.hf_config import POINTER_FILE
-from megatron_twotower.config.schema import ConditioningConfig, RunConfig
+from megatron_twotower.config.schema import ConditioningConfig, ModelConfig, RunConfig
 from megatron_twotower.config.special_tokens import SpecialTokens, read_special_tokens
 from megatron_twotower.convert import model_card
 from megatron_twotower.convert.hf_folder import HfFolder, fingerprint, rename_tensors, write_folder
 from megatron_twotower.convert.initial_weights import check_pointer
 from megatron_twotower.convert.mcore_checkpoint import CheckpointWeights
-from megatron_twotower.convert.tensors import LazyTensor
-from megatron_twotower.data.sources import tokenizer_folder
-from megatron_twotower.data.tokenizer import TOKENIZER_FILE, load_tokenizer
+from megatron_twotower.convert.tensors import LazyTensor, mean
+from megatron_twotower.data.sources import tokenizer_folder, turn_ends
+from megatron_twotower.data.tokenizer import TOKENIZER_FILE, check_same_ids, load_tokenizer
 from megatron_twotower.hf import MODELING_FILE
 from megatron_twotower.model.parameter_map import (
     TENSOR_NAMINGS,
+    Entry,
     TensorNaming,
     context_name,
     denoiser_entries,
@@ -50,14 +52,17 @@ class ExportOptions:
         style: A key of `TENSOR_NAMINGS`, for a plain NemotronH; `None` for the style of the
             backbone's folder, or "hub".
         step: The optimizer step of the checkpoint; `None` for the newest.
+        average: The number of checkpoints up to that one whose trained weights are averaged.
         backbone: The folder of the backbone of a run or of a denoiser alone; `None` for the folder
-            in the configuration of the run, or in the pointer file of the denoiser.
+            in the configuration of the run, or in the pointer file of the denoiser. Of a folder
+            with two towers: another context tower for its denoiser; `None` for its own.
     """
 
     what: str | None = None
     dtype: torch.dtype | None = None
     style: str | None = None
     step: int | None = None
+    average: int = 1
     backbone: Path | None = None
 
 
@@ -147,16 +152,15 @@ def _converted(name: str, tensor: LazyTensor, dtype: torch.dtype | None) -> Lazy
 
 def _open_run(run: Path, options: ExportOptions) -> ExportableModel:
     """A checkpoint of a run, and the backbone that the run started from."""
-    checkpoint = _find_checkpoint(run, options.step)
+    checkpoints = _find_checkpoints(run, options)
+    checkpoint = checkpoints[-1]
     state = checkpoint_files.read_state(checkpoint)
     config = recipes.load_recipe(str(run / run_folder.CONFIG_FILE), _moved_backbone(run, state.backbone, options))
     model, two_tower, backbone_path = config.model, config.objective == "two_tower", config.init.backbone
     if two_tower:
         _check_conditioning(config.conditioning)
-    weights = CheckpointWeights.open(checkpoint)
     entries = denoiser_entries(model, config.conditioning.frequencies) if two_tower else trained_backbone_entries(model)
-    weights.check(entries)
-    trained = weights.entry_tensors(entries, model)
+    trained = _trained_tensors(checkpoints, entries, model)
     origin = (Path(backbone_path), fingerprint(backbone_path)) if backbone_path and two_tower else None
     if origin and origin[1] != state.fingerprint:
         raise UserError(
@@ -165,6 +169,8 @@ def _open_run(run: Path, options: ExportOptions) -> ExportableModel:
     data = config.data.blend or config.data.folder
     data_tokenizer = tokenizer_folder(config) if data and Path(data).exists() else None
     said = read_special_tokens(data_tokenizer) if data_tokenizer else SpecialTokens()
+    if data_tokenizer:  # answers of conversations end otherwise than texts
+        said = dataclasses.replace(said, eos_token_ids=tuple(dict.fromkeys((*said.eos_token_ids, *turn_ends(config)))))
     if backbone_path:
         backbone = HfFolder.open(backbone_path)
         config_json = hf_config.read_hf_config(backbone_path)
@@ -182,7 +188,8 @@ def _open_run(run: Path, options: ExportOptions) -> ExportableModel:
         generation=model_card.with_special_tokens(model_card.generation_config(backbone_folder, config_json), said)
         | (model_card.block_defaults(config, cursor=state.cursor) if two_tower else {}),
         tokenizer=model_card.tokenizer_files(data_tokenizer, backbone_folder),
-        facts=model_card.run_facts(config, run_folder.read_provenance(run), step=state.step, cursor=state.cursor),
+        facts=model_card.run_facts(config, run_folder.read_provenance(run), step=state.step, cursor=state.cursor)
+        | ({"averaged steps": ", ".join(map(str, map(_step_of, checkpoints)))} if options.average > 1 else {}),
         recipe=(run / run_folder.CONFIG_FILE).read_text(),
     )
 
@@ -210,12 +217,13 @@ def _moved_backbone(run: Path, recorded: str | None, options: ExportOptions) -> 
 
 
 def _open_folder(path: Path, options: ExportOptions) -> ExportableModel:
-    """A Hugging Face folder. If it has a denoiser alone, also the folder of its backbone."""
+    """A Hugging Face folder, and the folder of its context tower if that is another one."""
     folder, config_json = HfFolder.open(path), hf_config.read_hf_config(path)
-    if options.step is not None:
-        raise UserError(f"--step: found {options.step}, but {path} is no training run and has no checkpoints")
-    if options.backbone is not None and folder.towers != {"denoiser"}:
-        raise UserError(f"--backbone: found {options.backbone}, but {path} has its own context tower")
+    for flag, value, unset in (("--step", options.step, None), ("--average", options.average, 1)):
+        if value != unset:
+            raise UserError(f"{flag}: found {value}, but {path} is no training run and has no checkpoints")
+    if options.backbone is not None and "denoiser" not in folder.towers:
+        raise UserError(f"--backbone: found {options.backbone}, but {path} has no denoiser")
     config = RunConfig(model=hf_config.model_from_hf(config_json, source=f"{path}/config.json"))
     folder.check(config)
     backbone, sha256 = folder, fingerprint(path)
@@ -224,37 +232,64 @@ def _open_folder(path: Path, options: ExportOptions) -> ExportableModel:
     if "denoiser" in folder.towers:
         entries = denoiser_entries(config.model, config.conditioning.frequencies)
         denoiser = folder.entry_tensors(entries, config.model)
-        if "context" not in folder.towers:
+        if "context" not in folder.towers or options.backbone is not None:
             backbone = HfFolder.open(_backbone_of(path, options))
             backbone.check(config)
             sha256 = fingerprint(backbone.path)
             check_pointer(path, backbone.path, sha256)
+            check_same_ids(backbone.path, path)
             facts |= {"backbone": backbone.path.name, "backbone_sha256": sha256}
+    generation = model_card.with_special_tokens(
+        model_card.generation_config(path, config_json), read_special_tokens(path)
+    )
+    # A context tower that takes the place of another one brings its tokenizer, with its template.
+    tokenizers = (path, backbone.path)
+    if "context" in folder.towers and backbone is not folder:
+        generation = model_card.with_special_tokens(generation, read_special_tokens(backbone.path))
+        tokenizers = (backbone.path, path)
     return ExportableModel(
         backbone=backbone.backbone_tensors(config.model),
         denoiser=denoiser,
         config=config_json,
         naming=backbone.naming if "backbone" in backbone.towers else TENSOR_NAMINGS["hub"],
         origin=(backbone.path, sha256),
-        generation=model_card.with_special_tokens(
-            model_card.generation_config(path, config_json), read_special_tokens(path)
-        ),
-        tokenizer=model_card.tokenizer_files(path, backbone.path),
+        generation=generation,
+        tokenizer=model_card.tokenizer_files(*tokenizers),
         facts=facts,
     )
 
 
-def _find_checkpoint(run: Path, step: int | None) -> Path:
+def _find_checkpoints(run: Path, options: ExportOptions) -> list[Path]:
+    """The checkpoint that is exported, after those that are averaged with it."""
     checkpoints = checkpoint_files.find_checkpoints(run)
     if not checkpoints:
         raise UserError(f"{run}: no checkpoint found, expected the output of a training run, or a Hugging Face folder")
-    if step is None:
-        return checkpoints[-1]
-    wanted = run_folder.checkpoint_folder(run, step)
+    wanted = checkpoints[-1] if options.step is None else run_folder.checkpoint_folder(run, options.step)
+    steps = ", ".join(map(str, map(_step_of, checkpoints)))
     if wanted not in checkpoints:
-        steps = ", ".join(str(checkpoint_files.read_state(folder).step) for folder in checkpoints)
-        raise UserError(f"{run}: found no checkpoint of step {step}, expected one of {steps}")
-    return wanted
+        raise UserError(f"{run}: found no checkpoint of step {options.step}, expected one of {steps}")
+    found = checkpoints[: checkpoints.index(wanted) + 1]
+    if options.average > len(found):
+        raise UserError(
+            f"--average: found {options.average}, expected at most the {len(found)} checkpoints of {run} up to step "
+            f"{_step_of(wanted)} (there are {steps}; train.keep_checkpoints keeps more)"
+        )
+    return found[-options.average :]
+
+
+def _step_of(checkpoint: Path) -> int:
+    return checkpoint_files.read_state(checkpoint).step
+
+
+def _trained_tensors(checkpoints: Sequence[Path], entries: list[Entry], model: ModelConfig) -> dict[str, LazyTensor]:
+    """The trained tensors of a checkpoint, or their means over several."""
+    opened = [CheckpointWeights.open(checkpoint) for checkpoint in checkpoints]
+    for weights in opened:
+        weights.check(entries)
+    tensors = [weights.entry_tensors(entries, model) for weights in opened]
+    if len(tensors) == 1:
+        return tensors[0]
+    return {name: mean([each[name] for each in tensors]) for name in tensors[0]}
 
 
 def _backbone_of(denoiser: Path, options: ExportOptions) -> Path:

@@ -111,7 +111,7 @@ def denoiser_source(config: RunConfig, backbone: TensorSource, *, fingerprint: s
         fingerprint: The fingerprint of the backbone's folder; `None` if the backbone is random.
 
     Raises:
-        UserError: The folder has no denoiser, another model, or belongs to another backbone.
+        UserError: The folder has no denoiser, another model, or its backbone has changed.
     """
     if config.init.denoiser is None:
         return _copied(config.model, backbone, fresh_conditioning(config.model, config.conditioning, seed=config.seed))
@@ -119,8 +119,26 @@ def denoiser_source(config: RunConfig, backbone: TensorSource, *, fingerprint: s
     if "denoiser" not in folder.towers:
         raise UserError(f"{folder.path}: no denoiser_tower found, expected a two-tower folder or a denoiser")
     folder.check(config)
-    check_pointer(folder.path, config.init.backbone, fingerprint)
+    if other_context(config, fingerprint) is None:
+        check_pointer(folder.path, config.init.backbone, fingerprint)
     return folder
+
+
+def other_context(config: RunConfig, fingerprint: str | None) -> str | None:
+    """What a start says of a denoiser that was trained with another context tower; None if not.
+
+    Args:
+        config: A resolved configuration.
+        fingerprint: The fingerprint of `init.backbone`.
+    """
+    denoiser, backbone = config.init.denoiser, config.init.backbone
+    if denoiser is None or backbone is None:
+        return None
+    pointer = read_pointer(denoiser)
+    own = Path(pointer["backbone"] if pointer else denoiser)
+    if own.resolve() == Path(backbone).resolve() or (pointer and pointer["sha256"] == fingerprint):
+        return None
+    return f"the denoiser of {denoiser} was trained with another context tower, that of {own}"
 
 
 def _copied(model: ModelConfig, backbone: TensorSource, conditioning: TensorSource) -> TensorSource:

@@ -233,7 +233,8 @@ def run_facts(config: RunConfig, provenance: Mapping[str, Any], *, step: int, cu
     if config.objective == "two_tower":
         facts |= {"block size": block_defaults(config, cursor=cursor)["block_size"], "noise": _noise(config)}
     facts |= {"seed": str(config.seed), "ranks": provenance.get("ranks"), "precision": config.train.precision}
-    facts |= {key: provenance.get(key) for key in ("backbone", "backbone_sha256", "commit")}
+    folders = ("backbone", "backbone_sha256", "denoiser", "denoiser_sha256")
+    facts |= {key: provenance.get(key) for key in (*folders, "commit")}
     versions = {key: provenance.get(key) for key in ("megatron_twotower", "python")}
     return facts | {"versions": versions | dict(provenance.get("packages", {}))}
 

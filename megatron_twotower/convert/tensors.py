@@ -104,6 +104,21 @@ def stack(tensors: Sequence[LazyTensor]) -> LazyTensor:
     return LazyTensor(tensors[0].dtype, (len(tensors), *tensors[0].shape), pieces)
 
 
+def mean(tensors: Sequence[LazyTensor]) -> LazyTensor:
+    """The mean of tensors of one shape, in the dtype of the first.
+
+    It is summed in float64 in the order given, divided once and rounded once.
+    """
+
+    def pieces() -> Iterator[Tensor]:
+        total = torch.zeros(tensors[0].shape, dtype=torch.float64)
+        for tensor in tensors:
+            total += tensor.read()
+        yield (total / len(tensors)).to(tensors[0].dtype).flatten()
+
+    return LazyTensor(tensors[0].dtype, tensors[0].shape, pieces)
+
+
 @dataclass(frozen=True)
 class FileTensor:
     """A tensor of a safetensors file, or one row of it.

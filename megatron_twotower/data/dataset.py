@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.context_split import COMPLETE
 from megatron_twotower.data.order import Shuffle, corpus_seed, shuffled
-from megatron_twotower.data.packing import Packing
+from megatron_twotower.data.packing import PackedWindow, Packing, WholePacking
 from megatron_twotower.data.shards import Corpus
 from megatron_twotower.types import Batch
 
@@ -42,11 +42,13 @@ class TokenSequence:
         tokens: (l,) int64.
         documents: (l,) int32 as in `Batch`.
         padding: (l,) bool as in `Batch`.
+        scored: (l,) bool as in `Batch`.
     """
 
     tokens: np.ndarray
     documents: np.ndarray | None = None
     padding: np.ndarray | None = None
+    scored: np.ndarray | None = None
 
 
 class Source(Protocol):
@@ -80,7 +82,7 @@ class SequenceDataset:
     seed: int = field(kw_only=True)
     number: int = field(kw_only=True, default=0)
     shuffle: Shuffle = field(kw_only=True, default=Shuffle())
-    packing: Packing | None = field(kw_only=True, default=None)
+    packing: Packing | WholePacking | None = field(kw_only=True, default=None)
     skip_damaged: bool = field(kw_only=True, default=False)
     stretches: tuple[slice, ...] = field(kw_only=True, default=COMPLETE)
 
@@ -120,7 +122,7 @@ class SequenceDataset:
             if window is None:
                 return self.corpus.tokens(first + start, stop - start)
             sources = window.sources[start:stop]
-            begin, end = int(sources[0]), int(sources[-1]) + 1
+            begin, end = int(sources.min()), int(sources.max()) + 1
             return self.corpus.tokens(begin, end - begin)[sources - begin]
 
         if self.stretches == COMPLETE:
@@ -130,7 +132,17 @@ class SequenceDataset:
             for stretch in self.stretches:
                 stop = min(stretch.stop + 1, count)
                 read[stretch.start : stop] = tokens(stretch.start, stop)
-        return TokenSequence(read) if window is None else TokenSequence(read, window.documents, window.padding)
+        if window is None:
+            return TokenSequence(read, scored=self.corpus.scored(first, count))
+        return TokenSequence(read, window.documents, window.padding, self._scored(window))
+
+    def _scored(self, window: PackedWindow) -> np.ndarray | None:
+        """What is scored of a window, also outside of `stretches`; None if all is."""
+        if window.scored is not None:
+            return window.scored
+        begin, end = int(window.sources.min()), int(window.sources.max()) + 1
+        scored = self.corpus.scored(begin, end - begin)
+        return None if scored is None else scored[window.sources - begin] & ~window.padding
 
     def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Epochs and sequence numbers, (b,) int64 each, at indices (b,) int64.
@@ -179,8 +191,12 @@ def stack_sequences(
     if any(sequence.padding is not None for sequence in sequences):
         no_padding = np.zeros(tokens.shape[1], dtype=bool)
         padding = np.stack([no_padding if one.padding is None else one.padding for one in sequences])
+    scored = None
+    if any(sequence.scored is not None for sequence in sequences):
+        everything = np.ones(tokens.shape[1], dtype=bool)  # of a text, as in a blend with conversations
+        scored = np.stack([everything if one.scored is None else one.scored for one in sequences])
     required = (torch.from_numpy(item) for item in (tokens, samples, epochs, positions))
-    optional = (None if item is None else torch.from_numpy(item) for item in (documents, padding, corpora))
+    optional = (None if item is None else torch.from_numpy(item) for item in (documents, padding, corpora, scored))
     return Batch(*required, *optional)
 
 
@@ -204,7 +220,7 @@ def global_batch(source: Source, *, first: int, count: int) -> Batch:
 def split_batch(batch: Batch, size: int) -> list[Batch]:
     """Micro-batches of `size` sequences, the last one with the remainder: views of the batch."""
     required = (batch.tokens, batch.samples, batch.epochs, batch.positions)
-    optional = (batch.documents, batch.padding, batch.corpora)
+    optional = (batch.documents, batch.padding, batch.corpora, batch.scored)
 
     def part(at: int) -> Batch:
         cut = slice(at, at + size)

@@ -8,7 +8,7 @@ import hashlib
 import os
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from megatron_twotower.data.input_form import (
     Unreadable,
     find_form,
     form_of_name,
+    has_record,
     has_suffix,
-    has_text,
 )
 from megatron_twotower.data.record_formats import (
     ARRAY,
@@ -34,6 +34,8 @@ from megatron_twotower.data.record_formats import (
     open_parquet,
     read_column,
     read_items,
+    read_rows,
+    record_of_item,
     text_of_record,
 )
 from megatron_twotower.data.remote import input_path
@@ -41,6 +43,9 @@ from megatron_twotower.data.remote import input_path
 STANDARD_LIBRARY = "python-stdlib"
 SUFFIXES = (".md", ".py", ".txt")
 TRAIN, VALIDATION = "train", "validation"
+
+# Whether an object of a JSON file is a record of the input.
+IsRecord = Callable[[dict[str, Any]], bool]
 
 _SKIPPED_FOLDERS = frozenset({"__pycache__", "dist-packages", "site-packages"})
 _FIRST_PASSED_OVER = 10
@@ -128,6 +133,8 @@ class Unit:
 
 # The index of the file, line or row within the unit; and its text, or None for a blank line.
 Item = tuple[int, str | Fault | None]
+# The same of a record.
+RecordItem = tuple[int, dict[str, Any] | Fault | None]
 
 
 # --- input files and their splits ---
@@ -140,7 +147,13 @@ def find_documents(
     return find_inputs(inputs, suffixes=suffixes, text_field=text_field).documents
 
 
-def find_inputs(inputs: Sequence[str], *, suffixes: Sequence[str] = SUFFIXES, text_field: str = "text") -> Inputs:
+def find_inputs(
+    inputs: Sequence[str],
+    *,
+    suffixes: Sequence[str] = SUFFIXES,
+    text_field: str = "text",
+    is_record: IsRecord | None = None,
+) -> Inputs:
     """The files of all inputs, sorted by name within each input, and what was passed over.
 
     An input is a file, a folder, the URL of one (`remote.input_path`), or `python-stdlib`, the
@@ -151,21 +164,26 @@ def find_inputs(inputs: Sequence[str], *, suffixes: Sequence[str] = SUFFIXES, te
 
     Args:
         text_field: The field of a record with its text.
+        is_record: What a record is instead, such as a conversation. Then text files are no input.
 
     Raises:
         UserError: An input does not exist, has no such file, or is neither text nor records.
     """
+    suffixes = suffixes if is_record is None else ()
+    wanted = is_record or (lambda record: isinstance(record.get(text_field), str))
     found: dict[Path, Document] = {}
     passed_over = PassedOver()
     for given in inputs:
         path = input_path(given)
         if given == STANDARD_LIBRARY:
-            documents = _library()
+            documents = _library() if is_record is None else []
         elif path.is_dir():
-            documents = _walk(path, tuple(suffixes), text_field, passed_over)
+            documents = _walk(path, tuple(suffixes), text_field, passed_over, wanted)
         elif path.is_file():
             if isinstance(form := find_form(path, text_field=text_field), Unreadable):
                 raise UserError(f"{path}: {form.reason}")
+            if is_record is not None and form == TEXT:
+                raise UserError(f"{path}: found text, expected JSON lines, a JSON array or parquet of conversations")
             documents = [Document(path.name, path, form)]
         else:
             raise UserError(f"{given}: no such file or folder, expected a path or the word {STANDARD_LIBRARY}")
@@ -181,11 +199,13 @@ def find_inputs(inputs: Sequence[str], *, suffixes: Sequence[str] = SUFFIXES, te
 
 
 def _library() -> list[Document]:
-    found = _walk(Path(sysconfig.get_paths()["stdlib"]), (".py",), "text", PassedOver())
+    found = _walk(Path(sysconfig.get_paths()["stdlib"]), (".py",), "text", PassedOver(), lambda record: False)
     return [document for document in found if document.form == TEXT]  # records there are data of tests
 
 
-def _walk(root: Any, suffixes: tuple[str, ...], text_field: str, passed_over: PassedOver) -> list[Document]:
+def _walk(
+    root: Any, suffixes: tuple[str, ...], text_field: str, passed_over: PassedOver, is_record: IsRecord
+) -> list[Document]:
     documents = []
     walked = os.walk(root) if isinstance(root, Path) else root.walk()
     for given, subfolders, files in walked:
@@ -197,7 +217,7 @@ def _walk(root: Any, suffixes: tuple[str, ...], text_field: str, passed_over: Pa
         for name in files:
             path = folder / name
             relative = path.relative_to(root).as_posix()
-            form = _form_in_folder(path, suffixes, text_field)
+            form = _form_in_folder(path, suffixes, text_field, is_record)
             if isinstance(form, Unreadable):
                 passed_over.add(relative, form.reason)
             else:
@@ -214,7 +234,7 @@ def _skipped_folder(folder: Path, name: str) -> str | None:
     return "link to a folder" if (folder / name).is_symlink() else None
 
 
-def _form_in_folder(path: Path, suffixes: tuple[str, ...], text_field: str) -> str | Unreadable:
+def _form_in_folder(path: Path, suffixes: tuple[str, ...], text_field: str, is_record: IsRecord) -> str | Unreadable:
     """The form of a file of a folder, or why it is passed over."""
     as_text = has_suffix(path, suffixes)
     if not as_text and not has_suffix(path, RECORD_SUFFIXES):
@@ -223,7 +243,7 @@ def _form_in_folder(path: Path, suffixes: tuple[str, ...], text_field: str) -> s
         return Unreadable("no file")
     form = find_form(path, text_field=text_field)
     if has_suffix(path, [JSON_SUFFIX]):  # any folder may have such files that are no records
-        if isinstance(form, str) and has_text(path, form, text_field=text_field):
+        if isinstance(form, str) and has_record(path, form, is_record):
             return form
         return TEXT if as_text else Unreadable(f"{JSON_SUFFIX} without records with {text_field!r}")
     if isinstance(form, Unreadable):
@@ -283,7 +303,12 @@ def _name_hash(name: str) -> int:
 
 
 def cut_units(
-    documents: Sequence[Document], *, holdout_fraction: float, text_field: str, unit_bytes: int
+    documents: Sequence[Document],
+    *,
+    holdout_fraction: float,
+    text_field: str,
+    unit_bytes: int,
+    is_record: IsRecord | None = None,
 ) -> list[Unit]:
     """The units of `documents`, in order: about `unit_bytes` of input each, or one larger file.
 
@@ -291,8 +316,12 @@ def cut_units(
     held-out text files come first, and records before the other text files. (All copies among
     records have the same split, because their text decides it.)
 
+    Args:
+        is_record: As in `find_inputs`.
+
     Raises:
-        UserError: a parquet file cannot be read or has no column of strings named `text_field`.
+        UserError: a parquet file cannot be read or has no column of strings named `text_field`, or
+            not the columns of a record.
     """
     splits = split_documents(
         [document for document in documents if not document.is_records], holdout_fraction=holdout_fraction
@@ -300,7 +329,7 @@ def cut_units(
     units = list(_text_units(splits[VALIDATION], split=VALIDATION, unit_bytes=unit_bytes))
     for document in documents:
         if document.form == PARQUET:
-            units += _parquet_units(document, text_field=text_field, unit_bytes=unit_bytes)
+            units += _parquet_units(document, text_field=text_field, unit_bytes=unit_bytes, is_record=is_record)
         elif document.is_records:
             units += _line_units(document, unit_bytes=unit_bytes)
     return [*units, *_text_units(splits[TRAIN], split=TRAIN, unit_bytes=unit_bytes)]
@@ -330,9 +359,15 @@ def _line_units(document: Document, *, unit_bytes: int) -> Iterator[Unit]:
         yield Unit((document,), None, begin, end, end - begin)
 
 
-def _parquet_units(document: Document, *, text_field: str, unit_bytes: int) -> Iterator[Unit]:
+def _parquet_units(
+    document: Document, *, text_field: str, unit_bytes: int, is_record: IsRecord | None
+) -> Iterator[Unit]:
     with open_parquet(document.path) as file:
-        column_of_strings(document.path, file.schema_arrow, text_field)
+        if is_record is None:
+            column_of_strings(document.path, file.schema_arrow, text_field)
+        elif not is_record({name: [] for name in file.schema_arrow.names}):
+            found = ", ".join(file.schema_arrow.names)
+            raise UserError(f"{document.path}: found the columns {found}, expected those of conversations")
         metadata = file.metadata
         begin = total = 0
         sizes = [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
@@ -373,6 +408,25 @@ def read_unit(unit: Unit, *, text_field: str, advance: Callable[[int], None]) ->
         items = read_items(first, unit.files[0].form, unit.begin, unit.end, advance=advance)
         for number, item in enumerate(items):
             yield number, text_of_record(item, text_field=text_field)
+
+
+def read_records(unit: Unit, *, fields: Collection[str], advance: Callable[[int], None]) -> Iterator[RecordItem]:
+    """Yields every record of a unit of records; see `read_unit`.
+
+    Args:
+        fields: Columns of a parquet file that are read, as far as there are any.
+        advance: As in `read_unit`.
+    """
+    first = unit.files[0].path
+    if unit.files[0].form == PARQUET:
+        with open_parquet(first) as file:
+            names = [name for name in file.schema_arrow.names if name in fields]
+        groups = range(unit.begin, unit.end)
+        yield from enumerate(read_rows(first, names, groups, size=unit.size, advance=advance))
+    else:
+        items = read_items(first, unit.files[0].form, unit.begin, unit.end, advance=advance)
+        for number, item in enumerate(items):
+            yield number, record_of_item(item)
 
 
 def training_texts(documents: Sequence[Document], *, holdout_fraction: float, text_field: str) -> Iterator[str]:

@@ -6,7 +6,7 @@ of markup.
 
 import codecs
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -82,8 +82,13 @@ def find_form(path: Path, *, text_field: str) -> str | Unreadable:
 
 def has_text(path: Path, form: str, *, text_field: str) -> bool:
     """Whether one of the first records of a file of LINES or an ARRAY has a text."""
+    return has_record(path, form, lambda record: isinstance(record.get(text_field), str))
+
+
+def has_record(path: Path, form: str, wanted: Callable[[dict[str, Any]], bool]) -> bool:
+    """Whether one of the first records of a file of LINES or an ARRAY is wanted."""
     values = _first(path, form, _FIRST_RECORDS)
-    return any(isinstance(value, dict) and isinstance(value.get(text_field), str) for value in values)
+    return any(isinstance(value, dict) and wanted(value) for value in values)
 
 
 def _begin(path: Path, *, unpack: bool) -> bytes:

@@ -21,7 +21,9 @@ from megatron_twotower.data.shards import Corpus
 from megatron_twotower.data.tokenizer import load_tokenizer
 
 _DOCUMENTS_MEASURED = 1 << 24  # of a larger corpus, only the first documents are measured
+_TOKENS_MEASURED = 1 << 24  # whose masks are counted
 _SHOWN_BLOCKS = 12
+SCORED_STYLE = "green"
 _BAR_CHARACTERS = 40
 
 
@@ -119,6 +121,14 @@ def _counts(name: str, corpus: Corpus, lengths: np.ndarray) -> Table:
         "documents begin, end": f"BOS {corpus.bos_token_id}, EOS {corpus.eos_token_id}",
         "tokens in a document": f"median {middle[0]:,}, 90% up to {middle[1]:,}, 99% up to {middle[2]:,}",
     }
+    if corpus.scored_offsets is not None:
+        measured = min(corpus.total_tokens, _TOKENS_MEASURED)
+        scored = corpus.scored(0, measured)
+        share = 0.0 if scored is None else float(scored.mean())
+        turns = ", ".join(map(str, corpus.turn_ends))
+        rows["conversations"] = (
+            f"{100 * share:.1f}% of the first {measured:,} tokens are scored; turns end with {turns}"
+        )
     for key, value in rows.items():
         table.add_row(key, value)
     return table
@@ -132,25 +142,38 @@ def _blocks(corpus: Corpus, block_size: int) -> str:
     straddling = len(np.unique(inner // block_size))
     blocks = -(-tokens // block_size)
     padding = int((-np.diff(starts) % block_size).sum())
+    what = "padding is" if corpus.scored_offsets is None else "repeated ends of turns are"
     return (
         f"blocks of {block_size} tokens: {100 * straddling / max(blocks, 1):.2f}% contain a document boundary; "
-        f"with documents kept apart, padding is {100 * padding / max(tokens + padding, 1):.2f}% of all positions"
+        f"with documents kept apart, {what} {100 * padding / max(tokens + padding, 1):.2f}% of all positions"
     )
 
 
 def decoded_blocks(corpus: Corpus, number: int, *, block_size: int, tokenizer: PreTrainedTokenizerFast | None) -> Text:
     """The first blocks of a document, decoded, with `|` between blocks.
 
-    The blocks are those of the stream with document boundaries ignored.
+    What is scored of a conversation is green; its blocks are those of the conversation alone. The
+    blocks of a text are those of the stream with document boundaries ignored.
     """
-    ids, start = corpus.document(number), int(corpus.starts[number])
-    cuts = [0, *range(-start % block_size or block_size, len(ids), block_size), len(ids)]
+    ids, scored = corpus.document(number), corpus.scored_document(number)
+    offset = block_size if scored is not None else -int(corpus.starts[number]) % block_size or block_size
+    cuts = [0, *range(offset, len(ids), block_size), len(ids)]
     shown = Text()
     for begin, end in itertools.islice(itertools.pairwise(cuts), _SHOWN_BLOCKS):
-        block = ids[begin:end].tolist()
         shown.append("|" if begin else "", style="bold red")
-        shown.append(tokenizer.decode(block) if tokenizer else " ".join(map(str, block)))
+        for low, high, is_scored in _runs(scored, begin, end):
+            part = ids[low:high].tolist()
+            text = tokenizer.decode(part) if tokenizer else " ".join(map(str, part))
+            shown.append(text, style=SCORED_STYLE if is_scored else "")
     return shown.append(" …" if len(cuts) - 1 > _SHOWN_BLOCKS else "", style="bold red")
+
+
+def _runs(scored: np.ndarray | None, begin: int, end: int) -> list[tuple[int, int, bool]]:
+    """(first, last, whether scored) of the runs of equal positions from `begin` to `end`."""
+    if scored is None:
+        return [(begin, end, False)]
+    edges = [begin, *(np.flatnonzero(np.diff(scored[begin:end])) + begin + 1).tolist(), end]
+    return [(low, high, bool(scored[low])) for low, high in itertools.pairwise(edges)]
 
 
 def document_name(corpus: Corpus, number: int) -> str:

@@ -16,7 +16,7 @@ from megatron_twotower.config.special_tokens import SpecialTokens, read_special_
 from megatron_twotower.data.blend import BlendedDataset
 from megatron_twotower.data.dataset import SequenceDataset, global_batch
 from megatron_twotower.data.sources import tokenizer_folder
-from megatron_twotower.data.tokenizer import TOKENIZER_FILE, load_tokenizer, text_encoder
+from megatron_twotower.data.tokenizer import TOKENIZER_FILE, check_same_ids, load_tokenizer, text_encoder
 
 # Sequences of clean text that a run compares with its mask token before it starts.
 _SEQUENCES = 8
@@ -119,6 +119,8 @@ def check_run(config: RunConfig) -> None:
             f"{key}: found {mask_id}, but the mask token of {folder} is {tokens.mask_token_id}, expected the same (a "
             "recipe that leaves the setting out takes that of its folder)",
         )
+    if config.init.denoiser and config.init.backbone:
+        check_same_ids(Path(config.init.backbone), Path(config.init.denoiser))
     _check_eos(own, said, data)
     eos_ids = sorted({each for tokens in said.values() for each in tokens.eos_token_ids})
     if not folders:

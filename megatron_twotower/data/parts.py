@@ -1,10 +1,12 @@
 """Tokenises a unit of input into a part: files that keep its documents until shards are written.
 
 parts/000007.ids       the ids of its documents, one after another, nothing added
+parts/000007.scored    of conversations: one byte per id, 1 where it is scored
 parts/000007.records   one `RECORD` per document
 parts/000007.json      its counts, written last: a part is complete or absent
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -19,7 +21,16 @@ import numpy as np
 
 from megatron_twotower.common import workers
 from megatron_twotower.common.files import atomic_file, write_file
-from megatron_twotower.data.documents import TRAIN, VALIDATION, Unit, read_unit
+from megatron_twotower.data.conversations import (
+    FIELDS,
+    Conversation,
+    Pieces,
+    Template,
+    conversation_of_record,
+    open_template,
+    render,
+)
+from megatron_twotower.data.documents import TRAIN, VALIDATION, Unit, read_records, read_unit
 from megatron_twotower.data.record_formats import Fault
 from megatron_twotower.data.tokenizer import load_tokenizer, text_encoder
 
@@ -34,7 +45,12 @@ _BATCH_CHARACTERS = 1 << 20  # text that the tokenizer gets at a time: enough fo
 
 @dataclass(frozen=True)
 class UnitTask:
-    """A unit to tokenise into part `number`."""
+    """A unit to tokenise into part `number`.
+
+    Attributes:
+        conversations: Whether its records are conversations.
+        chat_template: The template that renders them, in place of that of the tokenizer.
+    """
 
     number: int
     unit: Unit
@@ -43,6 +59,8 @@ class UnitTask:
     tokenizer_fingerprint: str
     text_field: str
     dtype: str
+    conversations: bool = False
+    chat_template: str | None = None
 
 
 def write_part(task: UnitTask) -> dict[str, Any]:
@@ -52,17 +70,15 @@ def write_part(task: UnitTask) -> dict[str, Any]:
 
     Returns:
         The counts, which are also the content of the .json file: documents; tokens; lines (rows,
-        files); left_out, by reason; and faults, (line within the unit, reason) of the first
-        malformed records.
+        files); left_out, by reason; faults, (line within the unit, reason) of the first malformed
+        records; and turn_ends, the ids that end the scored turns of conversations.
     """
     base = part_path(task.folder, task.number, "")
-    with (
-        atomic_file(base.with_suffix(".ids")) as ids_path,
-        atomic_file(base.with_suffix(".records")) as records_path,
-        open(ids_path, "wb") as ids,
-        open(records_path, "wb") as records,
-    ):
-        counts = _encode_unit(task, write_ids=ids.write, write_records=records.write)
+    with contextlib.ExitStack() as files:
+        suffixes = (".ids", ".records", *((".scored",) if task.conversations else ()))
+        paths = {suffix: files.enter_context(atomic_file(base.with_suffix(suffix))) for suffix in suffixes}
+        streams = {suffix: files.enter_context(open(path, "wb")) for suffix, path in paths.items()}
+        counts = _encode_unit(task, {suffix: stream.write for suffix, stream in streams.items()})
     write_file(base.with_suffix(".json"), json.dumps(counts))
     return counts
 
@@ -83,37 +99,56 @@ def part_path(folder: Path, number: int, suffix: str) -> Path:
     return folder / "parts" / f"{number:06d}{suffix}"
 
 
+def remove_ids(folder: Path, number: int) -> None:
+    """Remove the ids of a part, and what is scored of them."""
+    for suffix in (".ids", ".scored"):
+        part_path(folder, number, suffix).unlink(missing_ok=True)
+
+
 def part_array(folder: Path, number: int, suffix: str, *, dtype: np.dtype) -> np.ndarray:
     """A file of a part as a memory map.
 
     Returns:
-        (documents,) RECORD of `.records`, or (tokens,) of `.ids`.
+        (documents,) RECORD of `.records`, (tokens,) of `.ids`, or (tokens,) bool of `.scored`.
     """
     path = part_path(folder, number, suffix)
     return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype=dtype)
 
 
-def _encode_unit(
-    task: UnitTask, *, write_ids: Callable[[Any], Any], write_records: Callable[[Any], Any]
-) -> dict[str, Any]:
-    encode = _encoder(task.tokenizer, task.tokenizer_fingerprint)
-    reader = _Reader(task)
-    totals = Counter(documents=0, tokens=0)
+def _encode_unit(task: UnitTask, write: dict[str, Callable[[Any], Any]]) -> dict[str, Any]:
+    """Encode the documents of a unit.
+
+    Args:
+        task: The unit.
+        write: By suffix, the function that writes to a file of the part.
+    """
+    key = task.tokenizer, task.tokenizer_fingerprint, task.chat_template
+    template = _template(*key) if task.conversations else None
+    special = template.special if template else frozenset()
+    encode = _encoder(task.tokenizer, task.tokenizer_fingerprint, special)
+    reader = _Reader(task, template)
+    totals, turn_ends = Counter(documents=0, tokens=0), set()
     for batch in reader.batches():
-        texts = [text for _, text in batch]
-        encoded = encode(texts)
-        records = np.zeros(len(batch), dtype=RECORD)
-        for row, ((place, text), ids) in enumerate(zip(batch, encoded, strict=True)):
-            utf8 = text.encode()
+        encoded = encode([text for _, pieces in batch for text, _ in pieces])
+        scored = [is_scored for _, pieces in batch for _, is_scored in pieces]
+        lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
+        records, at = np.zeros(len(batch), dtype=RECORD), 0
+        for row, (place, pieces) in enumerate(batch):
+            text, tokens = "".join(text for text, _ in pieces), int(lengths[at : at + len(pieces)].sum())
+            utf8, at = text.encode(), at + len(pieces)
             digest = np.frombuffer(hashlib.sha256(utf8).digest()[:16], dtype=">u8")
-            records[row] = (digest, place, len(ids), len(utf8), len(text))
-        flat = np.fromiter(chain.from_iterable(encoded), dtype=task.dtype, count=sum(map(len, encoded)))
-        write_ids(flat.data)
-        write_records(records.tobytes())
+            records[row] = (digest, place, tokens, len(utf8), len(text))
+        flat = np.fromiter(chain.from_iterable(encoded), dtype=task.dtype, count=int(lengths.sum()))
+        write[".ids"](flat.data)
+        write[".records"](records.tobytes())
+        if template:
+            write[".scored"](np.repeat(np.array(scored, dtype=bool), lengths).data)
+            turn_ends.update(ids[-1] for ids, is_scored in zip(encoded, scored, strict=True) if is_scored)
         totals.update(documents=len(batch), tokens=len(flat))
         workers.count(len(batch), reader.take_bytes(), len(flat))
     workers.count(0, reader.take_bytes(), 0)
-    return {**totals, "lines": reader.lines, "left_out": dict(reader.left_out), "faults": reader.faults}
+    counts = {**totals, "lines": reader.lines, "left_out": dict(reader.left_out), "faults": reader.faults}
+    return counts | ({"turn_ends": sorted(turn_ends)} if template else {})
 
 
 class _Reader:
@@ -125,35 +160,44 @@ class _Reader:
         faults: (line within the unit, reason) of the first malformed records.
     """
 
-    def __init__(self, task: UnitTask) -> None:
-        self.task = task
+    def __init__(self, task: UnitTask, template: Template | None) -> None:
+        self.task, self.template = task, template
         self.lines = 0
         self.left_out: Counter[str] = Counter()
         self.faults: list[tuple[int, str]] = []
         self._bytes = 0
 
-    def batches(self) -> Iterator[list[tuple[int, str]]]:
-        """Yields lists of (place within the unit, text)."""
-        batch: list[tuple[int, str]] = []
+    def batches(self) -> Iterator[list[tuple[int, Pieces]]]:
+        """Yields lists of (place within the unit, the pieces of a document)."""
+        batch: list[tuple[int, Pieces]] = []
         size = 0
-        for place, text in read_unit(self.task.unit, text_field=self.task.text_field, advance=self._advance):
+        for place, found in self._documents():
             self.lines = place + 1
-            if text is None:
+            if found is None:
                 continue
-            if isinstance(text, Fault):
-                self.left_out["malformed" if text.malformed else text.reason] += 1
-                if text.malformed and len(self.faults) < FIRST_FAULTS:
-                    self.faults.append((place, text.reason))
-            elif not text:
-                self.left_out["empty"] += 1
-            else:
-                batch.append((place, text))
-                size += len(text)
-                if size >= _BATCH_CHARACTERS:
-                    yield batch
-                    batch, size = [], 0
+            if isinstance(found, Fault):
+                self.left_out["malformed" if found.malformed else found.reason] += 1
+                if found.malformed and len(self.faults) < FIRST_FAULTS:
+                    self.faults.append((place, found.reason))
+                continue
+            batch.append((place, found))
+            size += sum(len(text) for text, _ in found)
+            if size >= _BATCH_CHARACTERS:
+                yield batch
+                batch, size = [], 0
         if batch:
             yield batch
+
+    def _documents(self) -> Iterator[tuple[int, Pieces | Fault | None]]:
+        """Yields the place and the pieces of every document: a text is one piece."""
+        if self.template is None:
+            for place, text in read_unit(self.task.unit, text_field=self.task.text_field, advance=self._advance):
+                empty = Fault("empty") if text == "" else None
+                yield place, ((text, True),) if isinstance(text, str) and not empty else empty or text
+            return
+        for place, record in read_records(self.task.unit, fields=FIELDS, advance=self._advance):
+            conversation = conversation_of_record(record) if isinstance(record, dict) else record
+            yield place, render(self.template, conversation) if isinstance(conversation, Conversation) else conversation
 
     def _advance(self, count: int) -> None:
         self._bytes += count
@@ -165,10 +209,20 @@ class _Reader:
 
 
 @functools.lru_cache(maxsize=1)
-def _encoder(tokenizer: Path, fingerprint: str) -> Callable[[Sequence[str]], list[list[int]]]:
+def _encoder(
+    tokenizer: Path, fingerprint: str, recognised: frozenset[str]
+) -> Callable[[Sequence[str]], list[list[int]]]:
     """The encoder of this process.
 
     Args:
+        tokenizer: The folder of the tokenizer.
         fingerprint: Part of the cache key, because a folder may get another tokenizer.
+        recognised: As in `text_encoder`.
     """
-    return text_encoder(load_tokenizer(tokenizer))
+    return text_encoder(load_tokenizer(tokenizer), recognised=recognised)
+
+
+@functools.lru_cache(maxsize=1)
+def _template(tokenizer: Path, fingerprint: str, chat_template: str | None) -> Template:
+    """The chat template of this process; `fingerprint` as in `_encoder`."""
+    return open_template(tokenizer, chat_template)

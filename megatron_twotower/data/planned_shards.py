@@ -3,7 +3,8 @@
 What the index needs to know of a written shard is kept until all of them are written:
 
     shards/train-00002.json     its row of the index, written last
-    shards/train-00002.arrays   (2, documents) int64: offsets and lengths of its documents
+    shards/train-00002.arrays   (2, documents) int64: offsets and lengths of its documents; of
+                                conversations (3, documents), with the offsets of their masks
 """
 
 import json
@@ -17,7 +18,7 @@ from megatron_twotower.common import workers
 from megatron_twotower.common.files import atomic_file, write_file
 from megatron_twotower.data.parts import KEEP, RECORD, part_array
 from megatron_twotower.data.repeats import group_path
-from megatron_twotower.data.shards import Sample, Shard, write_shard
+from megatron_twotower.data.shards import Sample, Shard, ShardArrays, write_shard
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class ShardTask:
 
     Attributes:
         bos, eos: The id to add to each document, or None.
+        conversations: Whether the parts say what is scored.
     """
 
     shard: PlannedShard
@@ -69,6 +71,7 @@ class ShardTask:
     dtype: str
     bos: int | None
     eos: int | None
+    conversations: bool = False
 
     @property
     def base(self) -> Path:
@@ -83,10 +86,11 @@ def write_planned_shard(task: ShardTask) -> Shard:
     """
     file = f"shard-{task.shard.number:05d}.tar"
     with atomic_file(task.folder / "data" / task.shard.split / file) as path:
-        sha256, offsets, lengths = write_shard(path, _samples(task), first=task.shard.first)
+        sha256, arrays = write_shard(path, _samples(task), first=task.shard.first)
         size = path.stat().st_size
-    write_file(task.base.with_suffix(".arrays"), np.stack([offsets, lengths]).tobytes())
-    shard = Shard(file, size, sha256, len(lengths), int(lengths.sum()))
+    rows = [row for row in arrays if row is not None]
+    write_file(task.base.with_suffix(".arrays"), np.stack(rows).tobytes())
+    shard = Shard(file, size, sha256, len(arrays.lengths), int(arrays.lengths.sum()))
     write_file(task.base.with_suffix(".json"), json.dumps(shard._asdict()))
     return shard
 
@@ -99,10 +103,10 @@ def read_planned_shard(task: ShardTask) -> Shard | None:
         return None
 
 
-def shard_arrays(task: ShardTask) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets and lengths of the documents of a written shard, (documents,) int64 each."""
-    offsets, lengths = np.fromfile(task.base.with_suffix(".arrays"), dtype=np.int64).reshape(2, -1)
-    return offsets, lengths
+def shard_arrays(task: ShardTask) -> ShardArrays:
+    """What `write_planned_shard` has found out about the documents of a shard."""
+    rows = 3 if task.conversations else 2
+    return ShardArrays(*np.fromfile(task.base.with_suffix(".arrays"), dtype=np.int64).reshape(rows, -1))
 
 
 def _samples(task: ShardTask) -> Iterator[Sample]:
@@ -115,11 +119,13 @@ def _samples(task: ShardTask) -> Iterator[Sample]:
             group_path(task.folder, source.group, ".kept"), dtype=np.uint8, count=count, offset=source.place
         )
         ids = part_array(task.folder, source.part, ".ids", dtype=dtype)
+        scored = part_array(task.folder, source.part, ".scored", dtype=np.dtype(bool)) if task.conversations else None
         firsts = source.first_id + np.cumsum(records["tokens"]) - records["tokens"]
         for row in np.flatnonzero(keep == KEEP[task.shard.split]).tolist():
             first, place = int(firsts[row]), int(records["place"][row])
-            tokens = np.concatenate([bos, ids[first : first + int(records["tokens"][row])], eos])
+            last = first + int(records["tokens"][row])
+            tokens = np.concatenate([bos, ids[first:last], eos])
             before = source.lines_before
             name = source.names[place] if before is None else f"{source.names[0]}:{before + place + 1}"
-            yield Sample(name, int(records["bytes"][row]), tokens)
+            yield Sample(name, int(records["bytes"][row]), tokens, None if scored is None else scored[first:last])
             workers.count(1, 0, len(tokens))

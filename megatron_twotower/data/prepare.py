@@ -35,12 +35,13 @@ from megatron_twotower.common.progress import CorpusProgress, OnCorpusProgress
 from megatron_twotower.common.workers import Engine
 from megatron_twotower.config.special_tokens import read_special_tokens
 from megatron_twotower.data import repeats, workspace
+from megatron_twotower.data.conversations import TEMPLATE_FILE, is_conversation, open_template
 from megatron_twotower.data.documents import SUFFIXES, TRAIN, VALIDATION, PassedOver, Unit, cut_units, find_inputs
 from megatron_twotower.data.mask_token import check_mask_token
-from megatron_twotower.data.parts import FIRST_FAULTS, UnitTask, part_path, read_part, write_part
+from megatron_twotower.data.parts import FIRST_FAULTS, UnitTask, read_part, remove_ids, write_part
 from megatron_twotower.data.planned_shards import ShardTask, read_planned_shard, shard_arrays, write_planned_shard
 from megatron_twotower.data.selection import PASSES, Rules, Selection, lines_before, select
-from megatron_twotower.data.shards import INDEX_FILE, INDEX_VERSION, Shard, write_index
+from megatron_twotower.data.shards import CONVERSATIONS_VERSION, INDEX_FILE, INDEX_VERSION, Shard, write_index
 from megatron_twotower.data.tokenizer import TOKENIZER_FILE, load_tokenizer, tokenizer_fingerprint
 
 _TOKENIZER_FILES = (
@@ -48,7 +49,7 @@ _TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    TEMPLATE_FILE,
 )
 _BOS_AND_EOS_CHOICES = ("none", "document")
 _LINES_BEFORE_STOPPING = 100_000  # a share of malformed records among fewer lines says little
@@ -68,6 +69,8 @@ class Settings:
     eos: str
     suffixes: tuple[str, ...]
     unit_bytes: int
+    chat: bool
+    chat_template: str | None
 
 
 def prepare(
@@ -85,6 +88,8 @@ def prepare(
     deduplicate: bool = True,
     bos: str = "none",
     eos: str = "document",
+    chat: bool = False,
+    chat_template: Path | None = None,
     suffixes: Sequence[str] = SUFFIXES,
     engine: EngineSettings = ONE_PROCESS,
     unit_bytes: int = 8 << 20,
@@ -114,7 +119,10 @@ def prepare(
         min_tokens, max_tokens: Limits of the length of a text in ids.
         deduplicate: Leave out a text that repeats another. The held-out copy stays.
         bos, eos: With "document", each document begins or ends with the tokenizer's BOS or EOS id;
-            with "none" it does not.
+            with "none" it does not. Conversations have those of their template.
+        chat: The records are conversations (`conversations`). What is scored is stored with the
+            ids.
+        chat_template: A file with the template for them, in place of that of the tokenizer.
         suffixes: Of the text files in a folder.
         engine: Who does the work. With Ray, inputs, tokenizer and output are at paths that all
             nodes share, or inputs at URLs.
@@ -134,17 +142,22 @@ def prepare(
         min_tokens=min_tokens,
         max_tokens=max_tokens,
         deduplicate=deduplicate,
-        bos=bos,
-        eos=eos,
+        bos="none" if chat else bos,
+        eos="none" if chat else eos,
         suffixes=tuple(suffixes),
         unit_bytes=unit_bytes,
+        chat=chat,
+        chat_template=None if chat_template is None else _read_template(chat_template),
     )
     _check_settings(settings, max_malformed=max_malformed)
     workspace.check_output(output, mark=f"{TRAIN}/{INDEX_FILE}", overwrite=overwrite)
     vocabulary = _vocabulary(Path(tokenizer), settings)
-    found = find_inputs(inputs, suffixes=suffixes, text_field=text_field)
+    is_record = is_conversation if chat else None
+    found = find_inputs(inputs, suffixes=suffixes, text_field=text_field, is_record=is_record)
     documents = found.documents
-    units = cut_units(documents, holdout_fraction=holdout_fraction, text_field=text_field, unit_bytes=unit_bytes)
+    units = cut_units(
+        documents, holdout_fraction=holdout_fraction, text_field=text_field, unit_bytes=unit_bytes, is_record=is_record
+    )
     request = _request(inputs, units, settings, vocabulary)
     with contextlib.ExitStack() as stack:
         partial = stack.enter_context(workspace.resuming(output, request=request, overwrite=overwrite))
@@ -157,7 +170,14 @@ def prepare(
             workspace.discard(partial)
             what = f"{_what_was_found(selection)} in {len(documents)} files"
             raise UserError(f"{' '.join(inputs)}: found {what}, expected text to train on")
-        summary = _write_data(job, selection, faults=_faults(units, part_counts), passed_over=found.passed_over)
+        conversations = _conversations(part_counts) if chat else None
+        summary = _write_data(
+            job,
+            selection,
+            faults=_faults(units, part_counts),
+            passed_over=found.passed_over,
+            conversations=conversations,
+        )
         _write_provenance(job, inputs=inputs, part_counts=part_counts)
         workspace.move_into_place(output)
     return summary
@@ -176,7 +196,16 @@ class _Vocabulary:
     eos_token_id: int | None
 
 
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}), expected a chat template") from error
+
+
 def _vocabulary(tokenizer: Path, settings: Settings) -> _Vocabulary:
+    if settings.chat:
+        open_template(tokenizer, settings.chat_template)  # refused here if there is none
     opened, said = load_tokenizer(tokenizer), read_special_tokens(tokenizer)
     if said.mask_token_id is not None:
         size, ends = max(opened.get_vocab().values()) + 1, said.eos_token_ids
@@ -261,6 +290,8 @@ def _write_parts(job: _Job, *, max_malformed: float) -> list[dict[str, Any]]:
             job.vocabulary.tokenizer_fingerprint,
             job.settings.text_field,
             job.vocabulary.dtype,
+            job.settings.chat,
+            job.settings.chat_template,
         )
         for number in missing
     )
@@ -351,20 +382,40 @@ def _select(job: _Job, part_counts: Sequence[dict[str, Any]]) -> Selection:
 # --- writing ---
 
 
-def _write_data(job: _Job, selection: Selection, *, faults: Sequence[str], passed_over: PassedOver) -> dict[str, Any]:
+def _conversations(part_counts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What an index says of conversations: the ids that end their scored turns."""
+    return {"turn_ends": sorted({token for counts in part_counts for token in counts["turn_ends"]})}
+
+
+def _write_data(
+    job: _Job,
+    selection: Selection,
+    *,
+    faults: Sequence[str],
+    passed_over: PassedOver,
+    conversations: dict[str, Any] | None,
+) -> dict[str, Any]:
     """Write shards, indices, tokenizer and summary into `data`; return the summary."""
     data, vocabulary = job.folder / "data", job.vocabulary
     for split in selection.splits:
         (data / split).mkdir(exist_ok=True)
     tasks = [
-        ShardTask(shard, job.folder, vocabulary.dtype, vocabulary.bos_token_id, vocabulary.eos_token_id)
+        ShardTask(
+            shard,
+            job.folder,
+            vocabulary.dtype,
+            vocabulary.bos_token_id,
+            vocabulary.eos_token_id,
+            conversations is not None,
+        )
         for shard in selection.shards
     ]
     shards = _write_shards(job, selection, tasks)
     header = {
-        "version": INDEX_VERSION,
+        "version": INDEX_VERSION if conversations is None else CONVERSATIONS_VERSION,
         "holdout_fraction": job.settings.holdout_fraction,
         **dataclasses.asdict(vocabulary),
+        **({} if conversations is None else {"conversations": conversations}),
     }
     splits = {}
     for split in selection.splits:
@@ -381,6 +432,8 @@ def _write_data(job: _Job, selection: Selection, *, faults: Sequence[str], passe
     for name in _TOKENIZER_FILES:
         if (job.tokenizer / name).is_file():
             shutil.copyfile(job.tokenizer / name, data / "tokenizer" / name)
+    if job.settings.chat_template is not None:
+        (data / "tokenizer" / TEMPLATE_FILE).write_text(job.settings.chat_template)
     summary = {
         **header,
         "splits": splits,
@@ -406,14 +459,14 @@ def _write_shards(job: _Job, selection: Selection, tasks: Sequence[ShardTask]) -
     needed_by = Counter(source.part for task in missing for source in task.shard.ranges)
     for part in range(len(job.units)):
         if part not in needed_by:
-            part_path(job.folder, part, ".ids").unlink(missing_ok=True)
+            remove_ids(job.folder, part)
     on_count((0, 0, 0))
     for task, shard in job.engine(write_planned_shard, missing, on_count=on_count):
         shards[places[task.shard.split, task.shard.number]] = shard
         for source in task.shard.ranges:
             needed_by[source.part] -= 1
             if not needed_by[source.part]:
-                part_path(job.folder, source.part, ".ids").unlink(missing_ok=True)
+                remove_ids(job.folder, source.part)
     return [shard for shard in shards if shard is not None]
 
 

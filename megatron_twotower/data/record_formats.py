@@ -40,8 +40,8 @@ def json_reason(error: ValueError | RecursionError) -> str:
     return f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
-def text_of_record(item: Any, *, text_field: str) -> str | Fault | None:
-    """The text of an item of `read_items`; None for a blank line."""
+def record_of_item(item: Any) -> dict[str, Any] | Fault | None:
+    """The object of an item of `read_items`; None for a blank line."""
     if isinstance(item, bytes):
         if not item.strip():
             return None
@@ -53,9 +53,17 @@ def text_of_record(item: Any, *, text_field: str) -> str | Fault | None:
             return Fault(f"not JSON ({json_reason(error)})", malformed=True)
     if not isinstance(item, dict):
         return Fault(f"a JSON {type(item).__name__}, expected an object", malformed=True)
-    if text_field not in item:
+    return item
+
+
+def text_of_record(item: Any, *, text_field: str) -> str | Fault | None:
+    """The text of an item of `read_items`; None for a blank line."""
+    record = record_of_item(item)
+    if not isinstance(record, dict):
+        return record
+    if text_field not in record:
         return Fault(f"no field {text_field!r}", malformed=True)
-    return checked_text(item[text_field], f"field {text_field!r}")
+    return checked_text(record[text_field], f"field {text_field!r}")
 
 
 def checked_text(value: Any, where: str) -> str | Fault:
@@ -328,7 +336,15 @@ def open_parquet(path: Path) -> Any:
 def read_column(
     path: Path, name: str, row_groups: Sequence[int], *, size: int, advance: Callable[[int], None]
 ) -> Iterator[Any]:
-    """Yields the values of a column in some row groups of a parquet file.
+    """Yields the values of a column in some row groups of a parquet file; see `read_rows`."""
+    for row in read_rows(path, [name], row_groups, size=size, advance=advance):
+        yield row[name]
+
+
+def read_rows(
+    path: Path, names: Sequence[str], row_groups: Sequence[int], *, size: int, advance: Callable[[int], None]
+) -> Iterator[dict[str, Any]]:
+    """Yields the rows of some row groups of a parquet file, each with the columns `names`.
 
     Args:
         size: Bytes of the row groups. `advance` receives them in parts, as rows are read.
@@ -342,8 +358,9 @@ def read_column(
         groups = list(row_groups)
         rows = sum(file.metadata.row_group(group).num_rows for group in groups)
         try:
-            for batch in file.iter_batches(_ROWS_A_READ, row_groups=groups, columns=[name], use_threads=False):
-                yield from map(_python_value, batch.column(0))
+            for batch in file.iter_batches(_ROWS_A_READ, row_groups=groups, columns=list(names), use_threads=False):
+                for row in zip(*(map(_python_value, batch.column(name)) for name in names), strict=True):
+                    yield dict(zip(names, row, strict=True))
                 advance(size * len(batch) // max(rows, 1))
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{path}: cannot be read as parquet ({_one_line(error)})") from error

@@ -7,6 +7,8 @@ A prepared folder:
     train/starts.npy       (documents + 1,) int64: where each document begins in all ids
     train/offsets.npy      (documents,) int64: the byte of its shard at which its ids begin
     train/shard-00000.tar  one `KEY.tokens.npy` (ids) and one `KEY.json` per document
+                           conversations: also one `KEY.scored.npy` (bool, one per id)
+    train/scored.npy       conversations: (documents,) int64: the byte at which that begins
     validation/...         held-out documents, in the same form
     summary.json           what `prepare` returned
     provenance.json        what it was prepared from, and by which versions
@@ -16,6 +18,7 @@ To open a corpus costs as much as to read the table of shards: the arrays are me
 neither time nor memory grows with the number of documents.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -34,11 +37,13 @@ from megatron_twotower.common.errors import UserError
 from megatron_twotower.data import remote
 
 INDEX_FILE = "index.json"
-STARTS_FILE, OFFSETS_FILE = "starts.npy", "offsets.npy"
+STARTS_FILE, OFFSETS_FILE, SCORED_FILE = "starts.npy", "offsets.npy", "scored.npy"
 INDEX_VERSION = 2
+# Programs that do not know what is scored of conversations refuse their version.
+CONVERSATIONS_VERSION = 3
 CACHED_SHARDS = 64  # of each remote corpus, on disk
 
-TOKENS_SUFFIX = "tokens.npy"
+TOKENS_SUFFIX, SCORED_SUFFIX = "tokens.npy", "scored.npy"
 _OPEN_SHARDS = 64  # memory maps that a corpus keeps open, one file descriptor each
 _OPENED_AT_ONCE = 16  # shards that threads fetch and check at the same time
 
@@ -52,11 +57,13 @@ class Sample(NamedTuple):
     Attributes:
         bytes: The size of its text in UTF-8.
         tokens: (n,) ids, with BOS and EOS.
+        scored: (n,) bool, the ids of a conversation that are scored; None of a text.
     """
 
     name: str
     bytes: int
     tokens: np.ndarray
+    scored: np.ndarray | None = None
 
 
 class Shard(NamedTuple):
@@ -73,29 +80,51 @@ class Shard(NamedTuple):
     tokens: int
 
 
-def write_shard(path: Path, samples: Iterable[Sample], *, first: int) -> tuple[str, np.ndarray, np.ndarray]:
+class ShardArrays(NamedTuple):
+    """Where the documents of a shard are: (documents,) int64 each.
+
+    Attributes:
+        offsets: The byte at which the ids of each document begin.
+        lengths: Of each document, in tokens.
+        scored: The byte at which begins what is scored of each conversation; None of texts.
+    """
+
+    offsets: np.ndarray
+    lengths: np.ndarray
+    scored: np.ndarray | None = None
+
+
+def write_shard(path: Path, samples: Iterable[Sample], *, first: int) -> tuple[str, ShardArrays]:
     """Write one tar; its members are named by document number, from `first` on.
 
     Returns:
-        The SHA-256 of the file; the offset of each document's ids, (documents,) int64; and the
-        length of each document in tokens, (documents,) int64.
+        The SHA-256 of the file, and where its documents are.
     """
-    lengths = []
+    lengths, has_scored = [], False
     with open(path, "wb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:
         for number, sample in enumerate(samples, start=first):
-            array = io.BytesIO()
-            np.lib.format.write_array(array, sample.tokens, version=(1, 0))
             about = {"name": sample.name, "tokens": len(sample.tokens), "bytes": sample.bytes}
-            writer.write(
-                {"__key__": f"{number:09d}", "json": json.dumps(about).encode(), TOKENS_SUFFIX: array.getvalue()}
-            )
+            members = {"json": json.dumps(about).encode(), TOKENS_SUFFIX: _npy(sample.tokens)}
+            if sample.scored is not None:
+                members[SCORED_SUFFIX], has_scored = _npy(sample.scored), True
+            writer.write({"__key__": f"{number:09d}", **members})
             lengths.append(len(sample.tokens))
-    offsets = [offset for _, offset, _ in token_members(path)]
-    return checksum(path), np.array(offsets, dtype=np.int64), np.array(lengths, dtype=np.int64)
+
+    def offsets(suffix: str) -> np.ndarray:
+        return np.array([offset for _, offset, _ in array_members(path, suffix)], dtype=np.int64)
+
+    scored = offsets(SCORED_SUFFIX) if has_scored else None
+    return checksum(path), ShardArrays(offsets(TOKENS_SUFFIX), np.array(lengths, dtype=np.int64), scored)
 
 
-def token_members(path: Path) -> Iterator[tuple[str, int, tuple[int, np.dtype]]]:
-    """Yields (key, offset of the ids in bytes, (tokens, dtype)) of each document.
+def _npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, array, version=(1, 0))
+    return stream.getvalue()
+
+
+def array_members(path: Path, suffix: str = TOKENS_SUFFIX) -> Iterator[tuple[str, int, tuple[int, np.dtype]]]:
+    """Yields (key, offset in bytes, (tokens, dtype)) of the arrays of one suffix.
 
     Only the tar is read, not the index.
 
@@ -104,11 +133,11 @@ def token_members(path: Path) -> Iterator[tuple[str, int, tuple[int, np.dtype]]]
     """
     with open(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
         for member in tar:
-            if member.name.endswith("." + TOKENS_SUFFIX):
+            if member.name.endswith("." + suffix):
                 stream.seek(member.offset_data)
                 np.lib.format.read_magic(stream)
                 shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-                yield member.name.removesuffix("." + TOKENS_SUFFIX), stream.tell(), (int(np.prod(shape)), dtype)
+                yield member.name.removesuffix("." + suffix), stream.tell(), (int(np.prod(shape)), dtype)
 
 
 def checksum(path: Path) -> str:
@@ -118,29 +147,34 @@ def checksum(path: Path) -> str:
 
 
 def write_index(
-    folder: Path, *, header: dict[str, Any], shards: Sequence[Shard], arrays: Iterable[tuple[np.ndarray, np.ndarray]]
+    folder: Path, *, header: dict[str, Any], shards: Sequence[Shard], arrays: Iterable[ShardArrays]
 ) -> None:
     """Write the index of a split folder.
 
     Args:
-        header: What `Corpus` needs in addition to the shards.
-        arrays: (offsets, lengths) of the documents of each shard, in order. One pair is in memory
-            at a time.
+        header: What `Corpus` needs in addition to the shards. With `conversations` in it, the index
+            has the places of what is scored.
+        arrays: Of each shard, in order. Those of one shard are in memory at a time.
     """
     documents = sum(shard.documents for shard in shards)
     files = {STARTS_FILE: documents + 1, OFFSETS_FILE: documents}
+    if "conversations" in header:
+        files[SCORED_FILE] = documents
     # Plain writes: with a memory map, a full disk is not an error, but kills the process (SIGBUS).
-    with open(folder / STARTS_FILE, "wb") as starts, open(folder / OFFSETS_FILE, "wb") as offsets:
-        for stream, size in zip((starts, offsets), files.values(), strict=True):
+    with contextlib.ExitStack() as stack:
+        streams = {name: stack.enter_context(open(folder / name, "wb")) for name in files}
+        for name, size in files.items():
             header_1_0 = {"descr": "<i8", "fortran_order": False, "shape": (size,)}
-            np.lib.format.write_array_header_1_0(stream, header_1_0)
+            np.lib.format.write_array_header_1_0(streams[name], header_1_0)
         end = 0
-        starts.write(np.zeros(1, dtype="<i8").tobytes())
-        for places, lengths in arrays:
-            ends = end + np.cumsum(lengths)
-            starts.write(ends.astype("<i8").tobytes())
-            offsets.write(places.astype("<i8").tobytes())
-            end += int(lengths.sum())
+        streams[STARTS_FILE].write(np.zeros(1, dtype="<i8").tobytes())
+        for found in arrays:
+            ends = end + np.cumsum(found.lengths)
+            streams[STARTS_FILE].write(ends.astype("<i8").tobytes())
+            streams[OFFSETS_FILE].write(found.offsets.astype("<i8").tobytes())
+            if found.scored is not None:
+                streams[SCORED_FILE].write(found.scored.astype("<i8").tobytes())
+            end += int(found.lengths.sum())
     index = {**header, "arrays": {name: checksum(folder / name) for name in files}}
     rows = ",\n  ".join(json.dumps(shard._asdict(), separators=(",", ":")) for shard in shards)
     head = json.dumps(index, indent=1).removesuffix("\n}")
@@ -166,6 +200,9 @@ class Corpus:
         arrays: Checksums of the array files, by name.
         offsets: (documents,) int64 bytes in the shard, a memory map.
         starts: (documents + 1,) int64 positions in the stream, a memory map.
+        scored_offsets: (documents,) int64 bytes in the shard, a memory map; None if the documents
+            are texts, all of which is scored.
+        turn_ends: The ids that end the scored turns of conversations.
         first_documents: (shards + 1,) int64, the first document of each shard.
         first_tokens: (shards + 1,) int64, the position of the first token of each shard.
         verify_shards: Compare the checksum of a local shard at its first read.
@@ -190,6 +227,8 @@ class Corpus:
     first_tokens: np.ndarray = field(repr=False)
     verify_shards: bool
     cache: Path
+    scored_offsets: np.ndarray | None = field(default=None, repr=False)
+    turn_ends: tuple[int, ...] = ()
     _maps: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
     _problems: dict[int, str | None] = field(default_factory=dict, repr=False, compare=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
@@ -241,24 +280,66 @@ class Corpus:
 
     def tokens(self, start: int, count: int) -> np.ndarray:
         """(count,) int64 ids from position `start` of the stream on, over documents and shards."""
+        return self._window(start, count, self.offsets, self.dtype, into=np.int64)
+
+    def scored(self, start: int, count: int) -> np.ndarray | None:
+        """(count,) bool, which of the same positions are scored; None if all are."""
+        if self.scored_offsets is None:
+            return None
+        return self._window(start, count, self.scored_offsets, np.dtype(bool), into=bool)
+
+    def _window(self, start: int, count: int, places: np.ndarray, dtype: np.dtype, *, into: Any) -> np.ndarray:
+        """(count,) values of arrays that have one value for each token.
+
+        Args:
+            places: (documents,) int64 bytes in the shard at which the array of each document
+                begins.
+            dtype: Of the arrays.
+            into: The dtype of the result.
+        """
         assert 0 <= start <= start + count <= self.total_tokens, (start, count, self.total_tokens)
-        result = np.empty(count, dtype=np.int64)
+        result = np.empty(count, dtype=into)
         if count == 0:
             return result
         first = int(self.starts.searchsorted(start, side="right")) - 1
         last = int(self.starts.searchsorted(start + count, side="left"))
-        offsets = self.offsets[first:last].tolist()
+        offsets = places[first:last].tolist()
         starts = self.starts[first : last + 1].tolist()
         shards = (self.first_documents.searchsorted(np.arange(first, last), side="right") - 1).tolist()
         for number, offset, begin, end in zip(shards, offsets, starts, starts[1:], strict=False):
             low, high = max(begin, start), min(end, start + count)
-            result[low - start : high - start] = self._ids(number, offset, end - begin)[low - begin : high - begin]
+            found = self._values(number, offset, end - begin, dtype)
+            result[low - start : high - start] = found[low - begin : high - begin]
         return result
 
     def document(self, number: int) -> np.ndarray:
         """(tokens,) `dtype` ids of a document, with BOS and EOS: a read-only view of its shard."""
         length = int(self.starts[number + 1] - self.starts[number])
-        return self._ids(self._shard_of_document(number), int(self.offsets[number]), length)
+        return self._values(self._shard_of_document(number), int(self.offsets[number]), length, self.dtype)
+
+    def scored_document(self, number: int) -> np.ndarray | None:
+        """(tokens,) bool, what is scored of a document: a read-only view; None if all is."""
+        if self.scored_offsets is None:
+            return None
+        length = int(self.starts[number + 1] - self.starts[number])
+        place = int(self.scored_offsets[number])
+        return self._values(self._shard_of_document(number), place, length, np.dtype(bool))
+
+    def answers(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Every scored turn of all conversations, (turns,) int64 each in the stream.
+
+        They are where its conversation begins, where it begins, and where it ends. All masks are
+        read, a byte for each token.
+        """
+        begins, ends = [], []
+        for number in range(self.documents):
+            scored = self.scored_document(number)
+            assert scored is not None, "answers are those of conversations"
+            edges = np.flatnonzero(np.diff(np.pad(scored, 1).astype(np.int8))) + int(self.starts[number])
+            begins.append(edges[::2])
+            ends.append(edges[1::2])
+        counts = [len(each) for each in begins]
+        return np.repeat(self.starts[:-1], counts), np.concatenate(begins), np.concatenate(ends)
 
     def shard_of(self, position: int) -> int:
         """The number of the shard with a position of the stream."""
@@ -292,17 +373,18 @@ class Corpus:
     def _shard_of_document(self, number: int) -> int:
         return int(self.first_documents.searchsorted(number, side="right")) - 1
 
-    def _ids(self, shard: int, offset: int, length: int) -> np.ndarray:
+    def _values(self, shard: int, offset: int, length: int, dtype: np.dtype) -> np.ndarray:
         data = self._maps.get(shard)
         if data is None:
             data = self._map(shard)
-        size = length * self.dtype.itemsize
+        size = length * dtype.itemsize
         if not 0 <= offset <= offset + size <= len(data):
+            file = SCORED_FILE if dtype.kind == "b" else OFFSETS_FILE
             raise UserError(
-                f"{self.folder}/{OFFSETS_FILE}: found ids at {offset} to {offset + size} of {self.shards[shard].file}, "
+                f"{self.folder}/{file}: found values at {offset} to {offset + size} of {self.shards[shard].file}, "
                 f"expected at most {len(data)}"
             )
-        return data[offset : offset + size].view(self.dtype)
+        return data[offset : offset + size].view(dtype)
 
     def _map(self, number: int) -> np.ndarray:
         # A lock for each shard (or few): fetching and checking are slow, and must not keep a thread
@@ -356,12 +438,13 @@ def _open_corpus(folder: Path | str, *, verify_shards: bool) -> Corpus:
     try:
         index = json.loads(_index_bytes(folder, name))
         version = index["version"]
-        if version != INDEX_VERSION:
-            raise UserError(f"{name}: version {version}, expected {INDEX_VERSION}; prepare the data again")
+        if version not in (INDEX_VERSION, CONVERSATIONS_VERSION):
+            known = f"{INDEX_VERSION} or {CONVERSATIONS_VERSION}"
+            raise UserError(f"{name}: version {version}, expected {known}; prepare the data again")
         shards = tuple(Shard(**row) for row in index["shards"])
-        starts, offsets = (
-            _open_array(folder, file, index["arrays"][file], cache) for file in (STARTS_FILE, OFFSETS_FILE)
-        )
+        conversations = index.get("conversations")
+        files = (STARTS_FILE, OFFSETS_FILE, *((SCORED_FILE,) if conversations else ()))
+        starts, offsets, *scored = (_open_array(folder, file, index["arrays"][file], cache) for file in files)
         corpus = Corpus(
             folder=folder,
             vocab_size=index["vocab_size"],
@@ -381,8 +464,10 @@ def _open_corpus(folder: Path | str, *, verify_shards: bool) -> Corpus:
             first_tokens=np.cumsum([0, *(shard.tokens for shard in shards)]),
             verify_shards=verify_shards,
             cache=cache,
+            scored_offsets=scored[0] if scored else None,
+            turn_ends=tuple(conversations["turn_ends"]) if conversations else (),
         )
-        sizes = (len(starts) - 1, len(offsets), int(corpus.first_documents[-1]), index["documents"])
+        sizes = (len(starts) - 1, len(offsets), *map(len, scored), int(corpus.first_documents[-1]), index["documents"])
         totals = (int(starts[-1]), int(corpus.first_tokens[-1]), corpus.total_tokens)
         if len(set(sizes)) != 1 or len(set(totals)) != 1:
             raise ValueError("its arrays and shards do not agree with its totals")

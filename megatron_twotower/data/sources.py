@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any
 
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.phases import Phase, document_alignment, resolve_phases
-from megatron_twotower.config.schema import RunConfig
+from megatron_twotower.config.schema import DataConfig, RunConfig
 from megatron_twotower.data.blend import Blend, BlendedDataset, BlendMixture, split_folder
 from megatron_twotower.data.dataset import SequenceDataset
+from megatron_twotower.data.documents import TRAIN
 from megatron_twotower.data.order import LONGEST_PERIOD, Shuffle
-from megatron_twotower.data.packing import Packing
-from megatron_twotower.data.shards import INDEX_FILE, OFFSETS_FILE, STARTS_FILE, Corpus
+from megatron_twotower.data.packing import Packing, WholePacking
+from megatron_twotower.data.remote import is_url
+from megatron_twotower.data.shards import INDEX_FILE, OFFSETS_FILE, SCORED_FILE, STARTS_FILE, Corpus
 from megatron_twotower.data.tokenizer import accepted_fingerprints, rebuilt_class
 
 
@@ -106,7 +109,7 @@ def describing_files(config: RunConfig) -> dict[str, list[Path]]:
         folders = [corpus.folder for mixture in _mixtures(config, resolve_phases(config)) for corpus in mixture.corpora]
     for folder in dict.fromkeys(folders):
         splits = [split_folder(folder, split) for split in ("train", "validation")]
-        names = (INDEX_FILE, STARTS_FILE, OFFSETS_FILE)
+        names = (INDEX_FILE, STARTS_FILE, OFFSETS_FILE, SCORED_FILE)
         files[f"data {folder}"] = [split / name for split in splits if isinstance(split, Path) for name in names]
     return files
 
@@ -183,9 +186,21 @@ def _open_corpus(config: RunConfig, folder: str, split: str, *, number: int, exa
         seed=config.seed,
         number=number,
         shuffle=Shuffle(data.shuffle, -(-data.shuffle_run_tokens // length), data.shuffle_window_runs),
-        packing=Packing.of(corpus.starts, alignment=alignment) if data.documents == "respect" else None,
+        packing=_packing(corpus, data, alignment) if data.documents == "respect" else None,
         skip_damaged=skip,
     )
+
+
+def _packing(corpus: Corpus, data: DataConfig, alignment: int) -> Packing | WholePacking:
+    """Conversations stay whole: an answer would lack its question. Other documents may be cut."""
+    length = data.sequence_length_tokens
+    if corpus.scored_offsets is None:
+        if data.align_blocks == "answer":
+            raise UserError(f"data.align_blocks: found answer, but {corpus.folder} has no conversations, expected grid")
+        return Packing.of(corpus.starts, alignment=alignment)
+    if data.align_blocks == "answer":
+        return WholePacking.of_answers(*corpus.answers(), alignment=alignment, length=length)
+    return WholePacking.of(corpus.starts, alignment=alignment, length=length)
 
 
 def tokenizer_folder(config: RunConfig) -> Path:
@@ -193,6 +208,16 @@ def tokenizer_folder(config: RunConfig) -> Path:
     if not config.data.blend:
         return Path(config.data.folder) / "tokenizer"
     return Path(_mixtures(config, resolve_phases(config))[0].corpora[0].folder) / "tokenizer"
+
+
+def turn_ends(config: RunConfig) -> tuple[int, ...]:
+    """The ids that end the answers of a run's conversations; none without data that is there."""
+    folders = [config.data.folder]
+    if config.data.blend:
+        folders = [corpus.folder for mixture in _mixtures(config, resolve_phases(config)) for corpus in mixture.corpora]
+    indices = [Path(folder) / TRAIN / INDEX_FILE for folder in dict.fromkeys(folders) if not is_url(folder)]
+    found = (json.loads(index.read_bytes()).get("conversations") for index in indices if index.is_file())
+    return tuple(sorted({token for each in found if each for token in each["turn_ends"]}))
 
 
 def order_settings(configuration: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,6 +229,8 @@ def order_settings(configuration: Mapping[str, Any]) -> dict[str, Any]:
     data = configuration["data"]
     names = ("sequence_length_tokens", "documents", "shuffle")
     order = {"seed": configuration["seed"]} | {name: data[name] for name in names}
+    if (align := data.get("align_blocks", "grid")) != "grid":  # older checkpoints have no such key
+        order["align_blocks"] = align
     if data["shuffle"] == "windowed":
         order |= {"run_tokens": data["shuffle_run_tokens"], "window_runs": data["shuffle_window_runs"]}
     return order
@@ -211,6 +238,8 @@ def order_settings(configuration: Mapping[str, Any]) -> dict[str, Any]:
 
 def data_summary(config: RunConfig, source: SequenceDataset | BlendedDataset) -> dict[str, Any]:
     """What decides the order of a run, as values of JSON, and the share of padding of every corpus.
+
+    Of conversations also how many are longer than a sequence, whose end is left out (`cut`).
 
     Returns:
         Order: the settings; corpora: by name, "" if there is no blend; phases: of a blend, the
@@ -231,6 +260,7 @@ def data_summary(config: RunConfig, source: SequenceDataset | BlendedDataset) ->
             "tokens": dataset.corpus.total_tokens,
             "sequences": len(dataset),
             "padding": 0.0 if dataset.packing is None else round(dataset.packing.padding_fraction, 6),
+            **({"cut": dataset.packing.cut_documents} if isinstance(dataset.packing, WholePacking) else {}),
         }
         for name, dataset in datasets.items()
     }

@@ -23,6 +23,8 @@ from transformers import PreTrainedTokenizerFast
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.files import write_file
 from megatron_twotower.common.text import is_unicode
+from megatron_twotower.config.hf_config import read_object
+from megatron_twotower.config.special_tokens import token_ids
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<mask>")
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
@@ -184,6 +186,34 @@ def accepted_fingerprints(folder: Path, *, exact_ids: bool) -> tuple[str, ...]:
     times = [path.stat().st_mtime_ns if (path := file.with_name(name)).is_file() else 0 for name in _TOKEN_FILES]
     found = _fingerprints(file.resolve(), tuple(times))
     return found[:1] if exact_ids else found
+
+
+def check_same_ids(folder: Path, other: Path) -> None:
+    """Refuse two models whose tokenizers give an id other meanings; a folder without one passes.
+
+    Special tokens may have other names: a post-trained model names some that its base reserves.
+
+    Raises:
+        UserError: A token is another one.
+    """
+    files = [Path(each) / TOKENIZER_FILE for each in (folder, other)]
+    if not all(file.is_file() for file in files):
+        return
+    found = [read_object(file) for file in files]
+    ours, theirs = (
+        {token_id: text for text, token_id in token_ids(each, file).items()}
+        for each, file in zip(found, files, strict=True)
+    )
+    special = {token["id"] for each in found for token in each.get("added_tokens") or () if token["special"]}
+    differing = sorted(
+        each for each in ours.keys() & theirs.keys() if ours[each] != theirs[each] and each not in special
+    )
+    if differing:
+        first = differing[0]
+        raise UserError(
+            f"{folder}: found {ours[first]!r} as id {first}, expected {theirs[first]!r}, as in {other} (and "
+            f"{len(differing) - 1} others)"
+        )
 
 
 def rebuilt_class(folder: Path) -> str | None:

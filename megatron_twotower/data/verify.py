@@ -16,7 +16,7 @@ from megatron_twotower.common.progress import CorpusProgress, OnCorpusProgress
 from megatron_twotower.common.workers import count, local_engine
 from megatron_twotower.data import remote
 from megatron_twotower.data.blend import prepared_folders, split_folder
-from megatron_twotower.data.shards import INDEX_FILE, Corpus, checksum, token_members
+from megatron_twotower.data.shards import INDEX_FILE, SCORED_SUFFIX, TOKENS_SUFFIX, Corpus, array_members, checksum
 from megatron_twotower.data.tokenizer import accepted_fingerprints, load_tokenizer, text_encoder
 
 _DOCUMENTS_ENCODED_AGAIN = 8  # of a shard
@@ -48,10 +48,10 @@ def verify(
     """Check every corpus; print how much was checked, and return one line for every fault.
 
     Checked are the index and its arrays, the size and checksum of each shard, the index against the
-    tar, ids against the vocabulary, BOS and EOS, the totals, and that all data is from one
-    tokenizer: that of its folder, and `tokenizer` if given. A few documents of each shard that an
-    older version prepared are decoded and encoded again: their ids may not be those of
-    tokenizer.json (`Corpus.exact_ids`).
+    tar, ids against the vocabulary, BOS and EOS, what is scored of conversations, the totals, and
+    that all data is from one tokenizer: that of its folder, and `tokenizer` if given. A few
+    documents of each shard that an older version prepared are decoded and encoded again: their ids
+    may not be those of tokenizer.json (`Corpus.exact_ids`).
 
     Args:
         data, folder: As in `blend.prepared_folders`.
@@ -152,18 +152,25 @@ def shard_problems(check: _Check) -> list[str]:
     name = remote.join(check.split, corpus.shards[check.shard].file)
     first, last = (int(one) for one in corpus.first_documents[check.shard : check.shard + 2])
     lengths = np.diff(corpus.starts[first : last + 1])
-    expected = [
-        (f"{number:09d}", int(offset), (int(length), corpus.dtype))
-        for number, offset, length in zip(range(first, last), corpus.offsets[first:last], lengths, strict=True)
-    ]
-    try:
-        found = list(token_members(path))
-    except (OSError, ValueError, tarfile.TarError) as error:
-        return [f"{name}: not a tar of token arrays ({error})"]
-    for in_tar, in_index in itertools.zip_longest(found, expected):
-        if in_tar != in_index:
-            return [f"{name}: found (document, offset, (tokens, dtype)) {in_tar}, expected {in_index} of {INDEX_FILE}"]
-    problems = list(_id_problems(corpus, first, last, name))
+    places = [(TOKENS_SUFFIX, corpus.offsets, corpus.dtype)]
+    if corpus.scored_offsets is not None:
+        places.append((SCORED_SUFFIX, corpus.scored_offsets, np.dtype(bool)))
+    for suffix, offsets, dtype in places:
+        expected = [
+            (f"{number:09d}", int(offset), (int(length), dtype))
+            for number, offset, length in zip(range(first, last), offsets[first:last], lengths, strict=True)
+        ]
+        try:
+            found = list(array_members(path, suffix))
+        except (OSError, ValueError, tarfile.TarError) as error:
+            return [f"{name}: not a tar of token arrays ({error})"]
+        for in_tar, in_index in itertools.zip_longest(found, expected):
+            if in_tar != in_index:
+                return [
+                    f"{name}: found (document, offset, (tokens, dtype)) {in_tar} of {suffix}, expected {in_index} of "
+                    f"{INDEX_FILE}"
+                ]
+    problems = [*_id_problems(corpus, first, last, name), *_mask_problems(corpus, first, last, name)]
     if check.tokenizer and not problems:
         problems = list(_other_ids(corpus, first, last, name, check.tokenizer))
     count(last - first, 0, corpus.shards[check.shard].tokens)
@@ -184,6 +191,24 @@ def _id_problems(corpus: Corpus, first: int, last: int, name: str) -> Iterator[s
             if token is not None and ids[place] != token:
                 yield f"{name}: found id {ids[place]} where document {number} has its {mark}, expected {token}"
                 return
+
+
+def _mask_problems(corpus: Corpus, first: int, last: int, name: str) -> Iterator[str]:
+    """A line if the mask of a conversation scores nothing, or not a turn up to its end."""
+    for number in range(first, last):
+        scored = corpus.scored_document(number)
+        if scored is None:
+            return
+        if not scored.any():
+            yield f"{name}: found nothing scored in document {number}, expected some of it"
+            return
+        ids, ends = corpus.document(number), np.flatnonzero(scored & ~np.append(scored[1:], False))
+        if wrong := [int(each) for each in ids[ends] if int(each) not in corpus.turn_ends]:
+            yield (
+                f"{name}: found a scored turn that ends with id {wrong[0]} in document {number}, expected one of "
+                f"{', '.join(map(str, corpus.turn_ends))}"
+            )
+            return
 
 
 def _other_ids(corpus: Corpus, first: int, last: int, name: str, tokenizer: Path) -> Iterator[str]:

@@ -46,6 +46,7 @@ def harness_model(folder: str | Path, settings: HarnessSettings, *, elsewhere: E
         draft_steps=settings.draft_steps,
         bound_draws=settings.bound_draws,
         seed=settings.seed,
+        prefill_chunk_size=settings.prefill_chunk_size,
         elsewhere=elsewhere,
     )
 

@@ -121,6 +121,7 @@ class TwoTower(TemplateLM):
         draft_steps: int = 1,
         bound_draws: int = 16,
         seed: int = 1234,
+        prefill_chunk_size: int = 4096,
         device: str | None = None,
         max_batch_size: int | None = None,
         elsewhere: Elsewhere | None = None,
@@ -140,10 +141,12 @@ class TwoTower(TemplateLM):
             int(draft_steps),
             int(bound_draws),
             int(seed),
+            int(prefill_chunk_size),
         )
         if elsewhere is None:
             self._device = torch.device(device or default_devices()[0])
             self.model, self.tokenizer = load(pretrained, device=self._device)
+            self.model.prefill_chunk_size = self.settings.prefill_chunk_size
             facts = facts_of(self.model)
         else:
             self.tokenizer, facts = load_tokenizer(Path(pretrained)), elsewhere.facts
@@ -383,6 +386,7 @@ class TwoTower(TemplateLM):
                 seed=seed,
                 top_p=answer.top_p,
                 draft_steps=own.draft_steps,
+                prefill_chunk_size=own.prefill_chunk_size,
             ),
             mask_id=self.mask_id,
             eos_id=self.eos_ids,

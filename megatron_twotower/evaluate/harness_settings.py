@@ -31,6 +31,7 @@ class HarnessSettings:
         draft_steps: Denoiser passes for a draft; only for speculative generation.
         bound_draws: Draws of noise for each block, in scoring `bound`.
         seed: Seed of the sampling and the noise.
+        prefill_chunk_size: Positions of each context that the context tower reads at a time.
     """
 
     mode: str = "mask_diffusion"
@@ -44,12 +45,20 @@ class HarnessSettings:
     draft_steps: int = 1
     bound_draws: int = 16
     seed: int = 1234
+    prefill_chunk_size: int = 4096
 
     def __post_init__(self) -> None:
         for name, found, choices in (("mode", self.mode, MODES), ("scoring", self.scoring, SCORINGS)):
             if found not in choices:
                 raise UserError(f"{name}: found {found!r}, expected one of {', '.join(choices)}")
-        for name in ("batch_size", "max_new_tokens", "bound_draws", "block_size", "steps_per_block"):
+        for name in (
+            "batch_size",
+            "max_new_tokens",
+            "bound_draws",
+            "block_size",
+            "steps_per_block",
+            "prefill_chunk_size",
+        ):
             found = getattr(self, name)
             if found is not None and found < 1:
                 raise UserError(f"{name}: found {found}, expected at least 1")

@@ -5,6 +5,7 @@ with standard errors over sequences. Dimensions: n sequences, l length, s block 
 batch.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,10 @@ from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerF
 
 # Noise levels at which the masked loss is measured.
 LEVELS = tuple(level / 10 for level in range(1, 11))
-# Sequences in a batch.
-BATCH_ROWS = 32
+# Sequences in a batch, at most, and their tokens unless one sequence has more.
+BATCH_ROWS, BATCH_TOKENS = 32, 1 << 18
+# Logits that are computed at a time (rows x positions).
+LOGIT_ROWS = 1024
 
 
 # --- means ---
@@ -100,11 +103,16 @@ def ar_nats(model: TwoTowerModel, sequences: Tensor, *, progress: OnProgress = s
     The first token of a sequence has none.
     """
     parts = []
-    for first in range(0, len(sequences), BATCH_ROWS):
-        rows = sequences[first : first + BATCH_ROWS]
-        parts.append(-model.score(rows)[:, 1:].double().cpu())
-        progress("AR loss", min(first + BATCH_ROWS, len(sequences)), len(sequences))
+    for batch in _batches(sequences):
+        parts.append(-model.score(sequences[batch])[:, 1:].double().cpu())
+        progress("AR loss", min(batch.stop, len(sequences)), len(sequences))
     return torch.cat(parts)
+
+
+def _batches(sequences: Tensor) -> Iterator[slice]:
+    """The rows of each batch of sequences (n, l)."""
+    rows = max(1, min(BATCH_ROWS, BATCH_TOKENS // sequences.shape[1]))
+    return (slice(first, first + rows) for first in range(0, len(sequences), rows))
 
 
 def _blocks(
@@ -116,8 +124,7 @@ def _blocks(
         Its rows and columns in `sequences`, its clean ids (b, s), and the cache of the text before
         it.
     """
-    for first in range(0, len(sequences), BATCH_ROWS):
-        rows = slice(first, first + BATCH_ROWS)
+    for rows in _batches(sequences):
         cache = model.prefill(sequences[rows, :0])
         for start in range(0, sequences.shape[1], block_size):
             columns = slice(start, start + block_size)
@@ -278,10 +285,30 @@ def ar_scores(model: TwoTowerModel, cache: ContextCache, ids: Tensor) -> tuple[T
     """
     assert cache.hidden is not None
     logits = model.context_lm_head(cache.hidden).unsqueeze(1)
+    if ids.numel() > LOGIT_ROWS:
+        return _ar_scores_in_pieces(model, copy.deepcopy(cache), ids, logits)
     if ids.shape[1] > 1:
         logits = torch.cat([logits, model.verify(cache, ids[:, :-1])], dim=1)
+    return _scores(logits, ids)
+
+
+def _scores(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """What `ar_scores` returns of ids (b, l), from their logits (b, l, v)."""
     targets = ids.to(logits.device)
     return -token_nats(logits, targets), logits.argmax(-1) == targets
+
+
+def _ar_scores_in_pieces(
+    model: TwoTowerModel, cache: ContextCache, ids: Tensor, first_logits: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`ar_scores` of long continuations; the cache is extended."""
+    parts, step = [_scores(first_logits, ids[:, :1])], max(1, LOGIT_ROWS // len(ids))
+    for start, hidden in model.read(cache, ids[:, :-1]):
+        for offset in range(0, hidden.shape[1], step):
+            logits = model.context_lm_head(hidden[:, offset : offset + step])
+            first = 1 + start + offset
+            parts.append(_scores(logits, ids[:, first : first + logits.shape[1]]))
+    return torch.cat([nats for nats, _ in parts], dim=1), torch.cat([greedy for _, greedy in parts], dim=1)
 
 
 @torch.no_grad()
@@ -351,6 +378,4 @@ def mock_ar_scores(model: TwoTowerModel, cache: ContextCache, last: Tensor, ids:
     for token in torch.cat([last, ids[:, :-1].to(last.device)], dim=1).split(1, dim=1):
         parts.append(model.denoise_block(token, None, cache))
         model.extend(cache, token)
-    logits = torch.cat(parts, dim=1)
-    targets = ids.to(logits.device)
-    return -token_nats(logits, targets), logits.argmax(-1) == targets
+    return _scores(torch.cat(parts, dim=1), ids)

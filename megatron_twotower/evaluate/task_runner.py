@@ -41,6 +41,7 @@ def run_tasks(
     limit: int | None = None,
     include_path: str | Path | None = None,
     allow_code_execution: bool = False,
+    apply_chat_template: bool = False,
     engine: EngineSettings = ONE_PROCESS,
     journal: Path | None = None,
 ) -> dict[str, Any]:
@@ -53,6 +54,7 @@ def run_tasks(
         limit: Documents of each task; None for all.
         include_path: Folder of further task files.
         allow_code_execution: Run code that the model has generated, for tasks that need it.
+        apply_chat_template: Ask questions as turns of a conversation, examples as earlier turns.
         engine: Who answers. Each worker has a model of its own.
         journal: The file that keeps answers, from which an interrupted run resumes; None for none.
 
@@ -67,17 +69,17 @@ def run_tasks(
     read_hf_config(folder)  # a wrong path is found before workers start
     place = ModelPlace.of(folder)
     request = {"version": JOURNAL_VERSION, "model": place.fingerprint, **asdict(settings)}
+    options = {"confirm_run_unsafe_code": allow_code_execution, "apply_chat_template": apply_chat_template}
     with contextlib.ExitStack() as stack:
         workers = stack.enter_context(started(engine, place.needs))
         stream = None if journal is None else stack.enter_context(open_journal(journal, request))[0]
         model = model_elsewhere(workers, place, settings, journal=stream)
-        rows = [
-            _run_task(model, task, manager, limit=limit, allow_code_execution=allow_code_execution) for task in tasks
-        ]
+        rows = [_run_task(model, task, manager, limit=limit, options=options) for task in tasks]
     return {
         "tasks": rows,
         "settings": asdict(model.settings),
         "limit": limit,
+        "apply_chat_template": apply_chat_template,
         "model": str(folder),
         "weights_sample_sha256": weights_sample(Path(folder)),
         "lm_eval": metadata.version("lm_eval"),
@@ -87,7 +89,7 @@ def run_tasks(
 
 
 def _run_task(
-    model: TwoTower, task: HarnessTask, manager: TaskManager, *, limit: int | None, allow_code_execution: bool
+    model: TwoTower, task: HarnessTask, manager: TaskManager, *, limit: int | None, options: Mapping[str, bool]
 ) -> dict[str, Any]:
     """Run one task; returns its row of the table."""
     model.passes, model.new_tokens, model.seconds, started = 0, 0, 0.0, time.perf_counter()
@@ -100,7 +102,7 @@ def _run_task(
             limit=limit,
             task_manager=manager,
             log_samples=False,
-            confirm_run_unsafe_code=allow_code_execution,
+            **options,
             random_seed=seed,
             numpy_random_seed=seed,
             torch_random_seed=seed,

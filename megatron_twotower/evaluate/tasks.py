@@ -62,6 +62,7 @@ def run(
     limit: int | None = None,
     task_files: Path | None = None,
     allow_code_execution: bool = False,
+    apply_chat_template: bool = False,
     engine: EngineSettings = ONE_PROCESS,
     console: Console | None = None,
 ) -> None:
@@ -76,6 +77,7 @@ def run(
         limit: Documents of each task; None for all.
         task_files: Folder of further task files.
         allow_code_execution: Run code that the model has generated, for tasks that need it.
+        apply_chat_template: Ask questions as turns of a conversation.
         engine: Who answers. Each worker has a model of its own.
         console: The console to print on; None for standard output.
 
@@ -97,6 +99,7 @@ def run(
         limit=limit,
         include_path=task_files,
         allow_code_execution=allow_code_execution,
+        apply_chat_template=apply_chat_template,
         engine=engine,
         journal=journal,
     )

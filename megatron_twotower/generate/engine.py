@@ -45,6 +45,7 @@ class GenerationSettings:
         seed: Seed of the sampling.
         top_p: Probability mass of the most probable tokens to sample among; None for all.
         draft_steps: Denoiser passes for a draft; only for speculative generation.
+        prefill_chunk_size: Positions of each prompt that the context tower reads at a time.
     """
 
     max_new_tokens: int = 128
@@ -56,6 +57,7 @@ class GenerationSettings:
     seed: int = 0
     top_p: float | None = None
     draft_steps: int = 1
+    prefill_chunk_size: int = TwoTowerModel.prefill_chunk_size
 
 
 @dataclass(frozen=True)
@@ -363,6 +365,7 @@ def generate_ids(
         UserError: An unknown mode, or a setting out of range.
     """
     check_mode(mode)
+    model.prefill_chunk_size = settings.prefill_chunk_size
     try:
         output = MODES[mode](model, Prompts(ids, attention_mask, mask_id, as_ids(eos_id), callbacks), settings)
     except ArgumentError as error:
@@ -385,13 +388,23 @@ def generate(
     mode: str = "mask_diffusion",
     settings: GenerationSettings = GenerationSettings(),
     callbacks: Callbacks = NO_CALLBACKS,
+    recognised: Collection[str] = (),
 ) -> Generation:
     """Continue one prompt, up to an end-of-text token of the folder.
+
+    Args:
+        model: Two-tower model.
+        tokenizer: The tokenizer of the model.
+        prompt: Text to continue.
+        mode: One of `MODES`.
+        settings: How to generate.
+        callbacks: Functions to call while text is generated.
+        recognised: As in `text_encoder`, for a rendered conversation.
 
     Raises:
         UserError: An empty prompt, an unknown mode, or a setting out of range.
     """
-    ids = text_encoder(tokenizer)([prompt])[0]
+    ids = text_encoder(tokenizer, recognised=recognised)([prompt])[0]
     if not ids:
         raise UserError("prompt: found no text, expected at least one token")
     inputs = torch.tensor([ids], device=model.context_tower.device)

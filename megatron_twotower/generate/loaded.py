@@ -57,11 +57,12 @@ class ModelPlace:
 def model_fingerprint(folder: Path) -> str:
     """A SHA-256 that changes with a model.
 
-    It covers the configuration and the tokenizer, and of each weight file the size and both ends.
-    Weights are not read completely: for a large model that would take minutes at every start.
+    It covers the configuration, the tokenizer and its template, and of each weight file the size
+    and both ends. Weights are not read completely: for a large model that would take minutes at
+    every start.
     """
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+    for path in sorted(path for kind in ("json", "jinja", "safetensors") for path in folder.glob(f"*.{kind}")):
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         with open(path, "rb") as stream:

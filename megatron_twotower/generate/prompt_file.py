@@ -1,5 +1,8 @@
 """The command `generate --prompts`: continue the prompts of a file in batches.
 
+A prompt is a text, or a conversation (`messages`) that the chat template of the folder renders up
+to the begin of the next answer.
+
 The output has one JSON line for each prompt, in the order of the prompts. Prompts of similar
 lengths share a batch, so that little padding is computed. They are chosen within a window of a few
 hundred neighbours, so that memory is bounded by one window. Any number of workers may generate
@@ -8,6 +11,7 @@ are kept in a journal, OUTPUT.partial. A run that was killed resumes after them,
 same as without the interruption. OUTPUT itself appears only when it is complete.
 """
 
+import functools
 import hashlib
 import json
 import time
@@ -26,6 +30,13 @@ from megatron_twotower.common.files import atomic_file, partial_path
 from megatron_twotower.common.progress import stage_bars
 from megatron_twotower.common.workers import Engine, in_order
 from megatron_twotower.config.hf_config import read_hf_config
+from megatron_twotower.data.conversations import (
+    Conversation,
+    Template,
+    conversation_of_record,
+    prompt_text,
+    template_of,
+)
 from megatron_twotower.data.input_form import PARQUET, TEXT, Unreadable, find_form
 from megatron_twotower.data.record_formats import LINES, Fault, checked_text, json_reason, read_items
 from megatron_twotower.data.tokenizer import load_tokenizer, text_encoder
@@ -110,7 +121,7 @@ class RunProgress:
 
 
 def read_prompts(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a prompts file, each with a field `prompt`.
+    """Yield the records of a prompts file, each with a field `prompt`, or with `messages`.
 
     Args:
         path: JSON lines, one JSON array of objects, or lines of text; as for a corpus, its content
@@ -142,17 +153,67 @@ def _record(item: Any, *, where: str, is_text: bool) -> dict[str, Any]:
         except (ValueError, RecursionError) as error:
             found = json_reason(error)
             raise UserError(f"{where}: not valid JSON ({found}), expected an object with a field 'prompt'") from error
-        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        if isinstance(record, dict) and "prompt" not in record and "messages" in record:
+            _check_messages(record, where)
+        elif not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
             shown = line or json.dumps(item)
-            raise UserError(f"{where}: found {shown[:60]!r}, expected a JSON object with a text field 'prompt'")
-        if isinstance(fault := checked_text(record["prompt"], "field 'prompt'"), Fault):
+            raise UserError(
+                f"{where}: found {shown[:60]!r}, expected a JSON object with a text field 'prompt' or with 'messages'"
+            )
+        elif isinstance(fault := checked_text(record["prompt"], "field 'prompt'"), Fault):
             raise UserError(f"{where}: {fault.reason}, expected text")
         for name in OUTPUT_FIELDS:
             if name in record:
                 raise UserError(f"{where}: found a field {name!r}, which the output writes, expected another name")
-    if not record["prompt"]:
+    if record.get("prompt") == "":
         raise UserError(f"{where}: found an empty prompt, expected at least one token")
     return record
+
+
+def _check_messages(record: dict[str, Any], where: str) -> None:
+    """Refuse turns that cannot be rendered, or that the assistant has answered already."""
+    if isinstance(found := conversation_of_record(record), Fault):
+        raise UserError(f"{where}: {found.reason}")
+    if found.messages[-1]["role"] == "assistant":
+        raise UserError(f"{where}: found a last turn of the assistant, expected one that it answers")
+
+
+RecordEncoder = Callable[[Sequence[dict[str, Any]]], list[list[int]]]
+
+
+def record_encoder(tokenizer: PreTrainedTokenizerFast, *, folder: str | Path, mask_id: int) -> RecordEncoder:
+    """The function from records of prompts to the token ids of each.
+
+    The spelling of a special token is ordinary text in a prompt, and the token in a conversation,
+    except for the mask token.
+
+    The function raises a `UserError` for a conversation if there is no template, or if it does not
+    take the turns.
+
+    Args:
+        tokenizer: The tokenizer of the model, with its chat template.
+        folder: The folder of the model.
+        mask_id: Its mask token.
+    """
+    plain = text_encoder(tokenizer)
+
+    @functools.cache
+    def chat() -> tuple[Template, Callable[[Sequence[str]], list[list[int]]]]:
+        template = template_of(tokenizer, folder=folder, mask_id=mask_id)
+        return template, text_encoder(tokenizer, recognised=template.special)
+
+    def encode(records: Sequence[dict[str, Any]]) -> list[list[int]]:
+        rows = []
+        for record in records:
+            if "prompt" in record:
+                rows.append(plain([record["prompt"]])[0])
+                continue
+            found, (template, encode_chat) = conversation_of_record(record), chat()
+            assert isinstance(found, Conversation), "the file was checked"
+            rows.append(encode_chat([prompt_text(template, found)])[0])
+        return rows
+
+    return encode
 
 
 def check_prompts(path: Path) -> tuple[int, str]:
@@ -181,9 +242,7 @@ class PromptBatch:
     ids: list[list[int]]
 
 
-def batches(
-    path: Path, encode: Callable[[Sequence[str]], list[list[int]]], batching: BatchingSettings
-) -> Iterator[PromptBatch]:
+def batches(path: Path, encode: RecordEncoder, batching: BatchingSettings) -> Iterator[PromptBatch]:
     """Yield the batches of a file in the order of the run.
 
     Within a window the longest prompts are first, so that a batch that does not fit in memory fails
@@ -192,10 +251,11 @@ def batches(
     prompts = enumerate(read_prompts(path))
     number = 0
     while window := list(islice(prompts, batching.window)):
-        ids = encode([record["prompt"] for _, record in window])
+        ids = encode([record for _, record in window])
         for (position, record), own in zip(window, ids, strict=True):
             if not own:
-                raise UserError(f"{path}:{position + 1}: found {record['prompt']!r}, expected at least one token")
+                shown = record.get("prompt", "turns without a text")
+                raise UserError(f"{path}:{position + 1}: found {shown!r}, expected at least one token")
         order = sorted(range(len(window)), key=lambda i: -len(ids[i]))
         for start in range(0, len(order), batching.batch_size):
             chosen = order[start : start + batching.batch_size]
@@ -261,6 +321,7 @@ def generate_all(
     prompts: Path,
     output: Path,
     *,
+    encode: RecordEncoder,
     mode: str,
     settings: GenerationSettings,
     batching: BatchingSettings,
@@ -277,6 +338,7 @@ def generate_all(
         place: Two-tower model.
         prompts: File of prompts.
         output: File of JSON lines.
+        encode: From records to ids, see `record_encoder`.
         mode: One of `engine.MODES`.
         settings: How text is generated.
         batching: How prompts are grouped.
@@ -290,7 +352,7 @@ def generate_all(
     """
     progress = RunProgress(done=0, total=request["prompts"])
     with open_journal(partial_path(output), request) as (stream, finished):
-        made = batches(prompts, text_encoder(load_tokenizer(place.folder)), batching)
+        made = batches(prompts, encode, batching)
         done = sum(len(batch.ids) for batch in islice(made, finished))
         progress, started = replace(progress, done=done), time.perf_counter()
         tasks = (BatchTask(place, mode, settings, batch) for batch in made)
@@ -315,6 +377,13 @@ def generate_all(
 
 
 # --- the command ---
+
+
+def _encode_one(encode: RecordEncoder, record: dict[str, Any], *, where: str) -> None:
+    try:
+        encode([record])
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def run(
@@ -358,6 +427,10 @@ def run(
         facts = ask_facts(workers, place)
         warn_of_untrained_block(facts.trained_block_sizes, settings.block_size)
         settings = replace(settings, block_size=settings.block_size or facts.block_size)
+        encode = record_encoder(load_tokenizer(Path(folder)), folder=folder, mask_id=facts.mask_token_id)
+        for number, record in enumerate(read_prompts(prompts), start=1):
+            if "prompt" not in record:  # a template may refuse turns; better now than after an hour
+                _encode_one(encode, record, where=f"{prompts}:{number}")
         request = {
             "version": VERSION,
             "prompts": count,
@@ -376,6 +449,7 @@ def run(
             place,
             prompts,
             output,
+            encode=encode,
             mode=mode,
             settings=settings,
             batching=batching,

@@ -1,7 +1,9 @@
-"""The command `generate` for one prompt: a live view, figures, and a table of the modes."""
+"""The command `generate` for one prompt or a conversation: live view, figures, table of modes."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import dataclasses
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from rich import box
@@ -15,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.special_tokens import RELEASED_MASK_TOKEN_ID
+from megatron_twotower.data.conversations import Conversation, Message, prompt_text, template_of
 from megatron_twotower.generate.engine import (
     DECIDING_TOWER,
     MODES,
@@ -163,6 +166,64 @@ def check_page(page: Path, mode: str) -> None:
         raise UserError(f"html: found mode {mode}, expected mask_diffusion or {ALL}: the others denoise nothing")
     if not page.parent.is_dir() or page.is_dir():
         raise UserError(f"{page}: cannot be written, expected a file in a folder that exists")
+
+
+def chat(
+    folder: str | Path,
+    *,
+    mode: str,
+    settings: GenerationSettings,
+    system: str | None = None,
+    devices: Sequence[str] = (),
+    console: Console | None = None,
+    lines: Iterable[str] | None = None,
+) -> int:
+    """Run the command: a conversation, one line of the user and one answer after the other.
+
+    Args:
+        folder: Two-tower Hugging Face folder whose tokenizer has a chat template.
+        mode: One of `MODES`.
+        settings: How text is generated.
+        system: The text of a turn before the conversation; None for no such turn.
+        devices: As in `run`.
+        console: The console to print on; None for standard output.
+        lines: What the user says; None for standard input, up to its end (Ctrl-D).
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UserError: As `run`, or there is no template, or it does not take the turns.
+    """
+    check_mode(mode)
+    console = console or Console()
+    model, tokenizer = load(folder)
+    settings = with_block_size(model, settings)
+    template = template_of(tokenizer, folder=folder, mask_id=model.mask_token_id)
+    place_towers(model, devices or default_devices())
+    messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    for line in _typed(console) if lines is None else lines:
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line.rstrip("\n")})
+        prompt = prompt_text(template, Conversation(messages))
+        with live_callbacks(console, "", tokenizer, None, mask_id=model.mask_token_id) as callbacks:
+            answer = generate(
+                model, tokenizer, prompt, mode=mode, settings=settings, callbacks=callbacks, recognised=template.special
+            )
+        print_generation(dataclasses.replace(answer, prompt=""), console)
+        messages.append({"role": "assistant", "content": answer.text})
+    return 0
+
+
+def _typed(console: Console) -> Iterator[str]:
+    """Yield the lines of standard input; with a sign before each in a terminal."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    with contextlib.suppress(EOFError):
+        while True:
+            yield console.input("[bold]> [/bold]")
 
 
 def run(

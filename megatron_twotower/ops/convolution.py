@@ -104,7 +104,7 @@ def causal_conv(
         known = None if documents is None else _extended(documents, count)
         return causal_conv(joined, weight, bias, documents=known)[:, count:]
     available = x.is_cuda and x.dtype != torch.float64 and dispatch.unavailable("causal-conv1d") is None
-    if available and dispatch.causal_conv1d_unsupported(*weight.shape) is None:
+    if available and dispatch.causal_conv1d_takes(x, weight):
         return dispatch.causal_conv1d(x, weight, bias, documents=documents)
     if dispatch.uses_triton(x, "convolution"):
         from megatron_twotower.ops.triton.convolution import block_conv_triton

@@ -127,6 +127,35 @@ def chunk_soft_targets(
     return growth, gradient
 
 
+def chunk_certainty(logits: Tensor, targets: Tensor, *, group: Any, first: int) -> tuple[Tensor, Tensor]:
+    """The entropy H of each distribution whose most probable token is the target; 0 of the others.
+
+    With logits z and probabilities p, dH / dz_v = -p_v (z_v - sum_u p_u z_u).
+
+    Args:
+        logits: (m, v / tensor parallel size).
+        targets: (m,) int64 token ids.
+        group: Tensor-parallel process group, or `None`.
+        first: First vocabulary entry of this rank's slice.
+
+    Returns:
+        The entropies (m,) in nats and the gradient of the logits, both float32.
+    """
+    wide = logits.float()
+    wide = wide - _highest(wide, group)
+    in_slice, index = _places(targets, first=first, size=wide.shape[1])
+    at_target = wide.gather(1, index).squeeze(-1) * in_slice
+    probabilities = wide.exp()
+    sums = torch.stack([probabilities.sum(-1), (probabilities * wide).sum(-1), at_target])
+    if _is_divided(group):
+        dist.all_reduce(sums, group=group)
+    total, weighted, at_target = sums
+    right, mean = at_target == 0, weighted / total
+    scale = torch.where(right, -1 / total, 0)
+    gradient = probabilities.mul_(wide.sub_(mean.unsqueeze(-1))).mul_(scale.unsqueeze(-1))
+    return torch.where(right, total.log() - mean, 0), gradient
+
+
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left^T right to `total`, in float32.
 
@@ -150,35 +179,39 @@ class _LinearCrossEntropy(torch.autograd.Function):
         group: Any,
         first: int,
         teacher: Teacher | None,
+        certainty: float,
     ) -> tuple[Tensor, Tensor]:
         compute, chunk = chunk_cross_entropy_torch, POSITION_CHUNK
         if dispatch.uses_triton(hidden, "cross-entropy"):
             from megatron_twotower.ops.triton.cross_entropy import chunk_cross_entropy_triton as compute
 
-            # The distribution of a teacher is in fp32, beside the logits.
-            chunk = KERNEL_CHUNK if teacher is None else POSITION_CHUNK
+            # What is added to the loss is in fp32, beside the logits.
+            chunk = KERNEL_CHUNK if teacher is None and not certainty else POSITION_CHUNK
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        growth = torch.zeros_like(losses) if teacher is None else torch.empty_like(losses)
+        growth = torch.zeros_like(losses)
         needed = hidden.requires_grad or weight.requires_grad
         grad_hidden = torch.empty_like(hidden) if needed else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needed else None
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
-            logits, soft = F.linear(hidden[part], weight), None
+            logits, added = F.linear(hidden[part], weight), []
             if teacher is not None:
-                growth[part], soft = chunk_soft_targets(
-                    logits,
-                    F.linear(teacher.hidden[part], teacher.weight),
-                    targets[part],
-                    teacher.shares[part],
-                    group=group,
-                    first=first,
+                teacher_logits = F.linear(teacher.hidden[part], teacher.weight)
+                grown, soft = chunk_soft_targets(
+                    logits, teacher_logits, targets[part], teacher.shares[part], group=group, first=first
                 )
+                growth[part] += grown
+                added.append(soft)
+            if certainty:
+                entropies, soft = chunk_certainty(logits, targets[part], group=group, first=first)
+                growth[part] += certainty * entropies
+                added.append(soft.mul_(certainty))
             # From here on the logits may be overwritten.
             losses[part], gradient = compute(
                 logits, targets[part], weights[part], group=group, first=first, gradient=needed
             )
-            if soft is not None and needed:
+            if added and needed:
+                soft = sum(added[1:], start=added[0])
                 gradient = (gradient + soft.mul_(weights[part].unsqueeze(-1))).to(gradient.dtype)
             if grad_hidden is not None and grad_weight is not None:
                 grad_hidden[part] = gradient @ weight
@@ -197,7 +230,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # else together. Autograd itself refuses a second backward pass, because a saved tensor has
         # changed.
         scaled = grad_weight.mul_(grad).to(ctx.weight_dtype)
-        return grad_hidden.mul_(grad.to(grad_hidden.dtype)), scaled, None, None, None, None, None
+        return grad_hidden.mul_(grad.to(grad_hidden.dtype)), scaled, None, None, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -209,27 +242,34 @@ def linear_cross_entropy(
     group: Any = None,
     first: int = 0,
     teacher: Teacher | None = None,
+    certainty: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of the cross-entropies of `hidden @ weight.T`, and the losses of the positions.
 
-    With a teacher the sum is that of the cross-entropies with its soft targets. The losses of the
-    positions are those of the tokens in any case.
+    With a teacher the sum is that of the cross-entropies with its soft targets. With `certainty` it
+    grows by `certainty` times the entropy of each position whose most probable token is the target.
+    The losses of the positions are those of the tokens in any case.
 
     Args: hidden: (m, h), of the scored positions only. weight: (v / tensor parallel size, h), this
         rank's slice of the head. targets: (m,) int64 token ids. weights: (m,) float32 weight of
         each position in the sum. group: Tensor-parallel process group, or `None`. first: First
         vocabulary entry of this rank's slice. teacher: Whose distribution replaces a share of the
-        targets; `None`: the targets are one-hot.
+        targets; `None`: the targets are one-hot. certainty: Weight of the entropy.
 
     Returns:
         The sum, a float32 scalar with gradients into `hidden` and `weight`; the losses (m,) in
         nats, without gradients.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, targets, weights.float(), group, first, teacher)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, weights.float(), group, first, teacher, certainty)
 
 
 def linear_cross_entropy_ref(
-    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, teacher: Teacher | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    teacher: Teacher | None = None,
+    certainty: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Reference implementation of `linear_cross_entropy`: all logits at once, by autograd."""
     logits = F.linear(hidden, weight)
@@ -239,4 +279,8 @@ def linear_cross_entropy_ref(
         distribution = F.linear(teacher.hidden, teacher.weight).softmax(-1)
         target = (1 - shares) * F.one_hot(targets, len(weight)) + shares * distribution
         trained = F.cross_entropy(logits, target, reduction="none")
+    if certainty and len(targets):
+        probabilities = logits.softmax(-1)
+        entropy = -(probabilities * logits.log_softmax(-1)).sum(-1)
+        trained = trained + certainty * entropy * (logits.argmax(-1) == targets)
     return (trained * weights).sum(), losses.detach()

@@ -86,6 +86,32 @@ def _module(package: str) -> ModuleType:
     return importlib.import_module(MODULES[package])
 
 
+# The largest offset of packages that compute offsets in 32 bits.
+MAX_OFFSET = 2**31 - 1
+
+
+def _reach(tensor: Tensor) -> int:
+    """The offset of a tensor's last element from its first, in elements."""
+    return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _too_far(offset: int) -> str | None:
+    return f"offsets up to {offset:,} elements, expected at most {MAX_OFFSET:,}" if offset > MAX_OFFSET else None
+
+
+def mamba_ssm_unsupported(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, *, chunk: int) -> str | None:
+    """`None`, or why mamba-ssm does not take these inputs, in a few words.
+
+    Its kernels multiply the index of a chunk with strides in 32 bits (mamba-ssm 2.3.2.post1,
+    ops/triton/ssd_*.py; github.com/state-spaces/mamba/issues/1015). Beyond that they read and write
+    at wrong addresses, often without an error.
+    """
+    b, l, m, p = x.shape
+    chunks = b * -(-l // chunk)
+    states, scores = chunks * m * p * B.shape[3], chunks * B.shape[2] * chunk**2
+    return _too_far(max(*map(_reach, (x, dt, B, C)), x.numel(), states, scores))
+
+
 def mamba_ssm_chunk_scan(
     x: Tensor,
     dt: Tensor,
@@ -145,13 +171,26 @@ def mamba_ssm_scan(
         return _module("mamba-ssm").mamba_chunk_scan_combined(x, dt, A, B, C, chunk, D=D, seq_idx=documents)
 
 
-def causal_conv1d_unsupported(channels: int, taps: int) -> str | None:
-    """`None`, or why causal-conv1d does not take such a convolution, in a few words."""
+def causal_conv1d_unsupported(channels: int, taps: int, *, reach: int = 0) -> str | None:
+    """`None`, or why causal-conv1d does not take such a convolution, in a few words.
+
+    Its offsets are 32-bit (csrc/causal_conv1d.h, index_t).
+
+    Args:
+        channels: The number of channels.
+        taps: The width of the filter.
+        reach: The largest offset in the input or the output.
+    """
     if channels % 8:
         return f"{channels} channels, expected a multiple of 8"
     if not 2 <= taps <= 4:
         return f"{taps} taps, expected 2 to 4"
-    return None
+    return _too_far(reach)
+
+
+def causal_conv1d_takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether causal-conv1d takes inputs x (b, l, c) and weight (c, k)."""
+    return causal_conv1d_unsupported(*weight.shape, reach=max(_reach(x), x.numel())) is None
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, *, documents: Tensor | None = None) -> Tensor:

@@ -217,11 +217,16 @@ class _ChunkScan(torch.autograd.Function):
         return *_like_inputs(gradients, inputs), None, None, None, None
 
 
-def _uses_mamba_ssm(x: Tensor) -> bool:
+def _uses_mamba_ssm(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, *, chunk: int) -> bool:
     # Not in float32, where mamba-ssm multiplies in TF32 (no input_precision in mamba-ssm 2.2.4 and
     # 2.3.2, ops/triton/ssd_*.py). That leaves an error of a thousandth, and this module computes in
     # float32.
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and dispatch.unavailable("mamba-ssm") is None
+    narrow = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    return (
+        narrow
+        and dispatch.unavailable("mamba-ssm") is None
+        and dispatch.mamba_ssm_unsupported(x, dt, B, C, chunk=chunk) is None
+    )
 
 
 def chunk_scan(
@@ -239,7 +244,7 @@ def chunk_scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The scan of one stream, with the state at the start of every chunk.
 
-    On CUDA in half precision, if no gradient is needed, by mamba-ssm.
+    On CUDA in half precision, if no gradient is needed, by mamba-ssm, unless its offsets overflow.
 
     Args:
         x: (b, l, m, p); the other shapes are in the module's docstring.
@@ -256,7 +261,7 @@ def chunk_scan(
     """
     assert initial is None or (context is None and not initial.requires_grad)
     # mamba-ssm gives the states in its forward pass only.
-    if initial is None and not torch.is_grad_enabled() and _uses_mamba_ssm(x):
+    if initial is None and not torch.is_grad_enabled() and _uses_mamba_ssm(x, dt, B, C, chunk=chunk):
         return dispatch.mamba_ssm_chunk_scan(x, dt, A, B, C, D, chunk=chunk, documents=documents, context=context)
     return _ChunkScan.apply(x, dt, A, B, C, D, chunk, initial, documents, context)
 
@@ -278,7 +283,7 @@ def stream_scan(
     On CUDA in half precision by mamba-ssm, unless other ranks have stretches of the sequences: its
     backward pass cannot wait for their gradient of the state.
     """
-    if _uses_mamba_ssm(x) and context is None:
+    if _uses_mamba_ssm(x, dt, B, C, chunk=chunk) and context is None:
         return dispatch.mamba_ssm_scan(x, dt, A, B, C, D, chunk=chunk, documents=documents)
     return chunk_scan(x, dt, A, B, C, D, chunk=chunk, documents=documents, context=context)[0]
 

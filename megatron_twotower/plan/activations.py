@@ -2,10 +2,11 @@
 
 Symbols of the formulas:
 
-    T  noisy positions of a micro-batch, r b l
-    L  clean positions of a micro-batch, b l
+    T  noisy positions of a micro-batch on a rank, r L
+    L  clean positions of a micro-batch on a rank, b l / C with C context-parallel ranks
     S  block size
-    N  noise levels of a micro-batch: its blocks T / S, or r b with one level per sequence
+    N  noise levels: the blocks T / S, or with one level per sequence r R
+    R  rows of a micro-batch: b, or 2 b with context-parallel ranks, which have 2 stretches each
     h  hidden size
     w  bytes of an activation
     V  vocabulary size
@@ -17,6 +18,7 @@ Symbols of the formulas:
 
 The formulas describe a tensor-parallel group of one rank. Of t ranks, each keeps 1 / t of the
 activations inside a mixer. With sequence parallelism it also keeps 1 / t of those between mixers.
+Context-parallel ranks keep their positions, and the clean keys and values of all.
 A test compares each formula with the tensors that autograd keeps, with operations in torch. With
 the kernels of this project, a Mamba layer in bfloat16 keeps a tenth less, other layers as much.
 """
@@ -25,6 +27,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_twotower.config.context_split import stretches_per_rank
 from megatron_twotower.config.precision import PRECISIONS
 from megatron_twotower.config.schema import ModelConfig, RunConfig
 from megatron_twotower.ops.scan import chunk_length
@@ -65,7 +68,8 @@ class MicroBatchShape:
         time_per_block: Whether each block has a noise level, and not each sequence.
         activation_bytes: Bytes of an activation.
         tensor: The ranks that split the activations inside a mixer.
-        sequence: The ranks that split the activations between mixers.
+        sequence: The tensor-parallel ranks that split the activations between mixers.
+        context: The ranks that split the sequences.
         expert_tensor: The ranks that split each expert.
         expert_load: The tokens that this rank's experts get over the mean of all ranks.
     """
@@ -78,13 +82,19 @@ class MicroBatchShape:
     activation_bytes: int = 4
     tensor: int = 1
     sequence: int = 1
+    context: int = 1
     expert_tensor: int = 1
     expert_load: float = 1.0
 
     @property
     def clean(self) -> int:
         """Clean positions L."""
-        return self.sequences * self.length
+        return self.sequences * self.length // self.context
+
+    @property
+    def rows(self) -> int:
+        """Rows R: the stretches of sequences on a rank."""
+        return self.sequences * stretches_per_rank(self.context)
 
     @property
     def noisy(self) -> int:
@@ -99,7 +109,17 @@ class MicroBatchShape:
     @property
     def levels(self) -> int:
         """Noise levels N."""
-        return self.noisy // self.block if self.time_per_block else self.draws * self.sequences
+        return self.noisy // self.block if self.time_per_block else self.draws * self.rows
+
+
+def convolution_channels(model: ModelConfig, shape: MicroBatchShape) -> int:
+    """The channels of a rank's convolution: x, B and C."""
+    return (model.mamba_inner + 2 * model.n_groups * model.ssm_state_size) // shape.tensor
+
+
+def key_value_width(model: ModelConfig, shape: MicroBatchShape) -> int:
+    """The elements of a position's keys and values on a rank, 2 K e."""
+    return 2 * model.num_key_value_heads * model.head_dim // shape.tensor
 
 
 def _common(model: ModelConfig, shape: MicroBatchShape) -> Iterator[KeptTensor]:
@@ -114,10 +134,10 @@ def _common(model: ModelConfig, shape: MicroBatchShape) -> Iterator[KeptTensor]:
 def _mamba(model: ModelConfig, shape: MicroBatchShape) -> Iterator[KeptTensor]:
     w, T, L, heads = shape.activation_bytes, shape.noisy, shape.clean, model.mamba_num_heads // shape.tensor
     inner, taps = model.mamba_inner // shape.tensor, model.conv_kernel - 1
-    channels = inner + 2 * model.n_groups // shape.tensor * model.ssm_state_size
+    channels = convolution_channels(model, shape)
     chunk = chunk_length(shape.block, preferred=model.chunk_size)
     state = heads * model.mamba_head_dim * model.ssm_state_size
-    chunks = shape.sequences * -(-shape.length // chunk)
+    chunks = shape.rows * -(-L // (shape.rows * chunk))
     cast = w if w != _FP32 else 0
     yield KeptTensor(
         "input of the convolution, with history", "c w T (1 + 3/S)", channels * w * (T + taps * T // shape.block)
@@ -129,16 +149,20 @@ def _mamba(model: ModelConfig, shape: MicroBatchShape) -> Iterator[KeptTensor]:
     yield KeptTensor("input of out_proj", "i w T", inner * w * T)
     yield KeptTensor("clean x, B, C", "c w L", channels * w * L, handoff=True)
     yield KeptTensor("clean input of the convolution", "c w L", channels * w * L, handoff=True, kept_by="recomputed")
+    if shape.context > 1:
+        seam = channels * w * taps * shape.rows
+        yield KeptTensor("inputs before each stretch", "3 c w R", seam, handoff=True, kept_by="recomputed")
     yield KeptTensor("clean time steps", "4 m L", heads * _FP32 * L, handoff=True, kept_by="all")
     yield KeptTensor("clean states, one per chunk", "4 m p d L/Q", state * _FP32 * chunks, handoff=True, kept_by="all")
 
 
 def _attention(model: ModelConfig, shape: MicroBatchShape) -> Iterator[KeptTensor]:
     w, T, e = shape.activation_bytes, shape.noisy, model.head_dim
-    queries, keys = model.num_attention_heads * e // shape.tensor, 2 * model.num_key_value_heads * e // shape.tensor
+    queries, keys = model.num_attention_heads * e // shape.tensor, key_value_width(model, shape)
     yield KeptTensor("query, key, value", "(H + 2 K) e w T", (queries + keys) * w * T)
     yield KeptTensor("input of linear_proj", "H e w T", queries * w * T)
-    yield KeptTensor("clean key and value", "2 K e w L", keys * w * shape.clean, handoff=True, kept_by="all")
+    gathered = keys * w * shape.clean * shape.context
+    yield KeptTensor("clean key and value", "2 K e w L C", gathered, handoff=True, kept_by="all")
 
 
 def _mlp(model: ModelConfig, shape: MicroBatchShape) -> Iterator[KeptTensor]:
@@ -207,6 +231,7 @@ def micro_batch_shape(config: RunConfig, *, block: int | None = None, imbalance:
         activation_bytes=PRECISIONS[config.train.precision].bytes,
         tensor=parallel.tensor,
         sequence=parallel.tensor if parallel.sequence else 1,
+        context=parallel.context,
         expert_tensor=parallel.expert_tensor_ranks,
         expert_load=expert_load(parallel, imbalance),
     )

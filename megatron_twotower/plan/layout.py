@@ -46,8 +46,9 @@ class Layout:
     Attributes:
         ranks: All ranks.
         tensor: Tensor-parallel ranks.
-        sequence: The ranks that split a sequence between the mixers: `tensor` with sequence
-            parallelism, else 1.
+        sequence: The tensor-parallel ranks that split a sequence between the mixers: `tensor` with
+            sequence parallelism, else 1.
+        context: Context-parallel ranks, which share a sequence.
         expert: Expert-parallel ranks.
         expert_tensor: The ranks that split each expert.
         pipeline: Pipeline ranks.
@@ -57,6 +58,7 @@ class Layout:
     ranks: int
     tensor: int
     sequence: int
+    context: int
     expert: int
     expert_tensor: int
     pipeline: int
@@ -64,11 +66,16 @@ class Layout:
 
     @property
     def data(self) -> int:
-        """Data-parallel ranks. They have the same dense parameters.
+        """Data-parallel ranks: each has sequences of its own, with its context-parallel ranks."""
+        return self.ranks // (self.tensor * self.context * self.pipeline)
 
-        The distributed optimizer splits its state over them.
+    @property
+    def copies(self) -> int:
+        """The ranks with the same dense parameters: data-parallel and context-parallel ones.
+
+        Gradients are summed over them, and the distributed optimizer splits its state over them.
         """
-        return self.ranks // (self.tensor * self.pipeline)
+        return self.data * self.context
 
     @property
     def expert_data(self) -> int:
@@ -83,6 +90,7 @@ def layout_of(config: RunConfig, *, ranks: int) -> Layout:
         ranks=ranks,
         tensor=parallel.tensor,
         sequence=parallel.tensor if parallel.sequence else 1,
+        context=parallel.context,
         expert=parallel.expert,
         expert_tensor=parallel.expert_tensor_ranks,
         pipeline=parallel.pipeline,

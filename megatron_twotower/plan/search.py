@@ -14,6 +14,10 @@ from megatron_twotower.plan.estimate import Assumptions, Estimate, estimate
 TENSOR = (1, 2, 4, 8)
 PIPELINE = (1, 2, 4)
 EXPERT = (1, 2, 4, 8, 16, 32, 64, 128)
+CONTEXT = (1, 2, 4, 8, 16, 32)
+# The fewest tokens of a sequence that context-parallel ranks get each: with fewer, other layouts are
+# as good.
+CONTEXT_TOKENS = 4096
 MICRO_BATCH = (1, 2)
 # In order of the time that recomputation takes.
 RECOMPUTE = ("", "E", "M", "ME", "ME*-")
@@ -35,8 +39,9 @@ def candidates(config: RunConfig, *, ranks: int) -> Iterator[RunConfig]:
     kinds = config.model.hybrid_override_pattern
     recomputes = dict.fromkeys("".join(kind for kind in letters if kind in kinds) for letters in RECOMPUTE)
     seen = set()
-    choices = product(TENSOR, PIPELINE, EXPERT, (True, False), MICRO_BATCH, recomputes)
-    for tensor, pipeline, expert, complete_experts, batch, recompute in choices:
+    contexts = [c for c in CONTEXT if c == 1 or config.data.sequence_length_tokens // c >= CONTEXT_TOKENS]
+    choices = product(TENSOR, PIPELINE, EXPERT, (True, False), MICRO_BATCH, recomputes, contexts)
+    for tensor, pipeline, expert, complete_experts, batch, recompute, context in choices:
         if pipeline > config.model.num_layers:
             continue
         changed = _replaced(
@@ -44,6 +49,7 @@ def candidates(config: RunConfig, *, ranks: int) -> Iterator[RunConfig]:
             "parallel",
             tensor=tensor,
             sequence=tensor > 1,
+            context=context,
             expert=expert,
             # 0 is the same number as for dense layers.
             expert_tensor=1 if complete_experts and tensor > 1 else 0,
@@ -58,7 +64,7 @@ def candidates(config: RunConfig, *, ranks: int) -> Iterator[RunConfig]:
             validate(changed, world_size=ranks)
         except UserError:
             continue
-        key = (tensor, pipeline, expert, changed.parallel.expert_tensor_ranks, batch, recompute)
+        key = (tensor, pipeline, expert, changed.parallel.expert_tensor_ranks, batch, recompute, context)
         if key not in seen:
             seen.add(key)
             yield changed

@@ -73,6 +73,7 @@ def _layout_rows(found: Estimate) -> list[tuple[str, str, str]]:
     experts = f"{layout.expert} x {layout.expert_tensor} x {layout.expert_data}"
     return [
         ("tensor x pipeline x data", f"{layout.tensor} x {layout.pipeline} x {layout.data}", f"{layout.ranks} ranks"),
+        ("context", f"{layout.context}", "ranks that share each sequence"),
         ("expert x tensor x data", experts, f"experts, {config.parallel.moe_dispatcher}"),
         ("busiest rank of experts", f"{load:.2f}", "its tokens over the mean (assumed)"),
         ("tokens a step", f"{step:,}", f"{data.global_batch_size:,} sequences of {data.sequence_length_tokens:,}"),

@@ -5,8 +5,8 @@ or an all-to-all sends n (g - 1) / g bytes from each rank. An all-reduce sends t
 Collectives of a few numbers (gradient norms, tokens of each expert, logged sums) are not counted.
 With an imbalance of experts, what the busiest rank receives counts.
 
-A pass has T positions: those of the noisy stream, or in the context tower of the clean stream. Each
-has h values of w bytes. It sends:
+A pass has T positions on a rank: those of the noisy stream, or in the context tower of the clean
+stream. Each has h values of w bytes. It sends:
 
 * Tensor parallelism with sequence parallelism: each M, *, - and shared expert gathers its input
   and reduce-scatters its output. The backward pass does the same, and gathers the input once more
@@ -15,10 +15,15 @@ has h values of w bytes. It sends:
 * Experts: k rows of h values per position to their experts and back (all-to-all), or all rows to
   all ranks and back (all-gather), with their probabilities. The backward pass does the same.
 * The loss: the gradient of the scored positions, summed over the slices of the vocabulary.
+* Context parallelism: each * of the clean stream gathers keys and values. Each M gathers the last
+  inputs of the convolution of every stretch, and the state after it with its decay, in fp32. The
+  denoiser sends nothing, forward or backward. With the objective `ar` gradients of the same size go
+  back: reduce-scatters, and for the states an all-gather.
 * Pipeline: both streams and the time conditioning to the next stage, and gradients of the same size
   back.
-* Data parallelism, once per step, with the distributed optimizer: a reduce-scatter of gradients in
-  fp32, and an all-gather of parameters. Without it: an all-reduce of gradients.
+* Data parallelism, over context-parallel ranks too, once per step, with the distributed optimizer:
+  a reduce-scatter of gradients in fp32, and an all-gather of parameters. Without it: an all-reduce
+  of gradients.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,7 +33,7 @@ from megatron_twotower.config.pipeline_stages import PipelineStage, whole_model
 from megatron_twotower.config.precision import PRECISIONS
 from megatron_twotower.config.schema import RunConfig
 from megatron_twotower.model.parameter_map import entries_of_stage
-from megatron_twotower.plan.activations import MicroBatchShape, micro_batch_shape
+from megatron_twotower.plan.activations import MicroBatchShape, convolution_channels, key_value_width, micro_batch_shape
 from megatron_twotower.plan.flops import context_layers
 from megatron_twotower.plan.layout import Accelerator, Layout, micro_batches
 from megatron_twotower.plan.weights import FP32, WeightBytes, parameter_count, tower_entries
@@ -69,7 +74,8 @@ def group_sizes(layout: Layout) -> dict[str, int]:
         "expert": layout.expert,
         "expert tensor": layout.expert_tensor,
         "tensor x expert": layout.expert * layout.expert_tensor,
-        "data": layout.data,
+        "data": layout.copies,
+        "context": layout.context,
         "expert data": layout.expert_data,
         "pipeline": layout.pipeline,
     }
@@ -78,11 +84,12 @@ def group_sizes(layout: Layout) -> dict[str, int]:
 def crosses_nodes(group: str, layout: Layout, accelerator: Accelerator) -> bool:
     """Whether a group of this kind has ranks on several nodes.
 
-    Megatron numbers tensor-parallel ranks consecutively, then expert-parallel ranks. The ranks of
-    data-parallel groups and of a pipeline are far apart.
+    Megatron numbers tensor-parallel ranks consecutively, then context-parallel ranks; of experts the
+    ranks that split them, then expert-parallel ranks. The ranks of data-parallel groups and of a
+    pipeline are far apart.
     """
     sizes = group_sizes(layout)
-    spans = sizes | {"expert": layout.expert * layout.expert_tensor}
+    spans = sizes | {"expert": layout.expert * layout.expert_tensor, "context": layout.context * layout.tensor}
     spans |= dict.fromkeys(("data", "expert data", "pipeline"), layout.ranks)
     return sizes[group] > 1 and spans[group] > accelerator.per_node
 
@@ -141,11 +148,36 @@ def _routed_experts(
     yield Collective("expert tensor", "routes", "reduce_scatter", gathered * probability, backward)
 
 
+def _seams(config: RunConfig, shape: MicroBatchShape, kind: str, *, backward: int) -> Iterator[Collective]:
+    """What a layer of the clean stream, or of `ar`, sends to other context-parallel ranks.
+
+    Args:
+        config: The configuration.
+        shape: The micro-batch.
+        kind: The letter of the layer.
+        backward: The number of backward passes.
+    """
+    model, stretches = config.model, shape.rows * shape.context
+    if kind == "*":
+        size = shape.sequences * shape.length * key_value_width(model, shape) * shape.activation_bytes
+        yield Collective("context", "keys and values", "all_gather", size, 1)
+        yield Collective("context", "keys and values", "reduce_scatter", size, backward)
+    if kind == "M":
+        ends = stretches * (model.conv_kernel - 1) * convolution_channels(model, shape) * shape.activation_bytes
+        yield Collective("context", "inputs of convolutions", "all_gather", ends, 1)
+        yield Collective("context", "inputs of convolutions", "reduce_scatter", ends, backward)
+        # Of each head its state, and the decay over the stretch.
+        state = model.mamba_num_heads // shape.tensor * (model.mamba_head_dim * model.ssm_state_size + 1)
+        yield Collective("context", "states", "all_gather", stretches * state * FP32, 1 + backward)
+
+
 def _tower(
     config: RunConfig, shape: MicroBatchShape, pattern: str, positions: int, *, trained: bool
 ) -> Iterator[Collective]:
     """The collectives of the layers of a tower."""
     for kind in pattern:
+        if not trained or config.objective == "ar":
+            yield from _seams(config, shape, kind, backward=int(trained))
         forward, backward = (_forward_passes(config, kind), 1) if trained else (1, 0)
         yield from _mixer(config, positions, forward=forward, backward=backward)
         if kind == "E":
@@ -164,6 +196,9 @@ def _ends(
             yield Collective("tensor", "embeddings", "all_gather", positions * row, 1)
     if any(stage.last for stage in stages):
         distils = config.objective == "two_tower" and config.noise.distils
+        if distils:
+            # The distribution of the first token of a stretch follows from the stretch before it.
+            yield Collective("context", "final states", "all_gather", shape.rows * shape.context * row, 1)
         if config.parallel.sequence:
             final = positions + frozen if distils else positions
             yield Collective("tensor", "final states", "all_gather", final * row, 1)

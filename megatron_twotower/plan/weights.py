@@ -291,7 +291,7 @@ def weight_bytes(
     elements, owned = [0, 0], 0
     for chunk, trained in enumerate(parameters.chunks):
         bucket = bucket_elements(config, layout) if chunk == pipeline_rank == 0 else None
-        for i, ranks in enumerate((layout.data, layout.expert_data)):
+        for i, ranks in enumerate((layout.copies, layout.expert_data)):
             sizes = tuple(parameter.elements for parameter in trained if parameter.expert == bool(i))
             laid_out = buffer(sizes, ranks=ranks, distributed=distributed, bucket_elements=bucket)
             elements[i] += laid_out.elements

@@ -261,7 +261,7 @@ def validation_times(count: int, noise: NoiseConfig) -> Tensor:
 def validate(trainer: Trainer, batches: Sequence[Batch], *, alive: Callable[[], None] = _nothing) -> dict[str, Any]:
     """Compute the loss of fixed sequences at fixed noise: the same figure on any layout.
 
-    It is the loss of the clean tokens, whatever the targets of training are.
+    It is the loss of the clean tokens at random masks, whatever targets and masks of training are.
 
     Args:
         trainer: What this rank trains with.
@@ -269,7 +269,7 @@ def validate(trainer: Trainer, batches: Sequence[Batch], *, alive: Callable[[], 
         alive: Called at every micro-batch.
     """
     trainer.model.eval()
-    noise = dataclasses.replace(trainer.config.noise, distillation=0.0, distillation_elsewhere=0.0)
+    noise = trainer.config.noise.for_validation()
     trainer = dataclasses.replace(trainer, config=dataclasses.replace(trainer.config, noise=noise))
     seed = trainer.config.seed ^ VALIDATION_STREAM
     times = validation_times(trainer.config.train.validation_sequences, noise)

@@ -5,6 +5,7 @@ count (`calculate_per_token_loss` in `mcore.transformer_config`). Nothing here d
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,21 +21,14 @@ from megatron_twotower.types import Batch, LossReport, NoisyBatch, TargetBatch
 
 
 def _head(
-    tower: Tower,
-    hidden: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    groups: ProcessGroupCollection,
-    teacher: Teacher | None = None,
+    tower: Tower, hidden: Tensor, targets: Tensor, weights: Tensor, groups: ProcessGroupCollection, **more: Any
 ) -> tuple[Tensor, Tensor]:
     first = tower.vocabulary_start()
-    return linear_cross_entropy(
-        hidden, tower.output_layer(), targets, weights, group=groups.tp, first=first, teacher=teacher
-    )
+    return linear_cross_entropy(hidden, tower.output_layer(), targets, weights, group=groups.tp, first=first, **more)
 
 
 def next_tokens(batch: Batch, stretches: Sequence[slice] = COMPLETE) -> TargetBatch:
-    """The target of every position: the next token, if it is of the same document.
+    """The target of every position: the next token, if it is of the same document and scored.
 
     Args:
         batch: Clean sequences.
@@ -46,6 +40,8 @@ def next_tokens(batch: Batch, stretches: Sequence[slice] = COMPLETE) -> TargetBa
         weights = weights * (batch.documents[:, 1:] == batch.documents[:, :-1])
     if batch.padding is not None:
         weights = weights * ~batch.padding[:, 1:]
+    if batch.scored is not None:
+        weights = weights * batch.scored[:, 1:]
 
     def rows(tensor: Tensor) -> Tensor:
         return rows_of_stretches(tensor, stretches)
@@ -113,11 +109,12 @@ def masked_diffusion_loss(
 
     `masked_mean` divides by the number of masked positions: the objective of the published trainer,
     but over the global batch. `elbo` weights each position by 1 / t and divides by the number of
-    all tokens that are not padding: the likelihood bound of absorbing diffusion with a linear
-    schedule (MDLM, Sahoo et al. 2024, equation 10; BD3-LM section 3).
+    all tokens that may be scored, masked or not: the likelihood bound of absorbing diffusion with a
+    linear schedule (MDLM, Sahoo et al. 2024, equation 10; BD3-LM section 3).
 
     With `batch.teacher_shares`, targets are shared between the clean tokens and the context tower's
-    next-token distributions. The sums by noise level are those of the clean tokens in any case.
+    next-token distributions. With `noise.certainty` the entropy of what is predicted right is
+    added. The sums by noise level are those of the clean tokens in any case.
 
     Args:
         tower: The tower with the head.
@@ -142,7 +139,8 @@ def masked_diffusion_loss(
         clean = hidden[:, len(batch.noisy) :].detach()
         before = _states_before(clean, positions, context_ranks(groups.cp, batch.sequence_documents))
         teacher = Teacher(before, context.output_layer(), batch.teacher_shares)
-    total, losses = _head(tower, rows, batch.tokens.flatten()[positions], weights, groups, teacher)
+    targets = batch.tokens.flatten()[positions]
+    total, losses = _head(tower, rows, targets, weights, groups, teacher=teacher, certainty=noise.certainty)
     index = noise_buckets(levels, noise.report_buckets)
     zeros = torch.zeros(noise.report_buckets, device=levels.device)
     count = batch.num_tokens if elbo else batch.num_scored

@@ -20,7 +20,7 @@ from megatron_twotower.types import Batch, NoisyBatch
 
 # Purposes: separate streams of numbers with one seed. The purposes of consecutive draws of a
 # sequence differ by `_DRAW`.
-_TIMES, _MASKS, _STRATA = 1, 2, 3
+_TIMES, _MASKS, _STRATA, _COUNTS = 1, 2, 3, 4
 _DRAW = 16
 
 # The list of scored positions is padded to a multiple of this: few shapes for the head, and full
@@ -77,9 +77,22 @@ def corrupt(
     if times is not None:
         levels = [times]
     else:
-        levels = [sample_times(batch, noise, seed=seed, draw=draw) for draw in range(noise.draws_per_context)]
+        levels = [_draw_times(batch, noise, seed, draw) for draw in range(noise.draws_per_context)]
     masked = [_mask(batch, noise, seed, draw, each) for draw, each in enumerate(levels)]
     return noisy_batch(batch, torch.cat(masked), torch.cat(levels), noise, stretches)
+
+
+def _is_second(noise: NoiseConfig, draw: int) -> bool:
+    """Whether a draw follows from the one before it."""
+    return noise.paired_draws != "independent" and draw % 2 == 1
+
+
+def _draw_times(batch: Batch, noise: NoiseConfig, seed: int, draw: int) -> Tensor:
+    """The noise levels of one draw, as `sample_times` samples them or as its pair has them."""
+    if not _is_second(noise, draw):
+        return sample_times(batch, noise, seed=seed, draw=draw)
+    first = sample_times(batch, noise, seed=seed, draw=draw - 1)
+    return first if noise.paired_draws == "mirrored" else noise.time_min + noise.time_max - first
 
 
 def _mask(batch: Batch, noise: NoiseConfig, seed: int, draw: int, times: Tensor) -> Tensor:
@@ -88,14 +101,31 @@ def _mask(batch: Batch, noise: NoiseConfig, seed: int, draw: int, times: Tensor)
     blocks = torch.arange(length // noise.block_size_tokens, device=device).unsqueeze(-1)
     offsets = torch.arange(noise.block_size_tokens, device=device)
     epochs, samples = (key.reshape(-1, 1, 1) for key in (batch.epochs, batch.samples))
-    uniform = keyed_uniform(seed, _MASKS + _DRAW * draw, epochs, samples, blocks, offsets)
-    return (uniform < times.unsqueeze(-1)).reshape(-1, length)
+    second, levels = _is_second(noise, draw), times.unsqueeze(-1).to(torch.float64)
+
+    def uniform(purpose: int, *keys: Tensor) -> Tensor:
+        numbers = keyed_uniform(seed, purpose + _DRAW * (draw - second), epochs, samples, blocks, *keys)
+        return 1.0 - numbers if second else numbers
+
+    if noise.mask_counts == "random":
+        return (uniform(_MASKS, offsets) < levels).reshape(-1, length)
+    counts = (levels * noise.block_size_tokens + uniform(_COUNTS)).floor()
+    if noise.mask_counts == "at_least_one":
+        counts = counts.clamp(min=1)
+    # The masked positions are the first of a race, in which a position wins with odds in proportion
+    # to its weight.
+    times_of_arrival = -torch.log1p(-uniform(_MASKS, offsets)) * torch.exp(-noise.late_bias * (1 - levels) * offsets)
+    places = times_of_arrival.argsort(dim=-1).argsort(dim=-1)
+    return (places < counts).reshape(-1, length)
 
 
 def noisy_batch(
     batch: Batch, masked: Tensor, times: Tensor, noise: NoiseConfig, stretches: Sequence[slice] = COMPLETE
 ) -> NoisyBatch:
     """Apply a mask to clean sequences. Padding is masked like other tokens, and not scored.
+
+    With `batch.scored`, other positions are neither masked nor scored: they stand clean in both
+    streams, padding too.
 
     Args:
         batch: The clean sequences.
@@ -106,6 +136,9 @@ def noisy_batch(
     """
     draws = len(masked) // len(batch.tokens)
     real = torch.ones_like(masked) if batch.padding is None else ~batch.padding.repeat(draws, 1)
+    if batch.scored is not None:
+        real = real & batch.scored.repeat(draws, 1)
+        masked = masked & real
     scored = masked & real
     noisy = batch.tokens.repeat(draws, 1).masked_fill(masked, noise.mask_token_id)
     shares = teacher_shares(batch, masked, noise) if noise.distils else None

@@ -99,6 +99,26 @@ def backbone_fingerprint(config: RunConfig) -> str | None:
     return parallel.from_main(lambda: hf_folder.fingerprint(backbone))
 
 
+def denoiser_fingerprint(run: Path, config: RunConfig, *, backbone: str | None) -> str | None:
+    """Return the SHA-256 of `init.denoiser`; `None` without one. The first rank calls this.
+
+    A run that resumes keeps what it has written down: its denoiser is in the checkpoint, and the
+    folder may be gone.
+
+    Args:
+        run: The run folder.
+        config: The configuration of the run.
+        backbone: The fingerprint of `init.backbone`, which may be the same folder.
+    """
+    denoiser = config.init.denoiser
+    if denoiser is None or denoiser == config.init.backbone:
+        return backbone if denoiser else None
+    before = run_folder.read_provenance(run)
+    if before.get("denoiser") == denoiser and before.get("denoiser_sha256"):
+        return str(before["denoiser_sha256"])
+    return hf_folder.fingerprint(denoiser) if Path(denoiser).is_dir() else None
+
+
 def build_model(
     config: RunConfig,
     groups: ProcessGroupCollection,
@@ -211,7 +231,7 @@ def _train_in(
     _check_cursor(config, progress)
     stream = _training_stream(config, dataset, groups, progress.cursor)
     _write_run_files(run, config, model, data)
-    _print_summary(config)
+    _print_summary(config, model.fingerprint)
     with contextlib.ExitStack() as resources:
         metrics = resources.enter_context(_open_metrics(run, config, progress))
         saver = checkpoints.CheckpointSaver(
@@ -357,15 +377,21 @@ def _write_run_files(run: Path, config: RunConfig, model: TrainedModel, data: di
         ranks=parallel.world_size(),
         backbone=config.init.backbone,
         fingerprint=model.fingerprint,
+        denoiser=config.init.denoiser,
+        denoiser_fingerprint=denoiser_fingerprint(run, config, backbone=model.fingerprint),
     )
     facts["data"] = data
     facts["roles"] = {role.role: role.implementation for role in diagnose(config)}
     run_folder.write_start(run, config=recipes.to_yaml(config), facts=facts)
 
 
-def _print_summary(config: RunConfig) -> None:
+def _print_summary(config: RunConfig, fingerprint: str | None) -> None:
     """Print what is trained, from which weights and on what, on the first rank."""
-    if parallel.is_main() and config.logging.console:
+    if not parallel.is_main():
+        return
+    if other := initial_weights.other_context(config, fingerprint):
+        logging.getLogger(__name__).warning("%s; it is trained with that of %s now", other, config.init.backbone)
+    if config.logging.console:
         start = config.init.backbone or f"random weights, seed {config.seed}"
         summary = f"[bold]{config.objective}[/bold] from {start}; {one_line_summary()}"
         Console().print(summary, highlight=False, soft_wrap=True)

@@ -2,15 +2,19 @@
 
 import pytest
 
+from megatron_twotower.config.idle import refuse_idle
 from megatron_twotower.config.phases import resolve_phases
 from megatron_twotower.config.recipes import load_recipe, recipes_folder
 from megatron_twotower.config.validation import validate
 from megatron_twotower.mcore.modules import implementation_fields
-from megatron_twotower.plan.layout import layout_of
+from megatron_twotower.plan.estimate import Assumptions, estimate
+from megatron_twotower.plan.layout import GIB, layout_of
 from megatron_twotower.plan.weights import bucket_elements, rank_parameters
 
 PHASES = ["nano_30b_a3b", "nano_30b_a3b_phase1", "nano_30b_a3b_phase2", "nano_30b_a3b_phase3"]
-LAYOUTS = sorted(path.stem for path in (recipes_folder() / "parallel").glob("*.yaml"))
+ALL_LAYOUTS = sorted(path.stem for path in (recipes_folder() / "parallel").glob("*.yaml"))
+LAYOUTS = [name for name in ALL_LAYOUTS if not name.endswith("_long")]
+LONG, LONG_LAYOUTS = "nano_30b_a3b_long", [name for name in ALL_LAYOUTS if name.endswith("_long")]
 
 
 def nano(recipe, layout="h100x64"):
@@ -29,6 +33,16 @@ def test_every_phase_is_valid_on_every_layout_at_its_ranks(recipe, layout):
     assert (config.parallel.card, config.parallel.ranks) == (card, int(ranks))
     validate(config, world_size=int(ranks))
     assert config.train.validation_sequences % (config.data.micro_batch_size * int(ranks)) == 0, "whole batches"
+
+
+@pytest.mark.parametrize("layout", ["h100x8", "h100x64", "h200x8"])
+def test_instruction_tuning_of_the_real_model_is_valid(layout):
+    config = nano("nano_30b_a3b_sft", layout)
+    validate(config, world_size=config.parallel.ranks)
+    refuse_idle(config)
+    assert config.init.backbone != config.init.denoiser, "a post-trained context tower under the base denoiser"
+    assert config.model == nano(PHASES[0]).model and not config.phases
+    assert config.data.documents == "respect" and config.schedule.warmup_steps < 50
 
 
 def test_a_layout_changes_the_hardware_and_nothing_of_the_objective():
@@ -85,3 +99,28 @@ def test_a_later_phase_resumes_from_the_phase_before():
         assert config.phases == whole.phases[:number]
         assert config.output == whole.output and config.init == whole.init
     assert nano(PHASES[3]) == whole
+
+
+@pytest.mark.parametrize("layout", LONG_LAYOUTS)
+def test_long_sequences_fit_on_their_layouts(layout):
+    config = nano(LONG, layout)
+    ranks = config.parallel.ranks
+    assert layout == f"{config.parallel.card}x{ranks}_long"
+    validate(config, world_size=ranks)
+    assert config.data.sequence_length_tokens == 131_072 and config.data.documents == "respect"
+    step = config.data.global_batch_size * config.data.sequence_length_tokens
+    assert step == 1024 * 8192, "the tokens of a step of the other recipes"
+    found = estimate(config, ranks=ranks)
+    data = found.layout.data
+    assert config.data.global_batch_size % data == config.train.validation_sequences % data == 0
+    # Two GiB are left, and experts may be uneven.
+    busy = estimate(config, ranks=ranks, assumptions=Assumptions(expert_imbalance=1.5))
+    assert found.fits and busy.memory.total < busy.accelerator.memory_bytes - 2 * GIB
+    alone = load_recipe(
+        LONG, [f"parallel={layout}", "parallel.context=1", "train.recompute_layers='ME*-'"], planning=True
+    )
+    assert estimate(alone, ranks=ranks).memory.total > 2 * found.accelerator.memory_bytes
+
+
+def test_there_are_layouts_for_long_sequences():
+    assert {"h100x64_long", "h100x256_long"} <= set(LONG_LAYOUTS)

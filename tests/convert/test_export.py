@@ -266,6 +266,28 @@ def test_a_step_is_chosen(run, tmp_path):
         export.export(run, tmp_path / "4", options=choose(step=4))
 
 
+def test_the_trained_weights_of_checkpoints_are_averaged(run, tiny_backbone, tmp_path):
+    for step in (5, 6):
+        export.export(run, tmp_path / str(step), options=choose(step=step))
+    export.export(run, tmp_path / "mean", options=choose(average=2))
+    first, second, averaged = (hf_folders.tensors_of(tmp_path / name) for name in ("5", "6", "mean"))
+    moved = 0
+    for name, tensor in averaged.items():
+        got, parts = tensor.read(), [each[name].read() for each in (first, second)]
+        assert torch.equal(got, ((parts[0].double() + parts[1].double()) / 2).to(got.dtype)), name
+        moved += not torch.equal(got, parts[1])
+    assert moved > 10
+    assert "5, 6" in (tmp_path / "mean" / "README.md").read_text()
+    for source, options, message in (
+        (run, choose(average=3), r"--average: found 3, expected at most the 2 checkpoints of .* up to step 6 .*5, 6;"),
+        (run, choose(average=2, step=5), r"expected at most the 1 checkpoints of .* up to step 5"),
+        (tiny_backbone, choose(average=2), r"--average: found 2, but .* is no training run and has no checkpoints"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export.export(source, tmp_path / "no", options=options)
+    assert not (tmp_path / "no").exists()
+
+
 def test_a_changed_backbone_and_a_damaged_checkpoint_are_refused(run, tiny_backbone, tmp_path, monkeypatch):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
@@ -304,7 +326,7 @@ def test_a_run_whose_backbone_moved_is_exported_with_it(run, tiny_backbone, tmp_
 @pytest.mark.parametrize(
     ("source", "command", "words", "message"),
     [
-        ("two_tower", "export", ["--backbone", "b"], "--backbone: found b, but SOURCE has its own context tower"),
+        ("hub", "export", ["--backbone", "b"], "--backbone: found b, but SOURCE has no denoiser"),
         ("two_tower", "import", ["--backbone", "b"], "--backbone: found b, but SOURCE has its own context tower"),
         ("hub", "import", ["--backbone", "b"], "--backbone: found b, but SOURCE has its own context tower"),
         ("hub", "export", ["--step", "3"], "--step: found 3, but SOURCE is no training run"),

@@ -209,10 +209,13 @@ def test_a_denoiser_goes_with_its_own_backbone_alone(tmp_path, tiny_data, traine
     shutil.copytree(tiny_backbone, tmp_path / "other")
     with open(tmp_path / "other" / "config.json", "a") as file:
         file.write(" ")
+    moved = shutil.copytree(tmp_path / "denoiser", tmp_path / "changed")
+    pointer = {"backbone": "../other", "sha256": "0" * 64}
+    (moved / "context_tower.json").write_text(json.dumps(pointer))
     start = ["train", "recipe=tiny", f"data.folder={tiny_data}", f"output={tmp_path / 'run'}"]
     mistakes = {
-        f"init.backbone={tmp_path / 'other'} init.denoiser={tmp_path / 'denoiser'}": "the backbone of",
-        f"init.denoiser={trained / 'model'}": "init.backbone: found runs/tiny/backbone, expected null",
+        f"init.backbone=null init.denoiser={moved}": "the backbone of",
+        f"init.denoiser={trained / 'model'}": "runs/tiny/backbone",
         f"init.backbone=null init.denoiser={tiny_backbone}": "no denoiser_tower found",
         f"init.backbone={tmp_path / 'denoiser'}": "found a denoiser alone",
     }

@@ -9,19 +9,23 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.memory_corpus import MemoryCorpus
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.context_split import stretches
 from megatron_twotower.data.dataset import (
     UNREAD,
     SequenceDataset,
+    TokenSequence,
     batches,
     global_batch,
     rank_slice,
     read_ahead,
     skipped_sequences,
+    split_batch,
+    stack_sequences,
 )
 from megatron_twotower.data.order import Permutation, Shuffle
-from megatron_twotower.data.packing import Packing
+from megatron_twotower.data.packing import Packing, WholePacking
 from megatron_twotower.data.prepare import prepare
 from megatron_twotower.data.shards import Corpus
 from megatron_twotower.data.tokenizer import train_tokenizer
@@ -295,9 +299,45 @@ def test_documents_kept_apart_begin_blocks_and_are_numbered(corpus):
     assert skipped_sequences(batch) == 0
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_conversations_stay_whole_and_bring_what_is_scored(whole):
+    """Each document is a prompt, and an answer that is scored to its end."""
+    rng, length, block = np.random.default_rng(0), 32, 8
+    lengths = rng.integers(2, 40, 120)
+    mask = np.concatenate([np.arange(size) >= rng.integers(0, size) for size in lengths])
+    corpus = MemoryCorpus(lengths, mask=mask)
+    packing = WholePacking.of(corpus.starts, alignment=block, length=length) if whole else None
+    dataset = SequenceDataset(corpus, sequence_length=length, seed=1, packing=packing)
+    batch = global_batch(dataset, first=0, count=len(dataset))
+    assert batch.scored.dtype == torch.bool and batch.scored.shape == batch.tokens.shape
+    assert (batch.scored.numpy() == mask[batch.tokens.numpy()] & (True if not whole else ~batch.padding.numpy())).all()
+    if not whole:
+        return
+    begins = set(corpus.starts[:-1].tolist())
+    for tokens, documents, scored, padding in zip(
+        batch.tokens, batch.documents, batch.scored, batch.padding, strict=True
+    ):
+        for number in documents.unique().tolist():
+            own = tokens[(documents == number) & ~padding]
+            first = int(own[0])
+            assert first in begins and len(own) % block == 0
+            end = min(first + int(lengths[corpus.starts.searchsorted(first)]), first + length) - 1
+            # The end of the answer fills up the block, and is scored there too.
+            assert own.tolist() == [min(first + offset, end) for offset in range(len(own))]
+        assert not (scored & padding).any()
+
+
+def test_a_blend_of_conversations_and_texts_scores_all_of_a_text():
+    sequences = [TokenSequence(np.arange(4)), TokenSequence(np.arange(4), scored=np.array([False, True, True, False]))]
+    numbers = np.arange(2)
+    batch = stack_sequences(sequences, samples=numbers, epochs=numbers, positions=numbers)
+    assert batch.scored.tolist() == [[True] * 4, [False, True, True, False]]
+    assert [part.scored.tolist() for part in split_batch(batch, 1)] == [[[True] * 4], [[False, True, True, False]]]
+
+
 def test_without_boundaries_there_is_nothing_to_mark(dataset):
     batch = global_batch(dataset, first=0, count=3)
-    assert batch.documents is None and batch.padding is None and batch.corpora is None
+    assert batch.documents is None and batch.padding is None and batch.corpora is None and batch.scored is None
 
 
 def test_memory_is_bounded_by_the_depth(corpus):

@@ -13,7 +13,7 @@ from megatron_twotower.common.errors import UserError
 from megatron_twotower.data import shards
 from megatron_twotower.data.documents import Document, split_documents
 from megatron_twotower.data.prepare import prepare
-from megatron_twotower.data.shards import Corpus, Sample, Shard, token_members, write_index, write_shard
+from megatron_twotower.data.shards import Corpus, Sample, Shard, ShardArrays, array_members, write_index, write_shard
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +31,13 @@ def prepared(tmp_path_factory):
 def test_a_shard_is_written_and_found_again(tmp_path):
     samples = [Sample(f"name {n}", 10 * n, np.arange(n, 3 * n, dtype=np.uint32)) for n in range(1, 40)]
     path = tmp_path / "shard.tar"
-    sha256, offsets, lengths = write_shard(path, samples, first=1000)
+    sha256, (offsets, lengths, scored) = write_shard(path, samples, first=1000)
+    assert scored is None
     assert sha256 == shards.checksum(path)
     data = path.read_bytes()
     for sample, offset, length in zip(samples, offsets.tolist(), lengths.tolist(), strict=True):
         assert (np.frombuffer(data, np.uint32, count=length, offset=offset) == sample.tokens).all()
-    found = list(token_members(path))
+    found = list(array_members(path))
     assert found == [
         (f"{1000 + n:09d}", offset, (len(sample.tokens), np.dtype(np.uint32)))
         for n, (sample, offset) in enumerate(zip(samples, offsets.tolist(), strict=True))
@@ -146,7 +147,7 @@ def simulate(folder, *, count, documents, tokens):
     lengths = np.full(documents, tokens, dtype=np.int64)
     total = count * documents
     totals = {"documents": total, "tokens": total * tokens, "bytes": 4 * total * tokens, "characters": total * tokens}
-    write_index(folder, header={**HEADER, **totals}, shards=rows, arrays=((places, lengths) for _ in rows))
+    write_index(folder, header={**HEADER, **totals}, shards=rows, arrays=(ShardArrays(places, lengths) for _ in rows))
 
 
 def test_a_hundred_thousand_shards_open_at_once(tmp_path):
@@ -248,7 +249,7 @@ def test_a_wrong_index_is_one_line(damaged, tmp_path):
             changed(index, arrays={}),
         ],
         "no key 'vocab_size'": [json.dumps({key: value for key, value in index.items() if key != "vocab_size"})],
-        "version 1, expected 2; prepare the data again": [changed(index, version=1)],
+        "version 1, expected 2 or 3; prepare the data again": [changed(index, version=1)],
     }
     for message, texts in contents.items():
         for text in texts:
@@ -285,7 +286,9 @@ def test_an_array_that_points_elsewhere_is_one_line(damaged):
     np.save(damaged / "offsets.npy", offsets)
     corpus = Corpus.open(damaged)
     for number in (3, 4):
-        with pytest.raises(UserError, match=rf"offsets\.npy: found ids at {offsets[number]} to .*, expected at most"):
+        with pytest.raises(
+            UserError, match=rf"offsets\.npy: found values at {offsets[number]} to .*, expected at most"
+        ):
             corpus.document(number)
     second = Corpus.open(damaged).shards[0].documents
     starts[second] += 1

@@ -63,10 +63,10 @@ def rewrite(split, change):
         samples = [Sample(about[place]["name"], about[place]["bytes"], documents[place]) for place in range(low, high)]
         if number == 0:
             samples = change(samples)
-        sha256, offsets, lengths = write_shard(split / shard.file, samples, first=low)
+        sha256, found = write_shard(split / shard.file, samples, first=low)
         size = (split / shard.file).stat().st_size
         shards.append(shard._replace(sha256=sha256, bytes=size))
-        arrays.append((offsets, lengths))
+        arrays.append(found)
     header = {key: value for key, value in index.items() if key not in ("shards", "arrays")}
     write_index(split, header=header, shards=shards, arrays=arrays)
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,9 +85,70 @@ def test_rows_that_end_have_the_finish_reason_stop(loaded, tmp_path, monkeypatch
     assert row == prompt_file.generate_batch(model, tokenizer, batch, mode="ar", settings=SETTINGS)[0]
 
 
+TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'critic' %}{{ raise_exception('no critics') }}{% endif %}"
+    "[{{ message.role }}] {{ message.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+@pytest.fixture
+def chat_folder(two_tower_folder, tmp_path):
+    folder = shutil.copytree(two_tower_folder, tmp_path / "chat")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def write_chats(path, chats):
+    path.write_text(
+        "".join(json.dumps({"messages": chat} if isinstance(chat, list) else chat) + "\n" for chat in chats)
+    )
+    return path
+
+
+def test_conversations_are_answered_as_their_template_renders_them(chat_folder, loaded, tmp_path):
+    asked = [{"role": "user", "content": "alpha <mask>"}]
+    longer = [*asked, {"role": "assistant", "content": "beta"}, {"role": "user", "content": "gamma"}]
+    path = write_chats(tmp_path / "chats.jsonl", [asked, {"prompt": "alpha </s>"}, longer])
+    rows = run(chat_folder, path, tmp_path / "out.jsonl")
+    special = frozenset({"<unk>", "<s>", "</s>"})
+    texts = [
+        ("[user] alpha <mask></s>\n[assistant] ", special),
+        ("alpha </s>", ()),
+        ("[user] alpha <mask></s>\n[assistant] beta</s>\n[user] gamma</s>\n[assistant] ", special),
+    ]
+    for row, (text, recognised) in zip(rows, texts, strict=True):
+        alone = engine.generate(*loaded, text, settings=SETTINGS, recognised=recognised)
+        assert row["text"] == alone.text
+        ids = text_encoder(loaded[1], recognised=recognised)([text])[0]
+        assert alone.ids[: len(ids)].tolist() == ids and ids.count(2) == text.count("</s>") * bool(recognised)
+        assert 3 not in ids, "the mask token stays text"
+    assert [row.get("messages") for row in rows] == [asked, None, longer]
+
+
+def test_conversations_that_cannot_be_answered_are_one_line(chat_folder, two_tower_folder, tmp_path):
+    asked = [{"role": "user", "content": "alpha"}]
+    mistakes = [
+        (
+            [asked, [{"role": "critic", "content": "x"}]],
+            chat_folder,
+            r"chats\.jsonl:2: the chat template does not take .*",
+        ),
+        ([[*asked, {"role": "assistant", "content": "x"}]], chat_folder, r":1: found a last turn of the assistant"),
+        ([{"messages": "alpha"}], chat_folder, r":1: field 'messages' holds 'alpha', expected a list of turns"),
+        ([asked], two_tower_folder, "found no chat template"),
+        ([{"text": "x"}], chat_folder, "with a text field 'prompt' or with 'messages'"),
+    ]
+    for chats, folder, message in mistakes:
+        path = write_chats(tmp_path / "chats.jsonl", chats)
+        with pytest.raises(UserError, match=message):
+            run(folder, path, tmp_path / "out.jsonl")
+        assert not list(tmp_path.glob("out*")), message
+
+
 def test_a_batch_has_prompts_of_similar_lengths_within_a_window(loaded, prompts):
     encode = text_encoder(loaded[1])
-    made = list(batches(prompts, encode, SMALL))
+    made = list(batches(prompts, lambda records: encode([record["prompt"] for record in records]), SMALL))
     assert [batch.number for batch in made] == list(range(7))
     assert [len(batch.ids) for batch in made] == [3] * 6 + [2]  # windows of 6, 6, 6 and 2 prompts
     for first in range(0, len(made), 2):

@@ -2,12 +2,14 @@
 
 import io
 import re
+import shutil
 
 import pytest
 import torch
 from rich.console import Console
 
 from megatron_twotower.cli import main
+from megatron_twotower.common.errors import UserError
 from megatron_twotower.generate import engine
 from megatron_twotower.generate import terminal as generate_terminal
 from megatron_twotower.generate.engine import MODES, Generation, GenerationSettings
@@ -159,7 +161,7 @@ MISTAKES = {
     "no folder": (["--prompt", "x", "--model", "/no/such"], "/no/such/config.json: not found"),
     "out of range": (["--prompt", "x", "--temperature", "-1"], "temperature: found -1.0, expected at least 0"),
     "no number": (["--prompt", "x", "--block-size", "many"], "invalid int value: 'many'"),
-    "nothing to continue": ([], "one of the arguments --prompt --prompts is required"),
+    "nothing to continue": ([], "one of the arguments --prompt --prompts --chat is required"),
     "two kinds of prompt": (["--prompt", "x", "--prompts", "y"], "not allowed with argument --prompt"),
     "no such device": (["--prompt", "x", "--device", "nowhere"], "device: found nowhere, expected"),
     "no page of ar": (["--prompt", "x", "--mode", "ar", "--html", "a.html"], "html: found mode ar, expected"),
@@ -182,3 +184,43 @@ def test_a_mistake_is_one_line_and_status_2(mistake, two_tower_folder, capsys):
     assert expected in captured.err
     assert captured.err.startswith("twotower: ") and captured.err.count("\n") == 1
     assert not captured.out
+
+
+# --- conversations ---
+
+
+@pytest.mark.parametrize("interactive", [True, False])
+def test_a_conversation_goes_on_with_its_own_answers(two_tower_folder, tmp_path, monkeypatch, interactive):
+    folder = shutil.copytree(two_tower_folder, tmp_path / "chat")
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages %}[{{ message.role }}] {{ message.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    prompts, answers, call = [], [], generate_terminal.generate
+
+    def generate(model, tokenizer, prompt, **settings):
+        prompts.append((prompt, settings["recognised"]))
+        answers.append(call(model, tokenizer, prompt, **settings))
+        return answers[-1]
+
+    monkeypatch.setattr(generate_terminal, "generate", generate)
+    console = terminal(force_terminal=interactive)
+    lines = ["alpha\n", "\n", "beta <mask>\n"]
+    status = generate_terminal.chat(
+        folder, mode="mask_diffusion", settings=SETTINGS, system="short", console=console, lines=lines
+    )
+    assert status == 0 and len(prompts) == 2
+    first = "[system] short</s>[user] alpha</s>[assistant]"
+    assert prompts[0] == (first, frozenset({"<unk>", "<s>", "</s>"}))
+    assert prompts[1][0] == f"{first} {answers[0].text}</s>[user] beta <mask></s>[assistant]"
+    shown = console.file.getvalue()
+    assert shown.count("mask_diffusion: ") == 2
+    if not interactive:
+        assert answers[0].text.split("\n")[0] in shown and "[user]" not in shown
+    else:
+        assert "\x1b[?25l" in shown, "a live view"
+
+
+def test_a_conversation_needs_a_template(two_tower_folder):
+    with pytest.raises(UserError, match="found no chat template"):
+        generate_terminal.chat(two_tower_folder, mode="ar", settings=SETTINGS, console=terminal(), lines=["x"])

@@ -176,6 +176,7 @@ def measured(changes):
             groups.ep: "expert",
             groups.expt_tp: "expert tensor",
             groups.dp_cp: "data",
+            groups.cp: "context",
             groups.tp_ep: "tensor x expert",
             groups.expt_dp: "expert data",
             groups.pp: "pipeline",
@@ -191,11 +192,11 @@ def measured(changes):
         groups=groups,
         phases=resolve_phases(config),
     )
-    count = config.data.global_batch_size // groups.dp_cp.size()
+    count = config.data.global_batch_size // groups.dp.size()
     shape = (count, config.data.sequence_length_tokens)
-    draw = torch.Generator().manual_seed(groups.dp_cp.rank())
+    draw = torch.Generator().manual_seed(groups.dp.rank())
     tokens = torch.randint(4, config.model.vocab_size, shape, generator=draw)
-    numbers = torch.arange(count) + count * groups.dp_cp.rank()
+    numbers = torch.arange(count) + count * groups.dp.rank()
     each = config.data.micro_batch_size
     batches = [
         Batch(*(t[i : i + each] for t in (tokens, numbers, torch.zeros_like(numbers), numbers)))

@@ -12,7 +12,8 @@ from megatron_twotower.common.errors import UserError
 class MemoryCorpus:
     """Replaces `shards.Corpus`: token i is `base + i`, and every document ends with `end`.
 
-    damaged: shards that cannot be read, and why. shard_tokens: of each shard.
+    mask: what is scored of all tokens; None of texts. damaged: shards that cannot be read, and why.
+    shard_tokens: of each shard.
     """
 
     lengths: np.ndarray
@@ -23,6 +24,7 @@ class MemoryCorpus:
     folder: Path = Path("memory/train")
     vocab_size: int = 1 << 40
     tokenizer_fingerprint: str = "memory"
+    mask: np.ndarray | None = None
 
     @property
     def starts(self):
@@ -39,6 +41,13 @@ class MemoryCorpus:
             if shard in self.damaged:
                 raise UserError(f"shard {shard}: {self.damaged[shard]}")
         return self.base + np.arange(start, start + count)
+
+    def scored(self, start, count):
+        return None if self.mask is None else self.mask[start : start + count]
+
+    @property
+    def scored_offsets(self):
+        return None if self.mask is None else np.arange(len(self.lengths))
 
     def shard_of(self, position):
         return position // self.shard_tokens

@@ -5,6 +5,10 @@ first imported, which other tests may have done in this process:
 `tests/ops/triton/test_interpreter.py` runs the tests of kernels again in a process of its own.
 """
 
+import contextlib
+import dataclasses
+import inspect
+import mmap
 import os
 import re
 import subprocess
@@ -27,6 +31,56 @@ def on_device(tensor):
     """The same tensor, with the same strides."""
     moved = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE)
     return moved.copy_(tensor)
+
+
+def sparse(shape, stride, dtype):
+    """Zeros with these strides. Memory is used only where something is written."""
+    last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    no_reserve = 0x4000  # MAP_NORESERVE of Linux, which mmap has a name for since Python 3.13
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    memory = mmap.mmap(-1, (last + 1) * dtype.itemsize, flags=flags)
+    return torch.frombuffer(memory, dtype=dtype).as_strided(shape, stride)
+
+
+@contextlib.contextmanager
+def programs_of(choose):
+    """Let Triton's interpreter run only the programs `choose(grid)` of a kernel.
+
+    A 32-bit sum or product that overflows is an error. Memory is not copied, as the interpreter
+    would do (Triton 3.9, runtime/interpreter.py).
+    """
+    from triton.runtime import interpreter
+
+    def call(self, *arguments, **options):
+        known = inspect.getfullargspec(self.fn)
+        options = {name: value for name, value in options.items() if name in (*known.args, *known.kwonlyargs)}
+        scope = interpreter._patch_lang(self.fn)
+        try:
+            values = inspect.getcallargs(self.fn, *arguments, **options)
+            values = {k: v if k in self.constexprs else interpreter._implicit_cvt(v) for k, v in values.items()}
+            grid = (*self.grid, 1, 1)[:3]
+            interpreter.interpreter_builder.set_grid_dim(*grid)
+            for index in choose(grid):
+                interpreter.interpreter_builder.set_grid_idx(*index)
+                self.fn(**values)
+        finally:
+            scope.restore()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.GridExecutor, "__call__", call)
+        builder = interpreter.interpreter_builder
+        patch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))
+        yield
+
+
+def every_program(grid):
+    """All programs."""
+    return [(x, y, z) for x in range(grid[0]) for y in range(grid[1]) for z in range(grid[2])]
+
+
+def last_program(grid):
+    """The last program of each axis."""
+    return [tuple(size - 1 for size in grid)]
 
 
 def largest_errors(got, wanted):

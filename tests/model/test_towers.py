@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from helpers.models import build_two_tower, random_noisy_batch, tiny_config
-from helpers.reference import block_by_block
+from helpers.reference import block_by_block, context_caches, denoise_block
 from megatron_twotower.convert import initial_weights, load
 from megatron_twotower.mcore import transformer_config
 from megatron_twotower.model import parameter_map, towers
@@ -167,6 +168,86 @@ def test_packed_documents_are_as_if_each_were_alone(groups, pattern):
         if name in gradients:
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-8, atol=1e-9, msg=name)
     assert not torch.allclose(together, logits_of(model, batch)), "the boundaries must matter"
+
+
+@pytest.mark.parametrize("pattern", ["M", "*", "ME*-M*"])
+def test_packed_conversations_have_the_gradients_of_single_ones(groups, pattern):
+    """The loss of answers over a sequence of three conversations, and over each alone, in float64.
+
+    The counts of the routers, too, are the sums of those of single conversations.
+    """
+    config = tiny_config(pattern, length=24)
+    generator, spans = torch.Generator().manual_seed(3), [slice(0, 8), slice(8, 12), slice(12, 20)]
+    tokens = torch.randint(4, config.model.vocab_size, (1, 24), generator=generator)
+    documents = torch.tensor([[0] * 8 + [1] * 4 + [2] * 12], dtype=torch.int32)
+    scored, padding = torch.zeros(2, 1, 24, dtype=torch.bool)
+    for answer in (slice(5, 8), slice(9, 12), slice(14, 20)):
+        scored[:, answer] = True
+    padding[:, 20:] = True  # what fills up the sequence
+    numbers = torch.arange(1)
+    whole = Batch(tokens, numbers, numbers, numbers, documents=documents, padding=padding, scored=scored)
+    masked = (torch.rand(1, 24, generator=generator) < 0.6) & scored
+    times = torch.full((1, 6), 0.6)
+    model, _ = build_two_tower(config, groups)
+
+    def total_and_count(batch, masked, times):
+        noisy = noisy_batch(batch, masked, times, config.noise)
+        places = noisy.scored_positions[: int(noisy.num_scored)]
+        logits, targets = logits_of(model, noisy).flatten(0, 1)[places], noisy.tokens.flatten()[places]
+        return F.cross_entropy(logits, targets, reduction="sum"), len(places)
+
+    def router_counts():
+        found = [buffer for name, buffer in model.named_buffers() if name.endswith("local_tokens_per_expert")]
+        counts = torch.cat(found) if found else torch.zeros(1)
+        for buffer in found:
+            buffer.zero_()
+        return counts.clone()
+
+    model.train()
+    total, count = total_and_count(whole, masked, times)
+    assert count == masked.sum() > 5
+    total.backward()
+    together = router_counts()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for span in spans:
+        alone = Batch(tokens[:, span], numbers, numbers, numbers, scored=scored[:, span])
+        part, part_count = total_and_count(alone, masked[:, span], times[:, span.start // 4 : span.stop // 4])
+        part.backward()
+        total, count = total - part, count - part_count
+    assert count == 0 and abs(float(total.detach())) < 1e-9
+    alone_counts = router_counts()
+    assert torch.equal(together, alone_counts) and (together.sum() > 0) == ("E" in pattern)
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-8, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("pattern", ["M", "*", "ME*-M*"])
+def test_blocks_that_begin_with_an_answer_are_those_of_generation(groups, pattern):
+    """Two conversations after padding that nothing sees: each block as if it were generated."""
+    config = tiny_config(pattern, length=24)
+    generator = torch.Generator().manual_seed(4)
+    tokens = torch.randint(4, config.model.vocab_size, (1, 24), generator=generator)
+    # Padding, a prompt, an answer; twice. The prompts have 2 and 5 tokens, blocks 4.
+    documents = torch.tensor([[0] * 2 + [1] * 6 + [2] * 3 + [3] * 13], dtype=torch.int32)
+    padding = (documents == 0) | (documents == 2)
+    scored = torch.zeros(1, 24, dtype=torch.bool)
+    scored[:, 4:8] = scored[:, 16:24] = True
+    numbers = torch.arange(1)
+    batch = Batch(tokens, numbers, numbers, numbers, documents=documents, padding=padding, scored=scored)
+    masked, times = torch.rand(1, 24, generator=generator) < 0.6, torch.rand(1, 6, generator=generator)
+    model, source = build_two_tower(config, groups)
+    noisy = noisy_batch(batch, masked, times, config.noise)
+    got = logits_of(model, noisy)[0]
+    for begin, start in ((2, 4), (11, 16), (11, 20)):
+        caches, _ = context_caches(source, config.model, tokens[0, begin:start])
+        want = denoise_block(source, config.model, 16, noisy.noisy[0, start : start + 4], times[0, start // 4], caches)
+        torch.testing.assert_close(got[start : start + 4], want, rtol=1e-5, atol=1e-6)
+    # What the padding holds makes no difference.
+    other = dataclasses.replace(batch, tokens=tokens.masked_fill(padding, 7))
+    again = logits_of(model, noisy_batch(other, masked, times, config.noise))[0]
+    torch.testing.assert_close(again[scored[0]], got[scored[0]], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("pattern", ["M", "*", "ME*-M*"])

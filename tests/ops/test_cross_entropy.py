@@ -55,6 +55,27 @@ def test_linear_cross_entropy_in_bfloat16(positions, vocabulary, chunk, seed):
     positions=st.integers(0, 30), vocabulary=st.integers(2, 20), chunk=st.integers(1, 12), seed=st.integers(0, 10**6)
 )
 @settings(max_examples=50, deadline=None)
+def test_certainty(positions, vocabulary, chunk, seed):
+    hidden, weight = (draw(n, 6, seed=seed + n, grad=False).float() for n in (positions, vocabulary))
+    targets = (hidden @ weight.t()).argmax(-1) if positions else torch.zeros(0, dtype=torch.long)
+    targets[1::2] = torch.arange(positions)[1::2] % vocabulary  # every other one is often wrong
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    weights = torch.rand(positions, generator=torch.Generator().manual_seed(seed))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cross_entropy, "POSITION_CHUNK", chunk)
+        got, losses = linear_cross_entropy(hidden, weight, targets, weights, certainty=0.7)
+    want, each = linear_cross_entropy_ref(hidden, weight, targets, weights, certainty=0.7)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses, each, rtol=1e-5, atol=1e-5)
+    ours, theirs = torch.autograd.grad(3 * got, (hidden, weight)), torch.autograd.grad(3 * want, (hidden, weight))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@given(
+    positions=st.integers(0, 30), vocabulary=st.integers(2, 20), chunk=st.integers(1, 12), seed=st.integers(0, 10**6)
+)
+@settings(max_examples=50, deadline=None)
 def test_soft_targets_of_a_teacher(positions, vocabulary, chunk, seed):
     hidden, weight, other, head = (
         draw(n, 6, seed=seed + i, grad=False).float() for i, n in enumerate((positions, vocabulary) * 2)

@@ -251,8 +251,38 @@ def test_mamba_ssm_is_not_used_in_float32(monkeypatch):
     """It would multiply in TF32."""
     monkeypatch.setattr(dispatch, "unavailable", lambda package: None)
     dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    used = [dtype for dtype in dtypes if scan._uses_mamba_ssm(SimpleNamespace(is_cuda=True, dtype=dtype))]
+    monkeypatch.setattr(dispatch, "mamba_ssm_unsupported", lambda *_, **__: None)
+    xs = {dtype: SimpleNamespace(is_cuda=True, dtype=dtype) for dtype in dtypes}
+    used = [dtype for dtype, x in xs.items() if scan._uses_mamba_ssm(x, None, None, None, chunk=128)]
     assert used == [torch.float16, torch.bfloat16]
+
+
+def at_nano_width(batch, length):
+    """x, dt, B and C of Nano as views of the convolution's output, without memory."""
+    with torch.device("meta"):
+        x, B, C = torch.empty(batch, length, 6144).split([4096, 1024, 1024], -1)
+        dt = torch.empty(batch, length, 64)
+    return x.unflatten(-1, (64, 64)), dt, B.unflatten(-1, (8, 128)), C.unflatten(-1, (8, 128))
+
+
+def test_mamba_ssm_is_not_used_where_its_offsets_overflow(monkeypatch):
+    monkeypatch.setattr(dispatch, "unavailable", lambda package: None)
+    assert dispatch.mamba_ssm_unsupported(*at_nano_width(1, 262_144), chunk=128) is None
+    assert dispatch.mamba_ssm_unsupported(*at_nano_width(2, 131_072), chunk=128) is None
+    expected = "offsets up to 2,415,917,055 elements, expected at most 2,147,483,647"
+    assert dispatch.mamba_ssm_unsupported(*at_nano_width(3, 131_072), chunk=128) == expected
+    # The states are larger than x if the chunks are short.
+    assert dispatch.mamba_ssm_unsupported(*at_nano_width(1, 262_144), chunk=16) is not None
+    small, large = (at_nano_width(batch, 131_072) for batch in (1, 3))
+    for (x, *others), taken in ((small, True), (large, False)):
+        there = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=x.shape, stride=x.stride, numel=x.numel)
+        assert scan._uses_mamba_ssm(there, *others, chunk=128) is taken
+
+
+def test_causal_conv1d_is_not_used_where_its_offsets_overflow():
+    weight, projected = torch.empty(6144, 4), torch.empty(1, 262_144, 10_304, device="meta")
+    assert dispatch.causal_conv1d_takes(projected[:, :131_072, 4096:10_240], weight)
+    assert not dispatch.causal_conv1d_takes(projected[..., 4096:10_240], weight)
 
 
 def test_each_of_our_own_kernels_can_be_switched_off(monkeypatch):

@@ -147,3 +147,48 @@ def test_only_the_state_of_each_chunk_is_kept():
 )
 def test_chunks_are_multiples_of_small_blocks_and_divisors_of_large_ones(preferred, expected):
     assert {block: chunk_length(block, preferred=preferred) for block in expected} == expected
+
+
+# --- long sequences ---
+
+
+@pytest.mark.slow
+def test_float32_stays_accurate_over_131072_steps():
+    """Against float64, for heads whose states last about 1, 10^3 and 10^7 steps."""
+    length, scale = 131_072, torch.tensor([1.0, 1.0, 1e-3, 1e-3, 1e-5, 1e-5], dtype=torch.float64)
+    sizes = {"batch": 1, "heads": 6, "groups": 3, "size": 2, "state": 4}
+    clean, noisy = ([t.float() for t in inputs(length, **sizes, seed=seed)] for seed in (0, 1))
+    for stream in (clean, noisy):
+        stream[1], stream[2] = stream[1] * scale.float(), -torch.tensor([0.5, 1.0, 0.5, 1.0, 0.01, 1.0])
+    by_step, last = scan_ref(*[t.double() for t in clean])
+    found = {}
+    # In float64 in other chunks, so that an error of the chunks would show.
+    for dtype, chunk in ((torch.float32, 128), (torch.float64, 32)):
+        trained, own = ([t.to(dtype).requires_grad_() for t in stream] for stream in (clean, noisy))
+        y, states, final = chunk_scan(*trained, chunk=chunk)
+        names = dict(zip(("clean_x", "clean_dt", "clean_A", "clean_B"), (t.detach() for t in trained), strict=False))
+        two = two_stream_scan(*own, **names, states=states, block=16, chunk=chunk)
+        upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(9))
+        grads = [torch.autograd.grad(out, of, upstream.to(dtype)) for out, of in ((y, trained), (two, own))]
+        found[dtype] = {"y": y, "states": states[:, :: 128 // chunk], "final": final, "noisy y": two} | {
+            f"{kind} {name}": t
+            for kind, of in zip(("clean", "noisy"), grads, strict=True)
+            for name, t in zip(NAMES, of, strict=True)
+        }
+    exact = found[torch.float64]
+    assert errors_by_group({"y": exact["y"], "final": exact["final"]}, {"y": by_step, "final": last}) < 1e-11
+    values = ("y", "states", "final", "noisy y")
+    assert errors_by_group(*({name: t[name] for name in values} for t in found.values())) < 5e-6
+    gradients = exact.keys() - values
+    assert errors_by_group(*({name: t[name] for name in gradients} for t in found.values())) < 3e-5
+
+
+def errors_by_group(got, want):
+    """The largest error over the largest value, of tensors and three groups of heads of each."""
+    errors = {}
+    for name, exact in want.items():
+        # Heads or groups: the dimension of 6 or 3.
+        dim = next(d for d, size in enumerate(exact.shape) if size in (3, 6))
+        for group, (a, b) in enumerate(zip(got[name].double().chunk(3, dim), exact.chunk(3, dim), strict=True)):
+            errors[name, group] = ((a - b).abs().max() / b.abs().max()).item()
+    return max(errors.values())

@@ -16,6 +16,7 @@ from megatron_twotower.plan import search as searching
 from megatron_twotower.plan.estimate import Assumptions, estimate, in_flight
 from megatron_twotower.plan.flops import step_flops
 from megatron_twotower.plan.layout import ACCELERATORS, GIB, layout_of
+from megatron_twotower.plan.traffic import crosses_nodes
 from megatron_twotower.plan.weights import buffer, parameter_count, tower_entries
 from megatron_twotower.train.losses import masked_diffusion_loss
 
@@ -182,6 +183,53 @@ def test_a_pipeline_shares_weights_and_keeps_several_micro_batches():
     # more than the 64 of a step.
     pace = max(parts) / (sum(parts) / 4) * (1 + 3 / 64)
     assert four.phases[0].compute_seconds == pytest.approx(one.phases[0].compute_seconds * pace)
+
+
+def test_context_ranks_divide_activations_and_gather_keys_values_and_states():
+    """By hand, for one sequence of 131,072 tokens of the real model on 8 context-parallel ranks."""
+    length, ranks = 131_072, 8
+    long = ("data.global_batch_size=64", f"data.sequence_length_tokens={length}", "noise.block_size_tokens=16")
+    one, eight = (estimate(nano(*long, f"parallel.context={c}"), ranks=64) for c in (1, ranks))
+    assert eight.layout.data == 8 and eight.layout.copies == one.layout.copies == 64
+    for weights in ("context", "parameters", "gradients", "optimizer"):
+        # Up to padding: Megatron makes larger buckets for more data-parallel ranks.
+        assert getattr(eight.memory, weights) == pytest.approx(getattr(one.memory, weights), rel=1e-6)
+    # Whole on every rank: the gradient of the head in fp32, and the keys and values of 6 layers.
+    head, keys = 4 * 131_072 * 2688, 6 * 2 * 2 * 128 * 2 * length
+    assert eight.memory.kept - head == pytest.approx((one.memory.kept - head) / ranks, rel=1e-3)
+    assert eight.memory.handoff - keys == pytest.approx((one.memory.handoff - keys) / ranks, rel=1e-3)
+    # Of 8 micro-batches, 23 layers M and 6 layers *: what all ranks gather, less a rank's own.
+    states, ends = 2 * ranks * 64 * (64 * 128 + 1) * 4, 2 * ranks * 3 * 6144 * 2
+    gathered = 23 * (states + ends) + keys
+    assert eight.sent["context"] == pytest.approx(8 * gathered * (ranks - 1) / ranks)
+    assert "context" not in one.sent
+    assert eight.phases[0].compute_seconds == pytest.approx(one.phases[0].compute_seconds)
+    assert eight.phases[0].flops == one.phases[0].flops
+
+
+def test_a_context_group_may_cross_nodes():
+    long = ("data.global_batch_size=64", "data.sequence_length_tokens=131072", "parallel.ranks=64")
+    for overrides, crosses in (
+        (["parallel.context=8"], False),
+        (["parallel.context=16"], True),
+        (["parallel.context=8", "parallel.tensor=2", "parallel.sequence=true"], True),
+    ):
+        found = estimate(nano(*long, *overrides), ranks=64)
+        assert crosses_nodes("context", found.layout, found.accelerator) is crosses
+
+
+def test_a_search_finds_context_ranks_for_long_sequences():
+    config = load_recipe("nano_30b_a3b_long", ["parallel.context=1"], planning=True)
+    # In a small part of the search.
+    with pytest.MonkeyPatch.context() as patch:
+        for name, values in {"TENSOR": (1,), "PIPELINE": (1,), "EXPERT": (8,), "RECOMPUTE": ("ME",)}.items():
+            patch.setattr(searching, name, values)
+        found = searching.search(config, ranks=64)
+        short = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length_tokens=4096))
+        assert {each.parallel.context for each in searching.candidates(short, ranks=64)} == {1}
+    fitting = [each.config.parallel.context for each in found if each.fits]
+    assert fitting and min(fitting) > 4
+    assert any("parallel.context=" in text for text in searching.overrides(config, found[0].config))
 
 
 def test_a_search_ranks_valid_layouts_those_that_fit_first():

@@ -32,12 +32,17 @@ LAYOUTS = {
         {"train.recompute_layers": "ME"} | TENSOR,
         {"parallel.expert": 2, "parallel.expert_tensor": 1} | TENSOR | DISTRIBUTED | TAUGHT,
         {"parallel.pipeline": 2, "parallel.pipeline_layers": [4, 2], "noise.time_per": "block"} | DISTRIBUTED | WIDE,
+        {"parallel.context": 2, "noise.time_per": "block"} | DISTRIBUTED | WIDE,
+        {"parallel.context": 2, "train.recompute_layers": "ME"} | TAUGHT,
     ],
     4: [
         {"parallel.expert": 2} | DISTRIBUTED | WIDE,
         {"parallel.expert": 2, "parallel.expert_tensor": 1, "data.micro_batch_size": 1} | TENSOR | DISTRIBUTED | WIDE,
         {"parallel.expert": 2, "parallel.pipeline": 2} | DISTRIBUTED | WIDE,
         {"parallel.expert": 4, "parallel.expert_tensor": 1, "train.recompute_layers": "ME*-"} | TENSOR,
+        {"parallel.context": 4, "parallel.expert": 4} | DISTRIBUTED | WIDE,
+        {"parallel.context": 2, "parallel.expert": 2, "parallel.expert_tensor": 1} | TENSOR | WIDE,
+        {"parallel.context": 2, "parallel.pipeline": 2} | DISTRIBUTED,
     ],
 }
 

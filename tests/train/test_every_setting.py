@@ -31,6 +31,8 @@ KEYS.remove("phases")
 
 # Overrides of both runs that are compared, for fields that have an effect only in certain runs.
 BASES = {
+    "noise.late_bias": ["noise.mask_counts=exact"],
+    "noise.paired_draws": ["noise.draws_per_context=2"],
     "train.validation_sequences": ["train.validate_every_steps=2"],
     "data.shuffle_run_tokens": ["data.shuffle=windowed"],
     "data.shuffle_window_runs": ["data.shuffle=windowed", "data.shuffle_run_tokens=64"],

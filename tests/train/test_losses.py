@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from megatron_twotower.config.schema import NoiseConfig
+from megatron_twotower.data.dataset import split_batch
 from megatron_twotower.ops import attention
 from megatron_twotower.ops.convolution import block_history, seeded_block_conv
 from megatron_twotower.ops.scan import chunk_scan, two_stream_scan
@@ -108,6 +109,46 @@ def test_next_tokens_are_scored_within_their_document():
     scored[0, 5:8] = False  # the two that fill up, and the first of the next document
     torch.testing.assert_close(report.total, each[scored].sum())
     assert report.count == scored.sum() == report.bucket_counts.sum()
+
+
+@pytest.mark.parametrize("weighting", ["masked_mean", "elbo"])
+def test_scored_positions_of_the_global_batch_divide_the_loss(weighting):
+    """The sums of any parts of a batch add up: what divides them is counted, not averaged."""
+    scored = torch.rand(3, 16, generator=torch.Generator().manual_seed(2)) < 0.5
+    scored[1] = False
+    noise = NoiseConfig(block_size_tokens=4, weighting=weighting, time_per="block")
+    batch, (hidden, weight) = batch_of(scored=scored), hidden_and_weight()
+    noisy = corrupt(batch, noise, seed=5)
+    report = masked_diffusion_loss(tower_of(weight), hidden, noisy, noise, GROUPS)
+    masked, times = noisy.noisy == 3, noisy.times.repeat_interleave(4, dim=1)
+    assert not (masked & ~scored).any()
+    each = F.cross_entropy(
+        (hidden.transpose(0, 1) @ weight.t()).flatten(0, 1), batch.tokens.flatten(), reduction="none"
+    )
+    elbo, each = weighting == "elbo", each.view(3, 16)
+    torch.testing.assert_close(report.total, ((each / times if elbo else each) * masked).sum())
+    assert report.count == (scored if elbo else masked).sum()
+    parts = [
+        masked_diffusion_loss(tower_of(weight), hidden[:, row : row + 1], corrupt(part, noise, seed=5), noise, GROUPS)
+        for row, part in enumerate(split_batch(batch, 1))
+    ]
+    torch.testing.assert_close(sum(part.total for part in parts), report.total)
+    assert sum(part.count for part in parts) == report.count and parts[1].count == 0
+
+
+def test_next_tokens_that_are_scored_are_the_answers():
+    scored = torch.rand(3, 16, generator=torch.Generator().manual_seed(2)) < 0.5
+    documents = torch.zeros(3, 16, dtype=torch.int32)
+    documents[:, 8:] = 1
+    hidden, weight = hidden_and_weight()
+    batch = batch_of(scored=scored, documents=documents)
+    report = autoregressive_loss(tower_of(weight), hidden, next_tokens(batch), GROUPS)
+    logits = hidden.transpose(0, 1)[:, :-1] @ weight.t()
+    each = F.cross_entropy(logits.flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="none").view(3, 15)
+    targets = scored[:, 1:].clone()
+    targets[:, 7] = False  # the first of a document has no text before it
+    torch.testing.assert_close(report.total, each[targets].sum())
+    assert report.count == targets.sum() == report.bucket_counts.sum()
 
 
 def test_no_operation_of_a_step_asks_for_a_value():

@@ -98,6 +98,64 @@ def test_stratified_times_of_consecutive_samples_are_spread_evenly():
     assert torch.stack(even).std() < 0.5 * torch.stack(free).std()
 
 
+@pytest.mark.parametrize("per", ["sequence", "block"])
+def test_exact_counts_are_rounded_at_random_and_every_token_has_its_probability(per):
+    noise = dataclasses.replace(NOISE, mask_counts="exact", block_size_tokens=8, time_per=per)
+    batch = batch_of(range(4000))
+    noisy = corrupt(batch, noise, seed=3)
+    masked = (noisy.noisy == noise.mask_token_id).unflatten(1, (-1, 8))
+    expected = 8 * noisy.times.expand(-1, masked.shape[1])
+    counts = masked.sum(-1)
+    assert ((counts == expected.floor()) | (counts == expected.ceil())).all()
+    assert (counts - expected).mean().abs() < 0.01
+    torch.testing.assert_close(masked.double().mean((0, 1)), torch.full((8,), 0.5).double(), atol=0.02, rtol=0)
+
+
+def test_at_least_one_token_of_every_block_is_masked():
+    low = dataclasses.replace(NOISE, time_max=0.01, block_size_tokens=8)
+    counts = {}
+    for kind in ("exact", "at_least_one"):
+        noisy = corrupt(batch_of(range(200)), dataclasses.replace(low, mask_counts=kind), seed=3)
+        counts[kind] = (noisy.noisy == low.mask_token_id).unflatten(1, (-1, 8)).sum(-1)
+    assert (counts["exact"] == 0).any() and (counts["at_least_one"] == 1).all()
+
+
+def test_later_tokens_of_a_block_are_masked_more_often():
+    """With one mask in a block, token i has it with probability exp(b (1 - t) i) over their sum."""
+    level, bias = 0.125, 0.4
+    noise = dataclasses.replace(
+        NOISE, time_min=level, time_max=level, mask_counts="exact", late_bias=bias, block_size_tokens=8
+    )
+    noisy = corrupt(batch_of(range(5000)), noise, seed=3)
+    masked = (noisy.noisy == noise.mask_token_id).unflatten(1, (-1, 8))
+    assert (masked.sum(-1) == 1).all()
+    expected = torch.softmax(bias * (1 - level) * torch.arange(8).double(), dim=0)
+    torch.testing.assert_close(masked.double().mean((0, 1)), expected, atol=0.015, rtol=0)
+
+
+@pytest.mark.parametrize("counts", ["random", "exact"])
+def test_the_second_draw_of_a_pair_follows_from_the_first(counts):
+    base = dataclasses.replace(NOISE, draws_per_context=4, time_per="block", mask_counts=counts, time_min=1e-9)
+
+    def of(kind):
+        noisy = corrupt(batch_of(range(400)), dataclasses.replace(base, paired_draws=kind), seed=3)
+        return (noisy.noisy == base.mask_token_id).chunk(4), noisy.times.chunk(4)
+
+    free, free_times = of("independent")
+    mirrored, times = of("mirrored")
+    assert torch.equal(mirrored[0], free[0]) and torch.equal(mirrored[2], free[2]) and not torch.equal(*mirrored[::2])
+    assert torch.equal(times[0], times[1]) and torch.equal(times[0], free_times[0])
+    # Two masks of level t have as little in common as they can: max(0, 2 t - 1).
+    level = times[0].repeat_interleave(base.block_size_tokens, dim=1)
+    common = (mirrored[0] & mirrored[1]).double().mean()
+    torch.testing.assert_close(common, (2 * level - 1).clamp(min=0).double().mean(), atol=0.02, rtol=0)
+    assert common < level.double().square().mean() - 0.05, "less than of independent masks of one level"
+    complementary, times = of("complementary")
+    assert torch.equal(complementary[0], free[0])
+    torch.testing.assert_close(times[0] + times[1], torch.ones_like(times[0]))
+    assert (complementary[0] ^ complementary[1]).double().mean() > 0.999
+
+
 @pytest.mark.parametrize("draws", [1, 2])
 def test_a_token_with_nothing_visible_after_it_in_its_block_has_the_share_of_a_teacher(draws):
     noise = NoiseConfig(
@@ -119,3 +177,34 @@ def test_a_token_with_nothing_visible_after_it_in_its_block_has_the_share_of_a_t
     assert seen == {0.0, 0.25, 0.75}
     assert torch.equal(noisy.teacher_shares, shares.flatten()[noisy.scored_positions])
     assert corrupt(batch, NOISE, seed=3).teacher_shares is None
+
+
+@pytest.mark.parametrize("time_per", ["sequence", "block"])
+@pytest.mark.parametrize("sampling", ["uniform", "stratified"])
+@pytest.mark.parametrize("weighting", ["masked_mean", "elbo"])
+@pytest.mark.parametrize("draws", [1, 3])
+@pytest.mark.parametrize("counts", ["random", "at_least_one"])
+def test_only_scored_positions_are_masked_and_the_others_stand_clean(time_per, sampling, weighting, draws, counts):
+    scored = torch.rand(6, 16, generator=torch.Generator().manual_seed(0)) < 0.4
+    padding = torch.zeros(6, 16, dtype=torch.bool)
+    padding[:, 13:] = True
+    scored, scored[3] = scored & ~padding, False
+    noise = NoiseConfig(
+        block_size_tokens=4,
+        time_per=time_per,
+        time_sampling=sampling,
+        weighting=weighting,
+        draws_per_context=draws,
+        mask_counts=counts,
+    )
+    batch = dataclasses.replace(batch_of(range(6)), padding=padding, scored=scored)
+    noisy, everything = corrupt(batch, noise, seed=3), corrupt(batch_of(range(6)), noise, seed=3)
+    masked = noisy.noisy == noise.mask_token_id
+    # The noise itself is that of the whole sequence.
+    assert torch.equal(masked, (everything.noisy == noise.mask_token_id) & scored.repeat(draws, 1))
+    assert torch.equal(noisy.times, everything.times)
+    assert torch.equal(noisy.noisy[~masked], batch.tokens.repeat(draws, 1)[~masked])
+    assert torch.equal(noisy.scored_positions[: int(noisy.num_scored)], masked.flatten().nonzero().squeeze(-1))
+    assert int(noisy.num_scored) == int(masked.sum()) and int(noisy.num_tokens) == int(scored.sum()) * draws
+    counted = scored.repeat(draws, 1) if weighting == "elbo" else masked
+    assert torch.equal(noisy.sequence_weights, counted.sum(1).float()) and noisy.sequence_weights[3] == 0

@@ -57,8 +57,8 @@ def _tap(
         seen = ok & (read >= 0)[:, None]
     if DOCUMENTS:
         # Inputs before the first position are of its document.
-        own = tl.load(documents + i * docs_l, mask=i < blocks * BLOCK, other=-1)
-        other = tl.load(documents + tl.maximum(read, 0) * docs_l, mask=i < blocks * BLOCK, other=-2)
+        own = tl.load(documents + i.to(tl.int64) * docs_l, mask=i < blocks * BLOCK, other=-1)
+        other = tl.load(documents + tl.maximum(read, 0).to(tl.int64) * docs_l, mask=i < blocks * BLOCK, other=-2)
         seen = seen & (own == other)[:, None]
     inside = seen & (read >= start)[:, None]
     value = tl.load(x + read.to(tl.int64)[:, None] * x_l + cols[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -220,8 +220,8 @@ def block_conv_backward_kernel(
             w = tl.load(weight + cols * TAPS + tap, mask=col_ok, other=0.0).to(tl.float32)
             product = upstream * w[None, :]
             if DOCUMENTS:
-                own = tl.load(batch_documents + i * docs_l, mask=i < length, other=-1)
-                other = tl.load(batch_documents + at * docs_l, mask=at < length, other=-2)
+                own = tl.load(batch_documents + i.to(tl.int64) * docs_l, mask=i < length, other=-1)
+                other = tl.load(batch_documents + at.to(tl.int64) * docs_l, mask=at < length, other=-2)
                 product = tl.where((own == other)[:, None], product, 0.0)
             grad_x_i += product
         inside = (i < length)[:, None] & col_ok[None, :]

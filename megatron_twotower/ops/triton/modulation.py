@@ -31,7 +31,7 @@ MAX_POSITIONS = 64
 def _program_tile(segment_length, batches, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Of this program: segment, batch, columns, offsets in (l, b, h), their mask, positions."""
     chunks = tl.cdiv(segment_length, ROWS)
-    segment, batch = tl.program_id(0) // chunks, tl.program_id(2)
+    segment, batch = tl.program_id(0) // chunks, tl.program_id(2).to(tl.int64)
     index = tl.program_id(0) % chunks * ROWS + tl.arange(0, ROWS)
     cols, positions = tl.program_id(1) * COLS + tl.arange(0, COLS), segment * segment_length + index
     ok = (index < segment_length)[:, None] & (cols < WIDTH)[None, :]

@@ -117,7 +117,7 @@ def gated_norm_backward_kernel(
         tl.store(grad_y + offsets, round_to(grad_gated * gate, grad_y.dtype.element_ty), mask=ok)
         tl.store(grad_z + offsets, round_to(grad_gated * y_ * slope, grad_z.dtype.element_ty), mask=ok)
         total += tl.sum(g * normed, 0)
-    tl.store(grad_weight + (part * GROUPS + group) * WIDTH + cols, total, mask=cols < WIDTH)
+    tl.store(grad_weight + (part.to(tl.int64) * GROUPS + group) * WIDTH + cols, total, mask=cols < WIDTH)
 
 
 def _constants(weight: Tensor) -> tuple[int, int, int, int]:

@@ -4,7 +4,8 @@ Names: i, the positions of the tile, counted from the chunk's start, as rows; j,
 positions as columns; p, n, the indices of a head's values and of its state; x_l, the stride of x
 along l, and so on, with cx, cdt, cB for clean_x, clean_dt, clean_B and h for the states. Names in
 capitals are compile-time constants. ROWS, KEYS, P, N and Q are padded to powers of two of at least
-16. Offsets of batch and chunk are 64-bit.
+16. Offsets into tensors are 64-bit, as in all kernels of this folder: a tensor may have more than
+2^31 elements.
 """
 
 import triton
@@ -17,7 +18,7 @@ from megatron_twotower.ops.triton.common import INTERPRETED, round_to
 def _matrix(base, rows, row_stride, cols, row_ok, WIDTH: tl.constexpr):
     """Load (rows, cols) of a matrix whose last dimension is contiguous; zeros where masked."""
     ok = row_ok[:, None] & (cols < WIDTH)[None, :]
-    return tl.load(base + rows[:, None] * row_stride + cols[None, :], mask=ok, other=0.0)
+    return tl.load(base + rows.to(tl.int64)[:, None] * row_stride + cols[None, :], mask=ok, other=0.0)
 
 
 @triton.jit
@@ -63,7 +64,13 @@ def _head_and_chunk(length, HEADS: tl.constexpr, CHUNK: tl.constexpr):
     chunks = tl.cdiv(length, CHUNK)
     index, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     start = chunk.to(tl.int64) * CHUNK
-    return (index // HEADS).to(tl.int64), index % HEADS, chunk, start, index.to(tl.int64) * chunks * CHUNK + start
+    return (
+        (index // HEADS).to(tl.int64),
+        (index % HEADS).to(tl.int64),
+        chunk,
+        start,
+        index.to(tl.int64) * chunks * CHUNK + start,
+    )
 
 
 @triton.jit
@@ -73,7 +80,7 @@ def _documents(documents, docs_l, i, row_ok, start, DOCUMENTS: tl.constexpr):
     documents: pointer to the chunk's start.
     """
     if DOCUMENTS:
-        docs_i = tl.load(documents + i * docs_l, mask=row_ok, other=-1)
+        docs_i = tl.load(documents + i.to(tl.int64) * docs_l, mask=row_ok, other=-1)
         return docs_i, row_ok & (docs_i == tl.load(documents - tl.minimum(start, 1) * docs_l))
     return i, row_ok
 
@@ -96,7 +103,7 @@ def _clean_pairs(i, j, row_ok, docs_i, documents, docs_l, length, BLOCK: tl.cons
     """
     clean_pairs = (j[None, :] < (i // BLOCK * BLOCK)[:, None]) & row_ok[:, None]
     if DOCUMENTS:
-        docs_j = tl.load(documents + j * docs_l, mask=j < length, other=-2)
+        docs_j = tl.load(documents + j.to(tl.int64) * docs_l, mask=j < length, other=-2)
         clean_pairs = clean_pairs & (docs_i[:, None] == docs_j[None, :])
     return clean_pairs
 
@@ -104,7 +111,9 @@ def _clean_pairs(i, j, row_ok, docs_i, documents, docs_l, length, BLOCK: tl.cons
 @triton.jit
 def _clean_factors(clean_decay, dt, dt_l, j, length):
     """Log decays and time steps of the clean positions j, for one head."""
-    return tl.load(clean_decay + j, mask=j < length, other=0.0), tl.load(dt + j * dt_l, mask=j < length, other=0.0)
+    return tl.load(clean_decay + j, mask=j < length, other=0.0), tl.load(
+        dt + j.to(tl.int64) * dt_l, mask=j < length, other=0.0
+    )
 
 
 @triton.jit
@@ -284,7 +293,7 @@ def forward_kernel(
 ):
     """The output of one tile of positions for all heads of one group. Grid (b chunks TILES, g)."""
     batch, chunk, i, row_ok = _positions(length, CHUNK, TILE, TILES, ROWS)
-    group, batch, start = tl.program_id(1), batch.to(tl.int64), chunk.to(tl.int64) * CHUNK
+    group, batch, start = tl.program_id(1).to(tl.int64), batch.to(tl.int64), chunk.to(tl.int64) * CHUNK
     p, n, j = tl.arange(0, P), tl.arange(0, N), tl.arange(0, KEYS)
     later_j = KEYS + j
     chunk_positions = tl.minimum(length - start, CHUNK).to(tl.int32)
@@ -316,7 +325,7 @@ def forward_kernel(
         offset = (batch * HEADS + head) * padded_length + start
         block_decay_i = tl.load(block_decay + offset + i, mask=row_ok, other=0.0)
         chunk_decay_i = tl.load(chunk_decay + offset + i, mask=row_ok, other=0.0)
-        dt_i = tl.load(dt + head * dt_m + i * dt_l, mask=row_ok, other=0.0)
+        dt_i = tl.load(dt + head * dt_m + i.to(tl.int64) * dt_l, mask=row_ok, other=0.0)
         x_i = _matrix(x + head * x_m, i, x_l, p, row_ok, HEAD_SIZE)
         h = _matrix(states + head * h_m, p, h_p, n, p < HEAD_SIZE, STATE)
         state_decay = tl.exp(tl.where(reads_state, chunk_decay_i, float("-inf")))
@@ -356,7 +365,9 @@ def forward_kernel(
         out = _dot(round_to(weights, x_i.dtype), x_i, out)
         out += tl.load(D + head).to(tl.float32) * x_i.to(tl.float32)
         ok = row_ok[:, None] & (p < HEAD_SIZE)[None, :]
-        tl.store(y + head * y_m + i[:, None] * y_l + p[None, :], round_to(out, y.dtype.element_ty), mask=ok)
+        tl.store(
+            y + head * y_m + i.to(tl.int64)[:, None] * y_l + p[None, :], round_to(out, y.dtype.element_ty), mask=ok
+        )
 
 
 @triton.jit
@@ -414,7 +425,7 @@ def backward_clean_kernel(
     gradient of C to grad_C (b, l, g, d), contiguous, and the gradient of chunk_decay (b, m, l').
     """
     batch, chunk, i, row_ok = _positions(length, CHUNK, TILE, TILES, ROWS)
-    group, batch, start = tl.program_id(1), batch.to(tl.int64), chunk.to(tl.int64) * CHUNK
+    group, batch, start = tl.program_id(1).to(tl.int64), batch.to(tl.int64), chunk.to(tl.int64) * CHUNK
     p, n, j = tl.arange(0, P), tl.arange(0, N), tl.arange(0, KEYS)
     later_j = KEYS + j
     chunk_positions = tl.minimum(length - start, CHUNK).to(tl.int32)
@@ -544,7 +555,7 @@ def backward_block_kernel(
     block_decay.
     """
     batch, chunk, i, row_ok = _positions(length, CHUNK, TILE, TILES, ROWS)
-    group, batch, start = tl.program_id(1), batch.to(tl.int64), chunk.to(tl.int64) * CHUNK
+    group, batch, start = tl.program_id(1).to(tl.int64), batch.to(tl.int64), chunk.to(tl.int64) * CHUNK
     p, n = tl.arange(0, P), tl.arange(0, N)
     docs_i, _ = _documents(documents + batch * docs_b + start * docs_l, docs_l, i, row_ok, start, DOCUMENTS)
     block_pairs = _block_pairs(i, row_ok, docs_i, BLOCK, DOCUMENTS)
@@ -567,7 +578,7 @@ def backward_block_kernel(
         head = group * GROUP_HEADS + k
         offset = (batch * HEADS + head) * padded_length + start
         block_decay_i = tl.load(block_decay + offset + i, mask=row_ok, other=0.0)
-        dt_i = tl.load(dt + head * dt_m + i * dt_l, mask=row_ok, other=0.0)
+        dt_i = tl.load(dt + head * dt_m + i.to(tl.int64) * dt_l, mask=row_ok, other=0.0)
         g_i = _matrix(grad + head * g_m, i, g_l, p, row_ok, HEAD_SIZE)
         x_i = _matrix(x + head * x_m, i, x_l, p, row_ok, HEAD_SIZE)
         pairs = _decays(block_decay_i, block_decay_i)
