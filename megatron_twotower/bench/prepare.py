@@ -37,6 +37,7 @@ import torch
 from rich.console import Console
 from tokenizers import Tokenizer
 
+import megatron_twotower.mcore  # noqa: F401  # before Megatron Core
 from megatron_twotower.bench.measure import process_memory_bytes
 from megatron_twotower.bench.results import report
 from megatron_twotower.common.engines import EngineSettings
@@ -190,8 +191,6 @@ def _ours(source: Path, tokenizer: Path, target: Path) -> int:
 
 def _megatron(source: Path, file: Path, target: Path) -> int:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    import megatron_twotower.mcore  # noqa: F401  # before Megatron Core
 
     target.mkdir()
     tokenizer, tokens = _plain(file), 0

@@ -95,7 +95,7 @@ class Trouble:
         self.made, self.nodes, self.draw = made, nodes, random.Random(seed)
         self.kills = {"worker": 0, "node": 0, "driver": 0}
 
-    def finish(self, start, *, begun, kinds, most, longest=1.0, seconds=240):
+    def finish(self, start, *, begun, kinds, most, longest=1.0, seconds=900):
         """Run the command to its end, with at most `most` kills of `kinds`.
 
         Args:
