@@ -250,11 +250,11 @@ class _Pool:
             while True:
                 self._look_for_room()
                 self._hand_out(queue, running, sent)
-                if not running and (numbered := queue.take()) is None:
-                    counts.report([])
-                    return
                 if not running:
-                    queue.give_back(*numbered)  # no worker is ready
+                    if (numbered := queue.take()) is None:
+                        counts.report([])
+                        return
+                    queue.give_back(numbered[0], numbered[1])  # no worker is ready
                 done, _ = self._ray.wait([*running, *self._starting], timeout=POLL_SECONDS)
                 for ref in done:
                     if ref in self._starting:
