@@ -25,8 +25,10 @@ export TOKENIZERS_PARALLELISM ?= true
 
 BIN := $(VENV)/bin
 TWOTOWER := $(BIN)/twotower
+# Python compiles a module at its first import; pip would compile all eighteen thousand.
+PIP_INSTALL := $(BIN)/python -m pip install -qq --no-compile
 
-.PHONY: help install train report bench speed soak test test-slow test-gpu test-te test-mamba test-transformers test-releases test-slurm test-cluster check format backbone bytes clean
+.PHONY: help install train report bench speed sft soak test test-slow test-gpu test-te test-mamba test-transformers test-releases test-slurm test-cluster check format backbone bytes clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,14 +42,14 @@ $(VENV)/.installed: setup.py
 	@echo "installing into $(VENV), once (about 2 minutes) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "  torch ..."
-	@$(BIN)/python -m pip install -qq $(TORCH)
+	@$(PIP_INSTALL) $(TORCH)
 	@echo "  megatron-twotower and what it needs ..."
-	@$(BIN)/python -m pip install -qq --editable .
+	@$(PIP_INSTALL) --editable .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "  tools for tests and checks ..."
-	@$(BIN)/python -m pip install -qq --editable '.[dev]'
+	@$(PIP_INSTALL) --editable '.[dev]'
 	@touch $@
 
 # The main job: from text to a two-tower model that generates. Each step is done once. A run that
@@ -113,6 +115,25 @@ bytes: $(BYTES)/data/train/index.json ## train the two towers on bytes in recipe
 	$(TWOTOWER) data prepare --input $(BYTES)/distilled.jsonl --tokenizer $(BYTES)/tokenizer --eos none --output $(BYTES)/distilled-data
 	$(TWOTOWER) train recipe=bytes_distil init.denoiser=$(BYTES)/undistilled
 	$(TWOTOWER) convert export --from $(BYTES)/distilled --to $(BYTES)/model --dtype bf16
+
+# Instruction tuning of the two towers on bytes: conversations about the standard library, a
+# post-trained backbone, and the denoiser under it.
+SFT = runs/sft
+
+$(SFT)/chats/train/index.json: | $(VENV)/.installed
+	$(TWOTOWER) data conversations --output $(SFT)/library.jsonl
+	$(TWOTOWER) data prepare --chat --chat-template recipes/chat_templates/plain.jinja --input $(SFT)/library.jsonl \
+	  --tokenizer recipes/models/bytes --output $(SFT)/chats
+
+sft: $(SFT)/chats/train/index.json ## tune the two towers on bytes on conversations, and measure their answers (about 20 minutes)
+	$(TWOTOWER) convert export --from recipes/models/bytes --what context --to $(SFT)/base
+	$(TWOTOWER) train recipe=sft_ar
+	$(TWOTOWER) convert export --from $(SFT)/backbone --to $(SFT)/instruct
+	$(TWOTOWER) convert export --from recipes/models/bytes --backbone $(SFT)/instruct --to $(SFT)/swapped
+	$(TWOTOWER) train recipe=sft init.backbone=$(SFT)/instruct
+	$(TWOTOWER) convert export --from $(SFT)/twotower --to $(SFT)/model
+	for model in swapped model; do $(TWOTOWER) evaluate --model $(SFT)/$$model --data $(SFT)/chats \
+	  --output $(SFT)/$$model.json --sequences 400 --thresholds 0.8 --new-tokens 48; done
 
 speed: $(BYTES)/data/train/index.json ## the two towers on bytes: mask diffusion against cached AR, and what a pass costs (4 minutes)
 	rm -rf $(BYTES)/fp32

@@ -4,6 +4,7 @@ import gc
 import os
 import random
 import shutil
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -20,6 +21,27 @@ def pytest_configure():
     """Remove variables that decide over the recipes of tests."""
     for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_NAME"):
         os.environ.pop(name, None)
+
+
+# Files with long tests, most of which start processes. They come first: then the last tests of
+# several test processes are short, and no process waits long for another one.
+LONG = (
+    "ops/triton/test_interpreter.py",
+    "train/test_layouts.py",
+    "checkpoint/test_save_and_load.py",
+    "train/test_loop.py",
+    "plan/test_ranks.py",
+    "train/test_watchdog.py",
+    "generate/test_prompt_file.py",
+    "convert/test_import_run.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Put the tests of `LONG` first, in its order; all others keep theirs."""
+    place = {Path(__file__).parent / name: number for number, name in enumerate(LONG)}
+    assert all(file.is_file() for file in place), "a file of LONG is not there"
+    items.sort(key=lambda item: place.get(item.path, len(LONG)))
 
 
 def pytest_collection_finish():

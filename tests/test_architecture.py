@@ -48,7 +48,7 @@ ONLY_IN = {
     "upath": {"data.remote"},
     "pyarrow": {"data"},
     "zstandard": {"data"},
-    "lm_eval": {"evaluate.harness", "evaluate.task_runner"},
+    "lm_eval": {"evaluate.harness", "evaluate.task_runner", "evaluate.comparison"},
     "ray": {"common.ray_engine"},
     "datatrove": {"bench.prepare"},
     # A folder that imports Megatron Core imports `mcore` first, in its `__init__`.

@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
 
 from megatron_twotower.common import device
 from megatron_twotower.common.errors import UserError
+
+T = TypeVar("T")
 
 # Rounds that are counted at least, however long one round takes.
 MINIMUM_ROUNDS = 3
@@ -178,7 +180,7 @@ def fillable_bytes() -> int:
     return int(FILLABLE_SHARE * (torch.cuda.mem_get_info()[0] + cached))
 
 
-def in_new_process(function: Callable[..., int], *arguments: Any, preload: str) -> int:
+def in_new_process(function: Callable[..., T], *arguments: Any, preload: str) -> T:
     """Call a function in a new process, whose memory has no history.
 
     On CUDA the function is called in this process, because torch's allocator counts memory there.
@@ -207,6 +209,6 @@ def in_new_process(function: Callable[..., int], *arguments: Any, preload: str) 
         process.join()
 
 
-def _send_result(sender: Any, function: Callable[..., int], arguments: tuple[Any, ...]) -> None:
+def _send_result(sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     sender.send(function(*arguments))
     sender.close()

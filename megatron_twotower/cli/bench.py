@@ -269,6 +269,33 @@ def _passes(arguments: argparse.Namespace) -> int:
     return 0
 
 
+PREFILL = {
+    "lengths": option("tokens of the prompt", **COUNT),
+    "chunk_sizes": option(
+        "positions that are read at a time; 0 for the complete prompt", "--prefill-chunk-sizes", at_least=0
+    ),
+    "repeats": option("counted rounds of each case", **COUNT),
+}
+
+
+def _add_prefill(parser: argparse.ArgumentParser) -> None:
+    from megatron_twotower.bench import prefill
+
+    _add_model(parser)
+    add_options(parser, prefill.PrefillOptions, PREFILL)
+    _add_all_threads(parser)
+    _add_output(parser)
+    parser.add_argument("--quick", action="store_true", help=QUICK_HELP)
+
+
+def _prefill(arguments: argparse.Namespace) -> int:
+    from megatron_twotower.bench import prefill
+
+    options = prefill.QUICK if arguments.quick else prefill.PrefillOptions(**arguments_for(PREFILL, arguments))
+    prefill.run(arguments.output, model=arguments.model, options=options, threads=arguments.threads)
+    return 0
+
+
 FP8 = {
     "sequences": option("windows of held-out text", at_least=2),
     "length_tokens": option("tokens of each window", "--length", at_least=2),
@@ -343,6 +370,14 @@ GROUP = Group(
             _add_context,
             _context,
             idle=_quick(*flags(CONTEXT)),
+        ),
+        Command(
+            "prefill",
+            "time and memory of reading a prompt, against its length",
+            ("twotower bench prefill --model runs/model --lengths 8192 32768 131072",),
+            _add_prefill,
+            _prefill,
+            idle=_quick(*flags(PREFILL)),
         ),
         Command(
             "gpu",

@@ -1,4 +1,4 @@
-"""The commands of `data`: tokenizer, prepare, conversations, inspect, verify."""
+"""The commands of `data`: tokenizer, prepare, conversations, inspect, verify, questions."""
 
 import argparse
 import json
@@ -144,6 +144,27 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 2 if problems else 0
 
 
+QUESTIONS = {
+    "output": option("folder to write"),
+    "packages": option("installed packages to cut them from; those that are not installed are left out"),
+    "count": option("questions of each kind, at most", **COUNT),
+    "seed": option("seed of the choice", at_least=0),
+}
+
+
+def _add_questions(parser: argparse.ArgumentParser) -> None:
+    from megatron_twotower.evaluate.code_documents import write_documents
+
+    add_options(parser, write_documents, QUESTIONS)
+
+
+def _questions(arguments: argparse.Namespace) -> int:
+    from megatron_twotower.evaluate.code_documents import write_documents
+
+    print(json.dumps(write_documents(**arguments_for(QUESTIONS, arguments)), indent=1))
+    return 0
+
+
 GROUP = Group(
     "data",
     "make a tokenizer, prepare shards",
@@ -189,6 +210,13 @@ GROUP = Group(
             ("twotower data verify runs/data --tokenizer recipes/backbones/small",),
             _add_verify,
             _verify,
+        ),
+        Command(
+            "questions",
+            "cut questions about Python source from installed packages (evaluate --tasks code_small)",
+            ("twotower data questions --output runs/questions --packages networkx rich --count 200",),
+            _add_questions,
+            _questions,
         ),
     ),
 )

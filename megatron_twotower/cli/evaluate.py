@@ -27,11 +27,14 @@ SHARED_WITH_TASKS = {
     "bound_draws": SHARED["bound_draws"],
     "seed": SHARED["seed"],
 }
+# Of both kinds too. Left out, tasks are compared as their recipe says.
+COMPARED = {
+    "thresholds": option("confidence thresholds to try", nargs="*", metavar="P", at_least=0, at_most=1),
+    "block_sizes": option("other block sizes to try", nargs="*", metavar="S", **COUNT),
+}
 HELD_OUT = {
     "sequences": option("windows of text to score", at_least=2),
     "sequence_length_tokens": option("tokens of each window", "--length", at_least=2),
-    "thresholds": option("confidence thresholds to try", nargs="*", metavar="P", at_least=0, at_most=1),
-    "block_sizes": option("other block sizes to try", nargs="*", metavar="S", **COUNT),
     "steps": option("denoiser passes per block to try", nargs="*", metavar="N", **COUNT),
     "every": option("try all combinations of these, not one list at a time"),
     "prompts": option("prompts to continue with each setting", **COUNT),
@@ -52,7 +55,7 @@ TASKS = {
     "draft_steps": option("denoiser passes per draft, mode speculative", **COUNT),
     "prefill_chunk_size": option("positions of each context that the context tower reads at a time", **COUNT),
 }
-TASK_OPTIONS = ("--shots", "--limit", "--task-files", "--allow-code-execution", "--apply-chat-template")
+TASK_OPTIONS = ("--shots", "--limit", "--task-files", "--allow-code-execution", "--apply-chat-template", "--questions")
 
 
 # The options of one mode or scoring are accepted with another one: a comparison of them has one
@@ -72,7 +75,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, required=True, help="JSON file to write; the pictures are written next to it"
     )
-    add_options(parser, EvaluationSettings, SHARED, unset=True)
+    add_options(parser, EvaluationSettings, SHARED | COMPARED, unset=True)
     text = parser.add_argument_group("likelihoods and sweeps on held-out text")
     text.add_argument("--data", type=Path, help="prepared data folder, whose held-out text or answers are read")
     add_options(text, EvaluationSettings, HELD_OUT, unset=True)
@@ -85,12 +88,15 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         nargs="+",
         metavar="TASK",
-        help="the harness's names, recipes of recipes/evaluation (card), or their paths",
+        help="the harness's names, recipes of recipes/evaluation (card, code_small), or their paths",
     )
     add_options(tasks, HarnessSettings, TASKS, unset=True)
     add_number(tasks, "--shots", help="examples before each question, in place of the recipe's", at_least=0)
     add_number(tasks, "--limit", help="documents of each task", **COUNT)
     tasks.add_argument("--task-files", type=Path, metavar="DIR", help="folder of further task files")
+    tasks.add_argument(
+        "--questions", type=Path, metavar="DIR", help="folder of `twotower data questions`; made anew if left out"
+    )
     tasks.add_argument("--apply-chat-template", action="store_true", help="ask questions as turns of a conversation")
     tasks.add_argument("--allow-code-execution", action="store_true", help="run code that the model writes")
     add_engine(tasks)
@@ -103,7 +109,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UserError("evaluate: found neither --data nor --tasks, expected a prepared data folder or task names")
     from megatron_twotower.evaluate import answers, held_out
 
-    settings = held_out.EvaluationSettings(**arguments_for(SHARED | HELD_OUT, arguments))
+    settings = held_out.EvaluationSettings(**arguments_for(SHARED | COMPARED | HELD_OUT, arguments))
     run = answers.run if answers.has_conversations(arguments.data) else held_out.run
     run(arguments.model, data=arguments.data, output=arguments.output, settings=settings)
     return 0
@@ -122,6 +128,8 @@ def _run_tasks(arguments: argparse.Namespace) -> int:
         allow_code_execution=arguments.allow_code_execution,
         engine=one_process_settings(arguments),
         apply_chat_template=arguments.apply_chat_template,
+        questions=arguments.questions,
+        **arguments_for(COMPARED, arguments),
         settings=arguments_for(SHARED_WITH_TASKS | TASKS, arguments),
     )
     return 0
@@ -133,6 +141,7 @@ COMMAND = Command(
     (
         "twotower evaluate --model runs/model --data runs/data --output evaluation.json",
         "twotower evaluate --model runs/model --tasks card --mode mask_diffusion --output card.json",
+        "twotower evaluate --model runs/model --tasks code_small --output code.json",
     ),
     _add_options,
     _run,

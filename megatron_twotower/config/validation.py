@@ -12,6 +12,9 @@ from megatron_twotower.config.precision import FP8_MULTIPLE, FP8_SQUARE
 from megatron_twotower.config.schema import LAYER_KINDS, ModelConfig, ParallelConfig, RunConfig
 from megatron_twotower.config.setting import check_settings
 
+# Megatron sums the counts of a global batch in 32 bits (megatron-core 0.16.1, schedules.py).
+MOST_TOKENS = 2**31
+
 
 def validate(config: RunConfig, *, world_size: int) -> None:
     """Check a resolved configuration.
@@ -231,6 +234,14 @@ def _validate_micro_batches(config: RunConfig, data_parallel: int) -> None:
     product = f"data.micro_batch_size {data.micro_batch_size} x {data_parallel} data-parallel ranks"
     if rounds > 1:
         product += f" x {rounds} stages of an interleaved pipeline"
+    draws = config.noise.draws_per_context if config.objective == "two_tower" else 1
+    tokens = data.global_batch_size * data.sequence_length_tokens * draws
+    copies = f" x noise.draws_per_context {draws}" if draws > 1 else ""
+    require(
+        tokens < MOST_TOKENS,
+        f"data.global_batch_size {data.global_batch_size} x data.sequence_length_tokens {data.sequence_length_tokens}"
+        f"{copies}: found {tokens} tokens, expected fewer than {MOST_TOKENS}",
+    )
     counts = {"data.global_batch_size": data.global_batch_size}
     if parallel.pipeline > 1 and train.validate_every_steps:
         counts["train.validation_sequences"] = train.validation_sequences

@@ -22,6 +22,7 @@ generation adds. The rules:
 - A special token that a turn spells out is that token, as in `transformers`; the mask token is not.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -169,6 +170,11 @@ class Template:
 
     tokenizer: PreTrainedTokenizerFast
     special: frozenset[str]
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the template."""
+        return hashlib.sha256(json.dumps(self.tokenizer.chat_template).encode()).hexdigest()
 
     def text(self, messages: Sequence[Message], conversation: Conversation, *, begin_answer: bool = False) -> str:
         """Render turns. A template is a program of the folder, and may raise anything.

@@ -127,7 +127,7 @@ def _encode_unit(task: UnitTask, write: dict[str, Callable[[Any], Any]]) -> dict
     special = template.special if template else frozenset()
     encode = _encoder(task.tokenizer, task.tokenizer_fingerprint, special)
     reader = _Reader(task, template)
-    totals, turn_ends = Counter(documents=0, tokens=0), set()
+    totals, turn_ends = Counter(documents=0, tokens=0), set[int]()
     for batch in reader.batches():
         encoded = encode([text for _, pieces in batch for text, _ in pieces])
         scored = [is_scored for _, pieces in batch for _, is_scored in pieces]
@@ -192,8 +192,10 @@ class _Reader:
         """Yields the place and the pieces of every document: a text is one piece."""
         if self.template is None:
             for place, text in read_unit(self.task.unit, text_field=self.task.text_field, advance=self._advance):
-                empty = Fault("empty") if text == "" else None
-                yield place, ((text, True),) if isinstance(text, str) and not empty else empty or text
+                if isinstance(text, str):
+                    yield place, ((text, True),) if text else Fault("empty")
+                else:
+                    yield place, text
             return
         for place, record in read_records(self.task.unit, fields=FIELDS, advance=self._advance):
             conversation = conversation_of_record(record) if isinstance(record, dict) else record

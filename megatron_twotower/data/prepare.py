@@ -35,7 +35,7 @@ from megatron_twotower.common.progress import CorpusProgress, OnCorpusProgress
 from megatron_twotower.common.workers import Engine
 from megatron_twotower.config.special_tokens import read_special_tokens
 from megatron_twotower.data import repeats, workspace
-from megatron_twotower.data.conversations import TEMPLATE_FILE, is_conversation, open_template
+from megatron_twotower.data.conversations import MESSAGE_FIELDS, TEMPLATE_FILE, is_conversation, open_template
 from megatron_twotower.data.documents import SUFFIXES, TRAIN, VALIDATION, PassedOver, Unit, cut_units, find_inputs
 from megatron_twotower.data.mask_token import check_mask_token
 from megatron_twotower.data.parts import FIRST_FAULTS, UnitTask, read_part, remove_ids, write_part
@@ -153,12 +153,14 @@ def prepare(
     workspace.check_output(output, mark=f"{TRAIN}/{INDEX_FILE}", overwrite=overwrite)
     vocabulary = _vocabulary(Path(tokenizer), settings)
     is_record = is_conversation if chat else None
+    text_field = MESSAGE_FIELDS[0] if chat else text_field
     found = find_inputs(inputs, suffixes=suffixes, text_field=text_field, is_record=is_record)
     documents = found.documents
     units = cut_units(
         documents, holdout_fraction=holdout_fraction, text_field=text_field, unit_bytes=unit_bytes, is_record=is_record
     )
-    request = _request(inputs, units, settings, vocabulary)
+    template = open_template(Path(tokenizer), settings.chat_template).digest if chat else None
+    request = _request(inputs, units, settings, vocabulary) | {"template_sha256": template}
     with contextlib.ExitStack() as stack:
         partial = stack.enter_context(workspace.resuming(output, request=request, overwrite=overwrite))
         needs = Needs(files=(partial / workspace.REQUEST_FILE, Path(tokenizer) / TOKENIZER_FILE))
@@ -204,8 +206,6 @@ def _read_template(path: Path) -> str:
 
 
 def _vocabulary(tokenizer: Path, settings: Settings) -> _Vocabulary:
-    if settings.chat:
-        open_template(tokenizer, settings.chat_template)  # refused here if there is none
     opened, said = load_tokenizer(tokenizer), read_special_tokens(tokenizer)
     if said.mask_token_id is not None:
         size, ends = max(opened.get_vocab().values()) + 1, said.eos_token_ids

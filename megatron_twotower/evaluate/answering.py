@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from megatron_twotower.common.workers import Engine, in_order
 from megatron_twotower.evaluate.harness import Elsewhere, Reply, ScoreTask, TwoTower, WriteTask
@@ -20,6 +20,8 @@ from megatron_twotower.evaluate.harness_settings import HarnessSettings
 from megatron_twotower.generate.journal import append, entries
 from megatron_twotower.generate.loaded import ModelFacts, ModelPlace, facts_of
 from megatron_twotower.generate.prompt_file import BATCHES_AHEAD
+
+Model = TypeVar("Model", bound=TwoTower)
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,11 @@ class _Asked:
     task: ScoreTask | WriteTask
 
 
-def harness_model(folder: str | Path, settings: HarnessSettings, *, elsewhere: Elsewhere | None = None) -> TwoTower:
-    """The model of the harness with these settings."""
-    return TwoTower(
+def open_model(
+    kind: type[Model], folder: str | Path, settings: HarnessSettings, *, elsewhere: Elsewhere | None = None
+) -> Model:
+    """A two-tower folder as a model of the harness, with settings."""
+    return kind(
         folder,
         mode=settings.mode,
         scoring=settings.scoring,
@@ -53,7 +57,7 @@ def harness_model(folder: str | Path, settings: HarnessSettings, *, elsewhere: E
 
 @functools.lru_cache(maxsize=1)
 def _model_here(place: ModelPlace, settings: HarnessSettings) -> TwoTower:
-    return harness_model(place.folder, settings)
+    return open_model(TwoTower, place.folder, settings)
 
 
 def answer(asked: _Asked) -> Reply:
@@ -93,7 +97,7 @@ def model_elsewhere(
                 append(journal, {"key": key, "reply": dataclasses.asdict(reply)})
             yield reply
 
-    return harness_model(place.folder, settings, elsewhere=Elsewhere(facts, answers))
+    return open_model(TwoTower, place.folder, settings, elsewhere=Elsewhere(facts, answers))
 
 
 def _key(task: ScoreTask | WriteTask) -> str:

@@ -182,7 +182,8 @@ def evaluate(
     sha256 = check_tokenizer(Path(folder), corpus.tokenizer_fingerprint, exact_ids=corpus.exact_ids, data=data)
     warn_of_larger_blocks(model, settings.block_size_tokens)
     block = settings.block_size_tokens or model.block_size
-    settings, stages, found = replace(settings, block_size_tokens=block), 3 + len(settings.thresholds), {}
+    settings, stages = replace(settings, block_size_tokens=block), 3 + len(settings.thresholds)
+    found: dict[str, Any] = {}
     for done, (name, scoring) in enumerate((("ar_loss", "ar"), ("diffusion_bound", "bound")), start=1):
         mean, stderr, tokens = answer_nats(model, pairs, settings, scoring)
         found |= {name: mean, f"{name}_stderr": stderr, f"{name}_tokens": tokens}

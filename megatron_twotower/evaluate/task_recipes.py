@@ -9,6 +9,7 @@ import yaml  # type: ignore[import-untyped]
 
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.recipes import recipes_folder
+from megatron_twotower.evaluate.harness_settings import HarnessSettings
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,45 @@ class HarnessTask:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class TaskSetup:
+    """What a recipe says besides its tasks.
+
+    Attributes:
+        task_files: Folder of the task files of the recipe; None if they are the harness's own.
+        questions: Whether the tasks ask questions of `code_documents`.
+        thresholds: Confidence thresholds to compare with AR.
+        block_sizes: Block sizes to compare with AR.
+        settings: Fields of `HarnessSettings` that differ from their defaults.
+    """
+
+    task_files: Path | None = None
+    questions: bool = False
+    thresholds: tuple[float, ...] = ()
+    block_sizes: tuple[int, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+_SETUP_KEYS = ("task_files", "questions", "compare", "settings")
+
+
 def task_recipe_names() -> list[str]:
     """Names of the recipes in `recipes/evaluation/`."""
     return sorted(path.stem for path in (recipes_folder() / "evaluation").glob("*.yaml"))
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """The content of a recipe file, whose tasks are not checked yet."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
+    entries = content.get("tasks") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path}: expected a list `tasks`")
+    if unknown := sorted(content.keys() - {"tasks", *_SETUP_KEYS}):
+        raise UserError(f"{path}: {unknown[0]}: unknown key, expected of tasks, {', '.join(_SETUP_KEYS)}")
+    return content
 
 
 def read_task_recipe(path: Path) -> list[HarnessTask]:
@@ -45,15 +82,8 @@ def read_task_recipe(path: Path) -> list[HarnessTask]:
     Raises:
         UserError: Not a recipe of tasks; the message names the entry.
     """
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
-    entries = content.get("tasks") if isinstance(content, dict) else None
-    if not isinstance(entries, list) or not entries:
-        raise UserError(f"{path}: expected a list `tasks`")
     known, found = set(HarnessTask.__dataclass_fields__), []
-    for number, entry in enumerate(entries):
+    for number, entry in enumerate(_content(path)["tasks"]):
         where = f"{path}: tasks[{number}]"
         if not isinstance(entry, dict) or not {"name", "tasks"} <= entry.keys():
             raise UserError(f"{where}: expected the keys name and tasks")
@@ -65,6 +95,37 @@ def read_task_recipe(path: Path) -> list[HarnessTask]:
     return found
 
 
+def read_task_setup(path: Path) -> TaskSetup:
+    """Read what a recipe file says besides its tasks.
+
+    Raises:
+        UserError: Not a recipe of tasks; the message names the entry.
+    """
+    content = _content(path)
+    compare, settings, files = content.get("compare", {}), content.get("settings", {}), content.get("task_files")
+    for name, section, known in (
+        ("compare", compare, ("thresholds", "block_sizes")),
+        ("settings", settings, tuple(HarnessSettings.__dataclass_fields__)),
+    ):
+        if not isinstance(section, dict) or (unknown := sorted(section.keys() - set(known))):
+            found = repr(section) if not isinstance(section, dict) else unknown[0]
+            raise UserError(f"{path}: {name}: found {found}, expected of {', '.join(known)}")
+    return TaskSetup(
+        task_files=None if files is None else path.parent / files,
+        questions=bool(content.get("questions", False)),
+        thresholds=tuple(compare.get("thresholds", ())),
+        block_sizes=tuple(compare.get("block_sizes", ())),
+        settings=settings,
+    )
+
+
+def _recipe_file(name: str) -> Path | None:
+    """The recipe file that a word of the command line names; None if it names a task."""
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    return recipes_folder() / "evaluation" / f"{name}.yaml" if name in task_recipe_names() else None
+
+
 def chosen_tasks(chosen: Sequence[str], *, shots: int | None = None) -> list[HarnessTask]:
     """The tasks that the command line names.
 
@@ -74,10 +135,22 @@ def chosen_tasks(chosen: Sequence[str], *, shots: int | None = None) -> list[Har
     """
     found: list[HarnessTask] = []
     for name in chosen:
-        if name.endswith((".yaml", ".yml")):
-            found += read_task_recipe(Path(name))
-        elif name in task_recipe_names():
-            found += read_task_recipe(recipes_folder() / "evaluation" / f"{name}.yaml")
-        else:
-            found.append(HarnessTask(name, (name,)))
+        path = _recipe_file(name)
+        found += [HarnessTask(name, (name,))] if path is None else read_task_recipe(path)
     return found if shots is None else [replace(task, shots=shots) for task in found]
+
+
+def chosen_setup(chosen: Sequence[str]) -> TaskSetup:
+    """What the recipes that the command line names say besides their tasks.
+
+    Raises:
+        UserError: A recipe that says something is not alone.
+    """
+    for name in chosen:
+        path = _recipe_file(name)
+        setup = TaskSetup() if path is None else read_task_setup(path)
+        if setup != TaskSetup():
+            if len(chosen) > 1:
+                raise UserError(f"--tasks: found {name} with others, expected it alone: it has settings of its own")
+            return setup
+    return TaskSetup()

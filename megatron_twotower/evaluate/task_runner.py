@@ -6,40 +6,49 @@
 import contextlib
 import hashlib
 import json
+import logging
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib import metadata
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from lm_eval import simple_evaluate
+from lm_eval import evaluator, simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from megatron_twotower.common.engines import ONE_PROCESS, EngineSettings, started
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.machine import machine
 from megatron_twotower.config.hf_config import read_hf_config
-from megatron_twotower.evaluate.answering import model_elsewhere
+from megatron_twotower.evaluate.answering import model_elsewhere, open_model
 from megatron_twotower.evaluate.harness import TwoTower
 from megatron_twotower.evaluate.harness_settings import HarnessSettings
 from megatron_twotower.evaluate.task_recipes import HarnessTask
 from megatron_twotower.generate.journal import open_journal
 from megatron_twotower.generate.loaded import ModelPlace
 
+__all__ = ["open_model", "run_tasks"]  # `open_model` is of `answering`
+
 # Version of the journal.
 JOURNAL_VERSION = 1
+
+# For its own report the harness lists the machine and all installed packages, in other processes
+# and for every task. Results here name machine, commit and releases once.
+evaluator.add_env_info = lambda results: None
+# It says of every task with a `custom_dataset` how to pass settings to it.
+logging.getLogger("lm_eval.api.task").addFilter(lambda record: "Custom kwargs can be passed" not in record.getMessage())
 
 
 def run_tasks(
     folder: str | Path,
     tasks: Sequence[HarnessTask],
+    manager: TaskManager,
     *,
     settings: HarnessSettings,
     limit: int | None = None,
-    include_path: str | Path | None = None,
     allow_code_execution: bool = False,
     apply_chat_template: bool = False,
     engine: EngineSettings = ONE_PROCESS,
@@ -50,9 +59,9 @@ def run_tasks(
     Args:
         folder: Two-tower Hugging Face folder.
         tasks: The tasks to run.
+        manager: The index that has them.
         settings: How the model answers.
         limit: Documents of each task; None for all.
-        include_path: Folder of further task files.
         allow_code_execution: Run code that the model has generated, for tasks that need it.
         apply_chat_template: Ask questions as turns of a conversation, examples as earlier turns.
         engine: Who answers. Each worker has a model of its own.
@@ -65,7 +74,6 @@ def run_tasks(
         UserError: a task that does not exist or that cannot be run.
     """
     began = time.perf_counter()
-    manager = task_manager(tasks, include_path)
     read_hf_config(folder)  # a wrong path is found before workers start
     place = ModelPlace.of(folder)
     request = {"version": JOURNAL_VERSION, "model": place.fingerprint, **asdict(settings)}
@@ -80,9 +88,16 @@ def run_tasks(
         "settings": asdict(model.settings),
         "limit": limit,
         "apply_chat_template": apply_chat_template,
+        **facts(folder, began),
+    }
+
+
+def facts(folder: str | Path, began: float) -> dict[str, Any]:
+    """What results say about model, harness and machine, and the seconds since `began`."""
+    return {
         "model": str(folder),
         "weights_sample_sha256": weights_sample(Path(folder)),
-        "lm_eval": metadata.version("lm_eval"),
+        "lm_eval": version("lm_eval"),
         "machine": machine(),
         "seconds": time.perf_counter() - began,
     }
@@ -93,15 +108,52 @@ def _run_task(
 ) -> dict[str, Any]:
     """Run one task; returns its row of the table."""
     model.passes, model.new_tokens, model.seconds, started = 0, 0, 0.0, time.perf_counter()
+    results = evaluated(model, task, manager, limit=limit, options=options)
+    return {
+        "name": task.name,
+        "tasks": list(task.tasks),
+        "shots": task.shots,
+        "note": task.note,
+        "card": dict(task.card),
+        **outcome(results, task),
+        "seconds": time.perf_counter() - started,
+        "new_tokens": model.new_tokens,
+        "tokens_per_pass": model.new_tokens / model.passes if model.passes else None,
+        "tokens_per_second": model.new_tokens / model.seconds if model.passes else None,
+    }
+
+
+def evaluated(
+    model: TwoTower,
+    task: HarnessTask,
+    manager: TaskManager,
+    *,
+    limit: int | None,
+    options: Mapping[str, bool],
+    with_samples: bool = False,
+) -> dict[str, Any]:
+    """What the harness returns of a task.
+
+    Args:
+        model: The model that answers.
+        task: The task to run.
+        manager: The index that has it.
+        limit: Documents; None for all.
+        options: Keywords of `simple_evaluate`.
+        with_samples: Whether to return the metrics of every document too.
+
+    Raises:
+        UserError: The task cannot be run.
+    """
     seed = model.settings.seed
     try:
-        results = simple_evaluate(
+        return simple_evaluate(
             model,
             tasks=load_tasks(task, manager),
             num_fewshot=task.shots,
             limit=limit,
             task_manager=manager,
-            log_samples=False,
+            log_samples=with_samples,
             **options,
             random_seed=seed,
             numpy_random_seed=seed,
@@ -113,21 +165,9 @@ def _run_task(
             raise
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"task {', '.join(task.tasks)}: cannot be run ({reason})") from error
-    return {
-        "name": task.name,
-        "tasks": list(task.tasks),
-        "shots": task.shots,
-        "note": task.note,
-        "card": dict(task.card),
-        **_outcome(results, task),
-        "seconds": time.perf_counter() - started,
-        "new_tokens": model.new_tokens,
-        "tokens_per_pass": model.new_tokens / model.passes if model.passes else None,
-        "tokens_per_second": model.new_tokens / model.seconds if model.passes else None,
-    }
 
 
-def _outcome(results: Mapping[str, Any], task: HarnessTask) -> dict[str, Any]:
+def outcome(results: Mapping[str, Any], task: HarnessTask) -> dict[str, Any]:
     """The metric of a task; of several harness tasks, their plain mean."""
     tables = results["results"]
     # A tag of the harness has no table of its own, but its tasks have.
@@ -154,11 +194,16 @@ def _metrics(table: Mapping[str, Any]) -> list[str]:
     return [key for key in table if "," in key and "_stderr" not in key]
 
 
-def task_manager(tasks: Sequence[HarnessTask], include_path: str | Path | None = None) -> TaskManager:
+def task_manager(
+    tasks: Sequence[HarnessTask], include_path: str | Path | None = None, *, metadata: Mapping[str, Any] | None = None
+) -> TaskManager:
     """The harness's index of tasks, with all of these tasks.
 
     The harness has thousands of task files of its own. They are read only if a task is not found in
     `include_path`.
+
+    Args:
+        metadata: What the functions of the task files receive; None for nothing.
 
     Raises:
         UserError: An unknown name.
@@ -166,10 +211,10 @@ def task_manager(tasks: Sequence[HarnessTask], include_path: str | Path | None =
     names = [name for task in tasks for name in task.tasks]
     path = None if include_path is None else str(include_path)
     if path is not None:
-        manager = TaskManager(include_path=path, include_defaults=False)
+        manager = TaskManager(include_path=path, include_defaults=False, metadata=dict(metadata or {}))
         if set(names) <= set(manager.all_tasks):
             return manager
-    manager = TaskManager(include_path=path)
+    manager = TaskManager(include_path=path, metadata=dict(metadata or {}))
     for name in names:
         if name not in manager.all_tasks:
             raise UserError(f"task {name!r}: not found, expected one of lm-evaluation-harness's or of --task-files")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_twotower.common.engines import ONE_PROCESS, EngineSettings
+from megatron_twotower.common.engines import LOCAL, ONE_PROCESS, EngineSettings
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.files import partial_path, write_file
 from megatron_twotower.common.machine import machine_line
 from megatron_twotower.common.tables import number, plain_table, wide_console, with_error
+from megatron_twotower.evaluate.code_documents import read_index, write_documents
 from megatron_twotower.evaluate.harness_settings import HarnessSettings
-from megatron_twotower.evaluate.task_recipes import chosen_tasks
+from megatron_twotower.evaluate.task_recipes import TaskSetup, chosen_setup, chosen_tasks
+
+# What a comparison decides itself, and the options that say it.
+_COMPARED = {"mode": "--mode", "scoring": "--scoring", "steps_per_block": "--steps-per-block"}
+_COMPARED |= {"draft_steps": "--draft-steps"}
 
 
 def results_table(found: Mapping[str, Any]) -> Table:
@@ -52,6 +58,59 @@ def results_table(found: Mapping[str, Any]) -> Table:
     return plain_table(title, headings, rows)
 
 
+def _percent_or_nats(row: Mapping[str, Any], number_of_setting: int) -> str:
+    scale = 100 if row["larger_is_better"] else 1
+    error = row["stderrs"][number_of_setting]
+    return with_error(scale * row["values"][number_of_setting], None if error is None else scale * error)
+
+
+def comparison_tables(found: Mapping[str, Any]) -> list[Table]:
+    """Quality by task and setting, and the speed of each setting."""
+    settings, tasks = found["settings"], found["tasks"]
+    names = [
+        "AR" if row["mode"] == "ar" else f"{row['confidence_threshold']:g}, S {row['block_size']}" for row in settings
+    ]
+    quality = [
+        [
+            name,
+            *(_percent_or_nats(task, number) for task in tasks),
+            "-" if row["retained"] is None else with_error(100 * row["retained"], _percent(row["retained_stderr"])),
+        ]
+        for number, (name, row) in enumerate(zip(names, settings, strict=True))
+    ]
+    speed = [
+        [
+            name,
+            number(row["tokens_per_pass"]),
+            number(row["tokens_per_second"], 1),
+            number(row["speedup"]),
+            f"{row['new_tokens']:,}",
+            number(row["seconds"], 1),
+        ]
+        for name, row in zip(names, settings, strict=True)
+    ]
+    part = "" if found["limit"] is None else f", the first {found['limit']} documents of each"
+    headings = [f"{task['name']} ({task['documents']:,})" for task in tasks]
+    return [
+        plain_table(
+            f"{found['model']}: %, mask diffusion by threshold and block size{part}",
+            ["", *headings, "retained"],
+            quality,
+            left=1,
+        ),
+        plain_table(
+            "wall-clock against cached AR of the same run",
+            ["", "tokens/pass", "tokens/s", "x AR", "tokens", "seconds"],
+            speed,
+            left=1,
+        ),
+    ]
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
 def run(
     folder: str | Path,
     *,
@@ -63,10 +122,16 @@ def run(
     task_files: Path | None = None,
     allow_code_execution: bool = False,
     apply_chat_template: bool = False,
+    thresholds: Sequence[float] | None = None,
+    block_sizes: Sequence[int] | None = None,
+    questions: Path | None = None,
     engine: EngineSettings = ONE_PROCESS,
     console: Console | None = None,
 ) -> None:
     """Run the command: run the tasks, write `output` and print the table.
+
+    With `thresholds` or `block_sizes`, of the command or of a recipe, mask diffusion is compared
+    with AR.
 
     Args:
         folder: Two-tower Hugging Face folder.
@@ -78,6 +143,10 @@ def run(
         task_files: Folder of further task files.
         allow_code_execution: Run code that the model has generated, for tasks that need it.
         apply_chat_template: Ask questions as turns of a conversation.
+        thresholds: Confidence thresholds to compare with AR.
+        block_sizes: Block sizes to compare with AR. If this and `thresholds` are None, the recipe's
+            are compared.
+        questions: Folder of questions for a recipe that asks them; None to write them for this run.
         engine: Who answers. Each worker has a model of its own.
         console: The console to print on; None for standard output.
 
@@ -87,24 +156,57 @@ def run(
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("lm_eval: not installed, expected for --tasks (pip install 'megatron-twotower[eval]')")
-    tasks = chosen_tasks(chosen, shots=shots)
-    from megatron_twotower.evaluate.task_runner import run_tasks  # needs lm_eval
+    tasks, setup = chosen_tasks(chosen, shots=shots), chosen_setup(chosen)
+    if questions is not None and not setup.questions:
+        raise UserError(f"--questions: found with {' '.join(chosen)}, which asks none")
+    if task_files is not None and setup.task_files is not None:
+        raise UserError(f"--task-files: found with {chosen[0]}, which has files of its own")
+    compare: dict[str, Any] = {"thresholds": setup.thresholds, "block_sizes": setup.block_sizes}
+    if thresholds is not None or block_sizes is not None:
+        compare = {"thresholds": thresholds or (), "block_sizes": block_sizes or ()}
+    given = dict(settings or {})
+    if any(compare.values()) and (idle := [option for name, option in _COMPARED.items() if name in given]):
+        raise UserError(f"{idle[0]}: found with a comparison of AR and mask diffusion, which does not use it")
+    # These need lm_eval.
+    from megatron_twotower.evaluate.comparison import compare_tasks
+    from megatron_twotower.evaluate.task_runner import run_tasks, task_manager
 
-    journal = partial_path(Path(output))
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    found = run_tasks(
-        folder,
-        tasks,
-        settings=HarnessSettings(**(settings or {})),
-        limit=limit,
-        include_path=task_files,
-        allow_code_execution=allow_code_execution,
-        apply_chat_template=apply_chat_template,
-        engine=engine,
-        journal=journal,
-    )
+    own = HarnessSettings(**{**setup.settings, **given})
+    comparing, journal = any(compare.values()), partial_path(Path(output))
+    if comparing and engine.engine != LOCAL:
+        raise UserError(f"--engine: found {engine.engine} with a comparison of AR and mask diffusion, expected {LOCAL}")
+    with tempfile.TemporaryDirectory() as written:
+        facts, folder_of_questions = _questions(setup, questions, written)
+        manager = task_manager(tasks, setup.task_files or task_files, metadata=folder_of_questions)
+        common: dict[str, Any] = {
+            "settings": own,
+            "limit": limit,
+            "allow_code_execution": allow_code_execution,
+            "apply_chat_template": apply_chat_template,
+        }
+        if comparing:
+            found = compare_tasks(folder, tasks, manager, **compare, **common)
+        else:
+            journal.parent.mkdir(parents=True, exist_ok=True)
+            found = run_tasks(folder, tasks, manager, engine=engine, journal=journal, **common)
+    found |= facts
     write_file(Path(output), (json.dumps(found, indent=1) + "\n").encode())
-    journal.unlink()
+    journal.unlink(missing_ok=True)
     console = console or wide_console()
-    console.print(results_table(found))
+    for table in comparison_tables(found) if comparing else [results_table(found)]:
+        console.print(table)
     console.print(machine_line(found["machine"]), highlight=False)
+
+
+def _questions(setup: TaskSetup, folder: Path | None, new: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """What results say about the questions of a recipe, and what its task files receive.
+
+    Args:
+        setup: What the recipe says.
+        folder: The folder of the questions; None to write them to `new`.
+        new: An empty folder.
+    """
+    if not setup.questions:
+        return {}, {}
+    index = write_documents(Path(new)) if folder is None else read_index(folder)
+    return {"questions": index}, {"questions": str(folder or new)}

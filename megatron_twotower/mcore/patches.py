@@ -25,7 +25,7 @@ import re
 import sys
 import types
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -182,7 +182,8 @@ def install() -> None:
     # A CUDA build of torch logs that there is no device. `twotower doctor` reports it.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if not is_cpu():
-        _patch_for_all_devices(release)
+        with _without_wandb():
+            _patch_for_all_devices(release)
         return
     if any(isinstance(finder, _PatchedSourceFinder) for finder in sys.meta_path):
         return
@@ -193,8 +194,26 @@ def install() -> None:
     for name, replacement in _CUDA_REPLACEMENTS.items():
         setattr(torch.cuda, name, replacement)
     sys.meta_path.insert(0, _PatchedSourceFinder(source_patches))
-    _patch_for_all_devices(release)
-    _patch_for_gloo()
+    with _without_wandb():
+        _patch_for_all_devices(release)
+        _patch_for_gloo()
+
+
+@contextlib.contextmanager
+def _without_wandb() -> Iterator[None]:
+    """Import Megatron Core as if wandb were not installed.
+
+    Its inference engine and timers import wandb, which takes a sixth of the start of a process.
+    This project uses neither; `train.metrics` imports wandb if a run wants it.
+    """
+    if "wandb" in sys.modules:
+        yield
+        return
+    sys.modules["wandb"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["wandb"]
 
 
 def _patch_for_all_devices(release: Release) -> None:

@@ -15,8 +15,7 @@ TENSOR = (1, 2, 4, 8)
 PIPELINE = (1, 2, 4)
 EXPERT = (1, 2, 4, 8, 16, 32, 64, 128)
 CONTEXT = (1, 2, 4, 8, 16, 32)
-# The fewest tokens of a sequence that context-parallel ranks get each: with fewer, other layouts are
-# as good.
+# The fewest tokens of a sequence for each context-parallel rank: other layouts suit shorter ones.
 CONTEXT_TOKENS = 4096
 MICRO_BATCH = (1, 2)
 # In order of the time that recomputation takes.

@@ -32,11 +32,10 @@ from dataclasses import dataclass, replace
 from megatron_twotower.config.pipeline_stages import PipelineStage, whole_model
 from megatron_twotower.config.precision import PRECISIONS
 from megatron_twotower.config.schema import RunConfig
-from megatron_twotower.model.parameter_map import entries_of_stage
 from megatron_twotower.plan.activations import MicroBatchShape, convolution_channels, key_value_width, micro_batch_shape
 from megatron_twotower.plan.flops import context_layers
 from megatron_twotower.plan.layout import Accelerator, Layout, micro_batches
-from megatron_twotower.plan.weights import FP32, WeightBytes, parameter_count, tower_entries
+from megatron_twotower.plan.weights import FP32, WeightBytes, replicated_elements
 
 # A rank sends this many times n (g - 1) / g bytes.
 _RING_FACTORS = {"all_gather": 1, "reduce_scatter": 1, "all_to_all": 1, "all_reduce": 2}
@@ -84,9 +83,9 @@ def group_sizes(layout: Layout) -> dict[str, int]:
 def crosses_nodes(group: str, layout: Layout, accelerator: Accelerator) -> bool:
     """Whether a group of this kind has ranks on several nodes.
 
-    Megatron numbers tensor-parallel ranks consecutively, then context-parallel ranks; of experts the
-    ranks that split them, then expert-parallel ranks. The ranks of data-parallel groups and of a
-    pipeline are far apart.
+    Megatron numbers tensor-parallel ranks consecutively, then context-parallel ranks. For experts
+    it numbers those that split an expert, then expert-parallel ranks. The ranks of data-parallel
+    groups and of a pipeline are far apart.
     """
     sizes = group_sizes(layout)
     spans = sizes | {"expert": layout.expert * layout.expert_tensor, "context": layout.context * layout.tensor}
@@ -222,8 +221,7 @@ def _once_per_step(config: RunConfig, weights: WeightBytes, stages: Sequence[Pip
     """The collectives of gradients and parameters."""
     width = PRECISIONS[config.train.precision].bytes
     if config.parallel.sequence:
-        _, trained = tower_entries(config)
-        shared = parameter_count(e for stage in stages for e in entries_of_stage(trained, stage) if e.split_dim is None)
+        shared = replicated_elements(config, stages)
         yield Collective("tensor", "gradients of shared parameters", "all_reduce", shared * FP32, 1)
     # Experts have their own optimizer. Each of the two optimizers gathers all buffers
     # (megatron-core 0.16.1, distrib_optimizer.py, step_with_ready_grads), unless they are gathered

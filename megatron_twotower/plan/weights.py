@@ -84,12 +84,38 @@ def tower_entries(config: RunConfig) -> tuple[list[Entry], list[Entry]]:
     return _tower_entries(config.objective, config.model, config.conditioning.frequencies)
 
 
-# A search asks for the same few entries for every layout.
+# A search asks for the same few entries, and their numbers of elements, for every layout.
 @lru_cache(maxsize=4)
 def _tower_entries(objective: str, model: ModelConfig, frequencies: int) -> tuple[list[Entry], list[Entry]]:
     if objective == "ar":
         return [], trained_backbone_entries(model)
     return context_entries(model), denoiser_entries(model, frequencies)
+
+
+@lru_cache(maxsize=64)
+def _stage_entries(
+    objective: str, model: ModelConfig, frequencies: int, stage: PipelineStage
+) -> tuple[list[Entry], list[Entry]]:
+    """The entries of a stage: of the context tower, and the trained ones in module order."""
+    context, trained = _tower_entries(objective, model, frequencies)
+    return entries_of_stage(context, stage), _in_module_order(entries_of_stage(trained, stage))
+
+
+@lru_cache(maxsize=4)
+def _trained_elements(objective: str, model: ModelConfig, frequencies: int) -> int:
+    return parameter_count(_tower_entries(objective, model, frequencies)[1])
+
+
+@lru_cache(maxsize=64)
+def _replicated_elements(objective: str, model: ModelConfig, frequencies: int, stage: PipelineStage) -> int:
+    _, trained = _stage_entries(objective, model, frequencies, stage)
+    return parameter_count(entry for entry in trained if entry.split_dim is None)
+
+
+def replicated_elements(config: RunConfig, stages: Iterable[PipelineStage]) -> int:
+    """The elements of the trained parameters of some stages that each tensor-parallel rank has."""
+    key = config.objective, config.model, config.conditioning.frequencies
+    return sum(_replicated_elements(*key, stage) for stage in stages)
 
 
 def _in_module_order(entries: Iterable[Entry]) -> list[Entry]:
@@ -129,11 +155,9 @@ def rank_parameters(config: RunConfig, layout: Layout, *, pipeline_rank: int = 0
 def _rank_parameters(
     objective: str, model: ModelConfig, frequencies: int, layout: Layout, stages: tuple[PipelineStage, ...]
 ) -> RankParameters:
-    context, trained = _tower_entries(objective, model, frequencies)
-    chunks = tuple(
-        tuple(_parameters_on_rank(_in_module_order(entries_of_stage(trained, stage)), layout)) for stage in stages
-    )
-    frozen = list(_parameters_on_rank([e for stage in stages for e in entries_of_stage(context, stage)], layout))
+    of_stages = [_stage_entries(objective, model, frequencies, stage) for stage in stages]
+    chunks = tuple(tuple(_parameters_on_rank(trained, layout)) for _, trained in of_stages)
+    frozen = list(_parameters_on_rank([entry for context, _ in of_stages for entry in context], layout))
     return RankParameters(
         context=sum(parameter.elements for parameter in frozen),
         chunks=chunks,
@@ -313,7 +337,6 @@ def checkpoint_bytes(config: RunConfig) -> int:
     It has the trained parameters, their moments in fp32, and main parameters in fp32 of bf16
     parameters. The frozen tower is in no checkpoint.
     """
-    _, trained = tower_entries(config)
     width = PRECISIONS[config.train.precision].bytes
     each = 3 * FP32 if width == FP32 else width + 3 * FP32
-    return parameter_count(trained) * each
+    return _trained_elements(config.objective, config.model, config.conditioning.frequencies) * each

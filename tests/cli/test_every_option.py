@@ -36,6 +36,7 @@ CALLS = {
     "data conversations": (["--output", "o"], {"data.library_conversations:write_library_conversations": 3}),
     "data inspect": (["d"], {"data.inspect:inspect": None}),
     "data verify": (["d"], {"data.verify:verify": []}),
+    "data questions": (["--output", "o"], {"evaluate.code_documents:write_documents": {}}),
     "convert import": (
         ["--from", "a", "--to", "b"],
         {"convert.import_run:import_folder": SimpleNamespace(objective="ar")},
@@ -71,6 +72,8 @@ CALLS = {
     "bench step --quick": ([], {"bench.step:run": None}),
     "bench context": ([], {"bench.context:run": None}),
     "bench context --quick": ([], {"bench.context:run": None}),
+    "bench prefill": (MODEL, {"bench.prefill:run": None}),
+    "bench prefill --quick": (MODEL, {"bench.prefill:run": None}),
     "bench gpu": ([], {"bench.gpu.command:run": True}),
     "bench gpu --quick": ([], {"bench.gpu.command:run": True}),
     "bench generate": (MODEL, {"bench.generate:run": None}),

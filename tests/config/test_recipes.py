@@ -116,10 +116,9 @@ def test_long_sequences_fit_on_their_layouts(layout):
     # Two GiB are left, and experts may be uneven.
     busy = estimate(config, ranks=ranks, assumptions=Assumptions(expert_imbalance=1.5))
     assert found.fits and busy.memory.total < busy.accelerator.memory_bytes - 2 * GIB
-    alone = load_recipe(
-        LONG, [f"parallel={layout}", "parallel.context=1", "train.recompute_layers='ME*-'"], planning=True
-    )
-    assert estimate(alone, ranks=ranks).memory.total > 2 * found.accelerator.memory_bytes
+    alone = ["parallel.context=1", "train.recompute_layers='ME*-'", f"data.global_batch_size={ranks}"]
+    whole = load_recipe(LONG, [f"parallel={layout}", *alone], planning=True)
+    assert estimate(whole, ranks=ranks).memory.total > 2 * found.accelerator.memory_bytes
 
 
 def test_there_are_layouts_for_long_sequences():

@@ -1,6 +1,7 @@
 """Conversations: their shapes, what a dozen chat templates score, and the shards that hold it."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -312,7 +313,7 @@ def test_folders_give_their_records_of_conversations(chat_tokenizer, tmp_path):
     (folder / "notes.txt").write_text("text")
     _, summary = prepared_chats(tmp_path, chat_tokenizer, [], inputs=[str(folder)], holdout_fraction=0)
     assert summary["splits"]["train"]["documents"] == 25
-    assert summary["passed_over"]["counts"].keys() == {".json without records with 'text'", ".txt"}
+    assert summary["passed_over"]["counts"].keys() == {".json without records with 'messages'", ".txt"}
 
 
 def test_wrong_input_is_one_line(chat_tokenizer, small_tokenizer, tmp_path):
@@ -336,6 +337,15 @@ def test_an_interrupted_run_with_another_template_is_not_resumed(chat_tokenizer,
         prepared_chats(tmp_path, chat_tokenizer, conversations(9), progress=stop)
     with pytest.raises(UserError, match="chat_template"):
         prepared_chats(tmp_path, chat_tokenizer, conversations(9), template=CHATML_MARKED)
+    # The same if the template of the tokenizer itself has changed.
+    own, output = shutil.copytree(chat_tokenizer, tmp_path / "own"), tmp_path / "other"
+    (own / "chat_template.jinja").write_text(CHATML)
+    with pytest.raises(KeyboardInterrupt):
+        prepared_chats(tmp_path, own, conversations(9), template="", output=output, progress=stop)
+    (own / "chat_template.jinja").write_text(CHATML_MARKED)
+    same = {"holdout_fraction": 0.2, "shard_tokens": 500, "chat": True}
+    with pytest.raises(UserError, match="template_sha256"):
+        prepare([str(tmp_path / "chats.jsonl")], tokenizer=own, output=output, **same)
 
 
 # --- commands ---

@@ -1,8 +1,10 @@
 """The model class for lm-evaluation-harness, run by the harness on task files of the tests."""
 
+import functools
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from megatron_twotower.evaluate.task_recipes import HarnessTask, chosen_tasks, r
 # Without the harness nothing here is tested; `pytest -ra` lists this reason.
 pytest.importorskip("lm_eval", reason="lm_eval is not installed (extra `eval`): the harness is not tested")
 
+import lm_eval.tasks
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
@@ -427,13 +430,9 @@ def test_the_command_runs_local_tasks_from_end_to_end(folder, task_files, tmp_pa
 def test_shots_and_limit_and_every_scoring_reach_the_harness(folder, task_files):
     for scoring, shots in (("ar", 2), ("bound", 0), ("mock_ar", 0)):
         settings = HarnessSettings(scoring=scoring, bound_draws=2, block_size=4, steps_per_block=4)
-        found = task_runner.run_tasks(
-            folder,
-            [HarnessTask("choice", ("tiny_choice",), shots)],
-            settings=settings,
-            limit=2,
-            include_path=task_files,
-        )
+        tasks = [HarnessTask("choice", ("tiny_choice",), shots)]
+        manager = task_runner.task_manager(tasks, task_files)
+        found = task_runner.run_tasks(folder, tasks, manager, settings=settings, limit=2)
         assert found["tasks"][0]["documents"] == 2
         assert found["tasks"][0]["metric"] == "acc,none"
         assert found["limit"] == 2
@@ -447,8 +446,8 @@ def without_times(found):
 def test_answers_are_kept_and_not_asked_again(folder, task_files, tmp_path, monkeypatch):
     tasks = [HarnessTask(name, (f"tiny_{name}",), 0) for name in ("choice", "write")]
     settings = HarnessSettings(mode="ar", block_size=4, steps_per_block=4, batch_size=1)
-    arguments = {"settings": settings, "include_path": task_files}
-    whole = task_runner.run_tasks(folder, tasks, **arguments)
+    manager, arguments = task_runner.task_manager(tasks, task_files), {"settings": settings}
+    whole = task_runner.run_tasks(folder, tasks, manager, **arguments)
     journal, asked_for, answer = tmp_path / "journal", [], answering.answer
 
     def failing(asked):
@@ -459,14 +458,14 @@ def test_answers_are_kept_and_not_asked_again(folder, task_files, tmp_path, monk
 
     monkeypatch.setattr(answering, "answer", failing)
     with pytest.raises(KeyboardInterrupt):
-        task_runner.run_tasks(folder, tasks, **arguments, journal=journal)
+        task_runner.run_tasks(folder, tasks, manager, **arguments, journal=journal)
     monkeypatch.setattr(answering, "answer", lambda asked: asked_for.append(asked.task) or answer(asked))
-    again = task_runner.run_tasks(folder, tasks, **arguments, journal=journal)
+    again = task_runner.run_tasks(folder, tasks, manager, **arguments, journal=journal)
     assert len(asked_for) == 8 and len({str(task) for task in asked_for}) == 8
     assert without_times(again) == without_times(whole)
     with pytest.raises(UserError, match="found an interrupted run with batch_size 1, expected 2"):
         task_runner.run_tasks(
-            folder, tasks, **arguments | {"settings": replace(settings, batch_size=2)}, journal=journal
+            folder, tasks, manager, **arguments | {"settings": replace(settings, batch_size=2)}, journal=journal
         )
 
 
@@ -488,7 +487,27 @@ def test_the_harness_makes_chats_with_begun_turns(chat_folder, task_files, monke
     assert all(ids[0] == BOS and ids.count(EOS) == 1 for ids in prompts)
 
 
-def test_mistakes_in_tasks_are_one_line(folder, task_files, tmp_path, capsys):
+def test_tasks_are_asked_as_turns_if_wanted(chat_folder, task_files, monkeypatch):
+    prompts, write = [], TwoTower.write
+
+    def recording(self, rows, answer):
+        prompts.extend(self.tokenizer.decode(row) for row in rows)
+        return write(self, rows, answer)
+
+    monkeypatch.setattr(TwoTower, "write", recording)
+    settings, task = HarnessSettings(mode="ar"), [HarnessTask("write", ("tiny_write",), 0)]
+    manager = task_runner.task_manager(task, task_files)
+    for wanted in (True, False):
+        prompts.clear()
+        found = task_runner.run_tasks(chat_folder, task, manager, settings=settings, apply_chat_template=wanted)
+        assert found["apply_chat_template"] is wanted
+        assert len(prompts) == 4 and all(prompt.startswith("<s>[user]") is wanted for prompt in prompts)
+
+
+def test_mistakes_in_tasks_are_one_line(folder, task_files, tmp_path, capsys, monkeypatch):
+    # Without the harness's own tasks, which are thousands of files.
+    own_files = functools.partial(task_runner.TaskManager, include_defaults=False)
+    monkeypatch.setattr(task_runner, "TaskManager", lambda include_path, **_: own_files(include_path=include_path))
     output = tmp_path / "tasks.json"
     arguments = ["evaluate", "--model", str(folder), "--task-files", str(task_files), "--output", str(output)]
     bad = tmp_path / "bad.yaml"
@@ -510,12 +529,13 @@ def test_mistakes_in_tasks_are_one_line(folder, task_files, tmp_path, capsys):
 CARD = recipes_folder() / "evaluation" / "card.yaml"
 
 
-@pytest.fixture(scope="module")
-def manager():
-    return task_runner.task_manager(read_task_recipe(CARD))
+@pytest.mark.slow  # the harness reads thousands of files
+def test_the_harness_has_the_tasks_of_the_card():
+    tasks = read_task_recipe(CARD)
+    assert {name for task in tasks for name in task.tasks} <= set(task_runner.task_manager(tasks).all_tasks)
 
 
-def test_the_recipe_has_the_eleven_tasks_of_the_card(manager):
+def test_the_recipe_has_the_eleven_tasks_of_the_card():
     tasks = read_task_recipe(CARD)
     names = [
         "MMLU",
@@ -531,7 +551,6 @@ def test_the_recipe_has_the_eleven_tasks_of_the_card(manager):
         "MGSM",
     ]
     assert [task.name for task in tasks] == names
-    assert {name for task in tasks for name in task.tasks} <= set(manager.all_tasks)
     assert all(set(task.card) == {"ar", "mask_diffusion"} and task.shots is not None for task in tasks)
     assert (tasks[0].card["mask_diffusion"], tasks[-1].card["ar"]) == (78.24, 80.80)
     # The card's summary: 98.7 % of the AR model's quality.
@@ -554,8 +573,9 @@ def local(tmp_path, monkeypatch):
     return write
 
 
-def test_math_500_shows_its_examples_and_reads_boxed_answers(manager, local):
+def test_math_500_shows_its_examples_and_reads_boxed_answers(local):
     recipe = {task.name: task for task in read_task_recipe(CARD)}["MATH-500"]
+    manager = task_runner.task_manager([recipe], Path(lm_eval.tasks.__file__).parent / "hendrycks_math")
     document = {"problem": "What is $1/2 + 1/4$?", "solution": "It is $\\boxed{\\frac{3}{4}}$.", "answer": "3/4"}
     here = replace(recipe, overrides={**recipe.overrides, **local(document)})
     (task,) = task_runner.load_tasks(here, manager)

@@ -50,7 +50,7 @@ def test_the_output_is_prepared_like_any_text(two_tower_folder, tiny_data, tmp_p
     assert main.main(["distil", *arguments, *words]) == 0
     assert "30 texts of 16 + 16 tokens" in capsys.readouterr().out
     prepare = ["data", "prepare", "--input", str(output), "--tokenizer", str(two_tower_folder)]
-    assert main.main([*prepare, "--output", str(tmp_path / "data"), "--holdout", "0.2"]) == 0
+    assert main.main([*prepare, "--output", str(tmp_path / "data"), "--holdout", "0.2", "--workers", "1"]) == 0
     assert Corpus.open(tmp_path / "data" / "train").total_tokens > 0
 
 

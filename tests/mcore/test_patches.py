@@ -15,6 +15,7 @@ torch.cuda.is_available = lambda: True
 calls = {name: getattr(torch.cuda, name) for name in ("current_device", "synchronize", "Stream", "manual_seed")}
 from megatron_twotower.mcore import patches, releases
 patches.install()
+assert "wandb" not in patches.sys.modules, "it takes a second, and is imported where a run wants it"
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 assert not any(isinstance(finder, patches._PatchedSourceFinder) for finder in patches.sys.meta_path)

@@ -58,3 +58,15 @@ def test_the_bytes_of_a_run(groups):
     smaller = dataclasses.replace(config, train=dataclasses.replace(config.train, recompute_layers="M"))
     assert bytes_by_kind(smaller)["M"] < bytes_by_kind(config)["M"] / 2
     assert bytes_by_kind(smaller)["E"] == bytes_by_kind(config)["E"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "length", "recompute"), [("M", 131_072, ""), ("M", 131_072, "M"), ("*", 8192, "*")])
+def test_formulas_of_long_sequences(groups, kind, length, recompute):
+    """What autograd keeps is linear in the length, without a term of its square."""
+    config = config_of(kind, block=16, length=length, recompute=recompute)
+    model, _ = build_two_tower(config, groups, dtype=torch.float32)
+    shape = MicroBatchShape(2, length, 16, time_per_block=True)
+    predicted = sum(t.bytes for t in layer_tensors(config.model, kind, shape, recompute=bool(recompute)))
+    measured = kept_bytes(model.train(), random_noisy_batch(config), torch.float32)
+    assert measured == pytest.approx(predicted, rel=0.002)

@@ -232,7 +232,18 @@ def test_a_search_finds_context_ranks_for_long_sequences():
     assert any("parallel.context=" in text for text in searching.overrides(config, found[0].config))
 
 
-def test_a_search_ranks_valid_layouts_those_that_fit_first():
+@pytest.fixture(params=["few", pytest.param("all", marks=pytest.mark.slow)])
+def sizes(request, monkeypatch):
+    """The sizes that a search combines. All of them take long."""
+    if request.param == "few":
+        few = {"TENSOR": (1, 2), "PIPELINE": (1, 2), "EXPERT": (1, 8), "CONTEXT": (1, 2)}
+        few |= {"MICRO_BATCH": (1,), "RECOMPUTE": ("", "ME")}
+        for name, values in few.items():
+            assert set(values) < set(getattr(searching, name))
+            monkeypatch.setattr(searching, name, values)
+
+
+def test_a_search_ranks_valid_layouts_those_that_fit_first(sizes):
     config = nano()
     found = searching.search(config, ranks=64)
     fits = [each.fits for each in found]
@@ -260,7 +271,7 @@ def test_the_command_prints_json_of_the_real_model(capsys):
     assert told["memory_bytes"]["total"] == sum(v for k, v in told["memory_bytes"].items() if k != "total")
 
 
-def test_the_command_says_what_would_fit(capsys):
+def test_the_command_says_what_would_fit(sizes, capsys):
     status, said = plan(capsys, f"recipe={NANO}", "parallel=h100x64", "train.recompute_layers=''", "--json")
     told = json.loads(said.out)
     assert status == 0 and not told["fits"]
@@ -268,7 +279,7 @@ def test_the_command_says_what_would_fit(capsys):
     assert told["remedies"][0]["overrides"] == min((each["overrides"] for each in told["remedies"]), key=len)
 
 
-def test_the_command_names_the_accelerators_that_would_fit(capsys):
+def test_the_command_names_the_accelerators_that_would_fit(sizes, capsys):
     status, said = plan(capsys, f"recipe={NANO}", "parallel=h100x8")
     assert status == 0
     assert "does not fit" in said.out and "31,577,937,344" in said.out

@@ -57,9 +57,9 @@ ACTIVATIONS = 0.15 if RELEASE == "0.16" else 0.2
 def measured(request, tmp_path_factory):
     """Ranks, and what each of them measured on each layout."""
     ranks, output = request.param, tmp_path_factory.mktemp("ranks")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     result = subprocess.run(
-        [*torchrun, "-m", "helpers.measure_ranks", json.dumps(LAYOUTS[ranks]), str(output)],
+        [sys.executable, *torchrun, "-m", "helpers.measure_ranks", json.dumps(LAYOUTS[ranks]), str(output)],
         cwd=TESTS,
         capture_output=True,
         text=True,

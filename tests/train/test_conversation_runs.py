@@ -120,7 +120,9 @@ def test_micro_batches_change_nothing(chats, tiny_backbone, tmp_path, more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [(), ("parallel.tensor=2", "parallel.sequence=true"), ("parallel.expert=2",)])
+@pytest.mark.parametrize(
+    "layout", [(), ("parallel.tensor=2", "parallel.sequence=true"), ("parallel.expert=2",), ("parallel.context=2",)]
+)
 def test_two_ranks_give_the_losses_of_one(layout, whole_run, chats, tiny_backbone, tmp_path):
     launch(2, "tiny", *settings(chats, tmp_path / "run", tiny_backbone, *RUN, *layout))
     got, want = records(tmp_path / "run"), records(whole_run)

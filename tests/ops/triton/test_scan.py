@@ -85,19 +85,42 @@ def check(noisy, clean, **settings):
     assert {name: error for name, error in found.items() if not error <= TOLERANCES[dtype]} == {}
 
 
-@runs_kernels
 # Without shrinking, which would take minutes in the interpreter.
-@settings(
-    max_examples=10, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
-)
-@given(
-    data=st.data(),
-    block=st.sampled_from([1, 2, 3, 4, 8, 16, 20]),
-    chunk_blocks=st.integers(1, 5),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    batch=st.integers(1, 2),
-)
+def of_drawn_sizes(examples):
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+DRAWN = {
+    "data": st.data(),
+    "block": st.sampled_from([1, 2, 3, 4, 8, 16, 20]),
+    "chunk_blocks": st.integers(1, 5),
+    "dtype": st.sampled_from([torch.float32, torch.bfloat16]),
+    "batch": st.integers(1, 2),
+}
+
+
+@runs_kernels
+@of_drawn_sizes(4)
+@given(**DRAWN)
 def test_output_and_all_gradients_equal_the_recurrence(data, block, chunk_blocks, dtype, batch):
+    check_drawn(data, block, chunk_blocks, dtype, batch)
+
+
+@runs_kernels
+@pytest.mark.slow
+@of_drawn_sizes(20)
+@given(**DRAWN)
+def test_of_more_sizes(data, block, chunk_blocks, dtype, batch):
+    check_drawn(data, block, chunk_blocks, dtype, batch)
+
+
+def check_drawn(data, block, chunk_blocks, dtype, batch):
     length = block * data.draw(st.integers(1, max(1, 32 // block)), label="blocks")
     groups, share = data.draw(st.sampled_from([(1, 1), (1, 3), (2, 2)]), label="groups and heads of each")
     sizes = {"heads": groups * share, "groups": groups}
@@ -242,6 +265,7 @@ def test_tiles_are_complete_blocks_and_cover_the_chunk(name, block, chunk):
     assert constants.rows & (constants.rows - 1) == 0 and constants.rows >= 16
 
 
+@compiles_kernels
 def test_the_scan_does_not_import_triton():
     code = "import sys, megatron_twotower.ops.scan; print('megatron_twotower.ops.triton.scan' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

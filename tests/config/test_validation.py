@@ -1,0 +1,16 @@
+"""Rules between several settings."""
+
+import pytest
+
+from helpers.models import planned_config
+from megatron_twotower.common.errors import UserError
+from megatron_twotower.config.validation import validate
+
+
+def test_the_tokens_of_a_global_batch_are_counted_in_32_bits():
+    long = {"data.sequence_length_tokens": 2**20, "data.global_batch_size": 1024, "data.micro_batch_size": 1}
+    validate(planned_config(long), world_size=1)
+    for more in ({"data.global_batch_size": 2048}, {"noise.draws_per_context": 2}):
+        with pytest.raises(UserError, match="found 2147483648 tokens, expected fewer than 2147483648") as error:
+            validate(planned_config(long | more), world_size=1)
+        assert "data.global_batch_size" in str(error.value) and "\n" not in str(error.value)
