@@ -125,7 +125,7 @@ $(SFT)/chats/train/index.json: | $(VENV)/.installed
 	$(TWOTOWER) data prepare --chat --chat-template recipes/chat_templates/plain.jinja --input $(SFT)/library.jsonl \
 	  --tokenizer recipes/models/bytes --output $(SFT)/chats
 
-sft: $(SFT)/chats/train/index.json ## tune the two towers on bytes on conversations, and measure their answers (about 20 minutes)
+sft: $(SFT)/chats/train/index.json ## tune the two towers on bytes on conversations, and measure their answers (long)
 	$(TWOTOWER) convert export --from recipes/models/bytes --what context --to $(SFT)/base
 	$(TWOTOWER) train recipe=sft_ar
 	$(TWOTOWER) convert export --from $(SFT)/backbone --to $(SFT)/instruct

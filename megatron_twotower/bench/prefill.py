@@ -1,13 +1,14 @@
 """The command `bench prefill`: time and peak memory of reading a prompt, against its length.
 
-Every case runs in a process of its own. Apart from attention the time is linear in the length, and
+Every case runs in a process of its own. On a CPU, times are those that its threads computed: other
+processes do not change them. Apart from attention the time is linear in the length, and
 apart from the cache the memory does not grow with it, unless the prompt is read at once.
 """
 
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def case(folder: Path, length: int, chunk_size: int, repeats: int, threads: int)
     with measure.torch_threads(threads):
         model.prefill(ids[:, :size], chunk_size=size)
         memory = measure.extra_peak_bytes(prefill)
-        seconds = [measure.elapsed_seconds(prefill) for _ in range(repeats)]
+        seconds = [_seconds(prefill) for _ in range(repeats)]
         spent = _seconds_in_attention(model, prefill)
     return {
         "length": length,
@@ -84,18 +85,30 @@ def case(folder: Path, length: int, chunk_size: int, repeats: int, threads: int)
     }
 
 
+def _clock() -> float:
+    return time.process_time() if default_devices()[0] == "cpu" else time.perf_counter()
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    measure.synchronize()
+    started = _clock()
+    work()
+    measure.synchronize()
+    return _clock() - started
+
+
 def _seconds_in_attention(model: Model, prefill: Any) -> dict[str, float]:
     """Seconds of one prefill in layers of attention, and in others."""
     spent, started, hooks = defaultdict[str, float](float), [0.0], []
 
     def before(*_: Any) -> None:
         measure.synchronize()
-        started[0] = time.perf_counter()
+        started[0] = _clock()
 
     def after(layer: Any, *_: Any) -> None:
         measure.synchronize()
         kind = "attention" if isinstance(layer.mixer, Attention) else "others"
-        spent[kind] += time.perf_counter() - started[0]
+        spent[kind] += _clock() - started[0]
 
     for layer in model.context_tower.layers:
         hooks += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]

@@ -19,7 +19,9 @@ def test_the_bytes_of_a_cache():
     assert prefill.cache_bytes(cache) == 8 * (2 * mamba + attention)
 
 
-def test_every_case_is_measured(two_tower_folder, tmp_path, capsys):
+def test_every_case_is_measured(two_tower_folder, tmp_path, capsys, monkeypatch):
+    # A new process takes seconds to start.
+    monkeypatch.setattr(prefill.measure, "in_new_process", lambda work, *arguments, preload: work(*arguments))
     assert main(["bench", "prefill", "--model", str(two_tower_folder), "--quick", "--output", str(tmp_path)]) == 0
     cases = json.loads((tmp_path / "prefill.json").read_text())["cases"]
     assert [(case["length"], case["chunk_size"]) for case in cases] == [(64, 32), (64, 0), (128, 32), (128, 0)]
