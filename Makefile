@@ -28,7 +28,7 @@ TWOTOWER := $(BIN)/twotower
 # Python compiles a module at its first import; pip would compile all eighteen thousand.
 PIP_INSTALL := $(BIN)/python -m pip install -qq --no-compile
 
-.PHONY: help install train report bench speed sft soak test test-slow test-gpu test-te test-mamba test-transformers test-releases test-slurm check format backbone bytes clean
+.PHONY: help install train report bench speed sft soak test test-slow test-gpu test-te test-mamba test-transformers test-releases test-slurm test-cluster check format backbone bytes clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -125,7 +125,7 @@ $(SFT)/chats/train/index.json: | $(VENV)/.installed
 	$(TWOTOWER) data prepare --chat --chat-template recipes/chat_templates/plain.jinja --input $(SFT)/library.jsonl \
 	  --tokenizer recipes/models/bytes --output $(SFT)/chats
 
-sft: $(SFT)/chats/train/index.json ## tune the two towers on bytes on conversations, and measure their answers (about 20 minutes)
+sft: $(SFT)/chats/train/index.json ## tune the two towers on bytes on conversations, and measure their answers (long)
 	$(TWOTOWER) convert export --from recipes/models/bytes --what context --to $(SFT)/base
 	$(TWOTOWER) train recipe=sft_ar
 	$(TWOTOWER) convert export --from $(SFT)/backbone --to $(SFT)/instruct
@@ -204,6 +204,9 @@ test-slurm: $(VENV)/.installed-dev ## run the launch scripts on a real Slurm (as
 	@for each in slurmctld slurmd munged sbatch; do PATH="$$PATH:/usr/sbin" command -v $$each >/dev/null || { echo "test-slurm: $$each not found, expected a Slurm (apt-get install slurm-wlm munge)"; exit 2; }; done
 	@test "$$(id -u)" = 0 || { echo "test-slurm: found user $$(id -un), expected root (slurmd starts tasks for users)"; exit 2; }
 	$(BIN)/python -m pytest -m slurm $(PYTEST_ARGS)
+
+test-cluster: $(VENV)/.installed-dev ## kill workers, nodes and drivers of a Ray of several nodes at random (half an hour)
+	$(BIN)/python -m pytest -m cluster $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev ## lint, format and types
 	$(BIN)/ruff check .

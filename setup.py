@@ -23,6 +23,7 @@ REQUIRES = [
     "safetensors>=0.4",
     "webdataset>=1.0,<2",
     "fsspec",  # opens shards at s3://, gs://, hf:// and others, with s3fs, gcsfs and so on
+    "universal-pathlib>=0.3,<1",  # inputs there
     "hydra-core>=1.3,<2",
     "wandb",
     "pyyaml",
@@ -48,6 +49,8 @@ EXTRAS = {
     "data": ["pyarrow>=14", "zstandard>=0.22"],
     # Tasks of lm-evaluation-harness: `twotower evaluate --tasks`.
     "eval": ["lm-eval>=0.4.9"],
+    # `--engine ray`: preparing data, generation and evaluation on a cluster.
+    "cluster": ["ray>=2.52,<3"],
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.5",
@@ -59,6 +62,7 @@ EXTRAS = {
         "mypy>=1.13",
         "pyarrow>=14",
         "zstandard>=0.22",
+        "ray>=2.52,<3",
         "triton; platform_system == 'Linux'",  # its interpreter runs the kernels on a CPU
     ],
 }

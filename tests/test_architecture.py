@@ -45,11 +45,14 @@ ONLY_IN = {
     "causal_conv1d": {"ops"},
     "webdataset": {"data", "bench"},
     "fsspec": {"data.remote"},
+    "upath": {"data.remote"},
     "pyarrow": {"data"},
     "zstandard": {"data"},
     "lm_eval": {"evaluate.harness", "evaluate.task_runner", "evaluate.comparison"},
+    "ray": {"common.ray_engine"},
+    "datatrove": {"bench.prepare"},
     # A folder that imports Megatron Core imports `mcore` first, in its `__init__`.
-    "megatron": {"mcore", "model", "checkpoint", "train", "doctor", "bench.data"},
+    "megatron": {"mcore", "model", "checkpoint", "train", "doctor", "bench.data", "bench.prepare"},
 }
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

@@ -167,6 +167,29 @@ def _data(arguments: argparse.Namespace) -> int:
     return 0
 
 
+PREPARE = {
+    "megabytes": option("characters of text in millions, at most", above=0, at_most=1000),
+    "rounds": option("counted rounds, after one that is not counted", **COUNT),
+    "tokenizer": option("Hugging Face tokenizer folder; that of the shipped backbone if left out"),
+    "unit_bytes": option("bytes that a worker reads at a time where workers are compared", **COUNT),
+    "documents": option("documents of the largest made-up corpus to decide on", at_least=10),
+}
+
+
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    from megatron_twotower.bench import prepare
+
+    add_options(parser, prepare.PrepareOptions, PREPARE)
+    _add_output(parser)
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from megatron_twotower.bench import prepare
+
+    prepare.run(arguments.output, options=prepare.PrepareOptions(**arguments_for(PREPARE, arguments)))
+    return 0
+
+
 GENERATE = {
     "batch_sizes": option("prompts in a batch", **COUNT),
     "modes": option("modes of generation"),
@@ -370,6 +393,13 @@ GROUP = Group(
             ("twotower bench data",),
             _add_output,
             _data,
+        ),
+        Command(
+            "prepare",
+            "one core from text to shards, against the tokenizer alone, Megatron-LM's way and datatrove",
+            ("twotower bench prepare --megabytes 16",),
+            _add_prepare,
+            _prepare,
         ),
         Command(
             "generate",

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from megatron_twotower.cli.command import Command, Group, Idle
+from megatron_twotower.cli.engine import ENGINE_IDLE, add_engine, engine_settings
 from megatron_twotower.cli.options import COUNT, add_number, add_options, arguments_for, option
 
 # What `tokenizer` and `prepare` both read: parameters of `data.prepare.prepare`.
@@ -24,7 +25,6 @@ PREPARE = {
     "tokenizer": option("Hugging Face tokenizer folder"),
     "shard_tokens": option("tokens per shard", **COUNT),
     "overwrite": option("replace an existing output folder"),
-    "workers": option("processes; the number of cores if left out", default=len(os.sched_getaffinity(0)), **COUNT),
     "max_malformed": option("malformed records to skip: a share of all records below 1, else a number", at_least=0),
     "min_tokens": option("leave out shorter documents", **COUNT),
     "max_tokens": option("leave out longer documents", **COUNT),
@@ -37,6 +37,7 @@ PREPARE = {
 IDLE = (
     Idle(("--text-field", "--suffixes", "--bos", "--eos"), lambda found: found.chat, "--chat"),
     Idle(("--chat-template",), lambda found: not found.chat, "no --chat"),
+    *ENGINE_IDLE,
 )
 
 
@@ -65,14 +66,16 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     from megatron_twotower.data.prepare import prepare
 
     add_options(parser, prepare, TEXT | PREPARE)
+    add_engine(parser)
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
     from megatron_twotower.common.progress import corpus_bars
     from megatron_twotower.data.prepare import prepare
 
+    engine = engine_settings(arguments)
     with corpus_bars() as report:
-        summary = prepare(**arguments_for(TEXT | PREPARE, arguments), progress=report)
+        summary = prepare(**arguments_for(TEXT | PREPARE, arguments), engine=engine, progress=report)
     print(json.dumps(summary, indent=1))
     return 0
 
@@ -105,7 +108,7 @@ INSPECT = BLEND | {
 }
 VERIFY = BLEND | {
     "tokenizer": option("folder of the tokenizer that the data must be made with"),
-    "workers": PREPARE["workers"],
+    "workers": option("processes; the number of cores if left out", default=len(os.sched_getaffinity(0)), **COUNT),
 }
 
 
@@ -179,6 +182,8 @@ GROUP = Group(
             (
                 "twotower data prepare --input texts/ more.jsonl.zst --tokenizer runs/tokenizer "
                 "--output runs/data --workers 16",
+                "twotower data prepare --input /shared/texts --tokenizer /shared/tokenizer --output /shared/data "
+                "--engine ray --address head:6379",
                 "twotower data prepare --chat --input chats.jsonl --tokenizer my/instruct --output runs/chats",
             ),
             _add_prepare,

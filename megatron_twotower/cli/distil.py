@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from megatron_twotower.cli.command import Command
+from megatron_twotower.cli.engine import ONE_PROCESS_IDLE, add_engine, one_process_settings
 from megatron_twotower.cli.options import COUNT, add_options, arguments_for, option
 
 TEXTS = {
@@ -22,14 +23,20 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--data", type=Path, required=True, help="prepared data folder; the prompts are its training text"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON lines for `data prepare`")
-    add_options(parser, distil.run, TEXTS)
+    add_options(parser, distil.DistilSettings, TEXTS)
+    add_engine(parser)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from megatron_twotower.generate import distil
 
-    texts = arguments_for(TEXTS, arguments)
-    distil.run(arguments.model, data=arguments.data, output=arguments.output, **texts)
+    distil.run(
+        arguments.model,
+        data=arguments.data,
+        output=arguments.output,
+        settings=distil.DistilSettings(**arguments_for(TEXTS, arguments)),
+        engine=one_process_settings(arguments),
+    )
     return 0
 
 
@@ -40,4 +47,5 @@ COMMAND = Command(
     _add_options,
     _run,
     interrupted_by_sigterm=True,
+    idle=ONE_PROCESS_IDLE,
 )

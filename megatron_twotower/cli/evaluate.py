@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from megatron_twotower.cli.command import Command, Idle
+from megatron_twotower.cli.engine import ENGINE_FLAGS, ONE_PROCESS_IDLE, add_engine, one_process_settings
 from megatron_twotower.cli.options import COUNT, add_number, add_options, arguments_for, flags, option
 from megatron_twotower.common.errors import UserError
 
@@ -61,7 +62,8 @@ TASK_OPTIONS = ("--shots", "--limit", "--task-files", "--allow-code-execution", 
 # command line.
 IDLE = (
     Idle(("--data", *flags(HELD_OUT)), lambda found: bool(found.tasks), "--tasks"),
-    Idle((*flags(TASKS), *TASK_OPTIONS), lambda found: not found.tasks, "no --tasks"),
+    Idle((*flags(TASKS), *TASK_OPTIONS, *ENGINE_FLAGS), lambda found: not found.tasks, "no --tasks"),
+    *ONE_PROCESS_IDLE,
 )
 
 
@@ -97,6 +99,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     tasks.add_argument("--apply-chat-template", action="store_true", help="ask questions as turns of a conversation")
     tasks.add_argument("--allow-code-execution", action="store_true", help="run code that the model writes")
+    add_engine(tasks)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -123,6 +126,7 @@ def _run_tasks(arguments: argparse.Namespace) -> int:
         limit=arguments.limit,
         task_files=arguments.task_files,
         allow_code_execution=arguments.allow_code_execution,
+        engine=one_process_settings(arguments),
         apply_chat_template=arguments.apply_chat_template,
         questions=arguments.questions,
         **arguments_for(COMPARED, arguments),

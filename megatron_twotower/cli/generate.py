@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from megatron_twotower.cli.command import Command, Idle
+from megatron_twotower.cli.engine import ENGINE_FLAGS, ONE_PROCESS_IDLE, add_engine, one_process_settings
 from megatron_twotower.cli.options import COUNT, add_options, arguments_for, option
 from megatron_twotower.common.errors import UserError
 
@@ -32,8 +33,9 @@ BATCHING = {"batch_size": option("prompts in a batch, with --prompts", **COUNT)}
 
 # The options of one mode are accepted with another one: a comparison of modes has one command line.
 IDLE = (
-    Idle(("--batch-size",), lambda found: found.prompts is None, "--prompt or --chat"),
+    Idle(("--batch-size", *ENGINE_FLAGS), lambda found: found.prompts is None, "--prompt or --chat"),
     Idle(("--system",), lambda found: not found.chat, "no --chat"),
+    *ONE_PROCESS_IDLE,
     Idle(("--top-k", "--top-p", "--seed"), lambda found: found.temperature == 0, "--temperature 0"),
 )
 
@@ -83,6 +85,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="JSON lines for --prompts, in their order; an interrupted run resumes",
     )
     add_options(parser, BatchingSettings, BATCHING)
+    add_engine(parser)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -116,6 +119,7 @@ def _run(arguments: argparse.Namespace) -> int:
         settings=settings,
         batching=prompt_file.BatchingSettings(**arguments_for(BATCHING, arguments)),
         devices=arguments.device,
+        engine=one_process_settings(arguments),
     )
 
 
@@ -125,6 +129,8 @@ COMMAND = Command(
     (
         "twotower generate --model runs/model --prompt 'def main():' --mode all --html replay.html",
         "twotower generate --model runs/model --prompts prompts.jsonl --output texts.jsonl --batch-size 32",
+        "twotower generate --model /shared/model --prompts prompts.jsonl --output texts.jsonl --engine ray "
+        "--address head:6379 --device cuda",
         "twotower generate --model runs/sft/model --chat",
     ),
     _add_options,

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -63,7 +64,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Raises:
         UserError: The file cannot be written.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    # A name of its own also on a file system that machines share, where process numbers repeat.
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(6)}.partial")
     try:
         yield partial
         with open(partial, "rb+") as stream:

@@ -97,8 +97,9 @@ class CorpusProgress:
     """How far a stage of work on a corpus is.
 
     Attributes:
-        stage: "tokenising", "writing" or "verifying".
-        done: The amount that is done: bytes of input for "tokenising", else tokens.
+        stage: "tokenising", "selecting", "writing" or "verifying".
+        done: The amount that is done: bytes of input for "tokenising", documents that were looked
+            at for "selecting", else tokens.
         total: The amount of the stage, in the same unit.
         documents: Documents done in this stage, including those of an interrupted run.
         tokens: Tokens done in this stage, including those of an interrupted run.
@@ -121,8 +122,11 @@ def corpus_bars() -> Iterator[OnCorpusProgress]:
     with stage_bars() as bars:
 
         def report(found: CorpusProgress) -> None:
-            rate = rates.setdefault(found.stage, per_second())(found.tokens)
-            text = f"{found.documents:,} documents, {found.tokens:,} tokens, {rate:,.0f} tokens/s"
+            rate = rates.setdefault(found.stage, per_second())
+            if found.tokens or not found.documents:
+                text = f"{found.documents:,} documents, {found.tokens:,} tokens, {rate(found.tokens):,.0f} tokens/s"
+            else:
+                text = f"{found.documents:,} documents, {rate(found.documents):,.0f} documents/s"
             bars(found.stage, found.done, found.total, text)
 
         yield report

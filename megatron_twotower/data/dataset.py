@@ -303,16 +303,30 @@ def read_ahead(make: Callable[[int], T], *, workers: int, depth: int) -> Generat
         pool.shutdown(cancel_futures=True)
 
 
-def evenly_spaced_windows(corpus: Corpus, *, count: int, length: int) -> Tensor:
-    """Windows of a corpus at equal distances: (count, length) int64 tokens.
-
-    A short corpus gives fewer windows: as many as fit without an overlap.
+def window_count(corpus: Corpus, *, count: int, length: int) -> int:
+    """The number of windows at equal distances: `count`, or as many as fit without an overlap.
 
     Raises:
-        UserError: Fewer than two windows fit.
+        UserError: Fewer than two fit.
     """
     count = min(count, corpus.total_tokens // length)
     if count < 2:
         raise UserError(f"{corpus.folder}: found {corpus.total_tokens} tokens, expected at least 2 x {length}")
-    starts = [i * (corpus.total_tokens - length) // (count - 1) for i in range(count)]
-    return torch.stack([torch.from_numpy(corpus.tokens(start, length)) for start in starts])
+    return count
+
+
+def window(corpus: Corpus, number: int, *, count: int, length: int) -> np.ndarray:
+    """(length,) int64 tokens of window `number` of `count` windows at equal distances."""
+    return corpus.tokens(number * (corpus.total_tokens - length) // (count - 1), length)
+
+
+def evenly_spaced_windows(corpus: Corpus, *, count: int, length: int) -> Tensor:
+    """Windows of a corpus at equal distances: (count, length) int64 tokens.
+
+    A short corpus gives fewer windows, see `window_count`.
+
+    Raises:
+        UserError: Fewer than two windows fit.
+    """
+    count = window_count(corpus, count=count, length=length)
+    return torch.from_numpy(np.stack([window(corpus, number, count=count, length=length) for number in range(count)]))

@@ -38,6 +38,7 @@ from megatron_twotower.data.record_formats import (
     record_of_item,
     text_of_record,
 )
+from megatron_twotower.data.remote import input_path
 
 STANDARD_LIBRARY = "python-stdlib"
 SUFFIXES = (".md", ".py", ".txt")
@@ -155,10 +156,11 @@ def find_inputs(
 ) -> Inputs:
     """The files of all inputs, sorted by name within each input, and what was passed over.
 
-    An input is a file, a folder, or `python-stdlib`, the library source (.py) of the running
-    interpreter. A folder gives its files with `suffixes` and its files of records, at any depth; of
-    its .json files, those of records with a text. Hidden folders, byte-code caches, installed
-    packages and links to folders are skipped. A file that is found twice counts once.
+    An input is a file, a folder, the URL of one (`remote.input_path`), or `python-stdlib`, the
+    library source (.py) of the running interpreter. A folder gives its files with `suffixes` and
+    its files of records, at any depth; of its .json files, those of records with a text. Hidden
+    folders, byte-code caches, installed packages and links to folders are skipped. A file that is
+    found twice counts once.
 
     Args:
         text_field: The field of a record with its text.
@@ -172,7 +174,7 @@ def find_inputs(
     found: dict[Path, Document] = {}
     passed_over = PassedOver()
     for given in inputs:
-        path = Path(given)
+        path = input_path(given)
         if given == STANDARD_LIBRARY:
             documents = _library() if is_record is None else []
         elif path.is_dir():
@@ -202,16 +204,18 @@ def _library() -> list[Document]:
 
 
 def _walk(
-    root: Path, suffixes: tuple[str, ...], text_field: str, passed_over: PassedOver, is_record: IsRecord
+    root: Any, suffixes: tuple[str, ...], text_field: str, passed_over: PassedOver, is_record: IsRecord
 ) -> list[Document]:
     documents = []
-    for folder, subfolders, files in os.walk(root):
+    walked = os.walk(root) if isinstance(root, Path) else root.walk()
+    for given, subfolders, files in walked:
+        folder: Any = Path(given) if isinstance(root, Path) else given
         for name in list(subfolders):
             if reason := _skipped_folder(folder, name):
                 subfolders.remove(name)
-                passed_over.add(f"{Path(folder, name).relative_to(root).as_posix()}/", reason)
+                passed_over.add(f"{(folder / name).relative_to(root).as_posix()}/", reason)
         for name in files:
-            path = Path(folder, name)
+            path = folder / name
             relative = path.relative_to(root).as_posix()
             form = _form_in_folder(path, suffixes, text_field, is_record)
             if isinstance(form, Unreadable):
@@ -221,13 +225,13 @@ def _walk(
     return sorted(documents, key=lambda document: document.name)
 
 
-def _skipped_folder(folder: str, name: str) -> str | None:
+def _skipped_folder(folder: Path, name: str) -> str | None:
     """Why a folder in an input is not read; None if it is."""
     if name in _SKIPPED_FOLDERS:
         return name
     if name.startswith("."):
         return "hidden folder"
-    return "link to a folder" if os.path.islink(os.path.join(folder, name)) else None
+    return "link to a folder" if (folder / name).is_symlink() else None
 
 
 def _form_in_folder(path: Path, suffixes: tuple[str, ...], text_field: str, is_record: IsRecord) -> str | Unreadable:

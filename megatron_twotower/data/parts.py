@@ -4,7 +4,6 @@ parts/000007.ids       the ids of its documents, one after another, nothing adde
 parts/000007.scored    of conversations: one byte per id, 1 where it is scored
 parts/000007.records   one `RECORD` per document
 parts/000007.json      its counts, written last: a part is complete or absent
-parts/000007.keep      one byte per document: its split as in `KEEP`, or 0 (from `selection`)
 """
 
 import contextlib
@@ -20,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_twotower.common import workers
 from megatron_twotower.common.files import atomic_file, write_file
-from megatron_twotower.data import workers
 from megatron_twotower.data.conversations import (
     FIELDS,
     Conversation,
@@ -38,7 +37,7 @@ from megatron_twotower.data.tokenizer import load_tokenizer, text_encoder
 # digest: the first 16 bytes of the SHA-256 of the text; place: index of the line, row or file
 # within the unit; bytes, characters: the size of the text.
 RECORD = np.dtype([("digest", "<u8", 2), ("place", "<i8"), ("tokens", "<i8"), ("bytes", "<i8"), ("characters", "<i8")])
-KEEP = {TRAIN: 1, VALIDATION: 2}
+KEEP = {TRAIN: 1, VALIDATION: 2}  # the splits, in the files of `selection`
 FIRST_FAULTS = 10  # malformed records that are named
 
 _BATCH_CHARACTERS = 1 << 20  # text that the tokenizer gets at a time: enough for all its threads
@@ -110,8 +109,7 @@ def part_array(folder: Path, number: int, suffix: str, *, dtype: np.dtype) -> np
     """A file of a part as a memory map.
 
     Returns:
-        (documents,) RECORD of `.records`, (documents,) uint8 of `.keep`, (tokens,) of `.ids`, or
-        (tokens,) bool of `.scored`.
+        (documents,) RECORD of `.records`, (tokens,) of `.ids`, or (tokens,) bool of `.scored`.
     """
     path = part_path(folder, number, suffix)
     return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype=dtype)

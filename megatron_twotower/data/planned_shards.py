@@ -14,17 +14,20 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_twotower.common import workers
 from megatron_twotower.common.files import atomic_file, write_file
-from megatron_twotower.data import workers
 from megatron_twotower.data.parts import KEEP, RECORD, part_array
+from megatron_twotower.data.repeats import group_path
 from megatron_twotower.data.shards import Sample, Shard, ShardArrays, write_shard
 
 
 @dataclass(frozen=True)
 class PartRange:
-    """Documents `begin` to `end` of a part. Those that `.keep` gives to the split are meant.
+    """Documents `begin` to `end` of a part. Those that `selection` gives to the split are meant.
 
     Attributes:
+        group: The group that they are in.
+        place: The place in the group of document `begin`.
         first_id: The place in `.ids` of the first id of document `begin`.
         names: The names of all files of a unit of text files, or the name of one file of records.
         lines_before: Lines of the file of records in earlier units; None for text files.
@@ -33,6 +36,8 @@ class PartRange:
     part: int
     begin: int
     end: int
+    group: int
+    place: int
     first_id: int
     names: tuple[str, ...]
     lines_before: int | None
@@ -109,7 +114,10 @@ def _samples(task: ShardTask) -> Iterator[Sample]:
     bos, eos = (np.array([] if one is None else [one], dtype=dtype) for one in (task.bos, task.eos))
     for source in task.shard.ranges:
         records = part_array(task.folder, source.part, ".records", dtype=RECORD)[source.begin : source.end]
-        keep = part_array(task.folder, source.part, ".keep", dtype=np.dtype(np.uint8))[source.begin : source.end]
+        count = source.end - source.begin
+        keep = np.fromfile(
+            group_path(task.folder, source.group, ".kept"), dtype=np.uint8, count=count, offset=source.place
+        )
         ids = part_array(task.folder, source.part, ".ids", dtype=dtype)
         scored = part_array(task.folder, source.part, ".scored", dtype=np.dtype(bool)) if task.conversations else None
         firsts = source.first_id + np.cumsum(records["tokens"]) - records["tokens"]

@@ -1,20 +1,21 @@
-"""Makes a prepared folder (see `shards`) from text, with worker processes, in three stages.
+"""Makes a prepared folder (see `shards`) from text, in three stages, each done by any workers.
 
 1. Every unit of the input is tokenised to a part.
 2. `selection` decides which documents stay, in which split and in which shard.
 3. The shards are written from the parts. The ids of a part are removed once all shards that need
    them are written.
 
-A killed run resumes from its finished parts and shards. Stage 2 reads the parts in the order of the
-units and nothing else, so the result does not depend on the number of workers, or on how often the
-run was killed.
+A killed run resumes from its finished parts, groups and shards. Stage 2 reads the parts in the
+order of the units and nothing else, so the result does not depend on the workers (their number, the
+machines that they are on), or on how often the run was killed.
 
-Memory: stage 2 needs 18 bytes for each document of the input (16 of them are its digest; none
-without deduplication) and a table of the shards. A worker needs a megabyte of text, or the longest
-text, and its ids. The list of text files needs some hundred bytes a file. Disk: parts are about as
-large as shards.
+Memory: stage 2 needs some 150 MB in each worker, however many documents there are, and in this
+process a table of the shards. A worker needs a megabyte of text, or the longest text, and its ids.
+The list of text files needs some hundred bytes a file. Disk: parts are about as large as shards,
+and stage 2 adds 26 bytes a document.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -27,16 +28,19 @@ from pathlib import Path
 from typing import Any
 
 from megatron_twotower import __version__
+from megatron_twotower.common import engines
+from megatron_twotower.common.engines import ONE_PROCESS, EngineSettings, Needs
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.progress import CorpusProgress, OnCorpusProgress
+from megatron_twotower.common.workers import Engine
 from megatron_twotower.config.special_tokens import read_special_tokens
-from megatron_twotower.data import workers, workspace
+from megatron_twotower.data import repeats, workspace
 from megatron_twotower.data.conversations import MESSAGE_FIELDS, TEMPLATE_FILE, is_conversation, open_template
 from megatron_twotower.data.documents import SUFFIXES, TRAIN, VALIDATION, PassedOver, Unit, cut_units, find_inputs
 from megatron_twotower.data.mask_token import check_mask_token
 from megatron_twotower.data.parts import FIRST_FAULTS, UnitTask, read_part, remove_ids, write_part
 from megatron_twotower.data.planned_shards import ShardTask, read_planned_shard, shard_arrays, write_planned_shard
-from megatron_twotower.data.selection import Selection, lines_before, select
+from megatron_twotower.data.selection import PASSES, Rules, Selection, lines_before, select
 from megatron_twotower.data.shards import CONVERSATIONS_VERSION, INDEX_FILE, INDEX_VERSION, Shard, write_index
 from megatron_twotower.data.tokenizer import TOKENIZER_FILE, load_tokenizer, tokenizer_fingerprint
 
@@ -87,13 +91,13 @@ def prepare(
     chat: bool = False,
     chat_template: Path | None = None,
     suffixes: Sequence[str] = SUFFIXES,
-    workers: int = 1,
+    engine: EngineSettings = ONE_PROCESS,
     unit_bytes: int = 8 << 20,
     progress: OnCorpusProgress | None = None,
 ) -> dict[str, Any]:
     """Tokenise `inputs` into the folder `output` (see `shards`) and return its summary.
 
-    The same inputs give the same bytes for any number of `workers`. An interrupted run leaves
+    The same inputs give the same bytes with any `engine`. An interrupted run leaves
     OUTPUT.partial, and resumes from there when it is called again with the same settings.
 
     Left out and counted are files that are not UTF-8, and texts that are empty, that repeat another
@@ -120,13 +124,15 @@ def prepare(
             ids.
         chat_template: A file with the template for them, in place of that of the tokenizer.
         suffixes: Of the text files in a folder.
-        workers: Processes; with 1, this process does the work.
+        engine: Who does the work. With Ray, inputs, tokenizer and output are at paths that all
+            nodes share, or inputs at URLs.
         unit_bytes: Input that one worker reads at a time.
 
     Raises:
         UserError: An input or the tokenizer is missing or cannot be read, there is no text to train
             on, a value is out of range, too many records are malformed, the disk is full,
-            OUTPUT.partial is from other settings, or `output` exists. `output` is then unchanged.
+            OUTPUT.partial is from other settings, `output` exists, or the engine cannot start.
+            `output` is then unchanged.
     """
     output = Path(output)
     settings = Settings(
@@ -143,7 +149,7 @@ def prepare(
         chat=chat,
         chat_template=None if chat_template is None else _read_template(chat_template),
     )
-    _check_settings(settings, workers=workers, max_malformed=max_malformed)
+    _check_settings(settings, max_malformed=max_malformed)
     workspace.check_output(output, mark=f"{TRAIN}/{INDEX_FILE}", overwrite=overwrite)
     vocabulary = _vocabulary(Path(tokenizer), settings)
     is_record = is_conversation if chat else None
@@ -155,20 +161,13 @@ def prepare(
     )
     template = open_template(Path(tokenizer), settings.chat_template).digest if chat else None
     request = _request(inputs, units, settings, vocabulary) | {"template_sha256": template}
-    with workspace.resuming(output, request=request, overwrite=overwrite) as partial:
-        job = _Job(partial, units, Path(tokenizer), settings, vocabulary, workers, progress or (lambda _: None))
+    with contextlib.ExitStack() as stack:
+        partial = stack.enter_context(workspace.resuming(output, request=request, overwrite=overwrite))
+        needs = Needs(files=(partial / workspace.REQUEST_FILE, Path(tokenizer) / TOKENIZER_FILE))
+        run = stack.enter_context(engines.started(engine, needs))
+        job = _Job(partial, units, Path(tokenizer), settings, vocabulary, run, progress or (lambda _: None))
         part_counts = _write_parts(job, max_malformed=max_malformed)
-        selection = select(
-            partial,
-            units,
-            part_counts,
-            holdout_fraction=holdout_fraction,
-            deduplicate=deduplicate,
-            min_tokens=min_tokens,
-            max_tokens=max_tokens,
-            shard_tokens=shard_tokens,
-            added_ids=(vocabulary.bos_token_id is not None) + (vocabulary.eos_token_id is not None),
-        )
+        selection = _select(job, part_counts)
         if not selection.totals[TRAIN]["documents"]:
             workspace.discard(partial)
             what = f"{_what_was_found(selection)} in {len(documents)} files"
@@ -228,13 +227,12 @@ def _vocabulary(tokenizer: Path, settings: Settings) -> _Vocabulary:
     )
 
 
-def _check_settings(settings: Settings, *, workers: int, max_malformed: float) -> None:
+def _check_settings(settings: Settings, *, max_malformed: float) -> None:
     least = {
         "shard_tokens": (settings.shard_tokens, 1),
         "min_tokens": (settings.min_tokens, 1),
         "unit_bytes": (settings.unit_bytes, 1),
         "max_malformed": (max_malformed, 0),
-        "workers": (workers, 1),
     }
     for name, (found, minimum) in least.items():
         if not found >= minimum:  # true for NaN
@@ -260,6 +258,7 @@ def _request(
         "inputs": list(inputs),
         **dataclasses.asdict(settings),
         **dataclasses.asdict(vocabulary),
+        "documents_at_once": repeats.DOCUMENTS_AT_ONCE,
         "files_sha256": files.hexdigest(),
     }
 
@@ -274,7 +273,7 @@ class _Job:
     tokenizer: Path
     settings: Settings
     vocabulary: _Vocabulary
-    workers: int
+    engine: Engine
     report: OnCorpusProgress
 
 
@@ -311,7 +310,7 @@ def _write_parts(job: _Job, *, max_malformed: float) -> list[dict[str, Any]]:
     on_count((0, 0, 0))
     limit = _MalformedLimit(max_malformed)
     limit.check(job.units, found)
-    for task, counts in workers.unordered(write_part, tasks, workers=job.workers, on_count=on_count):
+    for task, counts in job.engine(write_part, tasks, on_count=on_count):
         found[task.number] = counts
         limit.check(job.units, found)
     limit.check(job.units, found, last=True)
@@ -356,6 +355,28 @@ def _faults(units: Sequence[Unit], part_counts: Sequence[dict[str, Any]]) -> lis
         if len(faults) >= FIRST_FAULTS:
             break
     return faults[:FIRST_FAULTS]
+
+
+# --- deciding ---
+
+
+def _select(job: _Job, part_counts: Sequence[dict[str, Any]]) -> Selection:
+    total = PASSES * sum(counts["documents"] for counts in part_counts)
+
+    def on_count(amounts: Sequence[int]) -> None:
+        job.report(CorpusProgress("selecting", amounts[0], total, amounts[0] // PASSES, 0))
+
+    settings, vocabulary = job.settings, job.vocabulary
+    return select(
+        job.folder,
+        job.units,
+        part_counts,
+        rules=Rules(settings.holdout_fraction, settings.deduplicate, settings.min_tokens, settings.max_tokens),
+        shard_tokens=settings.shard_tokens,
+        added_ids=(vocabulary.bos_token_id is not None) + (vocabulary.eos_token_id is not None),
+        engine=job.engine,
+        on_count=on_count,
+    )
 
 
 # --- writing ---
@@ -440,7 +461,7 @@ def _write_shards(job: _Job, selection: Selection, tasks: Sequence[ShardTask]) -
         if part not in needed_by:
             remove_ids(job.folder, part)
     on_count((0, 0, 0))
-    for task, shard in workers.unordered(write_planned_shard, missing, workers=job.workers, on_count=on_count):
+    for task, shard in job.engine(write_planned_shard, missing, on_count=on_count):
         shards[places[task.shard.split, task.shard.number]] = shard
         for source in task.shard.ranges:
             needed_by[source.part] -= 1

@@ -100,13 +100,13 @@ def read_items(
         if form == ARRAY:
             yield from _array_values(path, advance)
         elif _compression(path) == ".gz":
-            with open(path, "rb") as raw:
+            with path.open("rb") as raw:
                 lines = _counted(gzip.GzipFile(fileobj=raw), raw, advance)
                 yield from (line.removeprefix(codecs.BOM_UTF8) for line in lines)
         elif _compression(path) == ".zst":
             yield from (line.removeprefix(codecs.BOM_UTF8) for line in _split_lines(chunks(path, advance)))
         else:
-            with open(path, "rb") as raw:
+            with path.open("rb") as raw:
                 stop = path.stat().st_size if end is None else end
                 for line in _lines_between(raw, begin, stop, advance):
                     yield line.removeprefix(codecs.BOM_UTF8)
@@ -122,7 +122,7 @@ def chunks(path: Path, advance: Callable[[int], None] = lambda _: None, *, unpac
     Raises:
         UserError: The file cannot be read, its compression is damaged, or a package is missing.
     """
-    with _file_faults(path), open(path, "rb") as raw:
+    with _file_faults(path), path.open("rb") as raw:
         if unpack and _compression(path) == ".gz":
             unpacked = gzip.GzipFile(fileobj=raw)
             yield from _counted(iter(lambda: unpacked.read1(_BYTES_A_READ), b""), raw, advance)
@@ -328,7 +328,7 @@ def open_parquet(path: Path) -> Any:
     except ImportError as error:
         raise UserError(f"{path}: parquet needs the package pyarrow (pip install 'megatron-twotower[data]')") from error
     try:
-        return pyarrow.parquet.ParquetFile(path, pre_buffer=False)
+        return pyarrow.parquet.ParquetFile(path if isinstance(path, Path) else path.open("rb"), pre_buffer=False)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as parquet ({_one_line(error)})") from error
 

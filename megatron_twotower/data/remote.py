@@ -20,7 +20,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, TypeVar, cast
 
 import fsspec
 
@@ -54,6 +54,24 @@ def join(folder: str, file: str) -> str:
     if is_url(file):
         return file
     return folder.replace(FILE_PLACE, file) if FILE_PLACE in folder else f"{folder.rstrip('/')}/{file}"
+
+
+def input_path(given: str) -> Path:
+    """The path of an input. That of a URL has the methods of a path, by fsspec.
+
+    Raises:
+        UserError: The package of the protocol is missing.
+    """
+    if not is_url(given):
+        return Path(given)
+    try:
+        from upath import UPath
+
+        found = UPath(given)
+        found.fs  # noqa: B018  # imports the package of the protocol
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{given}: needs a package that is not installed ({_one_line(error)})") from error
+    return cast(Path, found)
 
 
 def cache_folder() -> Path:

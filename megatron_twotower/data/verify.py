@@ -13,11 +13,11 @@ import numpy as np
 
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.progress import CorpusProgress, OnCorpusProgress
+from megatron_twotower.common.workers import count, local_engine
 from megatron_twotower.data import remote
 from megatron_twotower.data.blend import prepared_folders, split_folder
 from megatron_twotower.data.shards import INDEX_FILE, SCORED_SUFFIX, TOKENS_SUFFIX, Corpus, array_members, checksum
 from megatron_twotower.data.tokenizer import accepted_fingerprints, load_tokenizer, text_encoder
-from megatron_twotower.data.workers import count, unordered
 
 _DOCUMENTS_ENCODED_AGAIN = 8  # of a shard
 
@@ -83,7 +83,8 @@ def verify(
         documents, _, tokens = amounts
         progress(CorpusProgress("verifying", tokens, total_tokens, documents, tokens))
 
-    faults = dict(unordered(shard_problems, checks, workers=workers, on_count=on_count))
+    with local_engine(workers) as engine:
+        faults = dict(engine(shard_problems, checks, on_count=on_count))
     problems += [fault for check in checks for fault in faults[check]]
     problems = list(dict.fromkeys(problems))
     print(f"{data}: {len(checks)} shards checked, {len(problems)} faults found")

@@ -5,6 +5,7 @@ Its files are complete or absent, so finished work survives a kill:
     plan.json   the request: what the run was asked for
     lock        locked by the run that works in the folder
     parts/      units of the input, tokenised
+    selection/  what was decided about the documents
     shards/     what the index needs to know of each written shard
     data/       what becomes OUTPUT, in one step
 """
@@ -76,7 +77,7 @@ def resuming(output: Path, *, request: dict[str, Any], overwrite: bool) -> Itera
                 )
             # The request goes first: after a kill during the removal, nothing is resumed.
             (partial / REQUEST_FILE).unlink(missing_ok=True)
-            for name in ("parts", "shards", "data"):
+            for name in ("parts", "selection", "shards", "data"):
                 shutil.rmtree(partial / name, ignore_errors=True)
                 (partial / name).mkdir()
             write_file(partial / REQUEST_FILE, json.dumps(wanted, indent=1) + "\n")

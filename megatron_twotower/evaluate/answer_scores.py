@@ -82,6 +82,23 @@ def _batches(pairs: Sequence[ContextAnswer], batch_size: int) -> Iterator[list[i
         yield order[start : start + batch_size]
 
 
+def plan_batches(scoring: str, pairs: Sequence[ContextAnswer], batch_size: int) -> list[list[int]]:
+    """The indices of pairs in the batches that a scoring makes of them, in their order.
+
+    Each of them, scored by itself, is one batch again.
+    """
+    if scoring != "ar":
+        return list(_batches(pairs, batch_size))
+    answers: dict[tuple[int, ...], list[int]] = {}
+    for number, (context, _) in enumerate(pairs):
+        answers.setdefault(tuple(context), []).append(number)
+    contexts = sorted(answers, key=len, reverse=True)
+    return [
+        [number for context in contexts[start : start + batch_size] for number in answers[context]]
+        for start in range(0, len(contexts), batch_size)
+    ]
+
+
 def score_by_bound(
     model: TwoTowerModel, pairs: Sequence[ContextAnswer], settings: HarnessSettings, mask_id: int
 ) -> Iterator[ScoredBatch]:

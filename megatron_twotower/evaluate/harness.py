@@ -4,9 +4,9 @@ Importing this module registers the name `twotower` with the harness. It needs t
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.progress import silent, stage_bars
-from megatron_twotower.data.tokenizer import text_encoder
-from megatron_twotower.evaluate.answer_scores import SCORE_FUNCTIONS, ContextAnswer, Score
+from megatron_twotower.data.tokenizer import load_tokenizer, text_encoder
+from megatron_twotower.evaluate.answer_scores import SCORE_FUNCTIONS, ContextAnswer, Score, plan_batches
 from megatron_twotower.evaluate.harness_settings import (
     AnswerSettings,
     HarnessSettings,
@@ -29,12 +29,58 @@ from megatron_twotower.generate.engine import (
     GenerationSettings,
     default_devices,
     end_of_text,
-    eos_token_ids,
     generate_ids,
     load,
     pad_left,
-    warn_of_larger_blocks,
+    warn_of_untrained_block,
 )
+from megatron_twotower.generate.loaded import ModelFacts, facts_of
+from megatron_twotower.hf.modeling_nemotron_h_twotower import as_ids
+
+
+# A batch of work for the model that answers.
+@dataclass(frozen=True)
+class ScoreTask:
+    """Pairs to score."""
+
+    pairs: list[ContextAnswer]
+
+
+@dataclass(frozen=True)
+class WriteTask:
+    """Prompts to continue."""
+
+    prompts: list[list[int]]
+    answer: AnswerSettings
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What was answered.
+
+    Attributes:
+        values: Scores or texts, in the order of the task.
+        passes, new_tokens, seconds: Of the generation, as in `TwoTower`.
+    """
+
+    values: list[Any]
+    passes: int = 0
+    new_tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A model that other processes have (`answering`).
+
+    Attributes:
+        facts: What is known of it.
+        answers: Yields the reply to each task, in order.
+    """
+
+    facts: ModelFacts
+    answers: Callable[[Sequence[ScoreTask | WriteTask]], Iterator[Reply]]
+
 
 # `TwoTower.write` looks for the end of answers after about this number of tokens.
 _TOKENS_PER_TURN = 64
@@ -50,6 +96,7 @@ class TwoTower(TemplateLM):
         max_gen_toks: `max_new_tokens` of `HarnessSettings`.
         device: Device of the model; None for `default_devices`.
         max_batch_size: Not supported.
+        elsewhere: The model, if other processes have it. This one loads no weights then.
 
     The other arguments are fields of `HarnessSettings`.
 
@@ -77,6 +124,7 @@ class TwoTower(TemplateLM):
         prefill_chunk_size: int = 4096,
         device: str | None = None,
         max_batch_size: int | None = None,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
         super().__init__()
         if max_batch_size is not None or str(batch_size).startswith("auto"):
@@ -95,19 +143,27 @@ class TwoTower(TemplateLM):
             int(seed),
             int(prefill_chunk_size),
         )
-        self._device = torch.device(device or default_devices()[0])
-        self.model, self.tokenizer = load(pretrained, device=self._device)
-        self.model.prefill_chunk_size = self.settings.prefill_chunk_size
+        if elsewhere is None:
+            self._device = torch.device(device or default_devices()[0])
+            self.model, self.tokenizer = load(pretrained, device=self._device)
+            self.model.prefill_chunk_size = self.settings.prefill_chunk_size
+            facts = facts_of(self.model)
+        else:
+            self.tokenizer, facts = load_tokenizer(Path(pretrained)), elsewhere.facts
+        self._elsewhere = elsewhere
         self._encode = text_encoder(self.tokenizer)
-        warn_of_larger_blocks(self.model, self.settings.block_size)
-        self.block_size = self.settings.block_size or self.model.block_size
+        warn_of_untrained_block(facts.trained_block_sizes, self.settings.block_size)
+        self.block_size = self.settings.block_size or facts.block_size
         self.settings = replace(self.settings, block_size=self.block_size)
-        self.mask_id, self.eos_ids = self.model.mask_token_id, eos_token_ids(self.model, self.tokenizer)
+        self.mask_id, self.eos_ids = (
+            facts.mask_token_id,
+            as_ids((*facts.eos_token_ids, *as_ids(self.tokenizer.eos_token_id))),
+        )
         # No chat may have the mask token, which the context tower never read.
         added = self.tokenizer.added_tokens_decoder.items()
         self._special = {token.content for id, token in added if token.special and id != self.mask_id}
         self._encode_chat, self._is_chat = text_encoder(self.tokenizer, recognised=self._special), False
-        self.max_length = self.settings.max_length_tokens or int(self.model.config.max_position_embeddings)
+        self.max_length = self.settings.max_length_tokens or facts.max_length_tokens
         self.passes, self.new_tokens, self.seconds = 0, 0, 0.0
 
     @property
@@ -205,15 +261,42 @@ class TwoTower(TemplateLM):
         # least one token of the context stays.
         shortened = [(context[-max(1, self.max_length + 1 - len(answer)) :], answer) for context, answer in pairs]
         scores: list[Score] = [(0.0, True)] * len(pairs)
-        score_batches = SCORE_FUNCTIONS[self.settings.scoring]
+        batches = plan_batches(self.settings.scoring, shortened, self.settings.batch_size)
+        replies = self._replies([ScoreTask([shortened[number] for number in numbers]) for numbers in batches])
         done = 0
         with nullcontext(silent) if quiet else stage_bars() as progress:
-            for numbers, batch_scores in score_batches(self.model, shortened, self.settings, self.mask_id):
-                for number, score in zip(numbers, batch_scores, strict=True):
+            for numbers, reply in zip(batches, replies, strict=True):
+                for number, score in zip(numbers, reply.values, strict=True):
                     scores[number] = score
                 done += len(numbers)
                 progress(f"scoring, {self.settings.scoring}", done, len(pairs))
         return scores
+
+    # --- batches, here or elsewhere
+
+    def _replies(self, tasks: Sequence[ScoreTask | WriteTask]) -> Iterator[Reply]:
+        if self._elsewhere is None:
+            yield from map(self.reply, tasks)
+            return
+        for reply in self._elsewhere.answers(tasks):
+            self.passes, self.new_tokens = self.passes + reply.passes, self.new_tokens + reply.new_tokens
+            self.seconds += reply.seconds
+            yield reply
+
+    def reply(self, task: ScoreTask | WriteTask) -> Reply:
+        """Do one task with the model of this process."""
+        if isinstance(task, ScoreTask):
+            scores: list[Score] = [(0.0, True)] * len(task.pairs)
+            for numbers, found in SCORE_FUNCTIONS[self.settings.scoring](
+                self.model, task.pairs, self.settings, self.mask_id
+            ):
+                for number, score in zip(numbers, found, strict=True):
+                    scores[number] = score
+            return Reply(list(scores))
+        before = self.passes, self.new_tokens, self.seconds
+        texts = self.write(task.prompts, task.answer)
+        passes, new_tokens, seconds = self.passes - before[0], self.new_tokens - before[1], self.seconds - before[2]
+        return Reply(list(texts), passes, new_tokens, seconds)
 
     # --- generation
 
@@ -222,20 +305,22 @@ class TwoTower(TemplateLM):
         settings = [read_generation_kwargs(request.args[1]) for request in requests]
         prompts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
         texts = [""] * len(requests)
+        batches: list[tuple[list[int], AnswerSettings]] = []
+        for own in dict.fromkeys(settings):
+            # Rows of a batch have similar lengths.
+            numbers = [i for i in range(len(settings)) if settings[i] == own]
+            numbers.sort(key=lambda i: -len(prompts[i]))
+            for start in range(0, len(numbers), self.settings.batch_size):
+                batches.append((numbers[start : start + self.settings.batch_size], own))
+        replies = self._replies([WriteTask([prompts[i] for i in numbers], own) for numbers, own in batches])
         done = 0
         with nullcontext(silent) if disable_tqdm else stage_bars() as progress:
-            for own in dict.fromkeys(settings):
-                # Rows of a batch have similar lengths.
-                numbers = [i for i in range(len(settings)) if settings[i] == own]
-                numbers.sort(key=lambda i: -len(prompts[i]))
-                for start in range(0, len(numbers), self.settings.batch_size):
-                    batch = numbers[start : start + self.settings.batch_size]
-                    answers = self.write([prompts[i] for i in batch], own)
-                    for number, text in zip(batch, answers, strict=True):
-                        texts[number] = text
-                        self.cache_hook.add_partial("generate_until", requests[number].args, text)
-                    done += len(batch)
-                    progress(f"writing, {self.settings.mode}", done, len(requests))
+            for (numbers, _), reply in zip(batches, replies, strict=True):
+                for number, text in zip(numbers, reply.values, strict=True):
+                    texts[number] = text
+                    self.cache_hook.add_partial("generate_until", requests[number].args, text)
+                done += len(numbers)
+                progress(f"writing, {self.settings.mode}", done, len(requests))
         return texts
 
     def write(self, prompts: Sequence[list[int]], answer: AnswerSettings) -> list[str]:

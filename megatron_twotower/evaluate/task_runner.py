@@ -3,6 +3,7 @@
 `tasks` is the command around it, `harness` the model that answers.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -12,19 +13,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from lm_eval import evaluator, simple_evaluate
 from lm_eval.tasks import TaskManager
 
+from megatron_twotower.common.engines import ONE_PROCESS, EngineSettings, started
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.machine import machine
+from megatron_twotower.config.hf_config import read_hf_config
+from megatron_twotower.evaluate.answering import model_elsewhere, open_model
 from megatron_twotower.evaluate.harness import TwoTower
 from megatron_twotower.evaluate.harness_settings import HarnessSettings
 from megatron_twotower.evaluate.task_recipes import HarnessTask
+from megatron_twotower.generate.journal import open_journal
+from megatron_twotower.generate.loaded import ModelPlace
 
-Model = TypeVar("Model", bound=TwoTower)
+__all__ = ["open_model", "run_tasks"]  # `open_model` is of `answering`
+
+# Version of the journal.
+JOURNAL_VERSION = 1
 
 # For its own report the harness lists the machine and all installed packages, in other processes
 # and for every task. Results here name machine, commit and releases once.
@@ -42,6 +51,8 @@ def run_tasks(
     limit: int | None = None,
     allow_code_execution: bool = False,
     apply_chat_template: bool = False,
+    engine: EngineSettings = ONE_PROCESS,
+    journal: Path | None = None,
 ) -> dict[str, Any]:
     """Run tasks of lm-evaluation-harness.
 
@@ -53,6 +64,8 @@ def run_tasks(
         limit: Documents of each task; None for all.
         allow_code_execution: Run code that the model has generated, for tasks that need it.
         apply_chat_template: Ask questions as turns of a conversation, examples as earlier turns.
+        engine: Who answers. Each worker has a model of its own.
+        journal: The file that keeps answers, from which an interrupted run resumes; None for none.
 
     Returns:
         The results, ready for JSON.
@@ -60,46 +73,33 @@ def run_tasks(
     Raises:
         UserError: a task that does not exist or that cannot be run.
     """
-    started = time.perf_counter()
-    model = open_model(TwoTower, folder, settings)
+    began = time.perf_counter()
+    read_hf_config(folder)  # a wrong path is found before workers start
+    place = ModelPlace.of(folder)
+    request = {"version": JOURNAL_VERSION, "model": place.fingerprint, **asdict(settings)}
     options = {"confirm_run_unsafe_code": allow_code_execution, "apply_chat_template": apply_chat_template}
-    rows = [_run_task(model, task, manager, limit=limit, options=options) for task in tasks]
+    with contextlib.ExitStack() as stack:
+        workers = stack.enter_context(started(engine, place.needs))
+        stream = None if journal is None else stack.enter_context(open_journal(journal, request))[0]
+        model = model_elsewhere(workers, place, settings, journal=stream)
+        rows = [_run_task(model, task, manager, limit=limit, options=options) for task in tasks]
     return {
         "tasks": rows,
         "settings": asdict(model.settings),
         "limit": limit,
         "apply_chat_template": apply_chat_template,
-        **facts(folder, started),
+        **facts(folder, began),
     }
 
 
-def open_model(kind: type[Model], folder: str | Path, settings: HarnessSettings) -> Model:
-    """A two-tower folder as a model of the harness, with settings."""
-    return kind(
-        folder,
-        mode=settings.mode,
-        scoring=settings.scoring,
-        batch_size=settings.batch_size,
-        max_length=settings.max_length_tokens,
-        max_gen_toks=settings.max_new_tokens,
-        block_size=settings.block_size,
-        steps_per_block=settings.steps_per_block,
-        confidence_threshold=settings.confidence_threshold,
-        draft_steps=settings.draft_steps,
-        bound_draws=settings.bound_draws,
-        seed=settings.seed,
-        prefill_chunk_size=settings.prefill_chunk_size,
-    )
-
-
-def facts(folder: str | Path, started: float) -> dict[str, Any]:
-    """What results say about model, harness and machine, and the seconds since `started`."""
+def facts(folder: str | Path, began: float) -> dict[str, Any]:
+    """What results say about model, harness and machine, and the seconds since `began`."""
     return {
         "model": str(folder),
         "weights_sample_sha256": weights_sample(Path(folder)),
         "lm_eval": version("lm_eval"),
         "machine": machine(),
-        "seconds": time.perf_counter() - started,
+        "seconds": time.perf_counter() - began,
     }
 
 

@@ -10,8 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_twotower.common.engines import LOCAL, ONE_PROCESS, EngineSettings
 from megatron_twotower.common.errors import UserError
-from megatron_twotower.common.files import write_file
+from megatron_twotower.common.files import partial_path, write_file
 from megatron_twotower.common.machine import machine_line
 from megatron_twotower.common.tables import number, plain_table, wide_console, with_error
 from megatron_twotower.evaluate.code_documents import read_index, write_documents
@@ -124,6 +125,7 @@ def run(
     thresholds: Sequence[float] | None = None,
     block_sizes: Sequence[int] | None = None,
     questions: Path | None = None,
+    engine: EngineSettings = ONE_PROCESS,
     console: Console | None = None,
 ) -> None:
     """Run the command: run the tasks, write `output` and print the table.
@@ -145,10 +147,12 @@ def run(
         block_sizes: Block sizes to compare with AR. If this and `thresholds` are None, the recipe's
             are compared.
         questions: Folder of questions for a recipe that asks them; None to write them for this run.
+        engine: Who answers. Each worker has a model of its own.
         console: The console to print on; None for standard output.
 
     Raises:
-        UserError: The harness is not installed, or see `run_tasks`; nothing is written then.
+        UserError: The harness is not installed, or see `run_tasks`; `output` is not written then.
+            OUTPUT.partial keeps the answers, if there were any.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("lm_eval: not installed, expected for --tasks (pip install 'megatron-twotower[eval]')")
@@ -168,6 +172,9 @@ def run(
     from megatron_twotower.evaluate.task_runner import run_tasks, task_manager
 
     own = HarnessSettings(**{**setup.settings, **given})
+    comparing, journal = any(compare.values()), partial_path(Path(output))
+    if comparing and engine.engine != LOCAL:
+        raise UserError(f"--engine: found {engine.engine} with a comparison of AR and mask diffusion, expected {LOCAL}")
     with tempfile.TemporaryDirectory() as written:
         facts, folder_of_questions = _questions(setup, questions, written)
         manager = task_manager(tasks, setup.task_files or task_files, metadata=folder_of_questions)
@@ -177,14 +184,16 @@ def run(
             "allow_code_execution": allow_code_execution,
             "apply_chat_template": apply_chat_template,
         }
-        if any(compare.values()):
+        if comparing:
             found = compare_tasks(folder, tasks, manager, **compare, **common)
         else:
-            found = run_tasks(folder, tasks, manager, **common)
+            journal.parent.mkdir(parents=True, exist_ok=True)
+            found = run_tasks(folder, tasks, manager, engine=engine, journal=journal, **common)
     found |= facts
     write_file(Path(output), (json.dumps(found, indent=1) + "\n").encode())
+    journal.unlink(missing_ok=True)
     console = console or wide_console()
-    for table in comparison_tables(found) if any(compare.values()) else [results_table(found)]:
+    for table in comparison_tables(found) if comparing else [results_table(found)]:
         console.print(table)
     console.print(machine_line(found["machine"]), highlight=False)
 

@@ -8,87 +8,136 @@ know.
 """
 
 import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
+from megatron_twotower.common.engines import ONE_PROCESS, EngineSettings, started
 from megatron_twotower.common.errors import require
-from megatron_twotower.common.files import atomic_file
+from megatron_twotower.common.files import atomic_file, partial_path
 from megatron_twotower.common.progress import OnProgress, silent, stage_bars
-from megatron_twotower.data.dataset import evenly_spaced_windows
+from megatron_twotower.common.workers import in_order
+from megatron_twotower.config.hf_config import read_hf_config
+from megatron_twotower.data.dataset import window, window_count
 from megatron_twotower.data.documents import TRAIN
 from megatron_twotower.data.shards import Corpus
-from megatron_twotower.generate.engine import default_devices, end_of_text, eos_token_ids, load
+from megatron_twotower.generate.engine import end_of_text, eos_token_ids
+from megatron_twotower.generate.journal import append, entries, open_journal
+from megatron_twotower.generate.loaded import ModelPlace, loaded
+from megatron_twotower.generate.prompt_file import BATCHES_AHEAD
+
+# Version of the journal.
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class DistilSettings:
+    """What decides the texts, in addition to model and data.
+
+    Attributes:
+        sequences: Number of texts.
+        prompt_tokens: Tokens of a window of training text.
+        new_tokens: Tokens that the context tower adds to a window, at most: EOS ends a text, and is
+            not part of it.
+        batch_size: Texts at a time.
+    """
+
+    sequences: int
+    prompt_tokens: int
+    new_tokens: int
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            require(value >= 1, f"--{name.replace('_', '-')}: found {value}, expected at least 1")
+
+
+@dataclass(frozen=True)
+class WindowTask:
+    """Windows of training text for a worker: `windows` of `prompt_tokens` ids each."""
+
+    place: ModelPlace
+    windows: list[list[int]]
+    new_tokens: int
+
+
+def continue_windows(task: WindowTask) -> list[str]:
+    """The text of each window with its greedy continuation."""
+    model, tokenizer = loaded(task.place)
+    eos_ids, length = eos_token_ids(model, tokenizer), len(task.windows[0])
+    rows = torch.tensor(task.windows)
+    written = model.generate_ar(rows.to(model.context_tower.device), task.new_tokens, eos_token_id=eos_ids)
+    texts = []
+    for ids in written.tolist():
+        new = ids[length:]
+        texts.append(tokenizer.decode(ids[:length] + new[: end_of_text(new, eos_ids)]))
+    return texts
 
 
 def distil(
     folder: str | Path,
     data: str | Path,
     output: Path,
+    settings: DistilSettings,
     *,
-    sequences: int,
-    prompt_tokens: int,
-    new_tokens: int,
-    batch_size: int,
+    engine: EngineSettings = ONE_PROCESS,
     progress: OnProgress = silent,
 ) -> int:
     """Continue windows of training text greedily; write each with its continuation as a JSON line.
 
+    Finished batches are kept in a journal, OUTPUT.partial: a run that was killed resumes after
+    them. `output` appears only when it is complete.
+
     Args:
         folder: Two-tower Hugging Face folder.
         data: Prepared data folder, in the tokenizer of the model.
-        output: JSON lines with a field `text`, as `data prepare` reads them. The file appears only
-            when it is complete.
-        sequences: Number of texts.
-        prompt_tokens: Tokens of a window of training text.
-        new_tokens: Tokens that the context tower adds to a window, at most: EOS ends a text, and is
-            not part of it.
-        batch_size: Texts at a time.
+        output: JSON lines with a field `text`, as `data prepare` reads them.
+        settings: How many texts, and of what length.
+        engine: Who generates. Each worker has a model of its own.
         progress: Called after every batch.
 
     Returns:
         The number of lines.
 
     Raises:
-        UserError: `output` exists or cannot be written, a number below 1, or too little data.
+        UserError: `output` exists or cannot be written, too little data, or an interrupted run of
+            another request.
     """
-    numbers = {
-        "sequences": sequences,
-        "prompt-tokens": prompt_tokens,
-        "new-tokens": new_tokens,
-        "batch-size": batch_size,
-    }
-    for name, value in numbers.items():
-        require(value >= 1, f"--{name}: found {value}, expected at least 1")
     require(not output.exists(), f"{output}: exists, expected a file that is not there yet")
-    prompts = evenly_spaced_windows(Corpus.open(Path(data) / TRAIN), count=sequences, length=prompt_tokens)
-    model, tokenizer = load(folder, device=default_devices()[0])
-    eos_ids = eos_token_ids(model, tokenizer)
+    corpus = Corpus.open(Path(data) / TRAIN)
+    length = settings.prompt_tokens
+    count = window_count(corpus, count=settings.sequences, length=length)
+    read_hf_config(folder)  # a wrong path is found before workers start
+    place = ModelPlace.of(folder)
+    request = {"version": VERSION, "model": place.fingerprint, "data": corpus.fingerprint, **asdict(settings)}
     output.parent.mkdir(parents=True, exist_ok=True)
-    done = 0
-    with atomic_file(output) as partial, partial.open("w") as file:
-        for rows in prompts.split(batch_size):
-            written = model.generate_ar(rows.to(model.context_tower.device), new_tokens, eos_token_id=eos_ids)
-            for ids in written.tolist():
-                new = ids[prompt_tokens:]
-                text = tokenizer.decode(ids[:prompt_tokens] + new[: end_of_text(new, eos_ids)])
-                file.write(json.dumps({"text": text}) + "\n")
-            done += len(rows)
-            progress("writing", done, len(prompts))
+
+    def tasks(first: int) -> Iterator[WindowTask]:
+        for at in range(first * settings.batch_size, count, settings.batch_size):
+            numbers = range(at, min(at + settings.batch_size, count))
+            windows = [window(corpus, number, count=count, length=length).tolist() for number in numbers]
+            yield WindowTask(place, windows, settings.new_tokens)
+
+    with open_journal(partial_path(output), request) as (stream, finished):
+        done = min(finished * settings.batch_size, count)
+        with started(engine, place.needs) as workers:
+            for task, texts in in_order(workers, continue_windows, tasks(finished), ahead=BATCHES_AHEAD):
+                append(stream, {"texts": texts})
+                done += len(task.windows)
+                progress("writing", done, count)
+        with atomic_file(output) as partial, partial.open("w") as file:
+            for entry in entries(stream):
+                file.writelines(json.dumps({"text": text}) + "\n" for text in entry["texts"])
+        partial_path(output).unlink()
     return done
 
 
 def run(
-    folder: Path, *, data: Path, output: Path, sequences: int, prompt_tokens: int, new_tokens: int, batch_size: int
+    folder: Path, *, data: Path, output: Path, settings: DistilSettings, engine: EngineSettings = ONE_PROCESS
 ) -> None:
     """Run the command."""
     with stage_bars() as progress:
-        lines = distil(
-            folder,
-            data,
-            output,
-            sequences=sequences,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            batch_size=batch_size,
-            progress=progress,
-        )
-    print(f"{output}: {lines:,} texts of {prompt_tokens} + {new_tokens} tokens")
+        lines = distil(folder, data, output, settings, engine=engine, progress=progress)
+    print(f"{output}: {lines:,} texts of {settings.prompt_tokens} + {settings.new_tokens} tokens")

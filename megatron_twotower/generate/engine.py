@@ -182,7 +182,16 @@ def with_block_size(model: TwoTowerModel, settings: GenerationSettings) -> Gener
 
 def warn_of_larger_blocks(model: TwoTowerModel, block_size: int | None) -> None:
     """Warn of a block size that is larger than all that the denoiser was trained with."""
-    trained = vars(model.generation_config).get("trained_block_sizes") or [model.block_size]
+    warn_of_untrained_block(trained_block_sizes(model), block_size)
+
+
+def trained_block_sizes(model: TwoTowerModel) -> tuple[int, ...]:
+    """The block sizes that the denoiser was trained with, as far as the folder says."""
+    return tuple(vars(model.generation_config).get("trained_block_sizes") or [model.block_size])
+
+
+def warn_of_untrained_block(trained: Sequence[int], block_size: int | None) -> None:
+    """`warn_of_larger_blocks` for the `trained_block_sizes` of a model that is elsewhere."""
     if block_size is not None and block_size > max(trained):
         sizes = ", ".join(map(str, trained))
         logging.getLogger(__name__).warning(

@@ -1,4 +1,4 @@
-"""The journal of a run over a prompts file: its request, and each finished batch.
+"""The journal of a run of many batches: its request, and each finished batch.
 
 The request is everything that decides the text. It is the first line, as JSON; each finished batch
 is one further line. A batch is on disk before the next one starts, so that a run that was killed
@@ -77,6 +77,14 @@ def append(stream: IO[bytes], entry: dict[str, Any]) -> None:
     os.fsync(stream.fileno())
 
 
+def entries(stream: IO[bytes]) -> Iterator[dict[str, Any]]:
+    """Yield the entries of all finished batches, in order. The file is then at its end."""
+    stream.seek(0)
+    next(stream)  # the request
+    for line in stream:
+        yield json.loads(line)
+
+
 def rows_in_order(stream: IO[bytes], window_batches: int) -> Iterator[dict[str, Any]]:
     """Yield the rows of all batches in the order of their prompts.
 
@@ -85,8 +93,7 @@ def rows_in_order(stream: IO[bytes], window_batches: int) -> Iterator[dict[str, 
         window_batches: Batches in a window; prompts of different windows never share a batch, so
             that one window at a time is in memory.
     """
-    stream.seek(0)
-    next(stream)  # the request
-    while window := list(islice(stream, window_batches)):
-        rows = [pair for line in window for pair in json.loads(line)["rows"]]
+    found = entries(stream)
+    while window := list(islice(found, window_batches)):
+        rows = [pair for entry in window for pair in entry["rows"]]
         yield from (row for _, row in sorted(rows, key=lambda pair: pair[0]))

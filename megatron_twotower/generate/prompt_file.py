@@ -5,9 +5,10 @@ to the begin of the next answer.
 
 The output has one JSON line for each prompt, in the order of the prompts. Prompts of similar
 lengths share a batch, so that little padding is computed. They are chosen within a window of a few
-hundred neighbours, so that memory is bounded by one window. Finished batches are kept in a journal,
-OUTPUT.partial. A run that was killed resumes after them, and its text is the same as without the
-interruption. OUTPUT itself appears only when it is complete.
+hundred neighbours, so that memory is bounded by one window. Any number of workers may generate
+(`common.engines`); the batches, and the seed of each, follow from the file alone. Finished batches
+are kept in a journal, OUTPUT.partial. A run that was killed resumes after them, and its text is the
+same as without the interruption. OUTPUT itself appears only when it is complete.
 """
 
 import functools
@@ -23,9 +24,12 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
+from megatron_twotower.common.engines import ONE_PROCESS, EngineSettings, started
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.files import atomic_file, partial_path
 from megatron_twotower.common.progress import stage_bars
+from megatron_twotower.common.workers import Engine, in_order
+from megatron_twotower.config.hf_config import read_hf_config
 from megatron_twotower.data.conversations import (
     Conversation,
     Template,
@@ -35,28 +39,27 @@ from megatron_twotower.data.conversations import (
 )
 from megatron_twotower.data.input_form import PARQUET, TEXT, Unreadable, find_form
 from megatron_twotower.data.record_formats import LINES, Fault, checked_text, json_reason, read_items
-from megatron_twotower.data.tokenizer import text_encoder
+from megatron_twotower.data.tokenizer import load_tokenizer, text_encoder
 from megatron_twotower.generate.engine import (
     GenerationSettings,
     check_mode,
     decode,
-    default_devices,
     end_of_text,
     eos_token_ids,
     generate_ids,
-    load,
     pad_left,
-    place_towers,
-    with_block_size,
+    warn_of_untrained_block,
 )
 from megatron_twotower.generate.journal import append, json_line, open_journal, rows_in_order
+from megatron_twotower.generate.loaded import ModelPlace, ask_facts, loaded
 from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as TwoTowerModel
 
 # Version of the journal.
 VERSION = 1
 # Fields that the output adds to those of a prompt.
 OUTPUT_FIELDS = ("text", "new_tokens", "finish_reason")
-_SAMPLED_BYTES = 1 << 20
+# Batches that may be finished before an earlier one: enough for two thousand workers.
+BATCHES_AHEAD = 4096
 
 
 @dataclass(frozen=True)
@@ -298,27 +301,23 @@ def generate_batch(
     return rows
 
 
-def model_fingerprint(folder: Path) -> str:
-    """A SHA-256 that changes with a model.
+@dataclass(frozen=True)
+class BatchTask:
+    """A batch for a worker."""
 
-    It covers the configuration, the tokenizer and its template, and of each weight file the size
-    and both ends. Weights are not read completely: for a large model that would take minutes at
-    every start.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(path for kind in ("json", "jinja", "safetensors") for path in folder.glob(f"*.{kind}")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with open(path, "rb") as stream:
-            digest.update(stream.read(_SAMPLED_BYTES))
-            stream.seek(max(0, size - _SAMPLED_BYTES))
-            digest.update(stream.read())
-    return digest.hexdigest()
+    place: ModelPlace
+    mode: str
+    settings: GenerationSettings
+    batch: PromptBatch
+
+
+def write_batch(task: BatchTask) -> list[dict[str, Any]]:
+    """Rows of the output, by the model of this process."""
+    return generate_batch(*loaded(task.place), task.batch, mode=task.mode, settings=task.settings)
 
 
 def generate_all(
-    model: TwoTowerModel,
-    tokenizer: PreTrainedTokenizerFast,
+    place: ModelPlace,
     prompts: Path,
     output: Path,
     *,
@@ -327,13 +326,16 @@ def generate_all(
     settings: GenerationSettings,
     batching: BatchingSettings,
     request: dict[str, Any],
+    engine: Engine,
     report: Callable[[RunProgress], None],
 ) -> RunProgress:
     """Continue every prompt of a file, and resume an interrupted run of the same request.
 
+    Batches are begun in order, and so are they written; at most `BATCHES_AHEAD` wait for an earlier
+    one.
+
     Args:
-        model: Two-tower model.
-        tokenizer: The tokenizer of the model.
+        place: Two-tower model.
         prompts: File of prompts.
         output: File of JSON lines.
         encode: From records to ids, see `record_encoder`.
@@ -341,6 +343,7 @@ def generate_all(
         settings: How text is generated.
         batching: How prompts are grouped.
         request: Everything that decides the text; `prompts` in it is the number of prompts.
+        engine: Generates.
         report: Called after every batch.
 
     Raises:
@@ -349,20 +352,19 @@ def generate_all(
     """
     progress = RunProgress(done=0, total=request["prompts"])
     with open_journal(partial_path(output), request) as (stream, finished):
-        for batch in batches(prompts, encode, batching):
-            done = progress.done + len(batch.ids)
-            if batch.number < finished:
-                progress = replace(progress, done=done)
-                continue
-            started = time.perf_counter()
-            rows = generate_batch(model, tokenizer, batch, mode=mode, settings=settings)
+        made = batches(prompts, encode, batching)
+        done = sum(len(batch.ids) for batch in islice(made, finished))
+        progress, started = replace(progress, done=done), time.perf_counter()
+        tasks = (BatchTask(place, mode, settings, batch) for batch in made)
+        for task, rows in in_order(engine, write_batch, tasks, ahead=BATCHES_AHEAD):
+            batch = task.batch
             append(stream, {"batch": batch.number, "rows": list(zip(batch.positions, rows, strict=True))})
             lengths = [len(ids) for ids in batch.ids]
             progress = RunProgress(
-                done=done,
+                done=progress.done + len(lengths),
                 total=progress.total,
                 new_tokens=progress.new_tokens + sum(row["new_tokens"] for row in rows),
-                seconds=progress.seconds + time.perf_counter() - started,
+                seconds=time.perf_counter() - started,
                 prompt_positions=progress.prompt_positions + max(lengths) * len(lengths),
                 prompt_tokens=progress.prompt_tokens + sum(lengths),
             )
@@ -393,6 +395,7 @@ def run(
     settings: GenerationSettings,
     batching: BatchingSettings,
     devices: Sequence[str] = (),
+    engine: EngineSettings = ONE_PROCESS,
     console: Console | None = None,
 ) -> int:
     """Run the command, with a progress bar and a line of figures. Returns the exit status.
@@ -404,7 +407,8 @@ def run(
         mode: One of `engine.MODES`.
         settings: How text is generated.
         batching: How prompts are grouped.
-        devices: One, or one for each tower; empty for `default_devices`.
+        devices: Of a worker: one, or one for each tower; empty for `default_devices`.
+        engine: Who generates. Each worker has a model of its own.
         console: The console for the line of figures; None for standard output.
 
     Raises:
@@ -417,31 +421,32 @@ def run(
     if output.exists() and not partial_path(output).exists():
         raise UserError(f"{output}: exists already, expected a file that does not")
     count, sha256 = check_prompts(prompts)
-    model, tokenizer = load(folder)
-    settings = with_block_size(model, settings)
-    place_towers(model, devices or default_devices())
-    encode = record_encoder(tokenizer, folder=folder, mask_id=model.mask_token_id)
-    for number, record in enumerate(read_prompts(prompts), start=1):
-        if "prompt" not in record:  # a template may refuse turns; better now than after an hour
-            _encode_one(encode, record, where=f"{prompts}:{number}")
-    request = {
-        "version": VERSION,
-        "prompts": count,
-        "prompts_sha256": sha256,
-        "model": model_fingerprint(Path(folder)),
-        "mode": mode,
-        **asdict(settings),
-        **asdict(batching),
-    }
-    with stage_bars() as bars:
+    read_hf_config(folder)  # a wrong path is found before workers start
+    place = ModelPlace.of(folder, devices)
+    with started(engine, place.needs) as workers, stage_bars() as bars:
+        facts = ask_facts(workers, place)
+        warn_of_untrained_block(facts.trained_block_sizes, settings.block_size)
+        settings = replace(settings, block_size=settings.block_size or facts.block_size)
+        encode = record_encoder(load_tokenizer(Path(folder)), folder=folder, mask_id=facts.mask_token_id)
+        for number, record in enumerate(read_prompts(prompts), start=1):
+            if "prompt" not in record:  # a template may refuse turns; better now than after an hour
+                _encode_one(encode, record, where=f"{prompts}:{number}")
+        request = {
+            "version": VERSION,
+            "prompts": count,
+            "prompts_sha256": sha256,
+            "model": place.fingerprint,
+            "mode": mode,
+            **asdict(settings),
+            **asdict(batching),
+        }
 
         def report(found: RunProgress) -> None:
             speed = f"{found.tokens_per_second:,.0f} tokens/s"
             bars("prompts", found.done, found.total, f"{found.done:,} done, {found.new_tokens:,} tokens, {speed}")
 
         progress = generate_all(
-            model,
-            tokenizer,
+            place,
             prompts,
             output,
             encode=encode,
@@ -449,6 +454,7 @@ def run(
             settings=settings,
             batching=batching,
             request=request,
+            engine=workers,
             report=report,
         )
     (console or Console()).print(

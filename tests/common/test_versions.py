@@ -26,7 +26,10 @@ def test_the_ranges_are_those_of_setup():
         for node in ast.parse(SETUP.read_text()).body
         if isinstance(node, ast.Assign) and node.targets[0].id in ("REQUIRES", "EXTRAS")
     }
-    asked = {each.name: each.specifier for each in map(Requirement, [*lists["REQUIRES"], *lists["EXTRAS"]["gpu"]])}
+    extras = lists["EXTRAS"]
+    asked = {
+        each.name: each.specifier for each in map(Requirement, [*lists["REQUIRES"], *extras["gpu"], *extras["cluster"]])
+    }
     assert {name: SpecifierSet(text) for name, text in versions.ACCEPTED.items()} == {
         name: asked[name] for name in versions.ACCEPTED
     }

@@ -8,6 +8,7 @@ import pytest
 
 from helpers.chat_templates import CHATML, CHATML_MARKED, CONVERSATION, GEMMA, MISTRAL, SCORED, SPECIAL
 from helpers.corpora import content, make_tokenizer, read_samples, texts
+from megatron_twotower.common.engines import EngineSettings
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.data.conversations import Conversation, conversation_of_record, open_template, render
 from megatron_twotower.data.inspect import SCORED_STYLE, decoded_blocks
@@ -280,7 +281,12 @@ def test_workers_units_and_forms_change_nothing(workers, chat_tokenizer, tmp_pat
     records = conversations(60)
     expected, _ = prepared_chats(tmp_path, chat_tokenizer, records)
     again, _ = prepared_chats(
-        tmp_path, chat_tokenizer, records, output=tmp_path / "again", workers=workers, unit_bytes=700
+        tmp_path,
+        chat_tokenizer,
+        records,
+        output=tmp_path / "again",
+        engine=EngineSettings(workers=workers),
+        unit_bytes=700,
     )
     assert content(again, leave_out=("provenance.json",)) == content(expected, leave_out=("provenance.json",))
     pyarrow = pytest.importorskip("pyarrow.parquet")

@@ -15,6 +15,7 @@ from megatron_twotower.data.documents import (
     Document,
     cut_units,
     find_documents,
+    find_inputs,
     held_out,
     read_text,
     read_unit,
@@ -291,3 +292,29 @@ def test_a_tokenizer_is_trained_on_what_is_not_held_out(tree, tmp_path):
     assert found[: -len(files) + 1] == [text for text in texts() if not held_out(text, 0.2)]
     assert found[-len(files) + 1 :] == [text for file in files if (text := read_text(file)) is not None]
     assert json.dumps(found)
+
+
+def test_inputs_at_urls_are_read_like_files(tmp_path):
+    """Lines in pieces, compressed lines, parquet and text files of a folder in memory."""
+    pytest.importorskip("upath")
+    import fsspec
+
+    local = write_tree(tmp_path / "local", count=7)
+    for name in ("a.jsonl", "b.jsonl.gz", "c.parquet"):
+        write_records(local / "records" / name, texts(100))
+    memory = fsspec.filesystem("memory")
+    memory.put(f"{local}/", "/bucket/texts/", recursive=True)
+
+    def read(given):
+        found = find_inputs([given])
+        units = cut_units(found.documents, holdout_fraction=0.2, text_field="text", unit_bytes=2000)
+        items = [list(read_unit(unit, text_field="text", advance=lambda _: None)) for unit in units]
+        names = [[document.name for document in unit.files] for unit in units]
+        return names, [(unit.split, unit.begin, unit.end, unit.size) for unit in units], items, found.passed_over
+
+    assert read("memory://bucket/texts") == read(str(local))
+    assert find_inputs(["memory://bucket/texts/records/a.jsonl"]).documents[0].name == "a.jsonl"
+    with pytest.raises(UserError, match="memory://bucket/none: no such file or folder"):
+        find_inputs(["memory://bucket/none"])
+    with pytest.raises(UserError, match=r"nothing://a: needs a package that is not installed"):
+        find_inputs(["nothing://a"])

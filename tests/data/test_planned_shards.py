@@ -7,7 +7,7 @@ import numpy as np
 from helpers.corpora import read_samples, texts, write_records
 from helpers.parts import unit_task
 from megatron_twotower.data.documents import Document, Unit
-from megatron_twotower.data.parts import KEEP, RECORD, part_array, part_path, write_part
+from megatron_twotower.data.parts import KEEP, RECORD, part_array, write_part
 from megatron_twotower.data.planned_shards import (
     PartRange,
     PlannedShard,
@@ -16,6 +16,7 @@ from megatron_twotower.data.planned_shards import (
     shard_arrays,
     write_planned_shard,
 )
+from megatron_twotower.data.repeats import group_path
 from megatron_twotower.data.tokenizer import load_tokenizer
 
 
@@ -30,11 +31,13 @@ def test_a_shard_is_written_from_ranges_of_parts(work_folder, small_tokenizer):
     for number, unit in enumerate(units):
         write_part(unit_task(unit, number, folder=work_folder, tokenizer=small_tokenizer))
     first_id = int(part_array(work_folder, 0, ".records", dtype=RECORD)["tokens"][:5].sum())
-    np.full(10, KEEP["train"], np.uint8).tofile(part_path(work_folder, 0, ".keep"))
-    np.array([KEEP["train"], KEEP["validation"]] * 10, np.uint8).tofile(part_path(work_folder, 1, ".keep"))
+    (work_folder / "selection").mkdir()
+    np.full(4, 9, np.uint8).tofile(group_path(work_folder, 0, ".kept"))
+    kept = [*[9] * 2, *[KEEP["train"]] * 5, *[KEEP["train"], KEEP["validation"]] * 10]
+    np.array(kept, np.uint8).tofile(group_path(work_folder, 1, ".kept"))
     ranges = (
-        PartRange(0, 5, 10, first_id, tuple(file.name for file in files), None),
-        PartRange(1, 0, 19, 0, ("a.jsonl",), 1000),
+        PartRange(0, 5, 10, 1, 2, first_id, tuple(file.name for file in files), None),
+        PartRange(1, 0, 19, 1, 7, 0, ("a.jsonl",), 1000),
     )
     task = ShardTask(PlannedShard("train", 2, 500, ranges), work_folder, "uint16", bos=1, eos=2)
     assert read_planned_shard(task) is None

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from helpers.corpora import as_lines, content, make_tokenizer, read_samples, texts, write_records, write_tree
 from megatron_twotower.cli import main
+from megatron_twotower.common.engines import EngineSettings
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.data import parts, planned_shards, workspace
 from megatron_twotower.data.documents import find_documents, held_out, split_documents
@@ -296,7 +297,12 @@ def expected(mixed, tokenizer, tmp_path_factory):
 def test_the_number_of_workers_changes_nothing(workers, mixed, tokenizer, expected, tmp_path):
     calls = []
     summary = prepare(
-        [str(mixed)], tokenizer=tokenizer, output=tmp_path / "out", workers=workers, progress=calls.append, **SMALL
+        [str(mixed)],
+        tokenizer=tokenizer,
+        output=tmp_path / "out",
+        engine=EngineSettings(workers=workers),
+        progress=calls.append,
+        **SMALL,
     )
     assert (summary, content(tmp_path / "out")) == expected
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -562,7 +568,6 @@ def test_wrong_input_is_one_line(tree, tokenizer, tmp_path):
             {"holdout_fraction": 0.999999, "max_malformed": 2},
         ),
         ("shard_tokens 0: expected at least 1", [str(tree)], {"shard_tokens": 0}),
-        ("workers 0: expected at least 1", [str(tree)], {"workers": 0}),
         ("min_tokens 0: expected at least 1", [str(tree)], {"min_tokens": 0}),
         ("max_tokens 4: expected at least min_tokens 5", [str(tree)], {"min_tokens": 5, "max_tokens": 4}),
         ("max_malformed -1: expected at least 0", [str(tree)], {"max_malformed": -1}),
@@ -605,7 +610,7 @@ def test_malformed_records_are_counted_named_and_limited(workers, tokenizer, tmp
         "inputs": [str(tmp_path / "a.jsonl")],
         "tokenizer": tokenizer,
         "output": tmp_path / "out",
-        "workers": workers,
+        "engine": EngineSettings(workers=workers),
         **SMALL,
     }
     for limit in (0, 0.001, 2, 0.007):

@@ -23,7 +23,8 @@ import lm_eval.tasks
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
-from megatron_twotower.evaluate import task_runner
+from megatron_twotower.evaluate import answering, task_runner
+from megatron_twotower.evaluate.answer_scores import SCORE_FUNCTIONS, plan_batches
 from megatron_twotower.evaluate.harness import TwoTower
 from megatron_twotower.evaluate.harness_settings import (
     AnswerSettings,
@@ -121,6 +122,22 @@ def test_scores_do_not_depend_on_the_batch(folder, scoring):
     pairs = [ids_of(lm, pair) for pair in PAIRS]
     together, alone = lm.score(pairs, quiet=True), [lm.score([pair], quiet=True)[0] for pair in pairs]
     assert [score for score, _ in together] == pytest.approx([score for score, _ in alone])
+
+
+@pytest.mark.parametrize("scoring", ["ar", "bound", "mock_ar"])
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_batches_that_are_scored_apart_are_those_of_the_whole(folder, scoring, batch_size):
+    """Bit for bit: other processes may score them."""
+    lm = opened(folder, scoring=scoring, bound_draws=2, batch_size=batch_size)
+    pairs = [ids_of(lm, pair) for pair in [*PAIRS, *PAIRS[:2], ("x", " ="), ("def", "")]]
+    whole = [(0.0, True)] * len(pairs)
+    for numbers, scores in SCORE_FUNCTIONS[scoring](lm.model, pairs, lm.settings, lm.mask_id):
+        for number, score in zip(numbers, scores, strict=True):
+            whole[number] = score
+    assert lm.score(pairs, quiet=True) == whole
+    assert sorted(number for batch in plan_batches(scoring, pairs, batch_size) for number in batch) == [
+        number for number, (_, answer) in enumerate(pairs) if answer or scoring == "ar"
+    ]
 
 
 def test_rolling_scores_cover_whole_texts(folder):
@@ -419,6 +436,37 @@ def test_shots_and_limit_and_every_scoring_reach_the_harness(folder, task_files)
         assert found["tasks"][0]["documents"] == 2
         assert found["tasks"][0]["metric"] == "acc,none"
         assert found["limit"] == 2
+
+
+def without_times(found):
+    rows = [{key: row[key] for key in row if key not in ("seconds", "tokens_per_second")} for row in found["tasks"]]
+    return {**found, "tasks": rows, "seconds": 0}
+
+
+def test_answers_are_kept_and_not_asked_again(folder, task_files, tmp_path, monkeypatch):
+    tasks = [HarnessTask(name, (f"tiny_{name}",), 0) for name in ("choice", "write")]
+    settings = HarnessSettings(mode="ar", block_size=4, steps_per_block=4, batch_size=1)
+    manager, arguments = task_runner.task_manager(tasks, task_files), {"settings": settings}
+    whole = task_runner.run_tasks(folder, tasks, manager, **arguments)
+    journal, asked_for, answer = tmp_path / "journal", [], answering.answer
+
+    def failing(asked):
+        if len(asked_for) == 6:
+            raise KeyboardInterrupt
+        asked_for.append(asked.task)
+        return answer(asked)
+
+    monkeypatch.setattr(answering, "answer", failing)
+    with pytest.raises(KeyboardInterrupt):
+        task_runner.run_tasks(folder, tasks, manager, **arguments, journal=journal)
+    monkeypatch.setattr(answering, "answer", lambda asked: asked_for.append(asked.task) or answer(asked))
+    again = task_runner.run_tasks(folder, tasks, manager, **arguments, journal=journal)
+    assert len(asked_for) == 8 and len({str(task) for task in asked_for}) == 8
+    assert without_times(again) == without_times(whole)
+    with pytest.raises(UserError, match="found an interrupted run with batch_size 1, expected 2"):
+        task_runner.run_tasks(
+            folder, tasks, manager, **arguments | {"settings": replace(settings, batch_size=2)}, journal=journal
+        )
 
 
 def test_the_harness_makes_chats_with_begun_turns(chat_folder, task_files, monkeypatch):

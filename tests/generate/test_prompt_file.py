@@ -18,6 +18,7 @@ from megatron_twotower.data.tokenizer import text_encoder
 from megatron_twotower.generate import engine, prompt_file
 from megatron_twotower.generate.engine import GenerationSettings
 from megatron_twotower.generate.journal import open_journal
+from megatron_twotower.generate.loaded import model_fingerprint
 from megatron_twotower.generate.prompt_file import BatchingSettings, batches, read_prompts
 
 SETTINGS = GenerationSettings(max_new_tokens=6, block_size=4)
@@ -242,15 +243,15 @@ def test_half_a_surrogate_pair_beside_a_prompt_is_copied(two_tower_folder, tmp_p
 
 
 def test_the_fingerprint_changes_with_configuration_and_weights(two_tower_folder, tmp_path):
-    before = prompt_file.model_fingerprint(two_tower_folder)
-    assert prompt_file.model_fingerprint(two_tower_folder) == before
+    before = model_fingerprint(two_tower_folder)
+    assert model_fingerprint(two_tower_folder) == before
     for name in ("config.json", "model.safetensors"):
         folder = tmp_path / name
         folder.mkdir()
         for path in two_tower_folder.iterdir():
             content = path.read_bytes()
             (folder / path.name).write_bytes(content[:-1] + b" " if path.name == name else content)
-        assert prompt_file.model_fingerprint(folder) != before
+        assert model_fingerprint(folder) != before
 
 
 MISTAKES = {

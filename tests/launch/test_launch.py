@@ -111,7 +111,7 @@ def test_what_is_set_already_stays_and_a_cluster_has_its_file(tmp_path):
     assert found["HF_HUB_OFFLINE"] == "1" and found["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "1"
 
 
-@pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sbatch", "env.sh", "wheels.sh", "h100.env"])
+@pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sbatch", "ray.sbatch", "env.sh", "wheels.sh", "h100.env"])
 def test_the_scripts_are_whole(script):
     subprocess.run(["bash", "-n", str(LAUNCH / script)], check=True)
 

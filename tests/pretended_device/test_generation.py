@@ -15,7 +15,7 @@ from helpers.pretended_device import Pretended, as_there, on_host, pretended_cud
 from megatron_twotower.data.tokenizer import load_tokenizer
 from megatron_twotower.evaluate import held_out, likelihood
 from megatron_twotower.evaluate.held_out import EvaluationSettings
-from megatron_twotower.generate import distil
+from megatron_twotower.generate import distil, loaded
 from megatron_twotower.generate.engine import GenerationSettings, generate_ids
 from megatron_twotower.generate.replay.recording import Recorder
 from megatron_twotower.generate.terminal import Canvas
@@ -233,18 +233,18 @@ def test_an_evaluation_of_a_folder(two_tower_folder, tiny_data, monkeypatch):
 
 
 def test_distilled_text_is_that_of_the_host(two_tower_folder, tiny_data, monkeypatch, tmp_path):
-    small = {"sequences": 3, "prompt_tokens": 8, "new_tokens": 6, "batch_size": 2}
+    small = distil.DistilSettings(sequences=3, prompt_tokens=8, new_tokens=6, batch_size=2)
     with as_there():
-        distil.distil(two_tower_folder, tiny_data, tmp_path / "host", **small)
-    monkeypatch.setattr(distil, "default_devices", lambda: ("cuda",))
+        distil.distil(two_tower_folder, tiny_data, tmp_path / "host", small)
+    monkeypatch.setattr(loaded, "default_devices", lambda: ("cuda",))
     with pretended_cuda() as waits:
-        distil.distil(two_tower_folder, tiny_data, tmp_path / "there", **small)
+        distil.distil(two_tower_folder, tiny_data, tmp_path / "there", small)
     assert (tmp_path / "there").read_text() == (tmp_path / "host").read_text()
     # Two batches: prompts are copied to the device and text back. A token waits in its layer of
     # experts, and to see whether all texts have ended.
     assert waits.counted("ours") == {
-        "a copy from the host: distil.distil": 2,
-        "a copy to the host: distil.distil": 2,
+        "a copy from the host: distil.continue_windows": 2,
+        "a copy to the host: distil.continue_windows": 2,
         NUMBER.format("_generate_by_token"): 2 * (6 + 1),
         NUMBER.format("fill_after_eos"): 2 * 2,
         EXPERTS.format("routed_experts"): 2 * 6,

@@ -1,0 +1,134 @@
+"""The Ray engine: every task is done, whatever dies; errors are one line; nothing is left."""
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from helpers.ray_nodes import ENVIRONMENT, wait_longer_for_nodes
+from megatron_twotower.common import ray_engine, workers
+from megatron_twotower.common.engines import EngineSettings, Needs, started
+from megatron_twotower.common.errors import UserError
+from megatron_twotower.common.workers import in_order
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
+
+
+def double(task):
+    workers.count(1, task, 2 * task)
+    return 2 * task
+
+
+def die_once(task):
+    """The worker is killed at the first attempt at every third task."""
+    number, folder = task
+    mark = Path(folder) / str(number)
+    if number % 3 == 0 and not mark.exists():
+        mark.write_text("died")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number, os.getpid()
+
+
+def always_die(task):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail(task):
+    if task == 2:
+        raise OSError(28, "No space left on device", f"/shared/{task}")
+    time.sleep(0.2)
+
+
+def listening():
+    """Addresses that processes of this machine listen on, "ADDRESS:PORT"."""
+    found = set()
+    for name, width in (("tcp", 8), ("tcp6", 32)):
+        for line in Path("/proc/net", name).read_text().splitlines()[1:]:
+            address, state = line.split()[1], line.split()[3]
+            host, port = address.split(":")
+            if state == "0A":
+                words = [bytes.fromhex(host[at : at + 8])[::-1] for at in range(0, width, 8)]
+                kind = socket.AF_INET if width == 8 else socket.AF_INET6
+                shown = socket.inet_ntop(kind, b"".join(words))
+                found.add(f"{shown}:{int(port, 16)}" if width == 8 else f"[{shown}]:{int(port, 16)}")
+    return found
+
+
+def test_the_engine_on_a_ray_of_this_machine(tmp_path, monkeypatch, capfd):
+    """All of it with one Ray, which takes seconds to start."""
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)  # Ray reads them at its import, before the engine sets its own
+    wait_longer_for_nodes()
+    before = listening()
+    with started(EngineSettings("ray", workers=2), Needs((Path(__file__),))) as engine:
+        assert all(port.startswith(("127.0.0.1:", "[::1]:")) for port in listening() - before)
+        counts = []
+        found = dict(engine(double, range(20), on_count=lambda one: counts.append(list(one))))
+        assert found == {task: 2 * task for task in range(20)}
+        assert counts[-1] == [20, 190, 380]
+        assert [result for _, result in in_order(engine, double, range(9), ahead=3)] == list(range(0, 18, 2))
+        tasks = [(number, str(tmp_path)) for number in range(7)]
+        results = [result for _, result in in_order(engine, die_once, tasks, ahead=4)]
+        assert [number for number, _ in results] == list(range(7)) and len(list(tmp_path.iterdir())) == 3
+        with pytest.raises(UserError, match=r"\[Errno 28\] No space left on device: '/shared/2' \(on node .*\)$"):
+            list(engine(fail, range(5)))
+        monkeypatch.setattr(ray_engine, "_DEATHS", 2)
+        with pytest.raises(UserError, match="2 workers died at one task: found no result, expected memory"):
+            list(engine(always_die, [0]))
+        assert dict(engine(double, [4])) == {4: 8}  # the next tasks have new workers
+    assert capfd.readouterr().out == ""
+    deadline = time.monotonic() + 30
+    while listening() - before and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not listening() - before
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:1", r"127\.0\.0\.1:1: found no Ray cluster \(.*refused.*\), expected one \(ray start --head\)"),
+        ("somewhere", "address: found somewhere, expected HOST:PORT, auto or local"),
+        ("ray://head:10001", "ray://head:10001: found a Ray client address, expected HOST:PORT"),
+    ],
+)
+def test_no_cluster_at_the_address_is_one_line(address, message):
+    with pytest.raises(UserError, match=message) as caught, started(EngineSettings("ray", address=address)):
+        raise AssertionError
+    assert "\n" not in str(caught.value)
+
+
+def test_a_node_with_another_program_or_without_the_files_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_engine, "is_seen", Path.exists)
+    monkeypatch.chdir(tmp_path)  # and back
+    worker = ray_engine._Worker()
+    there = tmp_path / "file"
+    there.write_text("one")
+    files, program = ray_engine._checksums([there]), ray_engine.program()
+    assert worker.start(program, files, str(tmp_path)) is None
+    message = worker.start(program | {"numpy": "0.1"}, files, str(tmp_path))
+    assert message.startswith(f"node {worker.node}: found numpy ") and message.endswith(
+        "expected 0.1, as the driver has"
+    )
+    there.write_text("two")
+    assert f"{there}: found another file, expected the driver's" in worker.start(program, files, str(tmp_path))
+    there.unlink()
+    assert f"{there}: found no such file, expected the driver's" in worker.start(program, files, str(tmp_path))
+
+
+def test_nothing_of_ray_is_imported_without_the_option():
+    program = """
+import sys
+from megatron_twotower.cli import main
+from megatron_twotower.common.engines import EngineSettings, started
+from megatron_twotower.data import prepare
+with started(EngineSettings(workers=1)) as engine:
+    assert dict(engine(len, ["abc"])) == {"abc": 3}
+assert not [name for name in sys.modules if name.partition(".")[0] == "ray"], "ray"
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

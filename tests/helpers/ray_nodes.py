@@ -1,0 +1,134 @@
+"""A Ray cluster of several nodes (raylets) on this machine, on the loopback interface.
+
+Its functions need `ray`, and set up the environment of this process for it.
+"""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keeps to the loopback interface
+    "RAY_agent_register_timeout_ms": "600000",  # a busy machine may need more than the 30 s of Ray
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
+}
+# Without what is not needed to run tasks: each is a process that takes seconds to start.
+NODE = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True, "object_store_memory": 80 << 20}
+
+
+@contextlib.contextmanager
+def cluster(*, nodes):
+    """Yields a `ray.cluster_utils.Cluster` whose head does no work, and its nodes of one core.
+
+    The driver must be another process, with this process's environment.
+    """
+    os.environ.update(ENVIRONMENT)
+    from ray.cluster_utils import Cluster
+
+    wait_longer_for_nodes()
+    # Not tmp_path: the path of a socket is short.
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    made = Cluster(True, head_node_args={"num_cpus": 0, "temp_dir": folder, **NODE})
+    try:
+        yield made, [add_node(made) for _ in range(nodes)]
+    finally:
+        made.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def add_node(made):
+    """A node of one core joins."""
+    return made.add_node(wait=False, num_cpus=1, **NODE)
+
+
+def wait_longer_for_nodes(seconds=180):
+    """Ray gives a node 30 s (ray/_private/node.py, 2.60), which a busy machine may exceed."""
+    from ray._private import services
+
+    if services.get_node.__module__ != services.__name__:
+        return
+    real = services.get_node
+
+    def patient(*arguments, **keywords):
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                return real(*arguments, **keywords)
+            except RuntimeError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+
+    services.get_node = patient
+
+
+def kill_node(made, node):
+    """SIGKILL to all processes of a node but its workers, which end when they notice."""
+    made.remove_node(node, allow_graceful=False)
+
+
+def worker_processes():
+    """The process numbers of workers of any Ray on this machine."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{name}/cmdline", "rb") as stream:
+            if stream.read().startswith(b"ray::_Worker"):
+                found.append(int(name))
+    return found
+
+
+class Trouble:
+    """Kills workers, nodes and the driver of a command at random moments, until it is done.
+
+    Attributes:
+        kills: How many there were of each kind.
+    """
+
+    def __init__(self, made, nodes, *, seed):
+        self.made, self.nodes, self.draw = made, nodes, random.Random(seed)
+        self.kills = {"worker": 0, "node": 0, "driver": 0}
+
+    def finish(self, start, *, begun, kinds, most, longest=1.0, seconds=900):
+        """Run the command to its end, with at most `most` kills of `kinds`.
+
+        Args:
+            start: Starts the driver, and returns its `subprocess.Popen`.
+            begun: Whether there is something to kill.
+        """
+        process = start()
+        kills, deadline = 0, time.monotonic() + seconds
+        while True:
+            while process.poll() is None and not begun() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(self.draw.uniform(0, longest) if kills < most else max(deadline - time.monotonic(), 1))
+            if process.poll() is not None:
+                assert process.returncode == 0, process.stderr.read().decode()
+                return
+            assert time.monotonic() < deadline, "too slow"
+            kind = self.draw.choice(kinds)
+            kills, self.kills[kind] = kills + 1, self.kills[kind] + 1
+            if kind == "worker":
+                found = worker_processes()
+                if found:
+                    kill_worker(self.draw.choice(found))
+            elif kind == "node":
+                kill_node(self.made, self.nodes.pop(self.draw.randrange(len(self.nodes))))
+                self.nodes.append(add_node(self.made))
+            else:
+                process.kill()
+                process.wait()
+                process = start()
+
+
+def kill_worker(pid):
+    """SIGKILL to a worker."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
