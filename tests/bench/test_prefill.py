@@ -7,6 +7,9 @@ import torch
 from helpers.modeling import random_ids, tiny_model
 from megatron_twotower.bench import prefill
 from megatron_twotower.cli.main import main
+from megatron_twotower.config.recipes import recipes_folder
+
+BYTES = recipes_folder() / "models" / "bytes"
 
 
 def test_the_bytes_of_a_cache():
@@ -19,10 +22,10 @@ def test_the_bytes_of_a_cache():
     assert prefill.cache_bytes(cache) == 8 * (2 * mamba + attention)
 
 
-def test_every_case_is_measured(two_tower_folder, tmp_path, capsys, monkeypatch):
+def test_every_case_is_measured(tmp_path, capsys, monkeypatch):
     # A new process takes seconds to start.
     monkeypatch.setattr(prefill.measure, "in_new_process", lambda work, *arguments, preload: work(*arguments))
-    assert main(["bench", "prefill", "--model", str(two_tower_folder), "--quick", "--output", str(tmp_path)]) == 0
+    assert main(["bench", "prefill", "--model", str(BYTES), "--quick", "--output", str(tmp_path)]) == 0
     cases = json.loads((tmp_path / "prefill.json").read_text())["cases"]
     assert [(case["length"], case["chunk_size"]) for case in cases] == [(64, 32), (64, 0), (128, 32), (128, 0)]
     assert all(case["seconds"] > 0 and 0 < case["attention_share"] < 1 and case["cache_bytes"] > 0 for case in cases)
