@@ -59,6 +59,7 @@ def test_the_engine_on_a_ray_of_this_machine(tmp_path, monkeypatch, capfd):
     """All of it with one Ray, which takes seconds to start."""
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)  # Ray reads them at its import, before the engine sets its own
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # workers import this module
     wait_longer_for_nodes()
     with started(EngineSettings("ray", workers=2), Needs((Path(__file__),))) as engine:
         assert listening() and listening() <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
