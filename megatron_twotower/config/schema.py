@@ -127,7 +127,8 @@ class NoiseConfig:
         time_min: Lowest noise level.
         time_max: Highest noise level.
         mask_counts: `random`: each token is masked by itself. `exact`: t s tokens of a block of s,
-            rounded up or down at random. `at_least_one`: the same, but never none.
+            rounded up or down at random. `at_least_one`: the same, but never none. Of conversations
+            only tokens of answers count.
         late_bias: Of exact counts: how much more often later tokens of a block are masked. The odds
             of a token grow by the factor exp(late_bias (1 - t)) from one to the next.
         paired_draws: How the second draw of each pair follows from the first. `independent`: not at

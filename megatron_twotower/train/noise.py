@@ -109,12 +109,15 @@ def _mask(batch: Batch, noise: NoiseConfig, seed: int, draw: int, times: Tensor)
 
     if noise.mask_counts == "random":
         return (uniform(_MASKS, offsets) < levels).reshape(-1, length)
-    counts = (levels * noise.block_size_tokens + uniform(_COUNTS)).floor()
+    scored = torch.ones_like(batch.tokens, dtype=torch.bool) if batch.scored is None else batch.scored
+    in_blocks = scored.unflatten(1, (-1, noise.block_size_tokens))
+    counts = (levels * in_blocks.sum(-1, keepdim=True) + uniform(_COUNTS)).floor()
     if noise.mask_counts == "at_least_one":
         counts = counts.clamp(min=1)
     # The masked positions are the first of a race, in which a position wins with odds in proportion
     # to its weight.
     times_of_arrival = -torch.log1p(-uniform(_MASKS, offsets)) * torch.exp(-noise.late_bias * (1 - levels) * offsets)
+    times_of_arrival = times_of_arrival.masked_fill(~in_blocks, math.inf)  # others are never masked
     places = times_of_arrival.argsort(dim=-1).argsort(dim=-1)
     return (places < counts).reshape(-1, length)
 

@@ -27,7 +27,7 @@ def test_states_of_padded_rows_are_those_of_each_row_alone(pattern):
     copied = ContextCache(model.context_tower.states(), model.context_tower.states())  # as on two devices
     shared = model.prefill(ids, mask)
     copied.starts = shared.starts
-    model._extend(copied, ids, mask.bool())
+    model._extend(copied, ids, mask.bool(), None)
     expected = []
     for row, length in enumerate(LENGTHS):
         cache = model.prefill(ids[row : row + 1, -length:])

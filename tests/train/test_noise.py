@@ -120,6 +120,22 @@ def test_at_least_one_token_of_every_block_is_masked():
     assert (counts["exact"] == 0).any() and (counts["at_least_one"] == 1).all()
 
 
+@pytest.mark.parametrize("kind", ["exact", "at_least_one"])
+def test_exact_counts_are_of_the_tokens_that_may_be_scored(kind):
+    noise = dataclasses.replace(NOISE, mask_counts=kind, block_size_tokens=8, time_per="block")
+    scored = torch.rand(500, 16, generator=torch.Generator().manual_seed(1)) < 0.5
+    scored[0, :8] = False
+    noisy = corrupt(dataclasses.replace(batch_of(range(500)), scored=scored), noise, seed=3)
+    masked = noisy.noisy == noise.mask_token_id
+    assert not (masked & ~scored).any()
+    counts, of = (each.unflatten(1, (-1, 8)).sum(-1) for each in (masked, scored))
+    low = 1 if kind == "at_least_one" else 0
+    expected = noisy.times * of
+    near = (counts == expected.floor().clamp(min=low)) | (counts == expected.ceil().clamp(min=low))
+    assert (near | (of == 0)).all() and not counts[of == 0].any()
+    assert kind == "exact" or (counts[of > 0] >= 1).all()
+
+
 def test_later_tokens_of_a_block_are_masked_more_often():
     """With one mask in a block, token i has it with probability exp(b (1 - t) i) over their sum."""
     level, bias = 0.125, 0.4
@@ -200,8 +216,9 @@ def test_only_scored_positions_are_masked_and_the_others_stand_clean(time_per, s
     batch = dataclasses.replace(batch_of(range(6)), padding=padding, scored=scored)
     noisy, everything = corrupt(batch, noise, seed=3), corrupt(batch_of(range(6)), noise, seed=3)
     masked = noisy.noisy == noise.mask_token_id
-    # The noise itself is that of the whole sequence.
-    assert torch.equal(masked, (everything.noisy == noise.mask_token_id) & scored.repeat(draws, 1))
+    assert not (masked & ~scored.repeat(draws, 1)).any()
+    if counts == "random":  # the noise itself is that of the whole sequence
+        assert torch.equal(masked, (everything.noisy == noise.mask_token_id) & scored.repeat(draws, 1))
     assert torch.equal(noisy.times, everything.times)
     assert torch.equal(noisy.noisy[~masked], batch.tokens.repeat(draws, 1)[~masked])
     assert torch.equal(noisy.scored_positions[: int(noisy.num_scored)], masked.flatten().nonzero().squeeze(-1))
