@@ -401,7 +401,8 @@ def test_arguments_that_generate_refuses(model):
 # What transformers does with the other settings of generation: the loop or what it calls uses them,
 # or transformers warns that they have no effect without beams or an assistant model.
 USED = """max_length max_new_tokens min_length min_new_tokens max_time stop_strings do_sample use_cache temperature
-    prefill_chunk_size top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff repetition_penalty encoder_repetition_penalty
+    prefill_chunk_size top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff repetition_penalty
+    encoder_repetition_penalty
     no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids renormalize_logits forced_bos_token_id
     forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
     sequence_bias token_healing watermarking_config num_return_sequences output_scores output_logits
