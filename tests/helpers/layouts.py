@@ -138,7 +138,8 @@ def write_backbone(folder):
 def global_batch(step, *, documents):
     """The sequences of a step.
 
-    With documents, two of them end before the sequence and leave padding.
+    With documents, some of them end before the sequence and leave padding, and some are
+    conversations.
     """
     generator = torch.Generator().manual_seed(100 + step)
     tokens = torch.randint(4, VOCABULARY, (SEQUENCES, LENGTH), generator=generator)
@@ -152,7 +153,18 @@ def global_batch(step, *, documents):
         for place in draw.sample([8, 16, 24], row % 3):
             starts[row, place] = 1
         padding[row, LENGTH - draw.choice([0, 2, 5, 13]) :] = True
-    return Batch(tokens, numbers, torch.zeros_like(numbers), numbers, starts.cumsum(1, dtype=torch.int32), padding)
+    # Half of the sequences are conversations, in which some stretches are answers.
+    scored = torch.ones(SEQUENCES, LENGTH, dtype=torch.bool)
+    scored[1::2] = torch.rand(SEQUENCES // 2, LENGTH // 4, generator=generator).lt(0.6).repeat_interleave(4, dim=1)
+    return Batch(
+        tokens,
+        numbers,
+        torch.zeros_like(numbers),
+        numbers,
+        starts.cumsum(1, dtype=torch.int32),
+        padding,
+        scored=scored & ~padding,
+    )
 
 
 def micro_batches(config, groups, step):
