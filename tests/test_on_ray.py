@@ -148,6 +148,7 @@ sys.exit(main.main(sys.argv[1:]))
 # --- tests ---
 
 
+@pytest.mark.slow
 def test_prepared_and_generated_on_two_nodes_with_a_worker_and_a_node_killed(
     nodes, source, tokenizer, prepared, two_tower_folder, prompts, generated, tmp_path
 ):

@@ -109,8 +109,10 @@ def describing_files(config: RunConfig) -> dict[str, list[Path]]:
         folders = [corpus.folder for mixture in _mixtures(config, resolve_phases(config)) for corpus in mixture.corpora]
     for folder in dict.fromkeys(folders):
         splits = [split_folder(folder, split) for split in ("train", "validation")]
-        names = (INDEX_FILE, STARTS_FILE, OFFSETS_FILE, SCORED_FILE)
-        files[f"data {folder}"] = [split / name for split in splits if isinstance(split, Path) for name in names]
+        local = [split for split in splits if isinstance(split, Path)]
+        needed = [split / name for split in local for name in (INDEX_FILE, STARTS_FILE, OFFSETS_FILE)]
+        of_conversations = [split / SCORED_FILE for split in local]
+        files[f"data {folder}"] = needed + [path for path in of_conversations if path.is_file()]
     return files
 
 

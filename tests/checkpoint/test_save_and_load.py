@@ -202,7 +202,7 @@ def test_a_damaged_file_is_named(name, damage, told, copied, tmp_path, tiny_data
 def test_a_changed_number_in_the_state_is_noticed(copied):
     newest = files.find_checkpoints(copied)[-1]
     file = newest / "state.json"
-    file.write_text(file.read_text().replace('"cursor": 112', '"cursor": 104'))
+    file.write_text(file.read_text().replace('"cursor": 128', '"cursor": 104'))
     assert "damaged" in files.damaged(newest)
 
 
@@ -236,7 +236,7 @@ def test_a_run_never_starts_anew_over_an_earlier_one(then, copied, tiny_data, ti
     said = capsys.readouterr().err
     told = {
         "all damaged": "found 2 checkpoints, all damaged",
-        "set aside": "found checkpoints/step-00000014.damaged and no complete checkpoint",
+        "set aside": "found checkpoints/step-00000016.damaged and no complete checkpoint",
         "removed": "found metrics.jsonl with records of checkpoints and no complete checkpoint",
     }
     assert (
@@ -251,7 +251,7 @@ def test_without_resume_any_record_of_a_step_is_an_earlier_run(copied, tmp_path,
     fresh = tmp_path / "fresh"
     fresh.mkdir()
     shutil.copy(copied / "metrics.jsonl", fresh)
-    for folder, found in ((copied, "checkpoints/step-00000014"), (fresh, "metrics.jsonl with records")):
+    for folder, found in ((copied, "checkpoints/step-00000016"), (fresh, "metrics.jsonl with records")):
         assert main(train_arguments(tiny_data, folder, tiny_backbone, *PLAIN, "resume=false")) == 2
         assert f"{folder}: found {found}, expected resume=true or another" in capsys.readouterr().err
 
@@ -268,7 +268,7 @@ def start(run, data, backbone, *overrides):
 def alone(request, tmp_path, whole_run):
     """A folder with a checkpoint and nothing else, also without what the run has read."""
     run = tmp_path / "alone"
-    folder = shutil.copytree(files.find_checkpoints(whole_run)[-1], run / "checkpoints" / "step-00000014")
+    folder = shutil.copytree(files.find_checkpoints(whole_run)[-1], run / "checkpoints" / "step-00000016")
     if request.param == "an older version":
         content = json.loads((folder / "state.json").read_text())
         assert content["data"]["order"]["seed"] == 1234
@@ -321,9 +321,9 @@ def test_incomplete_checkpoints_are_ignored_and_removed(copied, whole_run, tiny_
 
 def test_the_state_describes_the_run(whole_run, tiny_backbone):
     state = files.read_state(files.find_checkpoints(whole_run)[-1])
-    assert (state.step, state.cursor, state.updates) == (14, 112, 14)
+    assert (state.step, state.cursor, state.updates) == (16, 128, 16)
     assert state.backbone == str(tiny_backbone) and len(state.fingerprint) == 64
-    assert state.configuration["train"]["steps"] == 14
+    assert state.configuration["train"]["steps"] == 16
     assert set(state.files) == {".metadata", "metadata.json", "common.pt", "__0_0.distcp"}
 
 

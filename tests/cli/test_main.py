@@ -21,7 +21,7 @@ BYTES = recipes_folder() / "models" / "bytes"
 @pytest.mark.parametrize("recipe", [name for name in recipe_names() if not name.startswith(("nano", "bench_gpu"))])
 def test_every_recipe_loads_validates_and_dry_runs(recipe, tiny_backbone, capsys):
     tiny = dict.fromkeys(("tiny", "tiny_phases"), tiny_backbone)
-    start = {"quickstart": SHIPPED, "bytes": BYTES, **tiny}.get(recipe)
+    start = {"quickstart": SHIPPED, "bytes": BYTES, "sft_ar": BYTES, **tiny}.get(recipe)
     overrides = [f"init.backbone={start}"] if start else []
     overrides += [f"init.denoiser={BYTES}"] if recipe == "bytes_distil" else []
     config = load_recipe(recipe, overrides)

@@ -14,6 +14,8 @@ from megatron_twotower.config.hf_config import model_from_hf, read_hf_config
 from megatron_twotower.convert import hf_folder, initial_weights, load, model_card
 from megatron_twotower.mcore import transformer_config
 from megatron_twotower.model import parameter_map, towers
+from megatron_twotower.train.losses import next_tokens
+from megatron_twotower.types import Batch
 
 
 def transformers_model(model, *, clamp=1e-30, seed=0):
@@ -55,7 +57,9 @@ def tensors_of(module, entries, model):
 
 @torch.no_grad()
 def logits_of(model, tokens):
-    return (model(tokens) @ model.tower.output_layer.weight.t()).transpose(0, 1)
+    numbers = torch.arange(len(tokens))
+    hidden = model(next_tokens(Batch(tokens, numbers, numbers, numbers)))
+    return (hidden @ model.tower.output_layer.weight.t()).transpose(0, 1)
 
 
 @pytest.mark.parametrize("pattern", ["M", "*", "E", "-", "ME*-M*EM"])

@@ -114,10 +114,14 @@ def test_tools_and_arguments_reach_the_template(chat_tokenizer):
             "leaves out turns of tool",
         ),
         (CHATML.replace("<|im_end|>", ""), CONVERSATION, "ends the turn of the assistant with no special token"),
-        (CHATML.replace("message['content'] ", "message['content'] | upper "), CONVERSATION, "changes the last turn"),
+        (
+            CHATML.replace("message['content'] ", "message['content'] | upper "),
+            CONVERSATION,
+            "cannot tell what the chat",
+        ),
         (
             CHATML_MARKED.replace("{% generation %}", "").replace(
-                "<|im_end|>{% end", "{% generation %}<|im_end|>{% end"
+                "<|im_end|>{% endgen", "{% generation %}<|im_end|>{% endgen"
             ),
             CONVERSATION,
             "changes the last turn",

@@ -13,7 +13,14 @@ from megatron_twotower.data.workspace import check_output, discard, move_into_pl
 def test_work_for_the_same_request_is_resumed_and_for_another_refused(tmp_path):
     output = tmp_path / "deep" / "out"
     with resuming(output, request={"a": 1, "b": (2, 3)}, overwrite=False) as partial:
-        assert sorted(path.name for path in partial.iterdir()) == ["data", "lock", "parts", "plan.json", "shards"]
+        assert sorted(path.name for path in partial.iterdir()) == [
+            "data",
+            "lock",
+            "parts",
+            "plan.json",
+            "selection",
+            "shards",
+        ]
         (partial / "parts" / "done").write_text("x")
         (partial / "parts" / "begun.17.partial").write_text("x")
     with resuming(output, request={"a": 1, "b": (2, 3)}, overwrite=True) as partial:
@@ -50,7 +57,14 @@ def test_after_a_kill_while_earlier_work_is_discarded_nothing_is_resumed(tmp_pat
         with pytest.raises(KeyboardInterrupt), resuming(tmp_path / "out", request={"a": 9}, overwrite=True):
             raise AssertionError
     with resuming(tmp_path / "out", request={"a": 1}, overwrite=False) as partial:
-        assert sorted(path.name for path in partial.iterdir()) == ["data", "lock", "parts", "plan.json", "shards"]
+        assert sorted(path.name for path in partial.iterdir()) == [
+            "data",
+            "lock",
+            "parts",
+            "plan.json",
+            "selection",
+            "shards",
+        ]
         assert not list((partial / "parts").iterdir())
 
 

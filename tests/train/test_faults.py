@@ -229,9 +229,9 @@ def unscored_batches(monkeypatch, steps):
     """Mask no token in some steps, counted from 1; a step has one micro-batch in these tests."""
     original, calls = loop.corrupt, iter(range(1, 1000))
 
-    def corrupt(batch, noise, *, seed, times=None):
+    def corrupt(batch, noise, *, seed, times=None, **more):
         times = torch.zeros(len(batch.tokens), 1) if next(calls) in steps else times
-        return original(batch, noise, seed=seed, times=times)
+        return original(batch, noise, seed=seed, times=times, **more)
 
     monkeypatch.setattr(loop, "corrupt", corrupt)
 

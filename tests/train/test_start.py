@@ -58,7 +58,7 @@ def opened(config):
     """Open training and validation data as a run does. Returns the sizes of both on this rank."""
 
     def on_rank(rank):
-        groups = SimpleNamespace(dp_cp=Group(rank, RANKS))
+        groups = SimpleNamespace(dp=Group(rank, RANKS), cp=Group(0, 1))
         return len(train_run._training_data(config)), len(train_run._validation_batches(config, groups))
 
     return on_rank
