@@ -6,9 +6,7 @@ time and of the memory that one rank needs for the same sequence.
 """
 
 import dataclasses
-import os
 import resource
-import socket
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_twotower.bench import training_steps
-from megatron_twotower.bench.ranks import forkserver
+from megatron_twotower.bench.ranks import be_rank, forkserver, unused_port
 from megatron_twotower.bench.results import report
 from megatron_twotower.common.errors import UserError, require
 from megatron_twotower.common.machine import machine
@@ -94,8 +92,7 @@ def _run_rank(config: RunConfig, rank: int, port: int, pipe: Connection) -> None
     The first reply is the memory after the first step beyond that before it, in bytes; the others
     are seconds.
     """
-    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{config.parallel.context}"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": f"{port}"}
+    be_rank(rank, ranks=config.parallel.context, port=port)
     torch.set_num_threads(1)
     groups = parallel.initialise(config)
     trainer = training_steps.build_trainer(config, groups)
@@ -141,10 +138,7 @@ class _Ranks:
 
 
 def _start(config: RunConfig) -> _Ranks:
-    with socket.socket() as unused:
-        unused.bind(("localhost", 0))
-        port = unused.getsockname()[1]
-    processes, pipes = [], []
+    port, processes, pipes = unused_port(), [], []
     for rank in range(config.parallel.context):
         ours, theirs = forkserver().Pipe()
         process = forkserver().Process(target=_run_rank, args=(config, rank, port, theirs))

@@ -79,9 +79,7 @@ def start(ranks: int, arguments: Sequence[str], *, logs: Path) -> Job:
         logs: The folder for the output of each rank. Existing files are overwritten.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as unused:
-        unused.bind(("localhost", 0))
-        port = unused.getsockname()[1]
+    port = unused_port()
     files = [logs / f"rank-{rank}.log" for rank in range(ranks)]
     processes = [
         forkserver().Process(target=_run_rank, args=(rank, ranks, port, list(arguments), str(file)))
@@ -92,10 +90,21 @@ def start(ranks: int, arguments: Sequence[str], *, logs: Path) -> Job:
     return Job(processes, files)
 
 
-def _run_rank(rank: int, ranks: int, port: int, arguments: list[str], log: str) -> None:
-    """Run one rank with the environment that torchrun or srun would give it."""
+def unused_port() -> int:
+    """A port of this machine at which nothing listens now."""
+    with socket.socket() as unused:
+        unused.bind(("localhost", 0))
+        return int(unused.getsockname()[1])
+
+
+def be_rank(rank: int, *, ranks: int, port: int) -> None:
+    """Give this process the environment that torchrun or srun would give a rank."""
     os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{ranks}"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": f"{port}"}
+
+
+def _run_rank(rank: int, ranks: int, port: int, arguments: list[str], log: str) -> None:
+    be_rank(rank, ranks=ranks, port=port)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(file, stream.fileno())

@@ -21,16 +21,21 @@ def stretches_per_rank(ranks: int) -> int:
     return PER_RANK if ranks > 1 else 1
 
 
+def num_stretches(ranks: int) -> int:
+    """The number of stretches into which ranks cut each sequence; without other ranks one."""
+    return ranks * stretches_per_rank(ranks)
+
+
 def stretch_numbers(*, ranks: int, rank: int) -> tuple[int, ...]:
     """The numbers of the stretches of a rank, in the order in which it has them."""
-    return (rank, 2 * ranks - 1 - rank) if ranks > 1 else (0,)
+    return (rank, num_stretches(ranks) - 1 - rank) if ranks > 1 else (0,)
 
 
 def stretches(length: int, *, ranks: int, rank: int) -> tuple[slice, ...]:
     """The positions of each stretch of a rank, in a sequence of `length` positions."""
     if ranks == 1:
         return COMPLETE
-    size = length // (ranks * stretches_per_rank(ranks))
+    size = length // num_stretches(ranks)
     return tuple(slice(k * size, (k + 1) * size) for k in stretch_numbers(ranks=ranks, rank=rank))
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_twotower.common.errors import UserError
-from megatron_twotower.config.context_split import stretches_per_rank
+from megatron_twotower.config.context_split import num_stretches
 from megatron_twotower.config.schema import DataConfig, NoiseConfig, PhaseConfig, RunConfig
 
 
@@ -95,7 +95,7 @@ def _resolve_phase(config: RunConfig, given: PhaseConfig, *, number: int, first_
         )
     size = _or(given.block_size_tokens, config.noise.block_size_tokens)
     context = config.parallel.context
-    stretch = data.sequence_length_tokens // (context * stretches_per_rank(context))
+    stretch = data.sequence_length_tokens // num_stretches(context)
     if config.objective == "two_tower" and (size < 1 or stretch % size):
         of = f", stretches of parallel.context {context} ranks" if context > 1 else ""
         raise UserError(

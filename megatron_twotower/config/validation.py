@@ -7,7 +7,7 @@ are the rules between several settings, such as what must divide what.
 from collections.abc import Iterator
 
 from megatron_twotower.common.errors import require
-from megatron_twotower.config.context_split import stretches_per_rank
+from megatron_twotower.config.context_split import num_stretches
 from megatron_twotower.config.precision import FP8_MULTIPLE, FP8_SQUARE
 from megatron_twotower.config.schema import LAYER_KINDS, ModelConfig, ParallelConfig, RunConfig
 from megatron_twotower.config.setting import check_settings
@@ -96,7 +96,7 @@ def _validate_noise(config: RunConfig) -> None:
         noise.weighting != "elbo" or (noise.mask_counts != "at_least_one" and not noise.late_bias),
         f"noise.{biased}: found it with noise.weighting elbo, which then bounds nothing, expected masked_mean",
     )
-    stretches = _num_stretches(config)
+    stretches = num_stretches(config.parallel.context)
     divisor = f"noise.block_size_tokens {noise.block_size_tokens}"
     if stretches > 1:
         divisor += f" x {stretches} stretches of parallel.context {config.parallel.context} ranks"
@@ -153,11 +153,6 @@ def _validate_layout(config: RunConfig, world_size: int) -> None:
         )
 
 
-def _num_stretches(config: RunConfig) -> int:
-    """The stretches into which context-parallel ranks cut a sequence; 1 without such ranks."""
-    return config.parallel.context * stretches_per_rank(config.parallel.context)
-
-
 def _validate_model_split(config: RunConfig) -> None:
     """Every size of the model divides over the ranks that split it."""
     parallel, model, length = config.parallel, config.model, config.data.sequence_length_tokens
@@ -176,7 +171,7 @@ def _validate_model_split(config: RunConfig) -> None:
         tensor == 1 or parallel.sequence or not experts,
         f"parallel.tensor {tensor}: expected parallel.sequence true for a pattern with MoE layers",
     )
-    stretches = _num_stretches(config)
+    stretches = num_stretches(config.parallel.context)
     require(
         length % stretches == 0,
         f"data.sequence_length_tokens {length}: expected a multiple of the {stretches} stretches of "
