@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,14 @@ from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerF
 
 # Settings of texts that answers have no use for.
 _OF_TEXTS = (
-    *("sequence_length_tokens", "threshold", "block_sizes", "steps", "every", "prompts", "prompt_tokens", "samples"),
+    "sequence_length_tokens",
+    "threshold",
+    "block_sizes",
+    "steps",
+    "every",
+    "prompts",
+    "prompt_tokens",
+    "samples",
 )
 
 
@@ -195,7 +202,7 @@ def evaluate(
         own = own if threshold is None else replace(own, confidence_threshold=threshold)
         rows.append(write_answers(model, tokenizer, pairs, mode=mode, settings=own).row(mode, threshold))
         progress("answers", 2 + len(rows), stages)
-    used = {item.name: getattr(settings, item.name) for item in fields(settings) if item.name not in _OF_TEXTS}
+    unused = (*_OF_TEXTS, "levels")
     return {
         **found,
         "answers": rows,
@@ -203,7 +210,7 @@ def evaluate(
         "model": str(folder),
         "data": str(data),
         "tokenizer_sha256": sha256,
-        "settings": {name: used[name] for name in asdict(settings) if name in used and name != "levels"},
+        "settings": {name: value for name, value in asdict(settings).items() if name not in unused},
         "machine": machine(),
         "device": str(model.context_tower.device),
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -6,9 +6,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from helpers.corpora import write_records
+from helpers.corpora import prepare_chats
 from megatron_twotower.common.errors import UserError
-from megatron_twotower.data.prepare import prepare
 from megatron_twotower.data.shards import Corpus
 from megatron_twotower.evaluate import answers
 from megatron_twotower.evaluate.held_out import EvaluationSettings
@@ -21,7 +20,6 @@ SETTINGS = EvaluationSettings(sequences=6, thresholds=(0.5,), new_tokens=5, bloc
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory, tiny_data):
     folder = tmp_path_factory.mktemp("chats")
-    (folder / "template.jinja").write_text(TEMPLATE)
     words = ["alpha", "beta", "gamma", "delta", "count"]
     turns = [
         [
@@ -32,16 +30,7 @@ def chats(tmp_path_factory, tiny_data):
         ]
         for n in range(30)
     ]
-    write_records(folder / "chats.jsonl", turns, field="messages")
-    prepare(
-        [str(folder / "chats.jsonl")],
-        tokenizer=tiny_data / "tokenizer",
-        output=folder / "data",
-        holdout_fraction=0.5,
-        chat=True,
-        chat_template=folder / "template.jinja",
-    )
-    return folder / "data"
+    return prepare_chats(folder, turns, template=TEMPLATE, tokenizer=tiny_data / "tokenizer", holdout_fraction=0.5)
 
 
 def test_the_last_answers_are_scored_after_all_before_them(chats, two_tower_folder):

@@ -5,6 +5,7 @@ import json
 
 import webdataset
 
+from megatron_twotower.data.prepare import prepare
 from megatron_twotower.data.tokenizer import train_tokenizer
 
 
@@ -49,6 +50,21 @@ def write_records(path, values, *, field="text"):
     else:
         path.write_bytes(as_lines(values, field=field))
     return path
+
+
+def prepare_chats(folder, turns, *, template, tokenizer, **settings):
+    """Prepare conversations with a chat template. Returns the prepared folder."""
+    (folder / "template.jinja").write_text(template)
+    write_records(folder / "chats.jsonl", turns, field="messages")
+    prepare(
+        [str(folder / "chats.jsonl")],
+        tokenizer=tokenizer,
+        output=folder / "data",
+        chat=True,
+        chat_template=folder / "template.jinja",
+        **settings,
+    )
+    return folder / "data"
 
 
 def make_tokenizer(folder, samples):

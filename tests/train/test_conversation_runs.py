@@ -5,13 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from helpers.corpora import write_records
+from helpers.corpora import prepare_chats
 from helpers.runs import launch, losses, records, settings, train
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.recipes import load_recipe
 from megatron_twotower.convert import export
 from megatron_twotower.data.dataset import global_batch
-from megatron_twotower.data.prepare import prepare
 from megatron_twotower.data.sources import open_training
 from megatron_twotower.data.verify import verify
 
@@ -34,7 +33,6 @@ QUIET = ("train.validate_every_steps=0", "train.log_every_steps=1", "logging.wan
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory, tiny_data):
     folder = tmp_path_factory.mktemp("chats")
-    (folder / "template.jinja").write_text(TEMPLATE)
     words = ["alpha", "beta", "gamma", "delta", "count", "value", "index"]
     turns = [
         [
@@ -46,18 +44,11 @@ def chats(tmp_path_factory, tiny_data):
         ]
         for n in range(300)
     ]
-    write_records(folder / "chats.jsonl", turns, field="messages")
-    prepare(
-        [str(folder / "chats.jsonl")],
-        tokenizer=tiny_data / "tokenizer",
-        output=folder / "data",
-        holdout_fraction=0.3,
-        shard_tokens=1000,
-        chat=True,
-        chat_template=folder / "template.jinja",
+    data = prepare_chats(
+        folder, turns, template=TEMPLATE, tokenizer=tiny_data / "tokenizer", holdout_fraction=0.3, shard_tokens=1000
     )
-    assert verify(str(folder / "data")) == []
-    return folder / "data"
+    assert verify(str(data)) == []
+    return data
 
 
 @pytest.fixture(scope="module")
