@@ -12,6 +12,8 @@ import subprocess
 import tempfile
 import time
 
+import psutil
+
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keeps to the loopback interface
@@ -75,12 +77,12 @@ def kill_node(made, node):
 
 
 def worker_processes():
-    """The process numbers of workers of any Ray on this machine."""
+    """The process numbers of workers of a Ray that this process has started."""
     found = []
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError), open(f"/proc/{name}/cmdline", "rb") as stream:
-            if stream.read().startswith(b"ray::_Worker"):
-                found.append(int(name))
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::_Worker"):
+                found.append(process.pid)
     return found
 
 
