@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -50,13 +51,20 @@ def add_node(made):
     return made.add_node(wait=False, num_cpus=1, **NODE)
 
 
+_AGENT_PORTS = ("metrics_agent_port", "dashboard_agent_listen_port", "runtime_env_agent_port", "metrics_export_port")
+
+
 def wait_longer_for_nodes(seconds=180):
-    """Ray gives a node 30 s (ray/_private/node.py, 2.60), which a busy machine may exceed."""
-    from ray._private import services
+    """Give nodes of this process the time that a busy machine takes to start them (Ray 2.60).
+
+    ray/_private/node.py waits 30 s for a node. A node aborts if its agent has not named its ports
+    after 15 s (src/ray/raylet/node_manager.cc); so they are given.
+    """
+    from ray._private import parameter, services
 
     if services.get_node.__module__ != services.__name__:
         return
-    real = services.get_node
+    real, parameters = services.get_node, parameter.RayParams.__init__
 
     def patient(*arguments, **keywords):
         deadline = time.monotonic() + seconds
@@ -68,7 +76,21 @@ def wait_longer_for_nodes(seconds=180):
                     raise
                 time.sleep(0.2)
 
-    services.get_node = patient
+    def with_ports(self, *arguments, **keywords):
+        ports = dict(zip(_AGENT_PORTS, free_ports(len(_AGENT_PORTS)), strict=True))
+        given = {name: value for name, value in keywords.items() if value is not None or name not in ports}
+        parameters(self, *arguments, **ports | given)
+
+    services.get_node, parameter.RayParams.__init__ = patient, with_ports
+
+
+def free_ports(count):
+    """Ports of the loopback interface that nothing listens on."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
 
 
 def kill_node(made, node):
