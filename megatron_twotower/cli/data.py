@@ -21,7 +21,17 @@ TEXT = {
     "suffixes": option("suffixes of the text files of a folder"),
 }
 MARKS = ("none", "document")
+
+
+def _is_url(output: str) -> bool:
+    from megatron_twotower.data.remote import is_url
+
+    return is_url(output)
+
+
 PREPARE = {
+    "output": option("folder to write, or its URL"),
+    "workspace": option("folder for unfinished work, which all nodes share, if the output is a URL"),
     "tokenizer": option("Hugging Face tokenizer folder"),
     "shard_tokens": option("tokens per shard", **COUNT),
     "overwrite": option("replace an existing output folder"),
@@ -37,6 +47,7 @@ PREPARE = {
 IDLE = (
     Idle(("--text-field", "--suffixes", "--bos", "--eos"), lambda found: found.chat, "--chat"),
     Idle(("--chat-template",), lambda found: not found.chat, "no --chat"),
+    Idle(("--workspace",), lambda found: not _is_url(found.output), "an output that is a path"),
     *ENGINE_IDLE,
 )
 

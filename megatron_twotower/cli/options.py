@@ -119,10 +119,13 @@ def _keywords(parameter: inspect.Parameter) -> dict[str, Any]:
 
 
 def _without_none(kind: Any) -> Any:
-    """X of an annotation `X | None`."""
+    """X of an annotation `X | None`; str of `str | X`."""
     if get_origin(kind) not in (Union, UnionType):
         return kind
-    (kind,) = (each for each in get_args(kind) if each is not NoneType)
+    kinds = [each for each in get_args(kind) if each is not NoneType]
+    if str in kinds:
+        return str
+    (kind,) = kinds
     return kind
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from megatron_twotower.common import workers
 from megatron_twotower.common.files import atomic_file, write_file
+from megatron_twotower.data import remote
 from megatron_twotower.data.parts import KEEP, RECORD, part_array
 from megatron_twotower.data.repeats import group_path
 from megatron_twotower.data.shards import Sample, Shard, ShardArrays, write_shard
@@ -64,6 +65,7 @@ class ShardTask:
     Attributes:
         bos, eos: The id to add to each document, or None.
         conversations: Whether the parts say what is scored.
+        url: The URL of the folder of the split, to which the shard is moved; None to leave it.
     """
 
     shard: PlannedShard
@@ -72,6 +74,7 @@ class ShardTask:
     bos: int | None
     eos: int | None
     conversations: bool = False
+    url: str | None = None
 
     @property
     def base(self) -> Path:
@@ -85,9 +88,13 @@ def write_planned_shard(task: ShardTask) -> Shard:
     The ids of one document are in memory at a time.
     """
     file = f"shard-{task.shard.number:05d}.tar"
-    with atomic_file(task.folder / "data" / task.shard.split / file) as path:
+    target = task.folder / "data" / task.shard.split / file
+    with atomic_file(target) as path:
         sha256, arrays = write_shard(path, _samples(task), first=task.shard.first)
         size = path.stat().st_size
+    if task.url is not None:
+        remote.put(target, f"{task.url}/{file}")
+        target.unlink()
     rows = [row for row in arrays if row is not None]
     write_file(task.base.with_suffix(".arrays"), np.stack(rows).tobytes())
     shard = Shard(file, size, sha256, len(arrays.lengths), int(arrays.lengths.sum()))

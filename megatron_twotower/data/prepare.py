@@ -21,7 +21,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,10 +31,12 @@ from megatron_twotower import __version__
 from megatron_twotower.common import engines
 from megatron_twotower.common.engines import ONE_PROCESS, EngineSettings, Needs
 from megatron_twotower.common.errors import UserError
+from megatron_twotower.common.files import partial_path
 from megatron_twotower.common.progress import CorpusProgress, OnCorpusProgress
 from megatron_twotower.common.workers import Engine
 from megatron_twotower.config.special_tokens import read_special_tokens
-from megatron_twotower.data import repeats, workspace
+from megatron_twotower.data import remote, repeats
+from megatron_twotower.data import workspace as workspaces
 from megatron_twotower.data.conversations import MESSAGE_FIELDS, TEMPLATE_FILE, is_conversation, open_template
 from megatron_twotower.data.documents import SUFFIXES, TRAIN, VALIDATION, PassedOver, Unit, cut_units, find_inputs
 from megatron_twotower.data.mask_token import check_mask_token
@@ -77,7 +79,8 @@ def prepare(
     inputs: Sequence[str],
     *,
     tokenizer: Path,
-    output: Path,
+    output: str | Path,
+    workspace: Path | None = None,
     holdout_fraction: float = 0.05,
     shard_tokens: int = 1_000_000,
     overwrite: bool = False,
@@ -105,8 +108,11 @@ def prepare(
     A shard takes documents up to `shard_tokens` tokens, or one longer document.
 
     Args:
-        inputs: Files and folders of text or records, or `python-stdlib`
+        inputs: Files and folders of text or records, URLs of such, or `python-stdlib`
             (`documents.find_documents`).
+        output: The folder, or its URL. At a URL each shard is complete or absent, and the index of
+            the training split is written last.
+        workspace: For an output at a URL, the folder in which NAME.partial is made.
         holdout_fraction: The share of held-out texts. A text is held out if its hash, as a fraction
             of the largest hash, is below it. The hash of a text file is the SHA-256 of its name
             (`documents.split_documents`). The hash of a record is that of its text, so it does not
@@ -125,7 +131,7 @@ def prepare(
         chat_template: A file with the template for them, in place of that of the tokenizer.
         suffixes: Of the text files in a folder.
         engine: Who does the work. With Ray, inputs, tokenizer and output are at paths that all
-            nodes share, or inputs at URLs.
+            nodes share, or inputs and output at URLs.
         unit_bytes: Input that one worker reads at a time.
 
     Raises:
@@ -134,7 +140,7 @@ def prepare(
             OUTPUT.partial is from other settings, `output` exists, or the engine cannot start.
             `output` is then unchanged.
     """
-    output = Path(output)
+    place = _place(output, workspace)
     settings = Settings(
         holdout_fraction=holdout_fraction,
         shard_tokens=shard_tokens,
@@ -150,7 +156,7 @@ def prepare(
         chat_template=None if chat_template is None else _read_template(chat_template),
     )
     _check_settings(settings, max_malformed=max_malformed)
-    workspace.check_output(output, mark=f"{TRAIN}/{INDEX_FILE}", overwrite=overwrite)
+    place.check(overwrite=overwrite)
     vocabulary = _vocabulary(Path(tokenizer), settings)
     is_record = is_conversation if chat else None
     text_field = MESSAGE_FIELDS[0] if chat else text_field
@@ -160,20 +166,20 @@ def prepare(
         documents, holdout_fraction=holdout_fraction, text_field=text_field, unit_bytes=unit_bytes, is_record=is_record
     )
     template = open_template(Path(tokenizer), settings.chat_template).digest if chat else None
-    request = _request(inputs, units, settings, vocabulary) | {"template_sha256": template}
+    request = _request(inputs, units, settings, vocabulary) | {"template_sha256": template} | place.request
     with contextlib.ExitStack() as stack:
-        partial = stack.enter_context(workspace.resuming(output, request=request, overwrite=overwrite))
-        needs = Needs(files=(partial / workspace.REQUEST_FILE, Path(tokenizer) / TOKENIZER_FILE))
+        partial = stack.enter_context(workspaces.resuming(place.partial, request=request, overwrite=overwrite))
+        needs = Needs(files=(partial / workspaces.REQUEST_FILE, Path(tokenizer) / TOKENIZER_FILE))
         run = stack.enter_context(engines.started(engine, needs))
-        job = _Job(partial, units, Path(tokenizer), settings, vocabulary, run, progress or (lambda _: None))
+        job = _Job(partial, units, Path(tokenizer), settings, vocabulary, run, progress or (lambda _: None), place.url)
         part_counts = _write_parts(job, max_malformed=max_malformed)
         selection = _select(job, part_counts)
         if not selection.totals[TRAIN]["documents"]:
-            workspace.discard(partial)
+            workspaces.discard(partial)
             what = f"{_what_was_found(selection)} in {len(documents)} files"
             raise UserError(f"{' '.join(inputs)}: found {what}, expected text to train on")
         conversations = _conversations(part_counts) if chat else None
-        summary = _write_data(
+        summary, shards = _write_data(
             job,
             selection,
             faults=_faults(units, part_counts),
@@ -181,8 +187,61 @@ def prepare(
             conversations=conversations,
         )
         _write_provenance(job, inputs=inputs, part_counts=part_counts)
-        workspace.move_into_place(output)
+        place.finish(shards)
     return summary
+
+
+# --- where the output is ---
+
+_MARK = f"{TRAIN}/{INDEX_FILE}"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the output is in the end: in a folder, or at a URL (without a slash at its end).
+
+    Attributes:
+        made: What OUTPUT.partial is named after.
+    """
+
+    folder: Path | None
+    url: str | None
+    made: Path
+
+    @property
+    def partial(self) -> Path:
+        """The folder in which the output is made."""
+        return partial_path(self.made)
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """What an interrupted run must have in common: shards at a URL are not written again."""
+        return {} if self.url is None else {"output": self.url}
+
+    def check(self, *, overwrite: bool) -> None:
+        """Refuse an output that exists."""
+        if self.folder is not None:
+            workspaces.check_output(self.folder, mark=_MARK, overwrite=overwrite)
+        if self.url is not None:
+            workspaces.check_url(self.url, self.partial, mark=_MARK, overwrite=overwrite)
+
+    def finish(self, written: Mapping[str, int]) -> None:
+        """Give the finished data its place; `written` as in `workspace.copy_to_url`."""
+        if self.folder is not None:
+            workspaces.move_into_place(self.folder)
+        if self.url is not None:
+            workspaces.copy_to_url(self.url, self.partial, last=_MARK, written=written)
+
+
+def _place(output: str | Path, workspace: Path | None) -> _Place:
+    if not remote.is_url(output):
+        if workspace is not None:
+            raise UserError(f"workspace: found {workspace} with an output that is a path, expected it with a URL")
+        return _Place(Path(output), None, Path(output))
+    url = str(output).rstrip("/")
+    if workspace is None:
+        raise UserError(f"{url}: found no workspace, expected a folder (that all nodes share) for unfinished work")
+    return _Place(None, url, Path(workspace) / url.rpartition("/")[2])
 
 
 # --- checks ---
@@ -275,12 +334,16 @@ class _Job:
     vocabulary: _Vocabulary
     engine: Engine
     report: OnCorpusProgress
+    url: str | None
 
 
 def _write_parts(job: _Job, *, max_malformed: float) -> list[dict[str, Any]]:
     """What `write_part` returned for every unit, now or in an interrupted run."""
     found = [read_part(job.folder, number) for number in range(len(job.units))]
     missing = [number for number, counts in enumerate(found) if counts is None]
+    # Units that could not be cut come first, the largest one before the others, so that no worker
+    # is left alone with one at the end.
+    missing.sort(key=lambda number: -max(job.units[number].size, job.settings.unit_bytes))
     tasks = (
         UnitTask(
             number,
@@ -394,9 +457,15 @@ def _write_data(
     faults: Sequence[str],
     passed_over: PassedOver,
     conversations: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """Write shards, indices, tokenizer and summary into `data`; return the summary."""
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Write shards, indices, tokenizer and summary into `data`, or the shards to a URL.
+
+    Returns:
+        The summary, and the sizes in bytes of the shards by name.
+    """
     data, vocabulary = job.folder / "data", job.vocabulary
+    if job.url is not None:
+        workspaces.clear_url(job.url, job.folder)
     for split in selection.splits:
         (data / split).mkdir(exist_ok=True)
     tasks = [
@@ -407,6 +476,7 @@ def _write_data(
             vocabulary.bos_token_id,
             vocabulary.eos_token_id,
             conversations is not None,
+            None if job.url is None else f"{job.url}/{shard.split}",
         )
         for shard in selection.shards
     ]
@@ -441,7 +511,7 @@ def _write_data(
         "passed_over": {"counts": dict(sorted(passed_over.counts.items())), "first": passed_over.first},
     }
     (data / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    return summary
+    return summary, {f"{task.shard.split}/{shard.file}": shard.bytes for task, shard in zip(tasks, shards, strict=True)}
 
 
 def _write_shards(job: _Job, selection: Selection, tasks: Sequence[ShardTask]) -> list[Shard]:

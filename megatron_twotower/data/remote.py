@@ -1,4 +1,4 @@
-"""Files at URLs, copied into a bounded cache.
+"""Files at URLs: read, copied into a bounded cache, and written.
 
 | URL | opened by |
 |---|---|
@@ -6,7 +6,8 @@
 | `pipe:COMMAND` | the shell: the content is the standard output of the command |
 | any other (`s3://`, `gs://`, `hf://`, `file:`, ...) | fsspec, with the package of the protocol |
 
-For HTTP, fsspec needs aiohttp. urllib needs no package, and its errors name the HTTP status.
+For HTTP, fsspec needs aiohttp. urllib needs no package, and its errors name the HTTP status. Files
+are written by fsspec alone.
 """
 
 import contextlib
@@ -20,9 +21,10 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, TypeVar, cast
+from typing import IO, Any, TypeVar, cast
 
 import fsspec
+import fsspec.core
 
 from megatron_twotower.common.errors import UserError
 
@@ -72,6 +74,67 @@ def input_path(given: str) -> Path:
     except (ImportError, ValueError) as error:
         raise UserError(f"{given}: needs a package that is not installed ({_one_line(error)})") from error
     return cast(Path, found)
+
+
+def sizes(folder: str) -> dict[str, int]:
+    """The files at a URL at any depth: sizes in bytes by path below it.
+
+    Raises:
+        UserError: The store cannot be read.
+    """
+
+    def attempt() -> dict[str, int]:
+        store, root = _store(folder)
+        store.invalidate_cache()  # what other processes have written
+        try:
+            found = store.find(root, detail=True)
+        except FileNotFoundError:
+            return {}
+        return {name.removeprefix(root).lstrip("/"): int(about["size"]) for name, about in found.items()}
+
+    return _retried(folder, attempt)
+
+
+def put(path: Path, url: str) -> None:
+    """Copy a local file to a URL.
+
+    Raises:
+        UserError: It cannot be written in `ATTEMPTS` attempts.
+    """
+
+    def attempt() -> None:
+        store, target = _store(url)
+        store.makedirs(target.rpartition("/")[0], exist_ok=True)  # nothing, where there are no folders
+        store.put_file(str(path), target)
+
+    _retried(url, attempt, verb="written")
+
+
+def remove(folder: str) -> None:
+    """Remove what is at a URL.
+
+    Raises:
+        UserError: It cannot be removed in `ATTEMPTS` attempts.
+    """
+
+    def attempt() -> None:
+        store, root = _store(folder)
+        if store.exists(root):
+            store.rm(root, recursive=True)
+
+    _retried(folder, attempt, verb="removed")
+
+
+def _store(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path there."""
+    protocol = url.partition(":")[0]
+    if protocol in ("http", "https", "pipe"):
+        raise UserError(f"{url}: found {protocol}, expected a store that can be written to, such as s3 or gs")
+    try:
+        store, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{url}: needs a package that is not installed ({_one_line(error)})") from error
+    return store, path.rstrip("/")
 
 
 def cache_folder() -> Path:
@@ -165,7 +228,7 @@ def trim(folder: Path, *, keep: int) -> None:
             path.unlink()
 
 
-def _retried(url: str, attempt: Callable[[], T]) -> T:
+def _retried(url: str, attempt: Callable[[], T], *, verb: str = "read") -> T:
     pause = _FIRST_PAUSE_SECONDS
     for number in range(1, ATTEMPTS + 1):
         try:
@@ -174,7 +237,7 @@ def _retried(url: str, attempt: Callable[[], T]) -> T:
             raise
         except Exception as error:  # the packages of the protocols have exceptions of their own
             if number == ATTEMPTS:
-                raise UserError(f"{url}: cannot be read in {ATTEMPTS} attempts ({_one_line(error)})") from error
+                raise UserError(f"{url}: cannot be {verb} in {ATTEMPTS} attempts ({_one_line(error)})") from error
             time.sleep(pause)
             pause *= 2
     raise AssertionError

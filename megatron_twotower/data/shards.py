@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import webdataset
 
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.data import remote
@@ -44,6 +43,7 @@ CONVERSATIONS_VERSION = 3
 CACHED_SHARDS = 64  # of each remote corpus, on disk
 
 TOKENS_SUFFIX, SCORED_SUFFIX = "tokens.npy", "scored.npy"
+_BLOCK = tarfile.BLOCKSIZE
 _OPEN_SHARDS = 64  # memory maps that a corpus keeps open, one file descriptor each
 _OPENED_AT_ONCE = 16  # shards that threads fetch and check at the same time
 
@@ -97,24 +97,55 @@ class ShardArrays(NamedTuple):
 def write_shard(path: Path, samples: Iterable[Sample], *, first: int) -> tuple[str, ShardArrays]:
     """Write one tar; its members are named by document number, from `first` on.
 
+    The bytes are those of `webdataset.TarWriter`, which takes a millisecond for each document.
+
     Returns:
         The SHA-256 of the file, and where its documents are.
     """
-    lengths, has_scored = [], False
-    with open(path, "wb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:
+    digest, at = hashlib.sha256(), 0
+    lengths: list[int] = []
+    offsets: dict[str, list[int]] = {TOKENS_SUFFIX: [], SCORED_SUFFIX: []}
+    with open(path, "wb") as stream:
         for number, sample in enumerate(samples, start=first):
             about = {"name": sample.name, "tokens": len(sample.tokens), "bytes": sample.bytes}
-            members = {"json": json.dumps(about).encode(), TOKENS_SUFFIX: _npy(sample.tokens)}
+            arrays = {TOKENS_SUFFIX: sample.tokens}
             if sample.scored is not None:
-                members[SCORED_SUFFIX], has_scored = _npy(sample.scored), True
-            writer.write({"__key__": f"{number:09d}", **members})
+                arrays[SCORED_SUFFIX] = sample.scored
+            members = {"json": json.dumps(about).encode(), **{suffix: _npy(arrays[suffix]) for suffix in arrays}}
+            pieces = []
+            for suffix, content in sorted(members.items()):
+                pieces += [_tar_header(f"{number:09d}.{suffix}", len(content)), content, bytes(-len(content) % _BLOCK)]
+                if suffix in arrays:
+                    offsets[suffix].append(at + _BLOCK + len(content) - arrays[suffix].nbytes)
+                at += sum(map(len, pieces[-3:]))
+            block = b"".join(pieces)
+            digest.update(block)
+            stream.write(block)
             lengths.append(len(sample.tokens))
+        end = bytes(2 * _BLOCK + -(at + 2 * _BLOCK) % tarfile.RECORDSIZE)
+        digest.update(end)
+        stream.write(end)
+    scored = np.array(offsets[SCORED_SUFFIX], dtype=np.int64) if offsets[SCORED_SUFFIX] else None
+    found = ShardArrays(np.array(offsets[TOKENS_SUFFIX], dtype=np.int64), np.array(lengths, dtype=np.int64), scored)
+    return digest.hexdigest(), found
 
-    def offsets(suffix: str) -> np.ndarray:
-        return np.array([offset for _, offset, _ in array_members(path, suffix)], dtype=np.int64)
 
-    scored = offsets(SCORED_SUFFIX) if has_scored else None
-    return checksum(path), ShardArrays(offsets(TOKENS_SUFFIX), np.array(lengths, dtype=np.int64), scored)
+def _tar_header(name: str, size: int) -> bytes:
+    """The block before a member of a tar."""
+    block = bytearray(_header_without_name())
+    block[: len(name)] = name.encode()
+    block[124:135] = b"%011o" % size
+    block[148:155] = b"%06o\0" % sum(block)  # of the block with eight spaces here
+    return bytes(block)
+
+
+@functools.cache
+def _header_without_name() -> bytes:
+    info = tarfile.TarInfo()
+    info.mode, info.uname, info.gname = 0o444, "bigdata", "bigdata"
+    block = bytearray(info.tobuf())
+    block[148:156] = b" " * 8
+    return bytes(block)
 
 
 def _npy(array: np.ndarray) -> bytes:

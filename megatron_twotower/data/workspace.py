@@ -1,27 +1,30 @@
 """The folder OUTPUT.partial, in which an output is made and from which an interrupted run resumes.
 
-Its files are complete or absent, so finished work survives a kill:
+For an output at a URL it is in a folder that the user names. Its files are complete or absent, so
+finished work survives a kill:
 
     plan.json   the request: what the run was asked for
     lock        locked by the run that works in the folder
     parts/      units of the input, tokenised
     selection/  what was decided about the documents
     shards/     what the index needs to know of each written shard
-    data/       what becomes OUTPUT, in one step
+    data/       what becomes OUTPUT, in one step; what is copied to a URL, file by file
 """
 
 import contextlib
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.files import partial_path, write_file
+from megatron_twotower.data import remote
 
 REQUEST_FILE = "plan.json"
+_CLEARED = "shards/cleared"  # of an output at a URL: nothing of an earlier one is there any more
 
 
 def check_output(output: Path, *, mark: str, overwrite: bool) -> None:
@@ -45,11 +48,39 @@ def check_output(output: Path, *, mark: str, overwrite: bool) -> None:
         raise UserError(f"{output}: found no {mark} in it, expected an earlier prepared folder to overwrite")
 
 
+def check_url(url: str, partial: Path, *, mark: str, overwrite: bool) -> None:
+    """Refuse an output at a URL that has files, as `check_output` does, if it is not resumed.
+
+    Args:
+        partial: The folder of the interrupted run, if there is one.
+
+    Raises:
+        UserError: `url` is refused, or cannot be read.
+    """
+    if (partial / REQUEST_FILE).is_file():
+        return
+    found = remote.sizes(url)
+    if not found:
+        return
+    if not overwrite:
+        raise UserError(f"{url}: found {len(found)} files, expected none (or an earlier prepared folder and overwrite)")
+    if mark not in found:
+        raise UserError(f"{url}: found no {mark} in it, expected an earlier prepared folder to overwrite")
+
+
+def clear_url(url: str, partial: Path) -> None:
+    """Remove an earlier output at a URL, once: not what this run has written since."""
+    if not (partial / _CLEARED).exists():
+        remote.remove(url)
+        write_file(partial / _CLEARED, b"")
+
+
 @contextlib.contextmanager
-def resuming(output: Path, *, request: dict[str, Any], overwrite: bool) -> Iterator[Path]:
+def resuming(partial: Path, *, request: dict[str, Any], overwrite: bool) -> Iterator[Path]:
     """Yields OUTPUT.partial, locked: with the finished work of an interrupted run, or empty.
 
     Args:
+        partial: The folder. After a `UserError` before the first finished part it is removed.
         request: What decides the result, as JSON. An interrupted run is resumed only if its request
             was the same.
         overwrite: Discard the work of an interrupted run with another request.
@@ -59,7 +90,6 @@ def resuming(output: Path, *, request: dict[str, Any], overwrite: bool) -> Itera
             in place of an `OSError` in the body that names no file (a full disk); the message names
             the folder.
     """
-    partial = partial_path(output)
     partial.mkdir(parents=True, exist_ok=True)
     wanted = json.loads(json.dumps(request))
     with open(partial / "lock", "a") as lock:
@@ -85,6 +115,10 @@ def resuming(output: Path, *, request: dict[str, Any], overwrite: bool) -> Itera
             unfinished.unlink()
         try:
             yield partial
+        except UserError:
+            if not any(partial.glob("parts/*.json")):  # a mistake of the user, found before any work
+                discard(partial)
+            raise
         except OSError as error:
             if error.filename is not None:
                 raise
@@ -93,7 +127,7 @@ def resuming(output: Path, *, request: dict[str, Any], overwrite: bool) -> Itera
 
 def discard(partial: Path) -> None:
     """Remove OUTPUT.partial, if nothing can be resumed from it."""
-    shutil.rmtree(partial)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def move_into_place(output: Path) -> None:
@@ -109,6 +143,28 @@ def move_into_place(output: Path) -> None:
     # NFS keeps the lock, which is open, under another name; the next run removes it.
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def copy_to_url(url: str, partial: Path, *, last: str, written: Mapping[str, int]) -> None:
+    """Copy the finished data to a URL, where the shards are, and remove OUTPUT.partial.
+
+    Args:
+        last: The file that makes a folder a prepared one.
+        written: The sizes in bytes of the files that workers have written, by name.
+
+    Raises:
+        UserError: A file cannot be written, or what workers have written is not there.
+    """
+    found = remote.sizes(url)
+    for name, size in written.items():
+        if found.get(name) != size:
+            what = "no such file" if name not in found else f"{found[name]} bytes"
+            raise UserError(f"{url}/{name}: found {what}, expected {size} bytes, which a worker has written there")
+    data = partial / "data"
+    names = sorted(path.relative_to(data).as_posix() for path in data.rglob("*") if path.is_file())
+    for name in sorted(names, key=lambda name: name == last):
+        remote.put(data / name, f"{url}/{name}")
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _old(output: Path) -> Path:

@@ -12,11 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from helpers.corpora import make_tokenizer
 from helpers.ray_nodes import ENVIRONMENT, wait_longer_for_nodes
 from megatron_twotower.common import ray_engine, workers
 from megatron_twotower.common.engines import EngineSettings, Needs, started
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.workers import in_order
+from megatron_twotower.data.prepare import prepare
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
 
@@ -44,6 +46,14 @@ def fail(task):
     if task == 2:
         raise OSError(28, "No space left on device", f"/shared/{task}")
     time.sleep(0.2)
+
+
+@pytest.fixture
+def small_corpus(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("some text\n" * 20)
+    make_tokenizer(tmp_path / "tokenizer", ["some text"])
+    return {"inputs": [str(tmp_path / "texts")], "tokenizer": tmp_path / "tokenizer", "holdout_fraction": 0.0}
 
 
 def listening():
@@ -96,6 +106,16 @@ def test_no_cluster_at_the_address_is_one_line(address, message):
     with pytest.raises(UserError, match=message) as caught, started(EngineSettings("ray", address=address)):
         raise AssertionError
     assert "\n" not in str(caught.value)
+
+
+def test_without_ray_nothing_is_left(small_corpus, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(ray_engine, "installed", lambda package: None)
+        with pytest.raises(UserError, match=r"^ray: not installed, expected for --engine ray \(pip install .*\)$"):
+            prepare(**small_corpus, output=tmp_path / "new" / "out", engine=EngineSettings("ray"))
+    with pytest.raises(UserError, match="found no Ray cluster"):
+        prepare(**small_corpus, output=tmp_path / "new" / "out", engine=EngineSettings("ray", address="127.0.0.1:1"))
+    assert not list(tmp_path.glob("new/*"))
 
 
 def test_a_node_with_another_program_or_without_the_files_is_named(tmp_path, monkeypatch):

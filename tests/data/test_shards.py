@@ -1,5 +1,6 @@
 """Shards: where their tokens are, how fast they open, and what happens when something is wrong."""
 
+import hashlib
 import json
 import re
 import threading
@@ -7,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+import webdataset
 
 from helpers.corpora import make_tokenizer, read_samples, write_tree
 from megatron_twotower.common.errors import UserError
@@ -46,6 +48,30 @@ def test_a_shard_is_written_and_found_again(tmp_path):
     assert [sample["json"] for sample in read] == [
         {"name": sample.name, "tokens": len(sample.tokens), "bytes": sample.bytes} for sample in samples
     ]
+
+
+@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 8, 40])
+def test_a_shard_has_the_bytes_that_webdataset_writes(scored, count, tmp_path):
+    samples = [
+        Sample(f"näme {n}", n**9, np.arange(n, 70 * n, dtype=np.uint16), np.arange(69 * n) % 3 == 0 if scored else None)
+        for n in range(1, count + 1)
+    ]
+    with webdataset.TarWriter(str(tmp_path / "expected.tar"), encoder=False, mtime=0) as writer:
+        for number, sample in enumerate(samples, start=123_456_700):
+            arrays = {"tokens.npy": sample.tokens, **({"scored.npy": sample.scored} if scored else {})}
+            members = {}
+            for name, array in arrays.items():
+                np.save(tmp_path / "array.npy", array)
+                members[name] = (tmp_path / "array.npy").read_bytes()
+            about = {"name": sample.name, "tokens": len(sample.tokens), "bytes": sample.bytes}
+            writer.write({"__key__": str(number), "json": json.dumps(about).encode(), **members})
+    sha256, found = write_shard(tmp_path / "shard.tar", samples, first=123_456_700)
+    data = (tmp_path / "shard.tar").read_bytes()
+    assert data == (tmp_path / "expected.tar").read_bytes() and sha256 == hashlib.sha256(data).hexdigest()
+    for suffix, offsets in (("tokens.npy", found.offsets), ("scored.npy", found.scored)):
+        expected = [offset for _, offset, _ in array_members(tmp_path / "shard.tar", suffix)]
+        assert ([] if offsets is None else offsets.tolist()) == expected
 
 
 # --- reading ---
