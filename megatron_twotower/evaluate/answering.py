@@ -26,11 +26,12 @@ Model = TypeVar("Model", bound=TwoTower)
 
 @dataclass(frozen=True)
 class _Asked:
-    """A task for a worker."""
+    """A task for a worker: `settings` open the model, which answers with each of `compared`."""
 
     place: ModelPlace
     settings: HarnessSettings
     task: ScoreTask | WriteTask
+    compared: tuple[HarnessSettings, ...]
 
 
 def open_model(
@@ -60,9 +61,13 @@ def _model_here(place: ModelPlace, settings: HarnessSettings) -> TwoTower:
     return open_model(TwoTower, place.folder, settings)
 
 
-def answer(asked: _Asked) -> Reply:
-    """Do a task with the model of this process."""
-    return _model_here(asked.place, asked.settings).reply(asked.task)
+def answer(asked: _Asked) -> list[Reply]:
+    """Do a task with the model of this process, with each of the settings in turn."""
+    model, replies = _model_here(asked.place, asked.settings), []
+    for each in asked.compared:
+        model.use(each)
+        replies.append(model.reply(asked.task))
+    return replies
 
 
 def facts_here(asked: tuple[ModelPlace, HarnessSettings]) -> ModelFacts:
@@ -71,37 +76,45 @@ def facts_here(asked: tuple[ModelPlace, HarnessSettings]) -> ModelFacts:
 
 
 def model_elsewhere(
-    engine: Engine, place: ModelPlace, settings: HarnessSettings, *, journal: IO[bytes] | None = None
-) -> TwoTower:
+    engine: Engine, place: ModelPlace, settings: HarnessSettings, *, kind: type[Model], journal: IO[bytes] | None = None
+) -> Model:
     """The model of the harness, answered by the workers of an engine.
 
     Args:
+        kind: The class that asks.
         journal: The open journal of the run, see `journal.open_journal`; None to keep nothing.
 
     Raises:
         UserError: The model cannot be loaded.
     """
     ((_, facts),) = engine(facts_here, [(place, settings)])
-    known = {} if journal is None else {each["key"]: _read_reply(each["reply"]) for each in entries(journal)}
+    known = (
+        {} if journal is None else {each["key"]: list(map(_read_reply, each["replies"])) for each in entries(journal)}
+    )
 
-    def answers(tasks: Sequence[ScoreTask | WriteTask]) -> Iterator[Reply]:
-        keys = [_key(task) for task in tasks]
-        missing = [_Asked(place, settings, task) for task, key in zip(tasks, keys, strict=True) if key not in known]
-        replies = in_order(engine, answer, missing, ahead=BATCHES_AHEAD)
+    def answers(tasks: Sequence[ScoreTask | WriteTask], compared: Sequence[HarnessSettings]) -> Iterator[list[Reply]]:
+        keys = [_key(task, compared) for task in tasks]
+        missing = [
+            _Asked(place, settings, task, tuple(compared))
+            for task, key in zip(tasks, keys, strict=True)
+            if key not in known
+        ]
+        found = in_order(engine, answer, missing, ahead=BATCHES_AHEAD)
         for key in keys:
             if key in known:
                 yield known[key]
                 continue
-            _, reply = next(replies)
+            _, replies = next(found)
             if journal is not None:
-                append(journal, {"key": key, "reply": dataclasses.asdict(reply)})
-            yield reply
+                append(journal, {"key": key, "replies": list(map(dataclasses.asdict, replies))})
+            yield replies
 
-    return open_model(TwoTower, place.folder, settings, elsewhere=Elsewhere(facts, answers))
+    return open_model(kind, place.folder, settings, elsewhere=Elsewhere(facts, answers))
 
 
-def _key(task: ScoreTask | WriteTask) -> str:
-    return hashlib.sha256(json.dumps([type(task).__name__, dataclasses.asdict(task)]).encode()).hexdigest()
+def _key(task: ScoreTask | WriteTask, compared: Sequence[HarnessSettings]) -> str:
+    asked = [type(task).__name__, dataclasses.asdict(task), list(map(dataclasses.asdict, compared))]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
 def _read_reply(found: dict[str, Any]) -> Reply:

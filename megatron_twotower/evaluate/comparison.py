@@ -1,11 +1,11 @@
 """AR against mask diffusion on tasks of lm-evaluation-harness, in one run. It needs `eval`.
 
-`task_runner` runs one setting. Here every batch is answered by all settings in turn, so that a
-drift of the machine affects all alike.
+`task_runner` runs one setting. Here a worker answers every batch with all settings in turn, so that
+a drift of its machine affects all alike.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, variance
@@ -13,12 +13,13 @@ from typing import Any
 
 from lm_eval.tasks import TaskManager
 
+from megatron_twotower.common.engines import ONE_PROCESS, EngineSettings
 from megatron_twotower.evaluate.answer_scores import ContextAnswer, Score
-from megatron_twotower.evaluate.harness import TwoTower
-from megatron_twotower.evaluate.harness_settings import AnswerSettings, HarnessSettings
+from megatron_twotower.evaluate.harness import Reply, ScoreTask, TwoTower, WriteTask
+from megatron_twotower.evaluate.harness_settings import HarnessSettings
 from megatron_twotower.evaluate.speed_quality import SweepPoint, sweep_points
 from megatron_twotower.evaluate.task_recipes import HarnessTask
-from megatron_twotower.evaluate.task_runner import evaluated, facts, open_model, outcome
+from megatron_twotower.evaluate.task_runner import evaluated, facts, opened, outcome
 
 # Rows at a time where given text is scored: unlike writing, this is not timed.
 _SCORED_ROWS = 32
@@ -32,9 +33,15 @@ class _Written:
     new_tokens: int = 0
     seconds: float = 0.0
 
+    def add(self, reply: Reply) -> None:
+        """Count what a reply has written."""
+        self.passes += reply.passes
+        self.new_tokens += reply.new_tokens
+        self.seconds += reply.seconds
+
 
 class ComparedTwoTower(TwoTower):
-    """A model that answers every batch with all of its settings, when the first one asks for it.
+    """A model whose workers answer every batch with all settings, when the first one asks for it.
 
     Attributes:
         compared: The settings.
@@ -51,30 +58,24 @@ class ComparedTwoTower(TwoTower):
 
     def forget(self) -> None:
         """Forget the answers so far, which no other task asks for."""
-        self._texts: dict[Any, dict[HarnessSettings, list[str]]] = {}
+        self._texts: dict[Any, dict[HarnessSettings, Reply]] = {}
         self._scores: dict[Any, list[Score]] = {}
 
-    def use(self, settings: HarnessSettings) -> None:
-        """Answer with these settings."""
-        assert settings.block_size is not None
-        self.settings, self.block_size = settings, settings.block_size
-
-    def write(self, prompts: Sequence[list[int]], answer: AnswerSettings) -> list[str]:
-        """As `TwoTower.write`; all settings write at the first call."""
-        key = (tuple(map(tuple, prompts)), answer)
-        if key not in self._texts:
-            asking = self.settings
-            self._texts[key] = {}
-            for each in self.compared:
-                self.use(each)
-                self.passes, self.new_tokens, self.seconds = 0, 0, 0.0
-                self._texts[key][each] = super().write(prompts, answer)
-                sums = self.written[each]
-                sums.passes += self.passes
-                sums.new_tokens += self.new_tokens
-                sums.seconds += self.seconds
-            self.use(asking)
-        return self._texts[key][self.settings]
+    def _replies(self, tasks: Sequence[ScoreTask | WriteTask]) -> Iterator[Reply]:
+        assert self._elsewhere is not None
+        asking = self.settings
+        if not all(isinstance(task, WriteTask) for task in tasks):
+            yield from (reply for (reply,) in self._elsewhere.answers(tasks, [asking]))
+            return
+        keys = [(tuple(map(tuple, task.prompts)), task.answer) for task in tasks if isinstance(task, WriteTask)]
+        missing = {key: task for key, task in zip(keys, tasks, strict=True) if key not in self._texts}
+        found = self._elsewhere.answers(list(missing.values()), self.compared)
+        for key in keys:
+            if key not in self._texts:
+                self._texts[key] = dict(zip(self.compared, next(found), strict=True))
+                for each, reply in self._texts[key].items():
+                    self.written[each].add(reply)
+            yield self._texts[key][asking]
 
     def score(self, pairs: Sequence[ContextAnswer], *, quiet: bool = False) -> list[Score]:
         """As `TwoTower.score`, once for settings that score alike."""
@@ -145,6 +146,8 @@ def compare_tasks(
     limit: int | None = None,
     allow_code_execution: bool = False,
     apply_chat_template: bool = False,
+    engine: EngineSettings = ONE_PROCESS,
+    journal: Path | None = None,
 ) -> dict[str, Any]:
     """Run tasks with AR and with mask diffusion at several thresholds and block sizes.
 
@@ -158,6 +161,7 @@ def compare_tasks(
         limit: Documents of each task; None for all.
         allow_code_execution: Run code that the model has generated, for tasks that need it.
         apply_chat_template: Ask questions as turns of a conversation.
+        engine, journal: As in `run_tasks`.
 
     Returns:
         The results, ready for JSON. `settings` has a row for each setting, AR first; `tasks` has
@@ -167,17 +171,45 @@ def compare_tasks(
         UserError: A task that cannot be run.
     """
     started = time.perf_counter()
-    model = open_model(ComparedTwoTower, folder, settings)
+    with opened(ComparedTwoTower, folder, settings, engine=engine, journal=journal) as model:
+        found = _compare(
+            model,
+            tasks,
+            manager,
+            thresholds=thresholds,
+            block_sizes=block_sizes,
+            limit=limit,
+            options={"confirm_run_unsafe_code": allow_code_execution, "apply_chat_template": apply_chat_template},
+        )
+    return {
+        **found,
+        "shared": asdict(model.settings),
+        "limit": limit,
+        "apply_chat_template": apply_chat_template,
+        **facts(folder, started),
+    }
+
+
+def _compare(
+    model: ComparedTwoTower,
+    tasks: Sequence[HarnessTask],
+    manager: TaskManager,
+    *,
+    thresholds: Sequence[float],
+    block_sizes: Sequence[int],
+    limit: int | None,
+    options: Mapping[str, bool],
+) -> dict[str, Any]:
+    """The rows of the settings and of the tasks, see `compare_tasks`."""
     points = sweep_points(
         thresholds=thresholds,
         block_sizes=block_sizes,
         steps=(),
         trained_block=model.block_size,
-        threshold=settings.confidence_threshold,
+        threshold=model.settings.confidence_threshold,
     )
     compared = compared_settings(model.settings, points)
     model.begin(compared)
-    options = {"confirm_run_unsafe_code": allow_code_execution, "apply_chat_template": apply_chat_template}
     rows: list[dict[str, Any]] = []
     documents: list[list[list[list[float]]]] = [[] for _ in compared]  # setting, task that counts, harness task
     for task in tasks:
@@ -208,10 +240,6 @@ def compare_tasks(
             for number, each in enumerate(compared)
         ],
         "tasks": rows,
-        "shared": asdict(model.settings),
-        "limit": limit,
-        "apply_chat_template": apply_chat_template,
-        **facts(folder, started),
     }
 
 

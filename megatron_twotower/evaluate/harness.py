@@ -75,11 +75,11 @@ class Elsewhere:
 
     Attributes:
         facts: What is known of it.
-        answers: Yields the reply to each task, in order.
+        answers: Yields the replies to each task, in order: one for each of the settings given.
     """
 
     facts: ModelFacts
-    answers: Callable[[Sequence[ScoreTask | WriteTask]], Iterator[Reply]]
+    answers: Callable[[Sequence[ScoreTask | WriteTask], Sequence[HarnessSettings]], Iterator[list[Reply]]]
 
 
 # `TwoTower.write` looks for the end of answers after about this number of tokens.
@@ -274,11 +274,16 @@ class TwoTower(TemplateLM):
 
     # --- batches, here or elsewhere
 
+    def use(self, settings: HarnessSettings) -> None:
+        """Answer with these settings, which name a block size."""
+        assert settings.block_size is not None
+        self.settings, self.block_size = settings, settings.block_size
+
     def _replies(self, tasks: Sequence[ScoreTask | WriteTask]) -> Iterator[Reply]:
         if self._elsewhere is None:
             yield from map(self.reply, tasks)
             return
-        for reply in self._elsewhere.answers(tasks):
+        for (reply,) in self._elsewhere.answers(tasks, [self.settings]):
             self.passes, self.new_tokens = self.passes + reply.passes, self.new_tokens + reply.new_tokens
             self.seconds += reply.seconds
             yield reply

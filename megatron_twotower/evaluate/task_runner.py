@@ -9,7 +9,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,7 @@ from megatron_twotower.common.engines import ONE_PROCESS, EngineSettings, starte
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.machine import machine
 from megatron_twotower.config.hf_config import read_hf_config
-from megatron_twotower.evaluate.answering import model_elsewhere, open_model
+from megatron_twotower.evaluate.answering import Model, model_elsewhere, open_model
 from megatron_twotower.evaluate.harness import TwoTower
 from megatron_twotower.evaluate.harness_settings import HarnessSettings
 from megatron_twotower.evaluate.task_recipes import HarnessTask
@@ -33,7 +33,7 @@ from megatron_twotower.generate.loaded import ModelPlace
 __all__ = ["open_model", "run_tasks"]  # `open_model` is of `answering`
 
 # Version of the journal.
-JOURNAL_VERSION = 1
+JOURNAL_VERSION = 2
 
 # For its own report the harness lists the machine and all installed packages, in other processes
 # and for every task. Results here name machine, commit and releases once.
@@ -74,14 +74,8 @@ def run_tasks(
         UserError: a task that does not exist or that cannot be run.
     """
     began = time.perf_counter()
-    read_hf_config(folder)  # a wrong path is found before workers start
-    place = ModelPlace.of(folder)
-    request = {"version": JOURNAL_VERSION, "model": place.fingerprint, **asdict(settings)}
     options = {"confirm_run_unsafe_code": allow_code_execution, "apply_chat_template": apply_chat_template}
-    with contextlib.ExitStack() as stack:
-        workers = stack.enter_context(started(engine, place.needs))
-        stream = None if journal is None else stack.enter_context(open_journal(journal, request))[0]
-        model = model_elsewhere(workers, place, settings, journal=stream)
+    with opened(TwoTower, folder, settings, engine=engine, journal=journal) as model:
         rows = [_run_task(model, task, manager, limit=limit, options=options) for task in tasks]
     return {
         "tasks": rows,
@@ -90,6 +84,28 @@ def run_tasks(
         "apply_chat_template": apply_chat_template,
         **facts(folder, began),
     }
+
+
+@contextlib.contextmanager
+def opened(
+    kind: type[Model], folder: str | Path, settings: HarnessSettings, *, engine: EngineSettings, journal: Path | None
+) -> Iterator[Model]:
+    """Yields the model of the harness, answered by the workers of an engine.
+
+    Args:
+        kind: The class that asks.
+        engine, journal: As in `run_tasks`.
+
+    Raises:
+        UserError: The engine or the model cannot be started, or the journal is of another run.
+    """
+    read_hf_config(folder)  # a wrong path is found before workers start
+    place = ModelPlace.of(folder)
+    request = {"version": JOURNAL_VERSION, "model": place.fingerprint, **asdict(settings)}
+    with contextlib.ExitStack() as stack:
+        workers = stack.enter_context(started(engine, place.needs))
+        stream = None if journal is None else stack.enter_context(open_journal(journal, request))[0]
+        yield model_elsewhere(workers, place, settings, kind=kind, journal=stream)
 
 
 def facts(folder: str | Path, began: float) -> dict[str, Any]:

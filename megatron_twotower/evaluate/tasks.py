@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_twotower.common.engines import LOCAL, ONE_PROCESS, EngineSettings
+from megatron_twotower.common.engines import ONE_PROCESS, EngineSettings
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.files import partial_path, write_file
 from megatron_twotower.common.machine import machine_line
@@ -173,8 +173,6 @@ def run(
 
     own = HarnessSettings(**{**setup.settings, **given})
     comparing, journal = any(compare.values()), partial_path(Path(output))
-    if comparing and engine.engine != LOCAL:
-        raise UserError(f"--engine: found {engine.engine} with a comparison of AR and mask diffusion, expected {LOCAL}")
     with tempfile.TemporaryDirectory() as written:
         facts, folder_of_questions = _questions(setup, questions, written)
         manager = task_manager(tasks, setup.task_files or task_files, metadata=folder_of_questions)
@@ -183,12 +181,14 @@ def run(
             "limit": limit,
             "allow_code_execution": allow_code_execution,
             "apply_chat_template": apply_chat_template,
+            "engine": engine,
+            "journal": journal,
         }
+        journal.parent.mkdir(parents=True, exist_ok=True)
         if comparing:
             found = compare_tasks(folder, tasks, manager, **compare, **common)
         else:
-            journal.parent.mkdir(parents=True, exist_ok=True)
-            found = run_tasks(folder, tasks, manager, engine=engine, journal=journal, **common)
+            found = run_tasks(folder, tasks, manager, **common)
     found |= facts
     write_file(Path(output), (json.dumps(found, indent=1) + "\n").encode())
     journal.unlink(missing_ok=True)

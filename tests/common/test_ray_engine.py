@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from helpers.corpora import make_tokenizer
-from helpers.ray_nodes import ENVIRONMENT, wait_longer_for_nodes
+from helpers.ray_nodes import set_up_own_ray
 from megatron_twotower.common import ray_engine, workers
 from megatron_twotower.common.engines import EngineSettings, Needs, started
 from megatron_twotower.common.errors import UserError
@@ -67,10 +67,7 @@ def listening():
 
 def test_the_engine_on_a_ray_of_this_machine(tmp_path, monkeypatch, capfd):
     """All of it with one Ray, which takes seconds to start."""
-    for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)  # Ray reads them at its import, before the engine sets its own
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # workers import this module
-    wait_longer_for_nodes()
+    set_up_own_ray(monkeypatch)
     with started(EngineSettings("ray", workers=2), Needs((Path(__file__),))) as engine:
         assert listening() and listening() <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
         counts = []

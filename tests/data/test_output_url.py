@@ -5,7 +5,6 @@ The stores are fsspec's: memory (one process), files, and, with moto and s3fs, a
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ import fsspec
 import pytest
 
 from helpers.corpora import content, texts, write_records, write_tree
+from helpers.ray_nodes import set_up_own_ray
 from megatron_twotower.common.engines import EngineSettings
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.data import planned_shards, remote
@@ -175,9 +175,9 @@ def test_another_output_is_not_resumed(arguments, memory, monkeypatch):
 SERVER = """
 import sys
 from moto.server import ThreadedMotoServer
-server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
 server.start()
-print(server._server.server_port, flush=True)
+print(server.get_host_and_port()[1], flush=True)
 sys.stdin.read()
 """
 
@@ -203,12 +203,8 @@ def s3():
 def test_inputs_and_output_in_an_s3(engine, s3, arguments, source, expected, tmp_path, monkeypatch):
     """By workers in processes of their own."""
     if engine == "ray":
-        from helpers.ray_nodes import ENVIRONMENT, wait_longer_for_nodes
-
-        for name, value in ENVIRONMENT.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
-        wait_longer_for_nodes()
+        pytest.importorskip("ray")
+        set_up_own_ray(monkeypatch)
     store = fsspec.filesystem("s3")
     store.put(f"{source}/", f"bucket/{engine}/texts/", recursive=True)
     url = f"s3://bucket/{engine}/data"

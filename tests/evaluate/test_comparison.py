@@ -7,6 +7,7 @@ from statistics import covariance, fmean, variance
 import pytest
 
 from megatron_twotower.cli import main
+from megatron_twotower.common.engines import ONE_PROCESS
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.recipes import recipes_folder
 from megatron_twotower.evaluate import code_documents
@@ -22,7 +23,7 @@ from megatron_twotower.evaluate.task_recipes import (
 pytest.importorskip("lm_eval", reason="lm_eval is not installed (extra `eval`): the harness is not tested")
 
 from megatron_twotower.evaluate import comparison, task_runner
-from megatron_twotower.evaluate.harness import TwoTower
+from megatron_twotower.evaluate.harness import TwoTower, WriteTask
 from megatron_twotower.evaluate.harness_settings import AnswerSettings, HarnessSettings
 from megatron_twotower.evaluate.speed_quality import SweepPoint
 
@@ -57,8 +58,19 @@ def test_settings_of_a_comparison():
     ]
 
 
-def test_every_setting_answers_as_if_it_were_alone(two_tower_folder):
-    model = task_runner.open_model(comparison.ComparedTwoTower, two_tower_folder, SETTINGS)
+@pytest.fixture
+def model(two_tower_folder):
+    kind = comparison.ComparedTwoTower
+    with task_runner.opened(kind, two_tower_folder, SETTINGS, engine=ONE_PROCESS, journal=None) as found:
+        yield found
+
+
+def written_by(model, prompts, answer):
+    (reply,) = model._replies([WriteTask(prompts, answer)])
+    return reply.values
+
+
+def test_every_setting_answers_as_if_it_were_alone(model, two_tower_folder):
     compared = comparison.compared_settings(model.settings, POINTS)
     model.begin(compared)
     prompts = [model.tok_encode(text) for text in ("def alpha(", "if value > index:")]
@@ -66,7 +78,7 @@ def test_every_setting_answers_as_if_it_were_alone(two_tower_folder):
     passes = []
     for each in compared:
         model.use(each)
-        found, scores = model.write(prompts, answer), model.score(pairs, quiet=True)
+        found, scores = written_by(model, prompts, answer), model.score(pairs, quiet=True)
         assert model.settings == each
         alone = task_runner.open_model(TwoTower, two_tower_folder, each)
         assert found == alone.write(prompts, answer)
@@ -76,9 +88,9 @@ def test_every_setting_answers_as_if_it_were_alone(two_tower_folder):
         passes.append(written.passes)
     assert passes[1] < passes[2], "a low threshold commits more at once"
     written = [replace(model.written[each]) for each in compared]
-    assert model.write(prompts, answer) == found and written == [model.written[each] for each in compared]
+    assert written_by(model, prompts, answer) == found and written == [model.written[each] for each in compared]
     model.forget()
-    model.write(prompts, answer)
+    written_by(model, prompts, answer)
     assert model.written[compared[0]].new_tokens == 2 * written[0].new_tokens
 
 

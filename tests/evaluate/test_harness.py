@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from helpers.modeling import become_backbone, save, tiny_model
+from helpers.ray_nodes import set_up_own_ray
 from helpers.scores import cross_entropy, exact_score
 from megatron_twotower.cli import main
+from megatron_twotower.common.engines import EngineSettings
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.recipes import recipes_folder
 from megatron_twotower.evaluate.task_recipes import HarnessTask, chosen_tasks, read_task_recipe
@@ -23,7 +25,7 @@ import lm_eval.tasks
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
-from megatron_twotower.evaluate import answering, task_runner
+from megatron_twotower.evaluate import answering, comparison, task_runner
 from megatron_twotower.evaluate.answer_scores import SCORE_FUNCTIONS, plan_batches
 from megatron_twotower.evaluate.harness import TwoTower
 from megatron_twotower.evaluate.harness_settings import (
@@ -438,9 +440,54 @@ def test_shots_and_limit_and_every_scoring_reach_the_harness(folder, task_files)
         assert found["limit"] == 2
 
 
+TIMES = ("seconds", "tokens_per_second", "speedup")
+
+
 def without_times(found):
-    rows = [{key: row[key] for key in row if key not in ("seconds", "tokens_per_second")} for row in found["tasks"]]
-    return {**found, "tasks": rows, "seconds": 0}
+    """Results but for times, at any depth."""
+    if isinstance(found, dict):
+        return {key: without_times(value) for key, value in found.items() if key not in TIMES}
+    return [without_times(each) for each in found] if isinstance(found, list) else found
+
+
+@pytest.mark.slow
+def test_tasks_on_a_ray_have_the_figures_of_one_process(folder, task_files, monkeypatch):
+    pytest.importorskip("ray")
+    set_up_own_ray(monkeypatch)
+    tasks = [HarnessTask(name, (f"tiny_{name}",), 0) for name in ("choice", "write")]
+    settings = HarnessSettings(block_size=4, steps_per_block=4, batch_size=1)
+    manager, on_ray = task_runner.task_manager(tasks, task_files), {"engine": EngineSettings("ray", workers=2)}
+    for run, own in (
+        (task_runner.run_tasks, {}),
+        (comparison.compare_tasks, {"thresholds": [0.5, 0.01], "block_sizes": [8]}),
+    ):
+        here = run(folder, tasks, manager, settings=settings, **own)
+        there = run(folder, tasks, manager, settings=settings, **own, **on_ray)
+        assert without_times(there) == without_times(here)
+        assert json.dumps(here).count('"new_tokens"') > 0
+
+
+def test_an_interrupted_comparison_asks_only_what_is_missing(folder, task_files, tmp_path, monkeypatch):
+    tasks = [HarnessTask(name, (f"tiny_{name}",), 0) for name in ("choice", "write")]
+    settings = HarnessSettings(block_size=4, steps_per_block=4, batch_size=1, bound_draws=1)
+    arguments = {"settings": settings, "thresholds": [0.5], "block_sizes": []}
+    manager = task_runner.task_manager(tasks, task_files)
+    whole = comparison.compare_tasks(folder, tasks, manager, **arguments)
+    asked_for, answer = [], answering.answer
+
+    def failing(asked):
+        if len(asked_for) == 4:
+            raise KeyboardInterrupt
+        asked_for.append(asked)
+        return answer(asked)
+
+    monkeypatch.setattr(answering, "answer", failing)
+    with pytest.raises(KeyboardInterrupt):
+        comparison.compare_tasks(folder, tasks, manager, **arguments, journal=tmp_path / "journal")
+    monkeypatch.setattr(answering, "answer", lambda asked: asked_for.append(asked) or answer(asked))
+    again = comparison.compare_tasks(folder, tasks, manager, **arguments, journal=tmp_path / "journal")
+    assert len(asked_for) == len(set(map(str, asked_for))) > 4
+    assert without_times(again) == without_times(whole)
 
 
 def test_answers_are_kept_and_not_asked_again(folder, task_files, tmp_path, monkeypatch):

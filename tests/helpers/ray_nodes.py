@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 
@@ -49,6 +50,14 @@ def cluster(*, nodes):
 def add_node(made):
     """A node of one core joins."""
     return made.add_node(wait=False, num_cpus=1, **NODE)
+
+
+def set_up_own_ray(monkeypatch):
+    """A Ray that this process starts finds its tests, and starts on a busy machine too."""
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)  # Ray reads them at its import, before the engine sets its own
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # workers import modules of tests
+    wait_longer_for_nodes()
 
 
 _AGENT_PORTS = ("metrics_agent_port", "dashboard_agent_listen_port", "runtime_env_agent_port", "metrics_export_port")
