@@ -95,7 +95,7 @@ def prepare_with_kills(nodes, source, tokenizer, output, *, seed, kinds, most):
     trouble = Trouble(*nodes, seed=seed)
     settings = {"inputs": [str(source)], "tokenizer": str(tokenizer), "output": str(output), **SMALL}
     start = started("-c", PREPARE, nodes[0].address, json.dumps(settings))
-    trouble.finish(start, begun=grows(partial_path(output), "*/*.json"), kinds=kinds, most=most)
+    trouble.finish(start, output, begun=grows(partial_path(output), "*/*.json"), kinds=kinds, most=most)
     assert [path.name for path in output.parent.iterdir()] == [output.name]
     return trouble.kills
 
@@ -125,7 +125,7 @@ def generate_with_kills(nodes, folder, prompts, output, *, seed, kinds, most):
     words += ["--max-new-tokens", "12", "--block-size", "4", "--temperature", "1", "--seed", "5"]
     words += ["--engine", "ray", "--address", nodes[0].address, "--device", "cpu"]
     start = started("-c", GENERATE, *map(str, words))
-    trouble.finish(start, begun=grows(output.parent, "*.partial"), kinds=kinds, most=most)
+    trouble.finish(start, output, begun=grows(output.parent, "*.partial"), kinds=kinds, most=most)
     assert [path.name for path in output.parent.iterdir()] == [output.name]
     return trouble.kills
 
@@ -191,5 +191,5 @@ def test_distilling_on_a_cluster(nodes, two_tower_folder, tiny_data, tmp_path):
     words += ["--engine", "ray", "--address", nodes[0].address]
     start = started("-m", "megatron_twotower", *map(str, words))
     begun = grows(output.parent, "*.partial")
-    Trouble(*nodes, seed=3).finish(start, begun=begun, kinds=("worker", "driver"), most=3)
+    Trouble(*nodes, seed=3).finish(start, output, begun=begun, kinds=("worker", "driver"), most=3)
     assert output.read_bytes() == (tmp_path / "here.jsonl").read_bytes()

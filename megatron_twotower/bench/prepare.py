@@ -4,7 +4,8 @@ The same JSON lines, made of Python's standard library, go through every way in 
 process with one thread. Rates are tokens for each second of CPU time, so that other processes on
 the machine count less; results are medians of rounds. The ways:
 
-- the limit: `tokenizers` alone, which encodes texts that are in memory and forgets the ids;
+- `tokenizers` alone, which encodes texts that are in memory and forgets the ids: a document at a
+  time, and in batches. The faster of the two in a round is the limit of that round;
 - `data prepare`, from the lines to the finished folder, deduplication and checksums included;
 - Megatron-LM's way, as its tools/preprocess_data.py does it: a document at a time is parsed and
   encoded, and Megatron Core's builder writes .bin and .idx;
@@ -55,13 +56,13 @@ from megatron_twotower.data.documents import (
     find_documents,
     read_text,
 )
-from megatron_twotower.data.parts import RECORD, part_path
+from megatron_twotower.data.parts import BATCH_CHARACTERS, RECORD, part_path
 from megatron_twotower.data.prepare import prepare
 from megatron_twotower.data.selection import Rules, select
 from megatron_twotower.data.tokenizer import TOKENIZER_FILE
 
-LIMIT, OURS, MEGATRON, DATATROVE = "tokenizers alone", "data prepare", "Megatron-LM's way", "datatrove"
-_BATCH_CHARACTERS = 1 << 20  # as `data.parts` gives to the tokenizer
+SINGLE, BATCHES = "tokenizers alone, by document", "tokenizers alone, in batches"
+OURS, MEGATRON, DATATROVE = "data prepare", "Megatron-LM's way", "datatrove"
 _END_OF_TEXT = "</s>"
 
 # Goes from the text to files in a folder that does not exist, and returns the number of tokens.
@@ -115,9 +116,8 @@ def measure(folder: Path, options: PrepareOptions) -> dict[str, Any]:
             tokens[name] = way(target)
             rates[name].append(tokens[name] / (time.process_time() - began))
             shutil.rmtree(target, ignore_errors=True)
-    shares = {
-        name: [own / limit for own, limit in zip(found, rates[LIMIT], strict=True)] for name, found in rates.items()
-    }
+    limits = list(map(max, rates[SINGLE], rates[BATCHES]))
+    shares = {name: [own / limit for own, limit in zip(found, limits, strict=True)] for name, found in rates.items()}
     return {
         "characters": sum(map(len, texts)),
         "documents": len(texts),
@@ -156,7 +156,8 @@ def _texts(characters: float) -> Iterator[str]:
 def _ways(texts: list[str], source: Path, tokenizer: Path) -> dict[str, Way]:
     file = tokenizer / TOKENIZER_FILE
     found: dict[str, Way] = {
-        LIMIT: lambda target: _alone(texts, file),
+        SINGLE: lambda target: _alone(texts, file, characters=1),
+        BATCHES: lambda target: _alone(texts, file, characters=BATCH_CHARACTERS),
         OURS: lambda target: _ours(source, tokenizer, target),
         MEGATRON: lambda target: _megatron(source, file, target),
     }
@@ -165,12 +166,12 @@ def _ways(texts: list[str], source: Path, tokenizer: Path) -> dict[str, Way]:
     return found
 
 
-def _alone(texts: list[str], file: Path) -> int:
+def _alone(texts: list[str], file: Path, *, characters: int) -> int:
     tokenizer, tokens = _plain(file), 0
     batch: list[str] = []
     size = 0
     for text in [*texts, ""]:
-        if not text or size >= _BATCH_CHARACTERS:
+        if not text or size >= characters:
             tokens += sum(map(len, tokenizer.encode_batch_fast(batch, add_special_tokens=False)))
             batch, size = [], 0
         batch.append(text)

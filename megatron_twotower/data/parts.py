@@ -40,7 +40,7 @@ RECORD = np.dtype([("digest", "<u8", 2), ("place", "<i8"), ("tokens", "<i8"), ("
 KEEP = {TRAIN: 1, VALIDATION: 2}  # the splits, in the files of `selection`
 FIRST_FAULTS = 10  # malformed records that are named
 
-_BATCH_CHARACTERS = 1 << 20  # text that the tokenizer gets at a time: enough for all its threads
+BATCH_CHARACTERS = 1 << 20  # text that the tokenizer gets at a time: enough for all its threads
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class _Reader:
                 continue
             batch.append((place, found))
             size += sum(len(text) for text, _ in found)
-            if size >= _BATCH_CHARACTERS:
+            if size >= BATCH_CHARACTERS:
                 yield batch
                 batch, size = [], 0
         if batch:

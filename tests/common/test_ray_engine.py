@@ -17,6 +17,7 @@ from helpers.ray_nodes import set_up_own_ray
 from megatron_twotower.common import ray_engine, workers
 from megatron_twotower.common.engines import EngineSettings, Needs, started
 from megatron_twotower.common.errors import UserError
+from megatron_twotower.common.files import atomic_file
 from megatron_twotower.common.workers import in_order
 from megatron_twotower.data.prepare import prepare
 
@@ -42,10 +43,16 @@ def always_die(task):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def fail(task):
-    if task == 2:
-        raise OSError(28, "No space left on device", f"/shared/{task}")
-    time.sleep(0.2)
+def fill_a_disk(task):
+    """Task 2 meets a full disk; the others are slow."""
+    number, folder = task
+    if number == 2:
+        with atomic_file(Path(folder) / "2") as partial:
+            partial.symlink_to("/dev/full")
+            partial.write_bytes(b"content")
+    (Path(folder) / f"begun-{number}").write_text("")
+    time.sleep(0.5 if number < 2 else 60)
+    (Path(folder) / f"ended-{number}").write_text("")
 
 
 @pytest.fixture
@@ -77,9 +84,14 @@ def test_the_engine_on_a_ray_of_this_machine(tmp_path, monkeypatch, capfd):
         assert [result for _, result in in_order(engine, double, range(9), ahead=3)] == list(range(0, 18, 2))
         tasks = [(number, str(tmp_path)) for number in range(7)]
         results = [result for _, result in in_order(engine, die_once, tasks, ahead=4)]
-        assert [number for number, _ in results] == list(range(7)) and len(list(tmp_path.iterdir())) == 3
-        with pytest.raises(UserError, match=r"\[Errno 28\] No space left on device: '/shared/2' \(on node .*\)$"):
-            list(engine(fail, range(5)))
+        assert [number for number, _ in results] == list(range(7))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "3", "6"]
+        disk = tmp_path / "disk"
+        disk.mkdir()
+        message = rf"^{disk}/2: cannot be written \(No space left on device\) \(on node \S+\)$"
+        with pytest.raises(UserError, match=message):
+            list(engine(fill_a_disk, [(number, str(disk)) for number in range(9)]))
+        assert not {f"ended-{number}" for number in range(2, 9)} & {path.name for path in disk.iterdir()}
         monkeypatch.setattr(ray_engine, "_DEATHS", 2)
         with pytest.raises(UserError, match="2 workers died at one task: found no result, expected memory"):
             list(engine(always_die, [0]))

@@ -128,14 +128,16 @@ class Trouble:
         self.made, self.nodes, self.draw = made, nodes, random.Random(seed)
         self.kills = {"worker": 0, "node": 0, "driver": 0}
 
-    def finish(self, start, *, begun, kinds, most, longest=1.0, seconds=900):
+    def finish(self, start, output, *, begun, kinds, most, longest=1.0, seconds=900):
         """Run the command to its end, with at most `most` kills of `kinds`.
 
         Args:
             start: Starts the driver, and returns its `subprocess.Popen`.
+            output: What the command writes. If it is complete when the driver is killed, the next
+                driver must say so.
             begun: Whether there is something to kill.
         """
-        process = start()
+        process, complete = start(), False
         kills, deadline = 0, time.monotonic() + seconds
         while True:
             while process.poll() is None and not begun() and time.monotonic() < deadline:
@@ -143,7 +145,8 @@ class Trouble:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(self.draw.uniform(0, longest) if kills < most else max(deadline - time.monotonic(), 1))
             if process.poll() is not None:
-                assert process.returncode == 0, process.stderr.read().decode()
+                said = process.stderr.read().decode()
+                assert process.returncode == 0 or (complete and f"{output}: exists" in said), said
                 return
             assert time.monotonic() < deadline, "too slow"
             kind = self.draw.choice(kinds)
@@ -158,6 +161,7 @@ class Trouble:
             else:
                 process.kill()
                 process.wait()
+                complete = output.exists()
                 process = start()
 
 

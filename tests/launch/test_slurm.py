@@ -1,16 +1,20 @@
-"""`launch/slurm.sbatch` on a real Slurm of two nodes.
+"""`launch/slurm.sbatch` and `launch/ray.sbatch` on a real Slurm of two nodes.
 
 A run finishes; a run that is cut off is requeued and resumes.
 """
 
+import importlib.util
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from helpers import slurm_cluster
+from helpers.corpora import content, make_tokenizer, texts, write_records
 from megatron_twotower.config.recipes import load_recipe
+from megatron_twotower.data.prepare import prepare
 from megatron_twotower.mcore import parallel
 from megatron_twotower.train import run as train_run
 
@@ -159,3 +163,33 @@ def test_tasks_of_an_array_from_a_launch_folder_with_a_space(cluster, arguments,
     assert sorted("start 2" in story for story in stories) == [False, True], stories
     for run in (tmp_path / "run-1", tmp_path / "run-2"):
         assert losses(records_of(run)) == pytest.approx(losses(records_of(whole)), rel=1e-5)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
+def test_data_is_prepared_by_a_ray_on_the_nodes_of_a_job(cluster, tmp_path):
+    """`launch/ray.sbatch`: the bytes of one process; the job takes its token along."""
+    write_records(tmp_path / "texts" / "a.jsonl", texts(3000))
+    tokenizer = make_tokenizer(tmp_path / "tokenizer", texts(50))
+    small = {"shard_tokens": 20_000, "holdout_fraction": 0.2}
+    prepare([str(tmp_path / "texts")], tokenizer=tokenizer, output=tmp_path / "expected", **small)
+    words = ["--input", tmp_path / "texts", "--tokenizer", tokenizer, "--output", tmp_path / "out"]
+    words += ["--shard-tokens", "20000", "--holdout", "0.2"]
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # the path of a socket is short
+    script = str(ROOT / "launch" / "ray.sbatch")
+    try:
+        job = submit(
+            cluster, tmp_path, "--nodes=2", "--time=10", script, "data", "prepare", *map(str, words), RAY_TMPDIR=folder
+        )
+        found = cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+        assert found == "COMPLETED", seen(tmp_path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    assert content(tmp_path / "out", leave_out={"provenance.json"}) == content(
+        tmp_path / "expected", leave_out={"provenance.json"}
+    )
+    story = (tmp_path / f"twotower-ray-{job}.log").read_text()
+    assert f"job {job}: Ray at 127.0.0.1:" in story and f"job {job}: status 0" in story
+    assert sorted(path.name for path in (tmp_path / "logs" / f"twotower-ray-{job}").iterdir()) == [
+        "node-0.log",
+        "node-1.log",
+    ]
