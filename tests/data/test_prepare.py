@@ -293,6 +293,19 @@ def expected(mixed, tokenizer, tmp_path_factory):
     return prepare([str(mixed)], tokenizer=tokenizer, output=output, **SMALL), content(output)
 
 
+def test_files_that_cannot_be_cut_are_begun_first(tokenizer, tmp_path, monkeypatch):
+    """The largest one first: no worker is left alone with one at the end."""
+    source, begun = tmp_path / "source", []
+    for name, count in {"a.jsonl": 300, "b.jsonl.gz": 2000, "c.jsonl": 300, "d.jsonl.gz": 3000}.items():
+        write_records(source / name, texts(count))
+    monkeypatch.setattr(
+        "megatron_twotower.data.prepare.write_part", lambda task: (begun.append(task), parts.write_part(task))[1]
+    )
+    prepare([str(source)], tokenizer=tokenizer, output=tmp_path / "out", unit_bytes=2000)
+    assert [task.unit.files[0].name for task in begun[:2]] == ["d.jsonl.gz", "b.jsonl.gz"]
+    assert [task.number for task in begun[2:]] == sorted(task.number for task in begun[2:])
+
+
 @pytest.mark.parametrize("workers", [2, 3])
 def test_the_number_of_workers_changes_nothing(workers, mixed, tokenizer, expected, tmp_path):
     calls = []

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import pytest
 from rich.console import Console
@@ -189,6 +190,34 @@ def test_a_killed_run_resumes_where_it_stopped(two_tower_folder, prompts, monkey
     assert written == list(range(7))
     assert not partial.exists()
     assert len({row["text"] for row in expected}) > 10
+
+
+def test_memory_does_not_grow_with_the_number_of_prompts(two_tower_folder, tmp_path, monkeypatch):
+    """Neither prompts nor texts are held: a window is. The peak of Python's own memory."""
+
+    def rows(model, tokenizer, batch, **_):
+        return [{"text": f"{number} " * 100, "new_tokens": 1} for number in batch.positions]
+
+    monkeypatch.setattr(prompt_file, "generate_batch", rows)
+    peaks = []
+    for count in (50, 400, 3200):
+        path, output = tmp_path / f"{count}.jsonl", tmp_path / f"out-{count}.jsonl"
+        path.write_text("".join(json.dumps({"prompt": f"{number} " * 100}) + "\n" for number in range(count)))
+        tracemalloc.start()
+        prompt_file.run(
+            two_tower_folder,
+            prompts=path,
+            output=output,
+            mode="mask_diffusion",
+            settings=SETTINGS,
+            batching=BatchingSettings(batch_size=16, window_batches=4),
+            console=Console(quiet=True),
+        )
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        with open(output) as lines:
+            assert sum(json.loads(line)["text"].startswith(f"{number} ") for number, line in enumerate(lines)) == count
+    assert peaks[2] - peaks[1] < 300_000 < 2800 * 200, "the prompts that the last file has more"
 
 
 def test_only_the_same_request_resumes(two_tower_folder, prompts, monkeypatch):
