@@ -3,10 +3,15 @@
 The stores are fsspec's: memory (one process), files, and, with moto and s3fs, an S3 here.
 """
 
+import functools
+import http.server
 import importlib.util
 import json
+import re
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -215,3 +220,49 @@ def test_inputs_and_output_in_an_s3(engine, s3, arguments, source, expected, tmp
     assert sorted(name.rpartition("/")[2] for name in record) == ["a.jsonl", "b.jsonl.gz", "c.parquet"]
     with pytest.raises(UserError, match=f"{url}: found .* files, expected none"):
         prepare(**given, output=url)
+
+
+# --- files of a web server ---
+
+
+class Ranges(http.server.SimpleHTTPRequestHandler):
+    """Gives parts of files, as servers of data do."""
+
+    def do_HEAD(self):
+        self._answer(with_content=False)
+
+    def do_GET(self):
+        self._answer(with_content=True)
+
+    def _answer(self, *, with_content):
+        path = Path(self.translate_path(self.path))
+        if not path.is_file():
+            self.send_error(404)
+            return
+        data = path.read_bytes()
+        found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        begin, end = (int(found[1]), int(found[2] or len(data) - 1) + 1) if found else (0, len(data))
+        self.send_response(206 if found else 200)
+        if found:
+            self.send_header("Content-Range", f"bytes {begin}-{min(end, len(data)) - 1}/{len(data)}")
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(data[begin:end])))
+        self.end_headers()
+        if with_content:
+            self.wfile.write(data[begin:end])
+
+    def log_message(self, *_):
+        pass
+
+
+def test_files_of_a_web_server_are_read_by_workers(source, small_tokenizer, tmp_path):
+    pytest.importorskip("aiohttp")
+    files = [source / "records" / name for name in ("a.jsonl", "b.jsonl.gz", "c.parquet")]
+    prepare(list(map(str, files)), tokenizer=small_tokenizer, output=tmp_path / "local", **SMALL)
+    handler = functools.partial(Ranges, directory=str(source))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        urls = [f"http://127.0.0.1:{server.server_port}/records/{path.name}" for path in files]
+        prepare(urls, tokenizer=small_tokenizer, output=tmp_path / "far", engine=EngineSettings(workers=2), **SMALL)
+        server.shutdown()
+    assert content(tmp_path / "far", leave_out=OTHER) == content(tmp_path / "local", leave_out=OTHER)

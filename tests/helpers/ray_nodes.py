@@ -87,7 +87,7 @@ def wait_longer_for_nodes(seconds=180):
 
     def with_ports(self, *arguments, **keywords):
         ports = dict(zip(_AGENT_PORTS, free_ports(len(_AGENT_PORTS)), strict=True))
-        given = {name: value for name, value in keywords.items() if value is not None or name not in ports}
+        given = {name: value for name, value in keywords.items() if value or name not in ports}
         parameters(self, *arguments, **ports | given)
 
     services.get_node, parameter.RayParams.__init__ = patient, with_ports
