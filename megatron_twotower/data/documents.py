@@ -38,7 +38,7 @@ from megatron_twotower.data.record_formats import (
     record_of_item,
     text_of_record,
 )
-from megatron_twotower.data.remote import input_path
+from megatron_twotower.data.remote import input_path, store_faults
 
 STANDARD_LIBRARY = "python-stdlib"
 SUFFIXES = (".md", ".py", ".txt")
@@ -170,23 +170,15 @@ def find_inputs(
         UserError: An input does not exist, has no such file, or is neither text nor records.
     """
     suffixes = suffixes if is_record is None else ()
-    wanted = is_record or (lambda record: isinstance(record.get(text_field), str))
     found: dict[Path, Document] = {}
     passed_over = PassedOver()
     for given in inputs:
-        path = input_path(given)
         if given == STANDARD_LIBRARY:
             documents = _library() if is_record is None else []
-        elif path.is_dir():
-            documents = _walk(path, tuple(suffixes), text_field, passed_over, wanted)
-        elif path.is_file():
-            if isinstance(form := find_form(path, text_field=text_field), Unreadable):
-                raise UserError(f"{path}: {form.reason}")
-            if is_record is not None and form == TEXT:
-                raise UserError(f"{path}: found text, expected JSON lines, a JSON array or parquet of conversations")
-            documents = [Document(path.name, path, form)]
         else:
-            raise UserError(f"{given}: no such file or folder, expected a path or the word {STANDARD_LIBRARY}")
+            path = input_path(given)
+            with store_faults(path):
+                documents = _found_at(path, given, suffixes, text_field, passed_over, is_record)
         if not documents:
             expected = ", ".join((*suffixes, *RECORD_SUFFIXES))
             others = f"; passed over: {passed_over}" if passed_over.counts else ""
@@ -196,6 +188,27 @@ def find_inputs(
     if not found:
         raise UserError(f"no input given, expected files, folders or the word {STANDARD_LIBRARY}")
     return Inputs(list(found.values()), passed_over)
+
+
+def _found_at(
+    path: Path,
+    given: str,
+    suffixes: Sequence[str],
+    text_field: str,
+    passed_over: PassedOver,
+    is_record: IsRecord | None,
+) -> list[Document]:
+    """The documents of one input of `find_inputs`."""
+    if path.is_dir():
+        wanted = is_record or (lambda record: isinstance(record.get(text_field), str))
+        return _walk(path, tuple(suffixes), text_field, passed_over, wanted)
+    if not path.is_file():
+        raise UserError(f"{given}: no such file or folder, expected a path or the word {STANDARD_LIBRARY}")
+    if isinstance(form := find_form(path, text_field=text_field), Unreadable):
+        raise UserError(f"{path}: {form.reason}")
+    if is_record is not None and form == TEXT:
+        raise UserError(f"{path}: found text, expected JSON lines, a JSON array or parquet of conversations")
+    return [Document(path.name, path, form)]
 
 
 def _library() -> list[Document]:
@@ -266,7 +279,7 @@ def read_text(document: Document) -> str | None:
     except UnicodeDecodeError:
         return None
     except OSError as error:
-        raise UserError(f"{document.path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{document.path}: cannot be read ({error.strerror or error})") from error
 
 
 def split_documents(documents: Sequence[Document], *, holdout_fraction: float) -> dict[str, list[Document]]:
@@ -328,10 +341,11 @@ def cut_units(
     )
     units = list(_text_units(splits[VALIDATION], split=VALIDATION, unit_bytes=unit_bytes))
     for document in documents:
-        if document.form == PARQUET:
-            units += _parquet_units(document, text_field=text_field, unit_bytes=unit_bytes, is_record=is_record)
-        elif document.is_records:
-            units += _line_units(document, unit_bytes=unit_bytes)
+        with store_faults(document.path):
+            if document.form == PARQUET:
+                units += _parquet_units(document, text_field=text_field, unit_bytes=unit_bytes, is_record=is_record)
+            elif document.is_records:
+                units += _line_units(document, unit_bytes=unit_bytes)
     return [*units, *_text_units(splits[TRAIN], split=TRAIN, unit_bytes=unit_bytes)]
 
 
@@ -394,6 +408,11 @@ def read_unit(unit: Unit, *, text_field: str, advance: Callable[[int], None]) ->
     Raises:
         UserError: a file cannot be read, or its compression or array is damaged.
     """
+    with store_faults(unit.files[0].path):
+        yield from _items(unit, text_field=text_field, advance=advance)
+
+
+def _items(unit: Unit, *, text_field: str, advance: Callable[[int], None]) -> Iterator[Item]:
     first = unit.files[0].path
     if unit.split is not None:
         for number, document in enumerate(unit.files):
@@ -418,15 +437,16 @@ def read_records(unit: Unit, *, fields: Collection[str], advance: Callable[[int]
         advance: As in `read_unit`.
     """
     first = unit.files[0].path
-    if unit.files[0].form == PARQUET:
-        with open_parquet(first) as file:
-            names = [name for name in file.schema_arrow.names if name in fields]
-        groups = range(unit.begin, unit.end)
-        yield from enumerate(read_rows(first, names, groups, size=unit.size, advance=advance))
-    else:
-        items = read_items(first, unit.files[0].form, unit.begin, unit.end, advance=advance)
-        for number, item in enumerate(items):
-            yield number, record_of_item(item)
+    with store_faults(first):
+        if unit.files[0].form == PARQUET:
+            with open_parquet(first) as file:
+                names = [name for name in file.schema_arrow.names if name in fields]
+            groups = range(unit.begin, unit.end)
+            yield from enumerate(read_rows(first, names, groups, size=unit.size, advance=advance))
+        else:
+            items = read_items(first, unit.files[0].form, unit.begin, unit.end, advance=advance)
+            for number, item in enumerate(items):
+                yield number, record_of_item(item)
 
 
 def training_texts(documents: Sequence[Document], *, holdout_fraction: float, text_field: str) -> Iterator[str]:

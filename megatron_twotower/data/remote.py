@@ -76,6 +76,23 @@ def input_path(given: str) -> Path:
     return cast(Path, found)
 
 
+@contextlib.contextmanager
+def store_faults(path: Any) -> Iterator[None]:
+    """Raise an error of the package of a store as a `UserError`.
+
+    Args:
+        path: What is read, see `input_path`. Errors about local files are left alone.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the packages of the protocols have exceptions of their own
+        if isinstance(path, Path):
+            raise
+        raise UserError(f"{path}: cannot be read ({_one_line(error)})") from error
+
+
 def sizes(folder: str) -> dict[str, int]:
     """The files at a URL at any depth: sizes in bytes by path below it.
 

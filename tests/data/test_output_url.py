@@ -206,20 +206,40 @@ def s3():
 
 @pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.slow)])
 def test_inputs_and_output_in_an_s3(engine, s3, arguments, source, expected, tmp_path, monkeypatch):
-    """By workers in processes of their own."""
+    """By the command, and by workers in processes of their own."""
+    store = fsspec.filesystem("s3")
+    store.put(f"{source}/", f"bucket/{engine}/texts/", recursive=True)
+    texts_at, url = f"s3://bucket/{engine}/texts", f"s3://bucket/{engine}/data"
     if engine == "ray":
         pytest.importorskip("ray")
         set_up_own_ray(monkeypatch)
-    store = fsspec.filesystem("s3")
-    store.put(f"{source}/", f"bucket/{engine}/texts/", recursive=True)
-    url = f"s3://bucket/{engine}/data"
-    given = arguments | {"inputs": [f"s3://bucket/{engine}/texts"]}
-    prepare(**given, output=url, engine=EngineSettings(engine, workers=2))
+        prepare(**arguments | {"inputs": [texts_at]}, output=url, engine=EngineSettings("ray", workers=2))
+    else:
+        whole = SMALL | {"unit_bytes": 8 << 20}
+        prepare([str(source)], tokenizer=arguments["tokenizer"], output=tmp_path / "whole", **whole)
+        words = ["--input", texts_at, "--tokenizer", arguments["tokenizer"], "--output", url, "--workers", "2"]
+        words += ["--workspace", arguments["workspace"], "--holdout", "0.2", "--shard-tokens", "1500"]
+        command = [sys.executable, "-m", "megatron_twotower", "data", "prepare", *map(str, words)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        expected = content(tmp_path / "whole", leave_out=OTHER)
     assert found_at(url) == expected
     record = json.loads(store.cat_file(f"bucket/{engine}/data/provenance.json"))["record_files"]
     assert sorted(name.rpartition("/")[2] for name in record) == ["a.jsonl", "b.jsonl.gz", "c.parquet"]
     with pytest.raises(UserError, match=f"{url}: found .* files, expected none"):
-        prepare(**given, output=url)
+        prepare(**arguments, output=url)
+
+
+def test_errors_of_a_store_are_one_line(arguments, source, memory, tmp_path, monkeypatch):
+    class Refused(Exception):
+        """As botocore's and aiohttp's, which are no OSError."""
+
+    memory.put(f"{source}/", "/bucket/texts/", recursive=True)
+    for name, message in (("isdir", "texts: cannot be read"), ("_open", r"texts/.*\.\w+: cannot be read")):
+        with monkeypatch.context() as patch:
+            patch.setattr(memory, name, lambda *_, **__: (_ for _ in ()).throw(Refused("token\nhas expired")))
+            with pytest.raises(UserError, match=rf"memory://bucket/{message} \(token has expired\)$"):
+                prepare(**arguments | {"inputs": ["memory://bucket/texts"]}, output="memory://bucket/data")
+    assert not (tmp_path / "work").exists()
 
 
 # --- files of a web server ---
