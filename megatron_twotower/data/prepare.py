@@ -21,7 +21,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,11 +31,10 @@ from megatron_twotower import __version__
 from megatron_twotower.common import engines
 from megatron_twotower.common.engines import ONE_PROCESS, EngineSettings, Needs
 from megatron_twotower.common.errors import UserError
-from megatron_twotower.common.files import partial_path
 from megatron_twotower.common.progress import CorpusProgress, OnCorpusProgress
 from megatron_twotower.common.workers import Engine
 from megatron_twotower.config.special_tokens import read_special_tokens
-from megatron_twotower.data import remote, repeats
+from megatron_twotower.data import repeats
 from megatron_twotower.data import workspace as workspaces
 from megatron_twotower.data.conversations import MESSAGE_FIELDS, TEMPLATE_FILE, is_conversation, open_template
 from megatron_twotower.data.documents import SUFFIXES, TRAIN, VALIDATION, PassedOver, Unit, cut_units, find_inputs
@@ -140,7 +139,7 @@ def prepare(
             OUTPUT.partial is from other settings, `output` exists, or the engine cannot start.
             `output` is then unchanged.
     """
-    place = _place(output, workspace)
+    place = workspaces.place_of(output, workspace)
     settings = Settings(
         holdout_fraction=holdout_fraction,
         shard_tokens=shard_tokens,
@@ -156,7 +155,7 @@ def prepare(
         chat_template=None if chat_template is None else _read_template(chat_template),
     )
     _check_settings(settings, max_malformed=max_malformed)
-    place.check(overwrite=overwrite)
+    place.check(mark=_MARK, overwrite=overwrite)
     vocabulary = _vocabulary(Path(tokenizer), settings)
     is_record = is_conversation if chat else None
     text_field = MESSAGE_FIELDS[0] if chat else text_field
@@ -187,61 +186,11 @@ def prepare(
             conversations=conversations,
         )
         _write_provenance(job, inputs=inputs, part_counts=part_counts)
-        place.finish(shards)
+        place.finish(mark=_MARK, written=shards)
     return summary
 
 
-# --- where the output is ---
-
-_MARK = f"{TRAIN}/{INDEX_FILE}"
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where the output is in the end: in a folder, or at a URL (without a slash at its end).
-
-    Attributes:
-        made: What OUTPUT.partial is named after.
-    """
-
-    folder: Path | None
-    url: str | None
-    made: Path
-
-    @property
-    def partial(self) -> Path:
-        """The folder in which the output is made."""
-        return partial_path(self.made)
-
-    @property
-    def request(self) -> dict[str, Any]:
-        """What an interrupted run must have in common: shards at a URL are not written again."""
-        return {} if self.url is None else {"output": self.url}
-
-    def check(self, *, overwrite: bool) -> None:
-        """Refuse an output that exists."""
-        if self.folder is not None:
-            workspaces.check_output(self.folder, mark=_MARK, overwrite=overwrite)
-        if self.url is not None:
-            workspaces.check_url(self.url, self.partial, mark=_MARK, overwrite=overwrite)
-
-    def finish(self, written: Mapping[str, int]) -> None:
-        """Give the finished data its place; `written` as in `workspace.copy_to_url`."""
-        if self.folder is not None:
-            workspaces.move_into_place(self.folder)
-        if self.url is not None:
-            workspaces.copy_to_url(self.url, self.partial, last=_MARK, written=written)
-
-
-def _place(output: str | Path, workspace: Path | None) -> _Place:
-    if not remote.is_url(output):
-        if workspace is not None:
-            raise UserError(f"workspace: found {workspace} with an output that is a path, expected it with a URL")
-        return _Place(Path(output), None, Path(output))
-    url = str(output).rstrip("/")
-    if workspace is None:
-        raise UserError(f"{url}: found no workspace, expected a folder (that all nodes share) for unfinished work")
-    return _Place(None, url, Path(workspace) / url.rpartition("/")[2])
+_MARK = f"{TRAIN}/{INDEX_FILE}"  # makes a folder a prepared one
 
 
 # --- checks ---

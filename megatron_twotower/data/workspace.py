@@ -16,6 +16,7 @@ import fcntl
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,62 @@ from megatron_twotower.data import remote
 
 REQUEST_FILE = "plan.json"
 _CLEARED = "shards/cleared"  # of an output at a URL: nothing of an earlier one is there any more
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an output is in the end: in a folder, or at a URL (without a slash at its end).
+
+    Attributes:
+        made: What OUTPUT.partial is named after.
+    """
+
+    folder: Path | None
+    url: str | None
+    made: Path
+
+    @property
+    def partial(self) -> Path:
+        """The folder in which the output is made."""
+        return partial_path(self.made)
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """What an interrupted run must have in common: shards at a URL are not written again."""
+        return {} if self.url is None else {"output": self.url}
+
+    def check(self, *, mark: str, overwrite: bool) -> None:
+        """Refuse an output that exists, see `check_output` and `check_url`."""
+        if self.folder is not None:
+            check_output(self.folder, mark=mark, overwrite=overwrite)
+        if self.url is not None:
+            check_url(self.url, self.partial, mark=mark, overwrite=overwrite)
+
+    def finish(self, *, mark: str, written: Mapping[str, int]) -> None:
+        """Give the finished data its place, see `move_into_place` and `copy_to_url`."""
+        if self.folder is not None:
+            move_into_place(self.folder)
+        if self.url is not None:
+            copy_to_url(self.url, self.partial, last=mark, written=written)
+
+
+def place_of(output: str | Path, workspace: Path | None) -> Place:
+    """The place of an output.
+
+    Args:
+        workspace: The folder of OUTPUT.partial if the output is at a URL.
+
+    Raises:
+        UserError: There is no workspace for a URL, or one for a path.
+    """
+    if not remote.is_url(output):
+        if workspace is not None:
+            raise UserError(f"workspace: found {workspace} with an output that is a path, expected it with a URL")
+        return Place(Path(output), None, Path(output))
+    url = str(output).rstrip("/")
+    if workspace is None:
+        raise UserError(f"{url}: found no workspace, expected a folder (that all nodes share) for unfinished work")
+    return Place(None, url, Path(workspace) / url.rpartition("/")[2])
 
 
 def check_output(output: Path, *, mark: str, overwrite: bool) -> None:
@@ -52,12 +109,13 @@ def check_url(url: str, partial: Path, *, mark: str, overwrite: bool) -> None:
     """Refuse an output at a URL that has files, as `check_output` does, if it is not resumed.
 
     Args:
-        partial: The folder of the interrupted run, if there is one.
+        partial: The folder of the interrupted run, if there is one. What it was to write to `url`
+            was checked then.
 
     Raises:
         UserError: `url` is refused, or cannot be read.
     """
-    if (partial / REQUEST_FILE).is_file():
+    if (_read_request(partial / REQUEST_FILE) or {}).get("output") == url:
         return
     found = remote.sizes(url)
     if not found:

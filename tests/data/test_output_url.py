@@ -173,6 +173,10 @@ def test_another_output_is_not_resumed(arguments, memory, monkeypatch):
             prepare(**arguments, output="memory://bucket/data")
     with pytest.raises(UserError, match="an interrupted run with output memory://bucket/data, expected memory://other"):
         prepare(**arguments, output="memory://other/data")
+    memory.pipe_file("/other/data/letters.txt", b"of somebody")
+    with pytest.raises(UserError, match=r"memory://other/data: found no train/index.json in it"):
+        prepare(**arguments, output="memory://other/data", overwrite=True)
+    assert memory.exists("/other/data/letters.txt")
 
 
 # --- an S3 of this machine ---
