@@ -296,7 +296,7 @@ def expected(mixed, tokenizer, tmp_path_factory):
 def test_files_that_cannot_be_cut_are_begun_first(tokenizer, tmp_path, monkeypatch):
     """The largest one first: no worker is left alone with one at the end."""
     source, begun = tmp_path / "source", []
-    for name, count in {"a.jsonl": 300, "b.jsonl.gz": 2000, "c.jsonl": 300, "d.jsonl.gz": 3000}.items():
+    for name, count in {"a.jsonl": 60, "b.jsonl.gz": 500, "c.jsonl": 60, "d.jsonl.gz": 700}.items():
         write_records(source / name, texts(count))
     monkeypatch.setattr(
         "megatron_twotower.data.prepare.write_part", lambda task: (begun.append(task), parts.write_part(task))[1]
