@@ -3,18 +3,20 @@
 import codecs
 import contextlib
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.text import is_unicode
 
 _BYTES_A_READ = 1 << 16
 _SKIPPED_BYTES_A_READ = 1 << 16
+_BYTES_OF_A_BUFFER = 1 << 20
 _ROWS_A_READ = 256
 _LARGEST_ZSTD_WINDOW = 1 << 31  # that of `zstd --long=31`
 _WHITESPACE = " \t\r\n"  # between the values of JSON
@@ -100,13 +102,13 @@ def read_items(
         if form == ARRAY:
             yield from _array_values(path, advance)
         elif _compression(path) == ".gz":
-            with path.open("rb") as raw:
+            with open_bytes(path) as raw:
                 lines = _counted(gzip.GzipFile(fileobj=raw), raw, advance)
                 yield from (line.removeprefix(codecs.BOM_UTF8) for line in lines)
         elif _compression(path) == ".zst":
             yield from (line.removeprefix(codecs.BOM_UTF8) for line in _split_lines(chunks(path, advance)))
         else:
-            with path.open("rb") as raw:
+            with open_bytes(path) as raw:
                 stop = path.stat().st_size if end is None else end
                 for line in _lines_between(raw, begin, stop, advance):
                     yield line.removeprefix(codecs.BOM_UTF8)
@@ -122,7 +124,7 @@ def chunks(path: Path, advance: Callable[[int], None] = lambda _: None, *, unpac
     Raises:
         UserError: The file cannot be read, its compression is damaged, or a package is missing.
     """
-    with _file_faults(path), path.open("rb") as raw:
+    with _file_faults(path), open_bytes(path) as raw:
         if unpack and _compression(path) == ".gz":
             unpacked = gzip.GzipFile(fileobj=raw)
             yield from _counted(iter(lambda: unpacked.read1(_BYTES_A_READ), b""), raw, advance)
@@ -130,6 +132,12 @@ def chunks(path: Path, advance: Callable[[int], None] = lambda _: None, *, unpac
             yield from _counted(_zstd_chunks(raw, path), raw, advance)
         else:
             yield from _counted(iter(lambda: raw.read(_BYTES_A_READ), b""), raw, advance)
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """A file; of a store with a buffer before it: files of fsspec have no `readline(size)`."""
+    stream = path.open("rb")
+    return stream if isinstance(path, Path) else io.BufferedReader(cast(io.RawIOBase, stream), _BYTES_OF_A_BUFFER)
 
 
 def is_compressed(path: Path) -> bool:

@@ -22,6 +22,7 @@ from megatron_twotower.common.engines import EngineSettings
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.data import planned_shards, remote
 from megatron_twotower.data import prepare as preparing
+from megatron_twotower.data.documents import cut_units, find_documents, read_records, read_unit
 from megatron_twotower.data.prepare import prepare
 from megatron_twotower.data.shards import Corpus
 
@@ -215,7 +216,8 @@ def test_inputs_and_output_in_an_s3(engine, s3, arguments, source, expected, tmp
     store.put(f"{source}/", f"bucket/{engine}/texts/", recursive=True)
     texts_at, url = f"s3://bucket/{engine}/texts", f"s3://bucket/{engine}/data"
     if engine == "ray":
-        pytest.importorskip("ray")
+        if importlib.util.find_spec("ray") is None:
+            pytest.skip("needs ray")
         set_up_own_ray(monkeypatch)
         prepare(**arguments | {"inputs": [texts_at]}, output=url, engine=EngineSettings("ray", workers=2))
     else:
@@ -237,13 +239,24 @@ def test_errors_of_a_store_are_one_line(arguments, source, memory, tmp_path, mon
     class Refused(Exception):
         """As botocore's and aiohttp's, which are no OSError."""
 
+    def refuse(*_, **__):
+        raise Refused("token\nhas expired")
+
     memory.put(f"{source}/", "/bucket/texts/", recursive=True)
-    for name, message in (("isdir", "texts: cannot be read"), ("_open", r"texts/.*\.\w+: cannot be read")):
-        with monkeypatch.context() as patch:
-            patch.setattr(memory, name, lambda *_, **__: (_ for _ in ()).throw(Refused("token\nhas expired")))
-            with pytest.raises(UserError, match=rf"memory://bucket/{message} \(token has expired\)$"):
-                prepare(**arguments | {"inputs": ["memory://bucket/texts"]}, output="memory://bucket/data")
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "isdir", refuse)
+        with pytest.raises(UserError, match=r"memory://bucket/texts: cannot be read \(token has expired\)$"):
+            prepare(**arguments | {"inputs": ["memory://bucket/texts"]}, output="memory://bucket/data")
     assert not (tmp_path / "work").exists()
+    found = find_documents(["memory://bucket/texts"])
+    units = cut_units(found, holdout_fraction=0.0, text_field="text", unit_bytes=1 << 20)
+    monkeypatch.setattr(memory, "_open", refuse)
+    for unit in units:
+        message = rf"{unit.files[0].path}: cannot be read \(token has expired\)$"
+        with pytest.raises(UserError, match=message):
+            list(read_unit(unit, text_field="text", advance=lambda _: None))
+        with pytest.raises(UserError, match=message):
+            list(read_records(unit, fields=("text",), advance=lambda _: None))
 
 
 # --- files of a web server ---

@@ -1,6 +1,7 @@
 """The model class for lm-evaluation-harness, run by the harness on task files of the tests."""
 
 import functools
+import importlib.util
 import json
 import shutil
 from dataclasses import replace
@@ -451,8 +452,8 @@ def without_times(found):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
 def test_tasks_on_a_ray_have_the_figures_of_one_process(folder, task_files, monkeypatch):
-    pytest.importorskip("ray")
     set_up_own_ray(monkeypatch)
     tasks = [HarnessTask(name, (f"tiny_{name}",), 0) for name in ("choice", "write")]
     settings = HarnessSettings(block_size=4, steps_per_block=4, batch_size=1)
