@@ -306,7 +306,7 @@ def test_files_that_cannot_be_cut_are_begun_first(tokenizer, tmp_path, monkeypat
     assert [task.number for task in begun[2:]] == sorted(task.number for task in begun[2:])
 
 
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_number_of_workers_changes_nothing(workers, mixed, tokenizer, expected, tmp_path):
     calls = []
     summary = prepare(
@@ -612,7 +612,7 @@ def test_a_tokenizer_without_an_end_of_text_is_refused_unless_none_is_wanted(tre
     assert summary["eos_token_id"] is None
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_malformed_records_are_counted_named_and_limited(workers, tokenizer, tmp_path):
     lines = as_lines(texts(400)).splitlines(keepends=True)
     for line in (9, 120, 301):
