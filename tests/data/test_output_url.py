@@ -209,7 +209,8 @@ def s3():
         server.stdin.close()
 
 
-@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["local", "ray"])
 def test_inputs_and_output_in_an_s3(engine, s3, arguments, source, expected, tmp_path, monkeypatch):
     """By the command, and by workers in processes of their own."""
     store = fsspec.filesystem("s3")
