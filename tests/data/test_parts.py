@@ -12,7 +12,8 @@ from megatron_twotower.data.tokenizer import load_tokenizer
 
 
 def test_a_part_holds_ids_and_a_record_for_each_text(work_folder, small_tokenizer, monkeypatch):
-    monkeypatch.setattr("megatron_twotower.data.parts.BATCH_CHARACTERS", 1000)  # several batches
+    for name in ("BATCH_CHARACTERS", "ONE_THREAD_CHARACTERS"):
+        monkeypatch.setattr(f"megatron_twotower.data.parts.{name}", 1000)  # several batches
     values = [*texts(50), "", 7, "ünï", *texts(3)]
     path = write_records(work_folder / "a.jsonl", values)
     (unit,) = cut_units([Document("a.jsonl", path)], holdout_fraction=0, text_field="text", unit_bytes=1 << 20)
