@@ -72,6 +72,17 @@ def listening():
     return found
 
 
+def test_a_lost_worker_on_a_ray_of_this_machine(tmp_path, monkeypatch):
+    """The one test of `make test` that starts a Ray, which takes most of its time."""
+    set_up_own_ray(monkeypatch)
+    with started(EngineSettings("ray", workers=1), Needs((Path(__file__),))) as engine:
+        assert listening() and listening() <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+        assert [
+            result[0] for _, result in in_order(engine, die_once, [(n, str(tmp_path)) for n in range(2)], ahead=2)
+        ] == [0, 1]
+
+
+@pytest.mark.slow
 def test_the_engine_on_a_ray_of_this_machine(tmp_path, monkeypatch, capfd):
     """All of it with one Ray, which takes seconds to start."""
     set_up_own_ray(monkeypatch)
