@@ -77,9 +77,8 @@ def test_a_lost_worker_on_a_ray_of_this_machine(tmp_path, monkeypatch):
     set_up_own_ray(monkeypatch)
     with started(EngineSettings("ray", workers=1), Needs((Path(__file__),))) as engine:
         assert listening() and listening() <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
-        assert [
-            result[0] for _, result in in_order(engine, die_once, [(n, str(tmp_path)) for n in range(2)], ahead=2)
-        ] == [0, 1]
+        tasks = [(number, str(tmp_path)) for number in range(2)]
+        assert [result[0] for _, result in in_order(engine, die_once, tasks, ahead=2)] == [0, 1]
 
 
 @pytest.mark.slow
