@@ -42,7 +42,7 @@ KEEP = {TRAIN: 1, VALIDATION: 2}  # the splits, in the files of `selection`
 FIRST_FAULTS = 10  # malformed records that are named
 
 # Text that the tokenizer gets at a time: enough for all its threads; or, without threads, so little
-# that what it returns stays in the caches of the processor (a third faster).
+# that what it returns stays in the caches of the processor.
 BATCH_CHARACTERS, ONE_THREAD_CHARACTERS = 1 << 20, 1 << 14
 
 
