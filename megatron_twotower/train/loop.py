@@ -295,6 +295,7 @@ def _tokens_by_noise(trainer: Trainer) -> Tensor:
     shape = (len(config.model.hybrid_override_pattern), _num_buckets(config), config.model.n_routed_experts)
     counts = torch.zeros(shape, dtype=torch.float64, device=device.device())
     for layer, router in trainer.model.routers():
+        assert router.tokens_by_noise is not None, "validation has made them"
         counts[layer] = router.tokens_by_noise
         router.tokens_by_noise = None
     return parallel.sum_over_ranks(counts).cpu()
