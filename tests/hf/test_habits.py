@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from helpers.modeling import known, random_ids, save, tiny_model
+from megatron_twotower.hf.modeling_nemotron_h_twotower import check_devices
 
 PATTERN = known("ME*-")
 TOWERS = ("context_tower", "context_lm_head", "denoiser_tower", "lm_head", "t_embedder", "t_block")
@@ -98,6 +99,15 @@ def test_what_cannot_be_offloaded_is_refused(folder, tmp_path, name):
         load(folder, device_map=on_disk(name), offload_folder=tmp_path)
 
 
+def test_a_tower_on_two_devices_is_refused():
+    names = ("context_tower.embeddings.weight", "context_tower.layers.3.norm.weight", "denoiser_tower.norm_f.weight")
+    first, second, offloaded = torch.device("cuda:0"), torch.device("cuda:1"), torch.device("meta")
+    check_devices(dict(zip(names, (first, first, second), strict=True)))
+    check_devices(dict(zip(names, (first, offloaded, second), strict=True)))
+    with pytest.raises(ValueError, match=r"^device_map: found context_tower on cuda:0 and cuda:1, expected one device"):
+        check_devices(dict(zip(names, (first, second, second), strict=True)))
+
+
 def test_continuous_batching_is_refused(model):
     with pytest.raises(ValueError, match=r"^continuous batching: found a request, expected none"):
         model.generate_batch([[5, 6, 7]], max_new_tokens=2)
@@ -172,7 +182,9 @@ def test_forward_and_a_pass_are_compiled(model):
     in_place.compile(backend="eager")
     one_graph = copy.deepcopy(model)
     one_graph.denoise_hidden = torch.compile(one_graph.denoise_hidden, backend="eager", fullgraph=True)
-    for other in (in_place, one_graph):
+    forward = copy.deepcopy(model)
+    forward.forward = torch.compile(forward.forward, backend="eager", fullgraph=True)
+    for other in (in_place, one_graph, forward):
         for found, right in zip(texts(other), expected, strict=True):
             torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-5)
 

@@ -109,6 +109,19 @@ def test_a_streamer_of_a_pipeline_in_a_thread(pipe, model, tokenizer, loop):
     assert "".join(parts) == whole["generated_text"]
 
 
+def test_a_stop_string_with_a_generator(model, tokenizer):
+    ids = tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
+    settings = {
+        "max_new_tokens": NEW,
+        "tokenizer": tokenizer,
+        "stop_strings": written(model, tokenizer, PROMPTS[0])[3:5],
+    }
+    found = model.generate(ids, generator=torch.Generator(), **settings)
+    assert torch.equal(found, model.generate(ids, **settings)) and found.shape[1] < ids.shape[1] + NEW
+    with pytest.raises(ValueError, match="stopping_criteria: found StopStringCriteria, expected none"):
+        model.generate(ids, custom_generate="mask_diffusion", **settings)
+
+
 # --- streamers and stopping criteria of `generate` ---
 
 
