@@ -19,7 +19,12 @@ from transformers import (
 from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria
 
 from helpers.modeling import random_ids
-from megatron_twotower.hf.modeling_nemotron_h_twotower import LOOPS, NOT_OF_AR, NemotronHTwoTowerForCausalLM
+from megatron_twotower.hf.modeling_nemotron_h_twotower import (
+    LOOPS,
+    NOT_OF_AR,
+    SAID_BY_FOLDERS,
+    NemotronHTwoTowerForCausalLM,
+)
 
 PROMPTS = ["def alpha(beta):", "return gamma"]
 NEW = 12
@@ -229,11 +234,13 @@ def test_rows_that_end_are_padded_and_the_result_may_be_a_dictionary(model, loop
 
 
 def test_a_function_of_ones_own(model):
-    def backwards(model, input_ids, generation_config, **_):
-        return input_ids.flip(1)[:, : generation_config.max_length]
+    def backwards(model, input_ids, generation_config, block_size=0, **_):
+        return input_ids.flip(1)[:, block_size : generation_config.max_length]
 
     ids = random_ids(2, 6)
     assert torch.equal(model.generate(ids, max_new_tokens=3, custom_generate=backwards), ids.flip(1))
+    found = model.generate(ids, max_new_tokens=3, custom_generate=backwards, block_size=2)
+    assert torch.equal(found, ids.flip(1)[:, 2:])
     for name, value in (("streamer", Ids()), ("generator", torch.Generator()), ("on_tokens", print)):
         with pytest.raises(ValueError, match=f"^{name}: found one, expected None with custom_generate: functools"):
             model.generate(ids, custom_generate=backwards, **{name: value})
@@ -276,6 +283,12 @@ def test_names_and_arguments_of_other_loops_are_refused(model):
         for name in set(NOT_OF_AR) - set(inspect.signature(getattr(model, method)).parameters):
             with pytest.raises(ValueError, match=f"^{name}: found 2, expected None: "):
                 model.generate(ids, custom_generate=loop, **{name: 2})
+            config = GenerationConfig(max_new_tokens=2, custom_generate=loop, **{name: 2})
+            if name in SAID_BY_FOLDERS:  # for the loops that take it
+                assert torch.equal(model.generate(ids, config), getattr(model, method)(ids, 2))
+                continue
+            with pytest.raises(ValueError, match=f"^{name}: found 2, expected None: "):
+                model.generate(ids, config)
 
 
 def test_every_argument_of_a_loop_is_refused_by_the_others():
