@@ -16,7 +16,7 @@ from transformers import (
     TextStreamer,
     pipeline,
 )
-from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria
+from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria
 
 from helpers.modeling import random_ids
 from megatron_twotower.hf.modeling_nemotron_h_twotower import (
@@ -114,17 +114,23 @@ def test_a_streamer_of_a_pipeline_in_a_thread(pipe, model, tokenizer, loop):
     assert "".join(parts) == whole["generated_text"]
 
 
-def test_a_stop_string_with_a_generator(model, tokenizer):
+def test_stop_strings_of_other_loops(model, tokenizer):
     ids = tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
-    settings = {
-        "max_new_tokens": NEW,
-        "tokenizer": tokenizer,
-        "stop_strings": written(model, tokenizer, PROMPTS[0])[3:5],
-    }
-    found = model.generate(ids, generator=torch.Generator(), **settings)
-    assert torch.equal(found, model.generate(ids, **settings)) and found.shape[1] < ids.shape[1] + NEW
-    with pytest.raises(ValueError, match="stopping_criteria: found StopStringCriteria, expected none"):
-        model.generate(ids, custom_generate="mask_diffusion", **settings)
+    stop, settings = written(model, tokenizer, PROMPTS[0])[3:5], {"max_new_tokens": NEW, "tokenizer": tokenizer}
+    expected = model.generate(ids, stop_strings=stop, **settings)
+    criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, stop)])
+    found = model.generate(ids, stopping_criteria=criteria, generator=torch.Generator(), **settings)
+    assert torch.equal(found, expected) and found.shape[1] < ids.shape[1] + NEW
+    for others, message in (
+        ({"generator": torch.Generator()}, "this loop takes StopStringCriteria"),
+        ({"custom_generate": lambda *_, **others: None}, "this loop takes StopStringCriteria"),
+        ({"custom_generate": "speculative"}, "this loop ends at a length and at EOS"),
+    ):
+        with pytest.raises(ValueError, match=f"^stop_strings: found some, expected None: {message}"):
+            model.generate(ids, stop_strings=stop, **settings, **others)
+        config = GenerationConfig(max_new_tokens=NEW, stop_strings=stop)
+        with pytest.raises(ValueError, match=f"^stop_strings: found some, expected None: {message}"):
+            model.generate(ids, config, tokenizer=tokenizer, **others)
 
 
 # --- streamers and stopping criteria of `generate` ---
