@@ -154,10 +154,12 @@ Method = Callable[[Tensor], Tensor]
 
 
 def transformers_model(folder: Path) -> Any:
-    """The context tower of a two-tower folder in the class of transformers."""
+    """The context tower of a two-tower folder in transformers' class; no EOS ends its text."""
     with tempfile.TemporaryDirectory() as home:
         export(folder, Path(home) / "context", options=ExportOptions(what="context"))
-        return AutoModelForCausalLM.from_pretrained(Path(home) / "context", dtype="auto", local_files_only=True).eval()
+        model = AutoModelForCausalLM.from_pretrained(Path(home) / "context", dtype="auto", local_files_only=True)
+    model.generation_config.eos_token_id = None
+    return model.eval()
 
 
 def build_methods(model: Model, one_tower: Any, draft: Model | None, options: MethodOptions) -> dict[str, Method]:
@@ -171,7 +173,7 @@ def build_methods(model: Model, one_tower: Any, draft: Model | None, options: Me
     new, length = options.new_tokens, options.prompt_tokens + options.new_tokens
 
     def by_transformers(ids: Tensor) -> Tensor:
-        return one_tower.generate(ids, max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        return one_tower.generate(ids, max_new_tokens=new, do_sample=False, pad_token_id=0)
 
     def by_draft_model(ids: Tensor) -> Tensor:
         assert draft is not None
