@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria
 
-from helpers.modeling import random_ids
+from helpers.modeling import RELEASE, random_ids
 from megatron_twotower.hf.modeling_nemotron_h_twotower import (
     LOOPS,
     NOT_OF_AR,
@@ -93,6 +93,7 @@ def test_tensors_and_several_texts_of_a_pipeline(pipe, model, tokenizer):
     assert len({each["generated_text"] for each in texts}) == 3
 
 
+@pytest.mark.skipif(RELEASE < (5, 24), reason="5.3.0 ends at the first token of a stop sequence")
 def test_a_stop_sequence_of_a_pipeline(pipe, model, tokenizer):
     text = written(model, tokenizer, PROMPTS[0])
     stop = text[3:5]
@@ -169,7 +170,7 @@ def test_a_streamer_gets_the_final_ids_once_and_in_order(model, loop, end):
     whole = model.generate(ids, streamer=stream, pad_token_id=0, **settings)
     assert stream.ended and torch.equal(stream.parts[0], ids)
     assert torch.equal(torch.cat(stream.parts[1:]), whole[0, 5:])
-    assert all(len(part) for part in stream.parts) and len(stream.parts) > 2
+    assert all(len(part) for part in stream.parts) and (end or len(stream.parts) > 2)
     assert not end or whole.shape[1] < ids.shape[1] + 11
 
 
