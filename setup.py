@@ -58,6 +58,9 @@ EXTRAS = {
         "lm-eval>=0.4.9",
         "peft>=0.17",  # it and accelerate train the exported class in tests
         "accelerate>=1.1",
+        "fastapi",  # it, uvicorn and openai are what the server of transformers needs
+        "uvicorn",
+        "openai",
         "ruff>=0.8",
         "mypy>=1.13",
         "pyarrow>=14",

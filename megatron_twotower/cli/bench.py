@@ -224,6 +224,43 @@ def _generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+METHODS = {
+    "prompts": option("held-out prompts", **COUNT),
+    "prompt_tokens": option("tokens of a prompt", **COUNT),
+    "new_tokens": option("tokens to write after each prompt", at_least=4),
+    "thresholds": option("confidence thresholds of mask diffusion", at_least=0, at_most=1),
+    "lookup_tokens": option("tokens that prompt lookup drafts at most", **COUNT),
+    "draft_tokens": option("tokens that the smaller model drafts", **COUNT),
+    "rounds": option("times that every method continues every prompt; the median counts", **COUNT),
+}
+
+
+def _add_methods(parser: argparse.ArgumentParser) -> None:
+    from megatron_twotower.bench import methods
+
+    _add_model(parser)
+    parser.add_argument("--data", type=Path, required=True, help="prepared data folder, whose held-out part is read")
+    parser.add_argument("--draft", type=Path, help="a smaller NemotronH with the same tokenizer, which drafts, too")
+    add_options(parser, methods.MethodOptions, METHODS)
+    _add_all_threads(parser)
+    _add_output(parser)
+    parser.add_argument("--quick", action="store_true", help=QUICK_HELP)
+
+
+def _methods(arguments: argparse.Namespace) -> int:
+    from megatron_twotower.bench import methods
+
+    methods.run(
+        arguments.output,
+        model=arguments.model,
+        data=arguments.data,
+        draft=arguments.draft,
+        options=methods.QUICK if arguments.quick else methods.MethodOptions(**arguments_for(METHODS, arguments)),
+        threads=arguments.threads,
+    )
+    return 0
+
+
 CONVERT = {"size_mib": option("size of the model in bfloat16", "--size", metavar="MIB", **COUNT)} | ROUNDS
 
 
@@ -408,6 +445,14 @@ GROUP = Group(
             _add_generate,
             _generate,
             idle=_quick(*(flag for flag in flags(GENERATE) if flag != "--modes")),
+        ),
+        Command(
+            "methods",
+            "mask diffusion and drafts of the denoiser against AR, prompt lookup and a smaller model that drafts",
+            ("twotower bench methods --model runs/bytes/fp32 --data runs/bytes/data --draft runs/bytes/draft",),
+            _add_methods,
+            _methods,
+            idle=(*_quick(*flags(METHODS)), Idle(("--draft-tokens",), lambda found: found.draft is None, "no --draft")),
         ),
         Command(
             "convert",

@@ -79,6 +79,9 @@ CALLS = {
     "bench gpu --quick": ([], {"bench.gpu.command:run": True}),
     "bench generate": (MODEL, {"bench.generate:run": None}),
     "bench generate --quick": (MODEL, {"bench.generate:run": None}),
+    "bench methods": ([*MODEL, *DATA], {"bench.methods:run": None}),
+    "bench methods --draft b": ([*MODEL, *DATA], {"bench.methods:run": None}),
+    "bench methods --quick": ([*MODEL, *DATA], {"bench.methods:run": None}),
     "bench fp8": ([*MODEL, *DATA], {"bench.fp8:run": None}),
     "bench fp8 --quick": ([*MODEL, *DATA], {"bench.fp8:run": None}),
 }
