@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.modeling import MASK, PATTERNS, VOCABULARY, random_ids, tiny_model
+from helpers.modeling import MASK, PATTERNS, TYPICAL_SAMPLERS, VOCABULARY, random_ids, tiny_model
 from megatron_twotower.hf.modeling_nemotron_h_twotower import (
     SAMPLERS,
     ArgumentError,
@@ -31,22 +31,10 @@ from megatron_twotower.hf.modeling_nemotron_h_twotower import (
 )
 
 ROWS, SIZE, TOKENS = 5, 6, 4
-# Numbers with which a sampler commits sometimes one and sometimes several tokens of `tiny_model`.
-TYPICAL = (
-    "factor:2.5",
-    "entropy_bound:2.5",
-    "klass:0.2,0.4,1",
-    "credit:0.3,0.9,0.9,0.3",
-    "prefix:0.25",
-    "early_end:0.4,2",
-    "by_position:0.2,0.5",
-    "by_step:0.5,0.2,3",
-    "routed:0.3,1.2",
-)
 
 
 def test_every_sampler_is_tried():
-    assert [text.split(":")[0] for text in TYPICAL] == list(SAMPLERS)
+    assert [text.split(":")[0] for text in TYPICAL_SAMPLERS] == list(SAMPLERS)
 
 
 # --- one pass, with given probabilities ---
@@ -224,7 +212,7 @@ def test_expected_tokens_of_a_verification():
             committed = masked.clone()
             committed[row] = False
             committed[row, :2] = True
-            for ratio, asks in ((want / 2 - 1e-9, bool(chances)), (want / 2 + 1e-9, False)):
+            for ratio, asks in ((want / 2 - 1e-5, bool(chances)), (want / 2 + 1e-5, False)):
                 assert bool(Routed(0.9, max(ratio, 0.0)).asks(view, confidence, committed)[row]) == asks
 
 
@@ -356,7 +344,7 @@ def test_extremes():
             assert all((step.committed[:, step.step]).all() for step in steps)
 
 
-@pytest.mark.parametrize("text", TYPICAL)
+@pytest.mark.parametrize("text", TYPICAL_SAMPLERS)
 def test_each_row_is_written_as_if_alone(text):
     model, ids = tiny_model(), random_ids(4, 9)
     mask = torch.ones_like(ids)
@@ -372,7 +360,7 @@ def test_each_row_is_written_as_if_alone(text):
     assert alone == row_passes
 
 
-@pytest.mark.parametrize("text", TYPICAL)
+@pytest.mark.parametrize("text", TYPICAL_SAMPLERS)
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_every_step_commits_and_blocks_end_in_time(text, temperature):
     model, ids = tiny_model(), random_ids(3, 5)
@@ -394,9 +382,9 @@ def test_every_step_commits_and_blocks_end_in_time(text, temperature):
 
 def test_every_number_of_a_sampler_matters():
     model, ids = tiny_model(), random_ids(4, 9)
-    other = {"threshold": 0.15, "passes": 3, "divergence": 0.01, "weight": 3.0, "decay": 0.1, "power": 3.0}
+    other = {"threshold": 0.9, "passes": 3, "divergence": 0.01, "weight": 3.0, "decay": 0.1, "power": 3.0}
     other |= {"factor": 5.0, "bound": 9.0, "first": 0.9, "last": 0.9, "ratio": 0.0}
-    for text in TYPICAL:
+    for text in TYPICAL_SAMPLERS:
         sampler = read_sampler(text)
         expected, _ = steps_of(model, ids, sampler=sampler)
         for each in dataclasses.fields(sampler):
@@ -424,12 +412,10 @@ def test_a_sampler_of_ones_own():
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_verifying_always_gives_the_text_of_ar(pattern, seed):
     model, ids = tiny_model(pattern, seed=seed, dtype=torch.float32), random_ids(4, 5, seed=seed)
-    with torch.no_grad():
-        model.context_lm_head.weight[MASK] = 0.0  # AR may choose the mask token, mask diffusion may not
-        model.context_lm_head.weight[MASK, 0] = -100.0
+    # AR may choose the mask token, mask diffusion may not.
+    is_mask = torch.arange(VOCABULARY) == MASK
+    model.context_lm_head.register_forward_hook(lambda _, inputs, logits: logits.masked_fill(is_mask, -math.inf))
     expected = model.generate_ar(ids, 40)
-    if (expected[:, 5:] == MASK).any():
-        pytest.skip("AR chooses the mask token")
     for size in (1, 5, 8):
         found = model.generate_mask_diffusion(ids, 40, size, sampler="routed:1,0")
         assert torch.equal(found, expected)
