@@ -37,6 +37,11 @@ def agreement(row: Row, prompts: Sequence[int]) -> float:
     return fmean(_each(row, "agreement", prompts))
 
 
+def nats(row: Row, prompts: Sequence[int]) -> float:
+    """Mean over prompts of the nats per token under the context tower."""
+    return fmean(_each(row, "nats_per_token", prompts))
+
+
 def area(points: Sequence[tuple[float, float]], best: float = 100.0) -> float:
     """The area under a curve of accuracy against parallelism, weighted by accuracy.
 
@@ -70,8 +75,15 @@ def area_with_error(rows: Sequence[Row], prompts: Sequence[int]) -> tuple[float,
 
 
 def fastest_as_good(rows: Sequence[Row], base: Row, prompts: Sequence[int]) -> Row | None:
-    """The row with most tokens per pass among those that agree with AR at least as the base."""
-    good = [row for row in rows if agreement(row, prompts) >= agreement(base, prompts)]
+    """The row with most tokens per pass among those that are as good as the base.
+
+    As good: it agrees with AR at least as much, and has at most its nats per token.
+    """
+    good = [
+        row
+        for row in rows
+        if agreement(row, prompts) >= agreement(base, prompts) and nats(row, prompts) <= nats(base, prompts)
+    ]
     return max(good, key=lambda row: tokens_per_pass(row, prompts), default=None)
 
 
@@ -89,7 +101,8 @@ def _point(row: Row, prompts: Sequence[int]) -> dict[str, Any]:
         "tokens_per_pass": tokens_per_pass(row, prompts),
         "agreement": fmean(values),
         "agreement_stderr": stdev(values) / math.sqrt(len(values)),
-        "nats_per_token": fmean(_each(row, "nats_per_token", prompts)),
+        "nats_per_token": nats(row, prompts),
+        "repeated_4": fmean(_each(row, "repeated_4", prompts)),
     }
 
 
@@ -98,15 +111,15 @@ def _against(row: Row, base: Row, prompts: Sequence[int]) -> dict[str, Any]:
     passes = (torch.tensor(_each(each, "passes", prompts)) for each in (base, row))
     gain, gain_stderr, _ = ratio(*passes)
     more, more_stderr = _difference(row, base, "agreement", prompts)
-    nats, nats_stderr = _difference(row, base, "nats_per_token", prompts)
+    less_likely, less_likely_stderr = _difference(row, base, "nats_per_token", prompts)
     return _point(row, prompts) | {
         "gain": gain,
         "gain_stderr": gain_stderr,
         "speed_gain": sum(_each(base, "seconds", prompts)) / sum(_each(row, "seconds", prompts)),
         "agreement_gain": more,
         "agreement_gain_stderr": more_stderr,
-        "nats_gain": nats,
-        "nats_gain_stderr": nats_stderr,
+        "nats_gain": less_likely,
+        "nats_gain_stderr": less_likely_stderr,
     }
 
 
@@ -120,8 +133,8 @@ def sampler_curves(rows: Sequence[Row], *, block: int, threshold: float) -> dict
 
     Returns:
         `base`, the figures of the released rule, and `curves`: of each sampler, the thresholds
-        first, its points, their area and the recommended setting, None if no setting agrees with
-        AR as the base does.
+        first, its points, their area and the recommended setting, None if no setting is as good as
+        the base.
     """
     count = rows[0]["prompts"]
     tuning, measured = range(0, count, 2), range(1, count, 2)

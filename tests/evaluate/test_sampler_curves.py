@@ -14,7 +14,8 @@ def row(agreements, passes, *, sampler=None, threshold=None, seconds=None, nats=
     count = len(agreements)
     costs = zip(agreements, passes, seconds or [1.0] * count, nats or [0.5] * count, strict=True)
     by_prompt = [
-        {"agreement": a, "passes": p, "seconds": s, "nats_per_token": n, "new_tokens": TOKENS} for a, p, s, n in costs
+        {"agreement": a, "passes": p, "seconds": s, "nats_per_token": n, "new_tokens": TOKENS, "repeated_4": a / 2}
+        for a, p, s, n in costs
     ]
     size = None if sampler is threshold is None else 16
     rule = {"sampler": sampler, "confidence_threshold": threshold, "block_size": size, "steps_per_block": size}
@@ -60,7 +61,8 @@ def test_the_setting_is_chosen_on_even_prompts_and_measured_on_odd_ones():
     )
     fast = row([0.9, 1.0, 0.95, 1.0], [10, 10, 10, 10], sampler="factor:2")
     bad = row([0.5, 1.0, 0.5, 1.0], [10, 10, 10, 10], sampler="prefix:0.1")
-    found = sampler_curves([ar, base, slow, good, fast, bad], block=16, threshold=0.8)
+    unlikely = row([1.0, 1.0, 1.0, 1.0], [10, 10, 10, 10], sampler="factor:3", nats=[0, 0, 0.1, 0])
+    found = sampler_curves([ar, base, slow, good, fast, bad, unlikely], block=16, threshold=0.8)
     assert (found["tuning_prompts"], found["prompts"]) == (2, 2)
     assert found["base"]["tokens_per_pass"] == pytest.approx(200 / 80) and found["base"]["setting"] == "0.8"
     threshold, factor, prefix = found["curves"]
@@ -73,8 +75,9 @@ def test_the_setting_is_chosen_on_even_prompts_and_measured_on_odd_ones():
     residuals = [40 - 1.6 * 30, 40 - 1.6 * 20]
     assert best["gain_stderr"] == pytest.approx(math.sqrt(2 * sum(each**2 for each in residuals)) / 50)
     assert best["speed_gain"] == pytest.approx((3 + 3) / (1 + 2))
+    assert best["repeated_4"] == pytest.approx(0.4)
     assert best["agreement"] == pytest.approx(0.8) and best["agreement_gain"] == pytest.approx(-0.05)
     assert best["agreement_gain_stderr"] == pytest.approx(0.05)  # of -0.1 and 0
     assert best["nats_gain"] == pytest.approx(0.0) and best["nats_gain_stderr"] == pytest.approx(0.1)
-    assert [point["setting"] for point in factor["points"]] == ["factor:1", "factor:2"]
+    assert [point["setting"] for point in factor["points"]] == ["factor:1", "factor:2", "factor:3"]
     assert fastest_as_good([fast, good], base, [1, 3]) is fast
