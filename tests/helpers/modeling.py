@@ -34,7 +34,7 @@ TYPICAL_SAMPLERS = (
     "early_end:0.4,2",
     "by_position:0.2,0.5",
     "by_step:0.5,0.2,3",
-    "routed:0.3,1.2",
+    "routed:0.5,1.2",
 )
 
 

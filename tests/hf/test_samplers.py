@@ -426,7 +426,7 @@ def test_verifying_always_gives_the_text_of_ar(pattern, seed):
 def test_what_a_verification_decides():
     """Each is the tower's choice after the text on its left, and later ones stay open."""
     model, ids = tiny_model(), random_ids(4, 6)
-    written, steps = steps_of(model, ids, 32, sampler="routed:0.35,1.3")
+    written, steps = steps_of(model, ids, 32, sampler="routed:0.5,1.6")
     stats, verified, others = model.last_generation, 0, 0
     assert 0 < stats.verifications < stats.passes // 2
     for step in steps:
@@ -438,7 +438,7 @@ def test_what_a_verification_decides():
         plain[..., MASK] = -torch.inf
         confidence = plain.softmax(-1).amax(-1).masked_fill(~masked, 0.0)
         view, _ = seen(confidence.unsqueeze(-1), masked)
-        sampler = Routed(0.35, 1.3)
+        sampler = Routed(0.5, 1.6)
         alone = positions_to_commit(masked, confidence, sampler.commit(view, confidence, None), steps_left=16)
         asks = sampler.asks(view, confidence, alone)
         logits = model(text).logits
