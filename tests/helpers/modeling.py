@@ -33,7 +33,7 @@ TYPICAL_SAMPLERS = (
     "prefix:0.25",
     "early_end:0.4,2",
     "by_position:0.2,0.5",
-    "by_step:0.5,0.2,3",
+    "by_step:0.5,0.2,2",
     "routed:0.5,1.2",
 )
 

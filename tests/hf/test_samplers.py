@@ -380,16 +380,25 @@ def test_every_step_commits_and_blocks_end_in_time(text, temperature):
             assert step.step < 3 and not left.any()
 
 
-def test_every_number_of_a_sampler_matters():
-    model, ids = tiny_model(), random_ids(4, 9)
+def decisions(sampler):
+    """All that a sampler decides about many blocks."""
+    found = []
+    for seed in range(30):
+        passes, masked = similar_passes(seed, 4)
+        view, confidence = seen(passes[0], masked)
+        wanted = committed(sampler, passes, masked)
+        found.append((wanted, sampler.asks(view, confidence, torch.tensor(wanted[0])).tolist()))
+    return found
+
+
+@pytest.mark.parametrize("text", TYPICAL_SAMPLERS)
+def test_every_number_of_a_sampler_matters(text):
     other = {"threshold": 0.9, "passes": 3, "divergence": 0.01, "weight": 3.0, "decay": 0.1, "power": 3.0}
-    other |= {"factor": 5.0, "bound": 9.0, "first": 0.9, "last": 0.9, "ratio": 0.0}
-    for text in TYPICAL_SAMPLERS:
-        sampler = read_sampler(text)
-        expected, _ = steps_of(model, ids, sampler=sampler)
-        for each in dataclasses.fields(sampler):
-            changed, _ = steps_of(model, ids, sampler=dataclasses.replace(sampler, **{each.name: other[each.name]}))
-            assert not torch.equal(changed, expected), (text, each.name)
+    other |= {"factor": 5.0, "bound": 0.1, "first": 0.9, "last": 0.9, "ratio": 0.0}
+    sampler = read_sampler(text)
+    for each in dataclasses.fields(sampler):
+        changed = dataclasses.replace(sampler, **{each.name: other[each.name]})
+        assert changed != sampler and decisions(changed) != decisions(sampler), each.name
 
 
 class Rightmost(Sampler):
