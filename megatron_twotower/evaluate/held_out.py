@@ -217,7 +217,12 @@ def _generation(
     rows = sweep(model, prompts, points=points, max_new_tokens=new_tokens, mask_id=mask_id, progress=progress)
     first = prompts[: settings.samples]
     samples = generate_samples(model, tokenizer, first, max_new_tokens=new_tokens, block_size=block, progress=progress)
-    found = {"ar_generation": rows[0], "sweep": threshold_rows(rows, block), "generation": rows, "samples": samples}
+    found: dict[str, Any] = {
+        "ar_generation": rows[0],
+        "sweep": threshold_rows(rows, block),
+        "generation": rows,
+        "samples": samples,
+    }
     if settings.samplers and not settings.every:
         found["samplers"] = sampler_curves(rows, block=block, threshold=settings.threshold)
     return found

@@ -91,8 +91,19 @@ def _samplers_table(found: Mapping[str, Any]) -> Table:
         "samplers: of the settings that are as good as the released rule, the one with most tokens per pass, "
         f"by {curves['tuning_prompts']} prompts; its figures on {curves['prompts']} others"
     )
-    headings = ("", "setting", "tokens/pass", "x passes", "x speed", "agree %", "more", "nats/token", "more")
-    headings += ("repeated-4 %", "area")
+    headings = (
+        "",
+        "setting",
+        "tokens/pass",
+        "x passes",
+        "x speed",
+        "agree %",
+        "more",
+        "nats/token",
+        "more",
+        "repeated-4 %",
+        "area",
+    )
     return plain_table(title, headings, rows, left=2)
 
 

@@ -5,7 +5,7 @@ The setting is chosen on every second prompt, and its figures are those of the o
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Any
 
@@ -20,7 +20,8 @@ LEAST_PROMPTS = 4
 AREA_ALPHA, AREA_LOSS = 3.0, 5.0
 THRESHOLD = "threshold"
 
-Row = Mapping[str, Any]
+# A row of `speed_quality.sweep`.
+Row = dict[str, Any]
 
 
 def _each(row: Row, key: str, prompts: Sequence[int]) -> list[float]:

@@ -118,7 +118,8 @@ def sweep_points(
             instead.
     """
     if every:
-        rules = [*((each, None) for each in thresholds), *((None, each) for each in samplers)]
+        rules: list[tuple[float | None, str | None]] = [(each, None) for each in thresholds]
+        rules += [(None, each) for each in samplers]
         return [
             SweepPoint(each, size, count, sampler)
             for (each, sampler), size, count in itertools.product(rules, block_sizes, (None, *steps))

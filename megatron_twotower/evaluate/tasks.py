@@ -167,8 +167,12 @@ def run(
         raise UserError(f"--questions: found with {' '.join(chosen)}, which asks none")
     if task_files is not None and setup.task_files is not None:
         raise UserError(f"--task-files: found with {chosen[0]}, which has files of its own")
-    of_recipe = {"thresholds": setup.thresholds, "block_sizes": setup.block_sizes, "samplers": setup.samplers}
-    of_command = {"thresholds": thresholds, "block_sizes": block_sizes, "samplers": samplers}
+    of_recipe: Mapping[str, Any] = {
+        "thresholds": setup.thresholds,
+        "block_sizes": setup.block_sizes,
+        "samplers": setup.samplers,
+    }
+    of_command: Mapping[str, Any] = {"thresholds": thresholds, "block_sizes": block_sizes, "samplers": samplers}
     asked = any(values is not None for values in of_command.values())
     compare: dict[str, Any] = {name: values or () for name, values in (of_command if asked else of_recipe).items()}
     for sampler in compare["samplers"]:
