@@ -28,7 +28,7 @@ TWOTOWER := $(BIN)/twotower
 # Python compiles a module at its first import; pip would compile all eighteen thousand.
 PIP_INSTALL := $(BIN)/python -m pip install -qq --no-compile
 
-.PHONY: help install train report bench speed sft soak test test-slow test-gpu test-te test-mamba test-transformers test-releases test-slurm test-cluster check format backbone bytes clean
+.PHONY: help install train report bench speed samplers sft soak test test-slow test-gpu test-te test-mamba test-transformers test-releases test-slurm test-cluster check format backbone bytes clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -141,6 +141,15 @@ speed: $(BYTES)/data/train/index.json ## the two towers on bytes: mask diffusion
 	$(TWOTOWER) evaluate --model $(BYTES)/fp32 --data $(BYTES)/data --output $(BYTES)/speed.json --prompts 16 \
 	  --sequences 32 --thresholds 0.9 0.8 0.7 0.6 0.5 --block-sizes 8 32 --steps --new-tokens 192
 	$(TWOTOWER) bench passes --model $(BYTES)/fp32
+
+samplers: $(BYTES)/data/train/index.json ## the two towers on bytes: samplers against the released rule (4 minutes)
+	rm -rf $(BYTES)/fp32
+	$(TWOTOWER) convert export --from recipes/models/bytes --to $(BYTES)/fp32 --dtype fp32
+	$(TWOTOWER) evaluate --model $(BYTES)/fp32 --data $(BYTES)/data --output $(BYTES)/samplers.json --prompts 28 \
+	  --sequences 28 --length 80 --draws 1 --new-tokens 96 --block-sizes --steps --samples 0 --thresholds 0.9 0.8 0.7 \
+	  0.6 0.5 0.4 --samplers factor:1 factor:2 entropy_bound:0.8 entropy_bound:1.6 klass:0.5,0.1 klass:0.6,2 \
+	  credit:0.9 credit:0.8 credit:0.7 prefix:0.8 early_end:0.95,2 early_end:0.9,2 early_end:0.8,2 \
+	  by_position:0.5,0.9 by_position:0.6,0.9 by_step:0.9,0.5,4 by_step:0.9,0.3,4 routed:0.8,1 routed:0.6,2
 
 bench: $(VENV)/.installed ## measure operations, steps and the loader (about half an hour)
 	$(TWOTOWER) bench ops

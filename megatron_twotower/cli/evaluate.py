@@ -31,6 +31,11 @@ SHARED_WITH_TASKS = {
 COMPARED = {
     "thresholds": option("confidence thresholds to try", nargs="*", metavar="P", at_least=0, at_most=1),
     "block_sizes": option("other block sizes to try", nargs="*", metavar="S", **COUNT),
+    "samplers": option(
+        "samplers of mask diffusion to try, each a name and numbers such as factor:0.9 (docs/generation.md)",
+        nargs="*",
+        metavar="NAME:NUMBERS",
+    ),
 }
 HELD_OUT = {
     "sequences": option("windows of text to score", at_least=2),
@@ -54,6 +59,7 @@ TASKS = {
     "steps_per_block": option("denoiser passes per block, at most, mode mask_diffusion", **COUNT),
     "draft_steps": option("denoiser passes per draft, mode speculative", **COUNT),
     "prefill_chunk_size": option("positions of each context that the context tower reads at a time", **COUNT),
+    "sampler": option("another rule to commit tokens than the confidence threshold", metavar="NAME:NUMBERS"),
 }
 TASK_OPTIONS = ("--shots", "--limit", "--task-files", "--allow-code-execution", "--apply-chat-template", "--questions")
 
@@ -64,6 +70,7 @@ IDLE = (
     Idle(("--data", *flags(HELD_OUT)), lambda found: bool(found.tasks), "--tasks"),
     Idle((*flags(TASKS), *TASK_OPTIONS, *ENGINE_FLAGS), lambda found: not found.tasks, "no --tasks"),
     *ONE_PROCESS_IDLE,
+    Idle(("--confidence-threshold",), lambda found: found.sampler is not None, "--sampler"),
 )
 
 

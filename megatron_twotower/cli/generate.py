@@ -17,6 +17,11 @@ GENERATION = {
     "confidence_threshold": option(
         "commit at once the tokens that are more probable than this, mode mask_diffusion", at_least=0, at_most=1
     ),
+    "sampler": option(
+        "another rule to commit tokens than the confidence threshold, mode mask_diffusion: a name and numbers, such "
+        "as factor:0.9 (docs/generation.md)",
+        metavar="NAME:NUMBERS",
+    ),
     "temperature": option("0 takes the most probable tokens", at_least=0),
     "top_k": option("sample among the K most probable tokens, temperature above 0", **COUNT),
     "top_p": option(
@@ -37,6 +42,7 @@ IDLE = (
     Idle(("--system",), lambda found: not found.chat, "no --chat"),
     *ONE_PROCESS_IDLE,
     Idle(("--top-k", "--top-p", "--seed"), lambda found: found.temperature == 0, "--temperature 0"),
+    Idle(("--confidence-threshold",), lambda found: found.sampler is not None, "--sampler"),
 )
 
 

@@ -427,6 +427,39 @@ def _band(
     axes.fill_between(x, low, high, color=color, alpha=0.15 * alpha, linewidth=0)
 
 
+def samplers(
+    curves: Mapping[str, Sequence[tuple[float, float, float | None]]], base: tuple[float, float], *, theme: Theme
+) -> bytes:
+    """Agreement with AR against tokens per pass, a curve for each sampler.
+
+    Args:
+        curves: Of each setting of a sampler: tokens per pass, agreement and its standard error.
+        base: The same of the setting that they are compared with, without error.
+    """
+    subtitle = "held-out prompts, with standard errors; ringed: the released rule at its threshold"
+    figure, (axes,) = _new_figure(theme, "Agreement with AR under parallelism", subtitle, width=8.5)
+    for number, (name, points) in enumerate(curves.items()):
+        axes.errorbar(
+            [x for x, _, _ in points],
+            [100 * y for _, y, _ in points],
+            yerr=[100 * (error or 0.0) for _, _, error in points],
+            color=theme.series[number % len(theme.series)],
+            linestyle="-" if number < len(theme.series) else DASHED,
+            marker="os^Dv<>P*X"[number % 10],
+            markersize=4.5,
+            linewidth=1.2,
+            elinewidth=0.6,
+            alpha=0.9,
+            label=name,
+        )
+    axes.plot([base[0]], [100 * base[1]], "o", markersize=12, markerfacecolor="none", markeredgecolor=theme.text)
+    _label_axes(axes, theme, x="tokens per pass", y="% of tokens that AR would have chosen")
+    box = axes.get_position()
+    axes.set_position((box.x0, box.y0, 0.78 * box.width, box.height))
+    axes.legend(frameon=False, fontsize=8, labelcolor=theme.text, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return _png(figure)
+
+
 @dataclass(frozen=True)
 class Family:
     """Points of a sweep that differ in one setting.

@@ -52,6 +52,7 @@ def open_model(
         bound_draws=settings.bound_draws,
         seed=settings.seed,
         prefill_chunk_size=settings.prefill_chunk_size,
+        sampler=settings.sampler,
         elsewhere=elsewhere,
     )
 

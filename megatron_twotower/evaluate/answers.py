@@ -92,11 +92,12 @@ class _Written:
     passes: int = 0
     seconds: float = 0.0
 
-    def row(self, mode: str, threshold: float | None) -> dict[str, Any]:
+    def row(self, mode: str, threshold: float | None, sampler: str | None = None) -> dict[str, Any]:
         share = sum(self.exact) / len(self.exact)
         return {
             "mode": mode,
             "confidence_threshold": threshold,
+            "sampler": sampler,
             "exact_match": share,
             "exact_match_stderr": math.sqrt(share * (1 - share) / max(len(self.exact) - 1, 1)),
             "agreement": self.chosen_by_ar / self.new_tokens,
@@ -189,18 +190,21 @@ def evaluate(
     sha256 = check_tokenizer(Path(folder), corpus.tokenizer_fingerprint, exact_ids=corpus.exact_ids, data=data)
     warn_of_larger_blocks(model, settings.block_size_tokens)
     block = settings.block_size_tokens or model.block_size
-    settings, stages = replace(settings, block_size_tokens=block), 3 + len(settings.thresholds)
+    settings = replace(settings, block_size_tokens=block)
+    rules: list[tuple[float | None, str | None]] = [(None, None), *((each, None) for each in settings.thresholds)]
+    rules += [(None, each) for each in settings.samplers]
+    stages = 2 + len(rules)
     found: dict[str, Any] = {}
     for done, (name, scoring) in enumerate((("ar_loss", "ar"), ("diffusion_bound", "bound")), start=1):
         mean, stderr, tokens = answer_nats(model, pairs, settings, scoring)
         found |= {name: mean, f"{name}_stderr": stderr, f"{name}_tokens": tokens}
         progress("answers", done, stages)
     rows = []
-    for threshold in (None, *settings.thresholds):
-        mode = "ar" if threshold is None else "mask_diffusion"
-        own = GenerationSettings(max_new_tokens=settings.new_tokens, block_size=block, steps_per_block=block)
+    for threshold, sampler in rules:
+        mode = "ar" if threshold is None and sampler is None else "mask_diffusion"
+        own = GenerationSettings(settings.new_tokens, block_size=block, steps_per_block=block, sampler=sampler)
         own = own if threshold is None else replace(own, confidence_threshold=threshold)
-        rows.append(write_answers(model, tokenizer, pairs, mode=mode, settings=own).row(mode, threshold))
+        rows.append(write_answers(model, tokenizer, pairs, mode=mode, settings=own).row(mode, threshold, sampler))
         progress("answers", 2 + len(rows), stages)
     unused = (*_OF_TEXTS, "levels")
     return {
@@ -223,10 +227,10 @@ def evaluate(
 
 
 def answers_table(found: dict[str, Any]) -> Table:
-    """A row for AR and for every threshold."""
+    """A row for AR, for every threshold and for every sampler."""
     rows = [
         [
-            row["mode"] if row["confidence_threshold"] is None else f"threshold {row['confidence_threshold']:g}",
+            row["sampler"] or (row["mode"] if row["mode"] == "ar" else f"threshold {row['confidence_threshold']:g}"),
             with_error(100 * row["exact_match"], 100 * row["exact_match_stderr"]),
             number(100 * row["agreement"], 1),
             number(row["tokens_per_pass"]),

@@ -101,8 +101,9 @@ def compared_settings(settings: HarnessSettings, points: Sequence[SweepPoint]) -
             mode="mask_diffusion",
             scoring="bound",
             block_size=point.block_size,
-            confidence_threshold=point.threshold,
+            confidence_threshold=HarnessSettings.confidence_threshold if point.threshold is None else point.threshold,
             steps_per_block=point.steps or point.block_size,
+            sampler=point.sampler,
         )
         for point in points
     ]
@@ -143,13 +144,14 @@ def compare_tasks(
     settings: HarnessSettings,
     thresholds: Sequence[float],
     block_sizes: Sequence[int],
+    samplers: Sequence[str] = (),
     limit: int | None = None,
     allow_code_execution: bool = False,
     apply_chat_template: bool = False,
     engine: EngineSettings = ONE_PROCESS,
     journal: Path | None = None,
 ) -> dict[str, Any]:
-    """Run tasks with AR and with mask diffusion at several thresholds and block sizes.
+    """Run tasks with AR and with mask diffusion: thresholds, block sizes and samplers.
 
     Args:
         folder: Two-tower Hugging Face folder.
@@ -158,6 +160,7 @@ def compare_tasks(
         settings: How the model answers, apart from what is compared.
         thresholds: Confidence thresholds, at the block size of `settings`.
         block_sizes: Block sizes, at the confidence threshold of `settings`.
+        samplers: Samplers, at the block size of `settings`.
         limit: Documents of each task; None for all.
         allow_code_execution: Run code that the model has generated, for tasks that need it.
         apply_chat_template: Ask questions as turns of a conversation.
@@ -205,6 +208,7 @@ def _compare(
         thresholds=thresholds,
         block_sizes=block_sizes,
         steps=(),
+        samplers=samplers,
         trained_block=model.block_size,
         threshold=model.settings.confidence_threshold,
     )
@@ -259,7 +263,8 @@ def _setting_row(
         ratio, error = retained([_together(each) for each in ar_documents], [_together(each) for each in documents])
     return {
         "mode": settings.mode,
-        "confidence_threshold": settings.confidence_threshold if by_diffusion else None,
+        "confidence_threshold": settings.confidence_threshold if by_diffusion and settings.sampler is None else None,
+        "sampler": settings.sampler if by_diffusion else None,
         "block_size": settings.block_size if by_diffusion else None,
         "steps_per_block": settings.steps_per_block if by_diffusion else None,
         "new_tokens": written.new_tokens,

@@ -122,6 +122,7 @@ class TwoTower(TemplateLM):
         bound_draws: int = 16,
         seed: int = 1234,
         prefill_chunk_size: int = 4096,
+        sampler: str | None = None,
         device: str | None = None,
         max_batch_size: int | None = None,
         elsewhere: Elsewhere | None = None,
@@ -142,6 +143,7 @@ class TwoTower(TemplateLM):
             int(bound_draws),
             int(seed),
             int(prefill_chunk_size),
+            sampler,
         )
         if elsewhere is None:
             self._device = torch.device(device or default_devices()[0])
@@ -392,6 +394,7 @@ class TwoTower(TemplateLM):
                 top_p=answer.top_p,
                 draft_steps=own.draft_steps,
                 prefill_chunk_size=own.prefill_chunk_size,
+                sampler=own.sampler,
             ),
             mask_id=self.mask_id,
             eos_id=self.eos_ids,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_twotower.common.errors import UserError
-from megatron_twotower.generate.engine import MODES
+from megatron_twotower.generate.engine import MODES, check_sampler
 
 # How a given answer is scored: see `HarnessSettings.scoring`.
 SCORINGS = ("ar", "bound", "mock_ar")
@@ -32,6 +32,8 @@ class HarnessSettings:
         bound_draws: Draws of noise for each block, in scoring `bound`.
         seed: Seed of the sampling and the noise.
         prefill_chunk_size: Positions of each context that the context tower reads at a time.
+        sampler: Rule by which mask diffusion commits tokens, in place of the confidence threshold;
+            see `GenerationSettings`.
     """
 
     mode: str = "mask_diffusion"
@@ -46,8 +48,10 @@ class HarnessSettings:
     bound_draws: int = 16
     seed: int = 1234
     prefill_chunk_size: int = 4096
+    sampler: str | None = None
 
     def __post_init__(self) -> None:
+        check_sampler(self.sampler, self.confidence_threshold)
         for name, found, choices in (("mode", self.mode, MODES), ("scoring", self.scoring, SCORINGS)):
             if found not in choices:
                 raise UserError(f"{name}: found {found!r}, expected one of {', '.join(choices)}")

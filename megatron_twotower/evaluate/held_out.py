@@ -25,9 +25,11 @@ from megatron_twotower.data.tokenizer import check_tokenizer
 from megatron_twotower.evaluate import likelihood
 from megatron_twotower.evaluate.held_out_figures import PLOTS, print_figures
 from megatron_twotower.evaluate.likelihood import LEVELS, Estimate
+from megatron_twotower.evaluate.sampler_curves import LEAST_PROMPTS, sampler_curves
 from megatron_twotower.evaluate.speed_quality import sweep, sweep_points, threshold_rows
 from megatron_twotower.generate.engine import (
     GenerationSettings,
+    check_sampler,
     decode,
     default_devices,
     eos_token_ids,
@@ -51,10 +53,11 @@ class EvaluationSettings:
         bound_draws: Noise draws for each block, of the likelihood bound.
         thresholds: Confidence thresholds of the sweep, at the trained block size with a step per
             token.
+        samplers: Samplers of the sweep, as the thresholds. They are compared with `threshold`.
         threshold: Confidence threshold where the sweep varies block sizes or steps.
         block_sizes: Other block sizes of the sweep, with a step per token.
         steps: Fewer steps per block in the sweep, at the trained block size.
-        every: Sweep all combinations of thresholds, block sizes and steps instead.
+        every: Sweep all combinations of thresholds and samplers, block sizes and steps instead.
         prompts: Number of prompts that each setting of the sweep continues.
         prompt_tokens: Tokens of a prompt.
         new_tokens: Tokens that are generated after a prompt.
@@ -68,6 +71,7 @@ class EvaluationSettings:
     levels: tuple[float, ...] = LEVELS
     bound_draws: int = 4
     thresholds: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    samplers: tuple[str, ...] = ()
     threshold: float = 0.8
     block_sizes: tuple[int, ...] = (8, 32)
     steps: tuple[int, ...] = (2, 4, 8)
@@ -92,6 +96,10 @@ class EvaluationSettings:
             found = getattr(self, name)
             if found is not None and found < expected:
                 raise UserError(f"{name}: found {found}, expected at least {expected}")
+        for sampler in self.samplers:
+            check_sampler(sampler, GenerationSettings.confidence_threshold)
+        if self.samplers and self.prompts < LEAST_PROMPTS:
+            raise UserError(f"prompts: found {self.prompts} with samplers, expected at least {LEAST_PROMPTS}")
         if self.prompts > self.sequences:
             raise UserError(f"prompts {self.prompts}: expected at most {self.sequences}, the sequences to begin")
         if self.prompt_tokens > self.sequence_length_tokens:
@@ -202,13 +210,22 @@ def _generation(
         steps=settings.steps,
         trained_block=block,
         threshold=settings.threshold,
+        samplers=settings.samplers,
         every=settings.every,
     )
     mask_id, new_tokens = model.mask_token_id, settings.new_tokens
     rows = sweep(model, prompts, points=points, max_new_tokens=new_tokens, mask_id=mask_id, progress=progress)
     first = prompts[: settings.samples]
     samples = generate_samples(model, tokenizer, first, max_new_tokens=new_tokens, block_size=block, progress=progress)
-    return {"ar_generation": rows[0], "sweep": threshold_rows(rows, block), "generation": rows, "samples": samples}
+    found: dict[str, Any] = {
+        "ar_generation": rows[0],
+        "sweep": threshold_rows(rows, block),
+        "generation": rows,
+        "samples": samples,
+    }
+    if settings.samplers and not settings.every:
+        found["samplers"] = sampler_curves(rows, block=block, threshold=settings.threshold)
+    return found
 
 
 def evaluate(
@@ -285,6 +302,7 @@ def run(
         figures = evaluate(folder, data, settings=settings, progress=progress)
     target = Path(output)
     for name, draw in PLOTS.items():
-        write_file(target.with_name(f"{target.stem}-{name}.png"), draw(figures))
+        if (picture := draw(figures)) is not None:
+            write_file(target.with_name(f"{target.stem}-{name}.png"), picture)
     write_file(target, (json.dumps(figures, indent=1) + "\n").encode())
     print_figures(figures, wide_console())

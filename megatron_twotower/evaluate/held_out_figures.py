@@ -37,7 +37,7 @@ def _sweep_table(found: Mapping[str, Any]) -> Table:
     headings = (
         "S",
         "steps",
-        "threshold",
+        "rule",
         "tokens/pass",
         "tokens/s",
         "x AR",
@@ -50,7 +50,8 @@ def _sweep_table(found: Mapping[str, Any]) -> Table:
     rows = [
         [
             "AR" if row["block_size"] is None else str(row["block_size"]),
-            *("-" if row[key] is None else f"{row[key]:g}" for key in ("steps_per_block", "confidence_threshold")),
+            "-" if row["steps_per_block"] is None else str(row["steps_per_block"]),
+            row["sampler"] or ("-" if row["confidence_threshold"] is None else f"{row['confidence_threshold']:g}"),
             number(row["tokens_per_pass"]),
             number(row["tokens_per_second"], 1),
             number(row["speedup"]),
@@ -62,6 +63,62 @@ def _sweep_table(found: Mapping[str, Any]) -> Table:
     settings = found["settings"]
     title = f"mask diffusion against cached AR, {settings['prompts']} prompts x {settings['new_tokens']} tokens"
     return plain_table(title, headings, rows)
+
+
+def _samplers_table(found: Mapping[str, Any]) -> Table:
+    curves = found["samplers"]
+    base = curves["base"]
+    rows = [
+        [
+            "released rule",
+            base["setting"],
+            number(base["tokens_per_pass"]),
+            "1",
+            "1",
+            number(100 * base["agreement"], 1),
+            "0",
+            number(base["nats_per_token"]),
+            "0",
+            number(100 * base["repeated_4"], 1),
+            "-",
+        ]
+    ]
+    for curve in curves["curves"]:
+        best = curve["recommended"]
+        found_for_it = ["none as good", *["-"] * 8] if best is None else _recommended_cells(best)
+        rows.append([curve["name"], *found_for_it, with_error(curve["area"], curve["area_stderr"])])
+    title = (
+        "samplers: of the settings that are as good as the released rule, the one with most tokens per pass, "
+        f"by {curves['tuning_prompts']} prompts; its figures on {curves['prompts']} others"
+    )
+    headings = (
+        "",
+        "setting",
+        "tokens/pass",
+        "x passes",
+        "x speed",
+        "agree %",
+        "more",
+        "nats/token",
+        "more",
+        "repeated-4 %",
+        "area",
+    )
+    return plain_table(title, headings, rows, left=2)
+
+
+def _recommended_cells(best: Mapping[str, Any]) -> list[str]:
+    return [
+        best["setting"],
+        number(best["tokens_per_pass"]),
+        with_error(best["gain"], best["gain_stderr"]),
+        number(best["speed_gain"]),
+        number(100 * best["agreement"], 1),
+        with_error(100 * best["agreement_gain"], 100 * best["agreement_gain_stderr"]),
+        number(best["nats_per_token"]),
+        with_error(best["nats_gain"], best["nats_gain_stderr"]),
+        number(100 * best["repeated_4"], 1),
+    ]
 
 
 def print_figures(found: Mapping[str, Any], console: Console) -> None:
@@ -78,6 +135,8 @@ def print_figures(found: Mapping[str, Any], console: Console) -> None:
     for table in (plain_table("held-out text", ("", "nats per token", "tokens"), rows), *_position_tables(found)):
         console.print(table)
     console.print(_sweep_table(found))
+    if "samplers" in found:
+        console.print(_samplers_table(found))
     console.print(machine_line(found["machine"]), highlight=False)
 
 
@@ -95,7 +154,8 @@ def positions_plot(found: Mapping[str, Any]) -> bytes:
 
 def pareto_plot(found: Mapping[str, Any]) -> bytes:
     """A PNG of agreement with AR against speed, with a line for each list of the sweep."""
-    rows, block = found["generation"][1:], found["settings"]["block_size_tokens"]
+    block = found["settings"]["block_size_tokens"]
+    rows = [row for row in found["generation"][1:] if row["sampler"] is None]
     by_threshold = sorted(threshold_rows(found["generation"], block), key=lambda row: row["confidence_threshold"])
     by_size = sorted((row for row in rows if row["block_size"] != block), key=lambda row: row["block_size"])
     by_steps = [row for row in rows if row["block_size"] == block != row["steps_per_block"]]
@@ -115,5 +175,23 @@ def pareto_plot(found: Mapping[str, Any]) -> bytes:
     return plots.pareto(drawn, found["ar_generation"], pareto_front(rows, "agreement"), theme=plots.LIGHT)
 
 
-# Written next to the JSON file as NAME-positions.png and NAME-pareto.png.
-PLOTS: dict[str, Callable[[Mapping[str, Any]], bytes]] = {"positions": positions_plot, "pareto": pareto_plot}
+def samplers_plot(found: Mapping[str, Any]) -> bytes | None:
+    """A PNG of agreement with AR against tokens per pass, a curve for each sampler, if any."""
+    if "samplers" not in found:
+        return None
+    curves = {
+        curve["name"]: [
+            (each["tokens_per_pass"], each["agreement"], each["agreement_stderr"]) for each in curve["points"]
+        ]
+        for curve in found["samplers"]["curves"]
+    }
+    base = found["samplers"]["base"]
+    return plots.samplers(curves, (base["tokens_per_pass"], base["agreement"]), theme=plots.LIGHT)
+
+
+# Written next to the JSON file as NAME-positions.png and so on, if there is something to draw.
+PLOTS: dict[str, Callable[[Mapping[str, Any]], bytes | None]] = {
+    "positions": positions_plot,
+    "pareto": pareto_plot,
+    "samplers": samplers_plot,
+}

@@ -1,4 +1,4 @@
-"""The speed and quality of mask diffusion by confidence threshold, block size and steps per block.
+"""The speed and quality of mask diffusion by threshold, sampler, block size and steps per block.
 
 Every setting continues the same prompts. Cached AR generation continues them in the same run: the
 speed is relative to it, and the text is compared with its text.
@@ -7,7 +7,7 @@ speed is relative to it, and the text is compared with its text.
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -71,23 +71,26 @@ class SweepPoint:
     """One setting of mask diffusion in a sweep.
 
     Attributes:
-        threshold: Confidence threshold.
+        threshold: Confidence threshold; None with a sampler.
         block_size: Tokens in a block.
         steps: Maximum number of denoiser passes for a block; None for one for each token.
+        sampler: See `GenerationSettings`.
     """
 
-    threshold: float
+    threshold: float | None
     block_size: int
     steps: int | None = None
+    sampler: str | None = None
 
     def settings(self, new_tokens: int) -> GenerationSettings:
         """The settings of a generation of `new_tokens` tokens."""
-        return GenerationSettings(
+        settings = GenerationSettings(
             max_new_tokens=new_tokens,
             block_size=self.block_size,
             steps_per_block=self.steps or self.block_size,
-            confidence_threshold=self.threshold,
+            sampler=self.sampler,
         )
+        return settings if self.threshold is None else replace(settings, confidence_threshold=self.threshold)
 
 
 def sweep_points(
@@ -97,6 +100,7 @@ def sweep_points(
     steps: Sequence[int],
     trained_block: int,
     threshold: float,
+    samplers: Sequence[str] = (),
     every: bool = False,
 ) -> list[SweepPoint]:
     """The settings to try.
@@ -107,16 +111,22 @@ def sweep_points(
         steps: Steps per block, tried at `threshold` and the trained block size. Numbers above the
             block size change nothing and are left out.
         trained_block: The block size that the denoiser was trained with.
-        threshold: Confidence threshold of the points that vary block size or steps.
-        every: Try all combinations of the three lists instead.
+        threshold: Confidence threshold of the points that vary block size or steps. It is tried at
+            the trained block size if there are samplers, to be compared with them.
+        samplers: Samplers, tried as the thresholds are.
+        every: Try all combinations of rules (thresholds and samplers), block sizes and steps
+            instead.
     """
     if every:
+        rules: list[tuple[float | None, str | None]] = [(each, None) for each in thresholds]
+        rules += [(None, each) for each in samplers]
         return [
-            SweepPoint(*chosen)
-            for chosen in itertools.product(thresholds, block_sizes, (None, *steps))
-            if chosen[2] is None or chosen[2] < chosen[1]
+            SweepPoint(each, size, count, sampler)
+            for (each, sampler), size, count in itertools.product(rules, block_sizes, (None, *steps))
+            if count is None or count < size
         ]
-    star = [SweepPoint(each, trained_block) for each in thresholds]
+    star = [SweepPoint(each, trained_block) for each in (*thresholds, *([threshold] if samplers else []))]
+    star += [SweepPoint(None, trained_block, None, each) for each in samplers]
     star += [SweepPoint(threshold, size) for size in block_sizes if size != trained_block]
     star += [SweepPoint(threshold, trained_block, count) for count in steps if count < trained_block]
     return list(dict.fromkeys(star))
@@ -124,31 +134,31 @@ def sweep_points(
 
 @dataclass
 class _PointTotals:
-    """Sums over the prompts of one point, and the quality of each text."""
+    """The cost and the quality of each text of one point."""
 
-    passes: int = 0
-    new_tokens: int = 0
-    seconds: float = 0.0
+    costs: list[dict[str, float]] = field(default_factory=list)
     qualities: list[dict[str, float]] = field(default_factory=list)
 
     def add(self, stats: GenerationStats, quality: dict[str, float]) -> None:
-        self.passes += stats.passes
-        self.new_tokens += stats.new_tokens
-        self.seconds += stats.seconds
+        self.costs.append({"passes": stats.passes, "new_tokens": stats.new_tokens, "seconds": stats.seconds})
         self.qualities.append(quality)
+
+    def sum(self, cost: str) -> float:
+        return sum(each[cost] for each in self.costs)
 
     def row(self, point: SweepPoint | None, ar_rate: float) -> dict[str, Any]:
         """The row of the sweep; `point` None is AR, and `ar_rate` its tokens per second."""
-        rate = self.new_tokens / self.seconds
+        rate = self.sum("new_tokens") / self.sum("seconds")
         row: dict[str, Any] = {
             "mode": "ar" if point is None else "mask_diffusion",
             "confidence_threshold": None if point is None else point.threshold,
+            "sampler": None if point is None else point.sampler,
             "block_size": None if point is None else point.block_size,
             "steps_per_block": None if point is None else point.steps or point.block_size,
-            "tokens_per_pass": self.new_tokens / self.passes,
-            "passes": self.passes,
-            "new_tokens": self.new_tokens,
-            "seconds": self.seconds,
+            "tokens_per_pass": self.sum("new_tokens") / self.sum("passes"),
+            "passes": self.sum("passes"),
+            "new_tokens": self.sum("new_tokens"),
+            "seconds": self.sum("seconds"),
             "tokens_per_second": rate,
             "speedup": rate / ar_rate,
             "prompts": len(self.qualities),
@@ -157,6 +167,7 @@ class _PointTotals:
             values = torch.tensor([each[key] for each in self.qualities], dtype=torch.float64)
             row[key] = float(values.mean())
             row[f"{key}_stderr"] = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
+        row["by_prompt"] = [cost | quality for cost, quality in zip(self.costs, self.qualities, strict=True)]
         return row
 
 
@@ -187,7 +198,7 @@ def sweep(
         One row for AR (confidence_threshold None, speedup 1) and one for each point: passes of the
         tower that decides on tokens, new tokens, seconds, tokens per pass and per second, speedup
         over AR, and the figures of `text_quality` as means over prompts with standard errors (None
-        with one prompt).
+        with one prompt). `by_prompt` has those of each prompt.
     """
     settings: list[SweepPoint | None] = [None, *points]
     totals = [_PointTotals() for _ in settings]
@@ -209,7 +220,7 @@ def sweep(
             ar_text = new if ar_text is None else ar_text
             totals[i].add(stats, text_quality(model, output, ids.shape[1], ar_text))
             progress("sweep", number * len(settings) + i + 1, len(prompts) * len(settings))
-    ar_rate = totals[0].new_tokens / totals[0].seconds
+    ar_rate = totals[0].sum("new_tokens") / totals[0].sum("seconds")
     return [each.row(point, ar_rate) for point, each in zip(settings, totals, strict=True)]
 
 
@@ -229,4 +240,4 @@ def pareto_front(rows: Sequence[dict[str, Any]], quality: str) -> list[dict[str,
 
 def threshold_rows(rows: Sequence[dict[str, Any]], block: int) -> list[dict[str, Any]]:
     """The rows of a sweep that vary the threshold only."""
-    return [row for row in rows[1:] if row["block_size"] == block == row["steps_per_block"]]
+    return [row for row in rows[1:] if row["block_size"] == block == row["steps_per_block"] and row["sampler"] is None]

@@ -44,6 +44,7 @@ class TaskSetup:
         questions: Whether the tasks ask questions of `code_documents`.
         thresholds: Confidence thresholds to compare with AR.
         block_sizes: Block sizes to compare with AR.
+        samplers: Samplers of mask diffusion to compare with AR.
         settings: Fields of `HarnessSettings` that differ from their defaults.
     """
 
@@ -51,6 +52,7 @@ class TaskSetup:
     questions: bool = False
     thresholds: tuple[float, ...] = ()
     block_sizes: tuple[int, ...] = ()
+    samplers: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -104,7 +106,7 @@ def read_task_setup(path: Path) -> TaskSetup:
     content = _content(path)
     compare, settings, files = content.get("compare", {}), content.get("settings", {}), content.get("task_files")
     for name, section, known in (
-        ("compare", compare, ("thresholds", "block_sizes")),
+        ("compare", compare, ("thresholds", "block_sizes", "samplers")),
         ("settings", settings, tuple(HarnessSettings.__dataclass_fields__)),
     ):
         if not isinstance(section, dict) or (unknown := sorted(section.keys() - set(known))):
@@ -115,6 +117,7 @@ def read_task_setup(path: Path) -> TaskSetup:
         questions=bool(content.get("questions", False)),
         thresholds=tuple(compare.get("thresholds", ())),
         block_sizes=tuple(compare.get("block_sizes", ())),
+        samplers=tuple(compare.get("samplers", ())),
         settings=settings,
     )
 

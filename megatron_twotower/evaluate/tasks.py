@@ -18,10 +18,11 @@ from megatron_twotower.common.tables import number, plain_table, wide_console, w
 from megatron_twotower.evaluate.code_documents import read_index, write_documents
 from megatron_twotower.evaluate.harness_settings import HarnessSettings
 from megatron_twotower.evaluate.task_recipes import TaskSetup, chosen_setup, chosen_tasks
+from megatron_twotower.generate.engine import GenerationSettings, check_sampler
 
 # What a comparison decides itself, and the options that say it.
 _COMPARED = {"mode": "--mode", "scoring": "--scoring", "steps_per_block": "--steps-per-block"}
-_COMPARED |= {"draft_steps": "--draft-steps"}
+_COMPARED |= {"draft_steps": "--draft-steps", "sampler": "--sampler"}
 
 
 def results_table(found: Mapping[str, Any]) -> Table:
@@ -67,9 +68,7 @@ def _percent_or_nats(row: Mapping[str, Any], number_of_setting: int) -> str:
 def comparison_tables(found: Mapping[str, Any]) -> list[Table]:
     """Quality by task and setting, and the speed of each setting."""
     settings, tasks = found["settings"], found["tasks"]
-    names = [
-        "AR" if row["mode"] == "ar" else f"{row['confidence_threshold']:g}, S {row['block_size']}" for row in settings
-    ]
+    names = ["AR" if row["mode"] == "ar" else _name_of(row) for row in settings]
     quality = [
         [
             name,
@@ -93,7 +92,7 @@ def comparison_tables(found: Mapping[str, Any]) -> list[Table]:
     headings = [f"{task['name']} ({task['documents']:,})" for task in tasks]
     return [
         plain_table(
-            f"{found['model']}: %, mask diffusion by threshold and block size{part}",
+            f"{found['model']}: %, mask diffusion by rule and block size{part}",
             ["", *headings, "retained"],
             quality,
             left=1,
@@ -105,6 +104,12 @@ def comparison_tables(found: Mapping[str, Any]) -> list[Table]:
             left=1,
         ),
     ]
+
+
+def _name_of(row: Mapping[str, Any]) -> str:
+    """The name of a setting of mask diffusion in a table."""
+    rule = row["sampler"] or f"{row['confidence_threshold']:g}"
+    return f"{rule}, S {row['block_size']}"
 
 
 def _percent(value: float | None) -> float | None:
@@ -124,14 +129,15 @@ def run(
     apply_chat_template: bool = False,
     thresholds: Sequence[float] | None = None,
     block_sizes: Sequence[int] | None = None,
+    samplers: Sequence[str] | None = None,
     questions: Path | None = None,
     engine: EngineSettings = ONE_PROCESS,
     console: Console | None = None,
 ) -> None:
     """Run the command: run the tasks, write `output` and print the table.
 
-    With `thresholds` or `block_sizes`, of the command or of a recipe, mask diffusion is compared
-    with AR.
+    With `thresholds`, `block_sizes` or `samplers`, of the command or of a recipe, mask diffusion is
+    compared with AR.
 
     Args:
         folder: Two-tower Hugging Face folder.
@@ -144,8 +150,8 @@ def run(
         allow_code_execution: Run code that the model has generated, for tasks that need it.
         apply_chat_template: Ask questions as turns of a conversation.
         thresholds: Confidence thresholds to compare with AR.
-        block_sizes: Block sizes to compare with AR. If this and `thresholds` are None, the recipe's
-            are compared.
+        block_sizes: Block sizes to compare with AR.
+        samplers: Samplers to compare with AR. If these three are None, the recipe's are compared.
         questions: Folder of questions for a recipe that asks them; None to write them for this run.
         engine: Who answers. Each worker has a model of its own.
         console: The console to print on; None for standard output.
@@ -161,9 +167,16 @@ def run(
         raise UserError(f"--questions: found with {' '.join(chosen)}, which asks none")
     if task_files is not None and setup.task_files is not None:
         raise UserError(f"--task-files: found with {chosen[0]}, which has files of its own")
-    compare: dict[str, Any] = {"thresholds": setup.thresholds, "block_sizes": setup.block_sizes}
-    if thresholds is not None or block_sizes is not None:
-        compare = {"thresholds": thresholds or (), "block_sizes": block_sizes or ()}
+    of_recipe: Mapping[str, Any] = {
+        "thresholds": setup.thresholds,
+        "block_sizes": setup.block_sizes,
+        "samplers": setup.samplers,
+    }
+    of_command: Mapping[str, Any] = {"thresholds": thresholds, "block_sizes": block_sizes, "samplers": samplers}
+    asked = any(values is not None for values in of_command.values())
+    compare: dict[str, Any] = {name: values or () for name, values in (of_command if asked else of_recipe).items()}
+    for sampler in compare["samplers"]:
+        check_sampler(sampler, GenerationSettings.confidence_threshold)
     given = dict(settings or {})
     if any(compare.values()) and (idle := [option for name, option in _COMPARED.items() if name in given]):
         raise UserError(f"{idle[0]}: found with a comparison of AR and mask diffusion, which does not use it")

@@ -24,6 +24,7 @@ from megatron_twotower.hf.modeling_nemotron_h_twotower import (
     OnStep,
     OnTokens,
     as_ids,
+    read_sampler,
 )
 from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as TwoTowerModel
 
@@ -46,6 +47,11 @@ class GenerationSettings:
         top_p: Probability mass of the most probable tokens to sample among; None for all.
         draft_steps: Denoiser passes for a draft; only for speculative generation.
         prefill_chunk_size: Positions of each prompt that the context tower reads at a time.
+        sampler: Rule by which mask diffusion commits tokens, in place of the confidence threshold:
+            a name and numbers as in `read_sampler`; None for the threshold.
+
+    Raises:
+        UserError: An unknown sampler, or one beside a confidence threshold.
     """
 
     max_new_tokens: int = 128
@@ -58,6 +64,28 @@ class GenerationSettings:
     top_p: float | None = None
     draft_steps: int = 1
     prefill_chunk_size: int = TwoTowerModel.prefill_chunk_size
+    sampler: str | None = None
+
+    def __post_init__(self) -> None:
+        check_sampler(self.sampler, self.confidence_threshold)
+
+
+def check_sampler(sampler: str | None, confidence_threshold: float) -> None:
+    """Check the name and the numbers of a sampler, and that no threshold is given beside it.
+
+    Raises:
+        UserError: The sampler does not exist or does not use the threshold.
+    """
+    if sampler is None:
+        return
+    try:
+        read_sampler(sampler)
+    except ArgumentError as error:
+        raise UserError(str(error)) from error
+    require(
+        confidence_threshold == GenerationSettings.confidence_threshold,
+        f"confidence_threshold: found {confidence_threshold} with the sampler {sampler}, which does not use it",
+    )
 
 
 @dataclass(frozen=True)
@@ -249,12 +277,13 @@ def _mask_diffusion(model: TwoTowerModel, prompts: Prompts, settings: Generation
         prompts.mask_id,
         settings.temperature,
         settings.top_k,
-        settings.confidence_threshold,
+        settings.confidence_threshold if settings.sampler is None else None,
         prompts.eos_ids,
         attention_mask=prompts.attention_mask,
         top_p=settings.top_p,
         generator=_generator(model.denoiser_tower.device, settings),
         on_step=prompts.callbacks.on_step,
+        sampler=settings.sampler,
     )
 
 

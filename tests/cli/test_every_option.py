@@ -200,6 +200,12 @@ KNOWN = {
     "plan --measured gpu.json --utilisation 0.3": "--utilisation: found with --measured, which does not use it",
     "plan --utilisation 0": "--utilisation: found 0.0, expected above 0 and at most 1",
     "generate --prompt a --batch-size 16": "--batch-size: found with --prompt or --chat, which does not use it",
+    "generate --prompt a --sampler factor --confidence-threshold 0.8": "--confidence-threshold: found with --sampler, "
+    "which does not use it",
+    "evaluate --tasks t --sampler factor --confidence-threshold 0.8": "--confidence-threshold: found with --sampler, "
+    "which does not use it",
+    "evaluate --data d --sampler factor": "--sampler: found with no --tasks, which does not use it",
+    "generate --prompt a --sampler factor:x": "sampler: found 'factor:x', expected factor:FACTOR",
     "generate --prompt a --top-k 3": "--top-k: found with --temperature 0, which does not use it",
     "generate --prompts a --workers 2": "--workers: found with --engine local, which does not use it",
     "generate --prompt a --engine ray": "--engine: found with --prompt or --chat, which does not use it",

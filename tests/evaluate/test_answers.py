@@ -14,7 +14,9 @@ from megatron_twotower.evaluate.held_out import EvaluationSettings
 from megatron_twotower.generate import engine
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' else '\n' }}{% endfor %}"
-SETTINGS = EvaluationSettings(sequences=6, thresholds=(0.5,), new_tokens=5, block_size_tokens=4)
+SETTINGS = EvaluationSettings(
+    sequences=6, thresholds=(0.5,), samplers=("factor:2",), new_tokens=5, block_size_tokens=4, prompts=6
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,12 @@ def test_the_last_answers_are_scored_after_all_before_them(chats, two_tower_fold
     assert found["ar_loss"] == pytest.approx(sum(nats) / tokens, rel=1e-5)
     assert found["ar_loss_tokens"] == found["diffusion_bound_tokens"] == tokens
     assert found["diffusion_bound"] > 0 and found["conversations"] == 6
-    ar, diffusion = found["answers"]
+    ar, diffusion, sampled = found["answers"]
+    assert (sampled["mode"], sampled["sampler"], sampled["confidence_threshold"]) == (
+        "mask_diffusion",
+        "factor:2",
+        None,
+    )
     assert (ar["mode"], ar["agreement"], ar["tokens_per_pass"], ar["exact_match"]) == ("ar", 1.0, 1.0, 0.0)
     assert diffusion["confidence_threshold"] == 0.5 and diffusion["tokens_per_pass"] > 0
     # Generated one by one and compared with the choices of the context tower.
@@ -95,10 +102,10 @@ def test_the_command_writes_and_prints_or_refuses(chats, tiny_data, two_tower_fo
     console = Console(record=True, width=120, file=(tmp_path / "log").open("w"))
     answers.run(two_tower_folder, data=chats, output=tmp_path / "out.json", settings=SETTINGS, console=console)
     text = console.export_text()
-    assert "held-out answers" in text and "threshold 0.5" in text and "exact %" in text
+    assert "held-out answers" in text and "threshold 0.5" in text and "factor:2" in text and "exact %" in text
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["settings"].keys() == {
-        *("sequences", "block_size_tokens", "bound_draws", "thresholds", "new_tokens", "seed")
+        *("sequences", "block_size_tokens", "bound_draws", "thresholds", "samplers", "new_tokens", "seed")
     }
     with pytest.raises(UserError, match=r"steps: found \(2,\) for conversations, which do not use it"):
         answers.evaluate(two_tower_folder, chats, settings=EvaluationSettings(steps=(2,)))

@@ -29,7 +29,7 @@ from megatron_twotower.evaluate.speed_quality import SweepPoint
 
 RECIPE = recipes_folder() / "evaluation" / "code_small.yaml"
 SETTINGS = HarnessSettings(block_size=4, batch_size=2, bound_draws=1, confidence_threshold=0.01)
-POINTS = [SweepPoint(0.01, 4), SweepPoint(1.0, 4), SweepPoint(0.01, 8)]
+POINTS = [SweepPoint(0.01, 4), SweepPoint(1.0, 4), SweepPoint(0.01, 8), SweepPoint(None, 4, None, "factor:9")]
 
 
 def test_what_is_retained_and_its_error():
@@ -48,7 +48,7 @@ def test_what_is_retained_and_its_error():
 
 
 def test_settings_of_a_comparison():
-    ar, *diffusion = comparison.compared_settings(SETTINGS, POINTS)
+    ar, *diffusion = comparison.compared_settings(SETTINGS, POINTS[:3])
     assert (ar.mode, ar.scoring) == ("ar", "ar")
     assert [(each.mode, each.scoring) for each in diffusion] == [("mask_diffusion", "bound")] * 3
     assert [(e.confidence_threshold, e.block_size, e.steps_per_block) for e in diffusion] == [
@@ -56,6 +56,8 @@ def test_settings_of_a_comparison():
         (1.0, 4, 4),
         (0.01, 8, 8),
     ]
+    by_sampler = comparison.compared_settings(SETTINGS, [SweepPoint(None, 4, None, "factor:9")])[1]
+    assert (by_sampler.sampler, by_sampler.confidence_threshold) == ("factor:9", HarnessSettings.confidence_threshold)
 
 
 @pytest.fixture
@@ -141,9 +143,12 @@ def test_the_command_prints_and_writes_the_comparison(pair, threshold, two_tower
     folder = two_tower_folder if pair == "random" else recipes_folder() / "models" / "bytes"
     output = tmp_path / "code.json"
     words = ["--model", str(folder), "--tasks", "code_small", "--output", str(output), "--block-size", "16"]
-    assert main.main(["evaluate", *words, "--questions", str(questions), "--thresholds", f"{threshold}"]) == 0
+    words += ["--questions", str(questions), "--confidence-threshold", f"{threshold}", "--samplers", "factor:3"]
+    assert main.main(["evaluate", *words]) == 0
     found = json.loads(output.read_text())
-    ar, diffusion = found["settings"]
+    ar, diffusion, sampled = found["settings"]
+    assert (sampled["sampler"], sampled["confidence_threshold"], sampled["block_size"]) == ("factor:3", None, 16)
+    assert sampled["retained"] is not None or ar["retained"] is None
     assert (ar["mode"], ar["speedup"], ar["tokens_per_pass"], ar["retained"]) == ("ar", 1.0, 1.0, None)
     assert (diffusion["confidence_threshold"], diffusion["block_size"]) == (threshold, 16)
     assert diffusion["tokens_per_pass"] > 1 and diffusion["passes"] < ar["passes"]
@@ -151,7 +156,7 @@ def test_the_command_prints_and_writes_the_comparison(pair, threshold, two_tower
     assert [task["name"] for task in found["tasks"]] == names
     assert [task["documents"] for task in found["tasks"]] == [2, 2, 2, 4, 2, 2]
     for task in found["tasks"]:
-        assert len(task["values"]) == len(task["stderrs"]) == 2
+        assert len(task["values"]) == len(task["stderrs"]) == 3
         assert task["larger_is_better"] is (task["name"] != "nats/byte")
         assert all(0 <= value <= 1 for value in task["values"]) or task["name"] == "nats/byte"
     counted = [task["values"] for task in found["tasks"][:-1]]
@@ -160,7 +165,10 @@ def test_the_command_prints_and_writes_the_comparison(pair, threshold, two_tower
     assert found["questions"] == code_documents.read_index(questions)
     printed = capsys.readouterr().out
     assert (
-        f"{threshold:g}, S 16" in printed and "wall-clock against cached AR" in printed and "nats/byte (2)" in printed
+        f"{threshold:g}, S 16" in printed
+        and "factor:3, S 16" in printed
+        and "wall-clock against cached AR" in printed
+        and "nats/byte (2)" in printed
     )
     # The likelihood of AR is that of the context tower, in an independent computation.
     model = TwoTower(folder, mode="ar")
@@ -177,6 +185,8 @@ def test_the_command_prints_and_writes_the_comparison(pair, threshold, two_tower
     ("words", "message"),
     [
         (["--mode", "ar"], "--mode: found with a comparison of AR and mask diffusion, which does not use it"),
+        (["--sampler", "factor"], "--sampler: found with a comparison of AR and mask diffusion, which does not use it"),
+        (["--samplers", "none"], "sampler: found 'none', expected one of factor, "),
         (["--task-files", "t"], "--task-files: found with code_small, which has files of its own"),
         (["--questions", "/no/such"], "documents.json: cannot be read"),
     ],

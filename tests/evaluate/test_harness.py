@@ -79,6 +79,8 @@ def test_the_harness_finds_the_model_by_its_name(folder):
     found = lm.settings
     assert (found.mode, found.scoring, found.block_size, found.batch_size) == ("ar", "bound", 4, 2)
     assert found.confidence_threshold == 0.5
+    by_sampler = get_model("twotower").create_from_arg_string(f"pretrained={folder},sampler=prefix:0.5", {})
+    assert by_sampler.settings.sampler == "prefix:0.5"
 
 
 def test_answers_are_scored_by_the_context_tower(folder):

@@ -112,6 +112,27 @@ def test_every_combination(identity_folder, tiny_data):
     assert held_out_figures.pareto_plot(found)[1:4] == b"PNG"
 
 
+def test_samplers_are_compared_with_the_released_rule(identity_folder, tiny_data, tmp_path, capsys):
+    settings = dataclasses.replace(
+        SMALL, thresholds=(0.9,), threshold=0.5, samplers=("factor:3", "prefix:0.2"), sequences=4, prompts=4, samples=0
+    )
+    held_out.run(identity_folder, data=tiny_data, output=tmp_path / "e.json", settings=settings)
+    found = json.loads((tmp_path / "e.json").read_text())
+    rules = [(row["confidence_threshold"], row["sampler"]) for row in found["generation"][:5]]
+    assert rules == [(None, None), (0.9, None), (0.5, None), (None, "factor:3"), (None, "prefix:0.2")]
+    assert [row["confidence_threshold"] for row in found["sweep"]] == [0.9, 0.5]
+    assert [curve["name"] for curve in found["samplers"]["curves"]] == ["threshold", "factor", "prefix"]
+    assert (found["samplers"]["base"]["setting"], found["samplers"]["prompts"]) == ("0.5", 2)
+    assert (tmp_path / "e-samplers.png").read_bytes()[1:4] == b"PNG"
+    printed = capsys.readouterr().out
+    assert "released rule" in printed and "factor:3" in printed and "by 2 prompts; its figures on 2 others" in printed
+    grid = held_out.evaluate(
+        identity_folder, tiny_data, settings=dataclasses.replace(settings, block_sizes=(4, 8), every=True)
+    )
+    assert len(grid["generation"]) == 1 + 3 * 2 * 2 and "samplers" not in grid
+    assert held_out_figures.samplers_plot(grid) is None
+
+
 def test_settings_out_of_range_are_named():
     for name, value in (("sequences", 1), ("prompts", 0), ("bound_draws", 0), ("new_tokens", 1)):
         with pytest.raises(UserError, match=f"{name}: found {value}, expected at least"):
@@ -121,6 +142,8 @@ def test_settings_out_of_range_are_named():
         ({"prompt_tokens": 300}, "prompt_tokens 300: expected at most the sequence length 256"),
         ({"thresholds": (0.5, 1.5)}, "threshold: found 1.5, expected 0 to 1"),
         ({"steps": (0,)}, "steps: found 0, expected at least 1"),
+        ({"samplers": ("none",)}, "sampler: found 'none', expected one of factor"),
+        ({"samplers": ("factor",), "prompts": 3}, "prompts: found 3 with samplers, expected at least 4"),
     ):
         with pytest.raises(UserError, match=message):
             EvaluationSettings(**changes)

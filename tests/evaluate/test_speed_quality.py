@@ -32,6 +32,16 @@ def test_the_points_of_a_star_and_of_a_grid():
     )
     assert len(grid) == len(set(grid)) == 2 * (2 + 3)
     assert SweepPoint(0.5, 8, 8) not in grid and SweepPoint(0.5, 8, 4) in grid
+    lists = {"thresholds": (0.5,), "block_sizes": (8,), "steps": (4,), "trained_block": 16, "threshold": 0.8}
+    star = sweep_points(**lists, samplers=("factor", "prefix:0.5"))
+    samplers = [SweepPoint(None, 16, None, "factor"), SweepPoint(None, 16, None, "prefix:0.5")]
+    # With what samplers are compared with, which is none of the thresholds here.
+    assert star == [
+        *(SweepPoint(0.5, 16), SweepPoint(0.8, 16), *samplers),
+        *(SweepPoint(0.8, 8), SweepPoint(0.8, 16, 4)),
+    ]
+    grid = sweep_points(**lists, samplers=("factor",), every=True)
+    assert grid == [SweepPoint(t, 8, n, s) for t, s in ((0.5, None), (None, "factor")) for n in (None, 4)]
 
 
 def test_text_of_ar_agrees_with_ar():
@@ -78,8 +88,29 @@ def test_the_sweep_counts_passes_and_tokens():
     ar_texts = [model.generate_ar(prompts[i : i + 1], 16) for i in range(2)]
     same = torch.cat([a[0, 6:] == b[0, 6:] for a, b in zip(texts, ar_texts, strict=True)])
     assert some["same_as_ar"] == pytest.approx(float(same.double().mean()))
+    for number, text in enumerate(texts):
+        of_one, one_alone = some["by_prompt"][number], text_quality(model, text, 6, ar_texts[number][0, 6:])
+        assert {key: of_one[key] for key in one_alone} == one_alone and of_one["new_tokens"] == 16
+    assert sum(each["passes"] for each in some["by_prompt"]) == some["passes"]
     one = sweep(model, prompts[:1], points=tried[:1], max_new_tokens=4, mask_id=MASK)
     assert one[0]["nats_per_token_stderr"] is None
+
+
+def test_samplers_in_a_sweep():
+    model, prompts = tiny_model(), random_ids(2, 6)
+    tried = [SweepPoint(1.0, 8), SweepPoint(None, 8, None, "factor:0"), SweepPoint(None, 8, 2, "prefix:0.3")]
+    _, single, same, halves = sweep(model, prompts, points=tried, max_new_tokens=16, mask_id=MASK)
+    assert [row["sampler"] for row in (single, same, halves)] == [None, "factor:0", "prefix:0.3"]
+    assert same["confidence_threshold"] is None and same["steps_per_block"] == 8
+    assert (same["passes"], same["nats_per_token"]) == (single["passes"], single["nats_per_token"])
+    assert halves["passes"] <= 8
+    expected = sum(
+        (model.generate_mask_diffusion(prompts[i : i + 1], 16, 8, 2, sampler="prefix:0.3"), model.last_generation)[
+            1
+        ].passes
+        for i in range(2)
+    )
+    assert halves["passes"] == expected
 
 
 def test_no_other_row_beats_a_row_of_the_pareto_front():

@@ -178,6 +178,8 @@ def test_settings_reach_the_model(loaded):
     assert written(confidence_threshold=1.0, steps_per_block=4).passes in (4, 8)
     # Every committed token in a pass of its own: blocks of 8 take 8 passes each.
     assert written(confidence_threshold=1.0, block_size=8).passes % 8 == 0
+    assert written(sampler="factor:0", block_size=8).passes % 8 == 0
+    assert written(sampler="early_end:1,1").passes <= 2
     for mode in MODES:
         sampled = [written(mode, temperature=1.0, seed=seed).ids.tolist() for seed in (1, 1, 2)]
         assert sampled[0] == sampled[1] != sampled[2]

@@ -24,6 +24,18 @@ def known(pattern):
 PATTERN = known("ME*-M")
 PATTERNS = tuple(dict.fromkeys(map(known, ("M", "*", "E", "-", "ME*-M", "*E-MM*"))))
 VOCABULARY, MASK, HIDDEN = 48, 3, 32
+# Numbers with which a sampler commits sometimes one and sometimes several tokens of `tiny_model`.
+TYPICAL_SAMPLERS = (
+    "factor:2.5",
+    "entropy_bound:2.5",
+    "klass:0.2,0.4,1",
+    "credit:0.3,0.9,0.9,0.3",
+    "prefix:0.25",
+    "early_end:0.4,2",
+    "by_position:0.2,0.5",
+    "by_step:0.5,0.2,2",
+    "routed:0.5,1.2",
+)
 
 
 def tiny_fields(pattern=PATTERN, **changes):

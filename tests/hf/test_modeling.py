@@ -262,12 +262,16 @@ def test_rows_after_their_end():
 def test_commit_takes_the_most_confident_as_many_as_the_rule_says():
     confidence = torch.tensor([[0.95, 0.2, 0.99, 0.5], [0.1, 0.3, 0.2, 0.4], [0.9] * 4, [1.0] * 4])
     masked = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0]], dtype=torch.bool)
-    few = positions_to_commit(masked, confidence, threshold=0.9, steps_left=16)
+
+    def rule(threshold, steps_left):
+        return positions_to_commit(masked, confidence, masked & (confidence > threshold), steps_left=steps_left)
+
+    few = rule(0.9, 16)
     assert few.long().tolist() == [[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
-    half = positions_to_commit(masked, confidence, threshold=0.9, steps_left=2)  # ceil(3 / 2) = 2 of the second row
+    half = rule(0.9, 2)  # ceil(3 / 2) = 2 of the second row
     assert half.long().tolist() == [[1, 0, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
-    assert torch.equal(positions_to_commit(masked, confidence, threshold=0.9, steps_left=1), masked)
-    assert torch.equal(positions_to_commit(masked, confidence, threshold=0.0, steps_left=16), masked)
+    assert torch.equal(rule(0.9, 1), masked)
+    assert torch.equal(rule(0.0, 16), masked)
 
 
 def record_steps(model, ids, *, new, **settings):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers.modeling import MASK, random_ids, tiny_model
+from helpers.modeling import MASK, TYPICAL_SAMPLERS, random_ids, tiny_model
 from helpers.pretended_device import Pretended, as_there, on_host, pretended_cuda
 from megatron_twotower.data.tokenizer import load_tokenizer
 from megatron_twotower.evaluate import held_out, likelihood
@@ -109,6 +109,41 @@ def test_a_block_that_is_done_early_is_checked_once_more():
             _, stats = written("mask_diffusion", model, ids, **settings)
     assert stats.passes < BLOCKS * BLOCK
     assert waited.counted()[PLACES.format("_fill_block")] == stats.passes + BLOCKS
+
+
+@pytest.mark.parametrize("text", [None, *TYPICAL_SAMPLERS])
+def test_samplers_wait_for_nothing_more(text):
+    """But for the one that asks the context tower: it waits to know whether a row asks."""
+    settings = {"block_size": BLOCK, "sampler": text}
+    with as_there():
+        expected, stats = written(
+            "mask_diffusion", tiny_model(dtype=torch.float32), random_ids(ROWS, PROMPT), **settings
+        )
+    with pretended_cuda() as waits:
+        model, ids = tiny_model(dtype=torch.float32).to("cuda"), random_ids(ROWS, PROMPT).to("cuda")
+        with waits.during() as waited:
+            found, figures = written("mask_diffusion", model, ids, **settings)
+    assert torch.equal(on_host(found), expected) and figures == stats
+    denoised = stats.passes - stats.verifications
+    asked = {NUMBER.format("_fill_block"): denoised} if stats.verifications else {}
+    assert bool(asked) == (text is not None and text.startswith("routed"))
+    assert waited.counted() == asked | {
+        EXPERTS.format("routed_experts"): stats.passes + BLOCKS,
+        PLACES.format("_fill_block"): denoised + BLOCKS,
+        NUMBER.format("generate_mask_diffusion"): 1,
+    }
+
+
+@pytest.mark.parametrize("towers", [("cuda", "cuda"), ("cpu", "cuda"), ("cuda", "cpu")])
+def test_verified_blocks_on_two_devices(towers):
+    settings = {"block_size": BLOCK, "sampler": "routed:0.2,1"}
+    with as_there():
+        text, stats = written("mask_diffusion", tiny_model(dtype=torch.float32), random_ids(ROWS, PROMPT), **settings)
+    with pretended_cuda(), as_there():
+        model = tiny_model(dtype=torch.float32).place_towers_on_devices(*towers)
+        ids = random_ids(ROWS, PROMPT).to(model.context_tower.device)
+        found, figures = written("mask_diffusion", model, ids, **settings)
+    assert torch.equal(on_host(found), text) and figures == stats and stats.verifications > 0
 
 
 @pytest.mark.parametrize("towers", [("cuda", "cuda"), ("cpu", "cuda"), ("cuda", "cpu")])
