@@ -181,6 +181,7 @@ def compare_tasks(
             manager,
             thresholds=thresholds,
             block_sizes=block_sizes,
+            samplers=samplers,
             limit=limit,
             options={"confirm_run_unsafe_code": allow_code_execution, "apply_chat_template": apply_chat_template},
         )
@@ -200,6 +201,7 @@ def _compare(
     *,
     thresholds: Sequence[float],
     block_sizes: Sequence[int],
+    samplers: Sequence[str],
     limit: int | None,
     options: Mapping[str, bool],
 ) -> dict[str, Any]:
