@@ -49,6 +49,8 @@ EXTRAS = {
     "data": ["pyarrow>=14", "zstandard>=0.22"],
     # Tasks of lm-evaluation-harness: `twotower evaluate --tasks`.
     "eval": ["lm-eval>=0.4.9"],
+    # Weights of eight or four bits: `--quantize`, `twotower convert quantize`.
+    "quantize": ["torchao>=0.18,<1"],
     # `--engine ray`: preparing data, generation and evaluation on a cluster.
     "cluster": ["ray>=2.52,<3"],
     "dev": [
@@ -58,6 +60,7 @@ EXTRAS = {
         "lm-eval>=0.4.9",
         "peft>=0.17",  # it and accelerate train the exported class in tests
         "accelerate>=1.1",
+        "torchao>=0.18,<1",
         "ruff>=0.8",
         "mypy>=1.13",
         "pyarrow>=14",
