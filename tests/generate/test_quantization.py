@@ -117,7 +117,7 @@ def test_a_quantised_pair_is_written_and_read(folder, kind, tmp_path, capsys, mo
     assert f"in {kind}; weights" in capsys.readouterr().out
     expected, _ = load(folder, quantization=Quantization(kind))
     expected = logits_of(expected)
-    again, tokenizer = load(output)
+    again, _ = load(output)
     plainly = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True).eval()
     for model in (again, plainly):
         assert towers_of(model) == {"context_tower", "denoiser_tower"}
