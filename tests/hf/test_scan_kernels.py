@@ -1,9 +1,13 @@
 """A kernel of the scan is compared with the recurrence before it is trusted."""
 
+import sys
+
 import pytest
 import torch
+from transformers.dynamic_module_utils import get_imports
 
 from helpers.modeling import random_ids, tiny_model
+from megatron_twotower.hf import MODELING_FILE
 from megatron_twotower.hf import modeling_nemotron_h_twotower as modeling
 from megatron_twotower.hf.modeling_nemotron_h_twotower import Mamba, is_exact, recurrence, scan_chunk, trusted_scan
 
@@ -102,3 +106,9 @@ def test_on_a_cpu_no_kernel_is_asked(kernels):
     kernels(lambda: pytest.fail("asked"))
     model = tiny_model(dtype=torch.float32)
     model.denoise_block(random_ids(1, 4), torch.ones(1), model.prefill(random_ids(1, 9)))
+
+
+def test_the_modelling_file_imports_torch_and_transformers_alone():
+    """transformers refuses a folder whose file imports another package, in a function too."""
+    found = set(get_imports(MODELING_FILE)) - sys.stdlib_module_names
+    assert found == {"safetensors", "torch", "transformers"}
