@@ -28,14 +28,14 @@ def drawn(*shape, seed, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def random_stack(dtype, *, biases=False, quantised=False):
+def random_stack(dtype, *, biases=False, quantised=None):
     shapes = (EXPERTS, WIDTH, HIDDEN), (EXPERTS, HIDDEN, WIDTH)
     up, down = (drawn(*shape, seed=seed, dtype=dtype) * 0.2 for seed, shape in enumerate(shapes))
     up_bias, down_bias = (drawn(EXPERTS, shape[1], seed=5, dtype=dtype) if biases else None for shape in shapes)
-    if not quantised:
+    if quantised is None:
         return ExpertStack(up, down, up_bias, down_bias)
     scales = [each.abs().amax(-1, keepdim=True).float() / 127 for each in (up, down)]
-    numbers = [(each / scale).round().to(torch.int8) for each, scale in zip((up, down), scales, strict=True)]
+    numbers = [(each / scale).round().to(quantised) for each, scale in zip((up, down), scales, strict=True)]
     return ExpertStack(*numbers, up_bias, down_bias, *scales)
 
 
@@ -70,7 +70,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 17])
-@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("quantised", [None, torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize(
     ("way", "dtype"),

@@ -109,6 +109,6 @@ def test_on_a_cpu_no_kernel_is_asked(kernels):
 
 
 def test_the_modelling_file_imports_torch_and_transformers_alone():
-    """transformers refuses a folder whose file imports another package, in a function too."""
+    """A folder whose file imports another package, in a function too, is refused."""
     found = set(get_imports(MODELING_FILE)) - sys.stdlib_module_names
     assert found == {"safetensors", "torch", "transformers"}
