@@ -50,7 +50,8 @@ EXTRAS = {
     # Tasks of lm-evaluation-harness: `twotower evaluate --tasks`.
     "eval": ["lm-eval>=0.4.9"],
     # Weights of eight or four bits: `--quantize`, `twotower convert quantize`.
-    "quantize": ["torchao>=0.18,<1"],
+    # accelerate loads straight to the GPU that quantises.
+    "quantize": ["torchao>=0.18,<1", "accelerate>=1.1"],
     # `--engine ray`: preparing data, generation and evaluation on a cluster.
     "cluster": ["ray>=2.52,<3"],
     "dev": [

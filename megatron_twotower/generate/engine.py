@@ -166,7 +166,7 @@ def load(
         model, info = TwoTowerModel.from_pretrained(
             str(folder), local_files_only=True, output_loading_info=True, **settings
         )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(map(str, info[problem]))
