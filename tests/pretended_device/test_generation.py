@@ -97,9 +97,9 @@ def test_a_pass_and_a_read_of_a_block_wait_for_nothing(dtype, capacity, monkeypa
 
 def test_long_texts_without_a_grouped_kernel_wait_once_a_layer():
     with pretended_cuda() as waits:
-        model = tiny_model(dtype=torch.float32).to("cuda")
+        model, ids = tiny_model(dtype=torch.float32).to("cuda"), random_ids(ROWS, 50).to("cuda")
         with waits.during() as waited:
-            model.prefill(random_ids(ROWS, 50).to("cuda"))
+            model.prefill(ids)
     assert waited.counted() == {COPY.format("parts"): 1}
 
 
@@ -251,9 +251,11 @@ def test_distilled_text_is_that_of_the_host(two_tower_folder, tiny_data, monkeyp
     with pretended_cuda() as waits:
         distil.distil(two_tower_folder, tiny_data, tmp_path / "there", small)
     assert (tmp_path / "there").read_text() == (tmp_path / "host").read_text()
+    counted = waits.counted("ours")
+    assert counted.pop("a copy from the host: modeling_nemotron_h_twotower._apply") > 0  # weights
     # Two batches: prompts are copied to the device and text back. A token waits to see whether all
     # texts have ended.
-    assert waits.counted("ours") == {
+    assert counted == {
         "a copy from the host: distil.continue_windows": 2,
         "a copy to the host: distil.continue_windows": 2,
         NUMBER.format("_generate_by_token"): 2 * (6 + 1),
