@@ -15,6 +15,7 @@ from megatron_twotower.model.layers import Layer
 from megatron_twotower.model.mixers import SelfAttention
 from megatron_twotower.model.towers import PipelineModel, Tower
 from megatron_twotower.ops.attention import causal_attention, flex_block_attention
+from megatron_twotower.ops.context_parallel import Steps
 from megatron_twotower.types import Blocks, NoisyBatch
 
 # Queries per call of the attention on a CPU.
@@ -28,8 +29,9 @@ class ConcatenatedAttention(SelfAttention):
     their own noisy block.
     """
 
-    def causal(self, hidden: Tensor, blocks: Blocks) -> tuple[Tensor, None]:
+    def causal(self, hidden: Tensor, blocks: Blocks) -> Steps[tuple[Tensor, None]]:
         """The output of the layer for both halves (2 l, b, h)."""
+        yield from ()
         assert blocks.size is not None and blocks.documents is None
         halves = [tensor.chunk(2, dim=2) for tensor in self._project(hidden)]
         (clean_query, query), (clean_key, key), (clean_value, value) = halves

@@ -13,6 +13,7 @@ from megatron_twotower.config.schema import ModelConfig
 from megatron_twotower.mcore.modules import fp8_init_context, fp8_layer_context, layer_modules
 from megatron_twotower.model.adaln import rows_of_rank, split_modulation
 from megatron_twotower.model.mixers import MIXERS, MixtureOfExperts
+from megatron_twotower.ops.context_parallel import Steps, steps_under
 from megatron_twotower.ops.modulation import add_gated, modulate
 from megatron_twotower.types import Blocks, Handoff
 
@@ -51,6 +52,15 @@ class Layer(MegatronModule):
         """Apply the layer to a causal stream (l, b, h); return the output and the handoff."""
         with fp8_layer_context(self.config, self.number):
             out, handoff = self.mixer(self.norm(hidden), blocks, mode="causal")
+        return hidden + out, handoff
+
+    def steps(self, hidden: Tensor, blocks: Blocks) -> Steps[tuple[Tensor, Handoff]]:
+        """`forward` of a frozen layer, with pauses while messages to other ranks are under way.
+
+        Hooks of this layer and its mixer do not run.
+        """
+        mixing = self.mixer.causal(self.norm(hidden), blocks)
+        out, handoff = yield from steps_under(lambda: fp8_layer_context(self.config, self.number), mixing)
         return hidden + out, handoff
 
     def handoff_recompute_fn(self, handoff: Handoff, blocks: Blocks) -> Callable[[], Handoff]:

@@ -32,9 +32,10 @@ from megatron_twotower.mcore.modules import layer_modules
 from megatron_twotower.mcore.router import Router
 from megatron_twotower.ops import dispatch
 from megatron_twotower.ops.attention import block_attention, causal_attention
+from megatron_twotower.ops.context_parallel import Steps, finish
 from megatron_twotower.ops.convolution import block_history, causal_conv, seeded_block_conv
 from megatron_twotower.ops.norm import gated_rms_norm
-from megatron_twotower.ops.scan import chunk_length, chunk_scan, stream_scan, two_stream_scan
+from megatron_twotower.ops.scan import chunk_length, chunk_scan_steps, stream_scan, two_stream_scan
 from megatron_twotower.types import AttentionHandoff, Blocks, Handoff, MambaHandoff
 
 # Kinds of layers that read a handoff of the context tower in the denoiser.
@@ -117,8 +118,8 @@ def _interleave(outs: list[Tensor]) -> Tensor:
 class Mixer(MegatronModule):
     """A mixer with two modes.
 
-    Callers use `forward` for both modes, never `causal` or `denoise`: hooks on modules gather
-    parameters just before `forward`.
+    Trained towers call `forward` for both modes, never `causal` or `denoise`: hooks on modules
+    gather parameters just before `forward`.
     """
 
     def forward(
@@ -136,11 +137,14 @@ class Mixer(MegatronModule):
             The output, shaped like `hidden`, and in mode `causal` the handoff.
         """
         if mode == "causal":
-            return self.causal(hidden, blocks)
+            return finish(self.causal(hidden, blocks))
         return self.denoise(hidden, handoff, blocks), None
 
-    def causal(self, hidden: Tensor, blocks: Blocks) -> tuple[Tensor, Handoff]:
-        """Mix one causal stream; return the output and the handoff."""
+    def causal(self, hidden: Tensor, blocks: Blocks) -> Steps[tuple[Tensor, Handoff]]:
+        """Mix one causal stream; return the output and the handoff.
+
+        It pauses while messages to other context-parallel ranks are under way.
+        """
         raise NotImplementedError
 
     def denoise(self, hidden: Tensor, handoff: Any, blocks: Blocks) -> Tensor:
@@ -185,14 +189,14 @@ class SelfAttention(Mixer):
         out, _ = self.linear_proj(attended.permute(2, 0, 1, 3).flatten(2))
         return out
 
-    def causal(self, hidden: Tensor, blocks: Blocks) -> tuple[Tensor, AttentionHandoff | None]:
+    def causal(self, hidden: Tensor, blocks: Blocks) -> Steps[tuple[Tensor, AttentionHandoff | None]]:
         """Attend to all earlier positions. The handoff is key and value.
 
         There is none if `blocks` has no size: then no denoiser reads this stream.
         """
         query, key, value = self._project(hidden)
         if blocks.context is not None:
-            key, value = blocks.context.whole_sequences(key, value)
+            key, value = yield from blocks.context.whole_sequences(key, value)
         outs = []
         for rows, length, documents, _ in _stretches(query, blocks):
             keys, values = key[:, :, :length], value[:, :, :length]
@@ -291,18 +295,21 @@ class MambaMixer(Mixer):
         out, _ = self.out_proj(normed.transpose(0, 1))
         return out
 
-    def causal(self, hidden: Tensor, blocks: Blocks) -> tuple[Tensor, MambaHandoff | None]:
+    def causal(self, hidden: Tensor, blocks: Blocks) -> Steps[tuple[Tensor, MambaHandoff | None]]:
         """Scan the stream from its start. Without a size in `blocks` there is no handoff."""
         z, conv_input, dt = self._project(hidden)
-        documents, context = blocks.documents, blocks.context
-        before = None if context is None else context.before(conv_input, self.taps - 1)
+        documents, context, before = blocks.documents, blocks.context, None
+        if context is not None:
+            before = yield from context.before(conv_input, self.taps - 1)
         convolved = causal_conv(conv_input, self.conv1d_weight, self.conv1d_bias, documents=documents, before=before)
         x, B, C = self._split(convolved)
         A, chunk = self._A(), chunk_length(blocks.size or 1, preferred=self.preferred_chunk)
         if blocks.size is None:
             y = stream_scan(x, dt, A, B, C, self.D, chunk=chunk, documents=documents, context=context)
             return self._output(y, z), None
-        y, states, _ = chunk_scan(x, dt, A, B, C, self.D, chunk=chunk, documents=documents, context=context)
+        y, states, _ = yield from chunk_scan_steps(
+            x, dt, A, B, C, self.D, chunk=chunk, documents=documents, context=context
+        )
         history = block_history(conv_input, taps=self.taps, block=blocks.size, before=before)
         return self._output(y, z), MambaHandoff(conv_input, history, x, dt, A, B, states, before)
 
@@ -358,8 +365,9 @@ class MambaMixer(Mixer):
 class PointwiseMixer(Mixer):
     """A mixer that treats each position alone: both modes are the same, without a handoff."""
 
-    def causal(self, hidden: Tensor, blocks: Blocks) -> tuple[Tensor, None]:
+    def causal(self, hidden: Tensor, blocks: Blocks) -> Steps[tuple[Tensor, None]]:
         """Apply the mixer; there is no handoff."""
+        yield from ()
         return self.apply_to(hidden, blocks), None
 
     def denoise(self, hidden: Tensor, handoff: None, blocks: Blocks) -> Tensor:

@@ -12,7 +12,8 @@ no gradient has to be summed over stages. With one noise level per block of s to
 conditioning is 3 / s of the size of a stream.
 """
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,8 +37,11 @@ from megatron_twotower.model.adaln import TimeConditioning
 from megatron_twotower.model.layers import DenoiserLayer, Layer
 from megatron_twotower.model.mixers import HANDOFF_KINDS
 from megatron_twotower.ops.attention import block_mask
-from megatron_twotower.ops.context_parallel import ContextRanks, context_ranks
+from megatron_twotower.ops.context_parallel import ContextRanks, context_ranks, steps_under
 from megatron_twotower.types import Blocks, Handoff, NoisyBatch, TargetBatch
+
+# How far the clean stream may run ahead of the denoiser while messages are under way.
+LAYERS_AHEAD = 2
 
 
 class Head(ColumnParallelLinear):
@@ -181,6 +185,43 @@ class BackboneModel(PipelineModel):
         return self.tower.final(hidden) if stage.last else _pack_for_next_stage(hidden)
 
 
+class CleanStream:
+    """The clean stream through the frozen layers of a pipeline stage.
+
+    Attributes:
+        hidden: (l, b, h), after the layers that are done.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], hidden: Tensor, blocks: Blocks) -> None:
+        self.hidden = hidden
+        self._handoffs: deque[Handoff] = deque()
+        self._pauses = self._run(layers, blocks)
+
+    def _run(self, layers: Sequence[nn.Module], blocks: Blocks) -> Iterator[bool | None]:
+        """Pause with True when a layer is done, and with None while a message is under way."""
+        for layer in layers:
+            assert isinstance(layer, Layer)
+            self.hidden, handoff = yield from steps_under(torch.no_grad, layer.steps(self.hidden, blocks))
+            self._handoffs.append(handoff)
+            yield True
+
+    def next_handoff(self) -> Handoff:
+        """The handoff of the next layer, which is computed if it is not done."""
+        while not self._handoffs:
+            next(self._pauses)
+        return self._handoffs.popleft()
+
+    def run_ahead(self) -> None:
+        """Run until a message to other ranks is under way, at most `LAYERS_AHEAD` layers.
+
+        What the denoiser then computes hides the time that the message takes. A layer M sends two
+        messages and the layer E after it none, so two layers ahead there is a message to each layer
+        of the denoiser.
+        """
+        while len(self._handoffs) < LAYERS_AHEAD and next(self._pauses, None):
+            pass
+
+
 class TwoTower(PipelineModel):
     """Context tower and denoiser: layer i of the context tower, then layer i of the denoiser.
 
@@ -224,13 +265,15 @@ class TwoTower(PipelineModel):
         masks = self._attention_masks(batch, context)
         blocks = Blocks(batch.block, batch.documents, batch.padding, batch.sequence_weights, masks, context)
         clean, noisy, conditioning = self._first_inputs(batch) if stage.first else self._received_inputs(batch)
+        running = [n for n in stage.layers if n < self.context_layers or batch.teacher_shares is not None]
+        stream = CleanStream([self.context.layers[str(number)] for number in running], clean, blocks)
         with modules.fp8_model_context(self.config):
             for number in stage.layers:
-                handoff = None
-                if number < self.context_layers or batch.teacher_shares is not None:
-                    with torch.no_grad():
-                        clean, handoff = self.context.layers[str(number)](clean, blocks)
+                handoff = stream.next_handoff() if number in running else None
+                if context is not None:
+                    stream.run_ahead()
                 noisy = self._denoiser_layer(number, noisy, conditioning, handoff, blocks)
+        clean = stream.hidden
         if not stage.last:
             return _pack_for_next_stage(clean, noisy, conditioning)
         if batch.teacher_shares is None:

@@ -8,17 +8,46 @@ rows as independent sequences.
 Whatever crosses a seam is gathered from all ranks by one collective. Its gradient, if it has one,
 goes back by one collective. No gradient crosses a seam of the denoiser: what it reads of other
 stretches comes from the frozen context tower.
+
+Whoever gathers can do other work while the message is under way. So a computation that gathers is a
+generator, `Steps`: it pauses after it has sent a message, and its next step waits for the answer.
+`finish` runs such a computation without a pause.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_twotower.config.context_split import PER_RANK, in_sequence_order, stretch_numbers
+
+Result = TypeVar("Result")
+# A computation that yields None whenever a message to other ranks is under way.
+Steps = Generator[None, None, Result]
+
+
+def finish(steps: Steps[Result]) -> Result:
+    """Run a computation to its end. Returns its result."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def steps_under(context: Callable[[], AbstractContextManager[Any]], steps: Steps[Result]) -> Steps[Result]:
+    """A computation under a context that is left at each pause."""
+    while True:
+        with context():
+            try:
+                next(steps)
+            except StopIteration as end:
+                return end.value
+        yield
 
 
 def rows_of_stretches(tensor: Tensor, stretches: Sequence[slice]) -> Tensor:
@@ -34,22 +63,33 @@ def _order(ranks: int) -> list[int]:
     return in_sequence_order(places)
 
 
+def _start_gather(rows: Tensor, group: Any, *, async_op: bool) -> tuple[Tensor, Any]:
+    """Send rows (b k, ...) to all ranks. Returns all stretches, rank after rank, and the work."""
+    ranks = dist.get_world_size(group)
+    own = rows.unflatten(0, (-1, PER_RANK)).transpose(0, 1).contiguous()
+    gathered = own.new_empty(ranks * PER_RANK, *own.shape[1:])
+    return gathered, dist.all_gather_into_tensor(gathered, own, group=group, async_op=async_op)
+
+
+def _by_sequence(gathered: Tensor) -> Tensor:
+    """(stretches, b, ...), rank after rank -> (b, stretches of a sequence, ...)."""
+    # Not by an index tensor, which the host would copy to the device, and wait.
+    return torch.stack([gathered[place] for place in _order(len(gathered) // PER_RANK)], dim=1)
+
+
 class _Gather(torch.autograd.Function):
-    """The rows (b k, ...) of all ranks, as (b, stretches of a sequence, ...)."""
+    """`ContextRanks.gather` with gradients."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: Any) -> Tensor:
-        ranks = dist.get_world_size(group)
-        ctx.group, ctx.order = group, _order(ranks)
-        own = rows.unflatten(0, (-1, PER_RANK)).transpose(0, 1).contiguous()
-        gathered = own.new_empty(ranks * PER_RANK, *own.shape[1:])
-        dist.all_gather_into_tensor(gathered, own, group=group)
-        # Not by an index tensor, which the host would copy to the device, and wait.
-        return torch.stack([gathered[place] for place in ctx.order], dim=1)
+        ctx.group = group
+        gathered, _ = _start_gather(rows, group, async_op=False)
+        return _by_sequence(gathered)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        number_at = sorted(range(len(ctx.order)), key=ctx.order.__getitem__)
+        order = _order(dist.get_world_size(ctx.group))
+        number_at = sorted(range(len(order)), key=order.__getitem__)
         stretches = torch.stack([grad[:, number] for number in number_at])
         own = stretches.new_empty(PER_RANK, *stretches.shape[1:])
         dist.reduce_scatter_tensor(own, stretches, group=ctx.group)
@@ -79,26 +119,31 @@ class ContextRanks:
         assert self.documents is not None
         return self.documents.unflatten(1, (PER_RANK * dist.get_world_size(self.group), -1))
 
-    def gather(self, rows: Tensor) -> Tensor:
+    def gather(self, rows: Tensor) -> Steps[Tensor]:
         """The rows (b k, ...) of all ranks, as (b, stretches of a sequence, ...)."""
-        return _Gather.apply(rows, self.group)
+        if torch.is_grad_enabled() and rows.requires_grad:
+            return _Gather.apply(rows, self.group)
+        gathered, work = _start_gather(rows, self.group, async_op=True)
+        yield
+        work.wait()
+        return _by_sequence(gathered)
 
     def _own(self, stretches: Tensor) -> Tensor:
         """What (b, stretches of a sequence, ...) has of this rank: (b k, ...)."""
         return torch.stack([stretches[:, number] for number in self.numbers], dim=1).flatten(0, 1)
 
-    def whole_sequences(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def whole_sequences(self, key: Tensor, value: Tensor) -> Steps[tuple[Tensor, Tensor]]:
         """Keys and values (b k, heads, l, e) of stretches -> of sequences: (b, heads, k C l, e)."""
-        both = self.gather(torch.stack([key, value], dim=1))
+        both = yield from self.gather(torch.stack([key, value], dim=1))
         key, value = both.movedim(1, 3).flatten(3, 4).unbind(1)
         return key, value
 
-    def before(self, x: Tensor, width: int) -> Tensor:
+    def before(self, x: Tensor, width: int) -> Steps[Tensor]:
         """The `width` positions before each row: (b k, l, ...) -> (b k, width, ...).
 
         They are zeros before a sequence and in another document than the first of the row.
         """
-        ends = self.gather(x[:, x.shape[1] - width :])
+        ends = yield from self.gather(x[:, x.shape[1] - width :])
         seen = torch.ones(ends.shape[:3], dtype=torch.bool, device=x.device)
         if self.documents is not None:
             documents = self._documents_of_stretches()
@@ -106,7 +151,7 @@ class ContextRanks:
         ends = torch.where(seen.view(*seen.shape, *[1] * (x.dim() - 2)), ends, 0)
         return self._own(torch.cat([torch.zeros_like(ends[:, :1]), ends[:, :-1]], dim=1))
 
-    def states_before(self, final: Tensor, keep: Tensor) -> Tensor:
+    def states_before(self, final: Tensor, keep: Tensor) -> Steps[Tensor]:
         """The state that each row starts from.
 
         Args:
@@ -118,7 +163,7 @@ class ContextRanks:
         """
         return self._along_sequence(final, keep, forward=True)
 
-    def gradients_after(self, gradient: Tensor, keep: Tensor) -> Tensor:
+    def gradients_after(self, gradient: Tensor, keep: Tensor) -> Steps[Tensor]:
         """The gradient of the state after each row, from the rows that follow.
 
         Args:
@@ -128,10 +173,10 @@ class ContextRanks:
         """
         return self._along_sequence(gradient, keep, forward=False)
 
-    def _along_sequence(self, own: Tensor, keep: Tensor, *, forward: bool) -> Tensor:
+    def _along_sequence(self, own: Tensor, keep: Tensor, *, forward: bool) -> Steps[Tensor]:
         """The recurrence over stretches, which every rank computes from what all have gathered."""
         heads, size = own.shape[1], own[0, 0].numel()
-        both = self.gather(torch.cat([own.flatten(2), keep.unsqueeze(-1).to(own.dtype)], dim=-1))
+        both = yield from self.gather(torch.cat([own.flatten(2), keep.unsqueeze(-1).to(own.dtype)], dim=-1))
         added, kept = both.split([size, 1], dim=-1)
         count = added.shape[1]
         joined = torch.ones(len(added), count, 1, 1, dtype=own.dtype, device=own.device)

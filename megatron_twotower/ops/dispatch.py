@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_twotower.common import versions
-from megatron_twotower.ops.context_parallel import ContextRanks
+from megatron_twotower.ops.context_parallel import ContextRanks, Steps
 
 # By package: the module to import.
 MODULES = {
@@ -123,7 +123,7 @@ def mamba_ssm_chunk_scan(
     chunk: int,
     documents: Tensor | None = None,
     context: ContextRanks | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Steps[tuple[Tensor, Tensor, Tensor]]:
     """The scan of one stream by mamba-ssm, without gradients.
 
     It calls the steps of mamba-ssm's `_mamba_chunk_scan_combined_fwd` one by one, because that
@@ -142,21 +142,25 @@ def mamba_ssm_chunk_scan(
         and the final state (b, m, p, d), both float32.
     """
     ssd = _module("mamba-ssm")
-    sizes = (x.shape[3], B.shape[3])
+    sizes, initial = (x.shape[3], B.shape[3]), None
+    if context is not None and documents is not None:
+        # To mamba-ssm a start state is one of document 0.
+        documents = documents - documents[:, :1]
     with torch.no_grad(), torch.cuda.device_of(x):
-        if context is not None and documents is not None:
-            # To mamba-ssm a start state is one of document 0.
-            documents = documents - documents[:, :1]
         decays, steps = ssd._chunk_cumsum_fwd(dt, A, chunk)
         added = ssd._chunk_state_fwd(B, x, steps, decays, seq_idx=documents, states_in_fp32=True).flatten(3)
-        passing = {"seq_idx": documents, "chunk_size": chunk, "out_dtype": torch.float32}
-        states, final = ssd._state_passing_fwd(added, decays[..., -1], **passing)
-        if context is not None:
-            keep = decays[..., -1].sum(-1).exp()
-            if documents is not None:
-                keep = keep * (documents[:, -1:] == 0)
-            initial = context.states_before(final.unflatten(-1, sizes), keep).flatten(2)
-            states, final = ssd._state_passing_fwd(added, decays[..., -1], initial_states=initial, **passing)
+        passing = functools.partial(
+            ssd._state_passing_fwd, added, decays[..., -1], seq_idx=documents, chunk_size=chunk, out_dtype=torch.float32
+        )
+        states, final = passing()
+    if context is not None:
+        keep = decays[..., -1].sum(-1).exp()
+        if documents is not None:
+            keep = keep * (documents[:, -1:] == 0)
+        initial = yield from context.states_before(final.unflatten(-1, sizes), keep)
+    with torch.no_grad(), torch.cuda.device_of(x):
+        if initial is not None:
+            states, final = passing(initial_states=initial.flatten(2))
         states, final = (t.unflatten(-1, sizes) for t in (states, final))
         scores = ssd._bmm_chunk_fwd(C, B, chunk, seq_idx=documents, output_dtype=torch.float32)
         y, _ = ssd._chunk_scan_fwd(scores, x, steps, decays, C, states, D=D, seq_idx=documents)

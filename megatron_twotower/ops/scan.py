@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_twotower.ops import dispatch
-from megatron_twotower.ops.context_parallel import ContextRanks
+from megatron_twotower.ops.context_parallel import ContextRanks, Steps, finish
 from megatron_twotower.ops.scan_chunks import (
     MAX_CHUNK,
     Decays,
@@ -103,10 +103,8 @@ def _sum_over_chunks(parts: Tensor, keep: Tensor, order: Iterable[int]) -> Tenso
     return state
 
 
-def _start_state(states: Tensor, keep: Tensor, context: ContextRanks | None) -> Tensor | None:
+def _start_state(states: Tensor, keep: Tensor, context: ContextRanks) -> Steps[Tensor]:
     """The state (b, m, p, d) that each row starts from, after the row before it on any rank."""
-    if context is None:
-        return None
     return context.states_before(_sum_over_chunks(states, keep, range(states.shape[1])), keep.prod(1))
 
 
@@ -114,7 +112,8 @@ def _end_gradient(grads: Tensor, keep: Tensor, context: ContextRanks | None) -> 
     """The gradient (b, m, p, d) of the state after each row, from the rows that follow it."""
     if context is None:
         return None
-    return context.gradients_after(_sum_over_chunks(grads, keep, reversed(range(grads.shape[1]))), keep.prod(1))
+    own = _sum_over_chunks(grads, keep, reversed(range(grads.shape[1])))
+    return finish(context.gradients_after(own, keep.prod(1)))
 
 
 def _pass_states(states: Tensor, keep: Tensor, initial: Tensor | None) -> Tensor:
@@ -150,40 +149,45 @@ def _pass_states_backward(
     return totals
 
 
+def _chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    chunk: int,
+    initial: Tensor | None,
+    documents: Tensor | None,
+    context: ContextRanks | None,
+) -> Steps[tuple[Tensor, Tensor, Tensor]]:
+    """The results of `chunk_scan`, y in the working dtype."""
+    dtype, (b, l, m, p), (g, d) = working_dtype(x), x.shape, B.shape[2:]
+    stream, Cs = Stream(*(in_chunks(t, chunk) for t in (x, dt.to(dtype), B))), in_chunks(C, chunk)
+    decays, factors = _stream_decays(stream.dt, A.to(dtype), documents, b)
+    states = torch.empty(len(Cs), m, p, d, dtype=dtype, device=x.device)
+    write = stream.dt * factors.write
+    for item in work_items(stream.x, g):
+        own = stream.of(item)
+        written = (own.x * write[item.chunks, :, item.heads].unsqueeze(-1)).flatten(2)
+        states[item.chunks, item.heads] = torch.bmm(written.transpose(1, 2), own.B).unflatten(1, (-1, p))
+    by_sequence = states.unflatten(0, (b, -1))
+    if context is not None:
+        initial = yield from _start_state(by_sequence, factors.keep, context)
+    final = _pass_states(by_sequence, factors.keep, initial)
+    y = chunk_outputs(stream, Cs, D.to(dtype), read=None, states=states, decays=decays)
+    return y.view(b, -1, m, p)[:, :l], by_sequence, final
+
+
 class _ChunkScan(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor,
-        chunk: int,
-        initial: Tensor | None,
-        documents: Tensor | None,
-        context: ContextRanks | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype, (b, l, m, p), (g, d) = working_dtype(x), x.shape, B.shape[2:]
-        stream, Cs = Stream(*(in_chunks(t, chunk) for t in (x, dt.to(dtype), B))), in_chunks(C, chunk)
-        decays, factors = _stream_decays(stream.dt, A.to(dtype), documents, b)
-        states = torch.empty(len(Cs), m, p, d, dtype=dtype, device=x.device)
-        write = stream.dt * factors.write
-        for item in work_items(stream.x, g):
-            own = stream.of(item)
-            written = (own.x * write[item.chunks, :, item.heads].unsqueeze(-1)).flatten(2)
-            states[item.chunks, item.heads] = torch.bmm(written.transpose(1, 2), own.B).unflatten(1, (-1, p))
-        by_sequence = states.unflatten(0, (b, -1))
-        if context is not None:
-            initial = _start_state(by_sequence, factors.keep, context)
-        final = _pass_states(by_sequence, factors.keep, initial)
-        y = chunk_outputs(stream, Cs, D.to(dtype), read=None, states=states, decays=decays)
-        y = y.view(b, -1, m, p)[:, :l]
-        ctx.save_for_backward(x, dt, A, B, C, D, y, by_sequence, final, documents)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *tensors, chunk, _, documents, context = inputs
+        y, by_sequence, final = finish(_chunk_scan(*inputs))
+        ctx.save_for_backward(*tensors, y, by_sequence, final, documents)
         ctx.chunk, ctx.context = chunk, context
         ctx.mark_non_differentiable(by_sequence, final)
-        return y.to(x.dtype), by_sequence, final
+        return y.to(tensors[0].dtype), by_sequence, final
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -229,6 +233,48 @@ def _uses_mamba_ssm(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, *, chunk: int) 
     )
 
 
+def chunk_scan_steps(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    *,
+    chunk: int,
+    initial: Tensor | None = None,
+    documents: Tensor | None = None,
+    context: ContextRanks | None = None,
+) -> Steps[tuple[Tensor, Tensor, Tensor]]:
+    """The scan of one stream, with the state at the start of every chunk.
+
+    On CUDA in half precision, if no gradient is needed, by mamba-ssm, unless its offsets overflow.
+
+    Args:
+        x: (b, l, m, p); the other shapes are in the module's docstring.
+        chunk: q.
+        initial: (b, m, p, d), the state before position 0, of its document; zeros if `None`. No
+            gradient flows into it.
+        documents: (b, l), or `None` for one document.
+        context: The ranks that have the other stretches of the sequences. Each row then starts
+            from the state after the stretch before it, with gradients. If there are none to
+            compute, it pauses while the states travel.
+
+    Returns:
+        y (b, l, m, p) in x's dtype; the state at the start of every chunk (b, ceil(l/q), m, p, d);
+        the final state (b, m, p, d). The states are in the working dtype, without gradients.
+    """
+    assert initial is None or (context is None and not initial.requires_grad)
+    if torch.is_grad_enabled():
+        return _ChunkScan.apply(x, dt, A, B, C, D, chunk, initial, documents, context)
+    # mamba-ssm gives the states in its forward pass only.
+    if initial is None and _uses_mamba_ssm(x, dt, B, C, chunk=chunk):
+        package = dispatch.mamba_ssm_chunk_scan
+        return (yield from package(x, dt, A, B, C, D, chunk=chunk, documents=documents, context=context))
+    y, states, final = yield from _chunk_scan(x, dt, A, B, C, D, chunk, initial, documents, context)
+    return y.to(x.dtype), states, final
+
+
 def chunk_scan(
     x: Tensor,
     dt: Tensor,
@@ -242,28 +288,9 @@ def chunk_scan(
     documents: Tensor | None = None,
     context: ContextRanks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The scan of one stream, with the state at the start of every chunk.
-
-    On CUDA in half precision, if no gradient is needed, by mamba-ssm, unless its offsets overflow.
-
-    Args:
-        x: (b, l, m, p); the other shapes are in the module's docstring.
-        chunk: q.
-        initial: (b, m, p, d), the state before position 0, of its document; zeros if `None`. No
-            gradient flows into it.
-        documents: (b, l), or `None` for one document.
-        context: The ranks that have the other stretches of the sequences. Each row then starts
-            from the state after the stretch before it, with gradients.
-
-    Returns:
-        y (b, l, m, p) in x's dtype; the state at the start of every chunk (b, ceil(l/q), m, p, d);
-        the final state (b, m, p, d). The states are in the working dtype, without gradients.
-    """
-    assert initial is None or (context is None and not initial.requires_grad)
-    # mamba-ssm gives the states in its forward pass only.
-    if initial is None and not torch.is_grad_enabled() and _uses_mamba_ssm(x, dt, B, C, chunk=chunk):
-        return dispatch.mamba_ssm_chunk_scan(x, dt, A, B, C, D, chunk=chunk, documents=documents, context=context)
-    return _ChunkScan.apply(x, dt, A, B, C, D, chunk, initial, documents, context)
+    """`chunk_scan_steps` without a pause."""
+    scan = chunk_scan_steps(x, dt, A, B, C, D, chunk=chunk, initial=initial, documents=documents, context=context)
+    return finish(scan)
 
 
 def stream_scan(

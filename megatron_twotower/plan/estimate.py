@@ -18,7 +18,7 @@ from megatron_twotower.plan.activations import (
 )
 from megatron_twotower.plan.flops import StepFlops, step_flops
 from megatron_twotower.plan.layout import ACCELERATORS, GIB, Accelerator, Layout, expert_load, layout_of, micro_batches
-from megatron_twotower.plan.traffic import Collective, collectives, crosses_nodes, group_sizes, sent_by_group
+from megatron_twotower.plan.traffic import SEAMS, Collective, collectives, crosses_nodes, group_sizes, sent_by_group
 from megatron_twotower.plan.weights import WeightBytes, checkpoint_bytes, rank_parameters, weight_bytes
 
 
@@ -226,45 +226,52 @@ class TransferSeconds(NamedTuple):
 
     gradients: float
     parameters: float
+    seams: float
     others: float
 
 
 # The field of `TransferSeconds` for each purpose that computation can hide.
-_HIDDEN = {"gradients": 0, "parameters": 1}
+_HIDDEN = {"gradients": 0, "parameters": 1, **dict.fromkeys(SEAMS, 2)}
 
 
 def _transfer_seconds(
     config: RunConfig, layout: Layout, found: Sequence[Collective], assumptions: Assumptions
 ) -> TransferSeconds:
-    accelerator, sizes, totals = ACCELERATORS[config.parallel.card], group_sizes(layout), [0.0, 0.0, 0.0]
+    accelerator, sizes, totals = ACCELERATORS[config.parallel.card], group_sizes(layout), [0.0] * 4
     for each in found:
         far = crosses_nodes(each.group, layout, accelerator)
         speed = accelerator.network_bytes_per_second if far else accelerator.link_bytes_per_second
         seconds = each.sent_bytes(sizes[each.group]) / (speed * assumptions.link_share)
-        totals[_HIDDEN.get(each.purpose, 2)] += seconds
+        totals[_HIDDEN.get(each.purpose, 3)] += seconds
     return TransferSeconds(*totals)
 
 
-def _exposed_seconds(config: RunConfig, transfer: TransferSeconds, flops: StepFlops, micro_batch: float) -> float:
+def _exposed_seconds(
+    config: RunConfig, transfer: TransferSeconds, flops: StepFlops, micro_batch: float, number: int
+) -> float:
     """The time of communication that computation does not hide.
 
     Gradients are reduced during the backward pass of the last micro-batch, and parameters gathered
-    during the forward pass of the first one, if the configuration says so.
+    during the forward pass of the first one, if the configuration says so. What the clean stream
+    tells context-parallel ranks travels during the forward passes of the denoiser.
 
     Args:
         config: The configuration.
         transfer: The time of the collectives.
         flops: The operations of a step.
         micro_batch: The time to compute one micro-batch.
+        number: Of micro-batches in a step.
     """
-    forward = flops.context + (flops.model - flops.context) / 3
-    during_forward = micro_batch * forward / flops.executed
-    gradients, parameters, others = transfer
+    denoiser = (flops.model - flops.context) / 3
+    during_forward = micro_batch * (flops.context + denoiser) / flops.executed
+    gradients, parameters, seams, others = transfer
     if config.parallel.overlap_grad_reduce:
         gradients = max(0.0, gradients - (micro_batch - during_forward))
     if config.parallel.overlap_param_gather:
         parameters = max(0.0, parameters - during_forward)
-    return gradients + parameters + others
+    if config.objective == "two_tower":
+        seams = max(0.0, seams - number * micro_batch * denoiser / flops.executed)
+    return gradients + parameters + seams + others
 
 
 def _compute_seconds(config: RunConfig, layout: Layout, assumptions: Assumptions, *, block: int) -> float:
@@ -289,8 +296,8 @@ def _phase_cost(
 ) -> PhaseCost:
     block = phase.noise.block_size_tokens
     compute_seconds = _compute_seconds(config, layout, assumptions, block=block)
-    flops, micro_batch = step_flops(config, block=block), compute_seconds / micro_batches(config, layout)
-    transfer_seconds = _exposed_seconds(config, transfer, flops, micro_batch)
+    flops, number = step_flops(config, block=block), micro_batches(config, layout)
+    transfer_seconds = _exposed_seconds(config, transfer, flops, compute_seconds / number, number)
     step_seconds = compute_seconds + transfer_seconds
     return PhaseCost(
         name=phase.name,

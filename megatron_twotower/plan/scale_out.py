@@ -85,6 +85,10 @@ def assumption_lines(config: RunConfig, assumptions: Assumptions, measured: Meas
     hides = (
         (parallel.overlap_grad_reduce, "gradient reduction, during the last backward pass of a step"),
         (parallel.overlap_param_gather, "parameter gathering, during the first forward pass"),
+        (
+            parallel.context > 1 and config.objective == "two_tower",
+            "what the clean stream tells context-parallel ranks, during the forward passes of the denoiser",
+        ),
     )
     hidden = "; ".join(text for overlaps, text in hides if overlaps) or "nothing"
     yield f"Collectives as rings, one after the other, without latency or contention; hidden: {hidden}."

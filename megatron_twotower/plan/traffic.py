@@ -147,6 +147,10 @@ def _routed_experts(
     yield Collective("expert tensor", "routes", "reduce_scatter", gathered * probability, backward)
 
 
+# What crosses the seams between stretches of a sequence.
+SEAMS = ("keys and values", "inputs of convolutions", "states")
+
+
 def _seams(config: RunConfig, shape: MicroBatchShape, kind: str, *, backward: int) -> Iterator[Collective]:
     """What a layer of the clean stream, or of `ar`, sends to other context-parallel ranks.
 
@@ -157,17 +161,18 @@ def _seams(config: RunConfig, shape: MicroBatchShape, kind: str, *, backward: in
         backward: The number of backward passes.
     """
     model, stretches = config.model, shape.rows * shape.context
+    keys, inputs, states = SEAMS
     if kind == "*":
         size = shape.sequences * shape.length * key_value_width(model, shape) * shape.activation_bytes
-        yield Collective("context", "keys and values", "all_gather", size, 1)
-        yield Collective("context", "keys and values", "reduce_scatter", size, backward)
+        yield Collective("context", keys, "all_gather", size, 1)
+        yield Collective("context", keys, "reduce_scatter", size, backward)
     if kind == "M":
         ends = stretches * (model.conv_kernel - 1) * convolution_channels(model, shape) * shape.activation_bytes
-        yield Collective("context", "inputs of convolutions", "all_gather", ends, 1)
-        yield Collective("context", "inputs of convolutions", "reduce_scatter", ends, backward)
+        yield Collective("context", inputs, "all_gather", ends, 1)
+        yield Collective("context", inputs, "reduce_scatter", ends, backward)
         # Of each head its state, and the decay over the stretch.
         state = model.mamba_num_heads // shape.tensor * (model.mamba_head_dim * model.ssm_state_size + 1)
-        yield Collective("context", "states", "all_gather", stretches * state * FP32, 1 + backward)
+        yield Collective("context", states, "all_gather", stretches * state * FP32, 1 + backward)
 
 
 def _tower(

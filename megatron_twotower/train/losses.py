@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_twotower.config.context_split import COMPLETE
 from megatron_twotower.config.schema import NoiseConfig
 from megatron_twotower.model.towers import Tower
-from megatron_twotower.ops.context_parallel import ContextRanks, context_ranks, rows_of_stretches
+from megatron_twotower.ops.context_parallel import ContextRanks, context_ranks, finish, rows_of_stretches
 from megatron_twotower.ops.cross_entropy import Teacher, linear_cross_entropy
 from megatron_twotower.types import Batch, LossReport, NoisyBatch, TargetBatch
 
@@ -84,7 +84,7 @@ def _states_before(clean: Tensor, positions: Tensor, ranks: ContextRanks | None)
     if ranks is None:
         return states
     length = rows.shape[1]
-    last_of_others = ranks.before(rows, 1).squeeze(1)[positions // length]
+    last_of_others = finish(ranks.before(rows, 1)).squeeze(1)[positions // length]
     return torch.where((positions % length == 0).unsqueeze(-1), last_of_others, states)
 
 

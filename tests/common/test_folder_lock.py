@@ -39,8 +39,10 @@ def seconds_to_acquire(path):
 
 
 def write_owner(path, beat=0, **changes):
-    """Write the record of an owner that does not lock the file."""
-    path.write_bytes(folder_lock._record(replace(Owner(), **changes), beat))
+    """Write the record of an owner that does not lock the file, over the earlier one at once."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    os.pwrite(descriptor, folder_lock._record(replace(Owner(), **changes), beat), 0)
+    os.close(descriptor)
 
 
 def in_another_process(path, then):

@@ -293,7 +293,7 @@ def expected(mixed, tokenizer, tmp_path_factory):
     return prepare([str(mixed)], tokenizer=tokenizer, output=output, **SMALL), content(output)
 
 
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_number_of_workers_changes_nothing(workers, mixed, tokenizer, expected, tmp_path):
     calls = []
     summary = prepare(
@@ -599,7 +599,7 @@ def test_a_tokenizer_without_an_end_of_text_is_refused_unless_none_is_wanted(tre
     assert summary["eos_token_id"] is None
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_malformed_records_are_counted_named_and_limited(workers, tokenizer, tmp_path):
     lines = as_lines(texts(400)).splitlines(keepends=True)
     for line in (9, 120, 301):

@@ -70,7 +70,14 @@ def documents_of(shard, folder):
 
 @pytest.mark.parametrize(
     ("different", "at_once", "workers"),
-    [(50, 1 << 24, 1), (50, 10, 1), (50, 7, 1), (50, 1, 1), (10**6, 10, 1), (50, 40, 2)],
+    [
+        (50, 1 << 24, 1),
+        (50, 10, 1),
+        (50, 7, 1),
+        pytest.param(50, 1, 1, marks=pytest.mark.slow),
+        (10**6, 10, 1),
+        (50, 40, 2),
+    ],
 )
 def test_of_a_repeated_text_the_first_copy_stays(at_once, different, workers, tmp_path, monkeypatch):
     """Also if its copies are in other groups, and its part in several."""

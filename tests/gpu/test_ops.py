@@ -94,6 +94,7 @@ def test_figures_are_written_to_the_report(tmp_path, monkeypatch):
     assert len(lines) == 2 and '"errors": {"y": 0.5}' in lines[0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_its_tests_fail_and_are_not_skipped():
     command = [sys.executable, "-m", "pytest", __file__, "-m", "gpu", "-k", "gated", "-q", "-p", "no:cacheprovider"]

@@ -11,6 +11,9 @@ from helpers.runs import GOLDEN, PLAIN, losses, settings, train
 from megatron_twotower.common import device as common_device
 from megatron_twotower.convert import export
 
+# On the CPU they only show that the tests themselves are right; tests/train has the same and more.
+pytestmark = pytest.mark.slow
+
 # Rounding differs between devices, and steps at this learning rate increase the differences: the
 # largest relative error of a loss, up to each step.
 LIMITS = ((1, 2e-5), (10, 1e-3), (30, 5e-3), (100, 5e-2))

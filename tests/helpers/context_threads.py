@@ -39,8 +39,11 @@ class ContextThreads:
         self._barrier.wait()
         return values
 
-    def _all_gather(self, out, own, group):
-        out.copy_(torch.cat(self._exchange("all_gather", own)))
+    def _all_gather(self, out, own, group, async_op):
+        gathered = torch.cat(self._exchange("all_gather", own))
+        if not async_op:
+            out.copy_(gathered)
+        return types.SimpleNamespace(wait=lambda: out.copy_(gathered))
 
     def _reduce_scatter(self, out, parts, group):
         total = torch.stack(self._exchange("reduce_scatter", parts)).sum(0)

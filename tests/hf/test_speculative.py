@@ -98,9 +98,9 @@ def total_variation(found, expected):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"temperature": 1.0},
+        pytest.param({"temperature": 1.0}, marks=pytest.mark.slow),
         {"temperature": 0.7, "draft_steps": 2},
-        {"temperature": 1.3, "top_k": 4},
+        pytest.param({"temperature": 1.3, "top_k": 4}, marks=pytest.mark.slow),
         {"temperature": 1.5, "top_p": 0.9},
     ],
 )

@@ -73,7 +73,9 @@ def test_names_in_the_table_are_canonical():
         assert parameter_map.canonical_name(entry.megatron_name) == entry.megatron_name
 
 
-@pytest.mark.parametrize("order", [("local", "transformer_engine"), ("transformer_engine", "local")])
+@pytest.mark.parametrize(
+    "order", [("local", "transformer_engine"), pytest.param(("transformer_engine", "local"), marks=pytest.mark.slow)]
+)
 def test_a_run_resumes_with_the_other_implementation(order, monkeypatch, tmp_path, tiny_data, tiny_backbone):
     te_twin.install(monkeypatch)
     plain = [

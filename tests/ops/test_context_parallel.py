@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from helpers.context_threads import ContextThreads, rows_of_rank, whole
 from megatron_twotower.config.context_split import stretches
 from megatron_twotower.ops.attention import block_attention, block_attention_ref, causal_attention
-from megatron_twotower.ops.context_parallel import ContextRanks, context_ranks
+from megatron_twotower.ops.context_parallel import ContextRanks, context_ranks, finish
 from megatron_twotower.ops.convolution import block_history, causal_conv, seeded_block_conv, seeded_block_conv_ref
 from megatron_twotower.ops.scan import chunk_scan, scan_ref, two_stream_scan, two_stream_scan_ref
 
@@ -159,7 +159,7 @@ def test_the_convolution_reads_inputs_across_seams(monkeypatch, ranks, known):
     def rank(number):
         own = on_rank(inputs, ranks, number)
         rows = None if documents is None else rows_of_rank(documents, ranks, number)
-        before = ContextRanks(threads.group, documents).before(own["x"], taps - 1)
+        before = finish(ContextRanks(threads.group, documents).before(own["x"], taps - 1))
         out = causal_conv(own["x"], own["weight"], own["bias"], documents=rows, before=before)
         out.backward(rows_of_rank(upstream, ranks, number))
         history = block_history(own["x"].detach(), taps=taps, block=BLOCK, before=before.detach())
@@ -208,7 +208,7 @@ def test_attention_reads_the_keys_of_other_ranks(monkeypatch, ranks, known):
         own = on_rank(inputs, ranks, number)
         query, key, value = (tensor.transpose(1, 2) for tensor in own.values())
         context = ContextRanks(threads.group, documents)
-        keys, values = context.whole_sequences(key, value)
+        keys, values = finish(context.whole_sequences(key, value))
         stream = [rows_of_rank(tensor, ranks, number).transpose(1, 2) for tensor in noisy.values()]
         length, causal, blocks = query.shape[2], [], []
         for place, stretch in enumerate(context.numbers):

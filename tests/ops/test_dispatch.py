@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_twotower.ops import dispatch, scan
+from megatron_twotower.ops.context_parallel import finish
 from megatron_twotower.ops.dispatch import (
     causal_conv1d,
     causal_conv1d_unsupported,
@@ -161,7 +162,7 @@ DOCUMENTS = [None, torch.tensor([[0] * 5 + [1] * 4 + [2] * 10, [0] * 19]), torch
 @pytest.mark.parametrize("chunk", [4, 8])
 def test_the_scan_is_the_recurrence_with_its_states(stand_ins, documents, chunk):
     tensors = stream(19)
-    y, states, final = mamba_ssm_chunk_scan(*tensors, chunk=chunk, documents=documents)
+    y, states, final = finish(mamba_ssm_chunk_scan(*tensors, chunk=chunk, documents=documents))
     expected, last = scan_ref(*tensors, documents=documents)
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(final, last, rtol=1e-10, atol=1e-10)
@@ -174,7 +175,7 @@ def test_the_scan_is_the_recurrence_with_its_states(stand_ins, documents, chunk)
 
 def test_only_the_scan_for_training_has_gradients(stand_ins):
     tensors = stream(8, grad=True)
-    assert not any(t.requires_grad for t in mamba_ssm_chunk_scan(*tensors, chunk=4))
+    assert not any(t.requires_grad for t in finish(mamba_ssm_chunk_scan(*tensors, chunk=4)))
     torch.testing.assert_close(
         mamba_ssm_scan(*tensors, chunk=4), stream_scan(*tensors, chunk=4), rtol=1e-10, atol=1e-10
     )

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from helpers import mamba_package
 from helpers.gpu_checks import relative
 from helpers.mamba_package import block_sizes, fenced, scan_module
+from megatron_twotower.ops.context_parallel import finish
 from megatron_twotower.ops.dispatch import mamba_ssm_chunk_scan, mamba_ssm_scan
 from megatron_twotower.ops.scan import scan_ref
 
@@ -75,7 +76,7 @@ def too_large(errors, dtype):
 def test_the_context_tower_s_scan_is_the_recurrence_with_its_states(host, length, chunk, apart, dtype):
     tensors, rows = stream(length, dtype=dtype), documents(length, first=3) if apart else None
     with block_sizes(length + apart):
-        y, states, final = mamba_ssm_chunk_scan(*tensors, chunk=chunk, documents=rows)
+        y, states, final = finish(mamba_ssm_chunk_scan(*tensors, chunk=chunk, documents=rows))
     assert y.dtype == dtype and states.dtype == final.dtype == torch.float32
     exact = [t.double() for t in tensors]
     expected, last = scan_ref(*exact, documents=rows)
@@ -226,7 +227,7 @@ def test_float32_is_multiplied_in_tf32_on_a_gpu(host):
     tensors = stream(40)
     mamba_package.multiply_in_tf32(host)
     with block_sizes(6):
-        y, _, final = mamba_ssm_chunk_scan(*tensors, chunk=16)
+        y, _, final = finish(mamba_ssm_chunk_scan(*tensors, chunk=16))
     expected, last = scan_ref(*(t.double() for t in tensors))
     errors = (relative(y, expected), relative(final, last))
     assert min(errors) > 1e-4 and max(errors) < 2e-3

@@ -207,6 +207,24 @@ def test_context_ranks_divide_activations_and_gather_keys_values_and_states():
     assert eight.phases[0].flops == one.phases[0].flops
 
 
+def test_the_denoiser_hides_what_the_clean_stream_sends():
+    """By hand: on slow links what is sent takes longer than the forward passes of the denoiser."""
+    long = ("data.global_batch_size=64", "data.sequence_length_tokens=131072", "parallel.context=8")
+    alone = ("parallel.overlap_grad_reduce=false", "parallel.overlap_param_gather=false")
+    for objective, share in (("two_tower", 1e-3), ("two_tower", 0.7), ("ar", 0.7)):
+        config = nano(*long, *alone, f"objective={objective}")
+        found = estimate(config, ranks=64, assumptions=Assumptions(link_share=share))
+        [phase], near, far = found.phases, 450e9 * share, 50e9 * share  # eight H100s in a node
+        seconds = {
+            group: sent / (far if crosses_nodes(group, found.layout, found.accelerator) else near)
+            for group, sent in found.sent.items()
+        }
+        forward = phase.compute_seconds * (phase.flops.model - phase.flops.context) / 3 / phase.flops.executed
+        hidden = min(seconds["context"], forward) if objective == "two_tower" else 0
+        assert (hidden < seconds["context"]) == (objective == "ar" or share < 0.01)
+        assert phase.transfer_seconds == pytest.approx(sum(seconds.values()) - hidden)
+
+
 def test_a_context_group_may_cross_nodes():
     long = ("data.global_batch_size=64", "data.sequence_length_tokens=131072", "parallel.ranks=64")
     for overrides, crosses in (

@@ -97,7 +97,13 @@ def test_blocks_may_begin_with_answers(chats, tiny_data, tiny_backbone, tmp_path
         train("tiny", *settings(tiny_data, tmp_path / "other", tiny_backbone, *words))
 
 
-@pytest.mark.parametrize("more", [("noise.weighting=elbo",), ("noise.draws_per_context=2", "noise.time_per=sequence")])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("noise.weighting=elbo",),
+        pytest.param(("noise.draws_per_context=2", "noise.time_per=sequence"), marks=pytest.mark.slow),
+    ],
+)
 def test_micro_batches_change_nothing(chats, tiny_backbone, tmp_path, more):
     """The loss and the norm of the gradient are those of the global batch, however it is cut."""
     for size in (1, 8):

@@ -157,7 +157,9 @@ def run_in_process(arguments):
 
 
 @pytest.mark.parametrize("loss", [False, True])
-@pytest.mark.parametrize("layout", [[], ["optimizer.distributed=true", "train.precision=bf16"]])
+@pytest.mark.parametrize(
+    "layout", [pytest.param([], marks=pytest.mark.slow), ["optimizer.distributed=true", "train.precision=bf16"]]
+)
 def test_a_step_that_is_not_finite_changes_nothing(loss, layout, tmp_path, tiny_data, tiny_backbone, monkeypatch):
     """The second and third step are not finite: they change no state, and training continues."""
     kept, states = trained_parameters(monkeypatch), []

@@ -36,7 +36,7 @@ def grown(run, times):
 
 
 @pytest.mark.parametrize("times", [3, pytest.param(30, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("recipe", ["tiny", "tiny_ar"])
+@pytest.mark.parametrize("recipe", ["tiny", pytest.param("tiny_ar", marks=pytest.mark.slow)])
 def test_runs_one_after_the_other_leave_nothing(recipe, times, tmp_path, tiny_data, tiny_backbone):
     def run(number):
         backbone = tiny_backbone if recipe == "tiny" else None

@@ -99,9 +99,8 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=pytest.mark.slow) if name == "pipeline" else name for name in LAYOUTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_ranks_give_the_losses_of_one(layout, tmp_path, tiny_data, tiny_backbone, whole_run, records_of):
     run, (stops, *overrides) = tmp_path / "run", LAYOUTS[layout]
     arguments = settings(tiny_data, run, tiny_backbone, *overrides, "train.validate_every_steps=4")
@@ -119,7 +118,9 @@ def test_two_ranks_give_the_losses_of_one(layout, tmp_path, tiny_data, tiny_back
 
 
 @pytest.mark.parametrize("overrides", [["data.micro_batch_size=8"], ["data.micro_batch_size=1"]])
-@pytest.mark.parametrize(("weighting", "draws"), [("masked_mean", 1), ("elbo", 1), ("masked_mean", 3)])
+@pytest.mark.parametrize(
+    ("weighting", "draws"), [("masked_mean", 1), pytest.param("elbo", 1, marks=pytest.mark.slow), ("masked_mean", 3)]
+)
 def test_accumulation_does_not_change_the_losses(overrides, weighting, draws, tmp_path, tiny_data, tiny_backbone):
     common = [
         f"noise.weighting={weighting}",

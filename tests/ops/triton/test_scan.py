@@ -106,7 +106,7 @@ DRAWN = {
 
 
 @runs_kernels
-@of_drawn_sizes(4)
+@of_drawn_sizes(2)
 @given(**DRAWN)
 def test_output_and_all_gradients_equal_the_recurrence(data, block, chunk_blocks, dtype, batch):
     check_drawn(data, block, chunk_blocks, dtype, batch)
