@@ -93,7 +93,8 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
 
 def _quantize(arguments: argparse.Namespace) -> int:
     from megatron_twotower.cli.generate import QUANTIZATION
-    from megatron_twotower.generate.quantization import Quantization, quantize_folder
+    from megatron_twotower.generate.quantization import Quantization
+    from megatron_twotower.generate.quantized_folder import quantize_folder
 
     chosen = Quantization(**arguments_for(QUANTIZATION, arguments))
     before, after = quantize_folder(arguments.source, arguments.to, chosen, device=arguments.device)

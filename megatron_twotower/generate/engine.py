@@ -21,6 +21,7 @@ from megatron_twotower.generate.quantization import (
     NO_QUANTIZATION,
     Quantization,
     check_quantized,
+    check_widths,
     quantization_config,
     require_torchao,
 )
@@ -156,6 +157,7 @@ def load(
         require_torchao(f"{folder}/config.json: quantization_config")
     settings: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype}
     if quantization.kind is not None:
+        check_widths(quantization, config, source=f"{folder}/config.json")
         settings["quantization_config"] = quantization_config(quantization, torch.device(device))
         if torch.device(device).type != "cpu":
             settings["device_map"] = str(device)  # torchao packs four bits on the device that computes

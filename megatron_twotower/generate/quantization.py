@@ -8,7 +8,6 @@ scans and the time conditioning. It needs the extra `quantize`.
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 
 from megatron_twotower.common.errors import UserError, require
 from megatron_twotower.common.versions import require_fit
+from megatron_twotower.config.hf_config import model_from_hf
 from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as TwoTowerModel
 
 # Weights that share a factor, of the kind int4. It divides all widths of Nano's layers.
@@ -116,8 +116,39 @@ def is_quantized(weight: Any) -> bool:
     return hasattr(type(weight), "__tensor_flatten__")
 
 
+def check_widths(chosen: Quantization, config: Mapping[str, Any], *, source: str) -> None:
+    """Check that the widths of a model fit the groups of the kind int4.
+
+    Args:
+        chosen: What to quantise.
+        config: The content of `config.json`.
+        source: Name of that file for error messages.
+
+    Raises:
+        UserError: One line with the first width that does not fit.
+    """
+    if chosen.kind != "int4":
+        return
+    model = model_from_hf(config, source=source)
+    of_kind = {
+        "M": {"mamba_num_heads x mamba_head_dim": model.mamba_inner},
+        "*": {"num_attention_heads x head_dim": model.num_attention_heads * model.head_dim},
+        "E": {
+            "moe_intermediate_size": model.moe_intermediate_size,
+            "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
+        },
+        "-": {"intermediate_size": model.intermediate_size},
+    }
+    widths = {"hidden_size": model.hidden_size}
+    for letter in dict.fromkeys(model.hybrid_override_pattern):
+        widths |= of_kind[letter]
+    for name, width in widths.items():
+        found = f"{source}: {name}: found {width}, expected a multiple of {INT4_GROUP} for --quantize int4"
+        require(width % INT4_GROUP == 0, found)
+
+
 def check_quantized(model: TwoTowerModel, chosen: Quantization) -> None:
-    """Check that exactly the chosen weights are quantised: torchao passes over what does not fit.
+    """Check that all chosen weights are quantised: torchao passes over what does not fit.
 
     Raises:
         UserError: One line with the first weight that is not as it should be.
@@ -127,8 +158,7 @@ def check_quantized(model: TwoTowerModel, chosen: Quantization) -> None:
         if isinstance(module, nn.Linear) and not name.startswith(out) and not is_quantized(module.weight):
             rows, columns = module.weight.shape
             raise UserError(
-                f"--quantize {chosen.kind}: {name}: found {rows} x {columns} numbers, expected rows of a multiple of "
-                f"{INT4_GROUP}"
+                f"--quantize {chosen.kind}: {name}: found {rows} x {columns} numbers, expected a shape that torchao takes"
             )
 
 
@@ -174,31 +204,3 @@ def weight_bytes(model: nn.Module) -> int:
         tensors = [parameter] if names is None else [getattr(parameter, name) for name in names]
         total += sum(each.numel() * each.element_size() for each in tensors)
     return total
-
-
-def quantize_folder(source: Path, output: Path, chosen: Quantization, *, device: str = "cpu") -> tuple[int, int]:
-    """Write a two-tower folder with quantised weights, which every command reads.
-
-    Args:
-        source: Two-tower Hugging Face folder, not quantised.
-        output: The new folder.
-        chosen: What to quantise.
-        device: Where. Weights of the kind int4 can only be used on the kind of device where they
-            were quantised.
-
-    Returns:
-        The bytes of the weights before and after.
-
-    Raises:
-        UserError: See `engine.load`; or `output` exists.
-    """
-    from megatron_twotower.common.files import atomic_folder
-    from megatron_twotower.generate.engine import load
-
-    require(not output.exists(), f"{output}: exists, expected a folder that is not there yet")
-    before = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    model, tokenizer = load(source, device=device, quantization=chosen)
-    with atomic_folder(output, size=before) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-    return before, weight_bytes(model)

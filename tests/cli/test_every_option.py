@@ -44,7 +44,7 @@ CALLS = {
     "convert export": (["--from", "a", "--to", "b"], {"convert.export:export": "two_tower"}),
     "convert quantize": (
         ["--from", "a", "--to", "b", "--quantize", "int8"],
-        {"generate.quantization:quantize_folder": (2, 1)},
+        {"generate.quantized_folder:quantize_folder": (2, 1)},
     ),
     "generate --prompt a --quantize int8": (MODEL, {"generate.terminal:run": 0}),
     "generate --prompt a": (MODEL, {"generate.terminal:run": 0}),

@@ -14,6 +14,7 @@ from megatron_twotower.common.errors import UserError
 from megatron_twotower.generate import quantization
 from megatron_twotower.generate.engine import load
 from megatron_twotower.generate.quantization import KINDS, LEFT_OUT, Quantization, is_quantized
+from megatron_twotower.generate.quantized_folder import quantize_folder
 from megatron_twotower.hf.modeling_nemotron_h_twotower import MixtureOfExperts, NemotronHTwoTowerForCausalLM
 
 installed = pytest.mark.skipif(
@@ -136,7 +137,7 @@ def test_a_quantised_pair_is_written_and_read(folder, kind, tmp_path, capsys, mo
 @installed
 def test_a_quantised_folder_is_not_converted(folder, tmp_path, capsys):
     output = tmp_path / "small"
-    quantization.quantize_folder(folder, output, Quantization("int8"))
+    quantize_folder(folder, output, Quantization("int8"))
     for verb in ("export", "import"):
         assert main.main(["convert", verb, "--from", str(output), "--to", str(tmp_path / verb)]) == 2
         error = capsys.readouterr().err
@@ -157,7 +158,7 @@ def test_the_text_of_a_command_is_that_of_the_quantised_model(folder, tmp_path, 
 
 @installed
 def test_widths_that_int4_does_not_fit_are_refused(two_tower_folder):
-    with pytest.raises(UserError, match=r"--quantize int4: .*\.(up|down|in|out)_proj: found \d+ x \d+ numbers"):
+    with pytest.raises(UserError, match=r"json: hidden_size: found 32, expected a multiple of 64 for --quantize int4"):
         load(two_tower_folder, quantization=Quantization("int4"))
 
 
