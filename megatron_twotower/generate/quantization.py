@@ -158,7 +158,7 @@ def check_quantized(model: TwoTowerModel, chosen: Quantization) -> None:
         if isinstance(module, nn.Linear) and not name.startswith(out) and not is_quantized(module.weight):
             rows, columns = module.weight.shape
             raise UserError(
-                f"--quantize {chosen.kind}: {name}: found {rows} x {columns} numbers, expected a shape that torchao takes"
+                f"--quantize {chosen.kind}: {name}: found {rows} x {columns} numbers, expected what torchao takes"
             )
 
 
