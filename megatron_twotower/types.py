@@ -120,6 +120,14 @@ class NoisyBatch:
         return _moved(self, device)
 
 
+def noise_buckets(times: Tensor, buckets: int) -> Tensor:
+    """Return the bucket of each noise level.
+
+    Buckets are equal parts of (0, 1]; the first is (0, 1 / buckets].
+    """
+    return (times * buckets).ceil().long().clamp(1, buckets) - 1
+
+
 def _moved(record: Any, device: torch.device) -> Any:
     """Copy a record to another device; to CUDA from pinned memory, so that no step waits."""
     values = {item.name: getattr(record, item.name) for item in dataclasses.fields(record)}
@@ -142,6 +150,8 @@ class Blocks:
         attention_masks: What `ops.attention.block_mask` built for all attention layers, for each
             stretch that a rank has of a sequence; empty if there is nothing to build.
         context: The `ops.context_parallel.ContextRanks` that share the sequences, or None.
+        noise_buckets: (r b, l) int64, the range of noise levels of each position, for which routers
+            count; None: they do not.
     """
 
     size: int | None = None
@@ -150,6 +160,7 @@ class Blocks:
     sequence_weights: Tensor | None = None
     attention_masks: tuple[Any, ...] = ()
     context: Any = None
+    noise_buckets: Tensor | None = None
 
 
 @dataclass(frozen=True)

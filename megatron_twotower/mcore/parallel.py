@@ -22,6 +22,7 @@ from megatron_twotower.common import device
 from megatron_twotower.common.errors import UserError, require
 from megatron_twotower.config.schema import RunConfig
 from megatron_twotower.mcore import meeting
+from megatron_twotower.mcore.router import Router
 
 T = TypeVar("T")
 
@@ -197,6 +198,13 @@ class ModelChunks:
 
     chunks: list[DistributedDataParallel]
     expert_tokens: torch.Tensor | None = None
+
+    def routers(self) -> Iterator[tuple[int, Router]]:
+        """The routers of this rank's trained layers, each with the index of its layer."""
+        for chunk in self.chunks:
+            for name, module in chunk.named_modules():
+                if isinstance(module, Router):
+                    yield int(name.partition("layers.")[2].partition(".")[0]), module
 
     @property
     def only(self) -> DistributedDataParallel:

@@ -21,10 +21,16 @@ class Router(TopKRouter):
             padding.
         rows_per_sequence: The number of rows that this rank has of each sequence: its stretches,
             with context parallelism.
+        noise_buckets: (l b,) int64, the range of noise levels of each position. It is set before
+            each forward pass; `None` where there is no noise, or nothing to count.
+        tokens_by_noise: (ranges, experts) float32, the tokens of each expert in passes without
+            gradients since it was made; `None` does not count.
     """
 
     sequence_weights: Tensor | None = None
     rows_per_sequence: int = 1
+    noise_buckets: Tensor | None = None
+    tokens_by_noise: Tensor | None = None
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Compute the weights and choices of experts, both (l b, experts).
@@ -74,11 +80,14 @@ class Router(TopKRouter):
         return MoEAuxLossAutoScaler.apply(probs, coefficient * (weights * losses).sum())
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
-        """Count the tokens of each expert without padding, for the update of the selection bias.
+        """Count the tokens of each expert without padding.
 
-        This replaces Megatron's method, whose padding mask lacks the dimension of experts, and
-        which is compiled again in every process.
+        In training for the update of the selection bias; in validation by noise level. This
+        replaces Megatron's method, whose padding mask lacks the dimension of experts, and which is
+        compiled again in every process.
         """
+        counted = routing_map if padding_mask is None else routing_map & ~padding_mask.unsqueeze(-1)
         if torch.is_grad_enabled():
-            counted = routing_map if padding_mask is None else routing_map & ~padding_mask.unsqueeze(-1)
             self.local_tokens_per_expert += counted.sum(dim=0)
+        elif self.tokens_by_noise is not None and self.noise_buckets is not None:
+            self.tokens_by_noise.index_add_(0, self.noise_buckets, counted.to(self.tokens_by_noise.dtype))

@@ -427,12 +427,19 @@ class MixtureOfExperts(PointwiseMixer):
         """Apply routed and shared experts to (l, b, h)."""
         self.moe.router.sequence_weights = blocks.sequence_weights
         self.moe.router.rows_per_sequence = _rows(blocks, 1)
-        padding = blocks.padding
+        padding, buckets = blocks.padding, blocks.noise_buckets
         if padding is not None:
-            padding = padding.repeat(hidden.shape[1] // len(padding), 1)
-            if self.sequence_ranks is not None:
-                padding = padding.chunk(self.sequence_ranks.size(), dim=1)[self.sequence_ranks.rank()]
+            padding = self._positions_of_rank(padding.repeat(hidden.shape[1] // len(padding), 1))
+        if buckets is not None:
+            buckets = self._positions_of_rank(buckets).t().flatten()
+        self.moe.router.noise_buckets = buckets
         return self.moe(hidden, padding_mask=padding)[0]
+
+    def _positions_of_rank(self, rows: Tensor) -> Tensor:
+        """What (b, l) has of this rank's positions: (b, l of `hidden`)."""
+        if self.sequence_ranks is None:
+            return rows
+        return rows.chunk(self.sequence_ranks.size(), dim=1)[self.sequence_ranks.rank()]
 
 
 MIXERS: dict[str, type[Mixer]] = {"M": MambaMixer, "*": SelfAttention, "E": MixtureOfExperts, "-": DenseMLP}

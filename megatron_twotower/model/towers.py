@@ -38,7 +38,7 @@ from megatron_twotower.model.layers import DenoiserLayer, Layer
 from megatron_twotower.model.mixers import HANDOFF_KINDS
 from megatron_twotower.ops.attention import block_mask
 from megatron_twotower.ops.context_parallel import ContextRanks, context_ranks, steps_under
-from megatron_twotower.types import Blocks, Handoff, NoisyBatch, TargetBatch
+from megatron_twotower.types import Blocks, Handoff, NoisyBatch, TargetBatch, noise_buckets
 
 # How far the clean stream may run ahead of the denoiser while messages are under way.
 LAYERS_AHEAD = 2
@@ -244,6 +244,7 @@ class TwoTower(PipelineModel):
                 parameter.sequence_parallel = megatron.sequence_parallel  # type: ignore[attr-defined]
         self.tower = Tower(config.model, megatron, groups, layer=DenoiserLayer, stage=context.stage)
         self.recompute = frozenset(config.train.recompute_layers)
+        self.report_buckets = config.noise.report_buckets
         self._context = (context,)  # a tuple, so that it does not become a submodule
         with_handoff = [i for i, kind in enumerate(config.model.hybrid_override_pattern) if kind in HANDOFF_KINDS]
         self.context_layers = max(with_handoff, default=-1) + 1
@@ -263,7 +264,9 @@ class TwoTower(PipelineModel):
         """
         context, stage = context_ranks(self.tower.groups.cp, batch.sequence_documents), self.tower.stage
         masks = self._attention_masks(batch, context)
-        blocks = Blocks(batch.block, batch.documents, batch.padding, batch.sequence_weights, masks, context)
+        blocks = Blocks(
+            batch.block, batch.documents, batch.padding, batch.sequence_weights, masks, context, self._buckets(batch)
+        )
         clean, noisy, conditioning = self._first_inputs(batch) if stage.first else self._received_inputs(batch)
         running = [n for n in stage.layers if n < self.context_layers or batch.teacher_shares is not None]
         stream = CleanStream([self.context.layers[str(number)] for number in running], clean, blocks)
@@ -281,6 +284,13 @@ class TwoTower(PipelineModel):
         with torch.no_grad():
             clean = self.context.final(clean)
         return torch.cat([self.tower.final(noisy), clean], dim=1)
+
+    def _buckets(self, batch: NoisyBatch) -> Tensor | None:
+        """The range of noise levels of each position (r b, l), in validation."""
+        if torch.is_grad_enabled():
+            return None
+        of_levels = noise_buckets(batch.times, self.report_buckets)
+        return of_levels.repeat_interleave(batch.noisy.shape[1] // of_levels.shape[1], dim=1)
 
     def _attention_masks(self, batch: NoisyBatch, context: ContextRanks | None) -> tuple[Any, ...]:
         """The masks of all attention layers, which are built once."""

@@ -271,13 +271,64 @@ def validate(trainer: Trainer, batches: Sequence[Batch], *, alive: Callable[[], 
     trainer.model.eval()
     noise = trainer.config.noise.for_validation()
     trainer = dataclasses.replace(trainer, config=dataclasses.replace(trainer.config, noise=noise))
+    _count_by_noise(trainer)
     seed = trainer.config.seed ^ VALIDATION_STREAM
     times = validation_times(trainer.config.train.validation_sequences, noise)
     micro_batches = [MicroBatch(batch, seed, times[batch.positions].unsqueeze(-1)) for batch in batches]
     sums = forward_backward(trainer, micro_batches, forward_only=True, alive=alive)
     sums = parallel.sum_over_stages(sums, trainer.groups)
     figures = _figures(sums, _num_buckets(trainer.config))
-    return {"tokens": figures.pop("scored_tokens"), **figures}
+    load = load_by_noise(_tokens_by_noise(trainer), trainer.config.parallel.expert)
+    return {"tokens": figures.pop("scored_tokens"), **figures, **load}
+
+
+def _count_by_noise(trainer: Trainer) -> None:
+    """Let the routers count the tokens of each expert by noise level, from zero."""
+    buckets, experts = _num_buckets(trainer.config), trainer.config.model.n_routed_experts
+    for _, router in trainer.model.routers():
+        router.tokens_by_noise = torch.zeros(buckets, experts, device=device.device())
+
+
+def _tokens_by_noise(trainer: Trainer) -> Tensor:
+    """What the routers of all ranks have counted: (layers, noise levels, experts) float64."""
+    config = trainer.config
+    shape = (len(config.model.hybrid_override_pattern), _num_buckets(config), config.model.n_routed_experts)
+    counts = torch.zeros(shape, dtype=torch.float64, device=device.device())
+    for layer, router in trainer.model.routers():
+        assert router.tokens_by_noise is not None, "validation has made them"
+        counts[layer] = router.tokens_by_noise
+        router.tokens_by_noise = None
+    return parallel.sum_over_ranks(counts).cpu()
+
+
+def load_by_noise(tokens: Tensor, expert_ranks: int) -> dict[str, dict[str, float]]:
+    """The load of the busiest expert, and of the busiest expert-parallel rank, over the mean.
+
+    Of each noise level the largest of all layers.
+
+    Args:
+        tokens: (layers, noise levels, experts); zero for layers without experts.
+        expert_ranks: The ranks that share the experts. Without others there is no load of ranks.
+    """
+    load: dict[str, dict[str, float]] = {}
+    for name, each in zip(_bucket_names(tokens.shape[1]), tokens.unbind(1), strict=True):
+        routed = each[each.sum(1) > 0]
+        if not len(routed):
+            continue
+        load.setdefault("expert_load_by_noise", {})[name] = _max_over_mean(routed)
+        if expert_ranks > 1:
+            of_ranks = routed.unflatten(1, (expert_ranks, -1)).sum(2)
+            load.setdefault("rank_load_by_noise", {})[name] = _max_over_mean(of_ranks)
+    return load
+
+
+def _max_over_mean(tokens: Tensor) -> float:
+    """The largest ratio of all layers: (layers, experts or ranks)."""
+    return (tokens.max(dim=1).values / tokens.mean(dim=1)).max().item()
+
+
+def _bucket_names(buckets: int) -> list[str]:
+    return [f"{i / buckets:.1f}-{(i + 1) / buckets:.1f}" for i in range(buckets)]
 
 
 def _figures(sums: Tensor, buckets: int) -> dict[str, Any]:
@@ -288,8 +339,7 @@ def _figures(sums: Tensor, buckets: int) -> dict[str, Any]:
     """
     values = sums.tolist()
     total, count, by_level, scored = values[0], values[1], values[2 : 2 + buckets], values[2 + buckets :]
-    names = [f"{i / buckets:.1f}-{(i + 1) / buckets:.1f}" for i in range(buckets)]
-    by_noise = {name: s / n for name, s, n in zip(names, by_level, scored, strict=True) if n}
+    by_noise = {name: s / n for name, s, n in zip(_bucket_names(buckets), by_level, scored, strict=True) if n}
     loss = {"loss": total / count} if count else {}
     return loss | {"scored_tokens": int(sum(scored)), "loss_by_noise": by_noise if buckets > 1 else {}}
 

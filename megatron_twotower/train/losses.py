@@ -17,7 +17,7 @@ from megatron_twotower.config.schema import NoiseConfig
 from megatron_twotower.model.towers import Tower
 from megatron_twotower.ops.context_parallel import ContextRanks, context_ranks, finish, rows_of_stretches
 from megatron_twotower.ops.cross_entropy import Teacher, linear_cross_entropy
-from megatron_twotower.types import Batch, LossReport, NoisyBatch, TargetBatch
+from megatron_twotower.types import Batch, LossReport, NoisyBatch, TargetBatch, noise_buckets
 
 
 def _head(
@@ -86,14 +86,6 @@ def _states_before(clean: Tensor, positions: Tensor, ranks: ContextRanks | None)
     length = rows.shape[1]
     last_of_others = finish(ranks.before(rows, 1)).squeeze(1)[positions // length]
     return torch.where((positions % length == 0).unsqueeze(-1), last_of_others, states)
-
-
-def noise_buckets(times: Tensor, buckets: int) -> Tensor:
-    """Return the bucket of each noise level.
-
-    Buckets are equal parts of (0, 1]; the first is (0, 1 / buckets].
-    """
-    return (times * buckets).ceil().long().clamp(1, buckets) - 1
 
 
 def masked_diffusion_loss(

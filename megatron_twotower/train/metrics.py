@@ -26,6 +26,9 @@ Kind `validation`:
     loss               nats per scored token; left out if nothing was scored
     loss_by_noise      see above
     tokens             scored tokens
+    expert_load_by_noise    {"0.0-0.2": ratio, ...}, the tokens of the busiest expert over the mean
+                            of its layer, in the layer where it is largest; without experts left out
+    rank_load_by_noise      the same of expert-parallel ranks; with parallel.expert above 1
 
 Kind `checkpoint`:
 

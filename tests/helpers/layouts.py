@@ -280,10 +280,11 @@ def _run(config, groups):
         dist.all_gather_object(counts, result.sums[1].item())
         shares.append([count for count in counts if count])
     wrapped.gather_parameters()
-    validation = [] if config.objective == "ar" else [loop.validate(trainer, micro_batches(config, groups, 0))["loss"]]
+    validation = {} if config.objective == "ar" else loop.validate(trainer, micro_batches(config, groups, 0))
     same = all(torch.equal(*pair) for pair in zip(frozen, frozen_state(model), strict=True))
     return {
-        "losses": losses + validation,
+        "losses": losses + [validation[name] for name in ("loss",) if name in validation],
+        "loads by noise": validation.get("expert_load_by_noise"),
         "norms": norms,
         "loads": torch.stack(loads),
         "shares": shares,

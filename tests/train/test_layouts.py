@@ -169,6 +169,7 @@ def assert_same(got, want, precision):
     assert got["losses"] == pytest.approx(want["losses"], rel=1e-5)
     assert got["norms"] == pytest.approx(want["norms"], rel=1e-5)
     assert torch.equal(got["loads"], want["loads"]) and got["loads"].any()
+    assert got["loads by noise"] == want["loads by noise"]
     assert got["frozen"]
     assert got["parameters"].keys() == want["parameters"].keys()
     for name, start in want["start"].items():

@@ -13,9 +13,9 @@ from megatron_twotower.data.dataset import split_batch
 from megatron_twotower.ops import attention
 from megatron_twotower.ops.convolution import block_history, seeded_block_conv
 from megatron_twotower.ops.scan import chunk_scan, two_stream_scan
-from megatron_twotower.train.losses import autoregressive_loss, masked_diffusion_loss, next_tokens, noise_buckets
+from megatron_twotower.train.losses import autoregressive_loss, masked_diffusion_loss, next_tokens
 from megatron_twotower.train.noise import corrupt, teacher_shares
-from megatron_twotower.types import Batch
+from megatron_twotower.types import Batch, noise_buckets
 
 GROUPS = SimpleNamespace(tp=None, cp=None)
 NOISE = NoiseConfig(block_size_tokens=4, mask_token_id=3)
