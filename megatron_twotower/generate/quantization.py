@@ -64,7 +64,9 @@ def _int4(device: torch.device) -> Any:
             group_size=INT4_GROUP, int4_packing_format="tile_packed_to_4d", set_inductor_config=False
         )
     return IntxWeightOnlyConfig(
-        weight_dtype=torch.int4, granularity=PerGroup(INT4_GROUP), mapping_type=MappingType.ASYMMETRIC
+        weight_dtype=torch.int4,  # type: ignore[attr-defined]
+        granularity=PerGroup(INT4_GROUP),
+        mapping_type=MappingType.ASYMMETRIC,
     )
 
 
@@ -199,8 +201,9 @@ def expected_bytes(model: TwoTowerModel, chosen: Quantization) -> int:
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters of a model, of quantised ones with their factors."""
     total = 0
-    for parameter in model.parameters():
-        names = type(parameter).__tensor_flatten__(parameter)[0] if is_quantized(parameter) else None
-        tensors = [parameter] if names is None else [getattr(parameter, name) for name in names]
+    weights: list[Any] = list(model.parameters())
+    for weight in weights:
+        names = weight.__tensor_flatten__()[0] if is_quantized(weight) else None
+        tensors = [weight] if names is None else [getattr(weight, name) for name in names]
         total += sum(each.numel() * each.element_size() for each in tensors)
     return total
