@@ -49,6 +49,9 @@ EXTRAS = {
     "data": ["pyarrow>=14", "zstandard>=0.22"],
     # Tasks of lm-evaluation-harness: `twotower evaluate --tasks`.
     "eval": ["lm-eval>=0.4.9"],
+    # Weights of eight or four bits: `--quantize`, `twotower convert quantize`.
+    # accelerate loads straight to the GPU that quantises.
+    "quantize": ["torchao>=0.18,<1", "accelerate>=1.1"],
     # `--engine ray`: preparing data, generation and evaluation on a cluster.
     "cluster": ["ray>=2.52,<3"],
     "dev": [
@@ -61,6 +64,7 @@ EXTRAS = {
         "fastapi",  # it, uvicorn and openai are what the server of transformers needs
         "uvicorn",
         "openai",
+        "torchao>=0.18,<1",
         "ruff>=0.8",
         "mypy>=1.13",
         "pyarrow>=14",

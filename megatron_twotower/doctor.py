@@ -66,6 +66,7 @@ PACKAGES = (
     _Package("apex", "apex.optimizers"),
     _Package("mamba-ssm", "mamba_ssm"),
     _Package("causal-conv1d", "causal_conv1d"),
+    _Package("torchao", "torchao"),
     _Package("triton", "triton"),
 )
 _BY_NAME = {package.distribution: package for package in PACKAGES}

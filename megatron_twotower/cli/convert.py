@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from megatron_twotower.cli.command import Command, Group
-from megatron_twotower.cli.options import add_number
+from megatron_twotower.cli.options import add_number, add_options, arguments_for, option
 
 
 def _add_folders(parser: argparse.ArgumentParser, *, source: str, of: str) -> None:
@@ -78,6 +78,30 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+WRITTEN_KIND = option("how numbers are kept", "--quantize", choices=("int8", "int4", "fp8"), required=True)
+
+
+def _add_quantize(parser: argparse.ArgumentParser) -> None:
+    from megatron_twotower.cli.generate import QUANTIZATION
+    from megatron_twotower.generate.quantization import Quantization
+
+    parser.add_argument("--from", dest="source", type=Path, required=True, help="two-tower Hugging Face folder")
+    parser.add_argument("--to", type=Path, required=True, help="folder to write")
+    add_options(parser, Quantization, {**QUANTIZATION, "kind": WRITTEN_KIND})
+    parser.add_argument("--device", default="cpu", help="where to quantise; int4 is written for that kind of device")
+
+
+def _quantize(arguments: argparse.Namespace) -> int:
+    from megatron_twotower.cli.generate import QUANTIZATION
+    from megatron_twotower.generate.quantization import Quantization
+    from megatron_twotower.generate.quantized_folder import quantize_folder
+
+    chosen = Quantization(**arguments_for(QUANTIZATION, arguments))
+    before, after = quantize_folder(arguments.source, arguments.to, chosen, device=arguments.device)
+    print(f"{arguments.to}: {arguments.source} in {chosen.kind}; weights {before:,} -> {after:,} bytes")
+    return 0
+
+
 GROUP = Group(
     "convert",
     "move weights to and from Hugging Face",
@@ -96,6 +120,14 @@ GROUP = Group(
             ("twotower convert export --from runs/twotower --to runs/model",),
             _add_export,
             _export,
+            interrupted_by_sigterm=True,
+        ),
+        Command(
+            "quantize",
+            "write a two-tower folder with weights of eight or four bits (extra `quantize`)",
+            ("twotower convert quantize --from runs/model --to runs/model-int8 --quantize int8",),
+            _add_quantize,
+            _quantize,
             interrupted_by_sigterm=True,
         ),
     ),

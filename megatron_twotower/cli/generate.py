@@ -33,6 +33,14 @@ GENERATION = {
     "prefill_chunk_size": option("positions of each prompt that the context tower reads at a time", **COUNT),
     "seed": option("seed of the sampling, temperature above 0", at_least=0),
 }
+QUANTIZATION = {
+    "kind": option(
+        "quantise the weights of the towers' linear layers while loading (extra `quantize`)",
+        "--quantize",
+        choices=("int8", "int4", "fp8"),
+    ),
+    "towers": option("the towers to quantise", "--quantized-towers", choices=("both", "context", "denoiser")),
+}
 BATCHING = {"batch_size": option("prompts in a batch, with --prompts", **COUNT)}
 
 
@@ -40,6 +48,7 @@ BATCHING = {"batch_size": option("prompts in a batch, with --prompts", **COUNT)}
 IDLE = (
     Idle(("--batch-size", *ENGINE_FLAGS), lambda found: found.prompts is None, "--prompt or --chat"),
     Idle(("--system",), lambda found: not found.chat, "no --chat"),
+    Idle(("--quantized-towers",), lambda found: found.quantize is None, "no --quantize"),
     *ONE_PROCESS_IDLE,
     Idle(("--top-k", "--top-p", "--seed"), lambda found: found.temperature == 0, "--temperature 0"),
     Idle(("--confidence-threshold",), lambda found: found.sampler is not None, "--sampler"),
@@ -60,6 +69,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     from megatron_twotower.generate.engine import GenerationSettings
     from megatron_twotower.generate.prompt_file import BatchingSettings
+    from megatron_twotower.generate.quantization import Quantization
 
     parser.add_argument("--model", type=Path, required=True, help="two-tower Hugging Face folder")
     what = parser.add_mutually_exclusive_group(required=True)
@@ -83,6 +93,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_options(parser, GenerationSettings, GENERATION)
     add_device(parser)
+    add_options(parser, Quantization, QUANTIZATION)
     parser.add_argument("--html", type=Path, metavar="FILE", help="page that replays the denoising of --prompt")
     parser.add_argument(
         "--output",
@@ -97,14 +108,21 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from megatron_twotower.generate import prompt_file, terminal
     from megatron_twotower.generate.engine import GenerationSettings
+    from megatron_twotower.generate.quantization import Quantization
 
     for name, needed in (("output", "prompts"), ("html", "prompt")):
         if getattr(arguments, name) is not None and getattr(arguments, needed) is None:
             raise UserError(f"--{name}: found {getattr(arguments, name)}, expected it with --{needed} alone")
     settings = GenerationSettings(**arguments_for(GENERATION, arguments))
+    quantization = Quantization(**arguments_for(QUANTIZATION, arguments))
     if arguments.chat:
         return terminal.chat(
-            arguments.model, mode=arguments.mode, settings=settings, system=arguments.system, devices=arguments.device
+            arguments.model,
+            mode=arguments.mode,
+            settings=settings,
+            system=arguments.system,
+            devices=arguments.device,
+            quantization=quantization,
         )
     if arguments.prompts is None:
         return terminal.run(
@@ -114,6 +132,7 @@ def _run(arguments: argparse.Namespace) -> int:
             settings=settings,
             page=arguments.html,
             devices=arguments.device,
+            quantization=quantization,
         )
     if arguments.output is None:
         raise UserError("--output: found none, expected a file for the texts that continue --prompts")
@@ -125,6 +144,7 @@ def _run(arguments: argparse.Namespace) -> int:
         settings=settings,
         batching=prompt_file.BatchingSettings(**arguments_for(BATCHING, arguments)),
         devices=arguments.device,
+        quantization=quantization,
         engine=one_process_settings(arguments),
     )
 
@@ -138,6 +158,7 @@ COMMAND = Command(
         "twotower generate --model /shared/model --prompts prompts.jsonl --output texts.jsonl --engine ray "
         "--address head:6379 --device cuda",
         "twotower generate --model runs/sft/model --chat",
+        "twotower generate --model runs/model --prompt 'def main():' --quantize int8",
     ),
     _add_options,
     _run,

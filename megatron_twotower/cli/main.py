@@ -1,10 +1,12 @@
 """The entry point of `twotower`: the parser of the commands, one-line errors, exit statuses."""
 
 import argparse
+import logging
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 from megatron_twotower.cli import bench, convert, data, distil, doctor, evaluate, generate, plan, report, train
@@ -25,6 +27,9 @@ COMMANDS: tuple[Command | Group, ...] = (
     doctor.COMMAND,
 )
 USER_ERROR, INTERRUPTED = 2, 130
+# transformers imports torchao wherever it is installed. torchao 0.18 then warns of kernels for CUDA
+# that a CPU cannot load, and torch of how torchao registers types; nothing here uses either.
+NOISE = {"torchao": "Failed to load", "torch.utils._pytree": "register_constant"}
 _NOT_GIVEN = object()
 
 
@@ -102,6 +107,10 @@ def parse(argv: Sequence[str] | None, namespace: argparse.Namespace | None = Non
     return arguments
 
 
+def _is_other(words: str, record: logging.LogRecord) -> bool:
+    return words not in record.getMessage()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -110,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         user, 75 for a run that stopped early and saved its state, 130 for Ctrl-C.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for name, words in NOISE.items():
+        logging.getLogger(name).addFilter(partial(_is_other, words))
     arguments = argparse.Namespace(debug=False)
     try:
         parse(argv, arguments)

@@ -20,6 +20,8 @@ ACCEPTED = {
     # 2.2.4 does not import beside transformers 5, and its gradients overflow (docs/gpu.md).
     "mamba-ssm": ">=2.3.2,<3",
     "causal-conv1d": ">=1.5,<2",
+    # Tried: 0.18.0 with torch 2.13. Releases before it were not.
+    "torchao": ">=0.18,<1",
     # 2.52 is the first with token authentication; tried: 2.52.1 and 2.60.0.
     "ray": ">=2.52,<3",
 }

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.files import atomic_folder, contents_sha256
 from megatron_twotower.common.progress import BytesProgress, silent_bytes
+from megatron_twotower.config.hf_config import read_object
 from megatron_twotower.config.schema import ModelConfig, RunConfig
 from megatron_twotower.convert.tensors import (
     FileTensor,
@@ -69,10 +70,12 @@ class HfFolder:
         """Read the index and the headers of all safetensors files.
 
         Raises:
-            UserError: The folder has no weights, its index does not agree with its files, or a file
-                is not complete.
+            UserError: The folder has no weights, its index does not agree with its files, a file is
+                not complete, or the weights are quantised.
         """
         folder = Path(path)
+        if "quantization_config" in read_object(folder / "config.json"):
+            raise UserError(f"{folder}/config.json: found quantization_config, expected weights that are not quantised")
         file_of = _read_index(folder)
         files = sorted(set(file_of.values())) or sorted(file.name for file in folder.glob("*.safetensors"))
         if not files:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +17,14 @@ from megatron_twotower.common.errors import UserError, require
 from megatron_twotower.config.hf_config import read_hf_config
 from megatron_twotower.config.special_tokens import SpecialTokens, read_special_tokens
 from megatron_twotower.data.tokenizer import load_tokenizer, text_encoder
+from megatron_twotower.generate.quantization import (
+    NO_QUANTIZATION,
+    Quantization,
+    check_quantized,
+    check_widths,
+    quantization_config,
+    require_torchao,
+)
 from megatron_twotower.hf import ARCHITECTURE
 from megatron_twotower.hf.modeling_nemotron_h_twotower import (
     ArgumentError,
@@ -143,7 +152,11 @@ class Generation:
 
 
 def load(
-    folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    quantization: Quantization = NO_QUANTIZATION,
 ) -> tuple[TwoTowerModel, PreTrainedTokenizerFast]:
     """Load a two-tower folder with the modelling code of this package.
 
@@ -153,31 +166,45 @@ def load(
         folder: Two-tower Hugging Face folder.
         dtype: Dtype of the weights; None for that of `config.json`.
         device: Device of both towers.
+        quantization: Which weights to quantise. A folder that is quantised stays as it is.
 
     Returns:
         The model in evaluation mode, with the special tokens of the folder, and its tokenizer.
 
     Raises:
         UserError: Not a two-tower folder, weights that are not exactly those of its configuration,
-            or files that disagree about the special tokens.
+            files that disagree about the special tokens, or weights that cannot be quantised.
     """
-    architectures = read_hf_config(folder).get("architectures")
+    config = read_hf_config(folder)
+    architectures = config.get("architectures")
     if architectures != [ARCHITECTURE]:
         raise UserError(f"{folder}/config.json: architectures: found {architectures}, expected ['{ARCHITECTURE}']")
+    if config.get("quantization_config") is not None:
+        found = f"--quantize: found {quantization.kind}, expected none"
+        require(quantization.kind is None, f"{found}: {folder} is quantised")
+        require_torchao(f"{folder}/config.json: quantization_config")
+    settings: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype}
+    if quantization.kind is not None:
+        check_widths(quantization, config, source=f"{folder}/config.json")
+        settings["quantization_config"] = quantization_config(quantization, torch.device(device))
+        if torch.device(device).type != "cpu":
+            settings["device_map"] = str(device)  # torchao packs four bits on the device that computes
     tokenizer, said = load_tokenizer(Path(folder)), read_special_tokens(folder)
     if not sys.stderr.isatty():
         disable_progress_bar()
     try:
         model, info = TwoTowerModel.from_pretrained(
-            str(folder), dtype="auto" if dtype is None else dtype, local_files_only=True, output_loading_info=True
+            str(folder), local_files_only=True, output_loading_info=True, **settings
         )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(map(str, info[problem]))
         if names:
             first = ", ".join(names[:3])
             raise UserError(f"{folder}: {problem.replace('_', ' ')}: found {len(names)} ({first}), expected none")
+    if quantization.kind is not None:
+        check_quantized(model, quantization)
     _set_special_tokens(model, said, tokenizer)
     return model.eval().to(device), tokenizer
 

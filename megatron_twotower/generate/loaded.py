@@ -17,6 +17,7 @@ from megatron_twotower.common.engines import Needs
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.workers import Engine
 from megatron_twotower.generate.engine import default_devices, load, place_towers, trained_block_sizes
+from megatron_twotower.generate.quantization import NO_QUANTIZATION, Quantization, first_device
 from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as TwoTowerModel
 
 _SAMPLED_BYTES = 1 << 20
@@ -30,14 +31,18 @@ class ModelPlace:
         folder: Two-tower Hugging Face folder.
         fingerprint: See `model_fingerprint`.
         devices: One, or one for each tower; empty for `default_devices` of the worker.
+        quantization: Which weights the worker quantises.
     """
 
     folder: Path
     fingerprint: str
     devices: tuple[str, ...]
+    quantization: Quantization = NO_QUANTIZATION
 
     @classmethod
-    def of(cls, folder: str | Path, devices: Sequence[str] = ()) -> "ModelPlace":
+    def of(
+        cls, folder: str | Path, devices: Sequence[str] = (), quantization: Quantization = NO_QUANTIZATION
+    ) -> "ModelPlace":
         """The place of the model that is in `folder` now.
 
         Raises:
@@ -45,7 +50,7 @@ class ModelPlace:
         """
         if len(devices) > 2:
             raise UserError(f"device: found {' '.join(devices)}, expected one or two")
-        return cls(Path(folder).resolve(), model_fingerprint(Path(folder)), tuple(devices))
+        return cls(Path(folder).resolve(), model_fingerprint(Path(folder)), tuple(devices), quantization)
 
     @property
     def needs(self) -> Needs:
@@ -83,7 +88,9 @@ def loaded(place: ModelPlace) -> tuple[TwoTowerModel, PreTrainedTokenizerFast]:
 
 @functools.lru_cache(maxsize=1)
 def _loaded(place: ModelPlace, devices: tuple[str, ...]) -> tuple[TwoTowerModel, PreTrainedTokenizerFast]:
-    model, tokenizer = load(place.folder)
+    model, tokenizer = load(
+        place.folder, device=first_device(place.quantization, devices), quantization=place.quantization
+    )
     place_towers(model, devices)
     return model, tokenizer
 

@@ -52,6 +52,7 @@ from megatron_twotower.generate.engine import (
 )
 from megatron_twotower.generate.journal import append, json_line, open_journal, rows_in_order
 from megatron_twotower.generate.loaded import ModelPlace, ask_facts, loaded
+from megatron_twotower.generate.quantization import NO_QUANTIZATION, Quantization
 from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as TwoTowerModel
 
 # Version of the journal.
@@ -395,6 +396,7 @@ def run(
     settings: GenerationSettings,
     batching: BatchingSettings,
     devices: Sequence[str] = (),
+    quantization: Quantization = NO_QUANTIZATION,
     engine: EngineSettings = ONE_PROCESS,
     console: Console | None = None,
 ) -> int:
@@ -408,6 +410,7 @@ def run(
         settings: How text is generated.
         batching: How prompts are grouped.
         devices: Of a worker: one, or one for each tower; empty for `default_devices`.
+        quantization: Which weights to quantise.
         engine: Who generates. Each worker has a model of its own.
         console: The console for the line of figures; None for standard output.
 
@@ -422,7 +425,7 @@ def run(
         raise UserError(f"{output}: exists already, expected a file that does not")
     count, sha256 = check_prompts(prompts)
     read_hf_config(folder)  # a wrong path is found before workers start
-    place = ModelPlace.of(folder, devices)
+    place = ModelPlace.of(folder, devices, quantization)
     with started(engine, place.needs) as workers, stage_bars() as bars:
         facts = ask_facts(workers, place)
         warn_of_untrained_block(facts.trained_block_sizes, settings.block_size)
@@ -439,6 +442,7 @@ def run(
             "mode": mode,
             **asdict(settings),
             **asdict(batching),
+            **({} if quantization.kind is None else {"quantization": asdict(quantization)}),
         }
 
         def report(found: RunProgress) -> None:

@@ -31,6 +31,7 @@ from megatron_twotower.generate.engine import (
     place_towers,
     with_block_size,
 )
+from megatron_twotower.generate.quantization import NO_QUANTIZATION, Quantization, first_device
 from megatron_twotower.generate.replay.page import write_page
 from megatron_twotower.generate.replay.recording import Recorder
 from megatron_twotower.hf.modeling_nemotron_h_twotower import DenoisingStep
@@ -175,6 +176,7 @@ def chat(
     settings: GenerationSettings,
     system: str | None = None,
     devices: Sequence[str] = (),
+    quantization: Quantization = NO_QUANTIZATION,
     console: Console | None = None,
     lines: Iterable[str] | None = None,
 ) -> int:
@@ -186,6 +188,7 @@ def chat(
         settings: How text is generated.
         system: The text of a turn before the conversation; None for no such turn.
         devices: As in `run`.
+        quantization: As in `run`.
         console: The console to print on; None for standard output.
         lines: What the user says; None for standard input, up to its end (Ctrl-D).
 
@@ -197,10 +200,11 @@ def chat(
     """
     check_mode(mode)
     console = console or Console()
-    model, tokenizer = load(folder)
+    devices = devices or default_devices()
+    model, tokenizer = load(folder, device=first_device(quantization, devices), quantization=quantization)
     settings = with_block_size(model, settings)
     template = template_of(tokenizer, folder=folder, mask_id=model.mask_token_id)
-    place_towers(model, devices or default_devices())
+    place_towers(model, devices)
     messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     for line in _typed(console) if lines is None else lines:
         if not line.strip():
@@ -234,6 +238,7 @@ def run(
     settings: GenerationSettings,
     page: Path | None = None,
     devices: Sequence[str] = (),
+    quantization: Quantization = NO_QUANTIZATION,
     console: Console | None = None,
 ) -> int:
     """Run the command; mode `all` generates in every mode and compares them.
@@ -245,6 +250,7 @@ def run(
         settings: How text is generated.
         page: HTML file for a replay of the denoising; None for no replay.
         devices: One, or one for each tower; empty for `default_devices`.
+        quantization: Which weights to quantise.
         console: The console to print on; None for standard output.
 
     Returns:
@@ -258,9 +264,10 @@ def run(
     if page is not None:
         check_page(page, mode)
     console = console or Console()
-    model, tokenizer = load(folder)
+    devices = devices or default_devices()
+    model, tokenizer = load(folder, device=first_device(quantization, devices), quantization=quantization)
     settings = with_block_size(model, settings)
-    place_towers(model, devices or default_devices())
+    place_towers(model, devices)
     if mode == ALL:  # the first call in each mode is slower, and speeds are compared
         for each in MODES:
             warm_up = GenerationSettings(max_new_tokens=_WARM_UP_TOKENS)

@@ -43,6 +43,11 @@ CALLS = {
         {"convert.import_run:import_folder": SimpleNamespace(objective="ar")},
     ),
     "convert export": (["--from", "a", "--to", "b"], {"convert.export:export": "two_tower"}),
+    "convert quantize": (
+        ["--from", "a", "--to", "b", "--quantize", "int8"],
+        {"generate.quantized_folder:quantize_folder": (2, 1)},
+    ),
+    "generate --prompt a --quantize int8": (MODEL, {"generate.terminal:run": 0}),
     "generate --prompt a": (MODEL, {"generate.terminal:run": 0}),
     "generate --prompt a --temperature 1": (MODEL, {"generate.terminal:run": 0}),
     "generate --prompts a": ([*MODEL, "--output", "o"], {"generate.prompt_file:run": 0}),
@@ -211,6 +216,9 @@ KNOWN = {
     "generate --prompt a --engine ray": "--engine: found with --prompt or --chat, which does not use it",
     "data prepare --address head:6379": "--address: found with --engine local, which does not use it",
     "evaluate --data d --engine ray": "--engine: found with no --tasks, which does not use it",
+    "generate --prompt a --quantized-towers context": (
+        "--quantized-towers: found with no --quantize, which does not use it"
+    ),
     "generate --prompt a --system b": "--system: found with no --chat, which does not use it",
     "data prepare --workspace w": "--workspace: found with an output that is a path, which does not use it",
     "data prepare --chat --eos none": "--eos: found with --chat, which does not use it",

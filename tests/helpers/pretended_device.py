@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 import megatron_twotower
 from megatron_twotower.common import device as common_device
+from megatron_twotower.hf import modeling_nemotron_h_twotower as modeling
 from megatron_twotower.mcore import patches
 
 CUDA = torch.device("cuda", 0)
@@ -408,9 +409,13 @@ def pretended_cuda() -> Iterator[Waits]:
         yield mode.waits
 
 
-def as_there() -> contextlib.AbstractContextManager[None]:
-    """On the host, compute attention by the operations that the pretended device uses."""
-    return sdpa_kernel(SDPBackend.MATH)
+@contextlib.contextmanager
+def as_there() -> Iterator[None]:
+    """On the host, attention and experts are computed by the operations of the pretended device."""
+    with sdpa_kernel(SDPBackend.MATH), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling, "waits_for_nothing", lambda device: False)
+        patch.setattr(modeling, "has_grouped_product", lambda matrices, dtype: dtype == torch.bfloat16)
+        yield
 
 
 def on_host(value: Any) -> Any:

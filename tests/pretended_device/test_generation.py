@@ -23,9 +23,7 @@ from megatron_twotower.hf import modeling_nemotron_h_twotower as modeling
 
 ROWS, PROMPT, NEW, BLOCK, EOS = 3, 9, 10, 4, 11
 BLOCKS = -(-NEW // BLOCK)
-# Each tower of `tiny_model` has one layer of experts. A layer waits only for what it sends to which
-# expert.
-EXPERTS, PLACES = "a copy to the host: modeling_nemotron_h_twotower.{}", "nonzero: modeling_nemotron_h_twotower.{}"
+COPY, PLACES = "a copy to the host: modeling_nemotron_h_twotower.{}", "nonzero: modeling_nemotron_h_twotower.{}"
 NUMBER = "a number: modeling_nemotron_h_twotower.{}"
 
 
@@ -42,51 +40,67 @@ MODES = {
         # Three passes finish a block, and no fourth looks for remaining masks.
         {"block_size": BLOCK, "steps_per_block": 3, "confidence_threshold": 1.0},
         lambda stats, eos: {
-            EXPERTS.format("routed_experts"): stats.passes + BLOCKS,
             PLACES.format("_fill_block"): stats.passes,
             NUMBER.format("generate_mask_diffusion"): 1 + (BLOCKS if eos else 0),
         },
     ),
-    "ar": (
-        {},
-        lambda stats, eos: {
-            EXPERTS.format("routed_experts"): stats.passes,
-            NUMBER.format("_generate_by_token"): 1 + (stats.passes if eos else 0),
-        },
-    ),
-    "mock_ar": (
-        {},
-        lambda stats, eos: {
-            EXPERTS.format("routed_experts"): 2 * stats.passes,
-            NUMBER.format("_generate_by_token"): 1 + (stats.passes if eos else 0),
-        },
-    ),
+    "ar": ({}, lambda stats, eos: {NUMBER.format("_generate_by_token"): 1 + (stats.passes if eos else 0)}),
+    "mock_ar": ({}, lambda stats, eos: {NUMBER.format("_generate_by_token"): 1 + (stats.passes if eos else 0)}),
     "speculative": (
         {"block_size": BLOCK, "draft_steps": 2},
         lambda stats, eos: {
-            EXPERTS.format("routed_experts"): 1 + stats.passes + stats.draft_passes,
-            EXPERTS.format("settle"): stats.passes,
+            COPY.format("settle"): stats.passes,
             NUMBER.format("generate_speculative"): stats.passes + 3,
         },
     ),
 }
 
 
+# In float32 the choices of experts are a batch of products, in bfloat16 a grouped product.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("eos", [None, EOS])
 @pytest.mark.parametrize("mode", MODES)
-def test_text_is_that_of_the_host_and_every_wait_is_expected(mode, eos):
-    """A forward pass of the denoiser waits for remaining masks and for each layer of experts."""
+def test_text_is_that_of_the_host_and_every_wait_is_expected(mode, eos, dtype):
+    """A forward pass of the denoiser waits for remaining masks alone."""
     settings, waited_for = MODES[mode]
     settings, ids = settings | {"eos_token_id": eos}, random_ids(ROWS, PROMPT)
     with as_there():
-        text, stats = written(mode, tiny_model(dtype=torch.float32), ids, **settings)
+        text, stats = written(mode, tiny_model(dtype=dtype), ids, **settings)
     with pretended_cuda() as waits:
-        model, there = tiny_model(dtype=torch.float32).to("cuda"), ids.to("cuda")
+        model, there = tiny_model(dtype=dtype).to("cuda"), ids.to("cuda")
         with waits.during() as waited:
             found, figures = written(mode, model, there, **settings)
     assert isinstance(found, Pretended) and torch.equal(on_host(found), text) and figures == stats
     expected = waited_for(stats, eos) | ({NUMBER.format("fill_after_eos"): 2} if eos else {})
     assert waited.counted() == expected
+
+
+@pytest.mark.parametrize("capacity", [None, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pass_and_a_read_of_a_block_wait_for_nothing(dtype, capacity, monkeypatch):
+    used = []
+    product = torch.nn.functional.grouped_mm
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", lambda *a, **k: used.append(1) or product(*a, **k))
+    with pretended_cuda() as waits:
+        model = tiny_model(dtype=dtype).to("cuda")
+        ids, block = random_ids(ROWS, PROMPT).to("cuda"), random_ids(ROWS, BLOCK).to("cuda")
+        t = torch.ones(ROWS, device="cuda")
+        cache = model.prefill(ids, capacity=capacity)
+        with waits.during() as waited:
+            for _ in range(2):
+                model.denoise_block(block, t, cache)
+                model.extend(cache, block)
+                model.extend(cache, block[:, :1])
+    assert waited.found == []
+    assert bool(used) == (dtype == torch.bfloat16)
+
+
+def test_long_texts_without_a_grouped_kernel_wait_once_a_layer():
+    with pretended_cuda() as waits:
+        model, ids = tiny_model(dtype=torch.float32).to("cuda"), random_ids(ROWS, 50).to("cuda")
+        with waits.during() as waited:
+            model.prefill(ids)
+    assert waited.counted() == {COPY.format("parts"): 1}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -128,7 +142,6 @@ def test_samplers_wait_for_nothing_more(text):
     asked = {NUMBER.format("_fill_block"): denoised} if stats.verifications else {}
     assert bool(asked) == (text is not None and text.startswith("routed"))
     assert waited.counted() == asked | {
-        EXPERTS.format("routed_experts"): stats.passes + BLOCKS,
         PLACES.format("_fill_block"): denoised + BLOCKS,
         NUMBER.format("generate_mask_diffusion"): 1,
     }
@@ -196,13 +209,11 @@ MEASURES = {
     "bound": lambda model: likelihood.bound_nats(model, ALL, block_size=8, draws=2, seed=1, mask_id=MASK),
 }
 # What a call waits for, by reading it: two levels or draws of three or two blocks that are
-# denoised, two that are read, each with its layer of experts; what the towers are given and what
-# they say go over at once.
+# denoised, two that are read; what the towers are given and what they say go over at once.
 WAITED = {
     "next token": {
         "a copy from the host: modeling_nemotron_h_twotower.forward": 1,
         "a copy from the host: modeling_nemotron_h_twotower.score": 1,
-        "a copy to the host: modeling_nemotron_h_twotower.routed_experts": 1,
         "a copy to the host: modeling_nemotron_h_twotower.score": 1,
     },
     **{
@@ -210,7 +221,6 @@ WAITED = {
             "a copy from the host: modeling_nemotron_h_twotower.forward": denoised + 2,
             "a copy from the host: modeling_nemotron_h_twotower.modulations": denoised,
             "a copy from the host: likelihood.token_nats": denoised,
-            "a copy to the host: modeling_nemotron_h_twotower.routed_experts": denoised + 2,
             "a copy to the host: likelihood._masked_nats": denoised,
         }
         for name, denoised in (("by noise", 6), ("bound", 4))
@@ -275,14 +285,15 @@ def test_distilled_text_is_that_of_the_host(two_tower_folder, tiny_data, monkeyp
     with pretended_cuda() as waits:
         distil.distil(two_tower_folder, tiny_data, tmp_path / "there", small)
     assert (tmp_path / "there").read_text() == (tmp_path / "host").read_text()
-    # Two batches: prompts are copied to the device and text back. A token waits in its layer of
-    # experts, and to see whether all texts have ended.
-    assert waits.counted("ours") == {
+    counted = waits.counted("ours")
+    assert counted.pop("a copy from the host: modeling_nemotron_h_twotower._apply") > 0  # weights
+    # Two batches: prompts are copied to the device and text back. A token waits to see whether all
+    # texts have ended.
+    assert counted == {
         "a copy from the host: distil.continue_windows": 2,
         "a copy to the host: distil.continue_windows": 2,
         NUMBER.format("_generate_by_token"): 2 * (6 + 1),
         NUMBER.format("fill_after_eos"): 2 * 2,
-        EXPERTS.format("routed_experts"): 2 * 6,
     }
 
 
