@@ -271,14 +271,16 @@ def validate(trainer: Trainer, batches: Sequence[Batch], *, alive: Callable[[], 
     trainer.model.eval()
     noise = trainer.config.noise.for_validation()
     trainer = dataclasses.replace(trainer, config=dataclasses.replace(trainer.config, noise=noise))
-    _count_by_noise(trainer)
+    counts_load = trainer.config.objective == "two_tower"
+    if counts_load:
+        _count_by_noise(trainer)
     seed = trainer.config.seed ^ VALIDATION_STREAM
     times = validation_times(trainer.config.train.validation_sequences, noise)
     micro_batches = [MicroBatch(batch, seed, times[batch.positions].unsqueeze(-1)) for batch in batches]
     sums = forward_backward(trainer, micro_batches, forward_only=True, alive=alive)
     sums = parallel.sum_over_stages(sums, trainer.groups)
     figures = _figures(sums, _num_buckets(trainer.config))
-    load = load_by_noise(_tokens_by_noise(trainer), trainer.config.parallel.expert)
+    load = load_by_noise(_tokens_by_noise(trainer), trainer.config.parallel.expert) if counts_load else {}
     return {"tokens": figures.pop("scored_tokens"), **figures, **load}
 
 

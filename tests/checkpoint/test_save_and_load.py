@@ -102,9 +102,8 @@ def test_four_ranks_resume_from_four_others(first, second, tmp_path, tiny_data, 
     assert all(got[step] == pytest.approx(want[step], rel=1e-5) for step in got)
 
 
-@pytest.mark.parametrize(
-    "layout", [pytest.param([], marks=pytest.mark.slow), ["optimizer.distributed=true", "train.checkpoint_async=false"]]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [[], ["optimizer.distributed=true", "train.checkpoint_async=false"]])
 def test_bf16_resumes_bit_for_bit(layout, tmp_path, tiny_data, tiny_backbone):
     """The fp32 weights that Adam updates are stored besides those of the model."""
     extra = [*PLAIN, *layout, "train.precision=bf16", "train.steps=6"]

@@ -174,6 +174,7 @@ def test_a_copy_is_independent_and_generates_after_generation(model):
 # --- compilation ---
 
 
+@pytest.mark.slow
 def test_forward_and_a_pass_are_compiled(model):
     expected = texts(model)
     compiled = torch.compile(copy.deepcopy(model), backend="eager")

@@ -67,6 +67,7 @@ def test_a_quick_run_measures_everything_and_says_that_it_was_a_cpu(tmp_path):
     assert skipped["skipped"] == "mamba-ssm: no CUDA device" and "cases" not in skipped
 
 
+@pytest.mark.slow
 def test_a_failed_rung_does_not_lose_the_results_of_the_others(tmp_path, monkeypatch):
     """A kernel may fail that never ran on such a GPU. The command reports it and returns false."""
     original, written = steps.measure_trainer, []
