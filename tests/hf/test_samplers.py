@@ -360,7 +360,7 @@ def test_each_row_is_written_as_if_alone(text):
     assert alone == row_passes
 
 
-@pytest.mark.parametrize("text", TYPICAL_SAMPLERS)
+@pytest.mark.parametrize("text", [*TYPICAL_SAMPLERS, "routed:1,0"])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_every_step_commits_and_blocks_end_in_time(text, temperature):
     model, ids = tiny_model(), random_ids(3, 5)
