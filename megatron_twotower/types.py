@@ -115,6 +115,11 @@ class NoisyBatch:
     sequence_weights: Tensor | None = None
     teacher_shares: Tensor | None = None
 
+    @property
+    def position_times(self) -> Tensor:
+        """(r b, l) float32, the noise level of each position."""
+        return self.times.repeat_interleave(self.noisy.shape[1] // self.times.shape[1], dim=1)
+
     def to(self, device: torch.device) -> "NoisyBatch":
         """Return a copy on another device."""
         return _moved(self, device)

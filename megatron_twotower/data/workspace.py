@@ -222,7 +222,7 @@ def copy_to_url(url: str, partial: Path, *, last: str, written: Mapping[str, int
     names = sorted(path.relative_to(data).as_posix() for path in data.rglob("*") if path.is_file())
     for name in sorted(names, key=lambda name: name == last):
         remote.put(data / name, f"{url}/{name}")
-    shutil.rmtree(partial, ignore_errors=True)
+    discard(partial)
 
 
 def _old(output: Path) -> Path:

@@ -9,7 +9,7 @@ from rich.table import Table
 from megatron_twotower.common import plots
 from megatron_twotower.common.machine import machine_line
 from megatron_twotower.common.tables import number, plain_table, with_error
-from megatron_twotower.evaluate.speed_quality import pareto_front, threshold_rows
+from megatron_twotower.evaluate.speed_quality import pareto_front, rule_name, threshold_rows
 
 
 def _position_tables(found: Mapping[str, Any]) -> list[Table]:
@@ -51,7 +51,7 @@ def _sweep_table(found: Mapping[str, Any]) -> Table:
         [
             "AR" if row["block_size"] is None else str(row["block_size"]),
             "-" if row["steps_per_block"] is None else str(row["steps_per_block"]),
-            row["sampler"] or ("-" if row["confidence_threshold"] is None else f"{row['confidence_threshold']:g}"),
+            rule_name(row),
             number(row["tokens_per_pass"]),
             number(row["tokens_per_second"], 1),
             number(row["speedup"]),

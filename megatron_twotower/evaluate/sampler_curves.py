@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_twotower.evaluate.likelihood import ratio
-from megatron_twotower.evaluate.speed_quality import threshold_rows
+from megatron_twotower.evaluate.speed_quality import rule_name, threshold_rows
 
 # Two to choose on and two to measure on, which is the least that has an error.
 LEAST_PROMPTS = 4
@@ -98,7 +98,7 @@ def _difference(row: Row, base: Row, key: str, prompts: Sequence[int]) -> tuple[
 def _point(row: Row, prompts: Sequence[int]) -> dict[str, Any]:
     values = _each(row, "agreement", prompts)
     return {
-        "setting": row["sampler"] or f"{row['confidence_threshold']:g}",
+        "setting": rule_name(row),
         "tokens_per_pass": tokens_per_pass(row, prompts),
         "agreement": fmean(values),
         "agreement_stderr": stdev(values) / math.sqrt(len(values)),

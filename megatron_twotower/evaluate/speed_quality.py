@@ -6,7 +6,7 @@ speed is relative to it, and the text is compared with its text.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -236,6 +236,12 @@ def pareto_front(rows: Sequence[dict[str, Any]], quality: str) -> list[dict[str,
         if not best or row[quality] > best[-1][quality]:
             best.append(row)
     return best[::-1]
+
+
+def rule_name(row: Mapping[str, Any]) -> str:
+    """The rule by which a row's text was committed: its sampler or threshold; "-" without one."""
+    threshold = row["confidence_threshold"]
+    return row["sampler"] or ("-" if threshold is None else f"{threshold:g}")
 
 
 def threshold_rows(rows: Sequence[dict[str, Any]], block: int) -> list[dict[str, Any]]:

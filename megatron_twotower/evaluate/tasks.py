@@ -17,6 +17,7 @@ from megatron_twotower.common.machine import machine_line
 from megatron_twotower.common.tables import number, plain_table, wide_console, with_error
 from megatron_twotower.evaluate.code_documents import read_index, write_documents
 from megatron_twotower.evaluate.harness_settings import HarnessSettings
+from megatron_twotower.evaluate.speed_quality import rule_name
 from megatron_twotower.evaluate.task_recipes import TaskSetup, chosen_setup, chosen_tasks
 from megatron_twotower.generate.engine import GenerationSettings, check_sampler
 
@@ -68,7 +69,7 @@ def _percent_or_nats(row: Mapping[str, Any], number_of_setting: int) -> str:
 def comparison_tables(found: Mapping[str, Any]) -> list[Table]:
     """Quality by task and setting, and the speed of each setting."""
     settings, tasks = found["settings"], found["tasks"]
-    names = ["AR" if row["mode"] == "ar" else _name_of(row) for row in settings]
+    names = ["AR" if row["mode"] == "ar" else f"{rule_name(row)}, S {row['block_size']}" for row in settings]
     quality = [
         [
             name,
@@ -104,12 +105,6 @@ def comparison_tables(found: Mapping[str, Any]) -> list[Table]:
             left=1,
         ),
     ]
-
-
-def _name_of(row: Mapping[str, Any]) -> str:
-    """The name of a setting of mask diffusion in a table."""
-    rule = row["sampler"] or f"{row['confidence_threshold']:g}"
-    return f"{rule}, S {row['block_size']}"
 
 
 def _percent(value: float | None) -> float | None:

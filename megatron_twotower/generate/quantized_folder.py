@@ -6,10 +6,9 @@ from pathlib import Path
 from megatron_twotower.common.errors import require
 from megatron_twotower.common.files import atomic_folder
 from megatron_twotower.config.hf_config import POINTER_FILE
+from megatron_twotower.convert.hf_folder import INDEX_FILE
 from megatron_twotower.generate.engine import load
 from megatron_twotower.generate.quantization import Quantization, weight_bytes
-
-INDEX_FILE = "model.safetensors.index.json"
 
 
 def quantize_folder(source: Path, output: Path, chosen: Quantization, *, device: str = "cpu") -> tuple[int, int]:

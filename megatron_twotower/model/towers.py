@@ -287,10 +287,7 @@ class TwoTower(PipelineModel):
 
     def _buckets(self, batch: NoisyBatch) -> Tensor | None:
         """The range of noise levels of each position (r b, l), in validation."""
-        if torch.is_grad_enabled():
-            return None
-        of_levels = noise_buckets(batch.times, self.report_buckets)
-        return of_levels.repeat_interleave(batch.noisy.shape[1] // of_levels.shape[1], dim=1)
+        return None if torch.is_grad_enabled() else noise_buckets(batch.position_times, self.report_buckets)
 
     def _attention_masks(self, batch: NoisyBatch, context: ContextRanks | None) -> tuple[Any, ...]:
         """The masks of all attention layers, which are built once."""

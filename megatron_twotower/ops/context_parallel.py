@@ -14,10 +14,11 @@ generator, `Steps`: it pauses after it has sent a message, and its next step wai
 `finish` runs such a computation without a pause.
 """
 
+import functools
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from torch import Tensor
 from megatron_twotower.config.context_split import PER_RANK, in_sequence_order, stretch_numbers
 
 Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
 # A computation that yields None whenever a message to other ranks is under way.
 Steps = Generator[None, None, Result]
 
@@ -37,6 +39,16 @@ def finish(steps: Steps[Result]) -> Result:
             next(steps)
         except StopIteration as end:
             return end.value
+
+
+def without_pauses(computation: Callable[Arguments, Steps[Result]]) -> Callable[Arguments, Result]:
+    """A computation as a function that runs it to its end."""
+
+    @functools.wraps(computation)
+    def run(*arguments: Arguments.args, **settings: Arguments.kwargs) -> Result:
+        return finish(computation(*arguments, **settings))
+
+    return run
 
 
 def steps_under(context: Callable[[], AbstractContextManager[Any]], steps: Steps[Result]) -> Steps[Result]:

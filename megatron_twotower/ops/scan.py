@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_twotower.ops import dispatch
-from megatron_twotower.ops.context_parallel import ContextRanks, Steps, finish
+from megatron_twotower.ops.context_parallel import ContextRanks, Steps, finish, without_pauses
 from megatron_twotower.ops.scan_chunks import (
     MAX_CHUNK,
     Decays,
@@ -275,22 +275,8 @@ def chunk_scan_steps(
     return y.to(x.dtype), states, final
 
 
-def chunk_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    *,
-    chunk: int,
-    initial: Tensor | None = None,
-    documents: Tensor | None = None,
-    context: ContextRanks | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`chunk_scan_steps` without a pause."""
-    scan = chunk_scan_steps(x, dt, A, B, C, D, chunk=chunk, initial=initial, documents=documents, context=context)
-    return finish(scan)
+# `chunk_scan_steps` without a pause.
+chunk_scan = without_pauses(chunk_scan_steps)
 
 
 def stream_scan(

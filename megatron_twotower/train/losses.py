@@ -117,9 +117,7 @@ def masked_diffusion_loss(
         groups: Process groups of this rank.
         context: The context tower, for `batch.teacher_shares`.
     """
-    length = batch.noisy.shape[1]
-    times = batch.times.repeat_interleave(length // batch.times.shape[1], dim=1)
-    levels = times.flatten()[batch.scored_positions]
+    levels = batch.position_times.flatten()[batch.scored_positions]
     scored = (torch.arange(len(levels), device=levels.device) < batch.num_scored).to(levels.dtype)
     elbo = noise.weighting == "elbo"
     weights = scored / levels if elbo else scored

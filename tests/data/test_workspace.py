@@ -9,18 +9,13 @@ from megatron_twotower.common.files import partial_path
 from megatron_twotower.data import workspace
 from megatron_twotower.data.workspace import check_output, discard, move_into_place, resuming
 
+CONTENT = ["data", "lock", "parts", "plan.json", "selection", "shards"]
+
 
 def test_work_for_the_same_request_is_resumed_and_for_another_refused(tmp_path):
     output = tmp_path / "deep" / "out"
     with resuming(partial_path(output), request={"a": 1, "b": (2, 3)}, overwrite=False) as partial:
-        assert sorted(path.name for path in partial.iterdir()) == [
-            "data",
-            "lock",
-            "parts",
-            "plan.json",
-            "selection",
-            "shards",
-        ]
+        assert sorted(path.name for path in partial.iterdir()) == CONTENT
         (partial / "parts" / "done").write_text("x")
         (partial / "parts" / "begun.17.partial").write_text("x")
     with resuming(partial_path(output), request={"a": 1, "b": (2, 3)}, overwrite=True) as partial:
@@ -60,14 +55,7 @@ def test_after_a_kill_while_earlier_work_is_discarded_nothing_is_resumed(tmp_pat
         with pytest.raises(KeyboardInterrupt), resuming(tmp_path / "out.partial", request={"a": 9}, overwrite=True):
             raise AssertionError
     with resuming(tmp_path / "out.partial", request={"a": 1}, overwrite=False) as partial:
-        assert sorted(path.name for path in partial.iterdir()) == [
-            "data",
-            "lock",
-            "parts",
-            "plan.json",
-            "selection",
-            "shards",
-        ]
+        assert sorted(path.name for path in partial.iterdir()) == CONTENT
         assert not list((partial / "parts").iterdir())
 
 

@@ -7,6 +7,7 @@ import transformers
 from packaging.version import Version
 from safetensors.torch import save_file
 from transformers import NemotronHConfig
+from transformers.generation.streamers import BaseStreamer
 
 from megatron_twotower.hf import MODELING_FILE, twotower_config_json
 from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM
@@ -36,6 +37,19 @@ TYPICAL_SAMPLERS = (
     "by_step:0.5,0.2,2",
     "routed:0.5,1.2",
 )
+
+
+class Recorder(BaseStreamer):
+    """A streamer that keeps what it gets."""
+
+    def __init__(self):
+        self.parts, self.ended = [], False
+
+    def put(self, value):
+        self.parts.append(value)
+
+    def end(self):
+        self.ended = True
 
 
 def tiny_fields(pattern=PATTERN, **changes):

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria
 
-from helpers.modeling import RELEASE, random_ids
+from helpers.modeling import RELEASE, Recorder, random_ids
 from megatron_twotower.hf.modeling_nemotron_h_twotower import (
     LOOPS,
     NOT_OF_AR,
@@ -145,19 +145,6 @@ def test_a_text_streamer_prints_the_text(model, tokenizer, capsys):
     assert capsys.readouterr().out.rstrip("\n") == written(model, tokenizer, PROMPTS[1]).rstrip("\n")
 
 
-class Ids(TextStreamer):
-    """Keeps what it gets, without text."""
-
-    def __init__(self):
-        self.parts, self.ended = [], False
-
-    def put(self, value):
-        self.parts.append(value)
-
-    def end(self):
-        self.ended = True
-
-
 @pytest.mark.parametrize("loop", OTHERS)
 @pytest.mark.parametrize("end", [False, True])
 def test_a_streamer_gets_the_final_ids_once_and_in_order(model, loop, end):
@@ -166,7 +153,7 @@ def test_a_streamer_gets_the_final_ids_once_and_in_order(model, loop, end):
     settings |= {"confidence_threshold": 1.0} if loop == "mask_diffusion" else {}
     text = model.generate(ids, **settings)[0, 5:]
     settings["eos_token_id"] = [int(text[6])] if end else None
-    stream = Ids()
+    stream = Recorder()
     whole = model.generate(ids, streamer=stream, pad_token_id=0, **settings)
     assert stream.ended and torch.equal(stream.parts[0], ids)
     assert torch.equal(torch.cat(stream.parts[1:]), whole[0, 5:])
@@ -175,7 +162,7 @@ def test_a_streamer_gets_the_final_ids_once_and_in_order(model, loop, end):
 
 
 def test_parts_of_mask_diffusion_come_as_soon_as_nothing_before_them_is_open(model):
-    ids, stream, known = random_ids(1, 5), Ids(), []
+    ids, stream, known = random_ids(1, 5), Recorder(), []
 
     def on_step(step):
         prefix = (step.ids[0] != model.mask_token_id).tolist()
@@ -250,7 +237,7 @@ def test_a_function_of_ones_own(model):
     assert torch.equal(model.generate(ids, max_new_tokens=3, custom_generate=backwards), ids.flip(1))
     found = model.generate(ids, max_new_tokens=3, custom_generate=backwards, block_size=2)
     assert torch.equal(found, ids.flip(1)[:, 2:])
-    for name, value in (("streamer", Ids()), ("generator", torch.Generator()), ("on_tokens", print)):
+    for name, value in (("streamer", Recorder()), ("generator", torch.Generator()), ("on_tokens", print)):
         with pytest.raises(ValueError, match=f"^{name}: found one, expected None with custom_generate: functools"):
             model.generate(ids, custom_generate=backwards, **{name: value})
 
@@ -265,7 +252,7 @@ REFUSED = {
     "output_logits": (True, "output_logits: found another value, expected the default"),
     "prefill_chunk_size": (8, "prefill_chunk_size: found another value, expected the default"),
     "use_cache": (False, "use_cache: found another value, expected the default"),
-    "streamer": (Ids(), "streamer: found 2 rows, expected one"),
+    "streamer": (Recorder(), "streamer: found 2 rows, expected one"),
 }
 
 

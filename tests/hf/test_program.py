@@ -22,9 +22,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StopStringCriteria
-from transformers.generation.streamers import BaseStreamer
 
-from helpers.modeling import VOCABULARY, known, random_ids, save, tiny_config, tiny_model
+from helpers.modeling import VOCABULARY, Recorder, known, random_ids, save, tiny_config, tiny_model
 from megatron_twotower.config.hf_config import model_from_hf, read_hf_config
 from megatron_twotower.config.schema import RunConfig
 from megatron_twotower.convert.hf_folder import HfFolder
@@ -275,17 +274,6 @@ def test_positions_of_padded_rows_are_accepted(model):
 
 
 # --- generate, against the one-tower class of transformers ---
-
-
-class Recorder(BaseStreamer):
-    def __init__(self):
-        self.parts, self.ended = [], False
-
-    def put(self, value):
-        self.parts.append(value)
-
-    def end(self):
-        self.ended = True
 
 
 def ends(model, ids):
