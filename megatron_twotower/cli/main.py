@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NoReturn
 
-from megatron_twotower.cli import bench, convert, data, distil, doctor, evaluate, generate, plan, report, train
+from megatron_twotower.cli import bench, convert, data, distil, doctor, evaluate, generate, plan, report, study, train
 from megatron_twotower.cli.command import Command, Group, refuse_idle
 from megatron_twotower.cli.options import check_numbers
 from megatron_twotower.common.errors import UserError
@@ -23,6 +23,7 @@ COMMANDS: tuple[Command | Group, ...] = (
     evaluate.COMMAND,
     bench.GROUP,
     distil.COMMAND,
+    study.COMMAND,
     report.COMMAND,
     doctor.COMMAND,
 )

@@ -552,3 +552,56 @@ def pareto(
         _label_points(axes, labels)
     _legend(axes, theme)
     return _png(figure)
+
+
+def study(rows: Sequence[Mapping[str, Any]], *, reference: str, theme: Theme) -> bytes:
+    """Final loss against the share of the tokens, a panel for each size and a curve for each arm.
+
+    Args:
+        rows: Rows of `study.figures`, as dictionaries.
+        reference: The arm whose loss with all tokens is the dashed line.
+    """
+    sizes, arms = list(dict.fromkeys(row["size"] for row in rows)), list(dict.fromkeys(row["arm"] for row in rows))
+    figure, panels = _new_figure(
+        theme,
+        "Loss and tokens",
+        "each point is a training of its own; bars: one standard error over seeds; dashed: the reference",
+        panels=len(sizes),
+        width=5.2 * len(sizes) + 1.8,
+    )
+    for axes, size in zip(panels, sizes, strict=True):
+        for number, arm in enumerate(arms):
+            of_arm = [row for row in rows if (row["size"], row["arm"]) == (size, arm)]
+            axes.errorbar(
+                [row["share"] for row in of_arm],
+                [row["loss"]["value"] for row in of_arm],
+                yerr=[row["loss"]["error"] or 0.0 for row in of_arm],
+                color=theme.series[number % len(theme.series)],
+                marker="os^Dv<>P*X"[number % 10],
+                linestyle="-" if number < len(theme.series) else DASHED,
+                markersize=4.5,
+                linewidth=1.2,
+                elinewidth=0.8,
+                label=arm,
+            )
+            if arm == reference:
+                for row in of_arm:
+                    if row["share"] == 1:
+                        axes.axhline(row["loss"]["value"], color=theme.muted, linewidth=1, linestyle=DASHED)
+        axes.set_xscale("log")
+        shares = sorted({row["share"] for row in rows if row["size"] == size})
+        axes.set_xticks(shares, [f"{share:g}" for share in shares])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_title(size, color=theme.text, fontsize=9.5, loc="left", pad=6)
+        _label_axes(axes, theme, x="share of the tokens", y="nats per masked token")
+        axes.margins(0.1)
+    figure.subplots_adjust(right=1 - 1.8 / figure.get_figwidth())
+    panels[-1].legend(
+        frameon=False,
+        fontsize=8,
+        labelcolor=theme.text,
+        loc="center left",
+        bbox_to_anchor=(1.02, 0.5),
+        handlelength=1.8,
+    )
+    return _png(figure)

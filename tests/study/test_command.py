@@ -1,0 +1,70 @@
+"""`twotower study`: it trains what is missing, shows what is done, stops at a failure."""
+
+import json
+
+import pytest
+import yaml
+
+from megatron_twotower.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def study_file(tiny_data, tiny_backbone, tmp_path_factory):
+    path = tmp_path_factory.mktemp("studies") / "pair.yaml"
+    content = {
+        "question": "Are five steps better than two?",
+        "recipe": "tiny",
+        "overrides": [f"data.folder={tiny_data}", "train.steps=5", "schedule.warmup_steps=1"],
+        "sizes": {"tiny": [f"init.backbone={tiny_backbone}"]},
+        "seeds": [1],
+        "reference": "plain",
+        "arms": {"plain": {"overrides": [], "shares": [0.4, 1]}},
+    }
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_a_study(study_file, tmp_path, capsys):
+    """Both trainings are done side by side. A second call trains nothing."""
+    arguments = ["study", str(study_file), "--output", str(tmp_path / "out")]
+    assert main([*arguments, "--workers", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "Are five steps better than two?" in shown
+    result = json.loads((tmp_path / "out" / "study.json").read_text())
+    assert [(row["arm"], row["share"], row["loss"]["count"]) for row in result["rows"]] == [
+        ("plain", 0.4, 1),
+        ("plain", 1, 1),
+    ]
+    assert result["rows"][0]["difference"]["value"] == pytest.approx(
+        result["rows"][0]["loss"]["value"] - result["rows"][1]["loss"]["value"]
+    )
+    assert (tmp_path / "out" / "study.png").read_bytes().startswith(b"\x89PNG")
+    folders = [tmp_path / "out" / "tiny" / f"plain-{share}" / "seed-1" for share in ("0.4", "1")]
+    before = [(folder / "training.log").read_text() for folder in folders]
+    assert main(arguments) == 0
+    assert [(folder / "training.log").read_text() for folder in folders] == before
+
+    # A training whose settings the study no longer has is not taken for one of its own.
+    changed = study_file.read_text().replace("schedule.warmup_steps=1", "schedule.warmup_steps=2")
+    other = tmp_path / "other.yaml"
+    other.write_text(changed)
+    assert main(["study", str(other), "--output", str(tmp_path / "out")]) == 2
+    assert "found a training with other settings" in capsys.readouterr().err
+
+
+def test_a_training_that_fails(study_file, tmp_path, capsys):
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(study_file.read_text().replace("train.steps=5", "train.validation_sequences=100000000"))
+    assert main(["study", str(wrong), "--output", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert "a training ended with status 2, it said: twotower: " in message and "100000000" in message.replace(",", "")
+
+
+def test_mistakes(study_file, tmp_path, capsys):
+    arguments = ["study", str(study_file), "--output", str(tmp_path / "out")]
+    assert main([*arguments, "--sizes", "huge"]) == 2
+    assert "--sizes: found huge, expected one of tiny" in capsys.readouterr().err
+    assert main([*arguments, "--show"]) == 2
+    assert "no training of" in capsys.readouterr().err
+    assert main([*arguments, "--show", "--workers", "2"]) == 2
+    assert "--workers: found with --show" in capsys.readouterr().err
