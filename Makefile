@@ -28,7 +28,7 @@ TWOTOWER := $(BIN)/twotower
 # Python compiles a module at its first import; pip would compile all eighteen thousand.
 PIP_INSTALL := $(BIN)/python -m pip install -qq --no-compile
 
-.PHONY: help install train report bench speed samplers sft soak test test-slow test-gpu test-te test-mamba test-transformers test-releases test-slurm test-cluster check format backbone bytes clean
+.PHONY: help install train report bench speed samplers study sft soak test test-slow test-gpu test-te test-mamba test-transformers test-releases test-slurm test-cluster check format backbone bytes clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -150,6 +150,16 @@ samplers: $(BYTES)/data/train/index.json ## the two towers on bytes: samplers ag
 	  0.6 0.5 0.4 --samplers factor:1 factor:2 entropy_bound:0.8 entropy_bound:1.6 klass:0.5,0.1 klass:0.6,2 \
 	  credit:0.9 credit:0.8 credit:0.7 prefix:0.8 early_end:0.95,2 early_end:0.9,2 early_end:0.8,2 \
 	  by_position:0.5,0.9 by_position:0.6,0.9 by_step:0.9,0.5,4 by_step:0.9,0.3,4 routed:0.8,1 routed:0.6,2
+
+# Both backbones are shipped, with the tokenizers of their data.
+STUDY ?= objective
+STUDIES = runs/studies
+
+$(STUDIES)/%/data/train/index.json: | $(VENV)/.installed
+	$(TWOTOWER) data prepare --input python-stdlib --tokenizer recipes/backbones/$* --output $(STUDIES)/$*/data
+
+study: $(STUDIES)/mini/data/train/index.json $(STUDIES)/small/data/train/index.json ## compare ways to train over seeds (STUDY=objective, or paper; hours, resumes)
+	$(TWOTOWER) study recipes/studies/$(STUDY).yaml --output $(STUDIES)/$(STUDY) --workers 2
 
 bench: $(VENV)/.installed ## measure operations, steps and the loader (about half an hour)
 	$(TWOTOWER) bench ops

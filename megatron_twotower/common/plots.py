@@ -559,7 +559,7 @@ def study(rows: Sequence[Mapping[str, Any]], *, reference: str, theme: Theme) ->
 
     Args:
         rows: Rows of `study.figures`, as dictionaries.
-        reference: The arm whose loss with all tokens is the dashed line.
+        reference: The arm whose loss with most tokens is the dashed line.
     """
     sizes, arms = list(dict.fromkeys(row["size"] for row in rows)), list(dict.fromkeys(row["arm"] for row in rows))
     figure, panels = _new_figure(
@@ -585,9 +585,8 @@ def study(rows: Sequence[Mapping[str, Any]], *, reference: str, theme: Theme) ->
                 label=arm,
             )
             if arm == reference:
-                for row in of_arm:
-                    if row["share"] == 1:
-                        axes.axhline(row["loss"]["value"], color=theme.muted, linewidth=1, linestyle=DASHED)
+                goal = max(of_arm, key=lambda row: row["share"])["loss"]["value"]
+                axes.axhline(goal, color=theme.muted, linewidth=1, linestyle=DASHED)
         axes.set_xscale("log")
         shares = sorted({row["share"] for row in rows if row["size"] == size})
         axes.set_xticks(shares, [f"{share:g}" for share in shares])

@@ -8,7 +8,8 @@
     reference: NAME of the arm that the others are compared with
     arms: {NAME: {overrides: [key=value, ...], shares: [0.35, 1.0]}}
 
-A share is a part of the tokens of the recipe at that size. Warm-up and decay of a training take the
+A share is a part of the tokens of the recipe at that size. The others are compared with the largest
+share of the reference. Warm-up and decay of a training take the
 same part of its steps as they do in the whole recipe.
 """
 

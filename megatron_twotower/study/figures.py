@@ -61,9 +61,9 @@ class Row:
 
     Attributes:
         loss, bound, by_noise: Means over the seeds that are done.
-        difference: Of the loss from the reference with all tokens, over the seeds that both have;
-            `None` if there are none, or for the reference itself.
-        flops: Relative to the reference with all tokens; `None` without one.
+        difference: Of the loss from that of the reference, over the seeds that both have; `None` if
+            there are none, or for the reference itself.
+        flops: Relative to the reference; `None` without one.
     """
 
     size: str
@@ -103,11 +103,16 @@ def outcomes(trainings: Sequence[Training]) -> dict[tuple[str, str, float], dict
     return found
 
 
+def _reference(study: Study, found: Outcomes, size: str) -> Mapping[int, Outcome]:
+    """The outcomes of the reference with its largest share, by seed."""
+    return found.get((size, study.reference, max(study.arms[study.reference].shares)), {})
+
+
 def rows(study: Study, found: Outcomes) -> list[Row]:
     """The table of a study, in the order of its file."""
     table = []
     for size in study.sizes:
-        reference = found.get((size, study.reference, 1.0), {})
+        reference = _reference(study, found, size)
         for name, arm in study.arms.items():
             for share in arm.shares:
                 ends = found.get((size, name, share), {})
@@ -124,7 +129,7 @@ def rows(study: Study, found: Outcomes) -> list[Row]:
                         loss=mean([each.loss for each in ends.values()]),
                         bound=mean([each.bound for each in ends.values()]),
                         by_noise={level: mean([each.by_noise[level] for each in ends.values()]) for level in levels},
-                        difference=mean(pairs) if pairs and (name, share) != (study.reference, 1.0) else None,
+                        difference=mean(pairs) if pairs and ends is not reference else None,
                         flops=fmean(each.flops for each in ends.values()) / flops if flops else None,
                     )
                 )
@@ -159,9 +164,8 @@ def share_to_reach(goal: float, losses: Mapping[float, float]) -> float | None:
 
 def shares_to_reach_reference(study: Study, found: Outcomes, size: str, arm: str) -> dict[int, float | None]:
     """By seed, the share at which an arm has the reference's final loss of that seed."""
-    reference = found.get((size, study.reference, 1.0), {})
     result = {}
-    for seed, goal in reference.items():
+    for seed, goal in _reference(study, found, size).items():
         ends = {share: found.get((size, arm, share), {}).get(seed) for share in study.arms[arm].shares}
         losses = {share: end.loss for share, end in ends.items() if end is not None}
         if losses:

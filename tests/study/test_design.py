@@ -6,6 +6,8 @@ import pytest
 import yaml
 
 from megatron_twotower.common.errors import UserError
+from megatron_twotower.config.recipes import recipes_folder, to_yaml
+from megatron_twotower.config.schema import ScheduleConfig, TrainConfig
 from megatron_twotower.study.design import Arm, Study, read_study, trainings
 
 FILE = {
@@ -89,3 +91,13 @@ def test_a_file_that_is_none(tmp_path):
         with pytest.raises(UserError, match=r"expected the file of a study") as error:
             read_study(tmp_path / name)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("path", sorted(recipes_folder().glob("studies/*.yaml")), ids=lambda path: path.stem)
+def test_shipped_studies(path, tmp_path):
+    """Every arm is a valid recipe, and no two arms of a study train the same."""
+    study = read_study(path)
+    size = {"mini": study.sizes["mini"]}
+    configs = [each.config for each in trainings(replace(study, sizes=size, seeds=(1,)), tmp_path)]
+    same = {"output": "", "schedule": ScheduleConfig(), "train": TrainConfig()}  # what the shares change
+    assert len({to_yaml(replace(config, **same)) for config in configs}) == len(study.arms)
