@@ -24,6 +24,7 @@ ORDER = (
     "generate",
     "evaluate",
     "report",
+    "study",
     "doctor",
     "train",
     "bench",
