@@ -136,7 +136,7 @@ def pooling_table(results: dict[str, Any]) -> Table:
     title = f"{results['prompts']} held-out prompts, {results['new_tokens']} new tokens each, greedy"
     rows = [
         (
-            row["limit"],
+            str(row["limit"]),
             number(row["experts"], 2),
             f"{1e3 * row['pass_seconds']:.2f}",
             with_error(row["tokens_per_pass"], row["tokens_per_pass_stderr"]),
