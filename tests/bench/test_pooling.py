@@ -29,7 +29,7 @@ def test_each_limit_is_kept_and_all_experts_are_no_limit():
 
 def test_the_command_prints_and_writes(identity_folder, tiny_data, tmp_path, capsys):
     words = ["bench", "pooling", "--model", str(identity_folder), "--data", str(tiny_data), "--output", str(tmp_path)]
-    assert main.main([*words, "--quick"]) == 0
+    assert main.main([*words, "--quick", "--threads", "1"]) == 0
     assert "experts, at most" in capsys.readouterr().out
     assert json.loads((tmp_path / "pooling.json").read_text())["prompts"] == 2
     assert main.main([*words, "--limits", "1"]) == 2
