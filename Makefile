@@ -142,14 +142,13 @@ speed: $(BYTES)/data/train/index.json ## the two towers on bytes: mask diffusion
 	  --sequences 32 --thresholds 0.9 0.8 0.7 0.6 0.5 --block-sizes 8 32 --steps --new-tokens 192
 	$(TWOTOWER) bench passes --model $(BYTES)/fp32
 
+# Every second of these windows begins between two of 16 windows of the same length, on which the setting was chosen.
 samplers: $(BYTES)/data/train/index.json ## the two towers on bytes: samplers against the released rule (4 minutes)
 	rm -rf $(BYTES)/fp32
 	$(TWOTOWER) convert export --from recipes/models/bytes --to $(BYTES)/fp32 --dtype fp32
-	$(TWOTOWER) evaluate --model $(BYTES)/fp32 --data $(BYTES)/data --output $(BYTES)/samplers.json --prompts 28 \
-	  --sequences 28 --length 80 --draws 1 --new-tokens 96 --block-sizes --steps --samples 0 --thresholds 0.9 0.8 0.7 \
-	  0.6 0.5 0.4 --samplers factor:1 factor:2 entropy_bound:0.8 entropy_bound:1.6 klass:0.5,0.1 klass:0.6,2 \
-	  credit:0.9 credit:0.8 credit:0.7 prefix:0.8 early_end:0.95,2 early_end:0.9,2 early_end:0.8,2 \
-	  by_position:0.5,0.9 by_position:0.6,0.9 by_step:0.9,0.5,4 by_step:0.9,0.3,4 routed:0.8,1 routed:0.6,2
+	$(TWOTOWER) evaluate --model $(BYTES)/fp32 --data $(BYTES)/data --output $(BYTES)/samplers.json --prompts 31 \
+	  --sequences 31 --length 128 --draws 1 --new-tokens 96 --block-sizes --steps --samples 0 --thresholds 0.9 0.8 0.6 \
+	  0.4 --samplers factor:2 credit:0.8 early_end:0.9,2 early_end:0.8,2 by_position:0.5,0.9 by_step:0.9,0.3,4 routed:0.8,1
 
 # Both backbones are shipped, with the tokenizers of their data.
 STUDY ?= objective

@@ -44,18 +44,19 @@ def generation_work(model: Model, *, block_size: int, mask_id: int) -> dict[str,
     """
     device = model.denoiser_tower.device
     block = torch.full((1, block_size), mask_id, device=device)
-    t, token = torch.ones(1, device=device), block[:, :1].to(model.context_tower.device)
+    # As in generation: the modulations of all noise levels were computed before the first block.
+    levels, masked = model.modulations(torch.arange(block_size + 1, device=device) / block_size), [block_size]
+    token = block[:, :1].to(model.context_tower.device)
+
+    def denoiser_pass(cache: ContextCache) -> Any:
+        return model.lm_head(model.denoise_hidden(block, levels[:, :, masked], cache)).argmax(-1)
 
     def ar_step(cache: ContextCache) -> Any:
         model.extend(cache, token)
         assert cache.hidden is not None
         return model.context_lm_head(cache.hidden).argmax(-1)
 
-    return {
-        STEP: ar_step,
-        PASS: lambda cache: model.denoise_block(block, t, cache).argmax(-1),
-        READ: lambda cache: model.extend(cache, block),
-    }
+    return {STEP: ar_step, PASS: denoiser_pass, READ: lambda cache: model.extend(cache, block)}
 
 
 def time_work(model: Model, prompt: torch.Tensor, work: Mapping[str, Work], *, rounds: int) -> dict[str, list[float]]:

@@ -306,6 +306,37 @@ def _passes(arguments: argparse.Namespace) -> int:
     return 0
 
 
+POOLING = {
+    "limits": option("experts of a block to try; those of a token and all are always tried", nargs="*", **COUNT),
+    "prompts": option("held-out prompts", **COUNT),
+    "prompt_tokens": option("tokens of a prompt", **COUNT),
+    "new_tokens": option("tokens to write after each prompt", **COUNT),
+    "confidence_threshold": option("of mask diffusion", at_least=0, at_most=1),
+    "rounds": option("passes to time with each limit", **COUNT),
+}
+
+
+def _add_pooling(parser: argparse.ArgumentParser) -> None:
+    from megatron_twotower.bench import pooling
+
+    _add_model(parser)
+    parser.add_argument("--data", type=Path, required=True, help="prepared data folder, whose held-out part is read")
+    add_options(parser, pooling.PoolingOptions, POOLING)
+    _add_all_threads(parser)
+    _add_output(parser)
+    parser.add_argument("--quick", action="store_true", help=QUICK_HELP)
+
+
+def _pooling(arguments: argparse.Namespace) -> int:
+    from megatron_twotower.bench import pooling
+
+    options = pooling.QUICK if arguments.quick else pooling.PoolingOptions(**arguments_for(POOLING, arguments))
+    pooling.run(
+        arguments.output, model=arguments.model, data=arguments.data, options=options, threads=arguments.threads
+    )
+    return 0
+
+
 PREFILL = {
     "lengths": option("tokens of the prompt", **COUNT),
     "chunk_sizes": option(
@@ -467,6 +498,14 @@ GROUP = Group(
             ("twotower bench passes --model runs/quickstart/model",),
             _add_passes,
             _passes,
+        ),
+        Command(
+            "pooling",
+            "a limit of experts for a block: quality, experts that a pass uses, time",
+            ("twotower bench pooling --model runs/bytes/fp32 --data runs/bytes/data --limits 3 4 6",),
+            _add_pooling,
+            _pooling,
+            idle=_quick(*flags(POOLING)),
         ),
         Command(
             "fp8",

@@ -22,6 +22,11 @@ GENERATION = {
         "as factor:0.9 (docs/generation.md)",
         metavar="NAME:NUMBERS",
     ),
+    "experts_per_block": option(
+        "experts that the tokens of a block share in each layer of the denoiser, at most, mode mask_diffusion; all if "
+        "left out",
+        **COUNT,
+    ),
     "temperature": option("0 takes the most probable tokens", at_least=0),
     "top_k": option("sample among the K most probable tokens, temperature above 0", **COUNT),
     "top_p": option(

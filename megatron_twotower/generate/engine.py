@@ -58,6 +58,8 @@ class GenerationSettings:
         prefill_chunk_size: Positions of each prompt that the context tower reads at a time.
         sampler: Rule by which mask diffusion commits tokens, in place of the confidence threshold:
             a name and numbers as in `read_sampler`; None for the threshold.
+        experts_per_block: Experts that the tokens of a block share in each layer of the denoiser,
+            at most; only for mask diffusion. None for all.
 
     Raises:
         UserError: An unknown sampler, or one beside a confidence threshold.
@@ -74,6 +76,7 @@ class GenerationSettings:
     draft_steps: int = 1
     prefill_chunk_size: int = TwoTowerModel.prefill_chunk_size
     sampler: str | None = None
+    experts_per_block: int | None = None
 
     def __post_init__(self) -> None:
         check_sampler(self.sampler, self.confidence_threshold)
@@ -311,6 +314,7 @@ def _mask_diffusion(model: TwoTowerModel, prompts: Prompts, settings: Generation
         generator=_generator(model.denoiser_tower.device, settings),
         on_step=prompts.callbacks.on_step,
         sampler=settings.sampler,
+        experts_per_block=settings.experts_per_block,
     )
 
 

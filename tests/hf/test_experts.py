@@ -125,10 +125,12 @@ def pass_of(model):
     return model.denoise_block(random_ids(1, 4, seed=2), torch.ones(1), model.prefill(random_ids(1, 9)))
 
 
-def by_modules(model, monkeypatch):
+def by_modules(model, monkeypatch, function=pass_of):
     with monkeypatch.context() as patch:
         patch.setattr(MixtureOfExperts, "stack", lambda *_: None)
-        return pass_of(model)
+        for moe in experts_of(model):
+            patch.setattr(moe, "_stack", None)
+        return function(model)
 
 
 def storages(model):
@@ -191,14 +193,16 @@ def test_a_changed_expert_is_seen(change, monkeypatch):
     found = pass_of(model)
     assert not torch.allclose(found, before)
     assert torch.equal(found, by_modules(model, monkeypatch))
-    # Not only by `prefill`: a pass itself looks.
-    if change is not wrapped:
-        for moe in experts_of(model):
-            change(moe.experts[0])
-        cache = model.prefill(random_ids(1, 9))
-        change(experts_of(model)[-1].experts[1])
-        later = model.denoise_block(block, torch.ones(1), cache)
-        assert torch.equal(later, by_modules(model, monkeypatch)) and not torch.equal(later, found)
+    # Not only `prefill` looks.
+    if change is wrapped:
+        return
+    for look in (lambda model: model.score(random_ids(1, 9)), lambda model: model(random_ids(1, 9)).logits):
+        with torch.no_grad():
+            before = look(model)
+            for expert in experts_of(model)[0].experts:
+                change(expert)
+            found = look(model)
+            assert not torch.equal(found, before) and torch.equal(found, by_modules(model, monkeypatch, look))
 
 
 def test_copies_and_pickles_have_tensors_of_their_own():
@@ -315,3 +319,70 @@ def test_a_recorded_pass_can_be_run_again_after_more_text():
         model.extend(cache, random_ids(2, 1 + seed, seed=20 + seed))
         assert addresses(cache) == where
     assert len({each.sum().item() for each in seen}) == len(seen)
+
+
+# --- experts that a block shares ---
+
+
+def one_row_at_a_time(scores, count, top):
+    """The experts of each token by loops: of a row the `count` best, and of them its own `top`."""
+    chosen = []
+    for row in scores.tolist():
+        best = sorted(range(EXPERTS), key=lambda expert: -max(token[expert] for token in row))[:count]
+        chosen += [sorted(best, key=lambda expert: -token[expert])[:top] for token in row]
+    return chosen
+
+
+@pytest.mark.parametrize("count", range(TOP, EXPERTS + 1))
+def test_the_tokens_of_a_block_share_experts(count):
+    scores = drawn(3, 5, EXPERTS, seed=1)
+    shared = modeling.shared_experts_only(scores, count)
+    assert torch.equal(shared.isinf(), (shared == -torch.inf)) and torch.equal(
+        shared[~shared.isinf()], scores[~shared.isinf()]
+    )
+    assert ((~shared.isinf()).any(1).sum(-1) == count).all()
+    found = shared.topk(TOP, dim=-1).indices.flatten(0, 1).sort().values
+    assert found.tolist() == [sorted(each) for each in one_row_at_a_time(scores, count, TOP)]
+
+
+def most_experts(tower, rows, run):
+    """The most different experts that a row has in a layer of a tower while `run` runs."""
+    counts = []
+
+    def count(_, __, output):
+        counts.extend(len(row.unique()) for row in output[1].view(rows, -1))
+
+    hooks = [each.register_forward_hook(count) for each in tower.modules() if isinstance(each, modeling.Router)]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return max(counts)
+
+
+def test_a_limit_of_experts_is_that_of_blocks_alone():
+    model, ids = tiny_model(), random_ids(2, 9)
+    top, every = model.config.num_experts_per_tok, model.config.n_routed_experts
+
+    def text(experts, ids=ids):
+        return model.generate_mask_diffusion(ids, 8, experts_per_block=experts)
+
+    assert most_experts(model.denoiser_tower, 2, lambda: text(None)) > top
+    assert most_experts(model.denoiser_tower, 2, lambda: text(top)) == top
+    assert most_experts(model.context_tower, 2, lambda: text(top)) > top
+    assert torch.equal(text(every), text(None))
+    # A row is decided by itself.
+    assert torch.equal(text(top), torch.cat([text(top, row) for row in ids.split(1)]))
+
+
+def test_a_limit_of_experts_is_refused_where_it_means_nothing():
+    model, ids = tiny_model(), random_ids(1, 5)
+    top, every = model.config.num_experts_per_tok, model.config.n_routed_experts
+    for count in (top - 1, every + 1):
+        with pytest.raises(ArgumentError, match=f"experts_per_block: found {count}, expected {top} to {every}"):
+            model.generate_mask_diffusion(ids, 4, experts_per_block=count)
+    with pytest.raises(ArgumentError, match="experts_per_block: found 2, expected None: `generate_mask_diffusion`"):
+        model.generate(ids, max_new_tokens=4, experts_per_block=2)
+    for custom in ("speculative", "mock_ar"):
+        with pytest.raises(ArgumentError, match="experts_per_block"):
+            model.generate(ids, max_new_tokens=4, custom_generate=custom, experts_per_block=2)
+    model.generate(ids, max_new_tokens=4, custom_generate="mask_diffusion", experts_per_block=top)

@@ -258,7 +258,7 @@ def scripted(script):
     """A model whose pass n over a block gives the probabilities `script[n]` (b, s, v)."""
     model, numbers = tiny_model(), itertools.count()
 
-    def denoise_hidden(ids, modulations, cache):
+    def denoise_hidden(ids, modulations, cache, experts):
         given = script[next(numbers)].log()
         padded = torch.full((*given.shape[:2], VOCABULARY), -math.inf, dtype=given.dtype)
         padded[..., 10 : 10 + TOKENS] = given
