@@ -1,10 +1,9 @@
 """The command `bench prepare`: one core from text to shards, and a corpus of very many documents.
 
-The same JSON lines, made of Python's standard library, go through every way, in this process with
-one thread. The ways:
+The same JSON lines, made of Python's standard library, go through every way, with one thread:
 
-- `tokenizers` alone: a loaded tokenizer encodes texts that are in memory, and forgets the ids. It
-  is called in several manners, and the ids are read; the fastest is the limit;
+- `tokenizers` alone: a loaded tokenizer encodes texts that are in memory into lists of ids, which
+  are forgotten. It is called in several manners; the fastest is the limit;
 - `data prepare`, from the lines to the finished folder, deduplication and checksums included;
 - Megatron-LM's way, as its tools/preprocess_data.py does it: a document at a time is parsed and
   encoded, and Megatron Core's builder writes .bin and .idx;
@@ -12,11 +11,12 @@ one thread. The ways:
 
 All ways must make the same ids.
 
-CPU time is counted, so that other processes count less; but those of a machine of which this one is
-a part still slow it down, by up to a half, for seconds or minutes. So no two ways are compared
-unless one directly follows the other: `tokenizers` alone in small batches runs before and after
-every other way. The mean of both, divided by the way's own time, is its share. Shares are medians
-of rounds, and rates are shares of the median rate of `tokenizers` alone.
+Each way runs in a process of its own: `tokenizers` makes several small objects for each token,
+and a heap in which another way has left gaps makes that slower. CPU time is counted, so that other
+processes count less; but they still slow this one down, by up to a half, for seconds or minutes. So
+no two ways are compared unless one directly follows the other: `tokenizers` alone in small batches
+runs before and after every other way. The mean of both, divided by the way's own time, is its
+share. Shares are medians of rounds, and rates are shares of the median rate of `tokenizers` alone.
 
 Then `data prepare` with one and with two worker processes, by the clock.
 
@@ -26,9 +26,12 @@ and memory grow.
 """
 
 import contextlib
+import functools
+import hashlib
 import importlib.util
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -132,7 +135,7 @@ def measure(folder: Path, options: PrepareOptions) -> dict[str, Any]:
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     ways = _ways(texts, source, tokenizer)
     tokens = _check_ids(ways, folder / "out") - len(texts)
-    seconds, shares = _shares(ways, folder / "out", options.rounds)
+    seconds, shares = _shares(ways, options.rounds, functools.partial(_cpu_seconds, folder / "out"))
     limit = max(shares[name] for name in (BATCHES, SINGLE, OFFSETS))
     return {
         "characters": sum(map(len, texts)),
@@ -148,37 +151,60 @@ def measure(folder: Path, options: PrepareOptions) -> dict[str, Any]:
 
 def _check_ids(ways: Mapping[str, Way], target: Path) -> int:
     """Run every way once, and compare what they make. Returns the number of ids."""
-    first: np.ndarray | None = None
-    for name, way in ways.items():
+
+    def made(way: Way) -> tuple[int, str]:
         way.work(target)
         ids = way.ids(target)
-        first = ids if first is None else first
-        require(np.array_equal(ids, first), f"{name}: found other ids, expected those of {BATCHES}")
+        return len(ids), hashlib.sha256(ids.astype(np.int64).tobytes()).hexdigest()
+
+    found = {}
+    for name, way in ways.items():
+        found[name] = _in_child(functools.partial(made, way))
         shutil.rmtree(target, ignore_errors=True)
-    assert first is not None
-    return len(first)
+        require(found[name] == found[BATCHES], f"{name}: found other ids, expected those of {BATCHES}")
+    return found[BATCHES][0]
 
 
-def _shares(ways: Mapping[str, Way], target: Path, rounds: int) -> tuple[float, dict[str, float]]:
+def _shares(
+    ways: Mapping[str, Way], rounds: int, cpu_seconds: Callable[[Way], float]
+) -> tuple[float, dict[str, float]]:
     """The median CPU seconds of `BATCHES`, and how fast each way is as a share of it."""
-
-    def seconds(name: str) -> float:
-        began = time.process_time()
-        ways[name].work(target)
-        ended = time.process_time()
-        shutil.rmtree(target, ignore_errors=True)
-        return ended - began
-
     others = [name for name in ways if name != BATCHES]
     found: dict[str, list[float]] = {name: [] for name in others}
-    alone = [seconds(BATCHES)]
+    alone = [cpu_seconds(ways[BATCHES])]
     for number in range(rounds):
         at = number % len(others)
         for name in others[at:] + others[:at]:
-            own = seconds(name)
-            alone.append(seconds(BATCHES))
+            own = cpu_seconds(ways[name])
+            alone.append(cpu_seconds(ways[BATCHES]))
             found[name].append((alone[-2] + alone[-1]) / 2 / own)
     return statistics.median(alone), {BATCHES: 1.0} | {name: statistics.median(each) for name, each in found.items()}
+
+
+def _cpu_seconds(target: Path, way: Way) -> float:
+    def measured() -> float:
+        began = time.process_time()
+        way.work(target)
+        return time.process_time() - began
+
+    seconds = _in_child(measured)
+    shutil.rmtree(target, ignore_errors=True)
+    return float(seconds)
+
+
+def _in_child(function: Callable[[], Any]) -> Any:
+    """Call a function in a fork of this process."""
+    context = multiprocessing.get_context("fork")
+    reader, writer = context.Pipe(duplex=False)
+    child = context.Process(target=lambda: writer.send(function()))
+    child.start()
+    writer.close()
+    try:
+        result = reader.recv()
+    except EOFError as error:
+        raise UserError("a measured process died: found no result, expected one (its error is above)") from error
+    child.join()
+    return result
 
 
 @contextlib.contextmanager

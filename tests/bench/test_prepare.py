@@ -26,25 +26,33 @@ def test_every_way_makes_the_ids_of_the_tokenizer(tmp_path):
     for name, way in ways.items():
         way.work(tmp_path / name)
         assert way.ids(tmp_path / name).tolist() == stream
-    other = {"first": ways[bench.BATCHES], "other": bench.Way(lambda target: None, lambda target: np.zeros(3))}
+    other = {bench.BATCHES: ways[bench.BATCHES], "other": bench.Way(lambda target: None, lambda target: np.zeros(3))}
     with pytest.raises(UserError, match="other: found other ids"):
         bench._check_ids(other, tmp_path / "out")
 
 
-def test_a_share_is_measured_against_what_ran_directly_before_and_after(monkeypatch, tmp_path):
-    clock, slow = [0.0], iter([1.0, 1.0, 2.0, 4.0, 4.0])
-    monkeypatch.setattr(bench.time, "process_time", lambda: clock[0])
-
-    def way(seconds):
-        def work(target):
-            clock[0] += seconds()
-
-        return bench.Way(work, lambda target: np.zeros(0))
-
-    ways = {bench.BATCHES: way(lambda: next(slow)), "a": way(lambda: 2.0), "b": way(lambda: 6.0)}
-    seconds, shares = bench._shares(ways, tmp_path / "out", 2)
+def test_a_share_is_measured_against_what_ran_directly_before_and_after():
+    alone = iter([1.0, 1.0, 2.0, 4.0, 4.0])
+    ways = {name: bench.Way(lambda target: None, lambda target: np.zeros(0)) for name in (bench.BATCHES, "a", "b")}
+    clocks = {id(ways[bench.BATCHES]): lambda: next(alone), id(ways["a"]): lambda: 2.0, id(ways["b"]): lambda: 6.0}
+    seconds, shares = bench._shares(ways, 2, lambda way: clocks[id(way)]())
     assert seconds == 2.0
     assert shares == {bench.BATCHES: 1.0, "a": (1 / 2 + 4 / 2) / 2, "b": (1.5 / 6 + 3 / 6) / 2}
+
+
+def test_a_way_is_measured_in_a_process_of_its_own(tmp_path):
+    here = []
+
+    def work(target):
+        here.append(target)
+        while bench.time.process_time() < 0.05:
+            pass
+        target.mkdir()
+
+    assert bench._cpu_seconds(tmp_path / "out", bench.Way(work, lambda target: np.zeros(0))) > 0
+    assert not here and not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="a measured process died"):
+        bench._in_child(lambda: 1 / 0)
 
 
 @pytest.mark.slow
