@@ -53,7 +53,7 @@ EXTRAS = {
     # accelerate loads straight to the GPU that quantises.
     "quantize": ["torchao>=0.18,<1", "accelerate>=1.1"],
     # `--engine ray`: preparing data, generation and evaluation on a cluster.
-    "cluster": ["ray>=2.52,<3"],
+    "cluster": ["ray>=2.52,<2.61"],
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.5",
@@ -69,7 +69,7 @@ EXTRAS = {
         "mypy>=1.13",
         "pyarrow>=14",
         "zstandard>=0.22",
-        "ray>=2.52,<3",
+        "ray>=2.52,<2.61",
         "triton; platform_system == 'Linux'",  # its interpreter runs the kernels on a CPU
     ],
 }

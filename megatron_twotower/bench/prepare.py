@@ -1,15 +1,22 @@
 """The command `bench prepare`: one core from text to shards, and a corpus of very many documents.
 
-The same JSON lines, made of Python's standard library, go through every way in every round, in this
-process with one thread. Rates are tokens for each second of CPU time, so that other processes on
-the machine count less; results are medians of rounds. The ways:
+The same JSON lines, made of Python's standard library, go through every way, with one thread:
 
-- `tokenizers` alone, which encodes texts that are in memory and forgets the ids: a document at a
-  time, and in batches. The faster of the two in a round is the limit of that round;
+- `tokenizers` alone: a loaded tokenizer encodes texts that are in memory into lists of ids, which
+  are forgotten. It is called in several manners; the fastest is the limit;
 - `data prepare`, from the lines to the finished folder, deduplication and checksums included;
 - Megatron-LM's way, as its tools/preprocess_data.py does it: a document at a time is parsed and
   encoded, and Megatron Core's builder writes .bin and .idx;
 - datatrove's tokeniser pipeline (JSON lines to its .ds files), if it is installed.
+
+All ways must make the same ids.
+
+Each way runs in a process of its own: `tokenizers` makes several small objects for each token,
+and a heap in which another way has left gaps makes that slower. CPU time is counted, so that other
+processes count less; but they still slow this one down, by up to a half, for seconds or minutes. So
+no two ways are compared unless one directly follows the other: `tokenizers` alone in small batches
+runs before and after every other way. The mean of both, divided by the way's own time, is its
+share. Shares are medians of rounds, and rates are shares of the median rate of `tokenizers` alone.
 
 Then `data prepare` with one and with two worker processes, by the clock.
 
@@ -19,17 +26,21 @@ and memory grow.
 """
 
 import contextlib
+import functools
+import hashlib
 import importlib.util
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +48,15 @@ import numpy as np
 import torch
 from rich.console import Console
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 import megatron_twotower.mcore  # noqa: F401  # before Megatron Core
 from megatron_twotower.bench.measure import process_memory_bytes
 from megatron_twotower.bench.results import report
 from megatron_twotower.common.engines import EngineSettings
-from megatron_twotower.common.errors import require
+from megatron_twotower.common.errors import UserError, require
 from megatron_twotower.common.machine import machine
+from megatron_twotower.common.progress import CorpusProgress
 from megatron_twotower.common.tables import plain_table
 from megatron_twotower.common.workers import local_engine
 from megatron_twotower.config.recipes import recipes_folder
@@ -56,17 +69,31 @@ from megatron_twotower.data.documents import (
     find_documents,
     read_text,
 )
-from megatron_twotower.data.parts import BATCH_CHARACTERS, RECORD, part_path
+from megatron_twotower.data.parts import ONE_THREAD_CHARACTERS, RECORD, part_path
 from megatron_twotower.data.prepare import prepare
 from megatron_twotower.data.selection import Rules, select
-from megatron_twotower.data.tokenizer import TOKENIZER_FILE
+from megatron_twotower.data.shards import Corpus
+from megatron_twotower.data.tokenizer import TOKENIZER_FILE, load_tokenizer, text_encoder
 
-SINGLE, BATCHES = "tokenizers alone, by document", "tokenizers alone, in batches"
+BATCHES, SINGLE = "tokenizers alone, small batches", "tokenizers alone, by document"
+OFFSETS = "tokenizers alone, as datatrove calls it"
 OURS, MEGATRON, DATATROVE = "data prepare", "Megatron-LM's way", "datatrove"
 _END_OF_TEXT = "</s>"
 
-# Goes from the text to files in a folder that does not exist, and returns the number of tokens.
-Way = Callable[[Path], int]
+Encode = Callable[[Sequence[str]], list[list[int]]]
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way from texts to ids.
+
+    Attributes:
+        work: What is measured. It may write files in a folder that does not exist.
+        ids: Reads what `work` has written there: the ids of all texts, each with an end of text.
+    """
+
+    work: Callable[[Path], Any]
+    ids: Callable[[Path], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -75,7 +102,7 @@ class PrepareOptions:
 
     Attributes:
         megabytes: Characters of text, in millions, at most.
-        rounds: Counted rounds, after one that is not counted.
+        rounds: Counted rounds, after one that is not counted, and in which the ids are compared.
         tokenizer: Hugging Face tokenizer folder; that of the shipped backbone if `None`.
         unit_bytes: Input that a worker of the scaling measurement reads at a time.
         documents: Documents of the largest made-up corpus.
@@ -107,27 +134,77 @@ def measure(folder: Path, options: PrepareOptions) -> dict[str, Any]:
     source.parent.mkdir()
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     ways = _ways(texts, source, tokenizer)
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    tokens = {}
-    for _ in range(options.rounds + 1):
-        for name, way in ways.items():
-            target = folder / "out"
-            began = time.process_time()
-            tokens[name] = way(target)
-            rates[name].append(tokens[name] / (time.process_time() - began))
-            shutil.rmtree(target, ignore_errors=True)
-    limits = list(map(max, rates[SINGLE], rates[BATCHES]))
-    shares = {name: [own / limit for own, limit in zip(found, limits, strict=True)] for name, found in rates.items()}
+    tokens = _check_ids(ways, folder / "out") - len(texts)
+    seconds, shares = _shares(ways, options.rounds, functools.partial(_cpu_seconds, folder / "out"))
+    limit = max(shares[name] for name in (BATCHES, SINGLE, OFFSETS))
     return {
         "characters": sum(map(len, texts)),
         "documents": len(texts),
         "tokens": tokens,
-        "tokens_per_cpu_second": {name: round(statistics.median(found[1:])) for name, found in rates.items()},
-        "of_the_limit": {name: round(statistics.median(found[1:]), 3) for name, found in shares.items()},
+        "tokens_per_cpu_second": {name: round(share * tokens / seconds) for name, share in shares.items()},
+        "of_the_limit": {name: round(share / limit, 3) for name, share in shares.items()},
         "machine": machine(),
         "selection": [measure_selection(folder / "selection", options.documents // part) for part in (10, 3, 1)],
         "seconds_by_workers": _scaling(source, tokenizer, folder / "scaling", options),
     }
+
+
+def _check_ids(ways: Mapping[str, Way], target: Path) -> int:
+    """Run every way once, and compare what they make. Returns the number of ids."""
+
+    def made(way: Way) -> tuple[int, str]:
+        way.work(target)
+        ids = way.ids(target)
+        return len(ids), hashlib.sha256(ids.astype(np.int64).tobytes()).hexdigest()
+
+    found = {}
+    for name, way in ways.items():
+        found[name] = _in_child(functools.partial(made, way))
+        shutil.rmtree(target, ignore_errors=True)
+        require(found[name] == found[BATCHES], f"{name}: found other ids, expected those of {BATCHES}")
+    return found[BATCHES][0]
+
+
+def _shares(
+    ways: Mapping[str, Way], rounds: int, cpu_seconds: Callable[[Way], float]
+) -> tuple[float, dict[str, float]]:
+    """The median CPU seconds of `BATCHES`, and how fast each way is as a share of it."""
+    others = [name for name in ways if name != BATCHES]
+    found: dict[str, list[float]] = {name: [] for name in others}
+    alone = [cpu_seconds(ways[BATCHES])]
+    for number in range(rounds):
+        at = number % len(others)
+        for name in others[at:] + others[:at]:
+            own = cpu_seconds(ways[name])
+            alone.append(cpu_seconds(ways[BATCHES]))
+            found[name].append((alone[-2] + alone[-1]) / 2 / own)
+    return statistics.median(alone), {BATCHES: 1.0} | {name: statistics.median(each) for name, each in found.items()}
+
+
+def _cpu_seconds(target: Path, way: Way) -> float:
+    def measured() -> float:
+        began = time.process_time()
+        way.work(target)
+        return time.process_time() - began
+
+    seconds = _in_child(measured)
+    shutil.rmtree(target, ignore_errors=True)
+    return float(seconds)
+
+
+def _in_child(function: Callable[[], Any]) -> Any:
+    """Call a function in a fork of this process."""
+    context = multiprocessing.get_context("fork")
+    reader, writer = context.Pipe(duplex=False)
+    child = context.Process(target=lambda: writer.send(function()))
+    child.start()
+    writer.close()
+    try:
+        result = reader.recv()
+    except EOFError as error:
+        raise UserError("a measured process died: found no result, expected one (its error is above)") from error
+    child.join()
+    return result
 
 
 @contextlib.contextmanager
@@ -144,8 +221,10 @@ def _one_thread() -> Iterator[None]:
 
 
 def _texts(characters: float) -> Iterator[str]:
+    seen = set()
     for document in find_documents([STANDARD_LIBRARY]):
-        if (text := read_text(document)) and characters > 0:
+        if (text := read_text(document)) and characters > 0 and text not in seen:
+            seen.add(text)
             characters -= len(text)
             yield text
 
@@ -153,30 +232,58 @@ def _texts(characters: float) -> Iterator[str]:
 # --- the ways ---
 
 
-def _ways(texts: list[str], source: Path, tokenizer: Path) -> dict[str, Way]:
+def _ways(texts: Sequence[str], source: Path, tokenizer: Path) -> dict[str, Way]:
+    """The ways, that to which the others are compared first."""
     file = tokenizer / TOKENIZER_FILE
-    found: dict[str, Way] = {
-        SINGLE: lambda target: _alone(texts, file, characters=1),
-        BATCHES: lambda target: _alone(texts, file, characters=BATCH_CHARACTERS),
-        OURS: lambda target: _ours(source, tokenizer, target),
-        MEGATRON: lambda target: _megatron(source, file, target),
+    encode, with_end, end = text_encoder(load_tokenizer(tokenizer)), _with_end(file), _end(file)
+    small = list(_batches(texts, ONE_THREAD_CHARACTERS))
+
+    def datatroves(batch: Sequence[str]) -> list[list[int]]:
+        return [each.ids for each in with_end.encode_batch(list(batch))]
+
+    def alone(encode: Encode, batches: Sequence[Sequence[str]], *added: int) -> Way:
+        return Way(lambda target: _encode_all(encode, batches), lambda target: _in_memory(encode, batches, added))
+
+    found = {
+        BATCHES: alone(encode, small, end),
+        SINGLE: alone(encode, [[text] for text in texts], end),
+        OFFSETS: alone(datatroves, [texts]),
+        OURS: Way(lambda target: _ours(source, tokenizer, target), _our_ids),
+        MEGATRON: Way(
+            lambda target: _megatron(source, file, target), lambda target: np.fromfile(target / "text.bin", np.uint16)
+        ),
     }
     if importlib.util.find_spec("datatrove") is not None:
-        found[DATATROVE] = lambda target: _datatrove(source, file, target)
+        found[DATATROVE] = Way(lambda target: _datatrove(source, file, target), _datatrove_ids)
     return found
 
 
-def _alone(texts: list[str], file: Path, *, characters: int) -> int:
-    tokenizer, tokens = _plain(file), 0
+def _encode_all(encode: Encode, batches: Iterable[Sequence[str]]) -> None:
+    for batch in batches:
+        encode(batch)
+
+
+def _in_memory(encode: Encode, batches: Iterable[Sequence[str]], added: Sequence[int]) -> np.ndarray:
+    every = ((*ids, *added) for batch in batches for ids in encode(batch))
+    return np.fromiter(chain.from_iterable(every), dtype=np.uint16)
+
+
+def _batches(texts: Sequence[str], characters: int) -> Iterator[list[str]]:
     batch: list[str] = []
-    size = 0
-    for text in [*texts, ""]:
-        if not text or size >= characters:
-            tokens += sum(map(len, tokenizer.encode_batch_fast(batch, add_special_tokens=False)))
-            batch, size = [], 0
+    for text in texts:
         batch.append(text)
-        size += len(text)
-    return tokens
+        if sum(map(len, batch)) >= characters:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _end(file: Path) -> int:
+    found = Tokenizer.from_file(str(file)).token_to_id(_END_OF_TEXT)
+    if found is None:
+        raise UserError(f"{file}: found no token {_END_OF_TEXT!r}, expected one that ends a text")
+    return found
 
 
 def _plain(file: Path) -> Tokenizer:
@@ -185,31 +292,37 @@ def _plain(file: Path) -> Tokenizer:
     return tokenizer
 
 
-def _ours(source: Path, tokenizer: Path, target: Path) -> int:
-    summary = prepare([str(source)], tokenizer=tokenizer, output=target, holdout_fraction=0.0)
-    return int(summary["splits"]["train"]["tokens"])
+def _with_end(file: Path) -> Tokenizer:
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.post_processor = TemplateProcessing(single="$A <EOS>", special_tokens=[("<EOS>", _end(file))], pair=None)
+    return tokenizer
 
 
-def _megatron(source: Path, file: Path, target: Path) -> int:
+def _ours(source: Path, tokenizer: Path, target: Path) -> None:
+    prepare([str(source)], tokenizer=tokenizer, output=target, holdout_fraction=0.0)
+
+
+def _our_ids(target: Path) -> np.ndarray:
+    corpus = Corpus.open(target / TRAIN)
+    return corpus.tokens(0, corpus.total_tokens)
+
+
+def _megatron(source: Path, file: Path, target: Path) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     target.mkdir()
-    tokenizer, tokens = _plain(file), 0
-    end = tokenizer.token_to_id(_END_OF_TEXT)
-    require(end is not None, f"{file}: found no token {_END_OF_TEXT!r}, expected one that ends a text")
-    assert end is not None
+    tokenizer = _plain(file)
+    end = _end(file)
     builder = IndexedDatasetBuilder(str(target / "text.bin"), dtype=np.uint16)
     with open(source, encoding="utf-8") as lines:
         for line in lines:
             ids = tokenizer.encode(json.loads(line)["text"], add_special_tokens=False).ids
             ids.append(end)
             builder.add_document(torch.tensor(ids), [len(ids)])
-            tokens += len(ids)
     builder.finalize(str(target / "text.idx"))
-    return tokens
 
 
-def _datatrove(source: Path, file: Path, target: Path) -> int:
+def _datatrove(source: Path, file: Path, target: Path) -> None:
     from datatrove.executor.local import LocalPipelineExecutor
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.tokens import DocumentTokenizer
@@ -229,38 +342,51 @@ def _datatrove(source: Path, file: Path, target: Path) -> int:
     with contextlib.redirect_stderr(io.StringIO()):
         LocalPipelineExecutor(pipeline=steps, tasks=1, workers=1, logging_dir=str(target / "logs")).run()
     logger.remove()
-    return sum(path.stat().st_size for path in (target / "data").glob("*.ds")) // 2
+
+
+def _datatrove_ids(target: Path) -> np.ndarray:
+    (file,) = (target / "data").glob("*.ds")
+    return np.fromfile(file, dtype=np.uint16)
 
 
 # --- workers ---
 
 
 def _scaling(source: Path, tokenizer: Path, target: Path, options: PrepareOptions) -> dict[str, float]:
-    """Seconds by the clock of the tokenising stage with one and with two worker processes.
+    """Seconds by the clock for a million tokens, with one and with two worker processes.
+
+    The shortest of all rounds: other work on the machine only makes them longer.
+    """
+    found: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(options.rounds):
+        for workers, seconds in found.items():
+            seconds.append(_seconds(source, tokenizer, target, workers, unit_bytes=options.unit_bytes))
+    return {str(workers): round(min(seconds), 3) for workers, seconds in found.items()}
+
+
+def _seconds(source: Path, tokenizer: Path, target: Path, workers: int, *, unit_bytes: int) -> float:
+    """Seconds by the clock for a million tokens of the tokenising stage.
 
     Workers start and import before the first of their results, which is where the clock starts.
     """
-    found = {}
-    for workers in (1, 2):
-        times: list[tuple[float, int]] = []
+    times: list[tuple[float, int]] = []
 
-        def note(progress: Any, times: list[tuple[float, int]] = times) -> None:
-            if progress.stage == "tokenising" and progress.tokens:
-                times.append((time.perf_counter(), progress.tokens))
+    def note(progress: CorpusProgress) -> None:
+        if progress.stage == "tokenising" and progress.tokens:
+            times.append((time.perf_counter(), progress.tokens))
 
-        prepare(
-            [str(source)],
-            tokenizer=tokenizer,
-            output=target,
-            holdout_fraction=0.0,
-            unit_bytes=options.unit_bytes,
-            engine=EngineSettings(workers=workers),
-            progress=note,
-        )
-        shutil.rmtree(target)
-        (began, first), (ended, last) = times[0], times[-1]
-        found[str(workers)] = (ended - began) / max(last - first, 1) * 1e6
-    return {name: round(seconds, 3) for name, seconds in found.items()}
+    prepare(
+        [str(source)],
+        tokenizer=tokenizer,
+        output=target,
+        holdout_fraction=0.0,
+        unit_bytes=unit_bytes,
+        engine=EngineSettings(workers=workers),
+        progress=note,
+    )
+    shutil.rmtree(target)
+    (began, first), (ended, last) = times[0], times[-1]
+    return (ended - began) / max(last - first, 1) * 1e6
 
 
 # --- deciding ---

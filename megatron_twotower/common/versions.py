@@ -23,7 +23,7 @@ ACCEPTED = {
     # Tried: 0.18.0 with torch 2.13. Releases before it were not.
     "torchao": ">=0.18,<1",
     # 2.52 is the first with token authentication; tried: 2.52.1 and 2.60.0.
-    "ray": ">=2.52,<3",
+    "ray": ">=2.52,<2.61",
 }
 
 

@@ -73,7 +73,15 @@ def unused_id(tokenizer: PreTrainedTokenizerFast, vocab_size: int, *, taken: Seq
     return next((each for each in special if each not in named and not _reaches(tokenizer, each, model)), None)
 
 
-def check_mask_token(folder: Path, mask_id: int, *, vocab_size: int, key: str, eos_ids: Sequence[int] = ()) -> None:
+def check_mask_token(
+    folder: Path,
+    mask_id: int,
+    *,
+    vocab_size: int,
+    key: str,
+    eos_ids: Sequence[int] = (),
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> None:
     """Refuse a mask token that clean text can hold.
 
     Args:
@@ -82,11 +90,12 @@ def check_mask_token(folder: Path, mask_id: int, *, vocab_size: int, key: str, e
         vocab_size: Ids of the model.
         key: What sets the mask token.
         eos_ids: Ids that end documents.
+        tokenizer: That of the folder, if it is open.
 
     Raises:
         UserError: It names the token, and ids that can be used.
     """
-    tokenizer = load_tokenizer(folder)
+    tokenizer = tokenizer or load_tokenizer(folder)
     ends = mask_id in eos_ids
     if not ends and not can_stand_in_text(tokenizer, mask_id):
         return

@@ -132,7 +132,9 @@ def _encode_unit(task: UnitTask, write: dict[str, Callable[[Any], Any]]) -> dict
     reader = _Reader(task, template)
     totals, turn_ends = Counter(documents=0, tokens=0), set[int]()
     for batch in reader.batches():
-        encoded = encode([text for _, pieces in batch for text, _ in pieces])
+        texts = [text for _, pieces in batch for text, _ in pieces]
+        # Without threads one text at a time: what the tokenizer returns is freed before the next.
+        encoded = encode(texts) if _has_threads() else [ids for text in texts for ids in encode([text])]
         scored = [is_scored for _, pieces in batch for _, is_scored in pieces]
         lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
         records, at = np.zeros(len(batch), dtype=RECORD), 0

@@ -216,8 +216,14 @@ def _read_template(path: Path) -> str:
 def _vocabulary(tokenizer: Path, settings: Settings) -> _Vocabulary:
     opened, said = load_tokenizer(tokenizer), read_special_tokens(tokenizer)
     if said.mask_token_id is not None:
-        size, ends = max(opened.get_vocab().values()) + 1, said.eos_token_ids
-        check_mask_token(tokenizer, said.mask_token_id, vocab_size=size, key="mask_token_id", eos_ids=ends)
+        check_mask_token(
+            tokenizer,
+            said.mask_token_id,
+            vocab_size=max(opened.get_vocab().values()) + 1,
+            key="mask_token_id",
+            eos_ids=said.eos_token_ids,
+            tokenizer=opened,
+        )
     ids = {"bos": (settings.bos, opened.bos_token_id), "eos": (settings.eos, opened.eos_token_id)}
     for name, (choice, token) in ids.items():
         if choice == "document" and token is None:

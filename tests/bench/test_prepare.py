@@ -8,8 +8,8 @@ import pytest
 from helpers.corpora import texts, write_records
 from megatron_twotower.bench import prepare as bench
 from megatron_twotower.cli import main
+from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.recipes import recipes_folder
-from megatron_twotower.data.shards import Corpus
 
 TOKENIZER = recipes_folder() / "backbones" / "small"
 
@@ -18,14 +18,41 @@ def test_every_way_makes_the_ids_of_the_tokenizer(tmp_path):
     values, file = texts(40), TOKENIZER / "tokenizer.json"
     source = write_records(tmp_path / "text" / "text.jsonl", values)
     plain = bench._plain(file)
-    expected = [plain.encode(text, add_special_tokens=False).ids for text in values]
-    total, end = sum(map(len, expected)), plain.token_to_id("</s>")
-    assert bench._alone(values, file, characters=1) == bench._alone(values, file, characters=999) == total
-    assert bench._ours(source, TOKENIZER, tmp_path / "ours") == total + len(values)
-    assert bench._megatron(source, file, tmp_path / "theirs") == total + len(values)
-    stream = [token for ids in expected for token in (*ids, end)]
-    assert Corpus.open(tmp_path / "ours" / "train").tokens(0, len(stream)).tolist() == stream
-    assert np.fromfile(tmp_path / "theirs" / "text.bin", dtype=np.uint16).tolist() == stream
+    end = plain.token_to_id("</s>")
+    stream = [token for text in values for token in (*plain.encode(text, add_special_tokens=False).ids, end)]
+    ways = bench._ways(values, source, TOKENIZER)
+    assert {bench.BATCHES, bench.SINGLE, bench.OFFSETS, bench.OURS, bench.MEGATRON} <= set(ways)
+    assert bench._check_ids(ways, tmp_path / "out") == len(stream)
+    for name, way in ways.items():
+        way.work(tmp_path / name)
+        assert way.ids(tmp_path / name).tolist() == stream
+    other = {bench.BATCHES: ways[bench.BATCHES], "other": bench.Way(lambda target: None, lambda target: np.zeros(3))}
+    with pytest.raises(UserError, match="other: found other ids"):
+        bench._check_ids(other, tmp_path / "out")
+
+
+def test_a_share_is_measured_against_what_ran_directly_before_and_after():
+    alone = iter([1.0, 1.0, 2.0, 4.0, 4.0])
+    ways = {name: bench.Way(lambda target: None, lambda target: np.zeros(0)) for name in (bench.BATCHES, "a", "b")}
+    clocks = {id(ways[bench.BATCHES]): lambda: next(alone), id(ways["a"]): lambda: 2.0, id(ways["b"]): lambda: 6.0}
+    seconds, shares = bench._shares(ways, 2, lambda way: clocks[id(way)]())
+    assert seconds == 2.0
+    assert shares == {bench.BATCHES: 1.0, "a": (1 / 2 + 4 / 2) / 2, "b": (1.5 / 6 + 3 / 6) / 2}
+
+
+def test_a_way_is_measured_in_a_process_of_its_own(tmp_path):
+    here = []
+
+    def work(target):
+        here.append(target)
+        while bench.time.process_time() < 0.05:
+            pass
+        target.mkdir()
+
+    assert bench._cpu_seconds(tmp_path / "out", bench.Way(work, lambda target: np.zeros(0))) > 0
+    assert not here and not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="a measured process died"):
+        bench._in_child(lambda: 1 / 0)
 
 
 @pytest.mark.slow
@@ -33,9 +60,8 @@ def test_the_command_prints_and_writes(tmp_path, capsys):
     words = ["--megabytes", "0.3", "--rounds", "1", "--documents", "30000", "--unit-bytes", "50000"]
     assert main.main(["bench", "prepare", *words, "--output", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "prepare.json").read_text())
-    tokens = found["tokens"]
-    assert tokens[bench.SINGLE] == tokens[bench.BATCHES] == tokens[bench.MEGATRON] - found["documents"]
-    assert max(found["of_the_limit"][name] for name in (bench.SINGLE, bench.BATCHES)) == 1.0
+    assert found["tokens"] > found["documents"]
+    assert max(found["of_the_limit"][name] for name in (bench.BATCHES, bench.SINGLE, bench.OFFSETS)) == 1.0
     assert [row["documents"] for row in found["selection"]] == [3000, 10_000, 30_000]
     assert set(found["seconds_by_workers"]) == {"1", "2"}
     printed = capsys.readouterr().out

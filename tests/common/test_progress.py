@@ -9,7 +9,7 @@ def clock_of(monkeypatch, *seconds):
     monkeypatch.setenv("COLUMNS", "200")
 
 
-def test_a_bar_for_each_stage_with_tokens_per_second(capsys, monkeypatch):
+def test_a_bar_for_each_stage_with_tokens_per_second_and_the_time_left(capsys, monkeypatch):
     clock_of(monkeypatch, 0.0, 10.0, 20.0, 22.0)
     with progress.corpus_bars() as report:
         # Done by an interrupted run: not this run's speed.
@@ -21,7 +21,10 @@ def test_a_bar_for_each_stage_with_tokens_per_second(capsys, monkeypatch):
     assert shown.out == ""
     lines = shown.err.splitlines()
     assert any(
-        "tokenising" in line and "100%" in line and "300 documents, 51,000 tokens, 5,000 tokens/s" in line
+        "tokenising" in line
+        and "100%" in line
+        and "300 documents, 51,000 tokens, 5,000 tokens/s" in line
+        and "0:00:00" in line
         for line in lines
     )
     assert any("writing" in line and "25,500 tokens/s" in line for line in lines)

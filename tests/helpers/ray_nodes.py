@@ -6,6 +6,7 @@ Its functions need `ray`, and set up the environment of this process for it.
 import contextlib
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -20,6 +21,7 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keeps to the loopback interface
     "RAY_agent_register_timeout_ms": "600000",  # a busy machine may need more than the 30 s of Ray
+    "RAY_worker_niceness": "0",  # Ray's 15 leaves workers nothing of a busy machine
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
 }
@@ -60,20 +62,21 @@ def set_up_own_ray(monkeypatch):
     wait_longer_for_nodes()
 
 
-_AGENT_PORTS = ("metrics_agent_port", "dashboard_agent_listen_port", "runtime_env_agent_port", "metrics_export_port")
+_AGENT_PORTS = ("metrics_agent_port", "runtime_env_agent_port", "metrics_export_port")
 
 
 def wait_longer_for_nodes(seconds=180):
     """Give nodes of this process the time that a busy machine takes to start them (Ray 2.60).
 
     ray/_private/node.py waits 30 s for a node. A node aborts if its agent has not named its ports
-    after 15 s (src/ray/raylet/node_manager.cc); so they are given.
+    after 15 s (src/ray/raylet/node_manager.cc); so they are given. One of them Ray tells the agent
+    alone, not the node, which has a flag for it.
     """
     from ray._private import parameter, services
 
     if services.get_node.__module__ != services.__name__:
         return
-    real, parameters = services.get_node, parameter.RayParams.__init__
+    real, parameters, start = services.get_node, parameter.RayParams.__init__, services.start_ray_process
 
     def patient(*arguments, **keywords):
         deadline = time.monotonic() + seconds
@@ -90,7 +93,15 @@ def wait_longer_for_nodes(seconds=180):
         given = {name: value for name, value in keywords.items() if value or name not in ports}
         parameters(self, *arguments, **ports | given)
 
-    services.get_node, parameter.RayParams.__init__ = patient, with_ports
+    def start_with_port(command, process_type, *arguments, **keywords):
+        if process_type == "raylet":
+            (port,) = free_ports(1)
+            command = [re.sub(r"--listen-port=\w*", f"--listen-port={port}", word) for word in command]
+            command.append(f"--dashboard_agent_listen_port={port}")
+        return start(command, process_type, *arguments, **keywords)
+
+    services.get_node, services.start_ray_process = patient, start_with_port
+    parameter.RayParams.__init__ = with_ports
 
 
 def free_ports(count):
