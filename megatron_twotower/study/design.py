@@ -83,7 +83,7 @@ def _words(found: Any, where: str) -> Words:
     return tuple(found)
 
 
-def _numbers(found: Any, where: str, kind: type | tuple[type, ...], expected: str) -> tuple[Any, ...]:
+def _numbers(found: Any, where: str, kind: Any, expected: str) -> tuple[Any, ...]:
     fits = isinstance(found, list) and all(isinstance(each, kind) and each > 0 for each in found)
     require(fits and 0 < len(found) == len(set(found)), f"{where}: found {found!r}, expected {expected}")
     return tuple(found)
