@@ -594,7 +594,7 @@ def study(rows: Sequence[Mapping[str, Any]], *, reference: str, theme: Theme) ->
         axes.set_title(size, color=theme.text, fontsize=9.5, loc="left", pad=6)
         _label_axes(axes, theme, x="share of the tokens", y="nats per masked token")
         axes.margins(0.1)
-    figure.subplots_adjust(right=1 - 1.8 / figure.get_figwidth())
+    figure.subplots_adjust(top=0.74, right=1 - 1.8 / figure.get_figwidth())
     panels[-1].legend(
         frameon=False,
         fontsize=8,

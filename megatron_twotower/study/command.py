@@ -94,7 +94,7 @@ def results_table(size: str, table: list[Row]) -> Table:
     levels = list(table[0].by_noise) if table else []
     return plain_table(
         size,
-        ("arm", "tokens", "FLOPs", "seeds", "masked loss", "from the reference", "bound", *levels),
+        ("arm", "share", "FLOPs", "seeds", "masked loss", "from the reference", "bound", *levels),
         [
             (
                 row.arm,
