@@ -41,6 +41,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +134,9 @@ def measure(folder: Path, options: PrepareOptions) -> dict[str, Any]:
     source = folder / "text" / "text.jsonl"
     source.parent.mkdir()
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    ways = _ways(texts, source, tokenizer)
-    tokens = _check_ids(ways, folder / "out") - len(texts)
-    seconds, shares = _shares(ways, options.rounds, functools.partial(_cpu_seconds, folder / "out"))
+    job = functools.partial(Job, source=source, tokenizer=tokenizer, target=folder / "out")
+    tokens = _same_ids({name: _in_child(_made, job(name)) for name in _names()}) - len(texts)
+    seconds, shares = _shares(_names(), options.rounds, lambda name: _in_child(_cpu_seconds, job(name)))
     limit = max(shares[name] for name in (BATCHES, SINGLE, OFFSETS))
     return {
         "characters": sum(map(len, texts)),
@@ -149,54 +150,78 @@ def measure(folder: Path, options: PrepareOptions) -> dict[str, Any]:
     }
 
 
-def _check_ids(ways: Mapping[str, Way], target: Path) -> int:
-    """Run every way once, and compare what they make. Returns the number of ids."""
+@dataclass(frozen=True)
+class Job:
+    """A way and what it works on, for a process of its own.
 
-    def made(way: Way) -> tuple[int, str]:
-        way.work(target)
-        ids = way.ids(target)
-        return len(ids), hashlib.sha256(ids.astype(np.int64).tobytes()).hexdigest()
+    Attributes:
+        way: The name of the way.
+        source: The texts, as JSON lines.
+        tokenizer: Hugging Face tokenizer folder.
+        target: A folder that does not exist, for what the way writes; it is removed.
+    """
 
-    found = {}
-    for name, way in ways.items():
-        found[name] = _in_child(functools.partial(made, way))
-        shutil.rmtree(target, ignore_errors=True)
-        require(found[name] == found[BATCHES], f"{name}: found other ids, expected those of {BATCHES}")
-    return found[BATCHES][0]
+    way: str
+    source: Path
+    tokenizer: Path
+    target: Path
 
 
-def _shares(
-    ways: Mapping[str, Way], rounds: int, cpu_seconds: Callable[[Way], float]
-) -> tuple[float, dict[str, float]]:
+def _way(job: Job) -> Way:
+    with open(job.source, encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for line in lines]
+    return _ways(texts, job.source, job.tokenizer)[job.way]
+
+
+def _made(job: Job) -> tuple[int, str]:
+    """The number of ids that a way makes, and their digest."""
+    way = _way(job)
+    way.work(job.target)
+    ids = way.ids(job.target)
+    shutil.rmtree(job.target, ignore_errors=True)
+    return len(ids), hashlib.sha256(ids.astype(np.int64).tobytes()).hexdigest()
+
+
+def _cpu_seconds(job: Job) -> float:
+    way = _way(job)
+    began = time.process_time()
+    way.work(job.target)
+    seconds = time.process_time() - began
+    shutil.rmtree(job.target, ignore_errors=True)
+    return seconds
+
+
+def _same_ids(made: Mapping[str, tuple[int, str]]) -> int:
+    """Refuse ways that make other ids than the first one. Returns the number of ids."""
+    for name, found in made.items():
+        require(found == made[BATCHES], f"{name}: found other ids, expected those of {BATCHES}")
+    return made[BATCHES][0]
+
+
+def _shares(names: Sequence[str], rounds: int, cpu_seconds: Callable[[str], float]) -> tuple[float, dict[str, float]]:
     """The median CPU seconds of `BATCHES`, and how fast each way is as a share of it."""
-    others = [name for name in ways if name != BATCHES]
+    others = [name for name in names if name != BATCHES]
     found: dict[str, list[float]] = {name: [] for name in others}
-    alone = [cpu_seconds(ways[BATCHES])]
+    alone = [cpu_seconds(BATCHES)]
     for number in range(rounds):
         at = number % len(others)
         for name in others[at:] + others[:at]:
-            own = cpu_seconds(ways[name])
-            alone.append(cpu_seconds(ways[BATCHES]))
+            own = cpu_seconds(name)
+            alone.append(cpu_seconds(BATCHES))
             found[name].append((alone[-2] + alone[-1]) / 2 / own)
     return statistics.median(alone), {BATCHES: 1.0} | {name: statistics.median(each) for name, each in found.items()}
 
 
-def _cpu_seconds(target: Path, way: Way) -> float:
-    def measured() -> float:
-        began = time.process_time()
-        way.work(target)
-        return time.process_time() - began
+def _in_child(function: Callable[[Job], Any], job: Job) -> Any:
+    """Call a function in a new process, whose heap no other way has used.
 
-    seconds = _in_child(measured)
-    shutil.rmtree(target, ignore_errors=True)
-    return float(seconds)
-
-
-def _in_child(function: Callable[[], Any]) -> Any:
-    """Call a function in a fork of this process."""
-    context = multiprocessing.get_context("fork")
+    The processes are forks of a server without threads: a fork of this process could wait for ever
+    for a lock of one of its threads.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     reader, writer = context.Pipe(duplex=False)
-    child = context.Process(target=lambda: writer.send(function()))
+    child = context.Process(target=_send, args=(writer, function, job))
     child.start()
     writer.close()
     try:
@@ -205,6 +230,10 @@ def _in_child(function: Callable[[], Any]) -> Any:
         raise UserError("a measured process died: found no result, expected one (its error is above)") from error
     child.join()
     return result
+
+
+def _send(writer: Connection, function: Callable[[Job], Any], job: Job) -> None:
+    writer.send(function(job))
 
 
 @contextlib.contextmanager
@@ -232,6 +261,12 @@ def _texts(characters: float) -> Iterator[str]:
 # --- the ways ---
 
 
+def _names() -> tuple[str, ...]:
+    """The names of `_ways`, in its order."""
+    installed = importlib.util.find_spec("datatrove") is not None
+    return (BATCHES, SINGLE, OFFSETS, OURS, MEGATRON, *((DATATROVE,) if installed else ()))
+
+
 def _ways(texts: Sequence[str], source: Path, tokenizer: Path) -> dict[str, Way]:
     """The ways, that to which the others are compared first."""
     file = tokenizer / TOKENIZER_FILE
@@ -244,7 +279,7 @@ def _ways(texts: Sequence[str], source: Path, tokenizer: Path) -> dict[str, Way]
     def alone(encode: Encode, batches: Sequence[Sequence[str]], *added: int) -> Way:
         return Way(lambda target: _encode_all(encode, batches), lambda target: _in_memory(encode, batches, added))
 
-    found = {
+    return {
         BATCHES: alone(encode, small, end),
         SINGLE: alone(encode, [[text] for text in texts], end),
         OFFSETS: alone(datatroves, [texts]),
@@ -252,10 +287,8 @@ def _ways(texts: Sequence[str], source: Path, tokenizer: Path) -> dict[str, Way]
         MEGATRON: Way(
             lambda target: _megatron(source, file, target), lambda target: np.fromfile(target / "text.bin", np.uint16)
         ),
+        DATATROVE: Way(lambda target: _datatrove(source, file, target), _datatrove_ids),
     }
-    if importlib.util.find_spec("datatrove") is not None:
-        found[DATATROVE] = Way(lambda target: _datatrove(source, file, target), _datatrove_ids)
-    return found
 
 
 def _encode_all(encode: Encode, batches: Iterable[Sequence[str]]) -> None:

@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 
 from helpers.corpora import texts, write_records
@@ -21,38 +20,32 @@ def test_every_way_makes_the_ids_of_the_tokenizer(tmp_path):
     end = plain.token_to_id("</s>")
     stream = [token for text in values for token in (*plain.encode(text, add_special_tokens=False).ids, end)]
     ways = bench._ways(values, source, TOKENIZER)
-    assert {bench.BATCHES, bench.SINGLE, bench.OFFSETS, bench.OURS, bench.MEGATRON} <= set(ways)
-    assert bench._check_ids(ways, tmp_path / "out") == len(stream)
-    for name, way in ways.items():
-        way.work(tmp_path / name)
-        assert way.ids(tmp_path / name).tolist() == stream
-    other = {bench.BATCHES: ways[bench.BATCHES], "other": bench.Way(lambda target: None, lambda target: np.zeros(3))}
+    made = {}
+    for name in bench._names():
+        ways[name].work(tmp_path / name)
+        assert ways[name].ids(tmp_path / name).tolist() == stream
+        made[name] = bench._made(bench.Job(name, source, TOKENIZER, tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
+    assert bench._same_ids(made) == len(stream)
     with pytest.raises(UserError, match="other: found other ids"):
-        bench._check_ids(other, tmp_path / "out")
+        bench._same_ids({**made, "other": (len(stream), "another digest")})
 
 
 def test_a_share_is_measured_against_what_ran_directly_before_and_after():
     alone = iter([1.0, 1.0, 2.0, 4.0, 4.0])
-    ways = {name: bench.Way(lambda target: None, lambda target: np.zeros(0)) for name in (bench.BATCHES, "a", "b")}
-    clocks = {id(ways[bench.BATCHES]): lambda: next(alone), id(ways["a"]): lambda: 2.0, id(ways["b"]): lambda: 6.0}
-    seconds, shares = bench._shares(ways, 2, lambda way: clocks[id(way)]())
+    clocks = {bench.BATCHES: lambda: next(alone), "a": lambda: 2.0, "b": lambda: 6.0}
+    seconds, shares = bench._shares(list(clocks), 2, lambda name: clocks[name]())
     assert seconds == 2.0
     assert shares == {bench.BATCHES: 1.0, "a": (1 / 2 + 4 / 2) / 2, "b": (1.5 / 6 + 3 / 6) / 2}
 
 
 def test_a_way_is_measured_in_a_process_of_its_own(tmp_path):
-    here = []
-
-    def work(target):
-        here.append(target)
-        while bench.time.process_time() < 0.05:
-            pass
-        target.mkdir()
-
-    assert bench._cpu_seconds(tmp_path / "out", bench.Way(work, lambda target: np.zeros(0))) > 0
-    assert not here and not (tmp_path / "out").exists()
+    source = write_records(tmp_path / "text" / "text.jsonl", texts(4))
+    job = bench.Job(bench.OURS, source, TOKENIZER, tmp_path / "out")
+    assert bench._in_child(bench._cpu_seconds, job) > 0
+    assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="a measured process died"):
-        bench._in_child(lambda: 1 / 0)
+        bench._in_child(bench._cpu_seconds, bench.Job("no way", source, TOKENIZER, tmp_path / "out"))
 
 
 @pytest.mark.slow

@@ -61,6 +61,8 @@ CALLS = {
     "evaluate --tasks t --engine ray": ([*MODEL, "--output", "o"], {"evaluate.tasks:run": None}),
     "distil --engine ray": ([*MODEL, *DATA, "--output", "o"], {"generate.distil:run": None}),
     "distil": ([*MODEL, *DATA, "--output", "o"], {"generate.distil:run": None}),
+    "study": (["study.yaml"], {"study.command:run": None}),
+    "study --show": (["study.yaml"], {"study.command:run": None}),
     "report": (["--run", "a"], {"report.page:write_report": "page"}),
     "train": (
         ["recipe=tiny_ar"],
@@ -71,6 +73,7 @@ CALLS = {
     "bench prepare": ([], {"bench.prepare:run": None}),
     "bench convert": ([], {"bench.convert:run": None}),
     "bench passes": (MODEL, {"bench.passes:run": None}),
+    "bench pooling": ([*MODEL, *DATA], {"bench.pooling:run": None}),
     "bench soak": ([], {"bench.soak:run": True}),
     "bench ops": ([], {"bench.ops:run": None}),
     "bench ops --quick": ([], {"bench.ops:run": None}),

@@ -16,7 +16,7 @@ STUDY = Study(
     sizes={"small": ("init.backbone=recipes/backbones/small",)},
     seeds=(1, 2),
     reference="whole",
-    arms={"whole": Arm((), (1.0,)), "better": Arm(("noise.distillation=1",), (0.25, 0.5))},
+    arms={"whole": Arm(("noise=published",), (1.0,)), "better": Arm(("noise=fast",), (0.25, 0.5))},
 )
 LOSSES = {("whole", 1.0): (5.0, 5.2), ("better", 0.25): (5.3, 5.4), ("better", 0.5): (4.9, 5.0)}
 
