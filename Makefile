@@ -15,8 +15,8 @@ RUN ?= runs/quickstart
 BACKBONE ?= recipes/backbones/small
 PROMPT ?= def main():
 PYTEST_ARGS ?=
-# Processes of `make test`. Many tests start ranks of their own.
-TEST_PROCESSES ?= 2
+# Processes of `make test`, more than cores: many tests wait for ranks of their own.
+TEST_PROCESSES ?= 3
 SOAK_MINUTES ?= 60
 
 # Nothing is downloaded from a model hub, and nothing is sent to W&B unless a recipe or WANDB_MODE says so.

@@ -39,6 +39,7 @@ def test_alternating_steps_and_noise_draws(console, tmp_path, monkeypatch):
     assert (tmp_path / "step.json").is_file()
 
 
+@pytest.mark.slow
 def test_operations_and_their_baselines(console, tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "in_new_process", lambda function, *arguments, preload: function(*arguments))
     with pretended_cuda():

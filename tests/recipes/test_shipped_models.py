@@ -20,7 +20,7 @@ def shipped():
     return load(recipes_folder() / "models" / "bytes", dtype=torch.float32)
 
 
-@pytest.mark.parametrize(("threshold", "least"), [(0.8, 1.8), (0.5, 2.2)])
+@pytest.mark.parametrize(("threshold", "least"), [(0.8, 1.8), pytest.param(0.5, 2.2, marks=pytest.mark.slow)])
 def test_the_denoiser_on_bytes_commits_several_tokens_in_a_forward_pass(shipped, threshold, least):
     model, tokenizer = shipped
     passes, agreement = 0, []

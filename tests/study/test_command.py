@@ -52,6 +52,7 @@ def test_a_study(study_file, tmp_path, capsys):
     assert "found a training with other settings" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_training_that_fails(study_file, tmp_path, capsys):
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(study_file.read_text().replace("train.steps=5", "train.validation_sequences=100000000"))

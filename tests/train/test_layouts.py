@@ -22,7 +22,7 @@ ALL_GATHER = {"moe_dispatcher": "allgather"}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_parameters": 500}
 DISTRIBUTED = {"optimizer": {"distributed": True}}
 
-# ranks: {layout: (run, settings of `parallel`, other settings)}; all but the first two are slow.
+# ranks: {layout: (run, settings of `parallel`, other settings)}; all but those of 2 are slow.
 LAYOUTS = {
     1: {
         "one sequence at a time": ("hard", {}, {"data": {"micro_batch_size": 1}}),
@@ -188,7 +188,7 @@ def count_of(ranks):
 
 def cases():
     for ranks, layouts_of_ranks in LAYOUTS.items():
-        marks = [] if ranks in (1, 2) else [pytest.mark.slow]
+        marks = [] if ranks == 2 else [pytest.mark.slow]
         for name in layouts_of_ranks:
             yield pytest.param(ranks, name, id=f"{count_of(ranks)} ranks: {name}", marks=marks)
 

@@ -89,7 +89,7 @@ class TwoRanks:
 
 
 @runs_kernels
-@pytest.mark.parametrize("columns", [16, 24, 10])
+@pytest.mark.parametrize("columns", [16, *(pytest.param(each, marks=pytest.mark.slow) for each in (24, 10))])
 def test_two_slices_of_the_vocabulary_are_one(monkeypatch, columns):
     logits, _, weights = drawn(2 * columns, 2 * columns, torch.float32, 3.0, seed=1)
     targets = torch.arange(2 * columns)
