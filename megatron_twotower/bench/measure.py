@@ -6,13 +6,14 @@ import gc
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
 import torch
+from torch import nn
 
 from megatron_twotower.common import device
 from megatron_twotower.common.errors import UserError
@@ -180,6 +181,22 @@ def fillable_bytes() -> int:
     return int(FILLABLE_SHARE * (torch.cuda.mem_get_info()[0] + cached))
 
 
+@contextlib.contextmanager
+def hooked(
+    modules: Iterable[nn.Module], *, before: Callable[..., None] | None = None, after: Callable[..., None] | None = None
+) -> Iterator[None]:
+    """Call `before` and `after` with the forward passes of some modules, as torch calls hooks."""
+    hooks = []
+    for module in modules:
+        hooks += [module.register_forward_pre_hook(before)] if before else []
+        hooks += [module.register_forward_hook(after)] if after else []
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def in_new_process(function: Callable[..., T], *arguments: Any, preload: str) -> T:
     """Call a function in a new process, whose memory has no history.
 
@@ -193,6 +210,15 @@ def in_new_process(function: Callable[..., T], *arguments: Any, preload: str) ->
     """
     if not device.is_cpu():
         return function(*arguments)
+    return in_process_of_its_own(function, *arguments, preload=preload)
+
+
+def in_process_of_its_own(function: Callable[..., T], *arguments: Any, preload: str) -> T:
+    """`in_new_process`, also on CUDA: for work of the CPU.
+
+    The process is a fork of a server without threads: a fork of this process could wait for ever
+    for a lock of one of its threads.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
     receiver, sender = context.Pipe(duplex=False)

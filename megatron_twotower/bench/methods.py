@@ -13,7 +13,6 @@ rejected draft it cannot take back the states of Mamba layers. `verified` does i
 """
 
 import copy
-import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,7 +38,7 @@ from megatron_twotower.data.dataset import evenly_spaced_windows
 from megatron_twotower.data.documents import VALIDATION
 from megatron_twotower.data.shards import Corpus
 from megatron_twotower.data.tokenizer import check_tokenizer
-from megatron_twotower.evaluate.speed_quality import text_quality
+from megatron_twotower.evaluate.speed_quality import means, text_quality
 from megatron_twotower.generate.engine import default_devices, load, place_towers
 from megatron_twotower.hf.modeling_nemotron_h_twotower import ContextCache
 from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as Model
@@ -202,12 +201,8 @@ def counted_passes(towers: Sequence[nn.Module]) -> Iterator[list[int]]:
     def add(*_: Any) -> None:
         count[0] += 1
 
-    hooks = [tower.register_forward_pre_hook(add) for tower in towers]
-    try:
+    with measure.hooked(towers, before=add):
         yield count
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @dataclass
@@ -238,17 +233,13 @@ class MethodTotals:
             **{key: [each[key] for each in self.qualities] for key in self.qualities[0]},
         }
         same = [each["same_as_ar"] == 1 for each in self.qualities]
-        row: dict[str, Any] = {
+        return {
             "method": name,
             "tokens_per_second": new_tokens * len(self.seconds) / sum(self.seconds),
             "exact_texts": sum(same),
             "texts": len(same),
+            **means(figures),
         }
-        for key, values in figures.items():
-            tensor = torch.tensor(values, dtype=torch.float64)
-            row[key] = float(tensor.mean())
-            row[f"{key}_stderr"] = float(tensor.std() / math.sqrt(len(tensor))) if len(tensor) > 1 else None
-        return row
 
 
 def _write(method: Method, ids: Tensor, texts: list[Tensor]) -> None:
@@ -291,6 +282,30 @@ def compare(
 # --- the command ---
 
 
+def towers_and_prompts(model: Path, data: Path, *, count: int, length: int) -> tuple[Model, Tensor, Corpus]:
+    """Load a two-tower folder to its devices, with prompts from held-out text of its tokenizer.
+
+    Args:
+        model: Two-tower folder.
+        data: A prepared data folder.
+        count: Prompts.
+        length: Tokens of a prompt.
+
+    Returns:
+        The towers, prompts (count, length) int64 on the device of the context tower, and the
+        held-out corpus.
+
+    Raises:
+        UserError: A folder is wrong, or the data has another tokenizer.
+    """
+    corpus, devices = Corpus.open(data / VALIDATION), default_devices()
+    towers, _ = load(model)
+    check_tokenizer(model, corpus.tokenizer_fingerprint, exact_ids=corpus.exact_ids, data=data)
+    prompts = evenly_spaced_windows(corpus, count=max(2, count), length=length)[:count]
+    place_towers(towers, devices)
+    return towers, prompts.to(devices[0]), corpus
+
+
 def run(
     output: Path,
     *,
@@ -311,22 +326,16 @@ def run(
     Raises:
         UserError: A folder is wrong, or the data has another tokenizer.
     """
-    corpus = Corpus.open(data / VALIDATION)
-    towers, _ = load(model)
-    check_tokenizer(model, corpus.tokenizer_fingerprint, exact_ids=corpus.exact_ids, data=data)
-    smaller = None if draft is None else open_model(draft)[0]
+    towers, prompts, corpus = towers_and_prompts(model, data, count=options.prompts, length=options.prompt_tokens)
+    smaller = None
     if draft is not None:
+        smaller = open_model(draft)[0].to(prompts.device)
         check_tokenizer(draft, corpus.tokenizer_fingerprint, exact_ids=corpus.exact_ids, data=data)
-    prompts = evenly_spaced_windows(corpus, count=max(2, options.prompts), length=options.prompt_tokens)
-    prompts, devices = prompts[: options.prompts], default_devices()
-    place_towers(towers, devices)
-    one_tower = transformers_model(model).to(devices[0])
-    if smaller is not None:
-        smaller.to(devices[0])
+    one_tower = transformers_model(model).to(prompts.device)
     methods = build_methods(towers, one_tower, smaller, options)
     counted = (towers.context_tower, towers.denoiser_tower, one_tower.model)
     with measure.torch_threads(threads), torch.no_grad():
-        rows = compare(towers, methods, prompts.to(devices[0]), towers=counted, options=options)
+        rows = compare(towers, methods, prompts, towers=counted, options=options)
         facts = machine()
     results = {
         "machine": facts,

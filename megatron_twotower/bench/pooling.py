@@ -3,7 +3,6 @@
 Every limit continues the same held-out prompts by mask diffusion, greedily, one prompt at a time.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,16 +17,12 @@ from rich.table import Table
 from torch import Tensor
 
 from megatron_twotower.bench import measure
+from megatron_twotower.bench.methods import towers_and_prompts
 from megatron_twotower.bench.results import report
 from megatron_twotower.common.errors import require
 from megatron_twotower.common.machine import machine
 from megatron_twotower.common.tables import number, plain_table, wide_console, with_error
-from megatron_twotower.data.dataset import evenly_spaced_windows
-from megatron_twotower.data.documents import VALIDATION
-from megatron_twotower.data.shards import Corpus
-from megatron_twotower.data.tokenizer import check_tokenizer
-from megatron_twotower.evaluate.speed_quality import text_quality
-from megatron_twotower.generate.engine import default_devices, load, place_towers
+from megatron_twotower.evaluate.speed_quality import means, text_quality
 from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as Model
 from megatron_twotower.hf.modeling_nemotron_h_twotower import Router
 
@@ -67,12 +62,8 @@ def distinct_experts(model: Model) -> Iterator[list[int]]:
         counts.append(len(output[1].unique()))
 
     routers = [each for each in model.denoiser_tower.modules() if isinstance(each, Router)]
-    hooks = [each.register_forward_hook(count) for each in routers]
-    try:
+    with measure.hooked(routers, after=count):
         yield counts
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @dataclass
@@ -85,12 +76,8 @@ class LimitTotals:
 
     def row(self, limit: int) -> dict[str, Any]:
         """The row for JSON: means over prompts and their standard errors."""
-        row: dict[str, Any] = {"limit": limit, "experts": fmean(self.experts), "pass_seconds": min(self.seconds)}
-        for key in FIGURES:
-            values = torch.tensor([text[key] for text in self.texts], dtype=torch.float64)
-            row[key] = float(values.mean())
-            row[f"{key}_stderr"] = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
-        return row
+        row = {"limit": limit, "experts": fmean(self.experts), "pass_seconds": min(self.seconds)}
+        return row | means({key: [text[key] for text in self.texts] for key in FIGURES})
 
 
 def compare(model: Model, prompts: Tensor, *, options: PoolingOptions) -> list[dict[str, Any]]:
@@ -168,17 +155,12 @@ def run(
     Raises:
         UserError: A folder is wrong, the data has another tokenizer, or a limit is out of range.
     """
-    corpus = Corpus.open(data / VALIDATION)
-    towers, _ = load(model)
-    check_tokenizer(model, corpus.tokenizer_fingerprint, exact_ids=corpus.exact_ids, data=data)
+    towers, prompts, _ = towers_and_prompts(model, data, count=options.prompts, length=options.prompt_tokens)
     few, every = towers.config.num_experts_per_tok, towers.config.n_routed_experts
     for limit in options.limits:
         require(few <= limit <= every, f"--limits: found {limit}, expected {few} to {every}")
-    prompts = evenly_spaced_windows(corpus, count=max(2, options.prompts), length=options.prompt_tokens)
-    prompts, devices = prompts[: options.prompts], default_devices()
-    place_towers(towers, devices)
     with measure.torch_threads(threads), torch.no_grad():
-        rows = compare(towers, prompts.to(devices[0]), options=options)
+        rows = compare(towers, prompts, options=options)
         facts = machine()
     results = {
         "machine": facts,

@@ -99,7 +99,7 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 def _seconds_in_attention(model: Model, prefill: Any) -> dict[str, float]:
     """Seconds of one prefill in layers of attention, and in others."""
-    spent, started, hooks = defaultdict[str, float](float), [0.0], []
+    spent, started = defaultdict[str, float](float), [0.0]
 
     def before(*_: Any) -> None:
         measure.synchronize()
@@ -110,13 +110,8 @@ def _seconds_in_attention(model: Model, prefill: Any) -> dict[str, float]:
         kind = "attention" if isinstance(layer.mixer, Attention) else "others"
         spent[kind] += _clock() - started[0]
 
-    for layer in model.context_tower.layers:
-        hooks += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
-    try:
+    with measure.hooked(model.context_tower.layers, before=before, after=after):
         prefill()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return {"attention": spent["attention"], "others": spent["others"]}
 
 

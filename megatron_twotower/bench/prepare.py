@@ -31,7 +31,6 @@ import hashlib
 import importlib.util
 import io
 import json
-import multiprocessing
 import os
 import shutil
 import statistics
@@ -41,7 +40,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +50,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 import megatron_twotower.mcore  # noqa: F401  # before Megatron Core
-from megatron_twotower.bench.measure import process_memory_bytes
+from megatron_twotower.bench.measure import in_process_of_its_own, process_memory_bytes
 from megatron_twotower.bench.results import report
 from megatron_twotower.common.engines import EngineSettings
 from megatron_twotower.common.errors import UserError, require
@@ -135,8 +133,9 @@ def measure(folder: Path, options: PrepareOptions) -> dict[str, Any]:
     source.parent.mkdir()
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     job = functools.partial(Job, source=source, tokenizer=tokenizer, target=folder / "out")
-    tokens = _same_ids({name: _in_child(_made, job(name)) for name in _names()}) - len(texts)
-    seconds, shares = _shares(_names(), options.rounds, lambda name: _in_child(_cpu_seconds, job(name)))
+    alone = functools.partial(in_process_of_its_own, preload=__name__)
+    tokens = _same_ids({name: alone(_made, job(name)) for name in _names()}) - len(texts)
+    seconds, shares = _shares(_names(), options.rounds, lambda name: alone(_cpu_seconds, job(name)))
     limit = max(shares[name] for name in (BATCHES, SINGLE, OFFSETS))
     return {
         "characters": sum(map(len, texts)),
@@ -210,30 +209,6 @@ def _shares(names: Sequence[str], rounds: int, cpu_seconds: Callable[[str], floa
             alone.append(cpu_seconds(BATCHES))
             found[name].append((alone[-2] + alone[-1]) / 2 / own)
     return statistics.median(alone), {BATCHES: 1.0} | {name: statistics.median(each) for name, each in found.items()}
-
-
-def _in_child(function: Callable[[Job], Any], job: Job) -> Any:
-    """Call a function in a new process, whose heap no other way has used.
-
-    The processes are forks of a server without threads: a fork of this process could wait for ever
-    for a lock of one of its threads.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    reader, writer = context.Pipe(duplex=False)
-    child = context.Process(target=_send, args=(writer, function, job))
-    child.start()
-    writer.close()
-    try:
-        result = reader.recv()
-    except EOFError as error:
-        raise UserError("a measured process died: found no result, expected one (its error is above)") from error
-    child.join()
-    return result
-
-
-def _send(writer: Connection, function: Callable[[Job], Any], job: Job) -> None:
-    writer.send(function(job))
 
 
 @contextlib.contextmanager

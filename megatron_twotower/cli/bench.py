@@ -30,6 +30,10 @@ def _add_model(parser: argparse.ArgumentParser, *, more: str = "") -> None:
     parser.add_argument("--model", type=Path, required=True, help=f"two-tower Hugging Face folder{more}")
 
 
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, required=True, help="prepared data folder, whose held-out part is read")
+
+
 def _add_all_threads(parser: argparse.ArgumentParser) -> None:
     cores = len(os.sched_getaffinity(0))
     add_number(parser, "--threads", default=cores, help="CPU threads; the number of cores if left out", **COUNT)
@@ -239,7 +243,7 @@ def _add_methods(parser: argparse.ArgumentParser) -> None:
     from megatron_twotower.bench import methods
 
     _add_model(parser)
-    parser.add_argument("--data", type=Path, required=True, help="prepared data folder, whose held-out part is read")
+    _add_data(parser)
     parser.add_argument("--draft", type=Path, help="a smaller NemotronH with the same tokenizer, which drafts, too")
     add_options(parser, methods.MethodOptions, METHODS)
     _add_all_threads(parser)
@@ -320,7 +324,7 @@ def _add_pooling(parser: argparse.ArgumentParser) -> None:
     from megatron_twotower.bench import pooling
 
     _add_model(parser)
-    parser.add_argument("--data", type=Path, required=True, help="prepared data folder, whose held-out part is read")
+    _add_data(parser)
     add_options(parser, pooling.PoolingOptions, POOLING)
     _add_all_threads(parser)
     _add_output(parser)
@@ -377,7 +381,7 @@ def _add_fp8(parser: argparse.ArgumentParser) -> None:
     from megatron_twotower.bench import fp8
 
     _add_model(parser, more=", or that of a backbone")
-    parser.add_argument("--data", type=Path, required=True, help="prepared data folder, whose held-out part is read")
+    _add_data(parser)
     add_options(parser, fp8.Fp8Options, FP8)
     _add_torch_threads(parser)
     _add_output(parser)

@@ -427,6 +427,31 @@ def _band(
     axes.fill_between(x, low, high, color=color, alpha=0.15 * alpha, linewidth=0)
 
 
+def _error_bars(
+    axes: Axes, theme: Theme, points: Sequence[tuple[float, float, float]], *, number: int, label: str
+) -> None:
+    """Draw curve `number` through points (x, y, error of y), where curves may outnumber colours."""
+    x, y, error = zip(*points, strict=True)
+    axes.errorbar(
+        x,
+        y,
+        yerr=error,
+        color=theme.series[number % len(theme.series)],
+        linestyle="-" if number < len(theme.series) else DASHED,
+        marker="os^Dv<>P*X"[number % 10],
+        markersize=4.5,
+        linewidth=1.2,
+        elinewidth=0.6,
+        alpha=0.9,
+        label=label,
+    )
+
+
+def _legend_beside(axes: Axes, theme: Theme) -> None:
+    """A legend in one column, to the right of a panel."""
+    axes.legend(frameon=False, fontsize=8, labelcolor=theme.text, loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+
 def samplers(
     curves: Mapping[str, Sequence[tuple[float, float, float | None]]], base: tuple[float, float], *, theme: Theme
 ) -> bytes:
@@ -439,24 +464,13 @@ def samplers(
     subtitle = "held-out prompts, with standard errors; ringed: the released rule at its threshold"
     figure, (axes,) = _new_figure(theme, "Agreement with AR under parallelism", subtitle, width=8.5)
     for number, (name, points) in enumerate(curves.items()):
-        axes.errorbar(
-            [x for x, _, _ in points],
-            [100 * y for _, y, _ in points],
-            yerr=[100 * (error or 0.0) for _, _, error in points],
-            color=theme.series[number % len(theme.series)],
-            linestyle="-" if number < len(theme.series) else DASHED,
-            marker="os^Dv<>P*X"[number % 10],
-            markersize=4.5,
-            linewidth=1.2,
-            elinewidth=0.6,
-            alpha=0.9,
-            label=name,
-        )
+        in_percent = [(x, 100 * y, 100 * (error or 0.0)) for x, y, error in points]
+        _error_bars(axes, theme, in_percent, number=number, label=name)
     axes.plot([base[0]], [100 * base[1]], "o", markersize=12, markerfacecolor="none", markeredgecolor=theme.text)
     _label_axes(axes, theme, x="tokens per pass", y="% of tokens that AR would have chosen")
     box = axes.get_position()
     axes.set_position((box.x0, box.y0, 0.78 * box.width, box.height))
-    axes.legend(frameon=False, fontsize=8, labelcolor=theme.text, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    _legend_beside(axes, theme)
     return _png(figure)
 
 
@@ -572,18 +586,8 @@ def study(rows: Sequence[Mapping[str, Any]], *, reference: str, theme: Theme) ->
     for axes, size in zip(panels, sizes, strict=True):
         for number, arm in enumerate(arms):
             of_arm = [row for row in rows if (row["size"], row["arm"]) == (size, arm)]
-            axes.errorbar(
-                [row["share"] for row in of_arm],
-                [row["loss"]["value"] for row in of_arm],
-                yerr=[row["loss"]["error"] or 0.0 for row in of_arm],
-                color=theme.series[number % len(theme.series)],
-                marker="os^Dv<>P*X"[number % 10],
-                linestyle="-" if number < len(theme.series) else DASHED,
-                markersize=4.5,
-                linewidth=1.2,
-                elinewidth=0.8,
-                label=arm,
-            )
+            points = [(row["share"], row["loss"]["value"], row["loss"]["error"] or 0.0) for row in of_arm]
+            _error_bars(axes, theme, points, number=number, label=arm)
             if arm == reference:
                 goal = max(of_arm, key=lambda row: row["share"])["loss"]["value"]
                 axes.axhline(goal, color=theme.muted, linewidth=1, linestyle=DASHED)
@@ -595,12 +599,5 @@ def study(rows: Sequence[Mapping[str, Any]], *, reference: str, theme: Theme) ->
         _label_axes(axes, theme, x="share of the tokens", y="nats per masked token")
         axes.margins(0.1)
     figure.subplots_adjust(top=0.74, right=1 - 1.8 / figure.get_figwidth())
-    panels[-1].legend(
-        frameon=False,
-        fontsize=8,
-        labelcolor=theme.text,
-        loc="center left",
-        bbox_to_anchor=(1.02, 0.5),
-        handlelength=1.8,
-    )
+    _legend_beside(panels[-1], theme)
     return _png(figure)

@@ -25,9 +25,10 @@ def number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
-def with_error(value: float | None, error: float | None) -> str:
+def with_error(value: float | None, error: float | None, digits: int = 2) -> str:
     """A number and its standard error, if the error is known."""
-    return number(value) if error is None else f"{number(value)} ± {number(error)}"
+    shown = number(value, digits)
+    return shown if error is None else f"{shown} ± {number(error, digits)}"
 
 
 def wide_console() -> Console:

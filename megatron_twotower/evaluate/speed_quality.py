@@ -163,10 +163,7 @@ class _PointTotals:
             "speedup": rate / ar_rate,
             "prompts": len(self.qualities),
         }
-        for key in self.qualities[0]:
-            values = torch.tensor([each[key] for each in self.qualities], dtype=torch.float64)
-            row[key] = float(values.mean())
-            row[f"{key}_stderr"] = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
+        row |= means({key: [each[key] for each in self.qualities] for key in self.qualities[0]})
         row["by_prompt"] = [cost | quality for cost, quality in zip(self.costs, self.qualities, strict=True)]
         return row
 
@@ -222,6 +219,16 @@ def sweep(
             progress("sweep", number * len(settings) + i + 1, len(prompts) * len(settings))
     ar_rate = totals[0].sum("new_tokens") / totals[0].sum("seconds")
     return [each.row(point, ar_rate) for point, each in zip(settings, totals, strict=True)]
+
+
+def means(figures: Mapping[str, Sequence[float]]) -> dict[str, float | None]:
+    """The mean of each figure, and as NAME_stderr its standard error, `None` for one value."""
+    found: dict[str, float | None] = {}
+    for key, each in figures.items():
+        values = torch.tensor(each, dtype=torch.float64)
+        found[key] = float(values.mean())
+        found[f"{key}_stderr"] = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
+    return found
 
 
 def pareto_front(rows: Sequence[dict[str, Any]], quality: str) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
@@ -15,19 +16,10 @@ from megatron_twotower.common.errors import UserError, require
 from megatron_twotower.common.files import write_file
 from megatron_twotower.common.progress import BarReport, stage_bars
 from megatron_twotower.common.run_folder import CONFIG_FILE
-from megatron_twotower.common.tables import number, plain_table, wide_console
+from megatron_twotower.common.tables import number, plain_table, wide_console, with_error
 from megatron_twotower.config.recipes import to_yaml
 from megatron_twotower.study.design import Study, Training, read_study, trainings
-from megatron_twotower.study.figures import (
-    Mean,
-    Outcomes,
-    Row,
-    mean,
-    outcome,
-    outcomes,
-    rows,
-    shares_to_reach_reference,
-)
+from megatron_twotower.study.figures import Mean, Row, mean, outcome, outcomes, rows, shares_to_reach_reference
 
 RESULT_FILE, PICTURE_FILE, LOG_FILE = "study.json", "study.png", "training.log"
 
@@ -84,9 +76,7 @@ def _train_all(study: Study, left: list[Training], *, done: int, workers: int, b
 
 
 def _text(found: Mean | None, digits: int = 3) -> str:
-    if found is None:
-        return "-"
-    return number(found.value, digits) + (f" ± {number(found.error, digits)}" if found.error is not None else "")
+    return "-" if found is None else with_error(found.value, found.error, digits)
 
 
 def results_table(size: str, table: list[Row]) -> Table:
@@ -113,19 +103,15 @@ def results_table(size: str, table: list[Row]) -> Table:
     )
 
 
-def shares_table(study: Study, found: Outcomes) -> Table:
-    """Which share of the tokens each arm needs for the reference's final loss."""
+def shares_table(reference: str, found: Mapping[str, Mapping[int, float | None]]) -> Table:
+    """The share of the tokens that each arm (SIZE/ARM) needs for the loss of the reference."""
     lines = []
-    for size in study.sizes:
-        for arm in study.arms:
-            shares = shares_to_reach_reference(study, found, size, arm)
-            if arm == study.reference or not shares:
-                continue
-            reached = [share for share in shares.values() if share is not None]
-            value = _text(mean(reached), 2) if len(reached) == len(shares) else "-"
-            lines.append((size, arm, f"{len(reached)} of {len(shares)}", value))
+    for name, shares in found.items():
+        reached = [share for share in shares.values() if share is not None]
+        value = _text(mean(reached), 2) if len(reached) == len(shares) else "-"
+        lines.append((*name.split("/"), f"{len(reached)} of {len(shares)}", value))
     return plain_table(
-        f"Share of the tokens for the final loss of {study.reference}",
+        f"Share of the tokens for the final loss of {reference}",
         ("size", "arm", "seeds that reach it", "share"),
         lines,
         left=2,
@@ -164,19 +150,21 @@ def run(file: Path, *, output: Path, workers: int = 1, sizes: list[str] | None =
     console.print(f"\n{study.question}\n")
     for size in dict.fromkeys(row.size for row in table):
         console.print(results_table(size, table))
-    console.print(shares_table(study, found))
+    shares = {
+        f"{size}/{arm}": shares_to_reach_reference(study, found, size, arm)
+        for size in study.sizes
+        for arm in study.arms
+        if arm != study.reference
+    }
+    console.print(shares_table(study.reference, {name: each for name, each in shares.items() if each}))
+    plain = [asdict(row) for row in table]
     result = {
         "question": study.question,
         "reference": study.reference,
-        "rows": [asdict(row) for row in table],
-        "share_to_reach_reference": {
-            f"{size}/{arm}": shares_to_reach_reference(study, found, size, arm)
-            for size in study.sizes
-            for arm in study.arms
-            if arm != study.reference
-        },
+        "rows": plain,
+        "share_to_reach_reference": shares,
     }
     write_file(output / RESULT_FILE, json.dumps(result, indent=1) + "\n")
-    picture = plots.study([asdict(row) for row in table], reference=study.reference, theme=plots.LIGHT)
+    picture = plots.study(plain, reference=study.reference, theme=plots.LIGHT)
     write_file(output / PICTURE_FILE, picture)
     print(f"study: {output / RESULT_FILE}, {output / PICTURE_FILE}")

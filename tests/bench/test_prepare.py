@@ -6,6 +6,7 @@ import pytest
 
 from helpers.corpora import texts, write_records
 from megatron_twotower.bench import prepare as bench
+from megatron_twotower.bench.measure import in_process_of_its_own
 from megatron_twotower.cli import main
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.recipes import recipes_folder
@@ -42,10 +43,11 @@ def test_a_share_is_measured_against_what_ran_directly_before_and_after():
 def test_a_way_is_measured_in_a_process_of_its_own(tmp_path):
     source = write_records(tmp_path / "text" / "text.jsonl", texts(4))
     job = bench.Job(bench.OURS, source, TOKENIZER, tmp_path / "out")
-    assert bench._in_child(bench._cpu_seconds, job) > 0
+    assert in_process_of_its_own(bench._cpu_seconds, job, preload=bench.__name__) > 0
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="a measured process died"):
-        bench._in_child(bench._cpu_seconds, bench.Job("no way", source, TOKENIZER, tmp_path / "out"))
+    wrong = bench.Job("no way", source, TOKENIZER, tmp_path / "out")
+    with pytest.raises(UserError, match="its process ended with status 1, expected a result"):
+        in_process_of_its_own(bench._cpu_seconds, wrong, preload=bench.__name__)
 
 
 @pytest.mark.slow
