@@ -46,8 +46,8 @@ def nodes():
 
 
 def started(*words):
-    """A function that starts a command in a process of its own."""
-    return lambda: subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    """A function that starts a command in a process of its own, with a file for its errors."""
+    return lambda said: subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=said)
 
 
 def grows(folder, pattern):

@@ -143,37 +143,42 @@ class Trouble:
         """Run the command to its end, with at most `most` kills of `kinds`.
 
         Args:
-            start: Starts the driver, and returns its `subprocess.Popen`.
+            start: Starts the driver and returns its `subprocess.Popen`. It gets a file for its
+                standard error: with a pipe it would wait for a reader.
             output: What the command writes. If it is complete when the driver is killed, the next
                 driver must say so.
             begun: Whether there is something to kill.
         """
-        process, complete = start(), False
-        kills, deadline = 0, time.monotonic() + seconds
-        while True:
-            while process.poll() is None and not begun() and time.monotonic() < deadline:
-                time.sleep(0.05)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(self.draw.uniform(0, longest) if kills < most else max(deadline - time.monotonic(), 1))
-            if process.poll() is not None:
-                said = process.stderr.read().decode()
-                assert process.returncode == 0 or (complete and f"{output}: exists" in said), said
-                return
-            assert time.monotonic() < deadline, "too slow"
-            kind = self.draw.choice(kinds)
-            kills, self.kills[kind] = kills + 1, self.kills[kind] + 1
-            if kind == "worker":
-                found = worker_processes()
-                if found:
-                    kill_worker(self.draw.choice(found))
-            elif kind == "node":
-                kill_node(self.made, self.nodes.pop(self.draw.randrange(len(self.nodes))))
-                self.nodes.append(add_node(self.made))
-            else:
-                process.kill()
-                process.wait()
-                complete = output.exists()
-                process = start()
+        with tempfile.TemporaryFile("w+") as said:
+            process, complete = start(said), False
+            kills, deadline = 0, time.monotonic() + seconds
+            while True:
+                while process.poll() is None and not begun() and time.monotonic() < deadline:
+                    time.sleep(0.05)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(self.draw.uniform(0, longest) if kills < most else max(deadline - time.monotonic(), 1))
+                if process.poll() is not None:
+                    said.seek(0)
+                    lines = said.read()
+                    assert process.returncode == 0 or (complete and f"{output}: exists" in lines), lines
+                    return
+                assert time.monotonic() < deadline, "too slow"
+                kind = self.draw.choice(kinds)
+                kills, self.kills[kind] = kills + 1, self.kills[kind] + 1
+                if kind == "worker":
+                    found = worker_processes()
+                    if found:
+                        kill_worker(self.draw.choice(found))
+                elif kind == "node":
+                    kill_node(self.made, self.nodes.pop(self.draw.randrange(len(self.nodes))))
+                    self.nodes.append(add_node(self.made))
+                else:
+                    process.kill()
+                    process.wait()
+                    complete = output.exists()
+                    said.seek(0)
+                    said.truncate()
+                    process = start(said)
 
 
 def kill_worker(pid):

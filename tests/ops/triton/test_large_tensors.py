@@ -20,7 +20,10 @@ from megatron_twotower.ops.scan import two_stream_scan_torch
 from megatron_twotower.ops.triton import convolution, cross_entropy, modulation, norm
 from megatron_twotower.ops.triton.scan import two_stream_scan_triton
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="in the interpreter alone: a device has no such memory")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not INTERPRETED, reason="in the interpreter alone: a device has no such memory"),
+]
 
 FAR = 2**31
 
@@ -142,7 +145,6 @@ def filled(tensor, tail, seed):
     return tensor[tail].double().requires_grad_()
 
 
-@pytest.mark.slow
 def test_the_scan_of_many_positions():
     heads, chunk, block = 128, 64, 16
     length = FAR // heads + chunk
@@ -181,7 +183,6 @@ def test_the_scan_of_many_positions():
         close(one[last], other)
 
 
-@pytest.mark.slow
 def test_the_convolution_of_many_positions():
     channels, block, taps = 2**16, 2, 4
     length = FAR // channels + 256
@@ -203,7 +204,6 @@ def test_the_convolution_of_many_positions():
     close(got[tail], gradient)
 
 
-@pytest.mark.slow
 def test_the_gated_norm_of_many_rows():
     groups, width = 8, 512
     rows = FAR // (groups * width) + norm.ROWS
@@ -222,7 +222,6 @@ def test_the_gated_norm_of_many_rows():
         close(one[tail], other)
 
 
-@pytest.mark.slow
 def test_the_modulation_of_many_positions():
     width, segment = 4096, 16
     length = FAR // width + segment
@@ -243,7 +242,6 @@ def test_the_modulation_of_many_positions():
     close(grad_out[tail], small_upstream * small_scale)
 
 
-@pytest.mark.slow
 def test_the_cross_entropy_of_many_logits():
     columns = 2**17
     rows = FAR // columns + 1

@@ -134,7 +134,9 @@ def check_drawn(data, block, chunk_blocks, dtype, batch):
 
 
 @runs_kernels
-@pytest.mark.parametrize(("block", "chunk", "length"), [(8, 104, 120), (48, 96, 96)])
+@pytest.mark.parametrize(
+    ("block", "chunk", "length"), [(8, 104, 120), pytest.param(48, 96, 96, marks=pytest.mark.slow)]
+)
 def test_chunks_in_two_halves_and_several_tiles(block, chunk, length):
     sizes = {"batch": 1, "heads": 2, "groups": 1, "size": 4, "state": 5, "dtype": torch.float32}
     check(stream(length, seed=1, **sizes), stream(length, seed=2, **sizes), block=block, chunk=chunk)
