@@ -25,7 +25,10 @@ export TOKENIZERS_PARALLELISM ?= true
 
 BIN := $(VENV)/bin
 TWOTOWER := $(BIN)/twotower
-# Python compiles a module at its first import; pip would compile all eighteen thousand.
+# Python compiles a module at its first import; pip would compile all eighteen thousand. Images of
+# Docker often forbid to keep what is compiled: then every start of a process compiles it again, for
+# ten seconds.
+unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := $(BIN)/python -m pip install -qq --no-compile
 
 .PHONY: help install train report bench speed samplers study sft soak test test-slow test-gpu test-te test-mamba test-transformers test-releases test-slurm test-cluster check format backbone bytes clean

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from megatron_twotower.ops import dispatch
 
@@ -37,6 +36,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, documents: Te
     if documents is None and length == total:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     if documents is None and query.is_cuda:
+        from torch.nn.attention.bias import causal_lower_right  # imports the compiler, for seconds
+
         last_positions = causal_lower_right(length, total)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=last_positions, enable_gqa=True)
     positions = torch.arange(total, device=query.device)
