@@ -24,11 +24,16 @@ from megatron_twotower.study.figures import Mean, Row, mean, outcome, outcomes, 
 RESULT_FILE, PICTURE_FILE, LOG_FILE = "study.json", "study.png", "training.log"
 
 
+def _settings(recipe: str) -> list[str]:
+    """The lines of a resolved recipe, without that of its folder, which may have been moved."""
+    return [line for line in recipe.splitlines() if not line.startswith("output:")]
+
+
 def _check_folder(training: Training) -> None:
     """Refuse a folder whose training had other settings: its figures are not of this study."""
     file = training.folder / CONFIG_FILE
     require(
-        not file.is_file() or file.read_text() == to_yaml(training.config),
+        not file.is_file() or _settings(file.read_text()) == _settings(to_yaml(training.config)),
         f"{training.folder}: found a training with other settings than the study has, expected the same or no folder",
     )
 

@@ -43,6 +43,10 @@ def test_a_study(study_file, tmp_path, capsys):
     before = [(folder / "training.log").read_text() for folder in folders]
     assert main(arguments) == 0
     assert [(folder / "training.log").read_text() for folder in folders] == before
+    moved = tmp_path / "moved"
+    (tmp_path / "out").rename(moved)
+    assert main(["study", str(study_file), "--output", str(moved), "--show"]) == 0
+    moved.rename(tmp_path / "out")
 
     # A training whose settings the study no longer has is not taken for one of its own.
     changed = study_file.read_text().replace("schedule.warmup_steps=1", "schedule.warmup_steps=2")
