@@ -14,6 +14,7 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
 
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.progress import silent, stage_bars
@@ -26,6 +27,7 @@ from megatron_twotower.evaluate.harness_settings import (
     text_before_stop,
 )
 from megatron_twotower.generate.engine import (
+    Callbacks,
     GenerationSettings,
     default_devices,
     end_of_text,
@@ -80,10 +82,6 @@ class Elsewhere:
 
     facts: ModelFacts
     answers: Callable[[Sequence[ScoreTask | WriteTask], Sequence[HarnessSettings]], Iterator[list[Reply]]]
-
-
-# `TwoTower.write` looks for the end of answers after about this number of tokens.
-_TOKENS_PER_TURN = 64
 
 
 @register_model("twotower")
@@ -333,29 +331,17 @@ class TwoTower(TemplateLM):
     def write(self, prompts: Sequence[list[int]], answer: AnswerSettings) -> list[str]:
         """Generate the answers to prompts of any lengths.
 
-        Generation pauses after a few blocks, to look for strings that end an answer. Rows that have
-        ended leave the batch. Greedy text is the same as without pauses.
+        A row ends with EOS, or when its text has one of the strings that end an answer.
         """
         limit = answer.max_new_tokens or self.settings.max_new_tokens
         if limit >= self.max_length:
             raise UserError(f"an answer of {limit} tokens: expected less than max_length, {self.max_length}")
-        rows = [prompt[-(self.max_length - limit) :] for prompt in prompts]
-        new: list[list[int]] = [[] for _ in rows]
-        texts: list[str | None] = [None] * len(rows)
-        # A turn is a number of complete blocks, so that blocks begin where they would without
-        # pauses.
-        turn_tokens, turn = self.block_size * max(1, _TOKENS_PER_TURN // self.block_size), 0
-        while left := [i for i in range(len(rows)) if texts[i] is None]:
-            count = min(turn_tokens, limit - turn_tokens * turn)
-            added = self._continue([rows[i] + new[i] for i in left], answer, count, self.settings.seed + turn)
-            for i, ids in zip(left, added, strict=True):
-                end = end_of_text(ids, self.eos_ids)
-                new[i] += ids[:end]
-                texts[i] = self._text_before_stop(new[i], answer.until)
-                if texts[i] is None and (end is not None or len(new[i]) >= limit):
-                    texts[i] = self.tokenizer.decode(new[i], skip_special_tokens=True)
-            turn += 1
-        return [text for text in texts if text is not None]
+        texts = []
+        for ids in self._continue([prompt[-(self.max_length - limit) :] for prompt in prompts], answer, limit):
+            new = ids[: end_of_text(ids, self.eos_ids)]
+            text = self._text_before_stop(new, answer.until)
+            texts.append(self.tokenizer.decode(new, skip_special_tokens=True) if text is None else text)
+        return texts
 
     def _text_before_stop(self, ids: list[int], until: Sequence[str]) -> str | None:
         """The text before the first of the strings that end it; None if it has none of them.
@@ -374,9 +360,17 @@ class TwoTower(TemplateLM):
             found.append(text[: len(text) - extra])
         return min((text for text in found if text is not None), key=len, default=None)
 
-    def _continue(self, rows: Sequence[list[int]], answer: AnswerSettings, count: int, seed: int) -> list[list[int]]:
-        """Continue each row by `count` tokens, or up to and including EOS."""
+    def _continue(self, rows: Sequence[list[int]], answer: AnswerSettings, limit: int) -> list[list[int]]:
+        """Continue each row by `limit` tokens, or up to and including EOS or a string that ends it.
+
+        What rows that ended earlier have after their end is EOS.
+        """
         ids, mask = pad_left(rows)
+
+        def has_ended(new: Tensor, counts: Tensor) -> Tensor:
+            own_ids = (row[:count] for row, count in zip(new.tolist(), counts.tolist(), strict=True))
+            return torch.tensor([self._text_before_stop(each, answer.until) is not None for each in own_ids])
+
         device = self.model.context_tower.device
         own = self.settings
         output, stats = generate_ids(
@@ -384,13 +378,13 @@ class TwoTower(TemplateLM):
             ids.to(device),
             mode=own.mode,
             settings=GenerationSettings(
-                max_new_tokens=count,
+                max_new_tokens=limit,
                 block_size=own.block_size,
                 steps_per_block=own.steps_per_block,
                 confidence_threshold=own.confidence_threshold,
                 temperature=answer.temperature,
                 top_k=answer.top_k,
-                seed=seed,
+                seed=own.seed,
                 top_p=answer.top_p,
                 draft_steps=own.draft_steps,
                 prefill_chunk_size=own.prefill_chunk_size,
@@ -399,6 +393,7 @@ class TwoTower(TemplateLM):
             mask_id=self.mask_id,
             eos_id=self.eos_ids,
             attention_mask=None if mask is None else mask.to(device),
+            callbacks=Callbacks(stop=has_ended if answer.until else None),
         )
         self.passes, self.new_tokens = self.passes + stats.row_passes, self.new_tokens + stats.new_tokens
         self.seconds += stats.seconds

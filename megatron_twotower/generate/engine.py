@@ -32,6 +32,7 @@ from megatron_twotower.hf.modeling_nemotron_h_twotower import (
     GenerationStats,
     OnStep,
     OnTokens,
+    Stop,
     as_ids,
     read_sampler,
 )
@@ -107,10 +108,12 @@ class Callbacks:
     Attributes:
         on_step: Called after every step of mask diffusion.
         on_tokens: Called by the other modes when text grows.
+        stop: Called by all modes when text has grown; says which rows end.
     """
 
     on_step: OnStep | None = None
     on_tokens: OnTokens | None = None
+    stop: Stop | None = None
 
 
 NO_CALLBACKS = Callbacks()
@@ -313,6 +316,7 @@ def _mask_diffusion(model: TwoTowerModel, prompts: Prompts, settings: Generation
         top_p=settings.top_p,
         generator=_generator(model.denoiser_tower.device, settings),
         on_step=prompts.callbacks.on_step,
+        stop=prompts.callbacks.stop,
         sampler=settings.sampler,
         experts_per_block=settings.experts_per_block,
     )
@@ -329,6 +333,7 @@ def _mock_ar(model: TwoTowerModel, prompts: Prompts, settings: GenerationSetting
         top_p=settings.top_p,
         generator=_generator(model.denoiser_tower.device, settings),
         on_tokens=prompts.callbacks.on_tokens,
+        stop=prompts.callbacks.stop,
     )
 
 
@@ -343,6 +348,7 @@ def _ar(model: TwoTowerModel, prompts: Prompts, settings: GenerationSettings) ->
         top_p=settings.top_p,
         generator=_generator(model.context_tower.device, settings),
         on_tokens=prompts.callbacks.on_tokens,
+        stop=prompts.callbacks.stop,
     )
 
 
@@ -360,6 +366,7 @@ def _speculative(model: TwoTowerModel, prompts: Prompts, settings: GenerationSet
         top_p=settings.top_p,
         generator=_generator(model.context_tower.device, settings),
         on_tokens=prompts.callbacks.on_tokens,
+        stop=prompts.callbacks.stop,
     )
 
 
