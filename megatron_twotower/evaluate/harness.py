@@ -3,6 +3,8 @@
 Importing this module registers the name `twotower` with the harness. It needs the extra `eval`.
 """
 
+import copy
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -19,7 +21,13 @@ from torch import Tensor
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.progress import silent, stage_bars
 from megatron_twotower.data.tokenizer import load_tokenizer, text_encoder
-from megatron_twotower.evaluate.answer_scores import SCORE_FUNCTIONS, ContextAnswer, Score, plan_batches
+from megatron_twotower.evaluate.answer_scores import (
+    SCORE_FUNCTIONS,
+    ContextAnswer,
+    Score,
+    padded_contexts,
+    plan_batches,
+)
 from megatron_twotower.evaluate.harness_settings import (
     AnswerSettings,
     HarnessSettings,
@@ -33,11 +41,10 @@ from megatron_twotower.generate.engine import (
     end_of_text,
     generate_ids,
     load,
-    pad_left,
     warn_of_untrained_block,
 )
 from megatron_twotower.generate.loaded import ModelFacts, facts_of
-from megatron_twotower.hf.modeling_nemotron_h_twotower import as_ids
+from megatron_twotower.hf.modeling_nemotron_h_twotower import ContextCache, as_ids
 
 
 # A batch of work for the model that answers.
@@ -69,6 +76,19 @@ class Reply:
     passes: int = 0
     new_tokens: int = 0
     seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class PromptsRead:
+    """The prompts of a `WriteTask` as the context tower has read them, for several answers.
+
+    Attributes:
+        cache: Is copied for each answer.
+        seconds: The time of the reading. It counts in each answer.
+    """
+
+    cache: ContextCache
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -288,8 +308,22 @@ class TwoTower(TemplateLM):
             self.seconds += reply.seconds
             yield reply
 
-    def reply(self, task: ScoreTask | WriteTask) -> Reply:
-        """Do one task with the model of this process."""
+    def read(self, task: WriteTask) -> PromptsRead:
+        """Read the prompts of a task, for answers in the modes `ar` and `mask_diffusion`."""
+        started = time.perf_counter()
+        rows, _ = self._rows(task.prompts, task.answer)
+        cache = self.model.prefill(*padded_contexts(self.model, rows))
+        assert cache.hidden is not None
+        cache.hidden.cpu()  # before the clock is read, the device must be done
+        return PromptsRead(cache, time.perf_counter() - started)
+
+    def reply(self, task: ScoreTask | WriteTask, read: PromptsRead | None = None) -> Reply:
+        """Do one task with the model of this process.
+
+        Args:
+            task: The task.
+            read: Its prompts if they have been read.
+        """
         if isinstance(task, ScoreTask):
             scores: list[Score] = [(0.0, True)] * len(task.pairs)
             for numbers, found in SCORE_FUNCTIONS[self.settings.scoring](
@@ -299,7 +333,7 @@ class TwoTower(TemplateLM):
                     scores[number] = score
             return Reply(list(scores))
         before = self.passes, self.new_tokens, self.seconds
-        texts = self.write(task.prompts, task.answer)
+        texts = self.write(task.prompts, task.answer, read)
         passes, new_tokens, seconds = self.passes - before[0], self.new_tokens - before[1], self.seconds - before[2]
         return Reply(list(texts), passes, new_tokens, seconds)
 
@@ -328,16 +362,20 @@ class TwoTower(TemplateLM):
                 progress(f"writing, {self.settings.mode}", done, len(requests))
         return texts
 
-    def write(self, prompts: Sequence[list[int]], answer: AnswerSettings) -> list[str]:
+    def _rows(self, prompts: Sequence[list[int]], answer: AnswerSettings) -> tuple[list[list[int]], int]:
+        """The prompts without what is too long, and the maximum tokens of an answer."""
+        limit = answer.max_new_tokens or self.settings.max_new_tokens
+        if limit >= self.max_length:
+            raise UserError(f"an answer of {limit} tokens: expected less than max_length, {self.max_length}")
+        return [prompt[-(self.max_length - limit) :] for prompt in prompts], limit
+
+    def write(self, prompts: Sequence[list[int]], answer: AnswerSettings, read: PromptsRead | None = None) -> list[str]:
         """Generate the answers to prompts of any lengths.
 
         A row ends with EOS, or when its text has one of the strings that end an answer.
         """
-        limit = answer.max_new_tokens or self.settings.max_new_tokens
-        if limit >= self.max_length:
-            raise UserError(f"an answer of {limit} tokens: expected less than max_length, {self.max_length}")
         texts = []
-        for ids in self._continue([prompt[-(self.max_length - limit) :] for prompt in prompts], answer, limit):
+        for ids in self._continue(*self._rows(prompts, answer), answer, read):
             new = ids[: end_of_text(ids, self.eos_ids)]
             text = self._text_before_stop(new, answer.until)
             texts.append(self.tokenizer.decode(new, skip_special_tokens=True) if text is None else text)
@@ -360,22 +398,23 @@ class TwoTower(TemplateLM):
             found.append(text[: len(text) - extra])
         return min((text for text in found if text is not None), key=len, default=None)
 
-    def _continue(self, rows: Sequence[list[int]], answer: AnswerSettings, limit: int) -> list[list[int]]:
+    def _continue(
+        self, rows: Sequence[list[int]], limit: int, answer: AnswerSettings, read: PromptsRead | None
+    ) -> list[list[int]]:
         """Continue each row by `limit` tokens, or up to and including EOS or a string that ends it.
 
         What rows that ended earlier have after their end is EOS.
         """
-        ids, mask = pad_left(rows)
+        ids, mask = padded_contexts(self.model, rows)
 
         def has_ended(new: Tensor, counts: Tensor) -> Tensor:
             own_ids = (row[:count] for row, count in zip(new.tolist(), counts.tolist(), strict=True))
             return torch.tensor([self._text_before_stop(each, answer.until) is not None for each in own_ids])
 
-        device = self.model.context_tower.device
         own = self.settings
         output, stats = generate_ids(
             self.model,
-            ids.to(device),
+            ids,
             mode=own.mode,
             settings=GenerationSettings(
                 max_new_tokens=limit,
@@ -392,9 +431,10 @@ class TwoTower(TemplateLM):
             ),
             mask_id=self.mask_id,
             eos_id=self.eos_ids,
-            attention_mask=None if mask is None else mask.to(device),
+            attention_mask=mask,
             callbacks=Callbacks(stop=has_ended if answer.until else None),
+            cache=None if read is None else copy.deepcopy(read.cache),
         )
         self.passes, self.new_tokens = self.passes + stats.row_passes, self.new_tokens + stats.new_tokens
-        self.seconds += stats.seconds
+        self.seconds += stats.seconds + (0.0 if read is None else read.seconds)
         return output[:, ids.shape[1] :].tolist()

@@ -28,6 +28,7 @@ from megatron_twotower.generate.quantization import (
 from megatron_twotower.hf import ARCHITECTURE
 from megatron_twotower.hf.modeling_nemotron_h_twotower import (
     ArgumentError,
+    ContextCache,
     EndOfText,
     GenerationStats,
     OnStep,
@@ -292,6 +293,7 @@ class Prompts:
     mask_id: int | None
     eos_ids: tuple[int, ...]
     callbacks: Callbacks
+    cache: ContextCache | None
 
 
 Mode = Callable[[TwoTowerModel, Prompts, GenerationSettings], Tensor]
@@ -319,6 +321,7 @@ def _mask_diffusion(model: TwoTowerModel, prompts: Prompts, settings: Generation
         stop=prompts.callbacks.stop,
         sampler=settings.sampler,
         experts_per_block=settings.experts_per_block,
+        cache=prompts.cache,
     )
 
 
@@ -349,6 +352,7 @@ def _ar(model: TwoTowerModel, prompts: Prompts, settings: GenerationSettings) ->
         generator=_generator(model.context_tower.device, settings),
         on_tokens=prompts.callbacks.on_tokens,
         stop=prompts.callbacks.stop,
+        cache=prompts.cache,
     )
 
 
@@ -412,6 +416,7 @@ def generate_ids(
     eos_id: EndOfText = None,
     attention_mask: Tensor | None = None,
     callbacks: Callbacks = NO_CALLBACKS,
+    cache: ContextCache | None = None,
 ) -> tuple[Tensor, GenerationStats]:
     """Continue prompts.
 
@@ -424,6 +429,8 @@ def generate_ids(
         eos_id: One id or several that end a row; with None every row gets `max_new_tokens`.
         attention_mask: (b, l), 0 at padding on the left of shorter prompts; None without padding.
         callbacks: Functions to call while text is generated.
+        cache: The `prefill` of the prompts, which is used up; only for the modes `ar` and
+            `mask_diffusion`. None to read them here.
 
     Returns:
         Ids (b, l + new) and the cost of the generation.
@@ -434,7 +441,7 @@ def generate_ids(
     check_mode(mode)
     model.prefill_chunk_size = settings.prefill_chunk_size
     try:
-        output = MODES[mode](model, Prompts(ids, attention_mask, mask_id, as_ids(eos_id), callbacks), settings)
+        output = MODES[mode](model, Prompts(ids, attention_mask, mask_id, as_ids(eos_id), callbacks, cache), settings)
     except ArgumentError as error:
         raise UserError(str(error)) from error
     assert model.last_generation is not None

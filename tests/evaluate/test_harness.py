@@ -547,7 +547,7 @@ def test_the_harness_makes_chats_with_begun_turns(chat_folder, task_files, monke
     task.write_text((task_files / "write.yaml").read_text().replace("tiny_write", "begun") + 'gen_prefix: "count ="\n')
     lm, prompts = opened(chat_folder, mode="ar"), []
     write = lm.write
-    monkeypatch.setattr(lm, "write", lambda rows, answer: prompts.extend(rows) or write(rows, answer))
+    monkeypatch.setattr(lm, "write", lambda rows, *rest: prompts.extend(rows) or write(rows, *rest))
     manager = task_runner.task_manager([HarnessTask("begun", ("begun",), 0)], task_files)
     found = simple_evaluate(
         lm, tasks=["begun"], task_manager=manager, apply_chat_template=True, log_samples=False, bootstrap_iters=0
@@ -561,9 +561,9 @@ def test_the_harness_makes_chats_with_begun_turns(chat_folder, task_files, monke
 def test_tasks_are_asked_as_turns_if_wanted(chat_folder, task_files, monkeypatch):
     prompts, write = [], TwoTower.write
 
-    def recording(self, rows, answer):
+    def recording(self, rows, *rest):
         prompts.extend(self.tokenizer.decode(row) for row in rows)
-        return write(self, rows, answer)
+        return write(self, rows, *rest)
 
     monkeypatch.setattr(TwoTower, "write", recording)
     settings, task = HarnessSettings(mode="ar"), [HarnessTask("write", ("tiny_write",), 0)]

@@ -1,5 +1,6 @@
 """The modelling file against transformers, against a per-token reference, and by itself."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -263,6 +264,22 @@ def test_rows_after_they_were_stopped():
     assert cut.tolist() == [[5, 2, 2], [5, 6, 7], [4, 3, 3]] and count == 2 + 3 + 1
     cut, count = fill_after_eos(new, (), counts)
     assert cut.tolist() == [[5, 2, 7, 2, 9], [5, 6, 7, 7, 7], [4, 4, 4, 4, 4]] and count == 5 + 3 + 1
+
+
+@pytest.mark.parametrize("mode", ["generate_ar", "generate_mask_diffusion"])
+def test_prompts_that_were_read_before_are_not_read_again(mode, monkeypatch):
+    model, ids = tiny_model(), random_ids(2, 6)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    cache, expected = model.prefill(ids, mask), getattr(model, mode)(ids, 20, attention_mask=mask)
+    monkeypatch.setattr(model, "prefill", None)
+    for _ in range(2):
+        found = getattr(model, mode)(ids, 20, attention_mask=mask, cache=copy.deepcopy(cache))
+        assert torch.equal(found, expected)
+    for rows, length in ((1, 6), (2, 5)):
+        with pytest.raises(
+            ArgumentError, match=rf"^cache: found rows and columns \(2, 6\), expected \({rows}, {length}\)"
+        ):
+            getattr(model, mode)(ids[:rows, :length], 20, cache=cache)
 
 
 @pytest.mark.parametrize("eos", [(), (7, 12)])
