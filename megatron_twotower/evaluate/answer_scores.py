@@ -45,7 +45,7 @@ def _row_scores(scores: Tensor, greedy: Tensor, lengths: Tensor) -> list[Score]:
     ]
 
 
-def _padded_contexts(model: TwoTowerModel, contexts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
+def padded_contexts(model: TwoTowerModel, contexts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
     """Contexts and their attention mask, on the device of the context tower."""
     ids, mask = pad_left(contexts)
     device = model.context_tower.device
@@ -62,7 +62,7 @@ def score_by_context_tower(
     contexts = sorted(answers, key=len, reverse=True)
     for start in range(0, len(contexts), settings.batch_size):
         batch = contexts[start : start + settings.batch_size]
-        cache = model.prefill(*_padded_contexts(model, batch))
+        cache = model.prefill(*padded_contexts(model, batch))
         for i in range(max(len(answers[context]) for context in batch)):
             # The i-th answer of each context; a context with fewer answers repeats its last one.
             numbers = [answers[context][min(i, len(answers[context]) - 1)] for context in batch]
@@ -104,7 +104,7 @@ def score_by_bound(
 ) -> Iterator[ScoredBatch]:
     """Score by a lower bound on the denoiser's log-likelihood. No answer is reported as greedy."""
     for numbers in _batches(pairs, settings.batch_size):
-        cache = model.prefill(*_padded_contexts(model, [pairs[i][0] for i in numbers]))
+        cache = model.prefill(*padded_contexts(model, [pairs[i][0] for i in numbers]))
         ids, lengths = _pad_right([pairs[i][1] for i in numbers])
         scores = bound_scores(
             model,
@@ -124,7 +124,7 @@ def score_by_mock_ar(
 ) -> Iterator[ScoredBatch]:
     """Score by the denoiser as a next-token model."""
     for numbers in _batches(pairs, settings.batch_size):
-        contexts, mask = _padded_contexts(model, [pairs[i][0] for i in numbers])
+        contexts, mask = padded_contexts(model, [pairs[i][0] for i in numbers])
         ids, lengths = _pad_right([pairs[i][1] for i in numbers])
         # A context of one token has no text before its last token: the row is then padding only.
         cache = model.prefill(contexts[:, :-1], None if mask is None else mask[:, :-1])

@@ -3,6 +3,8 @@
 Importing this module registers the name `twotower` with the harness. It needs the extra `eval`.
 """
 
+import copy
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -14,11 +16,18 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
 
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.progress import silent, stage_bars
 from megatron_twotower.data.tokenizer import load_tokenizer, text_encoder
-from megatron_twotower.evaluate.answer_scores import SCORE_FUNCTIONS, ContextAnswer, Score, plan_batches
+from megatron_twotower.evaluate.answer_scores import (
+    SCORE_FUNCTIONS,
+    ContextAnswer,
+    Score,
+    padded_contexts,
+    plan_batches,
+)
 from megatron_twotower.evaluate.harness_settings import (
     AnswerSettings,
     HarnessSettings,
@@ -26,16 +35,16 @@ from megatron_twotower.evaluate.harness_settings import (
     text_before_stop,
 )
 from megatron_twotower.generate.engine import (
+    Callbacks,
     GenerationSettings,
     default_devices,
     end_of_text,
     generate_ids,
     load,
-    pad_left,
     warn_of_untrained_block,
 )
 from megatron_twotower.generate.loaded import ModelFacts, facts_of
-from megatron_twotower.hf.modeling_nemotron_h_twotower import as_ids
+from megatron_twotower.hf.modeling_nemotron_h_twotower import ContextCache, as_ids
 
 
 # A batch of work for the model that answers.
@@ -70,6 +79,19 @@ class Reply:
 
 
 @dataclass(frozen=True)
+class PromptsRead:
+    """The prompts of a `WriteTask` as the context tower has read them, for several answers.
+
+    Attributes:
+        cache: Is copied for each answer.
+        seconds: The time of the reading. It counts in each answer.
+    """
+
+    cache: ContextCache
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Elsewhere:
     """A model that other processes have (`answering`).
 
@@ -80,10 +102,6 @@ class Elsewhere:
 
     facts: ModelFacts
     answers: Callable[[Sequence[ScoreTask | WriteTask], Sequence[HarnessSettings]], Iterator[list[Reply]]]
-
-
-# `TwoTower.write` looks for the end of answers after about this number of tokens.
-_TOKENS_PER_TURN = 64
 
 
 @register_model("twotower")
@@ -290,8 +308,22 @@ class TwoTower(TemplateLM):
             self.seconds += reply.seconds
             yield reply
 
-    def reply(self, task: ScoreTask | WriteTask) -> Reply:
-        """Do one task with the model of this process."""
+    def read(self, task: WriteTask) -> PromptsRead:
+        """Read the prompts of a task, for answers in the modes `ar` and `mask_diffusion`."""
+        started = time.perf_counter()
+        rows, _ = self._rows(task.prompts, task.answer)
+        cache = self.model.prefill(*padded_contexts(self.model, rows))
+        assert cache.hidden is not None
+        cache.hidden.cpu()  # before the clock is read, the device must be done
+        return PromptsRead(cache, time.perf_counter() - started)
+
+    def reply(self, task: ScoreTask | WriteTask, read: PromptsRead | None = None) -> Reply:
+        """Do one task with the model of this process.
+
+        Args:
+            task: The task.
+            read: Its prompts if they have been read.
+        """
         if isinstance(task, ScoreTask):
             scores: list[Score] = [(0.0, True)] * len(task.pairs)
             for numbers, found in SCORE_FUNCTIONS[self.settings.scoring](
@@ -301,7 +333,7 @@ class TwoTower(TemplateLM):
                     scores[number] = score
             return Reply(list(scores))
         before = self.passes, self.new_tokens, self.seconds
-        texts = self.write(task.prompts, task.answer)
+        texts = self.write(task.prompts, task.answer, read)
         passes, new_tokens, seconds = self.passes - before[0], self.new_tokens - before[1], self.seconds - before[2]
         return Reply(list(texts), passes, new_tokens, seconds)
 
@@ -330,32 +362,24 @@ class TwoTower(TemplateLM):
                 progress(f"writing, {self.settings.mode}", done, len(requests))
         return texts
 
-    def write(self, prompts: Sequence[list[int]], answer: AnswerSettings) -> list[str]:
-        """Generate the answers to prompts of any lengths.
-
-        Generation pauses after a few blocks, to look for strings that end an answer. Rows that have
-        ended leave the batch. Greedy text is the same as without pauses.
-        """
+    def _rows(self, prompts: Sequence[list[int]], answer: AnswerSettings) -> tuple[list[list[int]], int]:
+        """The prompts without what is too long, and the maximum tokens of an answer."""
         limit = answer.max_new_tokens or self.settings.max_new_tokens
         if limit >= self.max_length:
             raise UserError(f"an answer of {limit} tokens: expected less than max_length, {self.max_length}")
-        rows = [prompt[-(self.max_length - limit) :] for prompt in prompts]
-        new: list[list[int]] = [[] for _ in rows]
-        texts: list[str | None] = [None] * len(rows)
-        # A turn is a number of complete blocks, so that blocks begin where they would without
-        # pauses.
-        turn_tokens, turn = self.block_size * max(1, _TOKENS_PER_TURN // self.block_size), 0
-        while left := [i for i in range(len(rows)) if texts[i] is None]:
-            count = min(turn_tokens, limit - turn_tokens * turn)
-            added = self._continue([rows[i] + new[i] for i in left], answer, count, self.settings.seed + turn)
-            for i, ids in zip(left, added, strict=True):
-                end = end_of_text(ids, self.eos_ids)
-                new[i] += ids[:end]
-                texts[i] = self._text_before_stop(new[i], answer.until)
-                if texts[i] is None and (end is not None or len(new[i]) >= limit):
-                    texts[i] = self.tokenizer.decode(new[i], skip_special_tokens=True)
-            turn += 1
-        return [text for text in texts if text is not None]
+        return [prompt[-(self.max_length - limit) :] for prompt in prompts], limit
+
+    def write(self, prompts: Sequence[list[int]], answer: AnswerSettings, read: PromptsRead | None = None) -> list[str]:
+        """Generate the answers to prompts of any lengths.
+
+        A row ends with EOS, or when its text has one of the strings that end an answer.
+        """
+        texts = []
+        for ids in self._continue(*self._rows(prompts, answer), answer, read):
+            new = ids[: end_of_text(ids, self.eos_ids)]
+            text = self._text_before_stop(new, answer.until)
+            texts.append(self.tokenizer.decode(new, skip_special_tokens=True) if text is None else text)
+        return texts
 
     def _text_before_stop(self, ids: list[int], until: Sequence[str]) -> str | None:
         """The text before the first of the strings that end it; None if it has none of them.
@@ -374,23 +398,32 @@ class TwoTower(TemplateLM):
             found.append(text[: len(text) - extra])
         return min((text for text in found if text is not None), key=len, default=None)
 
-    def _continue(self, rows: Sequence[list[int]], answer: AnswerSettings, count: int, seed: int) -> list[list[int]]:
-        """Continue each row by `count` tokens, or up to and including EOS."""
-        ids, mask = pad_left(rows)
-        device = self.model.context_tower.device
+    def _continue(
+        self, rows: Sequence[list[int]], limit: int, answer: AnswerSettings, read: PromptsRead | None
+    ) -> list[list[int]]:
+        """Continue each row by `limit` tokens, or up to and including EOS or a string that ends it.
+
+        What rows that ended earlier have after their end is EOS.
+        """
+        ids, mask = padded_contexts(self.model, rows)
+
+        def has_ended(new: Tensor, counts: Tensor) -> Tensor:
+            own_ids = (row[:count] for row, count in zip(new.tolist(), counts.tolist(), strict=True))
+            return torch.tensor([self._text_before_stop(each, answer.until) is not None for each in own_ids])
+
         own = self.settings
         output, stats = generate_ids(
             self.model,
-            ids.to(device),
+            ids,
             mode=own.mode,
             settings=GenerationSettings(
-                max_new_tokens=count,
+                max_new_tokens=limit,
                 block_size=own.block_size,
                 steps_per_block=own.steps_per_block,
                 confidence_threshold=own.confidence_threshold,
                 temperature=answer.temperature,
                 top_k=answer.top_k,
-                seed=seed,
+                seed=own.seed,
                 top_p=answer.top_p,
                 draft_steps=own.draft_steps,
                 prefill_chunk_size=own.prefill_chunk_size,
@@ -398,8 +431,10 @@ class TwoTower(TemplateLM):
             ),
             mask_id=self.mask_id,
             eos_id=self.eos_ids,
-            attention_mask=None if mask is None else mask.to(device),
+            attention_mask=mask,
+            callbacks=Callbacks(stop=has_ended if answer.until else None),
+            cache=None if read is None else copy.deepcopy(read.cache),
         )
         self.passes, self.new_tokens = self.passes + stats.row_passes, self.new_tokens + stats.new_tokens
-        self.seconds += stats.seconds
+        self.seconds += stats.seconds + (0.0 if read is None else read.seconds)
         return output[:, ids.shape[1] :].tolist()

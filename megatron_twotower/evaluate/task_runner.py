@@ -33,7 +33,7 @@ from megatron_twotower.generate.loaded import ModelPlace
 __all__ = ["open_model", "run_tasks"]  # `open_model` is of `answering`
 
 # Version of the journal.
-JOURNAL_VERSION = 2
+JOURNAL_VERSION = 3
 
 # For its own report the harness lists the machine and all installed packages, in other processes
 # and for every task. Results here name machine, commit and releases once.

@@ -28,10 +28,12 @@ from megatron_twotower.generate.quantization import (
 from megatron_twotower.hf import ARCHITECTURE
 from megatron_twotower.hf.modeling_nemotron_h_twotower import (
     ArgumentError,
+    ContextCache,
     EndOfText,
     GenerationStats,
     OnStep,
     OnTokens,
+    Stop,
     as_ids,
     read_sampler,
 )
@@ -107,10 +109,12 @@ class Callbacks:
     Attributes:
         on_step: Called after every step of mask diffusion.
         on_tokens: Called by the other modes when text grows.
+        stop: Called by all modes when text has grown; says which rows end.
     """
 
     on_step: OnStep | None = None
     on_tokens: OnTokens | None = None
+    stop: Stop | None = None
 
 
 NO_CALLBACKS = Callbacks()
@@ -289,6 +293,7 @@ class Prompts:
     mask_id: int | None
     eos_ids: tuple[int, ...]
     callbacks: Callbacks
+    cache: ContextCache | None
 
 
 Mode = Callable[[TwoTowerModel, Prompts, GenerationSettings], Tensor]
@@ -313,8 +318,10 @@ def _mask_diffusion(model: TwoTowerModel, prompts: Prompts, settings: Generation
         top_p=settings.top_p,
         generator=_generator(model.denoiser_tower.device, settings),
         on_step=prompts.callbacks.on_step,
+        stop=prompts.callbacks.stop,
         sampler=settings.sampler,
         experts_per_block=settings.experts_per_block,
+        cache=prompts.cache,
     )
 
 
@@ -329,6 +336,7 @@ def _mock_ar(model: TwoTowerModel, prompts: Prompts, settings: GenerationSetting
         top_p=settings.top_p,
         generator=_generator(model.denoiser_tower.device, settings),
         on_tokens=prompts.callbacks.on_tokens,
+        stop=prompts.callbacks.stop,
     )
 
 
@@ -343,6 +351,8 @@ def _ar(model: TwoTowerModel, prompts: Prompts, settings: GenerationSettings) ->
         top_p=settings.top_p,
         generator=_generator(model.context_tower.device, settings),
         on_tokens=prompts.callbacks.on_tokens,
+        stop=prompts.callbacks.stop,
+        cache=prompts.cache,
     )
 
 
@@ -360,6 +370,7 @@ def _speculative(model: TwoTowerModel, prompts: Prompts, settings: GenerationSet
         top_p=settings.top_p,
         generator=_generator(model.context_tower.device, settings),
         on_tokens=prompts.callbacks.on_tokens,
+        stop=prompts.callbacks.stop,
     )
 
 
@@ -405,6 +416,7 @@ def generate_ids(
     eos_id: EndOfText = None,
     attention_mask: Tensor | None = None,
     callbacks: Callbacks = NO_CALLBACKS,
+    cache: ContextCache | None = None,
 ) -> tuple[Tensor, GenerationStats]:
     """Continue prompts.
 
@@ -417,6 +429,8 @@ def generate_ids(
         eos_id: One id or several that end a row; with None every row gets `max_new_tokens`.
         attention_mask: (b, l), 0 at padding on the left of shorter prompts; None without padding.
         callbacks: Functions to call while text is generated.
+        cache: The `prefill` of the prompts, which is used up; only for the modes `ar` and
+            `mask_diffusion`. None to read them here.
 
     Returns:
         Ids (b, l + new) and the cost of the generation.
@@ -427,7 +441,7 @@ def generate_ids(
     check_mode(mode)
     model.prefill_chunk_size = settings.prefill_chunk_size
     try:
-        output = MODES[mode](model, Prompts(ids, attention_mask, mask_id, as_ids(eos_id), callbacks), settings)
+        output = MODES[mode](model, Prompts(ids, attention_mask, mask_id, as_ids(eos_id), callbacks, cache), settings)
     except ArgumentError as error:
         raise UserError(str(error)) from error
     assert model.last_generation is not None

@@ -26,6 +26,7 @@ from megatron_twotower.evaluate import comparison, task_runner
 from megatron_twotower.evaluate.harness import TwoTower, WriteTask
 from megatron_twotower.evaluate.harness_settings import AnswerSettings, HarnessSettings
 from megatron_twotower.evaluate.speed_quality import SweepPoint
+from megatron_twotower.hf.modeling_nemotron_h_twotower import NemotronHTwoTowerForCausalLM as TwoTowerModel
 
 RECIPE = recipes_folder() / "evaluation" / "code_small.yaml"
 SETTINGS = HarnessSettings(block_size=4, batch_size=2, bound_draws=1, confidence_threshold=0.01)
@@ -94,6 +95,20 @@ def test_every_setting_answers_as_if_it_were_alone(model, two_tower_folder):
     model.forget()
     written_by(model, prompts, answer)
     assert model.written[compared[0]].new_tokens == 2 * written[0].new_tokens
+
+
+def test_prompts_are_read_once_for_all_settings(model, monkeypatch):
+    compared = comparison.compared_settings(model.settings, POINTS)
+    model.begin(compared)
+    model.use(compared[0])
+    read, prefill = [], TwoTowerModel.prefill
+    monkeypatch.setattr(
+        TwoTowerModel,
+        "prefill",
+        lambda self, ids, *rest, **own: read.append(len(ids)) or prefill(self, ids, *rest, **own),
+    )
+    written_by(model, [model.tok_encode(text) for text in ("def alpha(", "if value > index:")], AnswerSettings((), 9))
+    assert read == [2] and all(model.written[each].new_tokens == 18 for each in compared)
 
 
 # --- the recipe ---

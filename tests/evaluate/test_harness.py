@@ -26,7 +26,7 @@ import lm_eval.tasks
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
-from megatron_twotower.evaluate import answering, comparison, task_runner
+from megatron_twotower.evaluate import answering, comparison, harness, task_runner
 from megatron_twotower.evaluate.answer_scores import SCORE_FUNCTIONS, plan_batches
 from megatron_twotower.evaluate.harness import TwoTower
 from megatron_twotower.evaluate.harness_settings import (
@@ -35,6 +35,7 @@ from megatron_twotower.evaluate.harness_settings import (
     read_generation_kwargs,
     text_before_stop,
 )
+from megatron_twotower.hf.modeling_nemotron_h_twotower import GenerationStats
 
 VOCABULARY = 512
 
@@ -220,8 +221,23 @@ def test_text_ends_before_the_first_stop_string(folder):
     lm.new_tokens = 0
     texts = lm.generate_until(asked("generate_until", (PROMPTS[0], kwargs), (PROMPTS[1], {"max_gen_toks": 9})), True)
     assert texts[0] == whole[: whole.index(stop)]
-    assert lm.new_tokens <= 64 + 9  # no turn follows the one with the stop string
     assert text_before_stop("abcd", ["d", "b"]) == "a" and text_before_stop("abcd", ["x", ""]) is None
+
+
+@pytest.mark.parametrize("mode", ["mask_diffusion", "mock_ar", "ar", "speculative"])
+def test_an_answer_reads_its_prompt_once_and_is_not_written_beyond_its_end(folder, mode, monkeypatch):
+    lm = opened(folder, mode=mode, batch_size=2)
+    prompts = [lm.tok_encode(prompt) for prompt in PROMPTS[:2]]
+    wholes = lm.write(prompts, AnswerSettings(max_new_tokens=150))
+    stop = next(text for text in wholes[0][8:] if text not in wholes[0][:8] and not text.isspace())
+    read, prefill = [], lm.model.prefill
+    monkeypatch.setattr(lm.model, "prefill", lambda ids, *rest, **own: read.append(1) or prefill(ids, *rest, **own))
+    lm.new_tokens = 0
+    expected = [text.partition(stop)[0] for text in wholes]
+    assert lm.write(prompts, AnswerSettings((stop,), 150)) == expected and len(read) == 1
+    # What ends an answer is written, and at most the rest of a block.
+    least = [len(lm.tok_encode(text)) for text in expected]
+    assert lm.new_tokens <= sum(least) + 2 * (lm.block_size + 1)
 
 
 def test_generation_kwargs_of_a_task_are_read():
@@ -313,13 +329,15 @@ def test_a_stop_string_with_a_special_token_ends_an_answer(folder, monkeypatch):
     words = lm.tok_encode("alpha beta🙂\n")  # one character of four tokens
     later = lm.tok_encode("gamma\ndelta")
     written = [*words, BOS, *later, BOS, *words]
-    turns = []
+    ended = []
 
-    def next_ids(rows, *_):
-        turns.append(len(rows))
-        return [written + [7] * (64 - len(written))]
+    def generate(model, ids, *, callbacks, **_):
+        new = torch.tensor([written + [7] * (64 - len(written))])
+        for count in range(1, 65) if callbacks.stop else ():
+            ended.append(bool(callbacks.stop(new, torch.tensor([count]))))
+        return torch.cat([ids, new], dim=1), GenerationStats(64, 64, 64, 1.0)
 
-    monkeypatch.setattr(lm, "_continue", next_ids)
+    monkeypatch.setattr(harness, "generate_ids", generate)
     for until, expected in (
         (["<s>"], "alpha beta🙂\n"),
         (["\n<s>"], "alpha beta🙂"),
@@ -330,10 +348,13 @@ def test_a_stop_string_with_a_special_token_ends_an_answer(folder, monkeypatch):
         (["\ngam"], "alpha beta🙂"),  # special tokens are no part of the text
         (["a<s>"], "alpha beta🙂\ngamma\ndelt"),
     ):
-        turns.clear()
+        ended.clear()
         (request,) = asked("generate_until", ("x", {"until": until, "max_gen_toks": 200}))
         assert lm.generate_until([request], True) == [expected], until
-        assert turns == [1]  # it ended at once
+        # It ends with the last token of the string.
+        end = ended.index(True)
+        assert all(ended[end:]) and lm._text_before_stop(written[: end + 1], until) == expected
+        assert lm._text_before_stop(written[:end], until) is None
     (request,) = asked("generate_until", ("x", {"until": ["<s></s>"], "max_gen_toks": 64}))
     assert lm.generate_until([request], True)[0].startswith("alpha beta🙂\ngamma\ndeltaalpha beta🙂\n")
 
@@ -526,7 +547,7 @@ def test_the_harness_makes_chats_with_begun_turns(chat_folder, task_files, monke
     task.write_text((task_files / "write.yaml").read_text().replace("tiny_write", "begun") + 'gen_prefix: "count ="\n')
     lm, prompts = opened(chat_folder, mode="ar"), []
     write = lm.write
-    monkeypatch.setattr(lm, "write", lambda rows, answer: prompts.extend(rows) or write(rows, answer))
+    monkeypatch.setattr(lm, "write", lambda rows, *rest: prompts.extend(rows) or write(rows, *rest))
     manager = task_runner.task_manager([HarnessTask("begun", ("begun",), 0)], task_files)
     found = simple_evaluate(
         lm, tasks=["begun"], task_manager=manager, apply_chat_template=True, log_samples=False, bootstrap_iters=0
@@ -540,9 +561,9 @@ def test_the_harness_makes_chats_with_begun_turns(chat_folder, task_files, monke
 def test_tasks_are_asked_as_turns_if_wanted(chat_folder, task_files, monkeypatch):
     prompts, write = [], TwoTower.write
 
-    def recording(self, rows, answer):
+    def recording(self, rows, *rest):
         prompts.extend(self.tokenizer.decode(row) for row in rows)
-        return write(self, rows, answer)
+        return write(self, rows, *rest)
 
     monkeypatch.setattr(TwoTower, "write", recording)
     settings, task = HarnessSettings(mode="ar"), [HarnessTask("write", ("tiny_write",), 0)]

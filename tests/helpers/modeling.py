@@ -29,7 +29,7 @@ VOCABULARY, MASK, HIDDEN = 48, 3, 32
 TYPICAL_SAMPLERS = (
     "factor:2.5",
     "entropy_bound:2.5",
-    "klass:0.2,0.4,1",
+    "klass:0.2,1,1",
     "credit:0.3,0.9,0.9,0.3",
     "prefix:0.25",
     "early_end:0.4,2",

@@ -1,5 +1,6 @@
 """The modelling file against transformers, against a per-token reference, and by itself."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -32,6 +33,7 @@ from megatron_twotower.config.hf_config import model_from_hf
 from megatron_twotower.config.schema import ConditioningConfig
 from megatron_twotower.hf import MODELING_FILE, twotower_config_json
 from megatron_twotower.hf.modeling_nemotron_h_twotower import (
+    LOOPS,
     ArgumentError,
     ContextCache,
     NemotronHTwoTowerForCausalLM,
@@ -254,6 +256,60 @@ def test_rows_after_their_end():
     assert cut.tolist() == [[5, 2, 2, 2], [5, 6, 7, 2], [2, 2, 2, 2]]
     assert count == 2 + 4 + 1
     assert fill_after_eos(new, None)[1] == 15
+
+
+def test_rows_after_they_were_stopped():
+    new, counts = torch.tensor([[5, 2, 7, 2, 9], [5, 6, 7, 8, 9], [4, 4, 3, 4, 4]]), torch.tensor([5, 3, 1])
+    cut, count = fill_after_eos(new, (3, 2), counts)
+    assert cut.tolist() == [[5, 2, 2], [5, 6, 7], [4, 3, 3]] and count == 2 + 3 + 1
+    cut, count = fill_after_eos(new, (), counts)
+    assert cut.tolist() == [[5, 2, 7, 2, 9], [5, 6, 7, 7, 7], [4, 4, 4, 4, 4]] and count == 5 + 3 + 1
+
+
+@pytest.mark.parametrize("mode", ["generate_ar", "generate_mask_diffusion"])
+def test_prompts_that_were_read_before_are_not_read_again(mode, monkeypatch):
+    model, ids = tiny_model(), random_ids(2, 6)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    cache, expected = model.prefill(ids, mask), getattr(model, mode)(ids, 20, attention_mask=mask)
+    monkeypatch.setattr(model, "prefill", None)
+    for _ in range(2):
+        found = getattr(model, mode)(ids, 20, attention_mask=mask, cache=copy.deepcopy(cache))
+        assert torch.equal(found, expected)
+    for rows, length in ((1, 6), (2, 5)):
+        with pytest.raises(
+            ArgumentError, match=rf"^cache: found rows and columns \(2, 6\), expected \({rows}, {length}\)"
+        ):
+            getattr(model, mode)(ids[:rows, :length], 20, cache=cache)
+
+
+@pytest.mark.parametrize("eos", [(), (7, 12)])
+@pytest.mark.parametrize("mode", LOOPS.values())
+def test_a_function_stops_rows_when_text_has_grown(mode, eos):
+    model, ids = tiny_model(), random_ids(3, 6)
+    whole = getattr(model, mode)(ids, 24, eos_token_id=eos)[:, 6:]
+    seen = []
+
+    def stop(new, counts):
+        for row, count, expected in zip(new, counts, whole, strict=True):
+            assert torch.equal(row[:count], expected[:count])
+        seen.append(counts)
+        return counts >= torch.tensor([5, 100, 9])
+
+    new = getattr(model, mode)(ids, 24, eos_token_id=eos, stop=stop)[:, 6:]
+    # Each row ends at the first growth that is long enough, the second one at its length or EOS.
+    ends = torch.stack(seen)
+    assert (ends[1:] >= ends[:-1]).all()
+    for row, expected, counts in zip(new, whole, ends.T, strict=True):
+        end = int(counts[-1])
+        assert torch.equal(row[:end], expected[:end])
+        filler = row[end - 1] if not eos or row[end - 1] in eos else eos[0]
+        assert (row[end:] == filler).all()
+    if mode in ("generate_ar", "generate_mock_ar") and not eos:
+        assert ends[-1].tolist() == [5, 24, 9]
+        assert model.last_generation.passes == 24 and model.last_generation.row_passes == 5 + 24 + 9
+    assert model.last_generation.new_tokens == int(ends[-1].sum())
+    first = getattr(model, mode)(ids, 24, eos_token_id=(), stop=lambda new, counts: torch.ones(3, dtype=torch.bool))
+    assert first.shape[1] < 6 + 24 and model.last_generation.passes <= model.block_size
 
 
 # --- mask diffusion ---
