@@ -101,7 +101,7 @@ def total_variation(found, expected):
         pytest.param({"temperature": 1.0}, marks=pytest.mark.slow),
         {"temperature": 0.7, "draft_steps": 2},
         pytest.param({"temperature": 1.3, "top_k": 4}, marks=pytest.mark.slow),
-        {"temperature": 1.5, "top_p": 0.9},
+        pytest.param({"temperature": 1.5, "top_p": 0.9}, marks=pytest.mark.slow),
     ],
 )
 def test_sampled_text_is_distributed_as_that_of_ar(settings):
