@@ -6,6 +6,9 @@ no progress is reported by its own thread, with the call it is in. A process tha
 whose interpreter is, is reported by the rank before it. Then the process ends with status 76, and
 torchrun and Slurm end the others.
 
+A job may be suspended as a whole (SIGSTOP, `scontrol suspend`): a process counts no time in which
+its own thread stood still.
+
 A save has a limit of its own, and while any rank writes, it is alive: ranks that are done wait for
 the slowest one.
 """
@@ -90,7 +93,9 @@ class Watchdog:
         report theirs.
         """
         end: float | None = None
+        slept = time.monotonic()
         while not self._stopped.wait(self._interval):
+            self._leave_out(time.monotonic() - slept - self._interval)
             self._notice_writing()
             found = [self._check_own_loop(), self._check_neighbour()]
             for text in filter(None, found):
@@ -100,6 +105,14 @@ class Watchdog:
                 end = time.monotonic() + 3 * self._interval
             if end is not None and time.monotonic() > end:
                 os._exit(HUNG)
+            slept = time.monotonic()
+
+    def _leave_out(self, seconds: float) -> None:
+        """Count no time in which the whole process stood still; a short one is the scheduler's."""
+        if seconds > self._interval:
+            now = time.monotonic()
+            self._since = min(self._since + seconds, now)
+            self._neighbour_since = min(self._neighbour_since + seconds, now)
 
     def _limit_of(self, activity: str) -> float:
         return self._save_limit if activity.startswith(SAVING) else self._limit

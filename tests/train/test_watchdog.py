@@ -3,6 +3,7 @@
 import contextlib
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -48,6 +49,35 @@ def test_a_loop_without_progress_ends_its_process_and_names_its_call(tmp_path, c
     said = capfd.readouterr().err
     assert "watchdog: rank 0 (process" in said and "at step 2, in wait (threading.py:" in said
     assert "test_watchdog.py" in said, "the stacks of all threads"
+
+
+SUSPENDED = """
+import time
+
+import megatron_twotower.mcore
+from megatron_twotower.train.watchdog import Watchdog
+
+watch = Watchdog(limit_seconds=4)
+watch.start()
+watch.heartbeat("step 1")
+print("ready", flush=True)
+input()
+for _ in range(8):
+    time.sleep(0.2)
+watch.stop()
+"""
+
+
+def test_a_suspended_process_continues():
+    """The step goes on after six seconds without running, two more than the limit."""
+    command = [sys.executable, "-c", SUSPENDED]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(6)
+        process.send_signal(signal.SIGCONT)
+        process.communicate("go on\n", timeout=60)
+    assert process.returncode == 0
 
 
 class Clock:
