@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_twotower.config.recipes import load_recipe, recipes_folder
+from megatron_twotower.config.validation import validate
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "data" / "README.md", ROOT / "launch" / "README.md"]
@@ -50,3 +53,10 @@ def test_every_source_file_that_is_named_exists(page):
 def test_every_page_is_in_the_index():
     index = (ROOT / "README.md").read_text()
     assert [page.name for page in ROOT.glob("docs/*.md") if f"docs/{page.name}" not in index] == []
+
+
+def test_the_ranks_of_the_readme_fit_the_recipe():
+    example = r"RANKS_PER_NODE=(\d+) launch/torchrun\.sh recipe=(\w+) (.*) \.\.\.\n"
+    ((ranks, recipe, overrides),) = re.findall(example, (ROOT / "README.md").read_text())
+    backbone = f"init.backbone={recipes_folder() / 'backbones' / 'mini'}"
+    validate(load_recipe(recipe, [*overrides.split(), backbone]), world_size=int(ranks))
