@@ -377,6 +377,7 @@ def _train_record(trainer: Trainer, progress: TrainingProgress, grad_norm: float
         load = {"max_over_mean": (tokens.max(dim=1).values / mean).max().item()}
     now = time.perf_counter()
     length = config.data.sequence_length_tokens
+    timed = progress.sequences - progress.sequences_before
     return {
         "kind": "train",
         "step": progress.step,
@@ -384,7 +385,7 @@ def _train_record(trainer: Trainer, progress: TrainingProgress, grad_norm: float
         "learning_rate": trainer.optimizer.param_groups[0]["lr"],
         "grad_norm": grad_norm,
         "tokens": progress.cursor * length,
-        "tokens_per_second": progress.sequences * length / (now - progress.window_started),
+        "tokens_per_second": timed * length / (now - progress.window_started),
         "expert_load": load,
         "memory_gib": peak_memory_gib(),
         "seconds": now - started,

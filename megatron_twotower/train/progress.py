@@ -27,6 +27,7 @@ class TrainingProgress:
         nonfinite: Steps of the log window that were skipped because they were not finite.
         unscored: Steps of the log window that were skipped because no position was scored.
         sequences: Sequences consumed by all ranks in the log window.
+        sequences_before: Those of them that an earlier process consumed; their time is not known.
         damaged_sequences: Sequences in damaged shards that this rank skipped in the log window.
         sums: (2 + 2k,) float64 packed loss reports of this rank in the log window; None without a
             finite step.
@@ -42,6 +43,7 @@ class TrainingProgress:
     nonfinite: int = 0
     unscored: int = 0
     sequences: int = 0
+    sequences_before: int = 0
     damaged_sequences: int = 0
     sums: Tensor | None = None
     expert_tokens: Tensor | None = None
@@ -50,7 +52,8 @@ class TrainingProgress:
     def start_log_window(self) -> None:
         """Forget the sums of the log window that was just recorded."""
         self.sums = self.expert_tokens = None
-        self.sequences = self.damaged_sequences = self.nonfinite = self.unscored = 0
+        self.sequences = self.sequences_before = self.damaged_sequences = 0
+        self.nonfinite = self.unscored = 0
         self.window_started = time.perf_counter()
 
 
@@ -94,6 +97,7 @@ def restore_progress(state: CheckpointState, groups: ProcessGroupCollection) -> 
         nonfinite=window.nonfinite,
         unscored=window.unscored,
         sequences=window.sequences,
+        sequences_before=window.sequences,
         damaged_sequences=window.skipped if groups.dp.rank() == 0 else 0,
         sums=None if window.sums is None else tensor(window.sums, here=sums_here),
         expert_tokens=None if window.expert_tokens is None else tensor(window.expert_tokens, here=parallel.is_main()),

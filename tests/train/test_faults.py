@@ -294,3 +294,6 @@ def test_unscored_steps_are_counted_across_a_resume(tmp_path, tiny_data, tiny_ba
     assert run_in_process(arguments)
     record = records(run)[3]
     assert record["unscored_steps"] == 1 and record["loss"] > 0 and "nonfinite_steps" not in record
+    # The speed is that of the one step of this process, over all of its time.
+    step_tokens = record["tokens"] / 3
+    assert 0 < record["tokens_per_second"] * record["seconds"] <= step_tokens
