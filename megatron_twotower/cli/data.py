@@ -12,7 +12,9 @@ from megatron_twotower.cli.options import COUNT, add_number, add_options, argume
 
 # What `tokenizer` and `prepare` both read: parameters of `data.prepare.prepare`.
 TEXT = {
-    "inputs": option("files, folders of text, .jsonl, .json (.gz, .zst), .parquet; or python-stdlib", "--input"),
+    "inputs": option(
+        "files, folders of text, .jsonl, .json (.gz, .zst), .parquet; python-stdlib; python-packages", "--input"
+    ),
     "output": option("folder to write"),
     "holdout_fraction": option(
         "share set aside for validation: of files by name, of records by text", "--holdout", at_least=0, below=1

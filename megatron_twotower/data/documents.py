@@ -25,6 +25,7 @@ from megatron_twotower.data.input_form import (
     has_record,
     has_suffix,
 )
+from megatron_twotower.data.installed_packages import Package, installed_packages
 from megatron_twotower.data.record_formats import (
     ARRAY,
     Fault,
@@ -40,7 +41,7 @@ from megatron_twotower.data.record_formats import (
 )
 from megatron_twotower.data.remote import input_path, store_faults
 
-STANDARD_LIBRARY = "python-stdlib"
+STANDARD_LIBRARY, INSTALLED_PACKAGES = "python-stdlib", "python-packages"
 SUFFIXES = (".md", ".py", ".txt")
 TRAIN, VALIDATION = "train", "validation"
 
@@ -105,10 +106,11 @@ class PassedOver:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The documents of all inputs, and what was passed over in their folders."""
+    """The documents of all inputs, what was passed over in their folders, and the packages."""
 
     documents: list[Document]
     passed_over: PassedOver
+    packages: list[Package]
 
 
 @dataclass(frozen=True)
@@ -156,11 +158,11 @@ def find_inputs(
 ) -> Inputs:
     """The files of all inputs, sorted by name within each input, and what was passed over.
 
-    An input is a file, a folder, the URL of one (`remote.input_path`), or `python-stdlib`, the
-    library source (.py) of the running interpreter. A folder gives its files with `suffixes` and
-    its files of records, at any depth; of its .json files, those of records with a text. Hidden
-    folders, byte-code caches, installed packages and links to folders are skipped. A file that is
-    found twice counts once.
+    An input is a file, a folder, the URL of one (`remote.input_path`), `python-stdlib`, the library
+    source (.py) of the running interpreter, or `python-packages`, that of installed packages
+    (`installed_packages`). A folder gives its files with `suffixes` and its files of records, at
+    any depth; of its .json files, those of records with a text. Hidden folders, byte-code caches,
+    installed packages and links to folders are skipped. A file that is found twice counts once.
 
     Args:
         text_field: The field of a record with its text.
@@ -171,10 +173,11 @@ def find_inputs(
     """
     suffixes = suffixes if is_record is None else ()
     found: dict[Path, Document] = {}
-    passed_over = PassedOver()
+    passed_over, packages = PassedOver(), installed_packages() if INSTALLED_PACKAGES in inputs else []
     for given in inputs:
-        if given == STANDARD_LIBRARY:
-            documents = _library() if is_record is None else []
+        if given in (STANDARD_LIBRARY, INSTALLED_PACKAGES):
+            source = _library() if given == STANDARD_LIBRARY else _modules(packages)
+            documents = source if is_record is None else []
         else:
             path = input_path(given)
             with store_faults(path):
@@ -186,8 +189,8 @@ def find_inputs(
         for document in documents:
             found.setdefault(document.path.resolve(), document)
     if not found:
-        raise UserError(f"no input given, expected files, folders or the word {STANDARD_LIBRARY}")
-    return Inputs(list(found.values()), passed_over)
+        raise UserError(f"no input given, expected files, folders, {STANDARD_LIBRARY} or {INSTALLED_PACKAGES}")
+    return Inputs(list(found.values()), passed_over, packages)
 
 
 def _found_at(
@@ -203,7 +206,7 @@ def _found_at(
         wanted = is_record or (lambda record: isinstance(record.get(text_field), str))
         return _walk(path, tuple(suffixes), text_field, passed_over, wanted)
     if not path.is_file():
-        raise UserError(f"{given}: no such file or folder, expected a path or the word {STANDARD_LIBRARY}")
+        raise UserError(f"{given}: no such file or folder, expected a path, {STANDARD_LIBRARY} or {INSTALLED_PACKAGES}")
     if isinstance(form := find_form(path, text_field=text_field), Unreadable):
         raise UserError(f"{path}: {form.reason}")
     if is_record is not None and form == TEXT:
@@ -214,6 +217,10 @@ def _found_at(
 def _library() -> list[Document]:
     found = _walk(Path(sysconfig.get_paths()["stdlib"]), (".py",), "text", PassedOver(), lambda record: False)
     return [document for document in found if document.form == TEXT]  # records there are data of tests
+
+
+def _modules(packages: Sequence[Package]) -> list[Document]:
+    return [Document(name, path) for package in packages for name, path in sorted(package.files.items())]
 
 
 def _walk(

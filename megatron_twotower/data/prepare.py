@@ -38,6 +38,7 @@ from megatron_twotower.data import repeats
 from megatron_twotower.data import workspace as workspaces
 from megatron_twotower.data.conversations import MESSAGE_FIELDS, TEMPLATE_FILE, is_conversation, open_template
 from megatron_twotower.data.documents import SUFFIXES, TRAIN, VALIDATION, PassedOver, Unit, cut_units, find_inputs
+from megatron_twotower.data.installed_packages import Package
 from megatron_twotower.data.mask_token import check_mask_token
 from megatron_twotower.data.parts import FIRST_FAULTS, UnitTask, read_part, remove_ids, write_part
 from megatron_twotower.data.planned_shards import ShardTask, read_planned_shard, shard_arrays, write_planned_shard
@@ -107,8 +108,8 @@ def prepare(
     A shard takes documents up to `shard_tokens` tokens, or one longer document.
 
     Args:
-        inputs: Files and folders of text or records, URLs of such, or `python-stdlib`
-            (`documents.find_documents`).
+        inputs: Files and folders of text or records, URLs of such, `python-stdlib` or
+            `python-packages` (`documents.find_documents`).
         output: The folder, or its URL. At a URL each shard is complete or absent, and the index of
             the training split is written last.
         workspace: For an output at a URL, the folder in which NAME.partial is made.
@@ -185,7 +186,7 @@ def prepare(
             passed_over=found.passed_over,
             conversations=conversations,
         )
-        _write_provenance(job, inputs=inputs, part_counts=part_counts)
+        _write_provenance(job, inputs=inputs, packages=found.packages, part_counts=part_counts)
         place.finish(mark=_MARK, written=shards)
     return summary
 
@@ -505,7 +506,9 @@ def _what_was_found(selection: Selection) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in sorted(found.items())) or "nothing"
 
 
-def _write_provenance(job: _Job, *, inputs: Sequence[str], part_counts: Sequence[dict[str, Any]]) -> None:
+def _write_provenance(
+    job: _Job, *, inputs: Sequence[str], packages: Sequence[Package], part_counts: Sequence[dict[str, Any]]
+) -> None:
     """Write what the data was prepared from. No other file names paths."""
     files: dict[str, dict[str, Any]] = {}
     texts = Counter(files=0, bytes=0)
@@ -525,4 +528,6 @@ def _write_provenance(job: _Job, *, inputs: Sequence[str], part_counts: Sequence
         "text_files": texts,
         "record_files": files,
     }
+    if packages:
+        provenance["packages"] = [package.description() for package in packages]
     (job.folder / "data" / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")

@@ -26,10 +26,8 @@ from typing import Any
 
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.files import write_file
+from megatron_twotower.data.installed_packages import HELD_OUT, stated_licences
 
-# Packages that no corpus of ours has: this program or torch requires each of them, so every
-# installation has most.
-PACKAGES = ("networkx", "rich", "hydra", "click", "fsspec", "typer")
 INDEX_FILE = "documents.json"
 # Characters of a prompt, at most and at least.
 LONGEST_PROMPT, SHORTEST_PROMPT = 800, 200
@@ -244,10 +242,7 @@ def release(name: str) -> dict[str, str | None]:
     if not distributions:
         return {"version": None, "licence": None}
     metadata = importlib.metadata.metadata(distributions[0])
-    classifiers = [each for each in metadata.get_all("Classifier") or [] if each.startswith("License ::")]
-    stated = [each.rpartition(" :: ")[2] for each in classifiers]
-    stated += [metadata[key].split("\n")[0] for key in ("License-Expression", "License") if key in metadata]
-    return {"version": metadata["Version"], "licence": stated[0] if stated else None}
+    return {"version": metadata["Version"], "licence": ", ".join(stated_licences(metadata)) or None}
 
 
 def chosen(kind: str, packages: Sequence[Sequence[Source]], *, count: int, seed: int) -> list[dict[str, str]]:
@@ -276,7 +271,7 @@ def chosen(kind: str, packages: Sequence[Sequence[Source]], *, count: int, seed:
 
 
 def write_documents(
-    output: Path, *, packages: Sequence[str] = PACKAGES, count: int = 100, seed: int = 1234
+    output: Path, *, packages: Sequence[str] = HELD_OUT, count: int = 100, seed: int = 1234
 ) -> dict[str, Any]:
     """Write a file of questions of each kind, and an index with the packages and checksums.
 

@@ -16,7 +16,7 @@ from megatron_twotower.cli import main
 from megatron_twotower.cli.command import Group
 from megatron_twotower.data.documents import Inputs, PassedOver
 
-INPUTS = {"data.documents:find_inputs": Inputs([], PassedOver()), "data.documents:training_texts": []}
+INPUTS = {"data.documents:find_inputs": Inputs([], PassedOver(), []), "data.documents:training_texts": []}
 PLAN = ["recipe=nano_30b_a3b_phase1", "parallel=h100x64"]
 MODEL, DATA = ["--model", "m"], ["--data", "d"]
 MEASURED = SimpleNamespace(utilisation=0.5)
