@@ -31,7 +31,7 @@ TWOTOWER := $(BIN)/twotower
 unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := $(BIN)/python -m pip install -qq --no-compile
 
-.PHONY: help install train report bench speed samplers study sft soak test test-slow test-gpu test-te test-mamba test-transformers test-releases test-slurm test-cluster check format backbone bytes clean
+.PHONY: help install train report bench speed samplers study code sft soak test test-slow test-gpu test-te test-mamba test-transformers test-releases test-slurm test-cluster check format backbone bytes clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -118,6 +118,27 @@ bytes: $(BYTES)/data/train/index.json ## train the two towers on bytes in recipe
 	$(TWOTOWER) data prepare --input $(BYTES)/distilled.jsonl --tokenizer $(BYTES)/tokenizer --eos none --output $(BYTES)/distilled-data
 	$(TWOTOWER) train recipe=bytes_distil init.denoiser=$(BYTES)/undistilled
 	$(TWOTOWER) convert export --from $(BYTES)/distilled --to $(BYTES)/model --dtype bf16
+
+# Two towers on Python source: the standard library and the installed packages under permissive licences, without those
+# that questions are cut from.
+CODE = runs/code
+CODE_INPUT = --input python-stdlib python-packages
+
+$(CODE)/data/train/index.json: | $(VENV)/.installed-dev
+	$(TWOTOWER) data tokenizer $(CODE_INPUT) --vocab-size 1024 --output $(CODE)/tokenizer
+	$(TWOTOWER) data prepare $(CODE_INPUT) --tokenizer $(CODE)/tokenizer --output $(CODE)/data --max-tokens 60000
+
+code: $(CODE)/data/train/index.json ## train two towers on Python source, and compare AR with mask diffusion on tasks (many hours, resumes)
+	$(TWOTOWER) train recipe=code_ar
+	test -d $(CODE)/backbone || $(TWOTOWER) convert export --from $(CODE)/ar --to $(CODE)/backbone
+	$(TWOTOWER) train recipe=code
+	test -d $(CODE)/undistilled || $(TWOTOWER) convert export --from $(CODE)/twotower --to $(CODE)/undistilled
+	test -d $(CODE)/distilled-data || { $(TWOTOWER) distil --model $(CODE)/undistilled --data $(CODE)/data \
+	  --output $(CODE)/distilled.jsonl --sequences 12800 && $(TWOTOWER) data prepare --input $(CODE)/distilled.jsonl \
+	  --tokenizer $(CODE)/tokenizer --eos none --output $(CODE)/distilled-data; }
+	$(TWOTOWER) train recipe=code_distil
+	test -d $(CODE)/model || $(TWOTOWER) convert export --from $(CODE)/distilled --to $(CODE)/model --dtype bf16
+	$(TWOTOWER) evaluate --model $(CODE)/model --tasks code_small --output $(CODE)/tasks.json
 
 # Instruction tuning of the two towers on bytes: conversations about the standard library, a
 # post-trained backbone, and the denoiser under it.

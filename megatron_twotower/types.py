@@ -156,7 +156,7 @@ class Blocks:
             stretch that a rank has of a sequence; empty if there is nothing to build.
         context: The `ops.context_parallel.ContextRanks` that share the sequences, or None.
         noise_buckets: (r b, l) int64, the range of noise levels of each position, for which routers
-            count; None: they do not.
+            balance or count; None: there is no noise.
     """
 
     size: int | None = None

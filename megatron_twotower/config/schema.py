@@ -353,7 +353,8 @@ class TrainConfig:
             pass.
         router_dtype: Precision of the scores of experts.
         router_bias_update_rate: Step of the selection biases that balance the experts; 0: none.
-        sequence_aux_loss: Weight of the auxiliary loss that balances the experts of a sequence.
+        sequence_aux_loss: Weight of the auxiliary loss that balances the experts of each sequence;
+            in a denoiser those of each range of noise levels of a sequence.
         log_every_steps: Steps between log records.
         validate_every_steps: Steps between validations; 0: none.
         validation_sequences: Held-out sequences of a validation.

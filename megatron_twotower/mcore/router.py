@@ -2,9 +2,13 @@
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
+
+# Ranges of noise levels whose experts the sequence loss balances by themselves.
+BALANCED_RANGES = 5
 
 
 class Router(TopKRouter):
@@ -21,8 +25,9 @@ class Router(TopKRouter):
             padding.
         rows_per_sequence: The number of rows that this rank has of each sequence: its stretches,
             with context parallelism.
-        noise_buckets: (l b,) int64, the range of noise levels of each position. It is set before
-            each forward pass; `None` where there is no noise, or nothing to count.
+        noise_buckets: (l b,) int64, the range of noise levels of each position: one of
+            `BALANCED_RANGES` in training, of those that are reported in validation. It is set
+            before each forward pass; `None` where there is no noise.
         tokens_by_noise: (ranges, experts) float32, the tokens of each expert in passes without
             gradients since it was made; `None` does not count.
     """
@@ -58,6 +63,10 @@ class Router(TopKRouter):
         later. It is then the mean over sequences, with the weights of the loss. The scores and the
         routing map are already zero for padding.
 
+        With noise, b is the positions of one range of noise levels in a sequence, and counted_b is
+        shared by the number of positions: masked positions go to few experts, which visible ones
+        must not hide.
+
         Args:
             probs: The weights of the experts, through which the gradient of the term is added.
             scores_for_aux_loss: (l b, experts), with this rank's l under sequence parallelism.
@@ -70,13 +79,24 @@ class Router(TopKRouter):
         if coefficient == 0:
             return probs
         shape = (seq_length, bsz // self.rows_per_sequence, self.rows_per_sequence)
-        chosen = routing_map.unflatten(0, shape).sum((0, 2), dtype=torch.float32)
+        ranges = torch.zeros_like(routing_map[:, 0], dtype=torch.int64)
+        if self.noise_buckets is not None:
+            ranges = self.noise_buckets
+        members = F.one_hot(ranges, BALANCED_RANGES).to(scores_for_aux_loss.dtype).unflatten(0, shape)
+
+        def summed(rows: Tensor) -> Tensor:
+            """(l b, experts) -> (sequences, ranges, experts)."""
+            return torch.einsum("lsrn,lsre->sne", members, rows.to(members.dtype).unflatten(0, shape))
+
+        chosen, scores = summed(routing_map), summed(scores_for_aux_loss)
         if self.tp_cp_group.size() > 1:
             dist.all_reduce(chosen, group=self.tp_cp_group)
-        real = chosen.sum(dim=1, keepdim=True) / self.topk
-        scores = scores_for_aux_loss.unflatten(0, shape).sum((0, 2))
-        losses = self.num_experts * (chosen / self.topk * scores).sum(dim=1) / real.square().clamp(min=1).squeeze(1)
-        weights = real.squeeze(1) if self.sequence_weights is None else self.sequence_weights
+        real = chosen.sum(dim=2) / self.topk
+        losses = self.num_experts * (chosen / self.topk * scores).sum(dim=2) / real.square().clamp(min=1)
+        weights = real
+        if self.sequence_weights is not None:
+            of_sequences = self.sequence_weights / real.sum(dim=1).clamp(min=1)
+            weights = real * of_sequences.unsqueeze(1)
         return MoEAuxLossAutoScaler.apply(probs, coefficient * (weights * losses).sum())
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:

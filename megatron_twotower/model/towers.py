@@ -33,6 +33,7 @@ from megatron_twotower.config.context_split import stretches_per_rank
 from megatron_twotower.config.pipeline_stages import PipelineStage, whole_model
 from megatron_twotower.config.schema import ModelConfig, RunConfig
 from megatron_twotower.mcore import modules
+from megatron_twotower.mcore.router import BALANCED_RANGES
 from megatron_twotower.model.adaln import TimeConditioning
 from megatron_twotower.model.layers import DenoiserLayer, Layer
 from megatron_twotower.model.mixers import HANDOFF_KINDS
@@ -285,9 +286,9 @@ class TwoTower(PipelineModel):
             clean = self.context.final(clean)
         return torch.cat([self.tower.final(noisy), clean], dim=1)
 
-    def _buckets(self, batch: NoisyBatch) -> Tensor | None:
-        """The range of noise levels of each position (r b, l), in validation."""
-        return None if torch.is_grad_enabled() else noise_buckets(batch.position_times, self.report_buckets)
+    def _buckets(self, batch: NoisyBatch) -> Tensor:
+        """The range of noise levels of each position (r b, l); in validation of those reported."""
+        return noise_buckets(batch.position_times, BALANCED_RANGES if self.training else self.report_buckets)
 
     def _attention_masks(self, batch: NoisyBatch, context: ContextRanks | None) -> tuple[Any, ...]:
         """The masks of all attention layers, which are built once."""

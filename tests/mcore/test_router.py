@@ -67,6 +67,31 @@ def test_the_sequence_loss_is_the_sum_over_sequences(experts, counted):
     assert got.abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("counted", [None, [3.0, 16.0, 0.0]])
+def test_with_noise_each_range_of_levels_is_balanced_by_itself(experts, counted):
+    """A range counts like a sequence, with its share of what the sequence counts."""
+    hidden, ranges = hidden_of(3), torch.zeros(3, LENGTH, dtype=torch.int64)
+    ranges[0, 4:8], ranges[0, 8:], ranges[1, 2:] = 1, 4, 3
+    padding = torch.zeros(3, LENGTH, dtype=torch.bool)
+    padding[0, 6:12], padding[1, :2] = True, True
+    weights = None if counted is None else torch.tensor(counted, dtype=torch.float64)
+    blocks = Blocks(padding=padding, sequence_weights=weights, noise_buckets=ranges)
+    got = router_gradient(experts, hidden, blocks)
+    weight = experts.moe.router.weight.detach().clone().requires_grad_()
+    total = 0
+    for b in range(3):
+        real = ~padding[b]
+        for level in ranges[b, real].unique():
+            of_range = real & (ranges[b] == level)
+            share = of_range.sum() if counted is None else counted[b] * of_range.sum() / real.sum()
+            total = total + balance(weight, hidden[:, b : b + 1], of_range[None], [share])
+    total.backward()
+    near = {"rtol": 1e-5, "atol": 1e-9} if RELEASE == "0.16" else {"rtol": 2e-4, "atol": 1e-7}
+    torch.testing.assert_close(got, weight.grad, **near)
+    together = router_gradient(experts, hidden, Blocks(padding=padding, sequence_weights=weights))
+    assert (got - together).abs().max() > 1e-3
+
+
 def test_the_grouping_of_sequences_in_micro_batches_does_not_matter(experts):
     hidden = hidden_of(4)
     padding = torch.zeros(4, LENGTH, dtype=torch.bool)
