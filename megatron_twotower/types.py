@@ -100,6 +100,8 @@ class NoisyBatch:
             that the loss is divided by. None: the number of its positions that are not padding.
         teacher_shares: (m,) float32 share of the context tower's next-token distribution in the
             target of each scored position. None: it gives no targets.
+        distance_weights: (m,) float32 weight of each scored position by its distance from the last
+            visible token. None: all have the same.
     """
 
     tokens: Tensor
@@ -114,6 +116,7 @@ class NoisyBatch:
     sequence_documents: Tensor | None = None
     sequence_weights: Tensor | None = None
     teacher_shares: Tensor | None = None
+    distance_weights: Tensor | None = None
 
     @property
     def position_times(self) -> Tensor:

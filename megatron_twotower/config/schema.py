@@ -145,6 +145,8 @@ class NoiseConfig:
         distillation_elsewhere: The same share for the other masked positions.
         certainty: Weight of the entropy of the denoiser's distribution, which is added to the loss
             of a position whose most probable token is the right one.
+        distance_decay: A masked position at distance d from the last visible token before it has
+            the weight exp(-(d - 1) / distance_decay); 0: all have the same.
     """
 
     block_size_tokens: int = setting(16, unit="tokens", at_least=1)
@@ -162,6 +164,7 @@ class NoiseConfig:
     distillation: float = setting(0.0, at_least=0, at_most=1)
     distillation_elsewhere: float = setting(0.0, at_least=0, at_most=1)
     certainty: float = setting(0.0, at_least=0)
+    distance_decay: float = setting(0.0, unit="tokens", at_least=0)
 
     @property
     def distils(self) -> bool:
@@ -170,9 +173,10 @@ class NoiseConfig:
 
     def for_validation(self) -> "NoiseConfig":
         """The same blocks, mask token and weighting, without what only changes how one trains."""
-        names = ("mask_counts", "late_bias", "paired_draws", "distillation", "distillation_elsewhere", "certainty")
+        masks = ("mask_counts", "late_bias", "paired_draws")
+        losses = ("distillation", "distillation_elsewhere", "certainty", "distance_decay")
         defaults = NoiseConfig()
-        return dataclasses.replace(self, **{name: getattr(defaults, name) for name in names})
+        return dataclasses.replace(self, **{name: getattr(defaults, name) for name in (*masks, *losses)})
 
 
 @dataclass(frozen=True)

@@ -91,10 +91,15 @@ def _validate_noise(config: RunConfig) -> None:
         f"noise.paired_draws: found {noise.paired_draws} with noise.draws_per_context {noise.draws_per_context}, "
         "expected an even number of draws",
     )
-    biased = "mask_counts at_least_one" if noise.mask_counts == "at_least_one" else f"late_bias {noise.late_bias}"
+    biased = {
+        "mask_counts at_least_one": noise.mask_counts == "at_least_one",
+        f"late_bias {noise.late_bias}": noise.late_bias > 0,
+        f"distance_decay {noise.distance_decay}": noise.distance_decay > 0,
+    }
+    found = next((name for name, is_set in biased.items() if is_set), None)
     require(
-        noise.weighting != "elbo" or (noise.mask_counts != "at_least_one" and not noise.late_bias),
-        f"noise.{biased}: found it with noise.weighting elbo, which then bounds nothing, expected masked_mean",
+        noise.weighting != "elbo" or found is None,
+        f"noise.{found}: found it with noise.weighting elbo, which then bounds nothing, expected masked_mean",
     )
     stretches = num_stretches(config.parallel.context)
     divisor = f"noise.block_size_tokens {noise.block_size_tokens}"

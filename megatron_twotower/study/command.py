@@ -17,7 +17,7 @@ from megatron_twotower.common.files import write_file
 from megatron_twotower.common.progress import BarReport, stage_bars
 from megatron_twotower.common.run_folder import CONFIG_FILE
 from megatron_twotower.common.tables import number, plain_table, wide_console, with_error
-from megatron_twotower.config.recipes import to_yaml
+from megatron_twotower.config.recipes import load_recipe, to_yaml
 from megatron_twotower.study.design import Study, Training, read_study, trainings
 from megatron_twotower.study.figures import Mean, Row, mean, outcome, outcomes, rows, shares_to_reach_reference
 
@@ -30,10 +30,13 @@ def _settings(recipe: str) -> list[str]:
 
 
 def _check_folder(training: Training) -> None:
-    """Refuse a folder whose training had other settings: its figures are not of this study."""
+    """Refuse a folder whose training had other settings: its figures are not of this study.
+
+    Keys that an older version did not have count as their defaults.
+    """
     file = training.folder / CONFIG_FILE
     require(
-        not file.is_file() or _settings(file.read_text()) == _settings(to_yaml(training.config)),
+        not file.is_file() or _settings(to_yaml(load_recipe(str(file)))) == _settings(to_yaml(training.config)),
         f"{training.folder}: found a training with other settings than the study has, expected the same or no folder",
     )
 

@@ -106,7 +106,8 @@ def masked_diffusion_loss(
 
     With `batch.teacher_shares`, targets are shared between the clean tokens and the context tower's
     next-token distributions. With `noise.certainty` the entropy of what is predicted right is
-    added. The sums by noise level are those of the clean tokens in any case.
+    added. With `batch.distance_weights` positions have weights, and the count stays that of the
+    positions. The sums by noise level are those of the clean tokens, unweighted, in any case.
 
     Args:
         tower: The tower with the head.
@@ -121,6 +122,8 @@ def masked_diffusion_loss(
     scored = (torch.arange(len(levels), device=levels.device) < batch.num_scored).to(levels.dtype)
     elbo = noise.weighting == "elbo"
     weights = scored / levels if elbo else scored
+    if batch.distance_weights is not None:
+        weights = weights * batch.distance_weights
     positions = batch.scored_positions % batch.tokens.numel()
     rows = hidden[:, : len(batch.noisy)].transpose(0, 1).flatten(0, 1)[batch.scored_positions]
     teacher = None

@@ -145,6 +145,7 @@ def noisy_batch(
     scored = masked & real
     noisy = batch.tokens.repeat(draws, 1).masked_fill(masked, noise.mask_token_id)
     shares = teacher_shares(batch, masked, noise) if noise.distils else None
+    weights = distance_weights(masked, noise) if noise.distance_decay else None
 
     def rows(tensor: Tensor) -> Tensor:
         return rows_of_stretches(tensor, stretches)
@@ -164,6 +165,7 @@ def noisy_batch(
         sequence_documents=None if stretches == COMPLETE else batch.documents,
         sequence_weights=(real if noise.weighting == "elbo" else scored).sum(dim=1, dtype=torch.float32),
         teacher_shares=None if shares is None else rows(shares).flatten()[scored_positions],
+        distance_weights=None if weights is None else rows(weights).flatten()[scored_positions],
     )
 
 
@@ -201,3 +203,22 @@ def teacher_shares(batch: Batch, masked: Tensor, noise: NoiseConfig) -> Tensor:
     if batch.documents is not None:
         starts[:, 1:] = batch.documents[:, 1:] != batch.documents[:, :-1]
     return shares.masked_fill(starts.repeat(len(masked) // len(starts), 1), 0.0)
+
+
+def distance_weights(masked: Tensor, noise: NoiseConfig) -> Tensor:
+    """Compute the weight exp(-(d - 1) / noise.distance_decay) of each masked position.
+
+    d is the distance from the last visible token before it; the token before the block is visible.
+
+    Args:
+        masked: (r b, l) bool.
+        noise: The settings of the noise.
+
+    Returns:
+        (r b, l) float32, 1 where nothing is masked.
+    """
+    in_blocks = masked.unflatten(1, (-1, noise.block_size_tokens))
+    places = torch.arange(noise.block_size_tokens, device=masked.device)
+    last_visible = places.expand(in_blocks.shape).masked_fill(in_blocks, -1).cummax(dim=-1).values
+    beyond_next = (places - last_visible - 1).clamp(min=0).to(torch.float32)
+    return torch.exp(-beyond_next / noise.distance_decay).flatten(1)

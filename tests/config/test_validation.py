@@ -14,3 +14,17 @@ def test_the_tokens_of_a_global_batch_are_counted_in_32_bits():
         with pytest.raises(UserError, match="found 2147483648 tokens, expected fewer than 2147483648") as error:
             validate(planned_config(long | more), world_size=1)
         assert "data.global_batch_size" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"noise.mask_counts": "at_least_one"}, "noise.mask_counts at_least_one"),
+        ({"noise.mask_counts": "exact", "noise.late_bias": 0.5}, "noise.late_bias 0.5"),
+        ({"noise.distance_decay": 4.0}, "noise.distance_decay 4.0"),
+    ],
+)
+def test_what_bounds_no_likelihood_is_refused_with_the_weights_of_the_bound(changes, named):
+    validate(planned_config(changes), world_size=1)
+    with pytest.raises(UserError, match=f"^{named}: found it with noise.weighting elbo"):
+        validate(planned_config(changes | {"noise.weighting": "elbo"}), world_size=1)

@@ -48,6 +48,14 @@ def test_a_study(study_file, tmp_path, capsys):
     assert main(["study", str(study_file), "--output", str(moved), "--show"]) == 0
     moved.rename(tmp_path / "out")
 
+    # A training of a version that did not have a key yet had its default.
+    config = folders[0] / "config.yaml"
+    kept = config.read_text()
+    assert "  distance_decay: 0.0\n" in kept
+    config.write_text(kept.replace("  distance_decay: 0.0\n", ""))
+    assert main(["study", str(study_file), "--output", str(tmp_path / "out"), "--show"]) == 0
+    config.write_text(kept)
+
     # A training whose settings the study no longer has is not taken for one of its own.
     changed = study_file.read_text().replace("schedule.warmup_steps=1", "schedule.warmup_steps=2")
     other = tmp_path / "other.yaml"

@@ -14,7 +14,7 @@ from megatron_twotower.ops import attention
 from megatron_twotower.ops.convolution import block_history, seeded_block_conv
 from megatron_twotower.ops.scan import chunk_scan, two_stream_scan
 from megatron_twotower.train.losses import autoregressive_loss, masked_diffusion_loss, next_tokens
-from megatron_twotower.train.noise import corrupt, teacher_shares
+from megatron_twotower.train.noise import corrupt, distance_weights, teacher_shares
 from megatron_twotower.types import Batch, noise_buckets
 
 GROUPS = SimpleNamespace(tp=None, cp=None)
@@ -93,6 +93,24 @@ def test_targets_are_shared_with_the_next_token_distributions_of_the_context_tow
         tower_of(weight), hidden, dataclasses.replace(noisy, teacher_shares=None), noise, GROUPS
     )
     torch.testing.assert_close(report.bucket_sums, plain.bucket_sums)
+
+
+def test_positions_have_weights_and_are_counted_once():
+    noise = NoiseConfig(block_size_tokens=4, time_per="block", distance_decay=2.0)
+    batch, (hidden, weight) = batch_of(), hidden_and_weight()
+    hidden.requires_grad_()
+    noisy = corrupt(batch, noise, seed=5)
+    report = masked_diffusion_loss(tower_of(weight), hidden, noisy, noise, GROUPS)
+    masked = noisy.noisy == 3
+    stream = hidden.detach().requires_grad_().transpose(0, 1)
+    each = F.cross_entropy((stream @ weight.t()).flatten(0, 1), batch.tokens.flatten(), reduction="none").view(3, 16)
+    want = (each * distance_weights(masked, noise) * masked).sum()
+    torch.testing.assert_close(report.total, want)
+    assert want < 0.95 * (each * masked).sum()
+    ours, theirs = torch.autograd.grad(report.total, hidden)[0], torch.autograd.grad(want, stream)[0]
+    torch.testing.assert_close(ours.transpose(0, 1), theirs)
+    assert report.count == masked.sum() == report.bucket_counts.sum()
+    torch.testing.assert_close(report.bucket_sums.sum(), (each * masked).sum())
 
 
 def test_next_tokens_are_scored_within_their_document():

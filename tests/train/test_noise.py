@@ -1,12 +1,13 @@
 """Noise: what it depends on, its distribution, and its exact values."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 
 from megatron_twotower.config.schema import NoiseConfig
-from megatron_twotower.train.noise import SCORED_MULTIPLE, corrupt, sample_times, teacher_shares
+from megatron_twotower.train.noise import SCORED_MULTIPLE, corrupt, distance_weights, sample_times, teacher_shares
 from megatron_twotower.types import Batch
 
 NOISE = NoiseConfig(block_size_tokens=4)
@@ -16,6 +17,24 @@ def batch_of(samples, epoch=0, length=16):
     samples = torch.as_tensor(samples)
     tokens = (torch.arange(length) + samples.unsqueeze(-1)) % 50 + 4
     return Batch(tokens, samples, torch.full_like(samples, epoch), samples)
+
+
+def test_a_masked_token_counts_less_with_its_distance_from_the_last_visible_one():
+    noise = NoiseConfig(block_size_tokens=8, draws_per_context=2, distance_decay=3.0)
+    batch = batch_of(range(40))
+    noisy = corrupt(batch, noise, seed=3)
+    masked = noisy.noisy == noise.mask_token_id
+    weights = distance_weights(masked, noise)
+    distances = set()
+    for row in range(80):
+        for i in range(16):
+            visible = [j for j in range(i) if j // 8 < i // 8 or not masked[row, j]]
+            distance = min(i - max(visible, default=-1), i % 8 + 1) if masked[row, i] else 1
+            assert weights[row, i].item() == pytest.approx(math.exp(-(distance - 1) / 3.0)), (row, i)
+            distances.add(distance)
+    assert distances == set(range(1, 9))
+    assert torch.equal(noisy.distance_weights, weights.flatten()[noisy.scored_positions])
+    assert corrupt(batch, NOISE, seed=3).distance_weights is None
 
 
 @pytest.mark.parametrize("time_per", ["sequence", "block"])
