@@ -447,9 +447,19 @@ def _error_bars(
     )
 
 
-def _legend_beside(axes: Axes, theme: Theme) -> None:
-    """A legend in one column, to the right of a panel."""
-    axes.legend(frameon=False, fontsize=8, labelcolor=theme.text, loc="center left", bbox_to_anchor=(1.01, 0.5))
+def _legend_beside(panels: Sequence[Axes], theme: Theme) -> None:
+    """A legend in one column with the curves of all panels, to the right of the last one."""
+    found = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in panels]
+    curves = {label: handle for panel in found for handle, label in panel}
+    panels[-1].legend(
+        curves.values(),
+        curves.keys(),
+        frameon=False,
+        fontsize=8,
+        labelcolor=theme.text,
+        loc="center left",
+        bbox_to_anchor=(1.01, 0.5),
+    )
 
 
 def samplers(
@@ -470,7 +480,7 @@ def samplers(
     _label_axes(axes, theme, x="tokens per pass", y="% of tokens that AR would have chosen")
     box = axes.get_position()
     axes.set_position((box.x0, box.y0, 0.78 * box.width, box.height))
-    _legend_beside(axes, theme)
+    _legend_beside([axes], theme)
     return _png(figure)
 
 
@@ -586,6 +596,8 @@ def study(rows: Sequence[Mapping[str, Any]], *, reference: str, theme: Theme) ->
     for axes, size in zip(panels, sizes, strict=True):
         for number, arm in enumerate(arms):
             of_arm = [row for row in rows if (row["size"], row["arm"]) == (size, arm)]
+            if not of_arm:  # not trained at this size yet
+                continue
             points = [(row["share"], row["loss"]["value"], row["loss"]["error"] or 0.0) for row in of_arm]
             _error_bars(axes, theme, points, number=number, label=arm)
             if arm == reference:
@@ -599,5 +611,5 @@ def study(rows: Sequence[Mapping[str, Any]], *, reference: str, theme: Theme) ->
         _label_axes(axes, theme, x="share of the tokens", y="nats per masked token")
         axes.margins(0.1)
     figure.subplots_adjust(top=0.74, right=1 - 1.8 / figure.get_figwidth())
-    _legend_beside(panels[-1], theme)
+    _legend_beside(panels, theme)
     return _png(figure)

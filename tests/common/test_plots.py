@@ -12,3 +12,16 @@ def test_equal_numbers_draw_equal_bytes():
     assert image.startswith(PNG)
     assert image == plots.loss_curve(curve, curve, **draw)
     assert image != plots.loss_curve([(0, 7.0), (20, 5.0)], curve, **draw)
+
+
+def test_a_study_whose_sizes_have_different_arms():
+    def row(size, arm, share, loss):
+        return {"size": size, "arm": arm, "share": share, "loss": {"value": loss, "error": None}}
+
+    first = [row("mini", "plain", 0.5, 4.6), row("mini", "plain", 1, 4.4), row("mini", "other", 0.5, 4.5)]
+    second = [row("small", "plain", 1, 5.3), row("small", "third", 0.5, 5.2)]
+    image = plots.study([*first, *second], reference="plain", theme=plots.LIGHT)
+    assert image.startswith(PNG)
+    assert image != plots.study([*first, *second[:1]], reference="plain", theme=plots.LIGHT)
+    without = plots.study([*first, second[1]], reference="plain", theme=plots.LIGHT)
+    assert without.startswith(PNG), "a size without its reference yet"
