@@ -520,7 +520,7 @@ def _write_provenance(
         file["bytes"] += unit.size
         file["records"] += counts["lines"]
         file["malformed"] += counts["left_out"].get("malformed", 0)
-    provenance = {
+    provenance: dict[str, Any] = {
         "inputs": list(inputs),
         "tokenizer": str(job.tokenizer),
         "settings": dataclasses.asdict(job.settings),
