@@ -72,6 +72,7 @@ def listening():
     return found
 
 
+@pytest.mark.slow
 def test_a_lost_worker_on_a_ray_of_this_machine(tmp_path, monkeypatch):
     """The one test of `make test` that starts a Ray, which takes most of its time."""
     set_up_own_ray(monkeypatch)

@@ -199,6 +199,7 @@ def compiled_steps(backend, t):
             model.extend(cache, block)
 
 
+@pytest.mark.slow
 def test_the_denoiser_step_is_one_graph():
     torch._dynamo.reset()
     for found, expected in compiled_steps("eager", torch.tensor([0.4, 1.0])):

@@ -28,6 +28,7 @@ print(moe_utils.router_gating_linear(x, weight, None, torch.float32).sum().item(
 """
 
 
+@pytest.mark.slow
 def test_with_a_device_only_what_fails_on_every_device_is_patched():
     """Without Transformer Engine, the unpatched router would raise a NameError."""
     done = subprocess.run([sys.executable, "-c", WITH_A_DEVICE], capture_output=True, text=True)

@@ -166,6 +166,7 @@ def test_frozen_means_bitwise_unchanged_and_the_rest_moves(tmp_path, tiny_data, 
     assert not still, f"every trained parameter moves: {still}"
 
 
+@pytest.mark.slow
 def test_bf16_follows_fp32(tmp_path, tiny_data, tiny_backbone, whole_run):
     train("tiny", *settings(tiny_data, tmp_path / "run", tiny_backbone, "train.precision=bf16"))
     got, want = losses(tmp_path / "run"), losses(whole_run)
