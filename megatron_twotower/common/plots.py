@@ -579,36 +579,39 @@ def pareto(
 
 
 def study(rows: Sequence[Mapping[str, Any]], *, reference: str, theme: Theme) -> bytes:
-    """Final loss against the share of the tokens, a panel for each size and a curve for each arm.
+    """Final loss, above that of the reference, against the share of the tokens.
+
+    There is a panel for each size and a curve for each arm. The differences are those of the same
+    seeds: losses differ more from seed to seed than from arm to arm.
 
     Args:
         rows: Rows of `study.figures`, as dictionaries.
-        reference: The arm whose loss with most tokens is the dashed line.
+        reference: The arm whose loss with most tokens the others are compared with.
     """
     sizes, arms = list(dict.fromkeys(row["size"] for row in rows)), list(dict.fromkeys(row["arm"] for row in rows))
     figure, panels = _new_figure(
         theme,
         "Loss and tokens",
-        "each point is a training of its own; bars: one standard error over seeds; dashed: the reference",
+        "final loss above that of the reference with all tokens, seed by seed; bars: one standard error",
         panels=len(sizes),
         width=5.2 * len(sizes) + 1.8,
     )
     for axes, size in zip(panels, sizes, strict=True):
         for number, arm in enumerate(arms):
             of_arm = [row for row in rows if (row["size"], row["arm"]) == (size, arm)]
-            if not of_arm:  # not trained at this size yet
-                continue
-            points = [(row["share"], row["loss"]["value"], row["loss"]["error"] or 0.0) for row in of_arm]
-            _error_bars(axes, theme, points, number=number, label=arm)
-            if arm == reference:
-                goal = max(of_arm, key=lambda row: row["share"])["loss"]["value"]
-                axes.axhline(goal, color=theme.muted, linewidth=1, linestyle=DASHED)
+            compared = [(row["share"], row["difference"]) for row in of_arm if row["difference"]]
+            points = [(share, found["value"], found["error"] or 0.0) for share, found in compared]
+            if arm == reference and of_arm:
+                points.append((max(row["share"] for row in of_arm), 0.0, 0.0))
+            if points:  # else it is not trained at this size yet
+                _error_bars(axes, theme, points, number=number, label=arm)
+        axes.axhline(0, color=theme.muted, linewidth=1, linestyle=DASHED)
         axes.set_xscale("log")
         shares = sorted({row["share"] for row in rows if row["size"] == size})
         axes.set_xticks(shares, [f"{share:g}" for share in shares])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_title(size, color=theme.text, fontsize=9.5, loc="left", pad=6)
-        _label_axes(axes, theme, x="share of the tokens", y="nats per masked token")
+        _label_axes(axes, theme, x="share of the tokens", y="nats per masked token above it")
         axes.margins(0.1)
     figure.subplots_adjust(top=0.74, right=1 - 1.8 / figure.get_figwidth())
     _legend_beside(panels, theme)

@@ -15,11 +15,12 @@ def test_equal_numbers_draw_equal_bytes():
 
 
 def test_a_study_whose_sizes_have_different_arms():
-    def row(size, arm, share, loss):
-        return {"size": size, "arm": arm, "share": share, "loss": {"value": loss, "error": None}}
+    def row(size, arm, share, difference):
+        found = None if difference is None else {"value": difference, "error": None}
+        return {"size": size, "arm": arm, "share": share, "difference": found}
 
-    first = [row("mini", "plain", 0.5, 4.6), row("mini", "plain", 1, 4.4), row("mini", "other", 0.5, 4.5)]
-    second = [row("small", "plain", 1, 5.3), row("small", "third", 0.5, 5.2)]
+    first = [row("mini", "plain", 0.5, 0.2), row("mini", "plain", 1, None), row("mini", "other", 0.5, 0.1)]
+    second = [row("small", "plain", 1, None), row("small", "third", 0.5, -0.1)]
     image = plots.study([*first, *second], reference="plain", theme=plots.LIGHT)
     assert image.startswith(PNG)
     assert image != plots.study([*first, *second[:1]], reference="plain", theme=plots.LIGHT)
