@@ -159,7 +159,7 @@ class Blocks:
             stretch that a rank has of a sequence; empty if there is nothing to build.
         context: The `ops.context_parallel.ContextRanks` that share the sequences, or None.
         noise_buckets: (r b, l) int64, the range of noise levels of each position, for which routers
-            balance or count; None: there is no noise.
+            balance or count; None: they do not.
     """
 
     size: int | None = None

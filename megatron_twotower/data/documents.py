@@ -174,10 +174,10 @@ def find_inputs(
     suffixes = suffixes if is_record is None else ()
     found: dict[Path, Document] = {}
     passed_over, packages = PassedOver(), installed_packages() if INSTALLED_PACKAGES in inputs else []
+    words = {STANDARD_LIBRARY: _library, INSTALLED_PACKAGES: lambda: _modules(packages)}
     for given in inputs:
-        if given in (STANDARD_LIBRARY, INSTALLED_PACKAGES):
-            source = _library() if given == STANDARD_LIBRARY else _modules(packages)
-            documents = source if is_record is None else []
+        if given in words:
+            documents = words[given]() if is_record is None else []
         else:
             path = input_path(given)
             with store_faults(path):

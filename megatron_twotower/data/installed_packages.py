@@ -52,8 +52,7 @@ def stated_licences(metadata: Any) -> list[str]:
         return [expression]
     classifiers = [each for each in metadata.get_all("Classifier") or [] if each.startswith("License ::")]
     names = [each.rpartition(" :: ")[2] for each in classifiers]
-    text = (metadata.get("License") or "").strip()
-    return names or text.split("\n")[:1] if names or text else []
+    return names or (metadata.get("License") or "").strip().splitlines()[:1]
 
 
 def is_permissive(licence: str) -> bool:
@@ -68,11 +67,12 @@ def is_permissive(licence: str) -> bool:
 
 def installed_packages() -> list[Package]:
     """The packages of this environment that a corpus may have, by name."""
-    found = {}
+    found: dict[str, Package] = {}
     for distribution in importlib.metadata.distributions():
-        name = distribution.metadata["Name"].lower().replace("_", "-")
-        licences = stated_licences(distribution.metadata)
-        if name in found or name == _THIS_PROGRAM or not licences or not all(map(is_permissive, licences)):
+        metadata: Any = distribution.metadata
+        name = (metadata.get("Name") or "").lower().replace("_", "-")  # none after a removal that was cut off
+        licences = stated_licences(metadata)
+        if name in ("", _THIS_PROGRAM, *found) or not licences or not all(map(is_permissive, licences)):
             continue
         if files := dict(_modules(distribution)):
             found[name] = Package(name, distribution.version, ", ".join(licences), files)

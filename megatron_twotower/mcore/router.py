@@ -27,7 +27,7 @@ class Router(TopKRouter):
             with context parallelism.
         noise_buckets: (l b,) int64, the range of noise levels of each position: one of
             `BALANCED_RANGES` in training, of those that are reported in validation. It is set
-            before each forward pass; `None` where there is no noise.
+            before each forward pass; `None` without noise, or with nothing to balance or count.
         tokens_by_noise: (ranges, experts) float32, the tokens of each expert in passes without
             gradients since it was made; `None` does not count.
     """
@@ -79,10 +79,11 @@ class Router(TopKRouter):
         if coefficient == 0:
             return probs
         shape = (seq_length, bsz // self.rows_per_sequence, self.rows_per_sequence)
-        ranges = torch.zeros_like(routing_map[:, 0], dtype=torch.int64)
-        if self.noise_buckets is not None:
-            ranges = self.noise_buckets
-        members = F.one_hot(ranges, BALANCED_RANGES).to(scores_for_aux_loss.dtype).unflatten(0, shape)
+        if self.noise_buckets is None:
+            ranges = torch.ones_like(scores_for_aux_loss[:, :1])
+        else:
+            ranges = F.one_hot(self.noise_buckets, BALANCED_RANGES).to(scores_for_aux_loss.dtype)
+        members = ranges.unflatten(0, shape)
 
         def summed(rows: Tensor) -> Tensor:
             """(l b, experts) -> (sequences, ranges, experts)."""

@@ -246,6 +246,7 @@ class TwoTower(PipelineModel):
         self.tower = Tower(config.model, megatron, groups, layer=DenoiserLayer, stage=context.stage)
         self.recompute = frozenset(config.train.recompute_layers)
         self.report_buckets = config.noise.report_buckets
+        self.balances_experts = config.train.sequence_aux_loss > 0
         self._context = (context,)  # a tuple, so that it does not become a submodule
         with_handoff = [i for i, kind in enumerate(config.model.hybrid_override_pattern) if kind in HANDOFF_KINDS]
         self.context_layers = max(with_handoff, default=-1) + 1
@@ -286,9 +287,11 @@ class TwoTower(PipelineModel):
             clean = self.context.final(clean)
         return torch.cat([self.tower.final(noisy), clean], dim=1)
 
-    def _buckets(self, batch: NoisyBatch) -> Tensor:
-        """The range of noise levels of each position (r b, l); in validation of those reported."""
-        return noise_buckets(batch.position_times, BALANCED_RANGES if self.training else self.report_buckets)
+    def _buckets(self, batch: NoisyBatch) -> Tensor | None:
+        """The range of noise levels of each position (r b, l), to balance or count experts."""
+        if not self.training:
+            return noise_buckets(batch.position_times, self.report_buckets)
+        return noise_buckets(batch.position_times, BALANCED_RANGES) if self.balances_experts else None
 
     def _attention_masks(self, batch: NoisyBatch, context: ContextRanks | None) -> tuple[Any, ...]:
         """The masks of all attention layers, which are built once."""

@@ -34,9 +34,10 @@ def _check_folder(training: Training) -> None:
 
     Keys that an older version did not have count as their defaults.
     """
-    file = training.folder / CONFIG_FILE
+    file, wanted = training.folder / CONFIG_FILE, _settings(to_yaml(training.config))
+    same = not file.is_file() or _settings(file.read_text()) == wanted
     require(
-        not file.is_file() or _settings(to_yaml(load_recipe(str(file)))) == _settings(to_yaml(training.config)),
+        same or _settings(to_yaml(load_recipe(str(file)))) == wanted,
         f"{training.folder}: found a training with other settings than the study has, expected the same or no folder",
     )
 

@@ -81,6 +81,7 @@ def site(tmp_path, monkeypatch):
     install(folder, "silent", files=["silent.py"], metadata="")
     install(folder, "megatron-twotower", files=["own.py"], metadata="License: Apache-2.0\n")
     install(folder, "hydra-core", files=[f"{name}/__init__.py" for name in HELD_OUT], metadata="License: MIT\n")
+    (folder / "cut_off-1.5.dist-info").mkdir()  # what a removal that was cut off leaves
     use(monkeypatch, folder)
     return folder
 
