@@ -220,6 +220,37 @@ def threshold_sweep(
     return _png(figure)
 
 
+# Of `denoisers`: the rows of an evaluation, their keys for x and y, title, units of x and y.
+_DENOISER_PANELS = (
+    ("masked_loss_by_noise", "t", "loss", "Masked loss", "noise level t", "nats per masked token"),
+    ("sweep", "confidence_threshold", "tokens_per_pass", "Tokens per pass", "confidence threshold", "tokens"),
+    ("sweep", "confidence_threshold", "speedup", "Speed", "confidence threshold", "times cached AR"),
+)
+
+
+def denoisers(evaluations: Mapping[str, Mapping[str, Any]], *, theme: Theme) -> bytes:
+    """Denoisers of one context tower, by noise level and by confidence threshold.
+
+    AR is the dashed line: one token per pass, and speed 1.
+
+    Args:
+        evaluations: Figures of `twotower evaluate`, by the name of the denoiser.
+    """
+    figure, panels = _new_figure(
+        theme, "Denoisers of one context tower", "held-out text, the same windows and prompts", panels=3, width=11.0
+    )
+    for axes, (rows, x, y, title, x_unit, y_unit) in zip(panels, _DENOISER_PANELS, strict=True):
+        for color, (name, found) in zip(theme.series, evaluations.items(), strict=False):
+            _curve(axes, theme, sorted((row[x], row[y]) for row in found[rows]), color=color, label=name)
+        if rows == "sweep":
+            axes.axhline(1, color=theme.muted, linewidth=1, linestyle=DASHED, zorder=1)
+        _start_y_at_zero(axes, [row[y] for found in evaluations.values() for row in found[rows]])
+        axes.set_title(title, color=theme.text, fontsize=9.5, loc="left", pad=6)
+        _label_axes(axes, theme, x=x_unit, y=y_unit)
+    _legend(panels[0], theme)
+    return _png(figure)
+
+
 def comparison(curves: Mapping[str, Curve], *, title: str, subtitle: str, unit: str, theme: Theme) -> bytes:
     """Loss against optimizer steps, with a named curve for each run."""
     figure, (axes,) = _new_figure(theme, title, subtitle)

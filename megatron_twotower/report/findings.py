@@ -2,6 +2,7 @@
 
 ar/, twotower/               two training runs: metrics.jsonl, config.yaml, provenance.json
 evaluation.json              the output of `twotower evaluate`
+longer.json                  optional: the same for a pair that was trained for longer
 conditioning/NAME/           optional: metrics.jsonl of a run whose `conditioning.initialisation`
                              is NAME
 generation.html              optional: the replay that `twotower generate --html` wrote
@@ -27,7 +28,7 @@ from megatron_twotower.common.run_folder import (
 )
 from megatron_twotower.generate.replay import page as replay
 
-EVALUATION_FILE, REPLAY_FILE = "evaluation.json", "generation.html"
+EVALUATION_FILE, LONGER_FILE, REPLAY_FILE = "evaluation.json", "longer.json", "generation.html"
 RUNS = ("ar", "twotower")
 EVALUATION_KEYS = (
     "ar_loss",
@@ -75,6 +76,7 @@ class Findings:
 
     Attributes:
         name: The name of the folder.
+        longer: The evaluation of a pair that was trained for longer, if there is one.
         conditioning: The runs that compare starts of the time conditioning, by name.
         texts: Configurations and provenance, by name, word for word.
         backbone: The folder that both towers started from, if the run recorded one.
@@ -85,6 +87,7 @@ class Findings:
     ar: TrainingRun
     twotower: TrainingRun
     evaluation: dict[str, Any]
+    longer: dict[str, Any] | None = None
     conditioning: dict[str, TrainingRun] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     backbone: str | None = None
@@ -105,6 +108,9 @@ def read_findings(run: Path) -> Findings:
     """
     ar, twotower = (_read_training(run / name / METRICS_FILE) for name in RUNS)
     evaluation = _read_evaluation(run / EVALUATION_FILE)
+    longer = _read_evaluation(run / LONGER_FILE) if (run / LONGER_FILE).is_file() else None
+    if longer:
+        _check_same_text(evaluation, longer, run / LONGER_FILE)
     files = [run / name / file for name in RUNS for file in (CONFIG_FILE, PROVENANCE_FILE)]
     texts = {str(path.relative_to(run)): path.read_text() for path in files if path.is_file()}
     compared = sorted((run / "conditioning").glob(f"*/{METRICS_FILE}"))
@@ -113,6 +119,7 @@ def read_findings(run: Path) -> Findings:
         ar=ar,
         twotower=twotower,
         evaluation=evaluation,
+        longer=longer,
         conditioning=_conditioning_runs(compared, twotower, _initialisation(run / "twotower" / CONFIG_FILE)),
         texts=texts | {"evaluation settings": json.dumps(evaluation["settings"], indent=1)},
         backbone=read_provenance(run / "twotower").get("backbone"),
@@ -137,6 +144,14 @@ def _read_evaluation(path: Path) -> dict[str, Any]:
     if missing:
         raise UserError(f"{path}: expected the keys {', '.join(missing)}")
     return evaluation
+
+
+def _check_same_text(evaluation: dict[str, Any], longer: dict[str, Any], path: Path) -> None:
+    """Refuse to compare evaluations of different text or settings."""
+    for key in ("tokenizer_sha256", "settings"):
+        found, expected = (json.dumps(each.get(key), sort_keys=True) for each in (longer, evaluation))
+        if found != expected:
+            raise UserError(f"{path}: found {key} {found}, expected that of {EVALUATION_FILE}, {expected}")
 
 
 def _initialisation(path: Path) -> str | None:

@@ -14,6 +14,7 @@ from megatron_twotower.common.files import atomic_folder
 from megatron_twotower.common.plots import Theme
 from megatron_twotower.common.tables import number, with_error
 from megatron_twotower.generate.replay import page as replay
+from megatron_twotower.report import denoisers
 from megatron_twotower.report.findings import Findings, read_findings
 from megatron_twotower.report.summary import HEADINGS, print_summary, summary_rows
 
@@ -86,6 +87,8 @@ def draw(findings: Findings, theme: Theme) -> dict[str, bytes]:
             findings.sweep, ar_nats_per_token=evaluation["ar_generation"].get("nats_per_token"), theme=theme
         ),
     }
+    if compared := denoisers.evaluations(findings):
+        pictures["denoisers"] = plots.denoisers(compared, theme=theme)
     if findings.conditioning:
         pictures["conditioning"] = plots.comparison(
             {name: each.validation_curve for name, each in findings.conditioning.items()},
@@ -120,6 +123,8 @@ def render(findings: Findings, pictures: Mapping[str, bytes]) -> str:
         noise=_noise_table(findings),
         conditioning=_conditioning_table(findings),
         sweep=_sweep_table(findings),
+        denoisers=PageTable(denoisers.HEADINGS, list(denoisers.rows(findings))),
+        denoisers_title=denoisers.TITLE,
         summary=PageTable(HEADINGS, list(summary_rows(findings))),
         replay=_replay(findings),
     )

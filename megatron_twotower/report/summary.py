@@ -1,4 +1,4 @@
-"""The summary of a run: one table on the console, which the page repeats."""
+"""The summary of a run: tables on the console, which the page repeats."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megatron_twotower.common.tables import number, with_error
+from megatron_twotower.common.tables import number, plain_table, with_error
+from megatron_twotower.report import denoisers
 from megatron_twotower.report.findings import Findings
 
 HEADINGS = ("figure", "value", "against")
@@ -31,10 +32,13 @@ def summary_rows(findings: Findings) -> Iterator[tuple[str, str, str]]:
 
 
 def print_summary(findings: Findings, console: Console | None = None) -> None:
-    """Print the summary as one table."""
+    """Print the summary as one table, and a second one beside a longer trained pair."""
     table = Table(title=f"{findings.name}: held-out text", title_style="bold", box=box.SIMPLE_HEAD)
     for heading in HEADINGS:
         table.add_column(heading, justify="left" if heading == HEADINGS[0] else "right", overflow="fold")
     for row in summary_rows(findings):
         table.add_row(*row)
-    (console or Console()).print(table)
+    console = console or Console()
+    console.print(table)
+    if compared := list(denoisers.rows(findings)):
+        console.print(plain_table(denoisers.TITLE, denoisers.HEADINGS, compared, left=1))

@@ -34,10 +34,13 @@ def sweep_row(threshold, tokens_per_pass, speedup, nats):
         "speedup": speedup,
         "tokens_per_second": 210.0 * speedup,
         "nats_per_token": nats,
+        "agreement": 1 - nats / 20,
     }
 
 
 EVALUATION = {
+    "model": "runs/quickstart/model",
+    "tokenizer_sha256": "5a5a",
     "settings": {"prompt_tokens": 61},
     "device": "cpu",
     "dtype": "float32",
@@ -64,6 +67,16 @@ EVALUATION = {
 }
 
 
+# The same for a pair that was trained for longer.
+LONGER = EVALUATION | {
+    "model": "recipes/models/longer",
+    "diffusion_bound": 4.05,
+    "masked_loss_by_noise": [row | {"loss": row["loss"] - 0.5} for row in EVALUATION["masked_loss_by_noise"]],
+    "sweep": [sweep_row(0.8, 4.44, 2.5, 2.8), sweep_row(0.9, 3.33, 2.1, 2.6)],
+    "samples": [EVALUATION["samples"][0] | {"text": "\n    return run(<args>)"}],
+}
+
+
 def make_run(tmp_path):
     for name, by_noise in (("ar", False), ("twotower", True)):
         folder = tmp_path / "quick<start>" / name
@@ -80,8 +93,8 @@ def write_records(folder, items):
     (folder / METRICS_FILE).write_text("".join(json.dumps(item) + "\n" for item in items))
 
 
-def write_evaluation(run, evaluation):
-    (run / "evaluation.json").write_text(json.dumps(evaluation))
+def write_evaluation(run, evaluation, name="evaluation.json"):
+    (run / name).write_text(json.dumps(evaluation))
 
 
 def quiet():

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from helpers.browser import in_browser, tiles
-from helpers.report_runs import EVALUATION, RECORDING, make_run, quiet, records, write_evaluation, write_records
+from helpers.report_runs import EVALUATION, LONGER, RECORDING, make_run, quiet, records, write_evaluation, write_records
 from megatron_twotower.common import plots
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.generate.replay import page as replay
@@ -106,6 +106,16 @@ def test_starts_of_the_time_conditioning_are_compared(run):
     page = write_report(run, console=quiet())
     assert (page.parent / "conditioning.png").read_bytes().startswith(PNG)
     assert "Starts of the time conditioning" in page.read_text()
+
+
+def test_a_longer_trained_pair_is_shown_beside_the_run(run):
+    assert "longer" not in write_report(run, console=quiet()).read_text()
+    write_evaluation(run, LONGER, "longer.json")
+    path = write_report(run, console=quiet())
+    page = path.read_text()
+    assert (path.parent / "denoisers.png").read_bytes().startswith(PNG)
+    assert "What longer training buys" in page and "recipes/models/longer" in page
+    assert "<td>4.44</td>" in page and "return run(&lt;args&gt;)" in page
 
 
 def test_the_page_plays_the_replay_if_one_was_recorded(run):

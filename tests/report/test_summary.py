@@ -2,7 +2,9 @@
 
 import pytest
 
-from helpers.report_runs import make_run, quiet, records, write_records
+from helpers.report_runs import EVALUATION, LONGER, make_run, quiet, records, write_evaluation, write_records
+from megatron_twotower.common.errors import UserError
+from megatron_twotower.report import denoisers
 from megatron_twotower.report.findings import read_findings
 from megatron_twotower.report.summary import print_summary, summary_rows
 
@@ -39,3 +41,38 @@ def test_a_loss_that_was_not_finite_is_a_dash(tmp_path):
     write_records(run / "twotower", items)
     rows = {row[0]: row[1] for row in summary_rows(read_findings(run))}
     assert rows["masked loss, nats/token"] == "-"
+
+
+def test_a_longer_trained_pair_is_compared_in_a_second_table(tmp_path):
+    run, console = make_run(tmp_path), quiet()
+    assert list(denoisers.rows(read_findings(run))) == []
+    write_evaluation(run, LONGER, "longer.json")
+    findings = read_findings(run)
+    rows = list(denoisers.rows(findings))
+    assert rows[0] == ("nats/token, same tokens; the bound", "3.77", "4.61 ± 0.04", "4.05 ± 0.04")
+    assert rows[1:5] == [
+        ("masked loss at t = 0.1", "", "2.15", "1.65"),
+        ("masked loss at t = 0.4", "", "3.20", "2.70"),
+        ("masked loss at t = 0.7", "", "4.25", "3.75"),
+        ("masked loss at t = 1", "", "5.30", "4.80"),
+    ]
+    assert rows[5:] == [
+        ("tokens/pass, threshold 0.9", "1", "1.41", "3.33"),
+        ("… speed, x AR", "1", "0.98", "2.10"),
+        ("… as AR would choose, %", "100", "86.2", "87.0"),
+        ("tokens/pass, threshold 0.8", "1", "1.73", "4.44"),
+        ("… speed, x AR", "1", "1.21", "2.50"),
+        ("… as AR would choose, %", "100", "85.5", "86.0"),
+    ]
+    print_summary(findings, console)
+    text = console.file.getvalue()
+    assert text.count("figure") == 2
+    assert all(cell in text for row in rows for cell in row)
+
+
+@pytest.mark.parametrize(("key", "value"), [("tokenizer_sha256", "b0b0"), ("settings", {"prompt_tokens": 60})])
+def test_pairs_measured_on_other_text_are_not_compared(tmp_path, key, value):
+    run = make_run(tmp_path)
+    write_evaluation(run, EVALUATION | {key: value}, "longer.json")
+    with pytest.raises(UserError, match=rf"longer\.json: found {key} .*, expected that of evaluation\.json, [^\n]+$"):
+        read_findings(run)
