@@ -100,6 +100,10 @@ class ConditioningConfig:
         period: The longest period of the features.
         time_scale: Factor of the noise level before the features are computed.
         round_time_to_bf16: Round the noise level to bfloat16 before it is scaled.
+        without: What the denoiser goes without, to measure what it is worth; such a denoiser has no
+            export. `time`: it is told level 1 everywhere. `states`: its Mamba layers start each
+            block from nothing. `aligned_attention`: all its attention layers read keys and values
+            of the context tower's last attention layer.
     """
 
     initialisation: str = setting("identity", choices=("identity", "released"))
@@ -107,6 +111,7 @@ class ConditioningConfig:
     period: float = setting(10000.0, above=0)
     time_scale: float = setting(1000.0, above=0)
     round_time_to_bf16: bool = setting(False, free=True)
+    without: str = setting("nothing", choices=("nothing", "time", "states", "aligned_attention"))
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ def validate(config: RunConfig, *, world_size: int) -> None:
     )
     validate_model(config.model)
     _validate_noise(config)
+    _validate_ablation(config)
     _validate_layout(config, world_size)
     _validate_precision(config)
     _validate_schedule(config)
@@ -112,6 +113,24 @@ def _validate_noise(config: RunConfig) -> None:
     require(
         noise.mask_token_id < config.model.vocab_size,
         f"noise.mask_token_id: found {noise.mask_token_id}, expected less than vocab_size {config.model.vocab_size}",
+    )
+
+
+def _validate_ablation(config: RunConfig) -> None:
+    """The denoiser goes without something that it has, in a layout that can leave it out."""
+    without, pattern = config.conditioning.without, config.model.hybrid_override_pattern
+    kind = {"states": "M", "aligned_attention": "*"}.get(without)
+    if kind is None:
+        return
+    shown = f"conditioning.without: found {without}"
+    require(kind in pattern, f"{shown} with model.hybrid_override_pattern {pattern}, expected layers {kind}")
+    require(
+        without != "states" or "M" not in config.train.recompute_layers,
+        f"{shown} with train.recompute_layers {config.train.recompute_layers}, expected no M there",
+    )
+    require(
+        without != "aligned_attention" or config.parallel.pipeline == 1,
+        f"{shown} with parallel.pipeline {config.parallel.pipeline}, expected 1: a stage has its own layers only",
     )
 
 

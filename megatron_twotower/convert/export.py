@@ -306,9 +306,9 @@ def _backbone_of(denoiser: Path, options: ExportOptions) -> Path:
 
 
 def _check_conditioning(config: ConditioningConfig) -> None:
-    """Refuse a time conditioning that the released format has no keys for."""
+    """Refuse a conditioning that the released format has no keys for."""
     released = ConditioningConfig()
-    for key in ("frequencies", "period", "time_scale"):
+    for key in ("frequencies", "period", "time_scale", "without"):
         found, expected = getattr(config, key), getattr(released, key)
         if found != expected:
             raise UserError(f"conditioning.{key}: found {found}, expected {expected} for an export")

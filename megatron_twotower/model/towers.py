@@ -34,6 +34,7 @@ from megatron_twotower.config.pipeline_stages import PipelineStage, whole_model
 from megatron_twotower.config.schema import ModelConfig, RunConfig
 from megatron_twotower.mcore import modules
 from megatron_twotower.mcore.router import BALANCED_RANGES
+from megatron_twotower.model.ablations import seen_handoffs, seen_times
 from megatron_twotower.model.adaln import TimeConditioning
 from megatron_twotower.model.layers import DenoiserLayer, Layer
 from megatron_twotower.model.mixers import HANDOFF_KINDS
@@ -245,6 +246,7 @@ class TwoTower(PipelineModel):
                 parameter.sequence_parallel = megatron.sequence_parallel  # type: ignore[attr-defined]
         self.tower = Tower(config.model, megatron, groups, layer=DenoiserLayer, stage=context.stage)
         self.recompute = frozenset(config.train.recompute_layers)
+        self.without = config.conditioning.without
         self.report_buckets = config.noise.report_buckets
         self.balances_experts = config.train.sequence_aux_loss > 0
         self._context = (context,)  # a tuple, so that it does not become a submodule
@@ -272,9 +274,13 @@ class TwoTower(PipelineModel):
         clean, noisy, conditioning = self._first_inputs(batch) if stage.first else self._received_inputs(batch)
         running = [n for n in stage.layers if n < self.context_layers or batch.teacher_shares is not None]
         stream = CleanStream([self.context.layers[str(number)] for number in running], clean, blocks)
+        next_handoff = stream.next_handoff
+        if self.without != "nothing":
+            seen = seen_handoffs([next_handoff() for _ in running], self.without)
+            next_handoff = iter(seen).__next__
         with modules.fp8_model_context(self.config):
             for number in stage.layers:
-                handoff = stream.next_handoff() if number in running else None
+                handoff = next_handoff() if number in running else None
                 if context is not None:
                     stream.run_ahead()
                 noisy = self._denoiser_layer(number, noisy, conditioning, handoff, blocks)
@@ -310,7 +316,7 @@ class TwoTower(PipelineModel):
         """The clean stream (l, b, h), noisy stream (l, r b, h) and conditioning (r b, n, 3h)."""
         with torch.no_grad():
             clean = self.context.embed(batch.tokens)
-        return clean, self.tower.embed(batch.noisy), self.conditioning(batch.times)
+        return clean, self.tower.embed(batch.noisy), self.conditioning(seen_times(batch.times, self.without))
 
     def _received_inputs(self, batch: NoisyBatch) -> tuple[Tensor, Tensor, Tensor]:
         """The same from the previous stage, with gradients of all but the clean stream."""

@@ -59,7 +59,10 @@ def find_checkpoint(run: Path, config: RunConfig, *, fingerprint: str | None) ->
 
 # Settings that change what the denoiser computes from the same input. A checkpoint of an import is
 # of step 0, and its configuration does not know what the run will be.
-_FIXED = {"conditioning": ("frequencies", "period", "time_scale", "round_time_to_bf16"), "noise": ("mask_token_id",)}
+_FIXED = {
+    "conditioning": ("frequencies", "period", "time_scale", "round_time_to_bf16", "without"),
+    "noise": ("mask_token_id",),
+}
 
 
 def _check_fixed(checkpoint: Path, state: CheckpointState, config: RunConfig) -> None:
@@ -70,11 +73,13 @@ def _check_fixed(checkpoint: Path, state: CheckpointState, config: RunConfig) ->
     """
     if config.objective != "two_tower":
         return
-    now = dataclasses.asdict(config)
+    now, defaults = dataclasses.asdict(config), dataclasses.asdict(RunConfig())
     for section, names in _FIXED.items():
+        # A key that an older version did not have counts as its default.
         before = state.configuration.get(section, {})
+        before = defaults[section] | before if before else now[section]
         for name in names if state.step or section == "conditioning" else ():
-            if before.get(name, now[section][name]) != now[section][name]:
+            if before[name] != now[section][name]:
                 raise UserError(
                     f"{section}.{name}: found {now[section][name]}, expected {before[name]}, as in {checkpoint}"
                 )

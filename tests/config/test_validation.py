@@ -28,3 +28,24 @@ def test_what_bounds_no_likelihood_is_refused_with_the_weights_of_the_bound(chan
     validate(planned_config(changes), world_size=1)
     with pytest.raises(UserError, match=f"^{named}: found it with noise.weighting elbo"):
         validate(planned_config(changes | {"noise.weighting": "elbo"}), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.hybrid_override_pattern": "*E"}, "states with model.hybrid_override_pattern \\*E, expected layers M"),
+        ({"train.recompute_layers": "ME"}, "states with train.recompute_layers ME, expected no M there"),
+    ],
+)
+def test_states_are_left_out_only_where_there_are_some(changes, message):
+    without = {"conditioning.without": "states"}
+    validate(planned_config(changes), world_size=1)
+    validate(planned_config(without), world_size=1)
+    with pytest.raises(UserError, match=f"^conditioning.without: found {message}$"):
+        validate(planned_config(changes | without), world_size=1)
+
+
+def test_attention_of_another_layer_is_on_the_same_stage():
+    changes = {"conditioning.without": "aligned_attention", "parallel.pipeline": 2}
+    with pytest.raises(UserError, match=r"found aligned_attention with parallel\.pipeline 2, expected 1"):
+        validate(planned_config(changes), world_size=2)

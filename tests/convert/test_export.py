@@ -258,6 +258,15 @@ def test_a_model_from_random_weights_has_the_special_tokens_of_its_data(tmp_path
     assert export._special_ids(tmp_path) == export._special_ids(None) == {}
 
 
+def test_a_denoiser_that_goes_without_something_has_no_export(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "reduced")
+    config = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(config.replace("without: nothing", "without: states"))
+    with pytest.raises(UserError, match=r"^conditioning\.without: found states, expected nothing for an export$"):
+        export.export(copy, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_step_is_chosen(run, tmp_path):
     for step in (5, 6):
         export.export(run, tmp_path / str(step), options=choose("denoiser", step=step))

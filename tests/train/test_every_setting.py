@@ -45,6 +45,7 @@ BASES = {
 # Values that fit the rest of the run, where "the next value of its kind" does not.
 VALUES = {
     "model.hybrid_override_pattern": "ME*-E",
+    "conditioning.without": "states",
     "model.num_attention_heads": 2,
     "model.num_key_value_heads": 4,
     "model.num_experts_per_tok": 1,
