@@ -35,21 +35,22 @@ def rows(findings: Findings) -> Iterator[tuple[str, str, str, str]]:
     yield ("nats/token, same tokens; the bound", number(own["ar_loss_on_bound_tokens"]), bounds[0], bounds[1])
     for level in own["masked_loss_by_noise"][::3]:
         losses = [_at(each["masked_loss_by_noise"], "t", level["t"]) for each in compared]
-        if None not in losses:
+        if all(losses):
             yield (f"masked loss at t = {level['t']:g}", "", *_cells(losses, "loss"))
     for threshold in THRESHOLDS:
         found = [_at(each["sweep"], "confidence_threshold", threshold) for each in compared]
-        if None not in found:
+        if all(found):
             yield (f"tokens/pass, threshold {threshold:g}", "1", *_cells(found, "tokens_per_pass"))
             yield ("… speed, x AR", "1", *_cells(found, "speedup"))
             yield ("… as AR would choose, %", "100", *_cells(found, "agreement", factor=100, digits=1))
 
 
-def _at(items: list[dict[str, Any]], key: str, value: float) -> dict[str, Any] | None:
-    return next((item for item in items if item[key] == value), None)
+def _at(items: list[dict[str, Any]], key: str, value: float) -> dict[str, Any]:
+    """The item whose `key` has a value; empty if there is none."""
+    return next((item for item in items if item[key] == value), {})
 
 
-def _cells(items: list[dict[str, Any] | None], key: str, *, factor: float = 1, digits: int = 2) -> tuple[str, str]:
-    values = [item and item.get(key) for item in items]
+def _cells(items: list[dict[str, Any]], key: str, *, factor: float = 1, digits: int = 2) -> tuple[str, str]:
+    values = (item.get(key) for item in items)
     first, second = (number(None if value is None else factor * value, digits) for value in values)
     return first, second
