@@ -14,6 +14,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--sizes", nargs="+", metavar="SIZE", help="only these sizes; all if left out")
     add_number(parser, "--workers", default=1, help="trainings at a time", **COUNT)
+    parser.add_argument(
+        "--generate",
+        action="store_true",
+        help="let the denoisers write too, and compare tokens per pass at equal agreement with AR (a minute each)",
+    )
     parser.add_argument("--show", action="store_true", help="train nothing: show what is done")
 
 
@@ -26,6 +31,7 @@ def _run(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         sizes=arguments.sizes,
         train=not arguments.show,
+        generate=arguments.generate,
     )
     return 0
 
@@ -37,5 +43,5 @@ COMMAND = Command(
     _add_options,
     _run,
     interrupted_by_sigterm=True,
-    idle=(Idle(("--workers",), lambda found: found.show, "--show"),),
+    idle=(Idle(("--workers", "--generate"), lambda found: found.show, "--show"),),
 )

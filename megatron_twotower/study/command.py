@@ -18,6 +18,7 @@ from megatron_twotower.common.progress import BarReport, stage_bars
 from megatron_twotower.common.run_folder import CONFIG_FILE
 from megatron_twotower.common.tables import number, plain_table, wide_console, with_error
 from megatron_twotower.config.recipes import load_recipe, to_yaml
+from megatron_twotower.study import writing
 from megatron_twotower.study.design import Study, Training, read_study, trainings
 from megatron_twotower.study.figures import Mean, Row, mean, outcome, outcomes, rows, shares_to_reach_reference
 
@@ -127,7 +128,39 @@ def shares_table(reference: str, found: Mapping[str, Mapping[int, float | None]]
     )
 
 
-def run(file: Path, *, output: Path, workers: int = 1, sizes: list[str] | None = None, train: bool = True) -> None:
+def writing_table(found: Mapping[tuple[str, str, float], Mapping[float, Mean | None]]) -> Table:
+    """Tokens per pass of the arms that have written, at equal agreement with AR."""
+    return plain_table(
+        "Tokens per pass at equal agreement with AR",
+        ("size", "arm", "share", *(f"{100 * agreement:g} %" for agreement in writing.AGREEMENTS)),
+        [
+            (size, arm, f"{share:g}", *(_text(at[agreement], 2) for agreement in writing.AGREEMENTS))
+            for (size, arm, share), at in found.items()
+        ],
+        left=2,
+    )
+
+
+def _write_all(trainings: list[Training]) -> None:
+    """Let the denoisers that have not written yet write, one at a time."""
+    done = [each for each in trainings if outcome(each) is not None and writing.can_write(each)]
+    with stage_bars() as bars:
+        for number, training in enumerate(done):
+            bars("writing", number, len(done), training.folder.as_posix())
+            if writing.measured(training) is None:
+                writing.measure(training)
+        bars("writing", len(done), len(done), "")
+
+
+def run(
+    file: Path,
+    *,
+    output: Path,
+    workers: int = 1,
+    sizes: list[str] | None = None,
+    train: bool = True,
+    generate: bool = False,
+) -> None:
     """Do a study: its trainings that are not done, then tables, `study.json` and `study.png`.
 
     Args:
@@ -136,6 +169,7 @@ def run(file: Path, *, output: Path, workers: int = 1, sizes: list[str] | None =
         workers: Trainings at a time.
         sizes: Only these sizes; all if left out.
         train: Whether to train; without it the tables show what is done.
+        generate: Whether to let the denoisers write, to compare their tokens per pass.
 
     Raises:
         UserError: The study is wrong, a training failed, or a folder has a training with other
@@ -151,6 +185,8 @@ def run(file: Path, *, output: Path, workers: int = 1, sizes: list[str] | None =
     if train:
         with stage_bars() as bars:
             _train_all(study, left, done=len(planned) - len(left), workers=workers, bars=bars)
+    if generate:
+        _write_all(planned)
     found = outcomes(planned)
     table = rows(study, found)
     if not table:
@@ -166,12 +202,18 @@ def run(file: Path, *, output: Path, workers: int = 1, sizes: list[str] | None =
         if arm != study.reference
     }
     console.print(shares_table(study.reference, {name: each for name, each in shares.items() if each}))
+    if written := writing.means(planned):
+        console.print(writing_table(written))
     plain = [asdict(row) for row in table]
     result = {
         "question": study.question,
         "reference": study.reference,
         "rows": plain,
         "share_to_reach_reference": shares,
+        "tokens_per_pass": [
+            {"size": size, "arm": arm, "share": share, "at_agreement": {a: m and asdict(m) for a, m in at.items()}}
+            for (size, arm, share), at in written.items()
+        ],
     }
     write_file(output / RESULT_FILE, json.dumps(result, indent=1) + "\n")
     picture = plots.study(plain, reference=study.reference, theme=plots.LIGHT)

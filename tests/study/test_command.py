@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from megatron_twotower.cli.main import main
+from megatron_twotower.study import writing
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def study_file(tiny_data, tiny_backbone, tmp_path_factory):
     return path
 
 
-def test_a_study(study_file, tmp_path, capsys):
+def test_a_study(study_file, tmp_path, capsys, monkeypatch):
     """Both trainings are done side by side. A second call trains nothing."""
     arguments = ["study", str(study_file), "--output", str(tmp_path / "out")]
     assert main([*arguments, "--workers", "2"]) == 0
@@ -47,6 +48,24 @@ def test_a_study(study_file, tmp_path, capsys):
     (tmp_path / "out").rename(moved)
     assert main(["study", str(study_file), "--output", str(moved), "--show"]) == 0
     moved.rename(tmp_path / "out")
+
+    # The denoisers write, once. Without `--generate` what they wrote is shown.
+    monkeypatch.setattr(writing, "PROMPTS", 2)
+    monkeypatch.setattr(writing, "NEW_TOKENS", 8)
+    monkeypatch.setattr(writing, "PROMPT_TOKENS", 8)
+    capsys.readouterr()
+    assert main([*arguments, "--generate"]) == 0
+    assert "Tokens per pass at equal agreement with AR" in capsys.readouterr().out
+    measured = folders[0] / "writing.json"
+    assert [row["confidence_threshold"] for row in json.loads(measured.read_text())["curve"]] == [*writing.THRESHOLDS]
+    assert sorted(path.name for path in folders[0].iterdir() if path.is_dir()) == ["checkpoints"]
+    when = measured.stat().st_mtime_ns
+    assert main([*arguments, "--generate"]) == 0
+    assert measured.stat().st_mtime_ns == when
+    assert main([*arguments, "--show"]) == 0
+    assert "Tokens per pass at equal agreement with AR" in capsys.readouterr().out
+    result = json.loads((tmp_path / "out" / "study.json").read_text())
+    assert [each["share"] for each in result["tokens_per_pass"]] == [0.4, 1]
 
     # A training of a version that did not have a key yet had its default.
     config = folders[0] / "config.yaml"
