@@ -123,7 +123,11 @@ def _validate_ablation(config: RunConfig) -> None:
     if kind is None:
         return
     shown = f"conditioning.without: found {without}"
-    require(kind in pattern, f"{shown} with model.hybrid_override_pattern {pattern}, expected layers {kind}")
+    least = 2 if kind == "*" else 1  # the last of one attention layer is its own
+    require(
+        pattern.count(kind) >= least,
+        f"{shown} with model.hybrid_override_pattern {pattern}, expected at least {least} of {kind}",
+    )
     require(
         without != "states" or "M" not in config.train.recompute_layers,
         f"{shown} with train.recompute_layers {config.train.recompute_layers}, expected no M there",

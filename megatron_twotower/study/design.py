@@ -7,6 +7,7 @@
     seeds: [1, 2, ...]                    one seed gives all arms the same data, order and noise
     reference: NAME of the arm that the others are compared with
     arms: {NAME: {overrides: [key=value, ...], shares: [0.35, 1.0]}}
+    arms: {NAME: {..., sizes: [NAME]}}    an arm that only these sizes have
 
 A share is a part of the tokens of the recipe at that size. The others are compared with the largest
 share of the reference. Warm-up and decay of a training take the
@@ -27,7 +28,7 @@ from megatron_twotower.config.validation import validate
 
 Words = tuple[str, ...]
 _KEYS = {"question", "recipe", "overrides", "sizes", "seeds", "reference", "arms"}
-_KEYS_OF_ARM = {"overrides", "shares"}
+_KEYS_OF_ARM = {"overrides", "shares", "sizes"}
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,12 @@ class Arm:
     Attributes:
         overrides: What it changes in the recipe.
         shares: Parts of the recipe's tokens to train with, one training each.
+        sizes: The sizes that have it.
     """
 
     overrides: Words
     shares: tuple[float, ...]
+    sizes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -111,13 +114,17 @@ def read_study(path: Path) -> Study:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}, expected the file of a study") from error
     top = _table(found, f"{path}", keys=_KEYS)
-    arms = {}
+    arms, sizes = {}, _table(top["sizes"], f"{path}: sizes")
     for name, arm in _table(top["arms"], f"{path}: arms").items():
         where = f"{path}: arms.{name}"
-        arm = _table(arm, where, keys=_KEYS_OF_ARM)
+        arm = _table({"sizes": list(sizes)} | _table(arm, where), where, keys=_KEYS_OF_ARM)
         shares = _numbers(arm["shares"], f"{where}.shares", (int, float), "different parts above 0, such as [0.35, 1]")
-        arms[name] = Arm(_words(arm["overrides"], f"{where}.overrides"), shares)
-    sizes = _table(top["sizes"], f"{path}: sizes")
+        of_arm = arm["sizes"]
+        require(
+            isinstance(of_arm, list) and bool(of_arm) and all(size in sizes for size in of_arm),
+            f"{where}.sizes: found {of_arm!r}, expected some of {', '.join(sizes)}",
+        )
+        arms[name] = Arm(_words(arm["overrides"], f"{where}.overrides"), shares, tuple(of_arm))
     require(
         top["reference"] in arms, f"{path}: reference: found {top['reference']!r}, expected one of {', '.join(arms)}"
     )
@@ -164,6 +171,8 @@ def trainings(study: Study, output: Path) -> list[Training]:
         common = (*study.overrides, *of_size)
         whole = load_recipe(study.recipe, common)
         for name, arm in study.arms.items():
+            if size not in arm.sizes:
+                continue
             changed = load_recipe(study.recipe, (*common, *arm.overrides))
             for share in arm.shares:
                 words = (*common, *arm.overrides, *_in_proportion(whole, changed, share))

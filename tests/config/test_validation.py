@@ -33,7 +33,10 @@ def test_what_bounds_no_likelihood_is_refused_with_the_weights_of_the_bound(chan
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model.hybrid_override_pattern": "*E"}, "states with model.hybrid_override_pattern \\*E, expected layers M"),
+        (
+            {"model.hybrid_override_pattern": "*E"},
+            "states with model.hybrid_override_pattern \\*E, expected at least 1 of M",
+        ),
         ({"train.recompute_layers": "ME"}, "states with train.recompute_layers ME, expected no M there"),
     ],
 )
@@ -46,6 +49,9 @@ def test_states_are_left_out_only_where_there_are_some(changes, message):
 
 
 def test_attention_of_another_layer_is_on_the_same_stage():
-    changes = {"conditioning.without": "aligned_attention", "parallel.pipeline": 2}
+    without = {"conditioning.without": "aligned_attention"}
+    with pytest.raises(UserError, match=r"found aligned_attention with .* ME\*-ME, expected at least 2 of \*$"):
+        validate(planned_config(without), world_size=1)
+    changes = without | {"model.hybrid_override_pattern": "M*E-*E", "parallel.pipeline": 2}
     with pytest.raises(UserError, match=r"found aligned_attention with parallel\.pipeline 2, expected 1"):
         validate(planned_config(changes), world_size=2)

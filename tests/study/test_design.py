@@ -33,7 +33,20 @@ def study(tmp_path) -> Study:
 
 def test_a_file_is_read(study):
     assert study.seeds == (3, 4) and study.reference == "as it is"
-    assert study.arms["halves"] == Arm(("data.micro_batch_size=4", "data.global_batch_size=4"), (0.25, 0.5))
+    assert study.arms["halves"] == Arm(("data.micro_batch_size=4", "data.global_batch_size=4"), (0.25, 0.5), ("small",))
+
+
+def test_an_arm_can_be_of_some_sizes_only(study, tmp_path):
+    sizes = {"small": study.sizes["small"], "mini": ("init.backbone=recipes/backbones/mini",)}
+    arms = study.arms | {"halves": replace(study.arms["halves"], sizes=("mini",))}
+    arms["as it is"] = replace(arms["as it is"], sizes=("small", "mini"))
+    found = trainings(replace(study, sizes=sizes, arms=arms, seeds=(3,)), tmp_path)
+    assert [(each.size, each.arm, each.share) for each in found] == [
+        ("small", "as it is", 1),
+        ("mini", "as it is", 1),
+        ("mini", "halves", 0.25),
+        ("mini", "halves", 0.5),
+    ]
 
 
 def test_trainings_are_in_proportion(study, tmp_path):
@@ -67,6 +80,7 @@ def test_trainings_are_in_proportion(study, tmp_path):
         ({"overrides": ["steps"]}, "overrides: found .'steps'., expected a list of key=value"),
         ({"reference": "nobody"}, "reference: found 'nobody', expected one of as it is, halves"),
         ({"arms": {"as it is": {"overrides": [], "shares": [0]}}}, "arms.as it is.shares: found .0., expected"),
+        ({"arms": {"as it is": {"overrides": [], "shares": [1], "sizes": ["huge"]}}}, "arms.as it is.sizes: found"),
         ({"arms": {"as it is": {"overrides": []}}}, "arms.as it is: shares: unknown or missing"),
         ({"sizes": {"a/b": []}}, "sizes: found .*, expected names"),
     ],
@@ -97,7 +111,7 @@ def test_a_file_that_is_none(tmp_path):
 def test_shipped_studies(path, tmp_path):
     """Every arm is a valid recipe, and no two arms of a study train the same."""
     study = read_study(path)
-    size = {"mini": study.sizes["mini"]}
+    size = {"small": study.sizes["small"]}  # it has all arms
     configs = [each.config for each in trainings(replace(study, sizes=size, seeds=(1,)), tmp_path)]
 
     def without_length(config):
