@@ -108,14 +108,15 @@ def resolve(config: RunConfig, *, planning: bool = False, given: Collection[str]
     source = f"{config.init.backbone}/config.json"
     found = model_from_hf(read_hf_config(config.init.backbone), source=source)
     for key, value in flatten(config.model):
-        other = getattr(found, key)
-        require(
-            other == value or not (shaped or key in given), f"model.{key}: found {value!r}, but {source} has {other!r}"
-        )
+        other, compared = getattr(found, key), key in given or (shaped and key not in _OF_RANDOM_WEIGHTS)
+        require(other == value or not compared, f"model.{key}: found {value!r}, but {source} has {other!r}")
     _check_denoiser(config.init, found)
     return dataclasses.replace(config, model=found)
 
 
+# What only random weights depend on. A recipe with a shape and a backbone need not repeat it: an
+# export has another `time_step_min` than the run had (`convert/model_card.py`).
+_OF_RANDOM_WEIGHTS = ("initializer_range", "time_step_min", "time_step_max", "time_step_floor")
 # What two towers of one shape may say differently.
 _NOT_OF_THE_SHAPE = ("max_position_embeddings", "initializer_range")
 

@@ -158,3 +158,13 @@ def test_a_field_of_the_model_beside_a_backbone_is_refused_or_the_same(backbone,
     recipe.write_text("defaults: [tiny, _self_]\nmodel: {hidden_size: 256}\n")
     with pytest.raises(UserError, match=r"model.hidden_size: found 256, but"):
         load_recipe(str(recipe), words)
+
+
+def test_what_only_random_weights_depend_on_is_not_compared_unless_it_is_given(tiny_backbone):
+    """A run continues from its own export, whose `time_step_min` is another one."""
+    words = [f"init.backbone={tiny_backbone}"]
+    assert load_recipe("tiny_ar", words).model.time_step_min == 1e-30
+    with pytest.raises(UserError, match=r"model.time_step_min: found 0.001, but .* has 1e-30"):
+        load_recipe("tiny_ar", [*words, "model.time_step_min=0.001"])
+    with pytest.raises(UserError, match=r"model.hidden_size: found 48, but"):
+        load_recipe("tiny_ar", [*words, "model.hidden_size=48"])
