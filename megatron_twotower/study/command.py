@@ -128,14 +128,14 @@ def shares_table(reference: str, found: Mapping[str, Mapping[int, float | None]]
     )
 
 
-def writing_table(found: Mapping[tuple[str, str, float], Mapping[float, Mean | None]]) -> Table:
+def writing_table(found: Mapping[tuple[str, str, float], writing.Speeds]) -> Table:
     """Tokens per pass of the arms that have written, at equal agreement with AR."""
     return plain_table(
         "Tokens per pass at equal agreement with AR",
-        ("size", "arm", "share", *(f"{100 * agreement:g} %" for agreement in writing.AGREEMENTS)),
+        ("size", "arm", "share", "seeds", *(f"{100 * agreement:g} %" for agreement in writing.AGREEMENTS)),
         [
-            (size, arm, f"{share:g}", *(_text(at[agreement], 2) for agreement in writing.AGREEMENTS))
-            for (size, arm, share), at in found.items()
+            (size, arm, f"{share:g}", f"{seeds}", *(_text(at[agreement], 2) for agreement in writing.AGREEMENTS))
+            for (size, arm, share), (seeds, at) in found.items()
         ],
         left=2,
     )
@@ -211,8 +211,14 @@ def run(
         "rows": plain,
         "share_to_reach_reference": shares,
         "tokens_per_pass": [
-            {"size": size, "arm": arm, "share": share, "at_agreement": {a: m and asdict(m) for a, m in at.items()}}
-            for (size, arm, share), at in written.items()
+            {
+                "size": size,
+                "arm": arm,
+                "share": share,
+                "seeds": speeds.seeds,
+                "at_agreement": {agreement: m and asdict(m) for agreement, m in speeds.at.items()},
+            }
+            for (size, arm, share), speeds in written.items()
         ],
     }
     write_file(output / RESULT_FILE, json.dumps(result, indent=1) + "\n")

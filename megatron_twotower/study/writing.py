@@ -8,7 +8,7 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_twotower.common.files import read_json_object, write_file
 from megatron_twotower.convert.export import export
@@ -25,6 +25,18 @@ THRESHOLDS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 24, 64, 64
 # Shares of the tokens that AR would choose, at which denoisers are compared.
 AGREEMENTS = (0.9, 0.8, 0.7, 0.6)
+
+
+class Speeds(NamedTuple):
+    """Tokens per pass of an arm, over the seeds that were measured.
+
+    Attributes:
+        seeds: Their number.
+        at: The mean by agreement; `None` where a seed does not agree so much.
+    """
+
+    seeds: int
+    at: dict[float, Mean | None]
 
 
 def can_write(training: Training) -> bool:
@@ -76,20 +88,18 @@ def tokens_per_pass_at(agreement: float, curve: Sequence[Mapping[str, Any]]) -> 
     return speed + (next_speed - speed) * (agrees - agreement) / (agrees - next_agrees)
 
 
-def means(trainings: Sequence[Training]) -> dict[tuple[str, str, float], dict[float, Mean | None]]:
-    """Tokens per pass at each agreement, by size, arm and share: means over the measured seeds.
-
-    `None` where a seed does not agree so much.
-    """
+def means(trainings: Sequence[Training]) -> dict[tuple[str, str, float], Speeds]:
+    """Tokens per pass by size, arm and share, of those that were measured."""
     curves: dict[tuple[str, str, float], list[list[dict[str, Any]]]] = {}
     for training in trainings:
         if (curve := measured(training)) is not None:
             curves.setdefault((training.size, training.arm, training.share), []).append(curve)
-    found: dict[tuple[str, str, float], dict[float, Mean | None]] = {}
+    found = {}
     for key, of_seeds in curves.items():
-        found[key] = {}
+        at: dict[float, Mean | None] = {}
         for agreement in AGREEMENTS:
             speeds = [tokens_per_pass_at(agreement, curve) for curve in of_seeds]
             reached = [speed for speed in speeds if speed is not None]
-            found[key][agreement] = mean(reached) if len(reached) == len(speeds) else None
+            at[agreement] = mean(reached) if len(reached) == len(speeds) else None
+        found[key] = Speeds(len(of_seeds), at)
     return found

@@ -16,7 +16,10 @@ STUDY = Study(
     sizes={"small": ("init.backbone=recipes/backbones/small",)},
     seeds=(1, 2),
     reference="whole",
-    arms={"whole": Arm(("noise=published",), (1.0,)), "better": Arm(("noise=fast",), (0.25, 0.5))},
+    arms={
+        "whole": Arm(("noise=published",), (1.0,), ("small",)),
+        "better": Arm(("noise=fast",), (0.25, 0.5), ("small",)),
+    },
 )
 LOSSES = {("whole", 1.0): (5.0, 5.2), ("better", 0.25): (5.3, 5.4), ("better", 0.5): (4.9, 5.0)}
 
