@@ -147,11 +147,15 @@ def _read_evaluation(path: Path) -> dict[str, Any]:
 
 
 def _check_same_text(evaluation: dict[str, Any], longer: dict[str, Any], path: Path) -> None:
-    """Refuse to compare evaluations of different text or settings."""
+    """Refuse to compare evaluations of different text or settings; name what differs."""
     for key in ("tokenizer_sha256", "settings"):
-        found, expected = (json.dumps(each.get(key), sort_keys=True) for each in (longer, evaluation))
-        if found != expected:
-            raise UserError(f"{path}: found {key} {found}, expected that of {EVALUATION_FILE}, {expected}")
+        found, expected = longer.get(key), evaluation.get(key)
+        if found == expected:
+            continue
+        if isinstance(found, dict) and isinstance(expected, dict):
+            differ = sorted(name for name in found | expected if found.get(name) != expected.get(name))
+            found, expected = ({name: each.get(name) for name in differ} for each in (found, expected))
+        raise UserError(f"{path}: found {key} {found}, expected that of {EVALUATION_FILE}, {expected}")
 
 
 def _initialisation(path: Path) -> str | None:
