@@ -514,7 +514,7 @@ GROUP = Group(
         Command(
             "fp8",
             "what FP8 weights of the context tower change in predictions (emulated)",
-            ("twotower bench fp8 --model runs/quickstart/model --data runs/quickstart/tower-data",),
+            ("twotower bench fp8 --model runs/quickstart/model --data runs/quickstart/data",),
             _add_fp8,
             _fp8,
             idle=_quick(*flags(FP8)),
