@@ -14,6 +14,7 @@ from megatron_twotower.config.validation import validate
 from megatron_twotower.mcore import parallel
 
 SHIPPED = recipes_folder() / "backbones" / "small"
+CODE = recipes_folder() / "models" / "code"
 BYTES = recipes_folder() / "models" / "bytes"
 
 
@@ -21,9 +22,10 @@ BYTES = recipes_folder() / "models" / "bytes"
 @pytest.mark.parametrize("recipe", [name for name in recipe_names() if not name.startswith(("nano", "bench_gpu"))])
 def test_every_recipe_loads_validates_and_dry_runs(recipe, tiny_backbone, capsys):
     tiny = dict.fromkeys(("tiny", "tiny_phases"), tiny_backbone)
-    start = {"quickstart": SHIPPED, "code": SHIPPED, "bytes": BYTES, "sft_ar": BYTES, **tiny}.get(recipe)
+    start = {"quickstart": CODE, "code": CODE, "bytes": BYTES, "sft_ar": BYTES, **tiny}.get(recipe)
     overrides = [f"init.backbone={start}"] if start else []
-    overrides += [f"init.denoiser={BYTES}"] if recipe in ("bytes_distil", "code_distil") else []
+    denoiser = {"bytes_distil": BYTES, "code_distil": CODE}.get(recipe)
+    overrides += [f"init.denoiser={denoiser}"] if denoiser else []
     config = load_recipe(recipe, overrides)
     validate(config, world_size=1)
     assert main.main(["train", "--dry-run", f"recipe={recipe}", *overrides]) == 0
