@@ -1,4 +1,4 @@
-"""The shipped two-tower models: what a user gets from `twotower convert export --from recipes/models/NAME`."""
+"""The shipped two-tower models, as a user exports them from `recipes/models`."""
 
 import pytest
 import torch
