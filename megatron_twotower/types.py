@@ -84,14 +84,16 @@ class NoisyBatch:
     """Clean sequences with their r corrupted copies, ordered by draw: (r b, ...).
 
     Attributes:
-        tokens: (b, l) int64 clean token ids, the targets.
-        noisy: (r b, l) int64, with masked positions replaced by the mask token.
+        tokens: (b, l) int64 clean token ids.
+        noisy: (r b, l) int64, with masked tokens replaced by the mask token.
+        targets: (b, l) int64, the clean token that each position predicts: that at the same
+            position, or the next one (`noise.token_shift`).
         times: (r b, n) float32 noise level of each block, or (r b, 1) with one level per sequence.
-        scored_positions: (m,) int64 positions in the flattened (r b, l) that are masked and not
-            padding; only the first `num_scored` count. Computed on the host with the noise, so that
-            no step waits for a count. m is rounded up, so that there are few shapes.
+        scored_positions: (m,) int64 positions in the flattened (r b, l) whose targets are masked
+            and not padding; only the first `num_scored` count. Computed on the host with the noise,
+            so that no step waits for a count. m is rounded up, so that there are few shapes.
         num_scored: () int32 number of scored positions.
-        num_tokens: () int32 number of all r b l positions that are not padding, and may be scored.
+        num_tokens: () int32 number of all r b l targets that are not padding, and may be scored.
         block: Block size s.
         documents: (b, l), see `Batch`.
         padding: (b, l), see `Batch`.
@@ -106,6 +108,7 @@ class NoisyBatch:
 
     tokens: Tensor
     noisy: Tensor
+    targets: Tensor
     times: Tensor
     scored_positions: Tensor
     num_scored: Tensor

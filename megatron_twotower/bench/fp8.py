@@ -162,7 +162,7 @@ def compare_masked_tokens(
         tokens: (b, l), a number of complete blocks.
         uniform: (b, l) random numbers. Positions below a level are masked at that level.
     """
-    wide_cache, fp8_cache = model.prefill(tokens[:, :0]), model.prefill(tokens[:, :0])
+    wide_cache, fp8_cache = (model.prefill(tokens[:, :0], for_denoiser=True) for _ in range(2))
     comparisons = []
     for start in range(0, tokens.shape[1], block):
         clean, noise = tokens[:, start : start + block], uniform[:, start : start + block]

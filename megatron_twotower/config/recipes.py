@@ -77,7 +77,8 @@ def resolve_composed(composed: Any, *, recipe: str, planning: bool = False) -> R
 def resolve(config: RunConfig, *, planning: bool = False, given: Collection[str] = ()) -> RunConfig:
     """Fill in what a recipe leaves to a folder, and the steps of all phases.
 
-    From a folder come the model of the backbone, the mask token and the block size.
+    From a folder come the model of the backbone, the mask token, the block size and the token
+    shift.
 
     Args:
         config: A composed configuration.
@@ -147,10 +148,12 @@ def _with_backbone(init: InitConfig) -> InitConfig:
 
 
 def _with_noise_of_folders(config: RunConfig) -> RunConfig:
-    """Fill in the mask token and the block size if the recipe does not say.
+    """Fill in the mask token, the block size and the token shift if the recipe does not say.
 
-    The first folder that names one decides: the denoiser, the backbone, the tokenizer of the data.
+    The first folder that names a token or a size decides: the denoiser, the backbone, the tokenizer
+    of the data. The token shift is that of the denoiser.
     """
+    config = _with_shift_of_denoiser(config)
     noise, data = config.noise, config.data
     if FROM_FOLDER not in (noise.mask_token_id, noise.block_size_tokens):
         return config
@@ -167,6 +170,20 @@ def _with_noise_of_folders(config: RunConfig) -> RunConfig:
     if noise.block_size_tokens == FROM_FOLDER:
         noise = dataclasses.replace(noise, block_size_tokens=first("block_size", RELEASED_BLOCK_SIZE))
     return dataclasses.replace(config, noise=noise)
+
+
+def _with_shift_of_denoiser(config: RunConfig) -> RunConfig:
+    """Fill in the token shift if the recipe does not say; refuse another than the denoiser's."""
+    shift, folder = config.noise.token_shift, config.init.denoiser
+    if folder and config.objective == "two_tower" and Path(folder).is_dir():
+        own = read_special_tokens(folder).token_shift
+        require(
+            shift in (None, own),
+            f"noise.token_shift: found {str(shift).lower()}, but the denoiser of {folder} has {str(own).lower()}, "
+            "expected the same",
+        )
+        shift = own
+    return dataclasses.replace(config, noise=dataclasses.replace(config.noise, token_shift=bool(shift)))
 
 
 def recipes_folder() -> Path:
@@ -211,6 +228,7 @@ def prepare_hydra(recipe: str) -> tuple[Path, list[str]]:
     _allow_changes(node)
     # Else what a recipe says could not be distinguished from what it leaves out.
     node.noise.mask_token_id = node.noise.block_size_tokens = FROM_FOLDER
+    node.noise.token_shift = None
     for item in dataclasses.fields(ModelConfig):
         node.model[item.name] = MISSING
     ConfigStore.instance().store(name="run_config", node=node)

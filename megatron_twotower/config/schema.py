@@ -126,6 +126,9 @@ class NoiseConfig:
         mask_token_id: The token id that replaces a masked token. A recipe that does not say (or
             says -1) has the mask token of the folder in `init`, of its tokenizer or that of the
             data, or 3. Another id than theirs is refused.
+        token_shift: A position of a block predicts the next token, as an autoregressive model does,
+            not the token at the position. The block then reads the last token before it. A recipe
+            that does not say (or says null) has what the folder in `init.denoiser` has, or false.
         time_per: What has one noise level: a `sequence` or a `block`.
         time_sampling: `uniform`: noise levels are independent. `stratified`: they are spread evenly
             over the range.
@@ -156,6 +159,7 @@ class NoiseConfig:
 
     block_size_tokens: int = setting(16, unit="tokens", at_least=1)
     mask_token_id: int = setting(3, at_least=0)
+    token_shift: bool | None = setting(False, free=True)
     time_per: str = setting("sequence", choices=("sequence", "block"))
     time_sampling: str = setting("uniform", choices=("uniform", "stratified"))
     time_min: float = setting(0.001, above=0, at_most=1)

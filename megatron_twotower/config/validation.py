@@ -102,6 +102,11 @@ def _validate_noise(config: RunConfig) -> None:
         noise.weighting != "elbo" or found is None,
         f"noise.{found}: found it with noise.weighting elbo, which then bounds nothing, expected masked_mean",
     )
+    require(
+        not noise.token_shift or config.data.align_blocks == "grid",
+        f"noise.token_shift: found true with data.align_blocks {config.data.align_blocks}, expected grid: a block "
+        "would have to begin with the last token before the answer",
+    )
     stretches = num_stretches(config.parallel.context)
     divisor = f"noise.block_size_tokens {noise.block_size_tokens}"
     if stretches > 1:

@@ -182,7 +182,9 @@ def _open_run(run: Path, options: ExportOptions) -> ExportableModel:
     return ExportableModel(
         backbone=backbone.backbone_tensors(model) if two_tower and backbone else trained,
         denoiser=trained if two_tower else {},
-        config=model_card.trained_config(config_json, config) if state.step else config_json,
+        config=model_card.with_token_shift(
+            model_card.trained_config(config_json, config) if state.step else config_json, config
+        ),
         naming=backbone.naming if backbone and "backbone" in backbone.towers else TENSOR_NAMINGS["hub"],
         origin=origin,
         generation=model_card.with_special_tokens(model_card.generation_config(backbone_folder, config_json), said)

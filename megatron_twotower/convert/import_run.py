@@ -106,7 +106,7 @@ def _run_config(folder: HfFolder, run: Path, backbone: Path | None) -> RunConfig
             objective="two_tower" if two_tower else "ar",
             output=str(run),
             init=init,
-            noise=NoiseConfig(block_size_tokens=FROM_FOLDER, mask_token_id=FROM_FOLDER),
+            noise=NoiseConfig(block_size_tokens=FROM_FOLDER, mask_token_id=FROM_FOLDER, token_shift=None),
             train=TrainConfig(precision="bf16" if dtype == torch.bfloat16 else "fp32"),
         )
     )

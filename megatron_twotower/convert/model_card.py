@@ -75,7 +75,7 @@ def plain_config(found: Mapping[str, Any], *, dtype: torch.dtype) -> dict[str, A
         found: The `config.json` of the source, which may have two towers, or code in the folder.
         dtype: The dtype of the exported tensors.
     """
-    plain = {key: value for key, value in found.items() if key != "auto_map"}
+    plain = {key: value for key, value in found.items() if key not in ("auto_map", "token_shift")}
     return _with_dtype(plain | {"model_type": MODEL_TYPE, "architectures": ["NemotronHForCausalLM"]}, dtype)
 
 
@@ -102,6 +102,12 @@ def trained_config(found: Mapping[str, Any], config: RunConfig) -> dict[str, Any
     clamp = config.model.time_step_clamp
     lowest = {"time_step_min": max(clamp, _NO_CLAMP)} if config.objective == "ar" else {}
     return {**found, **lowest, **_time_step_limit(clamp)}
+
+
+def with_token_shift(found: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
+    """A `config.json` with what the denoiser of a run says of its positions, and nothing else's."""
+    kept = {key: value for key, value in found.items() if key != "token_shift"}
+    return kept | ({"token_shift": True} if config.objective == "two_tower" and config.noise.token_shift else {})
 
 
 def _time_step_limit(clamp: float) -> dict[str, Any]:
@@ -242,7 +248,8 @@ def run_facts(config: RunConfig, provenance: Mapping[str, Any], *, step: int, cu
 def _noise(config: RunConfig) -> str:
     noise = config.noise
     levels = f"{noise.time_sampling} in {noise.time_min} to {noise.time_max}"
-    return f"one level per {noise.time_per}, {levels}; loss {noise.weighting}"
+    shift = "; positions predict the next token" if noise.token_shift else ""
+    return f"one level per {noise.time_per}, {levels}; loss {noise.weighting}{shift}"
 
 
 _IMPORTS = """import torch

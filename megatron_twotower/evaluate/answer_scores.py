@@ -104,7 +104,7 @@ def score_by_bound(
 ) -> Iterator[ScoredBatch]:
     """Score by a lower bound on the denoiser's log-likelihood. No answer is reported as greedy."""
     for numbers in _batches(pairs, settings.batch_size):
-        cache = model.prefill(*padded_contexts(model, [pairs[i][0] for i in numbers]))
+        cache = model.prefill(*padded_contexts(model, [pairs[i][0] for i in numbers]), for_denoiser=True)
         ids, lengths = _pad_right([pairs[i][1] for i in numbers])
         scores = bound_scores(
             model,

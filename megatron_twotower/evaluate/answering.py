@@ -65,11 +65,11 @@ def _model_here(place: ModelPlace, settings: HarnessSettings) -> TwoTower:
 def answer(asked: _Asked) -> list[Reply]:
     """Do a task with the model of this process, with each of the settings in turn."""
     model, replies, task = _model_here(asked.place, asked.settings), [], asked.task
-    # A comparison is of `ar` and `mask_diffusion`: both read the same.
-    read = model.read(task) if len(asked.compared) > 1 and isinstance(task, WriteTask) else None
+    # A comparison is of `ar` and `mask_diffusion`.
+    reads = model.read(task) if len(asked.compared) > 1 and isinstance(task, WriteTask) else None
     for each in asked.compared:
         model.use(each)
-        replies.append(model.reply(task, read))
+        replies.append(model.reply(task, reads))
     return replies
 
 

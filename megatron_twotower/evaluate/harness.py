@@ -6,7 +6,7 @@ Importing this module registers the name `twotower` with the harness. It needs t
 import copy
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -308,21 +308,29 @@ class TwoTower(TemplateLM):
             self.seconds += reply.seconds
             yield reply
 
-    def read(self, task: WriteTask) -> PromptsRead:
-        """Read the prompts of a task, for answers in the modes `ar` and `mask_diffusion`."""
-        started = time.perf_counter()
-        rows, _ = self._rows(task.prompts, task.answer)
-        cache = self.model.prefill(*padded_contexts(self.model, rows))
-        assert cache.hidden is not None
-        cache.hidden.cpu()  # before the clock is read, the device must be done
-        return PromptsRead(cache, time.perf_counter() - started)
+    def read(self, task: WriteTask) -> dict[str, PromptsRead]:
+        """Read the prompts of a task, for answers in the modes `ar` and `mask_diffusion`.
 
-    def reply(self, task: ScoreTask | WriteTask, read: PromptsRead | None = None) -> Reply:
+        Both have the same reading, unless the denoiser reads the last token itself (`token_shift`).
+        """
+        rows, _ = self._rows(task.prompts, task.answer)
+
+        def timed(for_denoiser: bool) -> PromptsRead:
+            started = time.perf_counter()
+            cache = self.model.prefill(*padded_contexts(self.model, rows), for_denoiser=for_denoiser)
+            if cache.hidden is not None:
+                cache.hidden.cpu()  # before the clock is read, the device must be done
+            return PromptsRead(cache, time.perf_counter() - started)
+
+        by_context = timed(False)
+        return {"ar": by_context, "mask_diffusion": timed(True) if self.model.token_shift else by_context}
+
+    def reply(self, task: ScoreTask | WriteTask, reads: Mapping[str, PromptsRead] | None = None) -> Reply:
         """Do one task with the model of this process.
 
         Args:
             task: The task.
-            read: Its prompts if they have been read.
+            reads: Its prompts by mode if they have been read.
         """
         if isinstance(task, ScoreTask):
             scores: list[Score] = [(0.0, True)] * len(task.pairs)
@@ -333,7 +341,7 @@ class TwoTower(TemplateLM):
                     scores[number] = score
             return Reply(list(scores))
         before = self.passes, self.new_tokens, self.seconds
-        texts = self.write(task.prompts, task.answer, read)
+        texts = self.write(task.prompts, task.answer, None if reads is None else reads[self.settings.mode])
         passes, new_tokens, seconds = self.passes - before[0], self.new_tokens - before[1], self.seconds - before[2]
         return Reply(list(texts), passes, new_tokens, seconds)
 

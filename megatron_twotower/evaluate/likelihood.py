@@ -118,18 +118,19 @@ def _batches(sequences: Tensor) -> Iterator[slice]:
 def _blocks(
     model: TwoTowerModel, sequences: Tensor, block_size: int
 ) -> Iterator[tuple[slice, slice, Tensor, ContextCache]]:
-    """Yield every block of every batch.
+    """Yield every block of every batch that has text before it: all but the first.
 
     Yields:
         Its rows and columns in `sequences`, its clean ids (b, s), and the cache of the text before
         it.
     """
     for rows in _batches(sequences):
-        cache = model.prefill(sequences[rows, :0])
+        cache = model.prefill(sequences[rows, :0], for_denoiser=True)
         for start in range(0, sequences.shape[1], block_size):
             columns = slice(start, start + block_size)
             clean = sequences[rows, columns]
-            yield rows, columns, clean, cache
+            if start:
+                yield rows, columns, clean, cache
             if start + block_size < sequences.shape[1]:
                 model.extend(cache, clean)
 
@@ -155,8 +156,8 @@ def masked_loss_by_noise(
 ) -> list[dict[str, Any]]:
     """The cross-entropy of the denoiser at masked positions, at fixed noise levels.
 
-    Every block is predicted after its clean context. All levels use the same uniform numbers, so
-    that a level masks every token that a lower level masks.
+    Every block but the first is predicted after its clean context. All levels use the same uniform
+    numbers, so that a level masks every token that a lower level masks.
 
     Args:
         model: Two-tower model.
@@ -257,8 +258,6 @@ def bound_nats(
     generator = torch.Generator().manual_seed(seed)
     nats = torch.zeros(sequences.shape, dtype=torch.float64)
     for rows, columns, clean, cache in _blocks(model, sequences, block_size):
-        if columns.start == 0:
-            continue
         for draw in range(draws):
             u = (draw + torch.rand(len(clean), generator=generator, dtype=torch.float64)) / draws
             masked, t, weight = masks_by_count(u, torch.rand(clean.shape, generator=generator))
@@ -283,13 +282,10 @@ def ar_scores(model: TwoTowerModel, cache: ContextCache, ids: Tensor) -> tuple[T
     Returns:
         Log-probabilities (b, l), and whether each token is the most probable one, (b, l) bool.
     """
-    assert cache.hidden is not None
-    logits = model.context_lm_head(cache.hidden).unsqueeze(1)
     if ids.numel() > LOGIT_ROWS:
-        return _ar_scores_in_pieces(model, copy.deepcopy(cache), ids, logits)
-    if ids.shape[1] > 1:
-        logits = torch.cat([logits, model.verify(cache, ids[:, :-1])], dim=1)
-    return _scores(logits, ids)
+        first = model.next_token_logits(cache, ids[:, :0])
+        return _ar_scores_in_pieces(model, copy.deepcopy(cache), ids, first)
+    return _scores(model.next_token_logits(cache, ids[:, :-1]), ids)
 
 
 def _scores(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -331,7 +327,7 @@ def bound_scores(
 
     Args:
         model: Two-tower model.
-        cache: The cache of the text before the continuations; it is extended.
+        cache: The `prefill` of the text before the continuations, `for_denoiser`; it is extended.
         ids: (b, l) continuations, padded on the right.
         lengths: (b,) tokens of each continuation.
         block_size: s.
@@ -376,6 +372,6 @@ def mock_ar_scores(model: TwoTowerModel, cache: ContextCache, last: Tensor, ids:
     """
     parts = []
     for token in torch.cat([last, ids[:, :-1].to(last.device)], dim=1).split(1, dim=1):
-        parts.append(model.denoise_block(token, None, cache))
+        parts.append(model.lm_head(model.denoise_hidden(token, None, cache)))
         model.extend(cache, token)
     return _scores(torch.cat(parts, dim=1), ids)

@@ -61,7 +61,7 @@ def find_checkpoint(run: Path, config: RunConfig, *, fingerprint: str | None) ->
 # of step 0, and its configuration does not know what the run will be.
 _FIXED = {
     "conditioning": ("frequencies", "period", "time_scale", "round_time_to_bf16", "without"),
-    "noise": ("mask_token_id",),
+    "noise": ("mask_token_id", "token_shift"),
 }
 
 

@@ -97,7 +97,7 @@ def masked_diffusion_loss(
     *,
     context: Tower | None = None,
 ) -> LossReport:
-    """Compute the cross-entropy of the clean tokens at masked positions.
+    """Compute the cross-entropy of the masked targets.
 
     `masked_mean` divides by the number of masked positions: the objective of the published trainer,
     but over the global batch. `elbo` weights each position by 1 / t and divides by the number of
@@ -130,9 +130,12 @@ def masked_diffusion_loss(
     if batch.teacher_shares is not None:
         assert context is not None, "the targets of teacher_shares are those of a context tower"
         clean = hidden[:, len(batch.noisy) :].detach()
-        before = _states_before(clean, positions, context_ranks(groups.cp, batch.sequence_documents))
-        teacher = Teacher(before, context.output_layer(), batch.teacher_shares)
-    targets = batch.tokens.flatten()[positions]
+        if noise.token_shift:
+            states = clean.transpose(0, 1).flatten(0, 1)[positions]
+        else:
+            states = _states_before(clean, positions, context_ranks(groups.cp, batch.sequence_documents))
+        teacher = Teacher(states, context.output_layer(), batch.teacher_shares)
+    targets = batch.targets.flatten()[positions]
     total, losses = _head(tower, rows, targets, weights, groups, teacher=teacher, certainty=noise.certainty)
     index = noise_buckets(levels, noise.report_buckets)
     zeros = torch.zeros(noise.report_buckets, device=levels.device)

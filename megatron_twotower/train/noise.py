@@ -109,8 +109,7 @@ def _mask(batch: Batch, noise: NoiseConfig, seed: int, draw: int, times: Tensor)
 
     if noise.mask_counts == "random":
         return (uniform(_MASKS, offsets) < levels).reshape(-1, length)
-    scored = torch.ones_like(batch.tokens, dtype=torch.bool) if batch.scored is None else batch.scored
-    in_blocks = scored.unflatten(1, (-1, noise.block_size_tokens))
+    in_blocks = maskable(batch, noise).unflatten(1, (-1, noise.block_size_tokens))
     counts = (levels * in_blocks.sum(-1, keepdim=True) + uniform(_COUNTS)).floor()
     if noise.mask_counts == "at_least_one":
         counts = counts.clamp(min=1)
@@ -120,6 +119,42 @@ def _mask(batch: Batch, noise: NoiseConfig, seed: int, draw: int, times: Tensor)
     times_of_arrival = times_of_arrival.masked_fill(~in_blocks, math.inf)  # others are never masked
     places = times_of_arrival.argsort(dim=-1).argsort(dim=-1)
     return (places < counts).reshape(-1, length)
+
+
+def maskable(batch: Batch, noise: NoiseConfig) -> Tensor:
+    """Which targets may be masked, (b, l) bool: all, or of conversations those of answers."""
+    if batch.scored is None:
+        return torch.ones_like(batch.tokens, dtype=torch.bool)
+    return _targets(batch.scored, noise)
+
+
+def _targets(of_tokens: Tensor, noise: NoiseConfig) -> Tensor:
+    """Values (b, l) of tokens -> those of the targets of positions; 0 beyond the sequence."""
+    return F.pad(of_tokens[:, 1:], (0, 1)) if noise.token_shift else of_tokens
+
+
+def _scorable(batch: Batch, noise: NoiseConfig) -> Tensor:
+    """Which targets may be scored, (b, l) bool: those that are text, and may be masked.
+
+    With `token_shift` the first token of a sequence, and of a document, is no target.
+    """
+    text = torch.ones_like(batch.tokens, dtype=torch.bool) if batch.padding is None else ~batch.padding
+    scorable = _targets(text, noise) & maskable(batch, noise)
+    if noise.token_shift and batch.documents is not None:
+        scorable[:, :-1] &= batch.documents[:, 1:] == batch.documents[:, :-1]
+    return scorable
+
+
+def _hidden(masked: Tensor, noise: NoiseConfig) -> Tensor:
+    """Which positions of the noisy stream hold the mask token, for masked targets (r b, l) bool.
+
+    With `token_shift` the first position of a block holds the last token of the text before it, and
+    each other one the target of the position before.
+    """
+    if not noise.token_shift:
+        return masked
+    in_blocks = masked.unflatten(1, (-1, noise.block_size_tokens))
+    return F.pad(in_blocks[..., :-1], (1, 0)).flatten(1)
 
 
 def noisy_batch(
@@ -132,18 +167,16 @@ def noisy_batch(
 
     Args:
         batch: The clean sequences.
-        masked: (r b, l) bool.
+        masked: (r b, l) bool, the targets that are masked.
         times: (r b, n) or (r b, 1) float32 noise levels.
         noise: The settings of the noise.
         stretches: As in `corrupt`.
     """
     draws = len(masked) // len(batch.tokens)
-    real = torch.ones_like(masked) if batch.padding is None else ~batch.padding.repeat(draws, 1)
-    if batch.scored is not None:
-        real = real & batch.scored.repeat(draws, 1)
-        masked = masked & real
-    scored = masked & real
-    noisy = batch.tokens.repeat(draws, 1).masked_fill(masked, noise.mask_token_id)
+    masked = masked & maskable(batch, noise).repeat(draws, 1)
+    scorable = _scorable(batch, noise).repeat(draws, 1)
+    scored = masked & scorable
+    noisy = batch.tokens.repeat(draws, 1).masked_fill(_hidden(masked, noise), noise.mask_token_id)
     shares = teacher_shares(batch, masked, noise) if noise.distils else None
     weights = distance_weights(masked, noise) if noise.distance_decay else None
 
@@ -155,15 +188,16 @@ def noisy_batch(
     return NoisyBatch(
         tokens=rows(batch.tokens),
         noisy=rows(noisy),
+        targets=rows(_targets(batch.tokens, noise)),
         times=_times_of_rows(times, stretches, block=noise.block_size_tokens),
         scored_positions=scored_positions,
         num_scored=torch.tensor(len(positions), dtype=torch.int32),
-        num_tokens=rows(real).sum(dtype=torch.int32),
+        num_tokens=rows(scorable).sum(dtype=torch.int32),
         block=noise.block_size_tokens,
         documents=None if batch.documents is None else rows(batch.documents),
         padding=None if batch.padding is None else rows(batch.padding),
         sequence_documents=None if stretches == COMPLETE else batch.documents,
-        sequence_weights=(real if noise.weighting == "elbo" else scored).sum(dim=1, dtype=torch.float32),
+        sequence_weights=(scorable if noise.weighting == "elbo" else scored).sum(dim=1, dtype=torch.float32),
         teacher_shares=None if shares is None else rows(shares).flatten()[scored_positions],
         distance_weights=None if weights is None else rows(weights).flatten()[scored_positions],
     )
@@ -188,16 +222,20 @@ def teacher_shares(batch: Batch, masked: Tensor, noise: NoiseConfig) -> Tensor:
 
     Args:
         batch: The clean sequences.
-        masked: (r b, l) bool.
+        masked: (r b, l) bool, the targets that are masked.
         noise: The settings of the noise.
 
     Returns:
         (r b, l) float32.
     """
     visible = ~masked.unflatten(1, (-1, noise.block_size_tokens))
+    if noise.token_shift:  # no position of the block holds its last target
+        visible[..., -1] = False
     visible_from_here = visible.flip(-1).cumsum(-1).flip(-1) > 0
     visible_later = F.pad(visible_from_here[..., 1:], (0, 1)).flatten(1)
     shares = torch.where(visible_later, noise.distillation_elsewhere, noise.distillation)
+    if noise.token_shift:  # such a token is no target
+        return shares
     starts = torch.zeros_like(batch.tokens, dtype=torch.bool)
     starts[:, 0] = True
     if batch.documents is not None:
@@ -211,7 +249,7 @@ def distance_weights(masked: Tensor, noise: NoiseConfig) -> Tensor:
     d is the distance from the last visible token before it; the token before the block is visible.
 
     Args:
-        masked: (r b, l) bool.
+        masked: (r b, l) bool, the targets that are masked.
         noise: The settings of the noise.
 
     Returns:
