@@ -14,6 +14,7 @@ from megatron_twotower.common.files import atomic_folder
 from megatron_twotower.common.progress import BytesProgress, silent_bytes
 from megatron_twotower.config import recipes
 from megatron_twotower.config.schema import FROM_FOLDER, InitConfig, NoiseConfig, RunConfig, TrainConfig
+from megatron_twotower.config.special_tokens import read_special_tokens
 from megatron_twotower.convert.hf_folder import HfFolder, dtype_name, fingerprint, raise_faults
 from megatron_twotower.convert.initial_weights import check_pointer
 from megatron_twotower.convert.mcore_checkpoint import checkpoint_tensors, write_weights
@@ -101,12 +102,13 @@ def _run_config(folder: HfFolder, run: Path, backbone: Path | None) -> RunConfig
     else:
         init = InitConfig(backbone=str(backbone) if backbone else None, denoiser=path)
     dtype = folder.tensor("lm_head.weight").dtype
+    shift = two_tower and read_special_tokens(path).token_shift
     config = recipes.resolve(
         RunConfig(
             objective="two_tower" if two_tower else "ar",
             output=str(run),
             init=init,
-            noise=NoiseConfig(block_size_tokens=FROM_FOLDER, mask_token_id=FROM_FOLDER, token_shift=None),
+            noise=NoiseConfig(block_size_tokens=FROM_FOLDER, mask_token_id=FROM_FOLDER, token_shift=shift),
             train=TrainConfig(precision="bf16" if dtype == torch.bfloat16 else "fp32"),
         )
     )

@@ -58,7 +58,7 @@ def find_checkpoint(run: Path, config: RunConfig, *, fingerprint: str | None) ->
 
 
 # Settings that change what the denoiser computes from the same input. A checkpoint of an import is
-# of step 0, and its configuration does not know what the run will be.
+# of step 0, and its configuration knows no mask token unless the folder names one.
 _FIXED = {
     "conditioning": ("frequencies", "period", "time_scale", "round_time_to_bf16", "without"),
     "noise": ("mask_token_id", "token_shift"),
@@ -78,8 +78,8 @@ def _check_fixed(checkpoint: Path, state: CheckpointState, config: RunConfig) ->
         # A key that an older version did not have counts as its default.
         before = state.configuration.get(section, {})
         before = defaults[section] | before if before else now[section]
-        for name in names if state.step or section == "conditioning" else ():
-            if before[name] != now[section][name]:
+        for name in names:
+            if (state.step or name != "mask_token_id") and before[name] != now[section][name]:
                 raise UserError(
                     f"{section}.{name}: found {now[section][name]}, expected {before[name]}, as in {checkpoint}"
                 )

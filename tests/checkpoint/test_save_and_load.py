@@ -283,6 +283,7 @@ FIXED = {
     "noise.mask_token_id=5": "noise.mask_token_id: found 5, expected 3, as in",
     "conditioning.period=100": "conditioning.period: found 100.0, expected 10000.0, as in",
     "conditioning.frequencies=64": "conditioning.frequencies: found 64, expected 256, as in",
+    "noise.token_shift=true": "noise.token_shift: found True, expected False, as in",
 }
 
 

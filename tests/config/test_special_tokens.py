@@ -1,15 +1,18 @@
 """What a folder says of its special tokens, and recipes that take it from there."""
 
+import dataclasses
 import json
 
 import pytest
 
 from helpers import hf_folders
+from megatron_twotower.checkpoint import files
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.recipes import load_recipe
 from megatron_twotower.config.schema import NoiseConfig
 from megatron_twotower.config.special_tokens import SpecialTokens, read_special_tokens
 from megatron_twotower.convert import export, import_run
+from megatron_twotower.train.checkpoints import find_checkpoint
 
 TOKENIZER = {
     "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "<mask>": 5}},
@@ -138,6 +141,55 @@ def test_an_import_continues_with_what_the_folder_says_and_an_export_says_it_aga
     assert (noise.mask_token_id, noise.block_size_tokens) == (40, 8)
     export.export(tmp_path / "run", tmp_path / "again")
     assert json.loads((tmp_path / "again" / "generation_config.json").read_text()) == said
+
+
+def says_shift(folder, value=True):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"token_shift": value}))
+    return folder
+
+
+def test_the_token_shift_is_that_of_the_denoiser_and_no_other(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("defaults:\n  - run_config\n  - _self_\n")
+    with_shift = says_shift(hf_folders.write(tmp_path / "with", "two_tower"))
+    without = hf_folders.write(tmp_path / "without", "two_tower")
+
+    def shift(*settings):
+        return load_recipe(str(tmp_path / "recipe.yaml"), settings).noise.token_shift
+
+    assert shift(f"init.backbone={with_shift}") is False, "a context tower has none"
+    assert shift(f"init.backbone={with_shift}", "noise.token_shift=true") is True
+    assert shift(f"init.denoiser={with_shift}") is True
+    assert shift(f"init.denoiser={with_shift}", "noise.token_shift=true") is True
+    assert shift(f"init.denoiser={without}") is False
+    for folder, found, expected in ((with_shift, "false", "true"), (without, "true", "false")):
+        with pytest.raises(UserError) as error:
+            shift(f"init.denoiser={folder}", f"noise.token_shift={found}")
+        named = f"noise.token_shift: found {found}, but the denoiser of {folder} has {expected}, expected the same"
+        assert str(error.value) == named
+    with pytest.raises(UserError, match=r"config\.json: token_shift: found 1, expected true or false$"):
+        shift(f"init.denoiser={says_shift(without, 1)}")
+
+
+@pytest.mark.parametrize("what", ["two_tower", "denoiser", "context"])
+def test_an_import_and_an_export_keep_the_token_shift_of_a_denoiser(tmp_path, what):
+    source = says_shift(hf_folders.write(tmp_path / "source", "two_tower"))
+    export.export(source, tmp_path / "given", options=export.ExportOptions(what))
+    kept = what != "context"
+
+    def said(folder):
+        return json.loads((tmp_path / folder / "config.json").read_text()).get("token_shift", False)
+
+    assert said("given") is kept
+    config = import_run.import_folder(tmp_path / "given", tmp_path / "run")
+    assert config.noise.token_shift is kept
+    if kept:
+        with pytest.raises(UserError, match=r"^noise\.token_shift: found False, expected True, as in"):
+            other = dataclasses.replace(config, noise=dataclasses.replace(config.noise, token_shift=False))
+            (saved,) = files.find_checkpoints(tmp_path / "run")
+            find_checkpoint(tmp_path / "run", other, fingerprint=files.read_state(saved).fingerprint)
+    export.export(tmp_path / "run", tmp_path / "again")
+    assert said("again") is kept
 
 
 def test_an_import_refuses_a_folder_that_disagrees(tmp_path):

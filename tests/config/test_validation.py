@@ -48,6 +48,12 @@ def test_states_are_left_out_only_where_there_are_some(changes, message):
         validate(planned_config(changes | without), world_size=1)
 
 
+def test_blocks_that_begin_with_an_answer_have_no_token_shift():
+    validate(planned_config({"noise.token_shift": True}), world_size=1)
+    with pytest.raises(UserError, match=r"^noise\.token_shift: found true with data\.align_blocks answer"):
+        validate(planned_config({"noise.token_shift": True, "data.align_blocks": "answer"}), world_size=1)
+
+
 def test_attention_of_another_layer_is_on_the_same_stage():
     without = {"conditioning.without": "aligned_attention"}
     with pytest.raises(UserError, match=r"found aligned_attention with .* ME\*-ME, expected at least 2 of \*$"):

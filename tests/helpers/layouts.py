@@ -76,7 +76,9 @@ RUNS = {
         "phases": [PhaseConfig("first", 3 * TOKENS), PhaseConfig("second", 2 * TOKENS, block_size_tokens=4)],
     },
     "ar": {"objective": "ar", "train": {"sequence_aux_loss": 0.1}},
-    "small blocks": {"noise": {"block_size_tokens": 4, "distance_decay": 3.0}},
+    "small blocks": {
+        "noise": {"block_size_tokens": 4, "distance_decay": 3.0, "token_shift": True, "distillation": 0.9}
+    },
     "ar without documents": {"objective": "ar"},
     # A rate at which five steps of bf16 change every parameter.
     "bf16": {"train": {"precision": "bf16"}, "optimizer": {"learning_rate": 1e-2}},
