@@ -1,10 +1,13 @@
 """The pages: short enough to read, and nothing named in them that is not there."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from megatron_twotower.cli.main import parse
+from megatron_twotower.config import recipes
 from megatron_twotower.config.recipes import load_recipe, recipes_folder
 from megatron_twotower.config.validation import validate
 
@@ -48,6 +51,30 @@ def test_every_source_file_that_is_named_exists(page):
         if name.split("/")[0] in {path.name for folder in folders[:2] for path in folder.iterdir()}:
             missing += [] if any(list(folder.glob(name.rstrip("/"))) for folder in folders) else [name]
     assert missing == []
+
+
+def commands(page):
+    """The `twotower` commands of a page, without comments, those that leave words open left out."""
+    text = page.read_text().replace("\\\n", " ")
+    for line in re.findall(r"^ {4,}(?:\w+=\S+ )*twotower (.*)$", text, flags=re.MULTILINE):
+        words = shlex.split(line, comments=True)
+        if not any("[" in word or word.endswith("...") or word == "|" for word in words):
+            yield words
+
+
+COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
+
+
+@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda each: " ".join(each)[:60] if type(each) is list else "")
+def test_every_command_is_one(page, words, monkeypatch):
+    """Its options are known, and its recipe has every key, of this type."""
+    arguments = parse(words)
+    settings = getattr(arguments, "settings", [])
+    named = [word.removeprefix("recipe=") for word in settings if word.startswith("recipe=")]
+    if not named or "--multirun" in words or named[0].startswith("runs/"):
+        return
+    monkeypatch.setattr(recipes, "resolve", lambda config, **_: config)  # folders need not be there
+    load_recipe(named[0], [word for word in settings if not word.startswith("recipe=")])
 
 
 def test_every_page_is_in_the_index():
