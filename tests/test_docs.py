@@ -65,7 +65,9 @@ def commands(page):
 COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
 
 
-@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda each: " ".join(each)[:60] if type(each) is list else "")
+@pytest.mark.parametrize(
+    ("page", "words"), COMMANDS, ids=lambda each: " ".join(each)[:60] if type(each) is list else ""
+)
 def test_every_command_is_one(page, words, monkeypatch):
     """Its options are known, and its recipe has every key, of this type."""
     arguments = parse(words)
