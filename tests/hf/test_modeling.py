@@ -315,6 +315,30 @@ def test_a_function_stops_rows_when_text_has_grown(mode, eos):
 # --- mask diffusion ---
 
 
+@pytest.mark.parametrize("by", ["eos", "stop"])
+@pytest.mark.parametrize("token_shift", [False, True])
+def test_a_row_that_ends_within_a_block_gets_no_further_passes(by, token_shift):
+    """From the left, one token a pass: so a row has as many passes as tokens."""
+    model, ids = tiny_model(token_shift=token_shift), random_ids(2, 6)
+    settings = {"block_size": 8, "sampler": "prefix:1"}
+    whole = model.generate_mask_diffusion(ids, 24, eos_token_id=(), **settings)[:, 6:]
+    row = whole[0].tolist()
+    end = next(place for place in range(9, 24) if row[place] not in row[:place] and place % 8 < 6)
+    lengths = torch.tensor([end + 1, 3])
+    if by == "eos":
+        found = model.generate_mask_diffusion(ids[:1], 24, eos_token_id=row[end], **settings)[:, 6:]
+        expected_passes = end + 1
+    else:
+        found = model.generate_mask_diffusion(
+            ids, 24, eos_token_id=(), stop=lambda new, counts: counts >= lengths, **settings
+        )[:, 6:]
+        assert torch.equal(found[1], torch.cat([whole[1, :3], whole[1, 2].expand(end - 2)]))
+        expected_passes = end + 1 + 3
+    assert torch.equal(found[0], whole[0, : end + 1])
+    stats = model.last_generation
+    assert (stats.passes, stats.row_passes, stats.new_tokens) == (end + 1, expected_passes, expected_passes)
+
+
 def test_commit_takes_the_most_confident_as_many_as_the_rule_says():
     confidence = torch.tensor([[0.95, 0.2, 0.99, 0.5], [0.1, 0.3, 0.2, 0.4], [0.9] * 4, [1.0] * 4])
     masked = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0]], dtype=torch.bool)
