@@ -24,8 +24,7 @@ def test_every_recipe_loads_validates_and_dry_runs(recipe, tiny_backbone, capsys
     tiny = dict.fromkeys(("tiny", "tiny_phases"), tiny_backbone)
     start = {"quickstart": CODE, "code": CODE, "bytes": BYTES, "sft_ar": BYTES, **tiny}.get(recipe)
     overrides = [f"init.backbone={start}"] if start else []
-    denoiser = {"bytes_distil": BYTES, "code_distil": CODE}.get(recipe)
-    overrides += [f"init.denoiser={denoiser}"] if denoiser else []
+    overrides += [f"init.denoiser={BYTES}"] if recipe == "bytes_distil" else []
     config = load_recipe(recipe, overrides)
     validate(config, world_size=1)
     assert main.main(["train", "--dry-run", f"recipe={recipe}", *overrides]) == 0
