@@ -9,9 +9,9 @@ from helpers import hf_folders
 from megatron_twotower.checkpoint import files
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.recipes import load_recipe
-from megatron_twotower.config.schema import NoiseConfig
+from megatron_twotower.config.schema import NoiseConfig, RunConfig
 from megatron_twotower.config.special_tokens import SpecialTokens, read_special_tokens
-from megatron_twotower.convert import export, import_run
+from megatron_twotower.convert import export, import_run, model_card
 from megatron_twotower.train.checkpoints import find_checkpoint
 
 TOKENIZER = {
@@ -190,6 +190,15 @@ def test_an_import_and_an_export_keep_the_token_shift_of_a_denoiser(tmp_path, wh
             find_checkpoint(tmp_path / "run", other, fingerprint=files.read_state(saved).fingerprint)
     export.export(tmp_path / "run", tmp_path / "again")
     assert said("again") is kept
+
+
+def test_a_run_says_its_own_token_shift_and_not_that_of_its_backbone():
+    config = RunConfig(objective="two_tower")
+    shifted = dataclasses.replace(config, noise=NoiseConfig(token_shift=True))
+    for found in ({"a": 1}, {"a": 1, "token_shift": True}):
+        assert model_card.with_token_shift(found, config) == {"a": 1}
+        assert model_card.with_token_shift(found, shifted) == {"a": 1, "token_shift": True}
+        assert model_card.with_token_shift(found, dataclasses.replace(shifted, objective="ar")) == {"a": 1}
 
 
 def test_an_import_refuses_a_folder_that_disagrees(tmp_path):
