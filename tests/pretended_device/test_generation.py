@@ -208,8 +208,9 @@ MEASURES = {
     ),
     "bound": lambda model: likelihood.bound_nats(model, ALL, block_size=8, draws=2, seed=1, mask_id=MASK),
 }
-# What a call waits for, by reading it: two levels or draws of three or two blocks that are
-# denoised, two that are read; what the towers are given and what they say go over at once.
+# What a call waits for, by reading it: two levels or draws of the two blocks that are denoised, and
+# two that are read; what the towers are given and what they say go over at once.
+DENOISED = 4
 WAITED = {
     "next token": {
         "a copy from the host: modeling_nemotron_h_twotower.forward": 1,
@@ -218,12 +219,12 @@ WAITED = {
     },
     **{
         name: {
-            "a copy from the host: modeling_nemotron_h_twotower.forward": denoised + 2,
-            "a copy from the host: modeling_nemotron_h_twotower.modulations": denoised,
-            "a copy from the host: likelihood.token_nats": denoised,
-            "a copy to the host: likelihood._masked_nats": denoised,
+            "a copy from the host: modeling_nemotron_h_twotower.forward": DENOISED + 2,
+            "a copy from the host: modeling_nemotron_h_twotower.modulations": DENOISED,
+            "a copy from the host: likelihood.token_nats": DENOISED,
+            "a copy to the host: likelihood._masked_nats": DENOISED,
         }
-        for name, denoised in (("by noise", 6), ("bound", 4))
+        for name in ("by noise", "bound")
     },
 }
 
