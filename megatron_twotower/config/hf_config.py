@@ -199,6 +199,17 @@ def _lower_limit(found: Mapping[str, Any], source: str) -> float:
     return low
 
 
+def read_token_shift(folder: str | Path) -> bool:
+    """Whether positions of the denoiser of a folder predict the next token, from `config.json`.
+
+    Raises:
+        UserError: The file cannot be read, or has something else than a boolean.
+    """
+    shift = read_object(Path(folder) / "config.json").get("token_shift", False)
+    require(isinstance(shift, bool), f"{folder}/config.json: token_shift: found {shift!r}, expected true or false")
+    return shift
+
+
 def read_hf_config(folder: str | Path) -> dict[str, Any]:
     """Read the `config.json` of a Hugging Face folder.
 

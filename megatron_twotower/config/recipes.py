@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_twotower.common.errors import UserError, require
-from megatron_twotower.config.hf_config import model_from_hf, read_hf_config, read_pointer
+from megatron_twotower.config.hf_config import model_from_hf, read_hf_config, read_pointer, read_token_shift
 from megatron_twotower.config.overrides import plain_overrides, quoted
 from megatron_twotower.config.phases import steps_of
 from megatron_twotower.config.schema import FROM_FOLDER, InitConfig, ModelConfig, RunConfig, flatten
@@ -176,7 +176,7 @@ def _with_shift_of_denoiser(config: RunConfig) -> RunConfig:
     """Fill in the token shift if the recipe does not say; refuse another than the denoiser's."""
     shift, folder = config.noise.token_shift, config.init.denoiser
     if folder and config.objective == "two_tower" and Path(folder).is_dir():
-        own = read_special_tokens(folder).token_shift
+        own = read_token_shift(folder)
         require(
             shift in (None, own),
             f"noise.token_shift: found {str(shift).lower()}, but the denoiser of {folder} has {str(own).lower()}, "

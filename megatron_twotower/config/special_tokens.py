@@ -28,15 +28,12 @@ class SpecialTokens:
         block_size: Tokens of a block, for generation and for further training.
         trained_block_sizes: All block sizes that the denoiser was trained with.
         eos_token_ids: Each of them ends a text.
-        token_shift: Whether positions of the denoiser predict the next token; only `config.json`
-            says it, as another answer makes another model of the same weights.
     """
 
     mask_token_id: int | None = None
     block_size: int | None = None
     trained_block_sizes: tuple[int, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
-    token_shift: bool = False
 
 
 def read_special_tokens(folder: str | Path) -> SpecialTokens:
@@ -45,7 +42,7 @@ def read_special_tokens(folder: str | Path) -> SpecialTokens:
     As in `transformers`, EOS of `generation_config.json` replaces that of `config.json`.
 
     Raises:
-        UserError: A file cannot be read, a value is not of its kind, or two files disagree.
+        UserError: A file cannot be read, a value is not an id, or two files disagree.
     """
     home = Path(folder)
     generation, config = (read_object(home / name) for name in (GENERATION_FILE, "config.json"))
@@ -54,8 +51,6 @@ def read_special_tokens(folder: str | Path) -> SpecialTokens:
     block_size = _said_once(home, generation, config, "block_size", least=1)
     sizes = _ids(generation, "trained_block_sizes", home / GENERATION_FILE, least=1)
     mask_token_id = _said_once(home, generation, config, "mask_token_id")
-    shift = config.get("token_shift", False)
-    require(isinstance(shift, bool), f"{home}/config.json: token_shift: found {shift!r}, expected true or false")
     names, named = _named_ids(home)
     mask, own_eos = named.get("mask_token"), named.get("eos_token")
     require(
@@ -73,7 +68,6 @@ def read_special_tokens(folder: str | Path) -> SpecialTokens:
         block_size,
         sizes or ((block_size,) if block_size else ()),
         eos or (() if own_eos is None else (own_eos,)),
-        shift,
     )
 
 

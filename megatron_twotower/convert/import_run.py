@@ -13,8 +13,8 @@ from megatron_twotower.common.errors import UserError
 from megatron_twotower.common.files import atomic_folder
 from megatron_twotower.common.progress import BytesProgress, silent_bytes
 from megatron_twotower.config import recipes
+from megatron_twotower.config.hf_config import read_token_shift
 from megatron_twotower.config.schema import FROM_FOLDER, InitConfig, NoiseConfig, RunConfig, TrainConfig
-from megatron_twotower.config.special_tokens import read_special_tokens
 from megatron_twotower.convert.hf_folder import HfFolder, dtype_name, fingerprint, raise_faults
 from megatron_twotower.convert.initial_weights import check_pointer
 from megatron_twotower.convert.mcore_checkpoint import checkpoint_tensors, write_weights
@@ -102,7 +102,7 @@ def _run_config(folder: HfFolder, run: Path, backbone: Path | None) -> RunConfig
     else:
         init = InitConfig(backbone=str(backbone) if backbone else None, denoiser=path)
     dtype = folder.tensor("lm_head.weight").dtype
-    shift = two_tower and read_special_tokens(path).token_shift
+    shift = two_tower and read_token_shift(path)
     config = recipes.resolve(
         RunConfig(
             objective="two_tower" if two_tower else "ar",

@@ -17,6 +17,7 @@ from megatron_twotower.config.schema import NoiseConfig
 from megatron_twotower.model.towers import Tower
 from megatron_twotower.ops.context_parallel import ContextRanks, context_ranks, finish, rows_of_stretches
 from megatron_twotower.ops.cross_entropy import Teacher, linear_cross_entropy
+from megatron_twotower.train.noise import has_next_token
 from megatron_twotower.types import Batch, LossReport, NoisyBatch, TargetBatch, noise_buckets
 
 
@@ -35,13 +36,6 @@ def next_tokens(batch: Batch, stretches: Sequence[slice] = COMPLETE) -> TargetBa
         stretches: The positions that this rank has of each sequence (`config.context_split`). Of
             the other tokens of the batch only the one after each stretch is used.
     """
-    weights = torch.ones_like(batch.tokens[:, 1:], dtype=torch.float32)
-    if batch.documents is not None:
-        weights = weights * (batch.documents[:, 1:] == batch.documents[:, :-1])
-    if batch.padding is not None:
-        weights = weights * ~batch.padding[:, 1:]
-    if batch.scored is not None:
-        weights = weights * batch.scored[:, 1:]
 
     def rows(tensor: Tensor) -> Tensor:
         return rows_of_stretches(tensor, stretches)
@@ -49,7 +43,7 @@ def next_tokens(batch: Batch, stretches: Sequence[slice] = COMPLETE) -> TargetBa
     return TargetBatch(
         tokens=rows(batch.tokens),
         targets=rows(F.pad(batch.tokens[:, 1:], (0, 1))),
-        weights=rows(F.pad(weights, (0, 1))),
+        weights=rows(has_next_token(batch).float()),
         documents=None if batch.documents is None else rows(batch.documents),
         padding=None if batch.padding is None else rows(batch.padding),
         sequence_documents=None if stretches == COMPLETE else batch.documents,

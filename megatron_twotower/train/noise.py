@@ -138,11 +138,21 @@ def _scorable(batch: Batch, noise: NoiseConfig) -> Tensor:
 
     With `token_shift` the first token of a sequence, and of a document, is no target.
     """
-    text = torch.ones_like(batch.tokens, dtype=torch.bool) if batch.padding is None else ~batch.padding
-    scorable = _targets(text, noise) & maskable(batch, noise)
-    if noise.token_shift and batch.documents is not None:
-        scorable[:, :-1] &= batch.documents[:, 1:] == batch.documents[:, :-1]
-    return scorable
+    if noise.token_shift:
+        return has_next_token(batch)
+    return maskable(batch, noise) if batch.padding is None else maskable(batch, noise) & ~batch.padding
+
+
+def has_next_token(batch: Batch) -> Tensor:
+    """Where the next token is text of the same document that may be scored, (b, l) bool."""
+    found = torch.ones_like(batch.tokens[:, 1:], dtype=torch.bool)
+    if batch.documents is not None:
+        found = found & (batch.documents[:, 1:] == batch.documents[:, :-1])
+    if batch.padding is not None:
+        found = found & ~batch.padding[:, 1:]
+    if batch.scored is not None:
+        found = found & batch.scored[:, 1:]
+    return F.pad(found, (0, 1))
 
 
 def _hidden(masked: Tensor, noise: NoiseConfig) -> Tensor:
