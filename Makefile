@@ -189,7 +189,7 @@ STUDIES = runs/studies
 $(STUDIES)/%/data/train/index.json: | $(VENV)/.installed
 	$(TWOTOWER) data prepare --input python-stdlib --tokenizer recipes/backbones/$* --output $(STUDIES)/$*/data
 
-study: $(STUDIES)/mini/data/train/index.json $(STUDIES)/small/data/train/index.json ## compare ways to train over seeds (STUDY=objective, or paper; hours, resumes)
+study: $(STUDIES)/mini/data/train/index.json $(STUDIES)/small/data/train/index.json ## compare ways to train over seeds (STUDY=objective, without_shift or paper; hours, resumes)
 	$(TWOTOWER) study recipes/studies/$(STUDY).yaml --output $(STUDIES)/$(STUDY) --workers 2
 
 bench: $(VENV)/.installed ## measure operations, steps and the loader (about half an hour)

@@ -61,6 +61,14 @@ TASKS = {
     "prefill_chunk_size": option("positions of each context that the context tower reads at a time", **COUNT),
     "sampler": option("another rule to commit tokens than the confidence threshold", metavar="NAME:NUMBERS"),
 }
+DRAFTS = {
+    "drafts": option(
+        "tokens that the denoiser sees for drafts that the context tower verifies, to compare with AR",
+        nargs="*",
+        metavar="S",
+        at_least=2,
+    )
+}
 TASK_OPTIONS = ("--shots", "--limit", "--task-files", "--allow-code-execution", "--apply-chat-template", "--questions")
 
 
@@ -68,14 +76,14 @@ TASK_OPTIONS = ("--shots", "--limit", "--task-files", "--allow-code-execution", 
 # command line.
 IDLE = (
     Idle(("--data", *flags(HELD_OUT)), lambda found: bool(found.tasks), "--tasks"),
-    Idle((*flags(TASKS), *TASK_OPTIONS, *ENGINE_FLAGS), lambda found: not found.tasks, "no --tasks"),
+    Idle((*flags(TASKS | DRAFTS), *TASK_OPTIONS, *ENGINE_FLAGS), lambda found: not found.tasks, "no --tasks"),
     *ONE_PROCESS_IDLE,
     Idle(("--confidence-threshold",), lambda found: found.sampler is not None, "--sampler"),
 )
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    from megatron_twotower.evaluate.harness_settings import HarnessSettings
+    from megatron_twotower.evaluate.harness_settings import Compared, HarnessSettings
     from megatron_twotower.evaluate.held_out import EvaluationSettings
 
     parser.add_argument("--model", type=Path, required=True, help="two-tower Hugging Face folder")
@@ -98,6 +106,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="the harness's names, recipes of recipes/evaluation (card, code_small), or their paths",
     )
     add_options(tasks, HarnessSettings, TASKS, unset=True)
+    add_options(tasks, Compared, DRAFTS, unset=True)
     add_number(tasks, "--shots", help="examples before each question, in place of the recipe's", at_least=0)
     add_number(tasks, "--limit", help="documents of each task", **COUNT)
     tasks.add_argument("--task-files", type=Path, metavar="DIR", help="folder of further task files")
@@ -124,7 +133,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _run_tasks(arguments: argparse.Namespace) -> int:
     from megatron_twotower.evaluate import tasks
+    from megatron_twotower.evaluate.harness_settings import Compared
 
+    compare = arguments_for(COMPARED | DRAFTS, arguments)
     tasks.run(
         arguments.model,
         chosen=arguments.tasks,
@@ -136,7 +147,7 @@ def _run_tasks(arguments: argparse.Namespace) -> int:
         engine=one_process_settings(arguments),
         apply_chat_template=arguments.apply_chat_template,
         questions=arguments.questions,
-        **arguments_for(COMPARED, arguments),
+        compare=Compared(**compare) if compare else None,
         settings=arguments_for(SHARED_WITH_TASKS | TASKS, arguments),
     )
     return 0

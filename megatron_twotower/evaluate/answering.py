@@ -65,7 +65,6 @@ def _model_here(place: ModelPlace, settings: HarnessSettings) -> TwoTower:
 def answer(asked: _Asked) -> list[Reply]:
     """Do a task with the model of this process, with each of the settings in turn."""
     model, replies, task = _model_here(asked.place, asked.settings), [], asked.task
-    # A comparison is of `ar` and `mask_diffusion`.
     reads = model.read(task) if len(asked.compared) > 1 and isinstance(task, WriteTask) else None
     for each in asked.compared:
         model.use(each)

@@ -1,4 +1,4 @@
-"""AR against mask diffusion on tasks of lm-evaluation-harness, in one run. It needs `eval`.
+"""AR against two towers on tasks of lm-evaluation-harness, in one run. It needs `eval`.
 
 `task_runner` runs one setting. Here a worker answers every batch with all settings in turn, so that
 a drift of its machine affects all alike.
@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 from megatron_twotower.common.engines import ONE_PROCESS, EngineSettings
 from megatron_twotower.evaluate.answer_scores import ContextAnswer, Score
 from megatron_twotower.evaluate.harness import Reply, ScoreTask, TwoTower, WriteTask
-from megatron_twotower.evaluate.harness_settings import HarnessSettings
+from megatron_twotower.evaluate.harness_settings import Compared, HarnessSettings
 from megatron_twotower.evaluate.speed_quality import SweepPoint, sweep_points
 from megatron_twotower.evaluate.task_recipes import HarnessTask
 from megatron_twotower.evaluate.task_runner import evaluated, facts, opened, outcome
@@ -89,13 +89,17 @@ class ComparedTwoTower(TwoTower):
         return self._scores[key]
 
 
-def compared_settings(settings: HarnessSettings, points: Sequence[SweepPoint]) -> list[HarnessSettings]:
-    """AR, and mask diffusion with the settings of each point.
+def compared_settings(
+    settings: HarnessSettings, points: Sequence[SweepPoint], drafts: Sequence[int] = ()
+) -> list[HarnessSettings]:
+    """AR, mask diffusion with the settings of each point, and drafts of each size.
 
-    AR scores given text by the context tower, mask diffusion by the bound of the denoiser.
+    AR and drafts score given text by the context tower, mask diffusion by the bound of the
+    denoiser.
     """
     ar = replace(settings, mode="ar", scoring="ar")
-    return [ar] + [
+    drafted = [replace(ar, mode="speculative", block_size=size) for size in drafts]
+    diffusion = [
         replace(
             settings,
             mode="mask_diffusion",
@@ -107,6 +111,7 @@ def compared_settings(settings: HarnessSettings, points: Sequence[SweepPoint]) -
         )
         for point in points
     ]
+    return [ar, *diffusion, *drafted]
 
 
 def retained(ar: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> tuple[float | None, float | None]:
@@ -142,25 +147,21 @@ def compare_tasks(
     manager: TaskManager,
     *,
     settings: HarnessSettings,
-    thresholds: Sequence[float],
-    block_sizes: Sequence[int],
-    samplers: Sequence[str] = (),
+    compare: Compared,
     limit: int | None = None,
     allow_code_execution: bool = False,
     apply_chat_template: bool = False,
     engine: EngineSettings = ONE_PROCESS,
     journal: Path | None = None,
 ) -> dict[str, Any]:
-    """Run tasks with AR and with mask diffusion: thresholds, block sizes and samplers.
+    """Run tasks with AR, with mask diffusion, and with drafts that the context tower verifies.
 
     Args:
         folder: Two-tower Hugging Face folder.
         tasks: The tasks to run.
         manager: The index that has them.
         settings: How the model answers, apart from what is compared.
-        thresholds: Confidence thresholds, at the block size of `settings`.
-        block_sizes: Block sizes, at the confidence threshold of `settings`.
-        samplers: Samplers, at the block size of `settings`.
+        compare: What to compare with AR; thresholds and samplers at the block size of `settings`.
         limit: Documents of each task; None for all.
         allow_code_execution: Run code that the model has generated, for tasks that need it.
         apply_chat_template: Ask questions as turns of a conversation.
@@ -179,9 +180,7 @@ def compare_tasks(
             model,
             tasks,
             manager,
-            thresholds=thresholds,
-            block_sizes=block_sizes,
-            samplers=samplers,
+            compare=compare,
             limit=limit,
             options={"confirm_run_unsafe_code": allow_code_execution, "apply_chat_template": apply_chat_template},
         )
@@ -199,22 +198,20 @@ def _compare(
     tasks: Sequence[HarnessTask],
     manager: TaskManager,
     *,
-    thresholds: Sequence[float],
-    block_sizes: Sequence[int],
-    samplers: Sequence[str],
+    compare: Compared,
     limit: int | None,
     options: Mapping[str, bool],
 ) -> dict[str, Any]:
     """The rows of the settings and of the tasks, see `compare_tasks`."""
     points = sweep_points(
-        thresholds=thresholds,
-        block_sizes=block_sizes,
+        thresholds=compare.thresholds,
+        block_sizes=compare.block_sizes,
         steps=(),
-        samplers=samplers,
+        samplers=compare.samplers,
         trained_block=model.block_size,
         threshold=model.settings.confidence_threshold,
     )
-    compared = compared_settings(model.settings, points)
+    compared = compared_settings(model.settings, points, compare.drafts)
     model.begin(compared)
     rows: list[dict[str, Any]] = []
     documents: list[list[list[list[float]]]] = [[] for _ in compared]  # setting, task that counts, harness task
@@ -257,18 +254,19 @@ def _setting_row(
     ar_documents: Sequence[Sequence[Sequence[float]]],
 ) -> dict[str, Any]:
     """The row of a setting: its speed, and what it retains of AR's metrics."""
-    by_diffusion = settings.mode == "mask_diffusion"
+    by_diffusion, by_drafts = settings.mode == "mask_diffusion", settings.mode == "speculative"
     speed = written.new_tokens / written.seconds if written.seconds else None
     ar_speed = ar_written.new_tokens / ar_written.seconds if ar_written.seconds else None
     ratio, error = (None, None)
-    if by_diffusion and documents:
+    if settings.mode != "ar" and documents:
         ratio, error = retained([_together(each) for each in ar_documents], [_together(each) for each in documents])
     return {
         "mode": settings.mode,
         "confidence_threshold": settings.confidence_threshold if by_diffusion and settings.sampler is None else None,
         "sampler": settings.sampler if by_diffusion else None,
-        "block_size": settings.block_size if by_diffusion else None,
+        "block_size": settings.block_size if by_diffusion or by_drafts else None,
         "steps_per_block": settings.steps_per_block if by_diffusion else None,
+        "draft_steps": settings.draft_steps if by_drafts else None,
         "new_tokens": written.new_tokens,
         "passes": written.passes,
         "seconds": written.seconds,

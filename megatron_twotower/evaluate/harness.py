@@ -330,7 +330,7 @@ class TwoTower(TemplateLM):
 
         Args:
             task: The task.
-            reads: Its prompts by mode if they have been read.
+            reads: Its prompts by mode if they have been read; other modes read them themselves.
         """
         if isinstance(task, ScoreTask):
             scores: list[Score] = [(0.0, True)] * len(task.pairs)
@@ -341,7 +341,7 @@ class TwoTower(TemplateLM):
                     scores[number] = score
             return Reply(list(scores))
         before = self.passes, self.new_tokens, self.seconds
-        texts = self.write(task.prompts, task.answer, None if reads is None else reads[self.settings.mode])
+        texts = self.write(task.prompts, task.answer, None if reads is None else reads.get(self.settings.mode))
         passes, new_tokens, seconds = self.passes - before[0], self.new_tokens - before[1], self.seconds - before[2]
         return Reply(list(texts), passes, new_tokens, seconds)
 

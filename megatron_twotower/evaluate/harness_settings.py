@@ -69,6 +69,30 @@ class HarnessSettings:
 
 
 @dataclass(frozen=True)
+class Compared:
+    """What is compared with AR on tasks.
+
+    Attributes:
+        thresholds: Confidence thresholds of mask diffusion.
+        block_sizes: Its block sizes, each at the confidence threshold of the settings.
+        samplers: Its samplers.
+        drafts: Tokens that the denoiser sees for a draft, which the context tower verifies.
+    """
+
+    thresholds: tuple[float, ...] = ()
+    block_sizes: tuple[int, ...] = ()
+    samplers: tuple[str, ...] = ()
+    drafts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for sampler in self.samplers:
+            check_sampler(sampler, HarnessSettings.confidence_threshold)
+        for size in self.drafts:
+            if size < 2:
+                raise UserError(f"drafts: found {size}, expected at least 2: the last token of the text and a new one")
+
+
+@dataclass(frozen=True)
 class AnswerSettings:
     """How a task wants an answer to be generated: its `generation_kwargs`.
 

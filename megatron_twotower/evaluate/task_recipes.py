@@ -9,7 +9,7 @@ import yaml  # type: ignore[import-untyped]
 
 from megatron_twotower.common.errors import UserError
 from megatron_twotower.config.recipes import recipes_folder
-from megatron_twotower.evaluate.harness_settings import HarnessSettings
+from megatron_twotower.evaluate.harness_settings import Compared, HarnessSettings
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,13 @@ class TaskSetup:
     Attributes:
         task_files: Folder of the task files of the recipe; None if they are the harness's own.
         questions: Whether the tasks ask questions of `code_documents`.
-        thresholds: Confidence thresholds to compare with AR.
-        block_sizes: Block sizes to compare with AR.
-        samplers: Samplers of mask diffusion to compare with AR.
+        compare: What to compare with AR.
         settings: Fields of `HarnessSettings` that differ from their defaults.
     """
 
     task_files: Path | None = None
     questions: bool = False
-    thresholds: tuple[float, ...] = ()
-    block_sizes: tuple[int, ...] = ()
-    samplers: tuple[str, ...] = ()
+    compare: Compared = field(default_factory=Compared)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -106,7 +102,7 @@ def read_task_setup(path: Path) -> TaskSetup:
     content = _content(path)
     compare, settings, files = content.get("compare", {}), content.get("settings", {}), content.get("task_files")
     for name, section, known in (
-        ("compare", compare, ("thresholds", "block_sizes", "samplers")),
+        ("compare", compare, tuple(Compared.__dataclass_fields__)),
         ("settings", settings, tuple(HarnessSettings.__dataclass_fields__)),
     ):
         if not isinstance(section, dict) or (unknown := sorted(section.keys() - set(known))):
@@ -115,9 +111,7 @@ def read_task_setup(path: Path) -> TaskSetup:
     return TaskSetup(
         task_files=None if files is None else path.parent / files,
         questions=bool(content.get("questions", False)),
-        thresholds=tuple(compare.get("thresholds", ())),
-        block_sizes=tuple(compare.get("block_sizes", ())),
-        samplers=tuple(compare.get("samplers", ())),
+        compare=Compared(**{name: tuple(values) for name, values in compare.items()}),
         settings=settings,
     )
 

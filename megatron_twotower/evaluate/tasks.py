@@ -16,14 +16,13 @@ from megatron_twotower.common.files import partial_path, write_file
 from megatron_twotower.common.machine import machine_line
 from megatron_twotower.common.tables import number, plain_table, wide_console, with_error
 from megatron_twotower.evaluate.code_documents import read_index, write_documents
-from megatron_twotower.evaluate.harness_settings import HarnessSettings
+from megatron_twotower.evaluate.harness_settings import Compared, HarnessSettings
 from megatron_twotower.evaluate.speed_quality import rule_name
 from megatron_twotower.evaluate.task_recipes import TaskSetup, chosen_setup, chosen_tasks
-from megatron_twotower.generate.engine import GenerationSettings, check_sampler
 
 # What a comparison decides itself, and the options that say it.
 _COMPARED = {"mode": "--mode", "scoring": "--scoring", "steps_per_block": "--steps-per-block"}
-_COMPARED |= {"draft_steps": "--draft-steps", "sampler": "--sampler"}
+_COMPARED |= {"sampler": "--sampler"}
 
 
 def results_table(found: Mapping[str, Any]) -> Table:
@@ -66,10 +65,16 @@ def _percent_or_nats(row: Mapping[str, Any], number_of_setting: int) -> str:
     return with_error(scale * row["values"][number_of_setting], None if error is None else scale * error)
 
 
+def _setting_name(row: Mapping[str, Any]) -> str:
+    if row["mode"] == "ar":
+        return "AR"
+    return f"{'drafts' if row['mode'] == 'speculative' else rule_name(row)}, S {row['block_size']}"
+
+
 def comparison_tables(found: Mapping[str, Any]) -> list[Table]:
     """Quality by task and setting, and the speed of each setting."""
     settings, tasks = found["settings"], found["tasks"]
-    names = ["AR" if row["mode"] == "ar" else f"{rule_name(row)}, S {row['block_size']}" for row in settings]
+    names = [_setting_name(row) for row in settings]
     quality = [
         [
             name,
@@ -93,7 +98,7 @@ def comparison_tables(found: Mapping[str, Any]) -> list[Table]:
     headings = [f"{task['name']} ({task['documents']:,})" for task in tasks]
     return [
         plain_table(
-            f"{found['model']}: %, mask diffusion by rule and block size{part}",
+            f"{found['model']}: %, two towers by rule and block size{part}",
             ["", *headings, "retained"],
             quality,
             left=1,
@@ -122,17 +127,15 @@ def run(
     task_files: Path | None = None,
     allow_code_execution: bool = False,
     apply_chat_template: bool = False,
-    thresholds: Sequence[float] | None = None,
-    block_sizes: Sequence[int] | None = None,
-    samplers: Sequence[str] | None = None,
+    compare: Compared | None = None,
     questions: Path | None = None,
     engine: EngineSettings = ONE_PROCESS,
     console: Console | None = None,
 ) -> None:
     """Run the command: run the tasks, write `output` and print the table.
 
-    With `thresholds`, `block_sizes` or `samplers`, of the command or of a recipe, mask diffusion is
-    compared with AR.
+    With something to compare, of the command or of a recipe, each task is run with AR and with all
+    of that.
 
     Args:
         folder: Two-tower Hugging Face folder.
@@ -144,9 +147,7 @@ def run(
         task_files: Folder of further task files.
         allow_code_execution: Run code that the model has generated, for tasks that need it.
         apply_chat_template: Ask questions as turns of a conversation.
-        thresholds: Confidence thresholds to compare with AR.
-        block_sizes: Block sizes to compare with AR.
-        samplers: Samplers to compare with AR. If these three are None, the recipe's are compared.
+        compare: What to compare with AR; None for what the recipe says.
         questions: Folder of questions for a recipe that asks them; None to write them for this run.
         engine: Who answers. Each worker has a model of its own.
         console: The console to print on; None for standard output.
@@ -162,25 +163,20 @@ def run(
         raise UserError(f"--questions: found with {' '.join(chosen)}, which asks none")
     if task_files is not None and setup.task_files is not None:
         raise UserError(f"--task-files: found with {chosen[0]}, which has files of its own")
-    of_recipe: Mapping[str, Any] = {
-        "thresholds": setup.thresholds,
-        "block_sizes": setup.block_sizes,
-        "samplers": setup.samplers,
-    }
-    of_command: Mapping[str, Any] = {"thresholds": thresholds, "block_sizes": block_sizes, "samplers": samplers}
-    asked = any(values is not None for values in of_command.values())
-    compare: dict[str, Any] = {name: values or () for name, values in (of_command if asked else of_recipe).items()}
-    for sampler in compare["samplers"]:
-        check_sampler(sampler, GenerationSettings.confidence_threshold)
-    given = dict(settings or {})
-    if any(compare.values()) and (idle := [option for name, option in _COMPARED.items() if name in given]):
+    compared, given = setup.compare if compare is None else compare, dict(settings or {})
+    comparing = compared != Compared()
+    unused = _COMPARED if compared.drafts else _COMPARED | {"draft_steps": "--draft-steps"}
+    if comparing and (idle := [option for name, option in unused.items() if name in given]):
         raise UserError(f"{idle[0]}: found with a comparison of AR and mask diffusion, which does not use it")
+    own = HarnessSettings(**{**setup.settings, **given})
+    for size in compared.drafts:
+        if size <= own.draft_steps:
+            raise UserError(f"--drafts: found {size} with --draft-steps {own.draft_steps}, expected more than it")
     # These need lm_eval.
     from megatron_twotower.evaluate.comparison import compare_tasks
     from megatron_twotower.evaluate.task_runner import run_tasks, task_manager
 
-    own = HarnessSettings(**{**setup.settings, **given})
-    comparing, journal = any(compare.values()), partial_path(Path(output))
+    journal = partial_path(Path(output))
     with tempfile.TemporaryDirectory() as written:
         facts, folder_of_questions = _questions(setup, questions, written)
         manager = task_manager(tasks, setup.task_files or task_files, metadata=folder_of_questions)
@@ -194,7 +190,7 @@ def run(
         }
         journal.parent.mkdir(parents=True, exist_ok=True)
         if comparing:
-            found = compare_tasks(folder, tasks, manager, **compare, **common)
+            found = compare_tasks(folder, tasks, manager, compare=compared, **common)
         else:
             found = run_tasks(folder, tasks, manager, **common)
     found |= facts

@@ -59,6 +59,8 @@ def test_settings_of_a_comparison():
     ]
     by_sampler = comparison.compared_settings(SETTINGS, [SweepPoint(None, 4, None, "factor:9")])[1]
     assert (by_sampler.sampler, by_sampler.confidence_threshold) == ("factor:9", HarnessSettings.confidence_threshold)
+    _, _, *drafts = comparison.compared_settings(SETTINGS, POINTS[:1], [2, 6])
+    assert [(e.mode, e.scoring, e.block_size) for e in drafts] == [("speculative", "ar", 2), ("speculative", "ar", 6)]
 
 
 @pytest.fixture
@@ -74,11 +76,11 @@ def written_by(model, prompts, answer):
 
 
 def test_every_setting_answers_as_if_it_were_alone(model, two_tower_folder):
-    compared = comparison.compared_settings(model.settings, POINTS)
+    compared = comparison.compared_settings(model.settings, POINTS, [3])
     model.begin(compared)
     prompts = [model.tok_encode(text) for text in ("def alpha(", "if value > index:")]
     answer, pairs = AnswerSettings((), 12), [(prompts[0], prompts[1])]
-    passes = []
+    passes, texts = [], []
     for each in compared:
         model.use(each)
         found, scores = written_by(model, prompts, answer), model.score(pairs, quiet=True)
@@ -89,7 +91,9 @@ def test_every_setting_answers_as_if_it_were_alone(model, two_tower_folder):
         written = model.written[each]
         assert (written.passes, written.new_tokens) == (alone.passes, alone.new_tokens) and written.seconds > 0
         passes.append(written.passes)
+        texts.append(found)
     assert passes[1] < passes[2], "a low threshold commits more at once"
+    assert texts[-1] == texts[0] and passes[-1] <= passes[0], "what the context tower verifies is the text of AR"
     written = [replace(model.written[each]) for each in compared]
     assert written_by(model, prompts, answer) == found and written == [model.written[each] for each in compared]
     model.forget()
@@ -116,7 +120,8 @@ def test_prompts_are_read_once_for_all_settings(model, monkeypatch):
 
 def test_the_recipe_asks_every_kind_of_question():
     setup = read_task_setup(RECIPE)
-    assert setup.questions and setup.thresholds == (0.9, 0.8, 0.7, 0.6, 0.5) and setup.block_sizes == (8, 16, 32)
+    assert setup.questions and setup.compare.thresholds == (0.9, 0.8, 0.7, 0.6, 0.5)
+    assert setup.compare.block_sizes == (8, 16, 32) and setup.compare.drafts == (4, 8)
     tasks = read_task_recipe(RECIPE)
     manager = task_runner.task_manager(tasks, setup.task_files)
     asked = {name for task in tasks for name in task.tasks}
@@ -132,6 +137,7 @@ def test_a_recipe_with_settings_is_alone(tmp_path):
     for text, message in (
         ("tasks: [{name: a, tasks: b}]\ncomparison: {}", "comparison: unknown key, expected of tasks"),
         ("tasks: [{name: a, tasks: b}]\ncompare: {threshold: [1]}", "compare: found threshold, expected of thresholds"),
+        ("tasks: [{name: a, tasks: b}]\ncompare: {drafts: [1]}", "drafts: found 1, expected at least 2"),
         ("tasks: [{name: a, tasks: b}]\nsettings: [1]", r"settings: found \[1\], expected of mode"),
     ):
         (tmp_path / "bad.yaml").write_text(text)
@@ -159,9 +165,12 @@ def test_the_command_prints_and_writes_the_comparison(pair, threshold, two_tower
     output = tmp_path / "code.json"
     words = ["--model", str(folder), "--tasks", "code_small", "--output", str(output), "--block-size", "16"]
     words += ["--questions", str(questions), "--confidence-threshold", f"{threshold}", "--samplers", "factor:3"]
+    words += ["--drafts", "4"]
     assert main.main(["evaluate", *words]) == 0
     found = json.loads(output.read_text())
-    ar, diffusion, sampled = found["settings"]
+    ar, diffusion, sampled, drafted = found["settings"]
+    assert (drafted["mode"], drafted["block_size"], drafted["draft_steps"]) == ("speculative", 4, 1)
+    assert drafted["retained"] in (1.0, None) and drafted["new_tokens"] == ar["new_tokens"]
     assert (sampled["sampler"], sampled["confidence_threshold"], sampled["block_size"]) == ("factor:3", None, 16)
     assert sampled["retained"] is not None or ar["retained"] is None
     assert (ar["mode"], ar["speedup"], ar["tokens_per_pass"], ar["retained"]) == ("ar", 1.0, 1.0, None)
@@ -171,7 +180,8 @@ def test_the_command_prints_and_writes_the_comparison(pair, threshold, two_tower
     assert [task["name"] for task in found["tasks"]] == names
     assert [task["documents"] for task in found["tasks"]] == [2, 2, 2, 4, 2, 2]
     for task in found["tasks"]:
-        assert len(task["values"]) == len(task["stderrs"]) == 3
+        assert len(task["values"]) == len(task["stderrs"]) == 4
+        assert task["values"][3] == task["values"][0], "drafts give the answers of AR"
         assert task["larger_is_better"] is (task["name"] != "nats/byte")
         assert all(0 <= value <= 1 for value in task["values"]) or task["name"] == "nats/byte"
     counted = [task["values"] for task in found["tasks"][:-1]]
@@ -182,6 +192,7 @@ def test_the_command_prints_and_writes_the_comparison(pair, threshold, two_tower
     assert (
         f"{threshold:g}, S 16" in printed
         and "factor:3, S 16" in printed
+        and "drafts, S 4" in printed
         and "wall-clock against cached AR" in printed
         and "nats/byte (2)" in printed
     )
@@ -201,6 +212,9 @@ def test_the_command_prints_and_writes_the_comparison(pair, threshold, two_tower
     [
         (["--mode", "ar"], "--mode: found with a comparison of AR and mask diffusion, which does not use it"),
         (["--sampler", "factor"], "--sampler: found with a comparison of AR and mask diffusion, which does not use it"),
+        (["--thresholds", "0.5", "--draft-steps", "2"], "--draft-steps: found with a comparison of AR and mask"),
+        (["--drafts", "4", "--draft-steps", "4"], "--drafts: found 4 with --draft-steps 4, expected more than it"),
+        (["--drafts", "1"], "--drafts: found 1, expected at least 2"),
         (["--samplers", "none"], "sampler: found 'none', expected one of factor, "),
         (["--task-files", "t"], "--task-files: found with code_small, which has files of its own"),
         (["--questions", "/no/such"], "documents.json: cannot be read"),

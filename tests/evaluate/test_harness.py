@@ -31,6 +31,7 @@ from megatron_twotower.evaluate.answer_scores import SCORE_FUNCTIONS, plan_batch
 from megatron_twotower.evaluate.harness import TwoTower
 from megatron_twotower.evaluate.harness_settings import (
     AnswerSettings,
+    Compared,
     HarnessSettings,
     read_generation_kwargs,
     text_before_stop,
@@ -483,7 +484,7 @@ def test_tasks_on_a_ray_have_the_figures_of_one_process(folder, task_files, monk
     manager, on_ray = task_runner.task_manager(tasks, task_files), {"engine": EngineSettings("ray", workers=2)}
     for run, own in (
         (task_runner.run_tasks, {}),
-        (comparison.compare_tasks, {"thresholds": [0.5, 0.01], "block_sizes": [8]}),
+        (comparison.compare_tasks, {"compare": Compared((0.5, 0.01), (8,), drafts=(3,))}),
     ):
         here = run(folder, tasks, manager, settings=settings, **own)
         there = run(folder, tasks, manager, settings=settings, **own, **on_ray)
@@ -494,7 +495,7 @@ def test_tasks_on_a_ray_have_the_figures_of_one_process(folder, task_files, monk
 def test_an_interrupted_comparison_asks_only_what_is_missing(folder, task_files, tmp_path, monkeypatch):
     tasks = [HarnessTask(name, (f"tiny_{name}",), 0) for name in ("choice", "write")]
     settings = HarnessSettings(block_size=4, steps_per_block=4, batch_size=1, bound_draws=1)
-    arguments = {"settings": settings, "thresholds": [0.5], "block_sizes": []}
+    arguments = {"settings": settings, "compare": Compared(thresholds=(0.5,))}
     manager = task_runner.task_manager(tasks, task_files)
     whole = comparison.compare_tasks(folder, tasks, manager, **arguments)
     asked_for, answer = [], answering.answer
