@@ -170,7 +170,7 @@ def test_the_command_prints_and_writes_the_comparison(pair, threshold, two_tower
     found = json.loads(output.read_text())
     ar, diffusion, sampled, drafted = found["settings"]
     assert (drafted["mode"], drafted["block_size"], drafted["draft_steps"]) == ("speculative", 4, 1)
-    assert drafted["retained"] in (1.0, None) and drafted["new_tokens"] == ar["new_tokens"]
+    assert drafted["retained"] in (1.0, None) and drafted["new_tokens"] >= ar["new_tokens"]
     assert (sampled["sampler"], sampled["confidence_threshold"], sampled["block_size"]) == ("factor:3", None, 16)
     assert sampled["retained"] is not None or ar["retained"] is None
     assert (ar["mode"], ar["speedup"], ar["tokens_per_pass"], ar["retained"]) == ("ar", 1.0, 1.0, None)
