@@ -1,10 +1,11 @@
 """Settings for the tasks of lm-evaluation-harness. This module does not need the extra `eval`."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_twotower.common.errors import UserError
+from megatron_twotower.common.errors import UserError, require
 from megatron_twotower.generate.engine import MODES, check_sampler
 
 # How a given answer is scored: see `HarnessSettings.scoring`.
@@ -60,12 +61,13 @@ class HarnessSettings:
             "max_new_tokens",
             "bound_draws",
             "block_size",
+            "draft_steps",
             "steps_per_block",
             "prefill_chunk_size",
         ):
             found = getattr(self, name)
-            if found is not None and found < 1:
-                raise UserError(f"{name}: found {found}, expected at least 1")
+            fits = found is None or (isinstance(found, int) and found >= 1)
+            require(fits, f"{name}: found {found!r}, expected at least 1")
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,19 @@ class Compared:
     drafts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        # A draft has the last token of the text and at least one new one.
+        for name, kind, least, most in (
+            ("thresholds", float, 0, 1),
+            ("block_sizes", int, 1, math.inf),
+            ("drafts", int, 2, math.inf),
+        ):
+            for found in getattr(self, name):
+                fits = isinstance(found, (int, kind)) and not isinstance(found, bool) and least <= found <= most
+                expected = f"{least} to {most}" if most == 1 else f"at least {least}"
+                require(fits, f"{name}: found {found!r}, expected {expected}")
         for sampler in self.samplers:
+            require(isinstance(sampler, str), f"samplers: found {sampler!r}, expected a name and numbers")
             check_sampler(sampler, HarnessSettings.confidence_threshold)
-        for size in self.drafts:
-            if size < 2:
-                raise UserError(f"drafts: found {size}, expected at least 2: the last token of the text and a new one")
 
 
 @dataclass(frozen=True)

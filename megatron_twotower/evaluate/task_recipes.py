@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from megatron_twotower.common.errors import UserError
+from megatron_twotower.common.errors import UserError, require
 from megatron_twotower.config.recipes import recipes_folder
 from megatron_twotower.evaluate.harness_settings import Compared, HarnessSettings
 
@@ -108,6 +108,8 @@ def read_task_setup(path: Path) -> TaskSetup:
         if not isinstance(section, dict) or (unknown := sorted(section.keys() - set(known))):
             found = repr(section) if not isinstance(section, dict) else unknown[0]
             raise UserError(f"{path}: {name}: found {found}, expected of {', '.join(known)}")
+    for name, values in compare.items():
+        require(isinstance(values, list), f"{path}: compare.{name}: found {values!r}, expected a list")
     return TaskSetup(
         task_files=None if files is None else path.parent / files,
         questions=bool(content.get("questions", False)),

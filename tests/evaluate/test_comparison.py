@@ -138,11 +138,18 @@ def test_a_recipe_with_settings_is_alone(tmp_path):
         ("tasks: [{name: a, tasks: b}]\ncomparison: {}", "comparison: unknown key, expected of tasks"),
         ("tasks: [{name: a, tasks: b}]\ncompare: {threshold: [1]}", "compare: found threshold, expected of thresholds"),
         ("tasks: [{name: a, tasks: b}]\ncompare: {drafts: [1]}", "drafts: found 1, expected at least 2"),
+        ("tasks: [{name: a, tasks: b}]\ncompare: {thresholds: [1.5]}", "thresholds: found 1.5, expected 0 to 1"),
+        ("tasks: [{name: a, tasks: b}]\ncompare: {block_sizes: [8.0]}", "block_sizes: found 8.0, expected at least 1"),
+        ("tasks: [{name: a, tasks: b}]\ncompare: {samplers: [2]}", "samplers: found 2, expected a name"),
+        ("tasks: [{name: a, tasks: b}]\ncompare: {drafts: 4}", "compare.drafts: found 4, expected a list"),
         ("tasks: [{name: a, tasks: b}]\nsettings: [1]", r"settings: found \[1\], expected of mode"),
     ):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(UserError, match=message):
             read_task_setup(tmp_path / "bad.yaml")
+    for name, found in (("batch_size", "two"), ("draft_steps", 0), ("block_size", 4.5)):
+        with pytest.raises(UserError, match=f"{name}: found {found!r}, expected at least 1"):
+            HarnessSettings(**{name: found})
 
 
 @pytest.fixture(scope="module")
