@@ -21,8 +21,7 @@ from megatron_twotower.evaluate.speed_quality import rule_name
 from megatron_twotower.evaluate.task_recipes import TaskSetup, chosen_setup, chosen_tasks
 
 # What a comparison decides itself, and the options that say it.
-_COMPARED = {"mode": "--mode", "scoring": "--scoring", "steps_per_block": "--steps-per-block"}
-_COMPARED |= {"sampler": "--sampler"}
+_COMPARED = {"mode": "--mode", "scoring": "--scoring", "steps_per_block": "--steps-per-block", "sampler": "--sampler"}
 
 
 def results_table(found: Mapping[str, Any]) -> Table:
