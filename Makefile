@@ -115,8 +115,7 @@ bytes: $(BYTES)/data/train/index.json ## train the two towers on bytes in recipe
 	$(TWOTOWER) convert export --from $(BYTES)/ar --to $(BYTES)/backbone
 	$(TWOTOWER) train recipe=bytes init.backbone=$(BYTES)/backbone
 	$(TWOTOWER) convert export --from $(BYTES)/twotower --to $(BYTES)/undistilled
-	$(TWOTOWER) distil --model $(BYTES)/undistilled --data $(BYTES)/data --output $(BYTES)/distilled.jsonl --sequences 5120
-	$(TWOTOWER) data prepare --input $(BYTES)/distilled.jsonl --tokenizer $(BYTES)/tokenizer --eos none --output $(BYTES)/distilled-data
+	$(TWOTOWER) distil --model $(BYTES)/undistilled --data $(BYTES)/data --output $(BYTES)/distilled-data --sequences 5120
 	$(TWOTOWER) train recipe=bytes_distil init.denoiser=$(BYTES)/undistilled
 	$(TWOTOWER) convert export --from $(BYTES)/distilled --to $(BYTES)/model --dtype bf16
 
@@ -139,10 +138,8 @@ code: $(CODE)/data/train/index.json ## train recipes/models/code again, and comp
 	$(TWOTOWER) train recipe=code data.folder=$(CODE)/data output=$(CODE)/start train.steps=1 schedule.warmup_steps=0 \
 	  schedule.decay_steps=0 train.validate_every_steps=0
 	test -d $(CODE)/untrained || $(TWOTOWER) convert export --from $(CODE)/start --to $(CODE)/untrained
-	test -d $(CODE)/written-data || { $(TWOTOWER) distil --model $(CODE)/untrained --data $(CODE)/data \
-	  --output $(CODE)/written.jsonl --sequences 11264 --prompt-tokens 128 --new-tokens 128 && \
-	  $(TWOTOWER) data prepare --input $(CODE)/written.jsonl --tokenizer $(CODE)/tokenizer --eos none \
-	  --output $(CODE)/written-data; }
+	test -d $(CODE)/written-data || $(TWOTOWER) distil --model $(CODE)/untrained --data $(CODE)/data \
+	  --output $(CODE)/written-data --sequences 11264 --prompt-tokens 128 --new-tokens 128
 	$(CODE_TRAIN) recipe=code
 	test -d $(CODE)/model || $(TWOTOWER) convert export --from $(CODE)/twotower --to $(CODE)/model --dtype bf16
 	test -d $(CODE)/fp32 || $(TWOTOWER) convert export --from $(CODE)/twotower --to $(CODE)/fp32

@@ -39,7 +39,6 @@ from megatron_twotower.config.special_tokens import read_special_tokens
 from megatron_twotower.data.record_formats import Fault
 from megatron_twotower.data.tokenizer import load_tokenizer
 
-TEMPLATE_FILE = "chat_template.jinja"
 MESSAGE_FIELDS = ("messages", "conversations", "conversation")
 PAIR_FIELDS = ("prompt", "completion")
 # Columns of a parquet file that are read.

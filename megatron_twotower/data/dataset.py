@@ -315,9 +315,9 @@ def window_count(corpus: Corpus, *, count: int, length: int) -> int:
     return count
 
 
-def window(corpus: Corpus, number: int, *, count: int, length: int) -> np.ndarray:
-    """(length,) int64 tokens of window `number` of `count` windows at equal distances."""
-    return corpus.tokens(number * (corpus.total_tokens - length) // (count - 1), length)
+def window_start(corpus: Corpus, number: int, *, count: int, length: int) -> int:
+    """The place of window `number` of `count` windows of `length` tokens at equal distances."""
+    return number * (corpus.total_tokens - length) // (count - 1)
 
 
 def evenly_spaced_windows(corpus: Corpus, *, count: int, length: int) -> Tensor:
@@ -329,4 +329,5 @@ def evenly_spaced_windows(corpus: Corpus, *, count: int, length: int) -> Tensor:
         UserError: Fewer than two windows fit.
     """
     count = window_count(corpus, count=count, length=length)
-    return torch.from_numpy(np.stack([window(corpus, number, count=count, length=length) for number in range(count)]))
+    starts = [window_start(corpus, number, count=count, length=length) for number in range(count)]
+    return torch.from_numpy(np.stack([corpus.tokens(start, length) for start in starts]))

@@ -19,7 +19,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,23 +35,29 @@ from megatron_twotower.common.workers import Engine
 from megatron_twotower.config.special_tokens import read_special_tokens
 from megatron_twotower.data import repeats
 from megatron_twotower.data import workspace as workspaces
-from megatron_twotower.data.conversations import MESSAGE_FIELDS, TEMPLATE_FILE, is_conversation, open_template
+from megatron_twotower.data.conversations import MESSAGE_FIELDS, is_conversation, open_template
 from megatron_twotower.data.documents import SUFFIXES, TRAIN, VALIDATION, PassedOver, Unit, cut_units, find_inputs
 from megatron_twotower.data.installed_packages import Package
 from megatron_twotower.data.mask_token import check_mask_token
 from megatron_twotower.data.parts import FIRST_FAULTS, UnitTask, read_part, remove_ids, write_part
 from megatron_twotower.data.planned_shards import ShardTask, read_planned_shard, shard_arrays, write_planned_shard
 from megatron_twotower.data.selection import PASSES, Rules, Selection, lines_before, select
-from megatron_twotower.data.shards import CONVERSATIONS_VERSION, INDEX_FILE, INDEX_VERSION, Shard, write_index
-from megatron_twotower.data.tokenizer import TOKENIZER_FILE, load_tokenizer, tokenizer_fingerprint
-
-_TOKENIZER_FILES = (
-    TOKENIZER_FILE,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    TEMPLATE_FILE,
+from megatron_twotower.data.shards import (
+    CONVERSATIONS_VERSION,
+    INDEX_FILE,
+    INDEX_VERSION,
+    Shard,
+    ids_dtype,
+    write_index,
 )
+from megatron_twotower.data.tokenizer import (
+    TEMPLATE_FILE,
+    TOKENIZER_FILE,
+    copy_tokenizer,
+    load_tokenizer,
+    tokenizer_fingerprint,
+)
+
 _BOS_AND_EOS_CHOICES = ("none", "document")
 _LINES_BEFORE_STOPPING = 100_000  # a share of malformed records among fewer lines says little
 
@@ -236,7 +241,7 @@ def _vocabulary(tokenizer: Path, settings: Settings) -> _Vocabulary:
         vocab_size=vocab_size,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         exact_ids=True,
-        dtype="uint16" if vocab_size <= 1 << 16 else "uint32",
+        dtype=ids_dtype(vocab_size),
         bos_token_id=opened.bos_token_id if settings.bos == "document" else None,
         eos_token_id=opened.eos_token_id if settings.eos == "document" else None,
     )
@@ -454,10 +459,7 @@ def _write_data(
             arrays=(shard_arrays(tasks[number]) for number in own),
         )
         splits[split] = {**totals, "shards": len(own)}
-    (data / "tokenizer").mkdir(exist_ok=True)
-    for name in _TOKENIZER_FILES:
-        if (job.tokenizer / name).is_file():
-            shutil.copyfile(job.tokenizer / name, data / "tokenizer" / name)
+    copy_tokenizer(job.tokenizer, data / "tokenizer")
     if job.settings.chat_template is not None:
         (data / "tokenizer" / TEMPLATE_FILE).write_text(job.settings.chat_template)
     summary = {

@@ -94,6 +94,11 @@ class ShardArrays(NamedTuple):
     scored: np.ndarray | None = None
 
 
+def ids_dtype(vocab_size: int) -> str:
+    """The smallest dtype of ids that holds a vocabulary."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
 def write_shard(path: Path, samples: Iterable[Sample], *, first: int) -> tuple[str, ShardArrays]:
     """Write one tar; its members are named by document number, from `first` on.
 

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<mask>")
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
 # Files next to tokenizer.json that transformers reads tokens from.
 _TOKEN_FILES = (TOKENIZER_FILE, CONFIG_FILE, "special_tokens_map.json", "added_tokens.json")
 # With this `tokenizer_class` every release of transformers takes tokenizer.json as it is.
@@ -158,6 +160,14 @@ def _load(file: Path) -> tuple[PreTrainedTokenizerFast, list[str]]:
                 own[token_id].special = True
             backend.add_tokens([own[token_id]])
     return tokenizer, made_special
+
+
+def copy_tokenizer(folder: Path, target: Path) -> None:
+    """Copy the files of a tokenizer, its chat template included, into the new folder `target`."""
+    target.mkdir(exist_ok=True)
+    for name in (*_TOKEN_FILES, TEMPLATE_FILE):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)
 
 
 def tokenizer_fingerprint(folder: Path) -> str:

@@ -5,31 +5,41 @@ a denoiser that fills many positions at once has a low confidence for each. The 
 context tower has one continuation. A denoiser trained on it is confident of more tokens in a pass,
 and these are the tokens of the context tower. It learns nothing that the context tower does not
 know.
+
+The result is a prepared data folder. Its documents have the very ids that the context tower read
+and wrote, with the EOS of a text that ended. Text that is tokenised again may get others.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
+from megatron_twotower import __version__
 from megatron_twotower.common.engines import ONE_PROCESS, EngineSettings, started
 from megatron_twotower.common.errors import require
-from megatron_twotower.common.files import atomic_file, partial_path
+from megatron_twotower.common.files import partial_path, write_file
 from megatron_twotower.common.progress import OnProgress, silent, stage_bars
 from megatron_twotower.common.workers import in_order
 from megatron_twotower.config.hf_config import read_hf_config
-from megatron_twotower.data.dataset import window, window_count
-from megatron_twotower.data.documents import TRAIN
-from megatron_twotower.data.shards import Corpus
+from megatron_twotower.data import workspace as workspaces
+from megatron_twotower.data.corpus_of_ids import write_corpus
+from megatron_twotower.data.dataset import window_count, window_start
+from megatron_twotower.data.documents import TRAIN, VALIDATION
+from megatron_twotower.data.shards import INDEX_FILE, Corpus
+from megatron_twotower.data.tokenizer import check_tokenizer
 from megatron_twotower.generate.engine import end_of_text, eos_token_ids
-from megatron_twotower.generate.journal import append, entries, open_journal
 from megatron_twotower.generate.loaded import ModelPlace, loaded
 from megatron_twotower.generate.prompt_file import BATCHES_AHEAD
 
-# Version of the journal.
-VERSION = 1
+# Version of the request of an interrupted run.
+VERSION = 2
+TEXTS_PER_HELD_OUT_TEXT = 20
 
 
 @dataclass(frozen=True)
@@ -37,10 +47,10 @@ class DistilSettings:
     """What decides the texts, in addition to model and data.
 
     Attributes:
-        sequences: Number of texts.
-        prompt_tokens: Tokens of a window of training text.
-        new_tokens: Tokens that the context tower adds to a window, at most: EOS ends a text, and is
-            not part of it.
+        sequences: Number of texts for training. There is one for validation to each twenty of them.
+        prompt_tokens: Tokens of a window of text.
+        new_tokens: Tokens that the context tower adds to a window, at most: EOS ends a text, as its
+            last token.
         batch_size: Texts at a time.
     """
 
@@ -56,24 +66,55 @@ class DistilSettings:
 
 @dataclass(frozen=True)
 class WindowTask:
-    """Windows of training text for a worker: `windows` of `prompt_tokens` ids each."""
+    """Windows of a split for a worker.
+
+    Attributes:
+        number: Of the batch, over both splits.
+        starts: The place of each window among the ids of the split.
+        windows: The ids, `prompt_tokens` each.
+    """
 
     place: ModelPlace
+    number: int
+    starts: list[int]
     windows: list[list[int]]
     new_tokens: int
 
 
-def continue_windows(task: WindowTask) -> list[str]:
-    """The text of each window with its greedy continuation."""
+def continue_windows(task: WindowTask) -> list[list[int]]:
+    """The ids of each window and of its greedy continuation, up to the first EOS of that."""
     model, tokenizer = loaded(task.place)
     eos_ids, length = eos_token_ids(model, tokenizer), len(task.windows[0])
     rows = torch.tensor(task.windows)
     written = model.generate_ar(rows.to(model.context_tower.device), task.new_tokens, eos_token_id=eos_ids)
     texts = []
     for ids in written.tolist():
-        new = ids[length:]
-        texts.append(tokenizer.decode(ids[:length] + new[: end_of_text(new, eos_ids)]))
+        end = end_of_text(ids[length:], eos_ids)
+        texts.append(ids if end is None else ids[: length + end + 1])
     return texts
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Windows of a split.
+
+    Attributes:
+        count, length: Number and tokens of the windows.
+        batch_size: Windows of a batch.
+        batches: Their numbers, over both splits.
+    """
+
+    corpus: Corpus
+    count: int
+    length: int
+    batch_size: int
+    batches: range
+
+    def starts(self, batch: int) -> list[int]:
+        """The places of the windows of a batch."""
+        first = (batch - self.batches.start) * self.batch_size
+        numbers = range(first, min(first + self.batch_size, self.count))
+        return [window_start(self.corpus, number, count=self.count, length=self.length) for number in numbers]
 
 
 def distil(
@@ -82,62 +123,122 @@ def distil(
     output: Path,
     settings: DistilSettings,
     *,
+    overwrite: bool = False,
     engine: EngineSettings = ONE_PROCESS,
     progress: OnProgress = silent,
-) -> int:
-    """Continue windows of training text greedily; write each with its continuation as a JSON line.
+) -> dict[str, int]:
+    """Continue windows of text greedily; write each with its continuation as a document.
 
-    Finished batches are kept in a journal, OUTPUT.partial: a run that was killed resumes after
-    them. `output` appears only when it is complete.
+    Windows of training text are for training, those of held-out text for validation. Finished
+    batches are kept in OUTPUT.partial: a run that was killed resumes after them. `output` appears
+    only when it is complete.
 
     Args:
         folder: Two-tower Hugging Face folder.
         data: Prepared data folder, in the tokenizer of the model.
-        output: JSON lines with a field `text`, as `data prepare` reads them.
+        output: The prepared data folder to write.
         settings: How many texts, and of what length.
+        overwrite: Replace an earlier prepared folder, and OUTPUT.partial.
         engine: Who generates. Each worker has a model of its own.
         progress: Called after every batch.
 
     Returns:
-        The number of lines.
+        The number of documents, by split.
 
     Raises:
-        UserError: `output` exists or cannot be written, too little data, or an interrupted run of
-            another request.
+        UserError: `output` exists or cannot be written, too little data, data of another tokenizer,
+            or an interrupted run of another request.
     """
-    require(not output.exists(), f"{output}: exists, expected a file that is not there yet")
-    corpus = Corpus.open(Path(data) / TRAIN)
-    length = settings.prompt_tokens
-    count = window_count(corpus, count=settings.sequences, length=length)
-    read_hf_config(folder)  # a wrong path is found before workers start
+    workspaces.check_output(output, mark=f"{TRAIN}/{INDEX_FILE}", overwrite=overwrite)
+    vocab_size = int(read_hf_config(folder)["vocab_size"])
+    sources = _sources(Path(data), settings)
+    corpus = sources[TRAIN].corpus
+    check_tokenizer(Path(folder), corpus.tokenizer_fingerprint, exact_ids=corpus.exact_ids, data=data)
     place = ModelPlace.of(folder)
-    request = {"version": VERSION, "model": place.fingerprint, "data": corpus.fingerprint, **asdict(settings)}
-    output.parent.mkdir(parents=True, exist_ok=True)
+    fingerprints = {split: source.corpus.fingerprint for split, source in sources.items()}
+    request = {"version": VERSION, "model": place.fingerprint, "data": fingerprints, **asdict(settings)}
+    with workspaces.resuming(partial_path(output), request=request, overwrite=overwrite) as partial:
+        _write_parts(partial, place, sources.values(), settings, engine, progress)
+        documents = {split: _documents(partial, split, source.batches) for split, source in sources.items()}
+        provenance = _provenance(folder, data, request)
+        summary = write_corpus(
+            partial / "data", documents, vocab_size=vocab_size, tokenizer=Path(folder), provenance=provenance
+        )
+        workspaces.move_into_place(output)
+    return {split: totals["documents"] for split, totals in summary["splits"].items()}
 
-    def tasks(first: int) -> Iterator[WindowTask]:
-        for at in range(first * settings.batch_size, count, settings.batch_size):
-            numbers = range(at, min(at + settings.batch_size, count))
-            windows = [window(corpus, number, count=count, length=length).tolist() for number in numbers]
-            yield WindowTask(place, windows, settings.new_tokens)
 
-    with open_journal(partial_path(output), request) as (stream, finished):
-        done = min(finished * settings.batch_size, count)
-        with started(engine, place.needs) as workers:
-            for task, texts in in_order(workers, continue_windows, tasks(finished), ahead=BATCHES_AHEAD):
-                append(stream, {"texts": texts})
-                done += len(task.windows)
-                progress("writing", done, count)
-        with atomic_file(output) as partial, partial.open("w") as file:
-            for entry in entries(stream):
-                file.writelines(json.dumps({"text": text}) + "\n" for text in entry["texts"])
-        partial_path(output).unlink()
-    return done
+def _sources(data: Path, settings: DistilSettings) -> dict[str, _Source]:
+    """The windows of the training text, and of the held-out text if there is any."""
+    wanted = {TRAIN: settings.sequences, VALIDATION: max(2, settings.sequences // TEXTS_PER_HELD_OUT_TEXT)}
+    sources: dict[str, _Source] = {}
+    first, length, size = 0, settings.prompt_tokens, settings.batch_size
+    for split, count in wanted.items():
+        if split == VALIDATION and not (data / split).is_dir():
+            continue
+        corpus = Corpus.open(data / split)
+        count = window_count(corpus, count=count, length=length)
+        sources[split] = _Source(corpus, count, length, size, range(first, first + -(-count // size)))
+        first = sources[split].batches.stop
+    return sources
+
+
+def _write_parts(
+    partial: Path,
+    place: ModelPlace,
+    sources: Collection[_Source],
+    settings: DistilSettings,
+    engine: EngineSettings,
+    progress: OnProgress,
+) -> None:
+    """Generate the batches that an interrupted run has not finished."""
+    batches = [(source, number) for source in sources for number in source.batches]
+    missing = [(source, number) for source, number in batches if not _part(partial, number).is_file()]
+    total = sum(source.count for source in sources)
+    done = total - sum(len(source.starts(number)) for source, number in missing)
+
+    def tasks() -> Iterator[WindowTask]:
+        for source, number in missing:
+            starts = source.starts(number)
+            windows = [source.corpus.tokens(start, source.length).tolist() for start in starts]
+            yield WindowTask(place, number, starts, windows, settings.new_tokens)
+
+    progress("writing", done, total)
+    with started(engine, place.needs) as workers:
+        for task, texts in in_order(workers, continue_windows, tasks(), ahead=BATCHES_AHEAD):
+            write_file(_part(partial, task.number), json.dumps([task.starts, texts]))
+            done += len(texts)
+            progress("writing", done, total)
+
+
+def _part(partial: Path, number: int) -> Path:
+    """The file of a finished batch: the places of its windows, and the ids of its texts."""
+    return partial / "parts" / f"{number:06d}.json"
+
+
+def _documents(partial: Path, split: str, batches: range) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and ids of each text. The name says where its window begins."""
+    for number in batches:
+        for start, ids in zip(*json.loads(_part(partial, number).read_bytes()), strict=True):
+            yield f"{split}:{start}", np.array(ids)
+
+
+def _provenance(folder: str | Path, data: str | Path, request: Mapping[str, Any]) -> dict[str, Any]:
+    versions = {"megatron_twotower": __version__, "torch": torch.__version__, "transformers": version("transformers")}
+    return {"model": str(folder), "data": str(data), "request": dict(request), "versions": versions}
 
 
 def run(
-    folder: Path, *, data: Path, output: Path, settings: DistilSettings, engine: EngineSettings = ONE_PROCESS
+    folder: Path,
+    *,
+    data: Path,
+    output: Path,
+    settings: DistilSettings,
+    overwrite: bool = False,
+    engine: EngineSettings = ONE_PROCESS,
 ) -> None:
     """Run the command."""
     with stage_bars() as progress:
-        lines = distil(folder, data, output, settings, engine=engine, progress=progress)
-    print(f"{output}: {lines:,} texts of {settings.prompt_tokens} + {settings.new_tokens} tokens")
+        documents = distil(folder, data, output, settings, overwrite=overwrite, engine=engine, progress=progress)
+    counts = ", ".join(f"{count:,} for {split}" for split, count in documents.items())
+    print(f"{output}: texts of {settings.prompt_tokens} + {settings.new_tokens} tokens, {counts}")

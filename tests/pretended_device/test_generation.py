@@ -12,6 +12,7 @@ import torch
 
 from helpers.modeling import MASK, TYPICAL_SAMPLERS, random_ids, tiny_model
 from helpers.pretended_device import Pretended, as_there, on_host, pretended_cuda
+from megatron_twotower.data.shards import Corpus
 from megatron_twotower.data.tokenizer import load_tokenizer
 from megatron_twotower.evaluate import held_out, likelihood
 from megatron_twotower.evaluate.held_out import EvaluationSettings
@@ -285,16 +286,18 @@ def test_distilled_text_is_that_of_the_host(two_tower_folder, tiny_data, monkeyp
     monkeypatch.setattr(loaded, "default_devices", lambda: ("cuda",))
     with pretended_cuda() as waits:
         distil.distil(two_tower_folder, tiny_data, tmp_path / "there", small)
-    assert (tmp_path / "there").read_text() == (tmp_path / "host").read_text()
+    for split in ("train", "validation"):
+        there, here = (Corpus.open(tmp_path / name / split) for name in ("there", "host"))
+        assert there.fingerprint == here.fingerprint
     counted = waits.counted("ours")
     assert counted.pop("a copy from the host: modeling_nemotron_h_twotower._apply") > 0  # weights
-    # Two batches: prompts are copied to the device and text back. A token waits to see whether all
-    # texts have ended.
+    # Three batches, one of them for validation: prompts are copied to the device and text back. A
+    # token waits to see whether all texts have ended.
     assert counted == {
-        "a copy from the host: distil.continue_windows": 2,
-        "a copy to the host: distil.continue_windows": 2,
-        NUMBER.format("_generate_by_token"): 2 * (6 + 1),
-        NUMBER.format("fill_after_eos"): 2 * 2,
+        "a copy from the host: distil.continue_windows": 3,
+        "a copy to the host: distil.continue_windows": 3,
+        NUMBER.format("_generate_by_token"): 3 * (6 + 1),
+        NUMBER.format("fill_after_eos"): 3 * 2,
     }
 
 
