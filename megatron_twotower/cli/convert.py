@@ -47,6 +47,11 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         choices=("hub", "transformers"),
         help="names of a plain NemotronH: one tensor per expert (hub) or stacked; those of the source, or hub",
     )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="folder of a tokenizer whose entries are some of the model's: it keeps these alone",
+    )
     add_number(parser, "--step", help="step of the checkpoint; the newest if left out", at_least=0)
     add_number(
         parser,
@@ -71,6 +76,7 @@ def _export(arguments: argparse.Namespace) -> int:
         step=arguments.step,
         average=arguments.average,
         backbone=arguments.backbone,
+        tokenizer=arguments.tokenizer,
     )
     with bytes_bar("exporting") as progress:
         what = export(arguments.source, arguments.to, options=options, progress=progress)

@@ -21,7 +21,7 @@ from megatron_twotower.config import hf_config, overrides, recipes
 from megatron_twotower.config.hf_config import POINTER_FILE
 from megatron_twotower.config.schema import ConditioningConfig, ModelConfig, RunConfig
 from megatron_twotower.config.special_tokens import SpecialTokens, read_special_tokens
-from megatron_twotower.convert import model_card
+from megatron_twotower.convert import model_card, vocabulary
 from megatron_twotower.convert.hf_folder import HfFolder, fingerprint, rename_tensors, write_folder
 from megatron_twotower.convert.initial_weights import check_pointer
 from megatron_twotower.convert.mcore_checkpoint import CheckpointWeights
@@ -56,6 +56,8 @@ class ExportOptions:
         backbone: The folder of the backbone of a run or of a denoiser alone; `None` for the folder
             in the configuration of the run, or in the pointer file of the denoiser. Of a folder
             with two towers: another context tower for its denoiser; `None` for its own.
+        tokenizer: The folder of the tokenizer whose entries the model keeps, all of which it has;
+            `None` for its own.
     """
 
     what: str | None = None
@@ -64,6 +66,7 @@ class ExportOptions:
     step: int | None = None
     average: int = 1
     backbone: Path | None = None
+    tokenizer: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,12 @@ def export(
         raise UserError(f"{output}: exists, expected a folder that is not there yet")
     model = _open_folder(source, options) if (source / "config.json").is_file() else _open_run(source, options)
     what = options.what or ("two_tower" if model.denoiser else "context")
+    if options.tokenizer is not None:
+        if what == "denoiser":
+            raise UserError(
+                f"--tokenizer: found {options.tokenizer} to export a denoiser alone, expected its backbone too"
+            )
+        model = _with_vocabulary(model, options.tokenizer, source=source)
     if what != "context" and not model.denoiser:
         raise UserError(f"{source}: found one tower, expected two to export {what}")
     if what != "context" and options.style is not None:
@@ -139,6 +148,22 @@ def export(
         progress=progress,
     )
     return what
+
+
+def _with_vocabulary(model: ExportableModel, tokenizer: Path, *, source: Path) -> ExportableModel:
+    """The model with the entries of another tokenizer (see `vocabulary`)."""
+    if not model.tokenizer:
+        raise UserError(f"{source}: found no tokenizer, expected one for --tokenizer")
+    rows = vocabulary.rows_of_entries(tokenizer, model.tokenizer[0].parent)
+    return dataclasses.replace(
+        model,
+        backbone=vocabulary.with_rows(model.backbone, rows),
+        denoiser=vocabulary.with_rows(model.denoiser, rows),
+        config=vocabulary.with_new_ids(model.config, rows, source=f"{source}/config.json") | {"vocab_size": len(rows)},
+        generation=vocabulary.with_new_ids(model.generation, rows, source=f"{source}: generation"),
+        tokenizer=model_card.tokenizer_files(tokenizer),
+        facts={**model.facts, "entries of": tokenizer.name},
+    )
 
 
 def _converted(name: str, tensor: LazyTensor, dtype: torch.dtype | None) -> LazyTensor:
