@@ -128,13 +128,17 @@ def shares_table(reference: str, found: Mapping[str, Mapping[int, float | None]]
     )
 
 
+def _speed_text(found: writing.Speed | None) -> str:
+    return "-" if found is None else f"{'≥ ' * found.at_least}{_text(found.tokens_per_pass, 2)}"
+
+
 def writing_table(found: Mapping[tuple[str, str, float], writing.Speeds]) -> Table:
     """Tokens per pass of the arms that have written, at equal agreement with AR."""
     return plain_table(
         "Tokens per pass at equal agreement with AR",
         ("size", "arm", "share", "seeds", *(f"{100 * agreement:g} %" for agreement in writing.AGREEMENTS)),
         [
-            (size, arm, f"{share:g}", f"{seeds}", *(_text(at[agreement], 2) for agreement in writing.AGREEMENTS))
+            (size, arm, f"{share:g}", f"{seeds}", *(_speed_text(at[agreement]) for agreement in writing.AGREEMENTS))
             for (size, arm, share), (seeds, at) in found.items()
         ],
         left=2,
@@ -216,7 +220,10 @@ def run(
                 "arm": arm,
                 "share": share,
                 "seeds": speeds.seeds,
-                "at_agreement": {agreement: m and asdict(m) for agreement, m in speeds.at.items()},
+                "at_agreement": {
+                    agreement: found and {**asdict(found.tokens_per_pass), "at_least": found.at_least}
+                    for agreement, found in speeds.at.items()
+                },
             }
             for (size, arm, share), speeds in written.items()
         ],

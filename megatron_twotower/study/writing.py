@@ -24,7 +24,18 @@ WRITING_FILE = "writing.json"
 THRESHOLDS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 24, 64, 64
 # Shares of the tokens that AR would choose, at which denoisers are compared.
-AGREEMENTS = (0.9, 0.8, 0.7, 0.6)
+AGREEMENTS = (0.9, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)
+
+
+class Speed(NamedTuple):
+    """Tokens per pass at some agreement.
+
+    Attributes:
+        at_least: The fastest setting that was measured (of a seed) agrees more than that.
+    """
+
+    tokens_per_pass: Mean
+    at_least: bool
 
 
 class Speeds(NamedTuple):
@@ -32,11 +43,11 @@ class Speeds(NamedTuple):
 
     Attributes:
         seeds: Their number.
-        at: The mean by agreement; `None` where a seed does not agree so much.
+        at: By agreement; `None` where a seed does not agree so much.
     """
 
     seeds: int
-    at: dict[float, Mean | None]
+    at: dict[float, Speed | None]
 
 
 def can_write(training: Training) -> bool:
@@ -71,11 +82,12 @@ def measured(training: Training) -> list[dict[str, Any]] | None:
     return read_json_object(file, expected="tokens per pass")["curve"] if file.is_file() else None
 
 
-def tokens_per_pass_at(agreement: float, curve: Sequence[Mapping[str, Any]]) -> float | None:
+def tokens_per_pass_at(agreement: float, curve: Sequence[Mapping[str, Any]]) -> tuple[float, bool] | None:
     """The most tokens per pass with at least this agreement, linear between two thresholds.
 
     Returns:
-        `None` if no threshold agrees so much; the fastest setting if all of them do.
+        The number, and whether it is that of the fastest setting: there may be a faster one that
+        agrees enough. `None` if no threshold agrees so much.
     """
     points = sorted((row["tokens_per_pass"], row["agreement"]) for row in curve)
     good = [number for number, (_, agrees) in enumerate(points) if agrees >= agreement]
@@ -83,9 +95,9 @@ def tokens_per_pass_at(agreement: float, curve: Sequence[Mapping[str, Any]]) -> 
         return None
     speed, agrees = points[good[-1]]
     if good[-1] + 1 == len(points):
-        return speed
+        return speed, True
     next_speed, next_agrees = points[good[-1] + 1]
-    return speed + (next_speed - speed) * (agrees - agreement) / (agrees - next_agrees)
+    return speed + (next_speed - speed) * (agrees - agreement) / (agrees - next_agrees), False
 
 
 def means(trainings: Sequence[Training]) -> dict[tuple[str, str, float], Speeds]:
@@ -94,12 +106,16 @@ def means(trainings: Sequence[Training]) -> dict[tuple[str, str, float], Speeds]
     for training in trainings:
         if (curve := measured(training)) is not None:
             curves.setdefault((training.size, training.arm, training.share), []).append(curve)
-    found = {}
-    for key, of_seeds in curves.items():
-        at: dict[float, Mean | None] = {}
-        for agreement in AGREEMENTS:
-            speeds = [tokens_per_pass_at(agreement, curve) for curve in of_seeds]
-            reached = [speed for speed in speeds if speed is not None]
-            at[agreement] = mean(reached) if len(reached) == len(speeds) else None
-        found[key] = Speeds(len(of_seeds), at)
-    return found
+    return {
+        key: Speeds(len(of_seeds), {agreement: _speed_at(agreement, of_seeds) for agreement in AGREEMENTS})
+        for key, of_seeds in curves.items()
+    }
+
+
+def _speed_at(agreement: float, curves: Sequence[Sequence[Mapping[str, Any]]]) -> Speed | None:
+    """The mean over the curves of all seeds; `None` if one of them does not agree so much."""
+    speeds = [tokens_per_pass_at(agreement, curve) for curve in curves]
+    reached = [speed for speed in speeds if speed is not None]
+    if len(reached) < len(speeds):
+        return None
+    return Speed(mean([tokens for tokens, _ in reached]), any(fastest for _, fastest in reached))
