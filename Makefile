@@ -131,13 +131,11 @@ $(CODE)/data/train/index.json: | $(VENV)/.installed-dev
 # Two ranks are faster than one with two threads. Tasks are measured in fp32: a CPU is slow in bfloat16.
 CODE_TRAIN = PATH="$(abspath $(BIN)):$$PATH" RANKS_PER_NODE=2 launch/torchrun.sh
 
-# `twotower distil` needs a folder of two towers, and only its context tower: the denoiser of one step will do.
+# `twotower distil` needs a folder of two towers, and only its context tower.
 code: $(CODE)/data/train/index.json ## train recipes/models/code again, and compare AR with mask diffusion on tasks (about four hours, resumes)
 	$(CODE_TRAIN) recipe=code_ar
 	test -d $(CODE)/backbone || $(TWOTOWER) convert export --from $(CODE)/ar --to $(CODE)/backbone
-	$(TWOTOWER) train recipe=code data.folder=$(CODE)/data output=$(CODE)/start train.steps=1 schedule.warmup_steps=0 \
-	  schedule.decay_steps=0 train.validate_every_steps=0
-	test -d $(CODE)/untrained || $(TWOTOWER) convert export --from $(CODE)/start --to $(CODE)/untrained
+	test -d $(CODE)/untrained || $(TWOTOWER) convert export --from $(CODE)/ar --what two_tower --to $(CODE)/untrained
 	test -d $(CODE)/written-data || $(TWOTOWER) distil --model $(CODE)/untrained --data $(CODE)/data \
 	  --output $(CODE)/written-data --sequences 11264 --prompt-tokens 128 --new-tokens 128
 	$(CODE_TRAIN) recipe=code

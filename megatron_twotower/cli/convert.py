@@ -37,7 +37,9 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         parser, source="output folder of a training run, or a Hugging Face folder", of="a run or a denoiser alone"
     )
     parser.add_argument(
-        "--what", choices=("two_tower", "context", "denoiser"), help="what to write; all there is if left out"
+        "--what",
+        choices=("two_tower", "context", "denoiser"),
+        help="what to write; all there is if left out; two_tower of a backbone alone: with an untrained denoiser",
     )
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp16"), help="dtype of the tensors; each as it is stored if left out"

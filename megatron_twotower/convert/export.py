@@ -23,7 +23,7 @@ from megatron_twotower.config.schema import ConditioningConfig, ModelConfig, Run
 from megatron_twotower.config.special_tokens import SpecialTokens, read_special_tokens
 from megatron_twotower.convert import model_card, vocabulary
 from megatron_twotower.convert.hf_folder import HfFolder, fingerprint, rename_tensors, write_folder
-from megatron_twotower.convert.initial_weights import check_pointer
+from megatron_twotower.convert.initial_weights import check_pointer, untrained_denoiser
 from megatron_twotower.convert.mcore_checkpoint import CheckpointWeights
 from megatron_twotower.convert.tensors import LazyTensor, mean
 from megatron_twotower.data.sources import tokenizer_folder, turn_ends
@@ -46,7 +46,8 @@ class ExportOptions:
     """The choices of an export.
 
     Attributes:
-        what: A key of `FOLDER_KINDS`; `None` for all towers of the source.
+        what: A key of `FOLDER_KINDS`; `None` for all towers of the source. Two towers of a plain
+            NemotronH are with an untrained denoiser.
         dtype: The dtype of all tensors but the selection biases of routers, which stay float32;
             `None` for the dtype that each tensor is stored in.
         style: A key of `TENSOR_NAMINGS`, for a plain NemotronH; `None` for the style of the
@@ -124,7 +125,9 @@ def export(
                 f"--tokenizer: found {options.tokenizer} to export a denoiser alone, expected its backbone too"
             )
         model = _with_vocabulary(model, options.tokenizer, source=source)
-    if what != "context" and not model.denoiser:
+    if what == "two_tower" and not model.denoiser:
+        model = _with_untrained_denoiser(model)
+    if what == "denoiser" and not model.denoiser:
         raise UserError(f"{source}: found one tower, expected two to export {what}")
     if what != "context" and options.style is not None:
         raise UserError(f"--style: found {options.style} to export {what}, expected it for a plain NemotronH")
@@ -148,6 +151,13 @@ def export(
         progress=progress,
     )
     return what
+
+
+def _with_untrained_denoiser(model: ExportableModel) -> ExportableModel:
+    """The model with the denoiser that a run would start from."""
+    shape = hf_config.model_from_hf(dict(model.config), source="config.json")
+    denoiser = untrained_denoiser(shape, model.backbone)
+    return dataclasses.replace(model, denoiser=denoiser, facts={**model.facts, "denoiser": "untrained"})
 
 
 def _with_vocabulary(model: ExportableModel, tokenizer: Path, *, source: Path) -> ExportableModel:

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from megatron_twotower.common.keyed_random import keyed_uniform
 from megatron_twotower.config.hf_config import read_pointer
 from megatron_twotower.config.schema import ConditioningConfig, ModelConfig, RunConfig
 from megatron_twotower.convert.hf_folder import HfFolder
-from megatron_twotower.convert.tensors import TensorSource
+from megatron_twotower.convert.tensors import LazyTensor, TensorSource
 from megatron_twotower.model.adaln import identity_state
 from megatron_twotower.model.parameter_map import backbone_entries, denoiser_entries, hf_shapes
 
@@ -141,14 +142,39 @@ def other_context(config: RunConfig, fingerprint: str | None) -> str | None:
     return f"the denoiser of {denoiser} was trained with another context tower, that of {own}"
 
 
+def untrained_denoiser(model: ModelConfig, backbone: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The tensors of a denoiser at step 0, by the released names: copies, and a fresh conditioning.
+
+    Args:
+        backbone: The tensors of the backbone, by names on the hub. The conditioning has the dtype
+            of its head.
+    """
+    defaults = RunConfig()
+    conditioning = fresh_conditioning(model, defaults.conditioning, seed=defaults.seed)
+    copies, dtype = _names_of_copies(model), backbone["lm_head.weight"].dtype
+
+    def fresh(name: str, shape: tuple[int, ...]) -> LazyTensor:
+        return LazyTensor(dtype, shape, lambda: iter((conditioning(name).to(dtype).flatten(),)))
+
+    shapes = hf_shapes(denoiser_entries(model, defaults.conditioning.frequencies), model)
+    return {
+        name: backbone[copies[name]] if name in copies else fresh(name, tuple(shape)) for name, shape in shapes.items()
+    }
+
+
 def _copied(model: ModelConfig, backbone: TensorSource, conditioning: TensorSource) -> TensorSource:
     """A denoiser whose tower is a copy of the backbone."""
+    copies = _names_of_copies(model)
+    return lambda name: backbone(copies[name]) if name in copies else conditioning(name)
+
+
+def _names_of_copies(model: ModelConfig) -> dict[str, str]:
+    """The tensor of the backbone that each of the denoiser's tower is a copy of."""
     backbone_names, denoiser_names = (
         hf_shapes(entries, model) for entries in (backbone_entries(model), denoiser_entries(model, 0))
     )
     # The tower's entries are in the order of the backbone's, before the time conditioning.
-    copies = dict(zip(denoiser_names, backbone_names, strict=False))
-    return lambda name: backbone(copies[name]) if name in copies else conditioning(name)
+    return dict(zip(denoiser_names, backbone_names, strict=False))
 
 
 def check_pointer(denoiser: Path, backbone: str | Path | None, fingerprint: str | None) -> None:

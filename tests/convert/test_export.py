@@ -28,6 +28,7 @@ from megatron_twotower.config.recipes import load_recipe
 from megatron_twotower.config.special_tokens import SpecialTokens
 from megatron_twotower.convert import export, hf_folder, import_run, model_card
 from megatron_twotower.convert.mcore_checkpoint import CheckpointWeights
+from megatron_twotower.generate import engine
 from megatron_twotower.model import parameter_map
 
 
@@ -136,6 +137,23 @@ def test_one_tower_is_not_two(tmp_path):
     source = hf_folders.write(tmp_path / "source", "hub")
     with pytest.raises(UserError, match="found one tower, expected two to export denoiser"):
         export.export(source, tmp_path / "out", options=choose("denoiser"))
+
+
+def test_two_towers_of_a_backbone_are_those_that_a_run_starts_from(tiny_backbone, tiny_data, tmp_path):
+    backbone = shutil.copytree(tiny_backbone, tmp_path / "backbone")
+    for path in (tiny_data / "tokenizer").iterdir():
+        shutil.copy(path, backbone)
+    export.export(backbone, tmp_path / "out", options=choose("two_tower"))
+    model, _ = engine.load(tmp_path / "out")
+    ids = torch.tensor([[5, 9, 17, 4]])
+    assert torch.equal(model.generate_mock_ar(ids, 12, eos_token_id=()), model.generate_ar(ids, 12, eos_token_id=()))
+    losses = {}
+    for key, other, folder in (("backbone", "denoiser", backbone), ("denoiser", "backbone", tmp_path / "out")):
+        start = [f"init.{key}={folder}", f"init.{other}=null", f"data.folder={tiny_data}", f"output={tmp_path / key}"]
+        assert train("tiny", *start, "train.steps=2", "schedule.warmup_steps=0", "train.validate_every_steps=1")
+        records = map(json.loads, (tmp_path / key / "metrics.jsonl").read_text().splitlines())
+        losses[key] = [record["loss"] for record in records if "loss" in record]
+    assert losses["backbone"] == losses["denoiser"] and len(losses["backbone"]) >= 3
 
 
 def test_transformers_loads_the_context_tower_of_either_style(tmp_path):
