@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import psutil
 
@@ -36,9 +37,12 @@ def cluster(*, nodes):
     The driver must be another process, with this process's environment.
     """
     os.environ.update(ENVIRONMENT)
+    from ray._private.utils import get_ray_address_file
     from ray.cluster_utils import Cluster
 
     wait_longer_for_nodes()
+    # Ray writes the address of a cluster there, and has not made that folder where it never ran.
+    Path(get_ray_address_file(None)).parent.mkdir(parents=True, exist_ok=True)
     # Not tmp_path: the path of a socket is short.
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     made = Cluster(True, head_node_args={"num_cpus": 0, "temp_dir": folder, **NODE})
