@@ -26,7 +26,7 @@ def write_corpus(
     """Write a prepared folder (see `shards`).
 
     Args:
-        folder: An empty folder.
+        folder: A folder that is empty, or in which a run with the same arguments was interrupted.
         splits: Name and ids (n,) of each document, by split.
         vocab_size: Above all ids. A model may have more entries than its tokenizer.
         tokenizer: The folder of the tokenizer of the ids.
@@ -57,7 +57,7 @@ def write_corpus(
                 totals.update(documents=1, tokens=len(ids), bytes=size, characters=len(text))
                 yield Sample(name, size, ids.astype(header["dtype"]))
 
-        (folder / split).mkdir()
+        (folder / split).mkdir(exist_ok=True)
         shards, arrays = _write_shards(folder / split, samples(documents, totals))
         write_index(folder / split, header={**header, **totals, "left_out": {}}, shards=shards, arrays=arrays)
         summary["splits"][split] = {**totals, "left_out": {}, "shards": len(shards)}

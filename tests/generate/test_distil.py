@@ -136,6 +136,22 @@ def test_an_interrupted_run_resumes_after_its_last_batch(two_tower_folder, tiny_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
+def test_a_run_that_was_interrupted_while_it_wrote_shards_resumes(two_tower_folder, tiny_data, tmp_path, monkeypatch):
+    whole, output = tmp_path / "whole", tmp_path / "out"
+    distil(two_tower_folder, tiny_data, whole, SMALL)
+
+    def failing(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(corpus_of_ids, "write_index", failing)
+        with pytest.raises(KeyboardInterrupt):
+            distil(two_tower_folder, tiny_data, output, SMALL)
+    assert (tmp_path / "out.partial" / "data" / "train").is_dir() and not output.exists()
+    distil(two_tower_folder, tiny_data, output, SMALL)
+    assert files(output) == files(whole)
+
+
 def test_a_denoiser_trains_on_the_output(two_tower_folder, tiny_data, tmp_path):
     distil(
         two_tower_folder, tiny_data, tmp_path / "data", replace(SMALL, sequences=40, prompt_tokens=32, new_tokens=32)
